@@ -1,0 +1,1 @@
+"""ShapesWorld: a procedural text-to-image data set in the GenEval grammar."""

@@ -1,0 +1,260 @@
+"""ShapesWorld: a procedural, seeded, infinite text-to-image data set of 64x64 pictures.
+
+Objects are anti-aliased signed-distance shapes; backgrounds are two-colour gradients with band-limited texture
+noise, so that image tokens are uncertain the way those of natural images are. Picture `i` depends only on
+`(seed, i)`, whatever batch it is drawn in.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgen.data.captions import Caption, sample_training_caption
+from fastgen.data.scenes import COLORS, IMAGE_SIZE, SHAPES, SceneObject, SceneSpec, sample_scene
+
+__all__ = ["COLORS", "IMAGE_SIZE", "SHAPES", "ShapesBatch", "ShapesWorld", "render"]
+
+FloatArray = npt.NDArray[np.float32]
+
+_CHUNK = 32  # pictures drawn at once: their float canvas stays in the second-level cache
+_WINDOW = 36  # side of the square in which an object is drawn: holds the largest radius (16) and its soft edge
+
+
+@dataclass(frozen=True, slots=True)
+class ShapesBatch:
+    """A drawn batch.
+
+    Args:
+        images: uint8 [n, 64, 64, 3].
+        captions: n captions with tag and content.
+        scenes: the objects of each image.
+        instances: uint8 [n, 64, 64]; 0 is background, k + 1 is object k of the scene.
+    """
+
+    images: npt.NDArray[np.uint8]
+    captions: list[Caption]
+    scenes: list[tuple[SceneObject, ...]]
+    instances: npt.NDArray[np.uint8]
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption texts."""
+        return [caption.text for caption in self.captions]
+
+
+class ShapesWorld:
+    """The data set under one seed.
+
+    Args:
+        seed: any integer; different seeds give unrelated data.
+        held_out: leave out of the captions what the evaluation prompts hold out (the default, for training).
+    """
+
+    def __init__(self, seed: int = 0, held_out: bool = True) -> None:
+        self.seed = int(seed)
+        self.held_out = held_out
+
+    def batch(self, n: int, start: int = 0) -> ShapesBatch:
+        """Draw items `start` … `start + n - 1`.
+
+        Raises:
+            ValueError: n or start is negative.
+        """
+        if n < 0 or start < 0:
+            raise ValueError(f"n and start must not be negative, got n={n}, start={start}")
+        captions: list[Caption] = []
+        scenes: list[tuple[SceneObject, ...]] = []
+        for index in range(start, start + n):
+            rng = random.Random(f"{self.seed}/{index}")
+            caption = sample_training_caption(rng, self.held_out)
+            captions.append(caption)
+            scenes.append(sample_scene(_fill_colors(caption, rng), rng))
+        seeds = [(self.seed, index) for index in range(start, start + n)]
+        images, instances = render(scenes, seeds)
+        return ShapesBatch(images, captions, scenes, instances)
+
+
+def _fill_colors(caption: Caption, rng: random.Random) -> SceneSpec:
+    """Objects of one uncoloured count share their colour half of the time, as in photos of several equal things."""
+    spec = caption.spec
+    if caption.tag != "counting" or spec.objects[0].color is not None or rng.random() < 0.5:
+        return spec
+    color = rng.choice(COLORS)
+    return SceneSpec(tuple(type(item)(item.shape, color) for item in spec.objects))
+
+
+def render(
+    scenes: Sequence[Sequence[SceneObject]], seeds: Sequence[tuple[int, int]]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Draw scenes.
+
+    Args:
+        scenes: n scenes.
+        seeds: n pairs of integers; each seeds the background of its picture.
+
+    Returns:
+        images uint8 [n, 64, 64, 3] and instances uint8 [n, 64, 64] (0 background, k + 1 object k).
+
+    Raises:
+        ValueError: different numbers of scenes and seeds.
+    """
+    if len(scenes) != len(seeds):
+        raise ValueError(f"{len(scenes)} scenes need as many seeds, got {len(seeds)}")
+    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    instances = np.zeros(images.shape[:3], np.uint8)
+    for first in range(0, len(scenes), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        canvas = _backgrounds(seeds[part])
+        for slot in range(max(len(scene) for scene in scenes[part])):
+            _draw_slot(canvas, instances[part], scenes[part], slot)
+        canvas *= np.float32(255.0)
+        canvas += np.float32(0.5)
+        np.clip(canvas, 0.0, 255.0, out=canvas)
+        images[part] = canvas
+    return images, instances
+
+
+def _draw_slot(
+    canvas: FloatArray, instances: npt.NDArray[np.uint8], scenes: Sequence[Sequence[SceneObject]], slot: int
+) -> None:
+    """Draw the `slot`-th object of every scene that has one, one shape at a time."""
+    by_shape: dict[str, list[int]] = {}
+    for index, scene in enumerate(scenes):
+        if len(scene) > slot:
+            by_shape.setdefault(scene[slot].shape, []).append(index)
+    for shape, indices in by_shape.items():
+        objects = [scenes[index][slot] for index in indices]
+        values = np.array([(o.cx, o.cy, o.radius, o.angle, *o.rgb) for o in objects], np.float32)
+        cx, cy, radius, angle = values[:, 0], values[:, 1], values[:, 2], values[:, 3]
+        x0 = np.clip(np.rint(cx).astype(int) - _WINDOW // 2, 0, IMAGE_SIZE - _WINDOW)
+        y0 = np.clip(np.rint(cy).astype(int) - _WINDOW // 2, 0, IMAGE_SIZE - _WINDOW)
+        xs = x0[:, None] + np.arange(_WINDOW)  # [m, window]
+        ys = y0[:, None] + np.arange(_WINDOW)
+        # Pixel centres in the object's own frame: unit radius, unrotated.
+        dx = ((xs + 0.5 - cx[:, None]) / radius[:, None]).astype(np.float32)[:, None, :]
+        dy = ((ys + 0.5 - cy[:, None]) / radius[:, None]).astype(np.float32)[:, :, None]
+        cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+        distance = _DISTANCES[shape](dx * cos + dy * sin, dy * cos - dx * sin)
+        # Anti-aliasing: coverage of a pixel by a straight edge at that signed distance (in pixels).
+        alpha = np.clip(0.5 - distance * radius[:, None, None], 0.0, 1.0)
+        batch = np.array(indices)[:, None, None]
+        window = (batch, ys[:, :, None], xs[:, None, :])
+        under = canvas[window]
+        canvas[window] = under + alpha[..., None] * (values[:, None, None, 4:7] - under)
+        labels = instances[window]
+        labels[alpha > 0.5] = slot + 1
+        instances[window] = labels
+
+
+def _circle(x: FloatArray, y: FloatArray) -> FloatArray:
+    return np.sqrt(x * x + y * y) - np.float32(0.9)
+
+
+def _square(x: FloatArray, y: FloatArray) -> FloatArray:
+    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.74)
+
+
+def _triangle(x: FloatArray, y: FloatArray) -> FloatArray:
+    return np.maximum(y, np.float32(0.8660254) * np.abs(x) - np.float32(0.5) * y) - np.float32(0.5)
+
+
+def _star(x: FloatArray, y: FloatArray) -> FloatArray:
+    # Fold into one half of one of the five points, then take the distance to that point's edge.
+    sector = np.float32(2 * np.pi / 5)
+    radius, angle = np.sqrt(x * x + y * y), np.arctan2(x, -y)
+    angle = np.abs(angle - sector * np.rint(angle / sector))
+    px, py = radius * np.cos(angle), radius * np.sin(angle)
+    inner_x, inner_y = 0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)
+    edge = np.hypot(inner_x - 1.0, inner_y)
+    return ((px - 1.0) * (inner_y / edge) - py * ((inner_x - 1.0) / edge)).astype(np.float32)
+
+
+def _cross(x: FloatArray, y: FloatArray) -> FloatArray:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - np.float32(0.92), np.minimum(x, y) - np.float32(0.29))
+
+
+def _ring(x: FloatArray, y: FloatArray) -> FloatArray:
+    return np.abs(np.sqrt(x * x + y * y) - np.float32(0.7)) - np.float32(0.22)
+
+
+def _heart(x: FloatArray, y: FloatArray) -> FloatArray:
+    # A square on its corner and a disc on each of its two upper edges.
+    half = np.float32(0.52)
+    offset = half * np.float32(0.70710678)
+    x, y = np.abs(x), y - np.float32(0.08)
+    square = np.maximum(np.abs(x + y), np.abs(x - y)) * np.float32(0.70710678) - half
+    disc = np.sqrt((x - offset) ** 2 + (y + offset) ** 2) - half
+    return np.minimum(square, disc)
+
+
+def _diamond(x: FloatArray, y: FloatArray) -> FloatArray:
+    # Taller than wide, so that it is not a rotated square; the factor makes the edge distance Euclidean.
+    width = 0.62
+    return ((np.abs(x) / width + np.abs(y) - 1.0) * (width / np.hypot(1.0, width))).astype(np.float32)
+
+
+_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+    "heart": _heart,
+    "diamond": _diamond,
+}
+
+
+def _upsampling(cells: int) -> FloatArray:
+    """[64, cells]: cubic (Catmull-Rom) interpolation of `cells` values to the pixel grid, so the noise has a band."""
+    position = (np.arange(IMAGE_SIZE) + 0.5) * cells / IMAGE_SIZE - 0.5
+    distance = np.abs(position[:, None] - np.arange(cells)[None, :])
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1.0
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+_COARSE, _FINE = 6, 16  # cells across the image of the two texture bands
+_COARSE_UP, _FINE_UP = _upsampling(_COARSE), _upsampling(_FINE)
+
+
+def _backgrounds(seeds: Sequence[tuple[int, int]]) -> FloatArray:
+    """Two muted colours in a linear gradient, plus coarse coloured and fine grey texture; float [n, 64, 64, 3]."""
+    n = len(seeds)
+    coarse = np.empty((n, 3, _COARSE, _COARSE), np.float32)
+    fine = np.empty((n, _FINE, _FINE), np.float32)
+    uniform = np.empty((n, 8), np.float32)
+    for index, (seed, item) in enumerate(seeds):
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, item], np.int64).astype(np.uint64)))
+        uniform[index] = rng.random(8, np.float32)
+        rng.standard_normal(out=coarse[index], dtype=np.float32)
+        rng.standard_normal(out=fine[index], dtype=np.float32)
+    first, second = _muted_color(uniform[:, 0:3]), _muted_color(uniform[:, 3:6])
+    angle = uniform[:, 6] * np.float32(2 * np.pi)
+    axis = (np.arange(IMAGE_SIZE, dtype=np.float32) - 31.5) / 64.0
+    ramp = np.cos(angle)[:, None, None] * axis + np.sin(angle)[:, None, None] * axis[:, None]  # [n, 64, 64]
+    blend = np.clip(ramp + np.float32(0.5), 0.0, 1.0)[..., None]
+    canvas = blend * (second - first)[:, None, None]
+    canvas += first[:, None, None]
+    strength = (0.4 + 0.6 * uniform[:, 7])[:, None, None]
+    colored = _COARSE_UP @ (coarse * np.float32(0.035)) @ _COARSE_UP.T  # [n, 3, 64, 64]
+    grey = (_FINE_UP @ (fine * np.float32(0.045)) @ _FINE_UP.T) * strength
+    colored += grey[:, None]
+    canvas += np.moveaxis(colored, 1, 3)
+    return np.asarray(canvas, np.float32)
+
+
+def _muted_color(uniform: FloatArray) -> FloatArray:
+    """[n, 3] colours of low saturation and middle brightness from three uniforms each: no object colour is near."""
+    hue = uniform[:, 0:1] * 6.0
+    saturation = 0.05 + 0.25 * uniform[:, 1:2]
+    value = 0.36 + 0.32 * uniform[:, 2:3]
+    k = (np.array([5.0, 3.0, 1.0], np.float32) + hue) % 6.0  # HSV to RGB for all three channels at once
+    return np.asarray(value - value * saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0), np.float32)

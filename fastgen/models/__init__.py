@@ -1,0 +1,5 @@
+"""Models: the ShapesWorld detector and the builders of the embedded models."""
+
+from fastgen._compat import repair_torchvision
+
+repair_torchvision()  # before the first import of transformers, diffusers, torchmetrics or open_clip

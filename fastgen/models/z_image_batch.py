@@ -1,0 +1,84 @@
+"""`ZImageTransformer2DModel` over a whole batch of equal images at once.
+
+The stock forward takes lists and patchifies, pads and concatenates image by image. For images of one size and
+captions padded to one length the same arithmetic runs on batched tensors: equal to the stock forward up to rounding,
+and faster to train.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import ZImageTransformer2DModel
+
+SEQUENCE_MULTIPLE = 32
+"""Z-Image pads captions and images to multiples of this many tokens."""
+
+
+def forward_batch(
+    transformer: ZImageTransformer2DModel,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    caption: torch.Tensor,
+    caption_lengths: torch.Tensor,
+) -> torch.Tensor:
+    """The transformer's output for a batch.
+
+    Args:
+        transformer: the stock model, patch size 2.
+        latents: [n, C, H, W]; (H / 2) * (W / 2) must be a multiple of 32.
+        timestep: [n], 1 - sigma in [0, 1] as `ZImagePipeline` passes it.
+        caption: [n, L, D] text features; rows beyond `caption_lengths` may hold anything.
+        caption_lengths: [n], real tokens of each caption, 1 … L.
+
+    Returns:
+        [n, C, H, W], an estimate of data - noise.
+
+    Raises:
+        ValueError: the image is not a multiple of 32 tokens or has odd sides.
+    """
+    n, channels, height, width = latents.shape
+    rows, columns = height // 2, width // 2
+    if height % 2 or width % 2 or (rows * columns) % SEQUENCE_MULTIPLE:
+        raise ValueError(f"latents of {height}x{width} are not a multiple of {SEQUENCE_MULTIPLE} patches of 2x2")
+    modulation = transformer.t_embedder(timestep * transformer.t_scale).type_as(latents)
+
+    # [n, C, h 2, w 2] -> [n, h w, (2 2 C)], the order of the stock patchify.
+    patches = latents.reshape(n, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
+    image = transformer.all_x_embedder["2-1"](patches.reshape(n, rows * columns, 4 * channels))
+
+    padded = -(-caption.shape[1] // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    text = transformer.cap_embedder(torch.nn.functional.pad(caption, (0, 0, 0, padded - caption.shape[1])))
+    is_pad = torch.arange(padded, device=text.device)[None, :] >= caption_lengths[:, None].to(text.device)
+    text = torch.where(is_pad[..., None], transformer.cap_pad_token, text)
+
+    image_freqs, text_freqs = _rope(transformer, rows, columns, padded, latents.device)
+    for block in transformer.noise_refiner:
+        image = block(image, None, image_freqs, modulation)
+    for block in transformer.context_refiner:
+        text = block(text, None, text_freqs)
+    hidden = torch.cat([image, text], dim=1)
+    freqs = torch.cat([image_freqs, text_freqs], dim=1)
+    for block in transformer.layers:
+        hidden = block(hidden, None, freqs, modulation)
+    # Only image tokens are read from the last layer.
+    output = transformer.all_final_layer["2-1"](hidden[:, : rows * columns], c=modulation)
+    output = output.reshape(n, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
+    return output.reshape(n, channels, height, width)
+
+
+def _rope(
+    transformer: ZImageTransformer2DModel, rows: int, columns: int, caption_length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary factors [1, tokens, head_dim / 2]: captions run along the first axis, the image comes after them."""
+    text_ids = torch.zeros(caption_length, 3, dtype=torch.long, device=device)
+    text_ids[:, 0] = torch.arange(1, caption_length + 1, device=device)
+    image_ids = torch.empty(rows, columns, 3, dtype=torch.long, device=device)
+    image_ids[..., 0] = caption_length + 1
+    image_ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    image_ids[..., 2] = torch.arange(columns, device=device)
+    embed = transformer.rope_embedder
+    return embed(image_ids.flatten(0, 1))[None], embed(text_ids)[None]

@@ -1,0 +1,291 @@
+"""The training loop that all recipes share: accelerate, EMA, exact resume, atomic checkpoints.
+
+A recipe's batch is a function of (seed, step, process), so a resumed run sees exactly what the interrupted one
+would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from fastgen.errors import FastgenError
+from fastgen.training.muon import Muon
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Settings of a run.
+
+    Args:
+        output_dir: folder of checkpoint, log and exported model.
+        steps: optimiser steps in all.
+        batch_size: items a step and process.
+        lr: peak learning rate.
+        seed: seeds weights, data and noise.
+        warmup: steps of linear warm-up.
+        decay: share of the run, at its end, in which the learning rate falls linearly to zero.
+        ema_decay: decay of the weight average.
+        grad_clip: gradient norm limit.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between log lines.
+        max_seconds: stop (with a checkpoint, resumable) after so much wall time; 0 = never.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    output_dir: Path
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int = 0
+    warmup: int = 100
+    decay: float = 0.3
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    checkpoint_every: int = 200
+    log_every: int = 20
+    max_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a positive number, got {self.lr}")
+        if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"decay must be in [0, 1] and ema_decay in [0, 1), got {self.decay}, {self.ema_decay}")
+        if self.warmup < 0 or self.max_seconds < 0 or self.grad_clip <= 0:
+            raise ValueError("warmup and max_seconds must not be negative, grad_clip must be positive")
+
+
+class Recipe(Protocol):
+    """What a recipe tells the engine."""
+
+    name: str
+
+    def build(self) -> torch.nn.Module:
+        """The module whose parameters are trained (those with requires_grad)."""
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Items start … start + size - 1, on the CPU."""
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of a batch that is on the module's device, and numbers for the log."""
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Write the trained (EMA) weights in Hub layout with a model card."""
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Warm-up, constant, linear decay to zero over the last `decay` share of the run."""
+    rise = min(1.0, (step + 1) / max(config.warmup, 1))
+    fall_steps = config.decay * config.steps
+    fall = 1.0 if fall_steps == 0 else min(1.0, (config.steps - step) / fall_steps)
+    return config.lr * rise * fall
+
+
+def build_optimizers(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices; AdamW for embeddings, output heads, convolutions, norms and biases.
+
+    A module may name further AdamW parameters by a substring in its attribute `adamw_names`.
+    """
+    names: tuple[str, ...] = getattr(module, "adamw_names", ())
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    hidden: list[torch.nn.Parameter] = []
+    other: list[torch.nn.Parameter] = []
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        special = param.ndim != 2 or id(param) in embeddings or any(part in name for part in names)
+        (other if special else hidden).append(param)
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        optimizers.append(Muon(hidden, lr=lr, weight_decay=0.01))
+    if other:
+        optimizers.append(torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
+    return optimizers
+
+
+def _seeded(seed: int, step: int, process: int) -> torch.Generator:
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
+    return generator
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM asks the loop to stop after its step; a second one acts as usual."""
+    asked: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:  # not in the main thread: nobody can interrupt us
+        previous.clear()
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+class Trainer:
+    """Runs one recipe; `run()` returns the record that went into the model card.
+
+    Args:
+        recipe: what to train.
+        config: how.
+        report: called with each log record.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: TrainConfig, report: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.recipe, self.config, self.report = recipe, config, report
+        cuda = torch.cuda.is_available()
+        self.accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
+        torch.manual_seed(config.seed)
+        module = recipe.build()
+        self.trained = [param for param in module.parameters() if param.requires_grad]
+        self.optimizers = build_optimizers(module, config.lr)
+        self.module = self.accelerator.prepare(module)
+        self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema.to(self.accelerator.device)
+        self.step, self.seconds = 0, 0.0
+        self.checkpoint = config.output_dir / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self._load()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step (or until asked to stop), checkpoint, export; returns the record."""
+        config, begin, logs = self.config, time.monotonic(), dict[str, float]()
+        before = self.seconds
+        self.config.output_dir.mkdir(parents=True, exist_ok=True)
+        self.module.train()
+        with _stop_on_signal() as stop:
+            while self.step < config.steps:
+                logs = self._train_step()
+                self.step += 1
+                self.seconds = before + time.monotonic() - begin
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    self._log(logs)
+                out_of_time = 0 < config.max_seconds <= time.monotonic() - begin
+                if stop() or out_of_time:
+                    break
+                if self.step % config.checkpoint_every == 0:
+                    self._save()
+            self._save()
+        record = self.record(logs)
+        if self.accelerator.is_main_process:
+            module = self.accelerator.unwrap_model(self.module)
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
+            self.recipe.export(module, config.output_dir / "model", record)
+            self.ema.restore(self.trained)
+        return record
+
+    def record(self, logs: dict[str, float]) -> dict[str, Any]:
+        """What a model card says of the run."""
+        settings = asdict(self.config)
+        settings.pop("output_dir")
+        return {
+            "recipe": self.recipe.name,
+            "config": settings,
+            "steps_done": self.step,
+            "items_seen": self.step * self.config.batch_size * self.accelerator.num_processes,
+            "seconds": round(self.seconds, 1),
+            "device": str(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "last": {key: round(value, 5) for key, value in logs.items()},
+        }
+
+    def _train_step(self) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        process, processes = accelerator.process_index, accelerator.num_processes
+        generator = _seeded(config.seed, self.step, process)
+        start = (self.step * processes + process) * config.batch_size
+        batch = _move(self.recipe.batch(start, config.batch_size, generator), accelerator.device)
+        with accelerator.autocast():
+            loss, logs = self.recipe.loss(self.module, batch, generator)
+        if not torch.isfinite(loss):
+            raise FastgenError(f"the loss is {float(loss)} at step {self.step}; lower --lr and start again")
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(self.trained, config.grad_clip)
+        rate = learning_rate(config, self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.trained)
+        return {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate, **logs}
+
+    def _log(self, logs: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        record = {"step": self.step, "seconds": round(self.seconds, 1), **logs}
+        with open(self.config.output_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.report is not None:
+            self.report(record)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "recipe": self.recipe.name,
+            "seed": self.config.seed,
+            "step": self.step,
+            "seconds": self.seconds,
+            "module": self.accelerator.unwrap_model(self.module).state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint)
+
+    def _load(self) -> None:
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FastgenError(f"cannot read checkpoint {self.checkpoint}: {error}") from error
+        if state["recipe"] != self.recipe.name or state["seed"] != self.config.seed:
+            raise FastgenError(
+                f"{self.checkpoint} belongs to recipe {state['recipe']!r} with seed {state['seed']}; "
+                "choose another output folder"
+            )
+        self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]

@@ -1,0 +1,155 @@
+"""Recipe `janus`: the language model and image heads of the tiny Janus, next-token prediction on VQ codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import JanusForConditionalGeneration
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.models.tiny_janus import build_janus
+from fastgen.models.tokenizers import build_janus_tokenizer
+from fastgen.training.cards import inherit_records, write_defaults, write_record
+from fastgen.training.vae import to_pixels
+
+_CAPTION_DROPOUT = 0.1
+
+
+class JanusModule(torch.nn.Module):
+    """The parts of Janus that generate images."""
+
+    adamw_names = ("vision_head",)
+
+    def __init__(self, model: JanusForConditionalGeneration) -> None:
+        super().__init__()
+        inner = model.model
+        self.language_model = inner.language_model
+        self.generation_embeddings = inner.generation_embeddings
+        self.generation_aligner = inner.generation_aligner
+        self.generation_head = inner.generation_head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it.
+
+        Args:
+            input_ids: [n, L] left-padded prompts that end with the begin-of-image token.
+            attention_mask: [n, L].
+            tokens: [n, 256] image tokens in raster order.
+        """
+        prompt = self.language_model.embed_tokens(input_ids)
+        image = self.generation_aligner(self.generation_embeddings(tokens[:, :-1]))
+        mask = F.pad(attention_mask, (0, tokens.shape[1] - 1), value=1)
+        hidden = self.language_model(
+            inputs_embeds=torch.cat([prompt, image], dim=1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        logits: torch.Tensor = self.generation_head(hidden[:, input_ids.shape[1] - 1 :])
+        return logits
+
+
+class JanusRecipe:
+    """Cross-entropy on image tokens with caption dropout in Janus' own form of an unconditional prompt.
+
+    Args:
+        seed: seed of weights and data.
+        vq: folder of a trained VQ tokenizer (recipe `vq`); not read when there is `init`.
+        init: folder of a Janus to go on from; `None` starts from random weights.
+    """
+
+    name = "janus"
+
+    def __init__(self, seed: int, vq: Path | None, init: Path | None = None) -> None:
+        from transformers.models.janus.modeling_janus import JanusVQVAE
+
+        self.part = vq if init is None else init / "config.json"
+        if init is None:
+            if vq is None:
+                raise ValueError("a fresh Janus needs vq, the folder of a trained VQ tokenizer")
+            self.model = build_janus(seed)
+            # A fresh model reads image tokens through their codes, so that like codes start alike.
+            trained = JanusVQVAE.from_pretrained(vq)
+            self.model.model.vqmodel.load_state_dict(trained.state_dict())
+            with torch.no_grad():
+                self.model.model.generation_embeddings.weight.copy_(trained.quantize.embedding.weight)
+        else:
+            self.model = JanusForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+        self.tokenizer = build_janus_tokenizer()
+        self.data = ShapesWorld(seed + 404)
+
+    def build(self) -> JanusModule:
+        """The trained parts; the VQ tokenizer stays frozen."""
+        self.model.model.vqmodel.eval().requires_grad_(False)
+        return JanusModule(self.model).train()
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders and tokenised captions; a dropped caption keeps only its begin marks, the rest becomes padding
+        that is attended to, exactly as `generate` builds the unconditional row."""
+        data = self.data.batch(size, start)
+        texts = [text + self.tokenizer.boi_token for text in data.texts]  # type: ignore[attr-defined]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        ids = tokens.input_ids
+        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
+        boi = self.tokenizer.convert_tokens_to_ids("<begin_of_image>")
+        body = (ids != self.tokenizer.bos_token_id) & (ids != boi)
+        ids = ids.masked_fill(dropped[:, None] & body, self.tokenizer.pad_token_id)
+        return {"images": torch.from_numpy(data.images), "input_ids": ids, "attention_mask": tokens.attention_mask}
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Image tokens [n, 256] of uint8 images."""
+        vq = self.model.model.vqmodel.to(images.device)
+        pixels = to_pixels(images)
+        return vq.encode(pixels, return_dict=True).image_tokens.view(len(images), -1)
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean cross-entropy in nats a token."""
+        tokens = self.encode(batch["images"])
+        logits = module(batch["input_ids"], batch["attention_mask"], tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        return loss, {}
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the whole model in half precision with its tokenizer and processor, loadable by stock transformers."""
+        import copy
+
+        from fastgen.models.tiny_janus import build_processor
+
+        entropy = self.entropy(module)
+        record = {**record, **entropy}
+        # The exported module shares its weights with self.model, which already holds them.
+        model = copy.deepcopy(self.model).to(torch.float16)
+        model.save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+        write_defaults(folder, height=64, width=64, guidance_scale=model.generation_config.guidance_scale)
+        if self.part is not None:
+            inherit_records(folder, self.part)
+        write_record(folder, "janus", record)
+
+    @torch.no_grad()
+    def entropy(self, module: torch.nn.Module, images: int = 64) -> dict[str, float]:
+        """Next-token entropy and cross-entropy (bits) on fresh renders, over all tokens and over background tokens."""
+        device = next(module.parameters()).device
+        data = self.data.batch(images, 20_000_000)
+        texts = [text + self.tokenizer.boi_token for text in data.texts]  # type: ignore[attr-defined]
+        prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        tokens = self.encode(torch.from_numpy(data.images).to(device))
+        module.eval()
+        logits = module(prompt.input_ids, prompt.attention_mask, tokens).float().log_softmax(dim=-1)
+        module.train()
+        entropy = -(logits.exp() * logits).sum(dim=-1) / torch.log(torch.tensor(2.0))
+        cross = F.nll_loss(logits.flatten(0, 1), tokens.flatten()) / torch.log(torch.tensor(2.0))
+        grid = int(tokens.shape[1] ** 0.5)
+        blocks = torch.from_numpy(data.instances).to(device).view(images, grid, -1, grid, data.instances.shape[2] // grid)
+        background = (blocks.amax(dim=(2, 4)) == 0).flatten(1)
+        return {
+            "next_token_entropy_bits": round(float(entropy.mean()), 3),
+            "background_entropy_bits": round(float(entropy[background].mean()), 3),
+            "held_out_cross_entropy_bits": round(float(cross), 3),
+        }

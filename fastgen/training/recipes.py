@@ -1,0 +1,141 @@
+"""The recipes by name, with the settings that made the committed checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.training.engine import Recipe, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeEntry:
+    """A recipe's defaults.
+
+    Args:
+        summary: one line for the command line.
+        settings: fields of `TrainConfig`.
+        needs: the part that must be trained before ("vae", "vq") or "".
+        continues: whether `--init` is understood.
+    """
+
+    summary: str
+    settings: dict[str, Any]
+    needs: str = ""
+    continues: bool = False
+
+
+RECIPES: dict[str, RecipeEntry] = {
+    "vae": RecipeEntry(
+        "the AutoencoderKL of the tiny Z-Image pipeline",
+        {"steps": 2000, "batch_size": 8, "lr": 1.5e-3, "warmup": 50, "decay": 0.4, "ema_decay": 0.99},
+    ),
+    "vq": RecipeEntry(
+        "the VQ tokenizer of the tiny Janus",
+        {"steps": 2000, "batch_size": 8, "lr": 1.5e-3, "warmup": 50, "decay": 0.4, "ema_decay": 0.99},
+    ),
+    "detector": RecipeEntry(
+        "the ShapesWorld detector (checker and FD-shapes features)",
+        {"steps": 1800, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
+    ),
+    "z-image": RecipeEntry(
+        "transformer and text encoder of the tiny Z-Image pipeline",
+        {"steps": 3000, "batch_size": 64, "lr": 2e-3, "decay": 0.4},
+        needs="vae",
+        continues=True,
+    ),
+    "janus": RecipeEntry(
+        "language model and image heads of the tiny Janus",
+        {"steps": 3000, "batch_size": 24, "lr": 2e-3, "decay": 0.4},
+        needs="vq",
+        continues=True,
+    ),
+}
+
+
+def train_config(name: str, output_dir: Path, **overrides: Any) -> TrainConfig:
+    """The recipe's `TrainConfig` with overrides; those that are `None` keep the default.
+
+    Raises:
+        FastgenError: unknown recipe.
+        ValueError: a setting is out of range.
+    """
+    from fastgen.training.engine import TrainConfig
+
+    config = TrainConfig(output_dir=output_dir, **_entry(name).settings)
+    return replace(config, **{key: value for key, value in overrides.items() if value is not None})
+
+
+def build_recipe(name: str, seed: int, part: Path | None = None, init: Path | None = None) -> Recipe:
+    """Build a recipe.
+
+    Args:
+        name: a key of `RECIPES`.
+        seed: seed of weights and data.
+        part: folder of the trained part that the recipe needs (VAE or VQ).
+        init: folder of a model to go on from.
+
+    Raises:
+        FastgenError: unknown recipe, or a folder that is missing, absent or not understood.
+    """
+    entry = _entry(name)
+    if entry.needs and part is None and init is None:
+        raise FastgenError(f"recipe {name} needs --part FOLDER/model/{entry.needs}, written by `fastgen train {entry.needs} -o FOLDER`")
+    if part is not None and not entry.needs:
+        raise FastgenError(f"recipe {name} stands alone and takes no trained part")
+    if init is not None and not entry.continues:
+        raise FastgenError(f"recipe {name} does not take --init; the same command goes on from its checkpoint")
+    for folder in (part, init):
+        if folder is not None and not (folder / "config.json").exists() and not (folder / "model_index.json").exists():
+            raise FastgenError(f"{folder} holds no model (no config.json or model_index.json)")
+    return _BUILDERS[name](seed, part, init)
+
+
+def _entry(name: str) -> RecipeEntry:
+    if name not in RECIPES:
+        raise FastgenError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _vae(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.vae import VaeRecipe
+
+    return VaeRecipe(seed)
+
+
+def _vq(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.vq import VqRecipe
+
+    return VqRecipe(seed)
+
+
+def _detector(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.detector import DetectorRecipe
+
+    return DetectorRecipe(seed)
+
+
+def _z_image(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.z_image import ZImageRecipe
+
+    return ZImageRecipe(seed, part, init)
+
+
+def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.janus import JanusRecipe
+
+    return JanusRecipe(seed, part, init)
+
+
+_BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
+    "vae": _vae,
+    "vq": _vq,
+    "detector": _detector,
+    "z-image": _z_image,
+    "janus": _janus,
+}

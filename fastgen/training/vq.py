@@ -1,0 +1,134 @@
+"""Recipe `vq`: the VQ tokenizer of the tiny Janus, trained on ShapesWorld renders.
+
+Janus looks codes up by Euclidean distance when it encodes and L2-normalises them when it decodes; both agree when
+the codebook lies on the unit sphere, so that is where it is kept. Codes follow an exponential moving average of
+the vectors they win, and codes that win nothing are moved onto vectors of the current batch: that keeps the
+code book in use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.models.tiny_janus import build_janus
+from fastgen.training.cards import write_record
+from fastgen.training.vae import reconstruction_loss, to_pixels
+
+_COMMITMENT = 0.25
+_CODE_DECAY = 0.99
+_DEAD_BELOW = 0.03  # a code is dead when its average count a batch falls below this share of the even share
+
+
+class VqModule(torch.nn.Module):
+    """The VQ model with the running statistics of its code book."""
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+
+    def __init__(self, model: JanusVQVAE) -> None:
+        super().__init__()
+        self.model = model
+        codes = model.quantize.embedding.weight
+        codes.requires_grad_(False)
+        with torch.no_grad():
+            codes.copy_(F.normalize(codes, dim=-1))
+        self.register_buffer("counts", torch.zeros(len(codes)))
+        self.register_buffer("sums", codes.detach().clone())
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit vectors before quantisation, [n, h, w, d]."""
+        hidden = self.model.quant_conv(self.model.encoder(pixels))
+        return F.normalize(hidden.permute(0, 2, 3, 1), dim=-1)
+
+    def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Index of the nearest code of each unit vector [..., d]."""
+        return (vectors @ self.model.quantize.embedding.weight.T).argmax(dim=-1)
+
+    def decode(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Pixels from (quantised) unit vectors [n, h, w, d]."""
+        output: torch.Tensor = self.model.decoder(self.model.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+        return output
+
+    @torch.no_grad()
+    def update_codes(self, vectors: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> None:
+        """Move each code to the running mean direction of its vectors; restart dead codes on fresh vectors."""
+        vectors, indices = vectors.reshape(-1, vectors.shape[-1]).float(), indices.reshape(-1)
+        codes = self.model.quantize.embedding.weight
+        counts = torch.bincount(indices, minlength=len(codes)).float()
+        sums = torch.zeros_like(codes).index_add_(0, indices, vectors)
+        self.counts.lerp_(counts, 1 - _CODE_DECAY)
+        self.sums.lerp_(sums, 1 - _CODE_DECAY)
+        dead = self.counts < _DEAD_BELOW * len(vectors) / len(codes)
+        pick = torch.randint(len(vectors), (len(codes),), generator=generator).to(vectors.device)
+        self.sums[dead] = vectors[pick[dead]]
+        self.counts[dead] = len(vectors) / len(codes)
+        codes.copy_(F.normalize(self.sums, dim=-1))
+
+
+class VqRecipe:
+    """Straight-through VQ autoencoding with a commitment loss.
+
+    Args:
+        seed: seed of weights and data.
+    """
+
+    name = "vq"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.data = ShapesWorld(seed + 202, held_out=False)
+
+    def build(self) -> VqModule:
+        """The VQ model of the tiny Janus with fresh weights."""
+        return VqModule(build_janus(self.seed).model.vqmodel.to(memory_format=torch.channels_last))
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders as uint8 [size, 64, 64, 3]."""
+        return {"images": torch.from_numpy(self.data.batch(size, start).images)}
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Reconstruction + commitment; the codes are updated by their running means."""
+        model: VqModule = getattr(module, "module", module)  # type: ignore[assignment]
+        pixels = to_pixels(batch["images"])
+        vectors = model.encode(pixels)
+        indices = model.nearest(vectors)
+        quantised = model.model.quantize.embedding(indices)
+        commitment = (vectors - quantised).square().sum(dim=-1).mean()
+        output = model.decode(vectors + (quantised - vectors).detach())
+        model.update_codes(vectors.detach(), indices, generator)
+        with torch.no_grad():
+            mse = (output - pixels).square().mean()
+            used = len(indices.unique()) / len(model.counts)
+        loss = reconstruction_loss(output, pixels) + _COMMITMENT * commitment
+        return loss, {"psnr": float(10 * torch.log10(4.0 / mse)), "commitment": float(commitment.detach()), "used": used}
+
+    @torch.no_grad()
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the VQ weights to `folder/vq`, with code use and PSNR on fresh renders."""
+        model: VqModule = getattr(module, "module", module)  # type: ignore[assignment]
+        pixels = to_pixels(torch.from_numpy(self.data.batch(1024, 10_000_000).images))
+        indices, errors = [], []
+        for part in pixels.to(model.counts.device).split(64):
+            codes = model.nearest(model.encode(part))
+            indices.append(codes.flatten())
+            output = model.model.decode(codes.flatten(1)).clamp(-1, 1)
+            errors.append((output - part).square().mean(dim=(1, 2, 3)))
+        counts = torch.bincount(torch.cat(indices), minlength=len(model.counts)).double()
+        share = counts / counts.sum()
+        entropy = -(share[share > 0] * share[share > 0].log2()).sum()
+        record = {
+            **record,
+            "code_use": round(float((counts > 0).double().mean()), 4),
+            "code_entropy_bits": round(float(entropy), 3),
+            "held_out_psnr": round(float(10 * torch.log10(4.0 / torch.cat(errors).mean())), 2),
+        }
+        model.model.save_pretrained(folder / "vq")
+        write_record(folder, "vq", record)

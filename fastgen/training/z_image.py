@@ -1,0 +1,133 @@
+"""Recipe `z-image`: transformer and text encoder of the tiny `ZImagePipeline`, by flow matching on ShapesWorld."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.models.tiny_z_image import build_pipeline
+from fastgen.models.z_image_batch import forward_batch
+from fastgen.training.cards import inherit_records, write_defaults, write_record
+from fastgen.training.vae import to_pixels
+
+STEPS = 12
+GUIDANCE_SCALE = 2.0
+"""Defaults of `fastgen generate` with this model; `ZImagePipeline` computes cond + scale * (cond - uncond)."""
+
+_CAPTION_DROPOUT = 0.1
+_LOGIT_MEAN = 0.5  # noise levels lean to the noisy side, where the layout of the picture is decided
+_UNIFORM_SHARE = 0.15
+
+
+class ZImageModule(torch.nn.Module):
+    """What is trained: the transformer and, jointly, the text encoder."""
+
+    # Input and output projections and the modulation take AdamW; the blocks' matrices take Muon.
+    adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN_modulation")
+
+    def __init__(self, transformer: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Estimate of data - noise for noisy latents [n, C, h, w] under token ids [n, L]."""
+        hidden = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        lengths = attention_mask.sum(dim=1)
+        return forward_batch(self.transformer, latents, timestep, hidden.hidden_states[-2], lengths)  # type: ignore[arg-type]
+
+
+class ZImageRecipe:
+    """Flow matching with caption dropout.
+
+    Args:
+        seed: seed of weights and data.
+        vae: folder of a trained VAE (recipe `vae`); `None` takes the VAE of `init`.
+        init: folder of a pipeline to go on from; `None` starts from random weights.
+    """
+
+    name = "z-image"
+
+    def __init__(self, seed: int, vae: Path | None, init: Path | None = None) -> None:
+        from diffusers import AutoencoderKL, ZImagePipeline
+
+        self.parts = [part for part in (init and init / "transformer", vae) if part is not None]
+        if init is None:
+            self.pipe = build_pipeline(seed)
+        else:
+            self.pipe = ZImagePipeline.from_pretrained(init, torch_dtype=torch.float32)
+        if vae is not None:
+            self.pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae))
+        self.vae = self.pipe.vae.eval().requires_grad_(False)
+        self.data = ShapesWorld(seed + 303)
+
+    def build(self) -> ZImageModule:
+        """Transformer and text encoder; the VAE stays frozen."""
+        return ZImageModule(self.pipe.transformer.train(), self.pipe.text_encoder.train())
+
+    def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Token ids and mask of the chat-formatted prompts, as the pipeline makes them but padded to the longest."""
+        tokenizer = self.pipe.tokenizer
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders and their tokenised captions, some dropped."""
+        data = self.data.batch(size, start)
+        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
+        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        return {"images": torch.from_numpy(data.images), **self.tokenize(texts)}
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Scaled latents of uint8 images, sampled from the VAE's posterior."""
+        self.vae.to(images.device)
+        posterior = self.vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+        latents = posterior.mean + posterior.std * noise
+        config = self.vae.config
+        scaled: torch.Tensor = (latents - config.shift_factor) * config.scaling_factor
+        return scaled.contiguous()
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean squared error of the velocity at logit-normal noise levels."""
+        latents = self.encode(batch["images"], generator)
+        n = len(latents)
+        sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
+        uniform = torch.rand(n, generator=generator)
+        sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
+        sigma = sigma.clamp(1e-3, 1.0).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        level = sigma[:, None, None, None]
+        noisy = (1 - level) * latents + level * noise
+        output = module(noisy, 1 - sigma, batch["input_ids"], batch["attention_mask"])
+        error = (output.float() - (latents - noise)).square().mean(dim=(1, 2, 3))
+        high = error.detach()[sigma > 0.7]
+        return error.mean(), {"high_noise": float(high.mean()) if len(high) else float("nan")}
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the whole pipeline in half precision, loadable by stock diffusers."""
+        import copy
+
+        # The trained module shares its weights with self.pipe, which already holds them.
+        pipe = copy.deepcopy(self.pipe)
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.to(torch.float16)
+        pipe.save_pretrained(folder)
+        write_defaults(folder, height=64, width=64, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        for part in self.parts:
+            inherit_records(folder, part)
+        write_record(folder, "z-image", record)

@@ -1,0 +1,1 @@
+"""Fused Triton kernels: one operation per file, each with its plain PyTorch reference."""

@@ -1,0 +1,5 @@
+"""Diffusers pipelines, loading of models and noise search."""
+
+from fastgen._compat import repair_torchvision
+
+repair_torchvision()  # before the first import of transformers, diffusers, torchmetrics or open_clip
