@@ -22,7 +22,6 @@ __all__ = ["COLORS", "IMAGE_SIZE", "SHAPES", "ShapesBatch", "ShapesWorld", "rend
 FloatArray = npt.NDArray[np.float32]
 
 _CHUNK = 32  # pictures drawn at once: their float canvas stays in the second-level cache
-_WINDOW = 36  # side of the square in which an object is drawn: holds the largest radius (16) and its soft edge
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,45 +109,47 @@ def render(
     for first in range(0, len(scenes), _CHUNK):
         part = slice(first, first + _CHUNK)
         canvas = _backgrounds(seeds[part])
-        for slot in range(max(len(scene) for scene in scenes[part])):
-            _draw_slot(canvas, instances[part], scenes[part], slot)
+        _draw_objects(canvas, instances[part], scenes[part])
         canvas *= np.float32(255.0)
         canvas += np.float32(0.5)
         np.clip(canvas, 0.0, 255.0, out=canvas)
-        images[part] = canvas
+        images[part] = np.moveaxis(canvas.astype(np.uint8), 1, 3)
     return images, instances
 
 
-def _draw_slot(
-    canvas: FloatArray, instances: npt.NDArray[np.uint8], scenes: Sequence[Sequence[SceneObject]], slot: int
+def _draw_objects(
+    canvas: FloatArray, instances: npt.NDArray[np.uint8], scenes: Sequence[Sequence[SceneObject]]
 ) -> None:
-    """Draw the `slot`-th object of every scene that has one, one shape at a time."""
-    by_shape: dict[str, list[int]] = {}
+    """Draw all objects onto the planar canvas [n, 3, 64, 64]: coverage by shape at once, blending one by one.
+
+    Objects never overlap, so the order does not matter.
+    """
+    by_shape: dict[str, list[tuple[int, int]]] = {}
     for index, scene in enumerate(scenes):
-        if len(scene) > slot:
-            by_shape.setdefault(scene[slot].shape, []).append(index)
-    for shape, indices in by_shape.items():
-        objects = [scenes[index][slot] for index in indices]
-        values = np.array([(o.cx, o.cy, o.radius, o.angle, *o.rgb) for o in objects], np.float32)
-        cx, cy, radius, angle = values[:, 0], values[:, 1], values[:, 2], values[:, 3]
-        x0 = np.clip(np.rint(cx).astype(int) - _WINDOW // 2, 0, IMAGE_SIZE - _WINDOW)
-        y0 = np.clip(np.rint(cy).astype(int) - _WINDOW // 2, 0, IMAGE_SIZE - _WINDOW)
-        xs = x0[:, None] + np.arange(_WINDOW)  # [m, window]
-        ys = y0[:, None] + np.arange(_WINDOW)
+        for slot, item in enumerate(scene):
+            by_shape.setdefault(item.shape, []).append((index, slot))
+    for shape, places in by_shape.items():
+        objects = [scenes[index][slot] for index, slot in places]
+        values = np.array([(o.cx, o.cy, o.radius, o.angle) for o in objects], np.float32)
+        cx, cy, radius, angle = values.T
+        window = min(2 * int(np.ceil(radius.max())) + 3, IMAGE_SIZE)
+        x0 = np.clip(np.rint(cx).astype(int) - window // 2, 0, IMAGE_SIZE - window)
+        y0 = np.clip(np.rint(cy).astype(int) - window // 2, 0, IMAGE_SIZE - window)
+        pixel = np.arange(window) + 0.5
         # Pixel centres in the object's own frame: unit radius, unrotated.
-        dx = ((xs + 0.5 - cx[:, None]) / radius[:, None]).astype(np.float32)[:, None, :]
-        dy = ((ys + 0.5 - cy[:, None]) / radius[:, None]).astype(np.float32)[:, :, None]
+        dx = ((x0[:, None] + pixel - cx[:, None]) / radius[:, None]).astype(np.float32)[:, None, :]
+        dy = ((y0[:, None] + pixel - cy[:, None]) / radius[:, None]).astype(np.float32)[:, :, None]
         cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
         distance = _DISTANCES[shape](dx * cos + dy * sin, dy * cos - dx * sin)
         # Anti-aliasing: coverage of a pixel by a straight edge at that signed distance (in pixels).
-        alpha = np.clip(0.5 - distance * radius[:, None, None], 0.0, 1.0)
-        batch = np.array(indices)[:, None, None]
-        window = (batch, ys[:, :, None], xs[:, None, :])
-        under = canvas[window]
-        canvas[window] = under + alpha[..., None] * (values[:, None, None, 4:7] - under)
-        labels = instances[window]
-        labels[alpha > 0.5] = slot + 1
-        instances[window] = labels
+        alpha = np.clip(np.float32(0.5) - distance * radius[:, None, None], 0.0, 1.0)
+        inside = alpha > 0.5
+        for (index, slot), item, x, y, cover, owned in zip(
+            places, objects, x0.tolist(), y0.tolist(), alpha, inside, strict=True
+        ):
+            area = canvas[index, :, y : y + window, x : x + window]
+            area += cover * (np.array(item.rgb, np.float32)[:, None, None] - area)
+            instances[index, y : y + window, x : x + window][owned] = slot + 1
 
 
 def _circle(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -226,7 +227,7 @@ _COARSE_UP, _FINE_UP = _upsampling(_COARSE), _upsampling(_FINE)
 
 
 def _backgrounds(seeds: Sequence[tuple[int, int]]) -> FloatArray:
-    """Two muted colours in a linear gradient, plus coarse coloured and fine grey texture; float [n, 64, 64, 3]."""
+    """Two muted colours in a linear gradient, plus coarse coloured and fine grey texture; float [n, 3, 64, 64]."""
     n = len(seeds)
     coarse = np.empty((n, 3, _COARSE, _COARSE), np.float32)
     fine = np.empty((n, _FINE, _FINE), np.float32)
@@ -240,15 +241,14 @@ def _backgrounds(seeds: Sequence[tuple[int, int]]) -> FloatArray:
     angle = uniform[:, 6] * np.float32(2 * np.pi)
     axis = (np.arange(IMAGE_SIZE, dtype=np.float32) - 31.5) / 64.0
     ramp = np.cos(angle)[:, None, None] * axis + np.sin(angle)[:, None, None] * axis[:, None]  # [n, 64, 64]
-    blend = np.clip(ramp + np.float32(0.5), 0.0, 1.0)[..., None]
-    canvas = blend * (second - first)[:, None, None]
-    canvas += first[:, None, None]
+    blend = np.clip(ramp + np.float32(0.5), 0.0, 1.0)
     strength = (0.4 + 0.6 * uniform[:, 7])[:, None, None]
-    colored = _COARSE_UP @ (coarse * np.float32(0.035)) @ _COARSE_UP.T  # [n, 3, 64, 64]
-    grey = (_FINE_UP @ (fine * np.float32(0.045)) @ _FINE_UP.T) * strength
-    colored += grey[:, None]
-    canvas += np.moveaxis(colored, 1, 3)
-    return np.asarray(canvas, np.float32)
+    canvas: FloatArray = _COARSE_UP @ (coarse * np.float32(0.035)) @ _COARSE_UP.T
+    grey = _FINE_UP @ (fine * np.float32(0.045) * strength) @ _FINE_UP.T
+    for channel in range(3):
+        canvas[:, channel] += grey
+        canvas[:, channel] += first[:, channel, None, None] + blend * (second - first)[:, channel, None, None]
+    return canvas
 
 
 def _muted_color(uniform: FloatArray) -> FloatArray:

@@ -236,7 +236,7 @@ class Trainer:
         with accelerator.autocast():
             loss, logs = self.recipe.loss(self.module, batch, generator)
         if not torch.isfinite(loss):
-            raise FastgenError(f"the loss is {float(loss)} at step {self.step}; lower --lr and start again")
+            raise FastgenError(f"the loss is {float(loss.detach())} at step {self.step}; lower --lr and start again")
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.trained, config.grad_clip)
         rate = learning_rate(config, self.step)

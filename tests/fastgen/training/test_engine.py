@@ -1,0 +1,198 @@
+"""The training loop: exact resume, schedule, EMA export, interruption, bad settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgen.errors import FastgenError
+from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate
+
+
+class LineRecipe:
+    """Fits a small network to a line with noise; records which items each step saw."""
+
+    name = "line"
+
+    def __init__(self, explode_at: int | None = None) -> None:
+        self.starts: list[int] = []
+        self.exported: dict[str, torch.Tensor] = {}
+        self.explode_at = explode_at
+        self.on_batch: Any = None
+
+    def build(self) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        self.starts.append(start)
+        if self.on_batch is not None:
+            self.on_batch(len(self.starts))
+        x = torch.randn(size, 2, generator=generator)
+        return {"x": x, "y": x.sum(dim=1, keepdim=True), "label": "text stays on the CPU"}
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        noise = 0.01 * torch.randn(batch["y"].shape, generator=generator)
+        loss = (module(batch["x"]) - batch["y"] - noise.to(batch["y"])).square().mean()
+        if self.explode_at is not None and len(self.starts) > self.explode_at:
+            loss = loss * float("nan")
+        return loss, {"extra": 1.0}
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.exported = {name: value.clone() for name, value in module.state_dict().items()}
+        (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _config(folder: Path, **overrides: Any) -> TrainConfig:
+    values: dict[str, Any] = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 3, "log_every": 1}
+    return TrainConfig(output_dir=folder, **{**values, **overrides})
+
+
+def _run(folder: Path, **overrides: Any) -> tuple[dict[str, Any], LineRecipe]:
+    recipe = LineRecipe()
+    return Trainer(recipe, _config(folder, **overrides)).run(), recipe
+
+
+def test_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
+    record, recipe = _run(tmp_path, steps=300, ema_decay=0.9)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+    assert record["steps_done"] == 300 and record["items_seen"] == 2400
+    assert recipe.starts == list(range(0, 2400, 8))
+    assert json.loads((tmp_path / "model" / "record.json").read_text())["recipe"] == "line"
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 11])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: int) -> None:
+    """Stopped by a signal after `stop_at` steps and started again: same weights, EMA and items, bit for bit."""
+    _, whole = _run(tmp_path / "whole")
+    recipe = LineRecipe()
+    recipe.on_batch = lambda count: os.kill(os.getpid(), signal.SIGINT) if count == stop_at else None
+    trainer = Trainer(recipe, _config(tmp_path / "parts"))
+    assert trainer.run()["steps_done"] == stop_at
+    record, resumed = _run(tmp_path / "parts")
+    assert record["steps_done"] == 12
+    assert recipe.starts + resumed.starts == whole.starts
+    assert all(torch.equal(whole.exported[name], resumed.exported[name]) for name in whole.exported)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    _run(tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_runs_outside_the_main_thread(tmp_path: Path) -> None:
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(_run(tmp_path)[0]["steps_done"]))
+    thread.start()
+    thread.join()
+    assert done == [12]
+
+
+def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    record, _ = _run(tmp_path, steps=10**6, max_seconds=0.3)
+    assert 0 < record["steps_done"] < 10**6
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_export_holds_the_average_and_leaves_the_weights(tmp_path: Path) -> None:
+    recipe = LineRecipe()
+    trainer = Trainer(recipe, _config(tmp_path, ema_decay=0.99))
+    trainer.run()
+    weights = trainer.module.state_dict()
+    assert any(not torch.equal(weights[name], recipe.exported[name]) for name in weights)
+    for shadow, exported in zip(trainer.ema.shadow_params, recipe.exported.values(), strict=True):
+        assert torch.equal(shadow, exported)
+
+
+def test_a_diverged_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    recipe = LineRecipe(explode_at=6)
+    trainer = Trainer(recipe, _config(tmp_path, checkpoint_every=2))
+    with pytest.raises(FastgenError, match="loss is nan at step 6"):
+        trainer.run()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other recipe", "other seed"])
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
+    _run(tmp_path)
+    path, seed = tmp_path / "checkpoint.pt", 0
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "other recipe":
+        torch.save({**torch.load(path, weights_only=True), "recipe": "circle"}, path)
+    else:
+        seed = 1
+    with pytest.raises(FastgenError, match="checkpoint"):
+        Trainer(LineRecipe(), _config(tmp_path, seed=seed))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.integers(1, 1000), warmup=st.integers(0, 50), decay=st.floats(0, 1), step=st.integers(0, 999)
+)
+def test_learning_rate_stays_in_range_and_ends_low(steps: int, warmup: int, decay: float, step: int) -> None:
+    config = TrainConfig(output_dir=Path("x"), steps=steps, batch_size=1, lr=0.5, warmup=warmup, decay=decay)
+    rate = learning_rate(config, min(step, steps - 1))
+    assert 0 < rate <= 0.5
+    if decay * steps >= 1:
+        assert learning_rate(config, steps - 1) <= 0.5 / (decay * steps) + 1e-12
+    plateau = warmup
+    if plateau < steps - decay * steps:
+        assert math.isclose(learning_rate(config, plateau), 0.5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"decay": 1.5},
+        {"ema_decay": 1.0},
+        {"warmup": -1},
+        {"grad_clip": 0.0},
+        {"max_seconds": -1.0},
+    ],
+)
+def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        _config(Path("x"), **bad)
+
+
+def test_optimizers_split_the_parameters_once() -> None:
+    """Matrices go to Muon; embeddings, named heads, convolutions, vectors to AdamW; frozen ones nowhere."""
+
+    class Net(torch.nn.Module):
+        adamw_names = ("head",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 4)
+            self.hidden = torch.nn.Linear(4, 4)
+            self.head = torch.nn.Linear(4, 2)
+            self.conv = torch.nn.Conv2d(1, 1, 3)
+            self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    net = Net()
+    muon, adamw = build_optimizers(net, 1e-3)
+    hidden = [id(p) for group in muon.param_groups for p in group["params"]]
+    other = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert hidden == [id(net.hidden.weight)]
+    assert other == {id(p) for p in net.parameters() if p.requires_grad} - set(hidden)
