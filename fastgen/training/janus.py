@@ -90,7 +90,7 @@ class JanusRecipe:
         """Renders and tokenised captions; a dropped caption keeps only its begin marks, the rest becomes padding
         that is attended to, exactly as `generate` builds the unconditional row."""
         data = self.data.batch(size, start)
-        texts = [text + self.tokenizer.boi_token for text in data.texts]  # type: ignore[attr-defined]
+        texts = [text + self.tokenizer.boi_token for text in data.texts]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         ids = tokens.input_ids
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
@@ -137,7 +137,7 @@ class JanusRecipe:
         """Next-token entropy and cross-entropy (bits) on fresh renders, over all tokens and over background tokens."""
         device = next(module.parameters()).device
         data = self.data.batch(images, 20_000_000)
-        texts = [text + self.tokenizer.boi_token for text in data.texts]  # type: ignore[attr-defined]
+        texts = [text + self.tokenizer.boi_token for text in data.texts]
         prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         tokens = self.encode(torch.from_numpy(data.images).to(device))
         module.eval()
@@ -146,7 +146,9 @@ class JanusRecipe:
         entropy = -(logits.exp() * logits).sum(dim=-1) / torch.log(torch.tensor(2.0))
         cross = F.nll_loss(logits.flatten(0, 1), tokens.flatten()) / torch.log(torch.tensor(2.0))
         grid = int(tokens.shape[1] ** 0.5)
-        blocks = torch.from_numpy(data.instances).to(device).view(images, grid, -1, grid, data.instances.shape[2] // grid)
+        blocks = (
+            torch.from_numpy(data.instances).to(device).view(images, grid, -1, grid, data.instances.shape[2] // grid)
+        )
         background = (blocks.amax(dim=(2, 4)) == 0).flatten(1)
         return {
             "next_token_entropy_bits": round(float(entropy.mean()), 3),

@@ -41,17 +41,17 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "detector": RecipeEntry(
         "the ShapesWorld detector (checker and FD-shapes features)",
-        {"steps": 1800, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
+        {"steps": 1350, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
     ),
     "z-image": RecipeEntry(
         "transformer and text encoder of the tiny Z-Image pipeline",
-        {"steps": 3000, "batch_size": 64, "lr": 2e-3, "decay": 0.4},
+        {"steps": 3000, "batch_size": 64, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vae",
         continues=True,
     ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
-        {"steps": 3000, "batch_size": 24, "lr": 2e-3, "decay": 0.4},
+        {"steps": 3000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vq",
         continues=True,
     ),
@@ -85,7 +85,10 @@ def build_recipe(name: str, seed: int, part: Path | None = None, init: Path | No
     """
     entry = _entry(name)
     if entry.needs and part is None and init is None:
-        raise FastgenError(f"recipe {name} needs --part FOLDER/model/{entry.needs}, written by `fastgen train {entry.needs} -o FOLDER`")
+        raise FastgenError(
+            f"recipe {name} needs --part FOLDER/model/{entry.needs}, "
+            f"written by `fastgen train {entry.needs} -o FOLDER`"
+        )
     if part is not None and not entry.needs:
         raise FastgenError(f"recipe {name} stands alone and takes no trained part")
     if init is not None and not entry.continues:

@@ -71,6 +71,14 @@ class VqModule(torch.nn.Module):
         codes.copy_(F.normalize(self.sums, dim=-1))
 
 
+def _unwrapped(module: torch.nn.Module) -> VqModule:
+    """The module itself, also when a distributed wrapper holds it."""
+    inner = module if isinstance(module, VqModule) else module.module
+    if not isinstance(inner, VqModule):
+        raise TypeError(f"recipe vq trains a VqModule, got {type(inner).__name__}")
+    return inner
+
+
 class VqRecipe:
     """Straight-through VQ autoencoding with a commitment loss.
 
@@ -96,7 +104,7 @@ class VqRecipe:
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Reconstruction + commitment; the codes are updated by their running means."""
-        model: VqModule = getattr(module, "module", module)  # type: ignore[assignment]
+        model = _unwrapped(module)
         pixels = to_pixels(batch["images"])
         vectors = model.encode(pixels)
         indices = model.nearest(vectors)
@@ -108,12 +116,16 @@ class VqRecipe:
             mse = (output - pixels).square().mean()
             used = len(indices.unique()) / len(model.counts)
         loss = reconstruction_loss(output, pixels) + _COMMITMENT * commitment
-        return loss, {"psnr": float(10 * torch.log10(4.0 / mse)), "commitment": float(commitment.detach()), "used": used}
+        return loss, {
+            "psnr": float(10 * torch.log10(4.0 / mse)),
+            "commitment": float(commitment.detach()),
+            "used": used,
+        }
 
     @torch.no_grad()
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the VQ weights to `folder/vq`, with code use and PSNR on fresh renders."""
-        model: VqModule = getattr(module, "module", module)  # type: ignore[assignment]
+        model = _unwrapped(module)
         pixels = to_pixels(torch.from_numpy(self.data.batch(1024, 10_000_000).images))
         indices, errors = [], []
         for part in pixels.to(model.counts.device).split(64):

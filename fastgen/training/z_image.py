@@ -39,7 +39,7 @@ class ZImageModule(torch.nn.Module):
         """Estimate of data - noise for noisy latents [n, C, h, w] under token ids [n, L]."""
         hidden = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         lengths = attention_mask.sum(dim=1)
-        return forward_batch(self.transformer, latents, timestep, hidden.hidden_states[-2], lengths)  # type: ignore[arg-type]
+        return forward_batch(self.transformer, latents, timestep, hidden.hidden_states[-2], lengths)
 
 
 class ZImageRecipe:

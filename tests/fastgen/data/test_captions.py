@@ -87,9 +87,7 @@ def test_training_never_sees_an_evaluation_prompt_or_combination(training: list[
     evaluated = evaluation_captions()
 
     def combinations(captions: list[Caption] | tuple[Caption, ...], tag: str) -> set[tuple[str | None, ...]]:
-        return {
-            (c.spec.objects[0].shape, c.spec.relation, c.spec.objects[1].shape) for c in captions if c.tag == tag
-        }
+        return {(c.spec.objects[0].shape, c.spec.relation, c.spec.objects[1].shape) for c in captions if c.tag == tag}
 
     for tag in ("position", "two_object"):
         assert combinations(training, tag).isdisjoint(combinations(evaluated, tag))

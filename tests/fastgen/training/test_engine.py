@@ -90,6 +90,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: int)
     assert steps == list(range(1, 13))
 
 
+def test_parts_of_a_batch_give_the_step_of_the_whole(tmp_path: Path) -> None:
+    """Accumulated gradients equal those of the undivided batch, and the same items are used."""
+
+    class Indexed(LineRecipe):
+        def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+            self.starts.append(start)
+            items = torch.arange(start, start + size, dtype=torch.float32)
+            x = torch.stack([torch.sin(items), torch.cos(3 * items)], dim=1)
+            return {"x": x, "y": x.prod(dim=1, keepdim=True)}
+
+        def loss(
+            self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+        ) -> tuple[torch.Tensor, dict[str, float]]:
+            return (module(batch["x"]) - batch["y"]).square().mean(), {}
+
+    results = []
+    for parts in (1, 4):
+        recipe = Indexed()
+        Trainer(recipe, _config(tmp_path / str(parts), accumulate=parts)).run()
+        results.append(recipe)
+    assert results[1].starts == list(range(0, 96, 2)) and results[0].starts == list(range(0, 96, 8))
+    for name, value in results[0].exported.items():
+        torch.testing.assert_close(value, results[1].exported[name], rtol=1e-4, atol=1e-5)
+
+
 def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     _run(tmp_path)
@@ -143,9 +168,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, damage: str) ->
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    steps=st.integers(1, 1000), warmup=st.integers(0, 50), decay=st.floats(0, 1), step=st.integers(0, 999)
-)
+@given(steps=st.integers(1, 1000), warmup=st.integers(0, 50), decay=st.floats(0, 1), step=st.integers(0, 999))
 def test_learning_rate_stays_in_range_and_ends_low(steps: int, warmup: int, decay: float, step: int) -> None:
     config = TrainConfig(output_dir=Path("x"), steps=steps, batch_size=1, lr=0.5, warmup=warmup, decay=decay)
     rate = learning_rate(config, min(step, steps - 1))
@@ -169,6 +192,8 @@ def test_learning_rate_stays_in_range_and_ends_low(steps: int, warmup: int, deca
         {"warmup": -1},
         {"grad_clip": 0.0},
         {"max_seconds": -1.0},
+        {"accumulate": 0},
+        {"accumulate": 3},
     ],
 )
 def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ from fastgen.training.muon import Muon, orthogonalize
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-4, 1.0, 1e4]), seed=st.integers())
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-4, 1.0, 1e4]), seed=st.integers()
+)
 def test_singular_values_come_near_one_and_vectors_stay(rows: int, columns: int, scale: float, seed: int) -> None:
     """The result has the singular vectors of the input (float64 SVD oracle) and singular values near one."""
     generator = torch.Generator().manual_seed(seed % 2**31)

@@ -133,7 +133,11 @@ def test_training_logits_equal_step_by_step_decoding(vq: Path) -> None:
         for index in range(6):
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
             output = inner.language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             )
             cache = output.past_key_values
             logits = inner.generation_head(output.last_hidden_state[:, -1])
@@ -172,7 +176,11 @@ def test_detector_learns_and_loads(tmp_path: Path) -> None:
     ],
 )
 def test_bad_commands_end_in_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["train", *arguments]) == 2
