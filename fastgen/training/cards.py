@@ -1,4 +1,8 @@
-"""Model cards of the embedded checkpoints: what was trained, how, on what, for how long."""
+"""Model cards of the embedded checkpoints: what was trained, how, on what, for how long, and what it scores.
+
+``python -m fastgen.training.cards`` writes the cards of all embedded checkpoints anew from their training records
+and from the committed scores in ``docs/results``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,64 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgen import _assets
+
+_TITLES = {
+    "tiny": "fastgen tiny: a ZImagePipeline for ShapesWorld",
+    "tiny-janus": "fastgen tiny-janus: a JanusForConditionalGeneration for ShapesWorld",
+    "shapes-detector": "fastgen shapes-detector: finds ShapesWorld objects",
+}
+_TEXTS = {
+    "tiny": """A `diffusers.ZImagePipeline` of stock classes: `AutoencoderKL` (f=4, 16 latent channels), a small
+`Qwen3Model` text encoder with a word-level tokenizer, `ZImageTransformer2DModel` (width 192, 5 layers, patch 2) and
+`FlowMatchEulerDiscreteScheduler`. It draws 64x64 pictures of ShapesWorld captions ("a red circle left of a blue
+square") and exists so that everything in fastgen runs on a CPU in the first minute.
+
+```python
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny")
+image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
+```
+
+Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token), one size, and
+nothing of natural images. The text encoder was trained together with the transformer.""",
+    "tiny-janus": """A stock `transformers.JanusForConditionalGeneration`: VQ tokenizer (16x16 tokens, 512
+codes), 4-layer Llama of width 256, image heads. It draws 64x64 pictures of ShapesWorld captions with stock
+`generate(generation_mode="image")`.
+
+```python
+from transformers import AutoTokenizer, JanusForConditionalGeneration
+
+tokenizer = AutoTokenizer.from_pretrained("fastgen/assets/tiny-janus")
+model = JanusForConditionalGeneration.from_pretrained("fastgen/assets/tiny-janus")
+inputs = tokenizer("a red circle" + tokenizer.boi_token, return_tensors="pt")
+tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guidance_scale=4.0)
+pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
+```
+
+Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
+untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
+    "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
+the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate features are the extractor of
+FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
+
+Limits: it was trained on renders only; a generated object between two shapes gets the nearer of the two when its
+confidence passes the threshold.""",
+}
+_LIBRARIES = {"tiny": "diffusers", "tiny-janus": "transformers", "shapes-detector": "fastgen"}
+_REMARKS = {
+    "held_out_psnr": "PSNR on fresh renders (dB)",
+    "code_use": "share of the code book in use on 1,024 fresh renders",
+    "code_entropy_bits": "entropy of the codes (bits of 9)",
+    "next_token_entropy_bits": "mean next-token entropy (bits of 9)",
+    "background_entropy_bits": "mean next-token entropy on background tokens (bits of 9)",
+    "held_out_cross_entropy_bits": "cross-entropy on fresh renders (bits a token)",
+}
+
 
 def write_record(folder: Path, part: str, record: dict[str, Any]) -> None:
-    """Add the record of `part` ("vae", "transformer", …) to `folder/training.json`."""
+    """Add the record of `part` ("vae", "z-image", …) to `folder/training.json`."""
     path = folder / "training.json"
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     records[part] = record
@@ -31,3 +90,66 @@ def inherit_records(folder: Path, part: Path) -> None:
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def card(name: str, records: dict[str, Any], scores: dict[str, Any] | None = None) -> str:
+    """The model card of an embedded checkpoint as Markdown with Hub front matter.
+
+    Args:
+        name: "tiny", "tiny-janus" or "shapes-detector".
+        records: its training.json.
+        scores: a result of `fastgen eval shapes --json`, if there is one.
+    """
+    lines = ["---", "license: apache-2.0", f"library_name: {_LIBRARIES[name]}", "---", f"# {_TITLES[name]}", ""]
+    lines += [_TEXTS[name], "", "## Training", ""]
+    for part, record in records.items():
+        lines += [_training_line(part, record), ""]
+    if scores is not None:
+        lines += ["## Scores", "", *_score_lines(scores), ""]
+    return "\n".join(lines)
+
+
+def _training_line(part: str, record: dict[str, Any]) -> str:
+    config = record["config"]
+    options = [
+        f"--{key.replace('_', '-')} {config[key]}" for key in ("steps", "batch_size", "accumulate", "lr", "seed")
+    ]
+    made_from = {"z-image": " --part RUNS/vae/model/vae", "janus": " --part RUNS/vq/model/vq"}.get(part, "")
+    remarks = "; ".join(f"{_REMARKS[key]}: {record[key]}" for key in _REMARKS if key in record)
+    stages = "".join(f" {text}" for text in record.get("notes", []))
+    return (
+        f"**{part}**: `fastgen train {part} -o RUNS/{part}{made_from} {' '.join(options)}`. "
+        f"{record['steps_done']:,} steps, {record['items_seen']:,} images, {record['seconds'] / 60:.0f} minutes on "
+        f"{record['cpu'] if record['device'] == 'cpu' else record['device']} "
+        f"({record['threads']} thread{'s' if record['threads'] > 1 else ''}, torch {record['torch']}), "
+        f"commit {record['commit']}.{stages} {remarks}."
+    )
+
+
+def _score_lines(scores: dict[str, Any]) -> list[str]:
+    tasks = ", ".join(f"{tag} {task['score']:.3f}" for tag, task in scores["tasks"].items())
+    line = (
+        f"{scores['benchmark']}: **{scores['overall']:.3f}** ± {scores['overall_stderr']:.3f} (s.e.) over "
+        f"{scores['n_images']} images of {scores['n_prompts']} held-out prompts ({tasks})."
+    )
+    distance = scores.get("fd_shapes")
+    return [line, *([f"{distance['protocol']}: **{distance['value']:.2f}**."] if distance else [])]
+
+
+def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[Path]:
+    """Write README.md of every embedded checkpoint, then the checksums; returns the cards."""
+    results = results or root.parent.parent / "docs" / "results"
+    written = []
+    for name in _assets.names(root):
+        records = json.loads((root / name / "training.json").read_text(encoding="utf-8"))
+        path = results / f"shapesworld-{name}.json"
+        scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        target = root / name / "README.md"
+        target.write_text(card(name, records, scores), encoding="utf-8")
+        written.append(target)
+    _assets.write_checksums(root)
+    return written
+
+
+if __name__ == "__main__":
+    write_cards()

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from fastgen.environment import commit, cpu_name
 from fastgen.errors import FastgenError
 from fastgen.training.muon import Muon
 
@@ -228,7 +229,9 @@ class Trainer:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
+            "cpu": cpu_name(),
             "torch": torch.__version__,
+            "commit": commit(),
             "last": {key: round(value, 5) for key, value in logs.items()},
         }
 
