@@ -24,7 +24,8 @@ def forward_batch(
     timestep: torch.Tensor,
     caption: torch.Tensor,
     caption_lengths: torch.Tensor,
-) -> torch.Tensor:
+    probe: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The transformer's output for a batch.
 
     Args:
@@ -33,9 +34,10 @@ def forward_batch(
         timestep: [n], 1 - sigma in [0, 1] as `ZImagePipeline` passes it.
         caption: [n, L, D] text features; rows beyond `caption_lengths` may hold anything.
         caption_lengths: [n], real tokens of each caption, 1 … L.
+        probe: index of a main block whose image tokens are returned too.
 
     Returns:
-        [n, C, H, W], an estimate of data - noise.
+        The estimate of data - noise [n, C, H, W]; the hidden image tokens [n, h w, dim] after block `probe`, or None.
 
     Raises:
         ValueError: the image is not a multiple of 32 tokens or has odd sides.
@@ -62,12 +64,15 @@ def forward_batch(
         text = block(text, None, text_freqs)
     hidden = torch.cat([image, text], dim=1)
     freqs = torch.cat([image_freqs, text_freqs], dim=1)
-    for block in transformer.layers:
+    probed = None
+    for index, block in enumerate(transformer.layers):
         hidden = block(hidden, None, freqs, modulation)
+        if index == probe:
+            probed = hidden[:, : rows * columns]
     # Only image tokens are read from the last layer.
     output = transformer.all_final_layer["2-1"](hidden[:, : rows * columns], c=modulation)
     output = output.reshape(n, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
-    return output.reshape(n, channels, height, width)
+    return output.reshape(n, channels, height, width), probed
 
 
 def _rope(

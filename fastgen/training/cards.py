@@ -49,8 +49,8 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
-the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate features are the extractor of
-FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
+the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
+features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
 
 Limits: it was trained on renders only; a generated object between two shapes gets the nearer of the two when its
 confidence passes the threshold.""",

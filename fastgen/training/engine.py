@@ -36,7 +36,9 @@ class TrainConfig:
         steps: optimiser steps in all.
         batch_size: items a step and process.
         accumulate: parts a step's batch is worked off in; a divisor of batch_size. Small parts stay in the CPU's
-            cache: four parts train the tiny Janus about 1.4 times as fast as one.
+            cache: four parts train the tiny Janus about 1.3 times as fast as one.
+        compile: `torch.compile` the sub-modules that the recipe's module names in `compiled_parts` (tiny Janus on one
+            CPU core: 1.26 times as fast, after 80 s of compiling).
         lr: peak learning rate.
         seed: seeds weights, data and noise.
         warmup: steps of linear warm-up.
@@ -64,6 +66,7 @@ class TrainConfig:
     log_every: int = 20
     max_seconds: float = 0.0
     accumulate: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
@@ -180,6 +183,9 @@ class Trainer:
         module = recipe.build()
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.optimizers = build_optimizers(module, config.lr)
+        if config.compile:
+            for name in getattr(module, "compiled_parts", ()):
+                module.get_submodule(name).compile(dynamic=False)
         self.module = self.accelerator.prepare(module)
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)

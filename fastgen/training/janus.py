@@ -13,15 +13,18 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_janus import build_janus
 from fastgen.models.tokenizers import build_janus_tokenizer
 from fastgen.training.cards import inherit_records, write_defaults, write_record
+from fastgen.training.layout import LayoutHead, patch_labels
 from fastgen.training.vae import to_pixels
 
 _CAPTION_DROPOUT = 0.1
+_LAYOUT_WEIGHT = 0.3
 
 
 class JanusModule(torch.nn.Module):
     """The parts of Janus that generate images."""
 
-    adamw_names = ("vision_head",)
+    adamw_names = ("vision_head", "layout")
+    compiled_parts = ("language_model",)
 
     def __init__(self, model: JanusForConditionalGeneration) -> None:
         super().__init__()
@@ -30,9 +33,12 @@ class JanusModule(torch.nn.Module):
         self.generation_embeddings = inner.generation_embeddings
         self.generation_aligner = inner.generation_aligner
         self.generation_head = inner.generation_head
+        self.layout = LayoutHead(inner.language_model.config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it.
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and hidden states.
 
         Args:
             input_ids: [n, L] left-padded prompts that end with the begin-of-image token.
@@ -48,8 +54,8 @@ class JanusModule(torch.nn.Module):
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        logits: torch.Tensor = self.generation_head(hidden[:, input_ids.shape[1] - 1 :])
-        return logits
+        hidden = hidden[:, input_ids.shape[1] - 1 :]
+        return self.generation_head(hidden), hidden
 
 
 class JanusRecipe:
@@ -91,13 +97,19 @@ class JanusRecipe:
         that is attended to, exactly as `generate` builds the unconditional row."""
         data = self.data.batch(size, start)
         texts = [text + self.tokenizer.boi_token for text in data.texts]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        # One length for every batch (the longest caption of the grammar has 16 tokens): nothing is compiled twice.
+        tokens = self.tokenizer(texts, padding=True, pad_to_multiple_of=16, return_tensors="pt")
         ids = tokens.input_ids
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
         boi = self.tokenizer.convert_tokens_to_ids("<begin_of_image>")
         body = (ids != self.tokenizer.bos_token_id) & (ids != boi)
         ids = ids.masked_fill(dropped[:, None] & body, self.tokenizer.pad_token_id)
-        return {"images": torch.from_numpy(data.images), "input_ids": ids, "attention_mask": tokens.attention_mask}
+        return {
+            "images": torch.from_numpy(data.images),
+            "input_ids": ids,
+            "attention_mask": tokens.attention_mask,
+            **patch_labels(data, 4),
+        }
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -109,11 +121,13 @@ class JanusRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats a token."""
+        """Mean cross-entropy in nats a token, plus the layout loss."""
         tokens = self.encode(batch["images"])
-        logits = module(batch["input_ids"], batch["attention_mask"], tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        return loss, {}
+        logits, hidden = module(batch["input_ids"], batch["attention_mask"], tokens)
+        cross = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        # The hidden state that predicts a token also tells what covers that token's patch.
+        layout = module.get_submodule("layout")(hidden, batch["patch_shapes"], batch["patch_colors"])
+        return cross + _LAYOUT_WEIGHT * layout, {"token": float(cross.detach()), "layout": float(layout.detach())}
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole model in half precision with its tokenizer and processor, loadable by stock transformers."""
@@ -141,7 +155,7 @@ class JanusRecipe:
         prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         tokens = self.encode(torch.from_numpy(data.images).to(device))
         module.eval()
-        logits = module(prompt.input_ids, prompt.attention_mask, tokens).float().log_softmax(dim=-1)
+        logits = module(prompt.input_ids, prompt.attention_mask, tokens)[0].float().log_softmax(dim=-1)
         module.train()
         entropy = -(logits.exp() * logits).sum(dim=-1) / torch.log(torch.tensor(2.0))
         cross = F.nll_loss(logits.flatten(0, 1), tokens.flatten()) / torch.log(torch.tensor(2.0))

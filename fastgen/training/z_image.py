@@ -11,6 +11,7 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
 from fastgen.models.z_image_batch import forward_batch
 from fastgen.training.cards import inherit_records, write_defaults, write_record
+from fastgen.training.layout import LayoutHead, patch_labels
 from fastgen.training.vae import to_pixels
 
 STEPS = 12
@@ -20,26 +21,38 @@ GUIDANCE_SCALE = 2.0
 _CAPTION_DROPOUT = 0.1
 _LOGIT_MEAN = 0.5  # noise levels lean to the noisy side, where the layout of the picture is decided
 _UNIFORM_SHARE = 0.15
+_LAYOUT_WEIGHT = 0.2
+_PROBE = 2  # the layout is read after the third of five blocks
 
 
 class ZImageModule(torch.nn.Module):
     """What is trained: the transformer and, jointly, the text encoder."""
 
     # Input and output projections and the modulation take AdamW; the blocks' matrices take Muon.
-    adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN_modulation")
+    adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN_modulation", "layout")
 
     def __init__(self, transformer: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.layout = LayoutHead(transformer.dim)  # type: ignore[arg-type]
 
     def forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Estimate of data - noise for noisy latents [n, C, h, w] under token ids [n, L]."""
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        shapes: torch.Tensor,
+        colors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate of data - noise for noisy latents [n, C, h, w] under token ids [n, L], and the layout loss."""
         hidden = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         lengths = attention_mask.sum(dim=1)
-        return forward_batch(self.transformer, latents, timestep, hidden.hidden_states[-2], lengths)
+        output, tokens = forward_batch(
+            self.transformer, latents, timestep, hidden.hidden_states[-2], lengths, probe=_PROBE
+        )
+        return output, self.layout(tokens, shapes, colors)
 
 
 class ZImageRecipe:
@@ -87,7 +100,7 @@ class ZImageRecipe:
         data = self.data.batch(size, start)
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
-        return {"images": torch.from_numpy(data.images), **self.tokenize(texts)}
+        return {"images": torch.from_numpy(data.images), **self.tokenize(texts), **patch_labels(data, 8)}
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -103,7 +116,7 @@ class ZImageRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean squared error of the velocity at logit-normal noise levels."""
+        """Mean squared error of the velocity at logit-normal noise levels, plus the layout loss."""
         latents = self.encode(batch["images"], generator)
         n = len(latents)
         sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
@@ -113,10 +126,22 @@ class ZImageRecipe:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         level = sigma[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
-        output = module(noisy, 1 - sigma, batch["input_ids"], batch["attention_mask"])
+        output, layout = module(
+            noisy,
+            1 - sigma,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["patch_shapes"],
+            batch["patch_colors"],
+        )
         error = (output.float() - (latents - noise)).square().mean(dim=(1, 2, 3))
         high = error.detach()[sigma > 0.7]
-        return error.mean(), {"high_noise": float(high.mean()) if len(high) else float("nan")}
+        numbers = {
+            "velocity": float(error.detach().mean()),
+            "high_noise": float(high.mean()) if len(high) else float("nan"),
+            "layout": float(layout.detach()),
+        }
+        return error.mean() + _LAYOUT_WEIGHT * layout, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole pipeline in half precision, loadable by stock diffusers."""

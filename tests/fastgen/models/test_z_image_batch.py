@@ -42,7 +42,7 @@ def test_equals_stock_forward(
             [rows[:length] for rows, length in zip(caption, lengths, strict=True)],
             return_dict=False,
         )[0]
-        ours = forward_batch(transformer, latents, timestep, caption, torch.tensor(lengths))  # type: ignore[arg-type]
+        ours = forward_batch(transformer, latents, timestep, caption, torch.tensor(lengths))[0]  # type: ignore[arg-type]
     torch.testing.assert_close(ours, torch.stack(stock).squeeze(2), rtol=1e-4, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_gradients_equal_stock(transformer: torch.nn.Module) -> None:
     parameters = [p for name, p in transformer.named_parameters() if "layers.0" in name or "cap_embedder" in name]
     stock = torch.stack(transformer([x[:, None] for x in latents], timestep, list(caption), return_dict=False)[0])
     first = torch.autograd.grad(stock.square().mean(), parameters)
-    ours = forward_batch(transformer, latents, timestep, caption, torch.tensor([9, 9]))  # type: ignore[arg-type]
+    ours = forward_batch(transformer, latents, timestep, caption, torch.tensor([9, 9]))[0]  # type: ignore[arg-type]
     second = torch.autograd.grad(ours.square().mean(), parameters)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

@@ -127,7 +127,7 @@ def test_training_logits_equal_step_by_step_decoding(vq: Path) -> None:
     prompt = recipe.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[attr-defined]
     tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = module(prompt.input_ids, prompt.attention_mask, tokens)
+        whole, _ = module(prompt.input_ids, prompt.attention_mask, tokens)
         embeds = inner.language_model.embed_tokens(prompt.input_ids)
         mask, cache = prompt.attention_mask, None
         for index in range(6):

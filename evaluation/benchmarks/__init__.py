@@ -1,0 +1,1 @@
+"""Benchmarks: each writes JSON with its environment and checks correctness first."""

@@ -1,0 +1,330 @@
+"""What `fastgen generate` costs: cold start, seconds per picture and per step, memory; before, a check of correctness.
+
+Times are wall-clock seconds. A row gives n measured runs after warm-up runs, and their 20th, 50th and 80th percentile.
+"Per step" is the denoising (or token) stage of one call divided by its steps, however many pictures the call made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import FastgenError
+
+__all__ = ["benchmark_generate", "environment", "measure_process", "percentiles"]
+
+PROMPT = "a red circle left of a blue square"
+# The stage whose duration is divided by the number of steps, by its name in the statistics.
+_STAGES = ("denoise", "tokens")
+
+
+def benchmark_generate(
+    models: Sequence[str] = ("tiny", "tiny-janus"),
+    *,
+    runs: int = 5,
+    batches: Sequence[int] = (1, 8),
+    steps: int | None = 8,
+    cold: bool = True,
+    compile: bool = True,
+    device: str = "cpu",
+    dtype: str = "auto",
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        models: names, folders or Hub ids.
+        runs: measured runs of each row.
+        batches: numbers of pictures per call.
+        steps: denoising steps of diffusion models; None takes each model's default.
+        cold: measure cold starts as well, each in a process of its own.
+        compile: also measure diffusion models with their transformer under torch.compile.
+        report: told what is going on, line by line.
+
+    Returns:
+        a JSON-ready dict: "environment", "settings", "cold" (rows) and "warm" (rows).
+
+    Raises:
+        FastgenError: an argument outside its range, or pictures that depend on the batch size: a fast wrong answer is
+            not worth timing.
+    """
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise FastgenError(f"runs: {runs!r} is not allowed, needs an integer >= 1")
+    if not batches or min(batches) < 1:
+        raise FastgenError(f"batches: {list(batches)} is not allowed, needs integers >= 1")
+    cold_rows = []
+    if cold:
+        report("cold start")
+        cold_rows = _cold_rows(models, runs, steps, device, dtype)
+    warm_rows = []
+    for model in models:
+        warm_rows += _warm_rows(model, runs, batches, steps, compile, device, dtype, report)
+    return {
+        "benchmark": "generate",
+        "environment": environment(),
+        "settings": {
+            "models": list(models),
+            "runs": runs,
+            "batches": list(batches),
+            "steps": steps,
+            "device": device,
+            "dtype": dtype,
+            "prompt": PROMPT,
+        },
+        "cold": cold_rows,
+        "warm": warm_rows,
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile, with linear interpolation between the sorted values."""
+    ordered = sorted(values)
+    result = {}
+    for name, share in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8)):
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        result[name] = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from: machine, versions, commit, date."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in ("fastgen", "torch", "diffusers", "transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None  # type: ignore[assignment]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": versions,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def measure_process(command: Sequence[str], *, environ: dict[str, str] | None = None) -> tuple[float, int | None, str]:
+    """Run a command to its end.
+
+    Returns:
+        wall seconds, peak resident bytes (None where the system does not tell), standard output.
+
+    Raises:
+        FastgenError: it failed; the message has its last line.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(list(command), stdout=out, stderr=err, env=environ)
+        peak = None
+        if hasattr(os, "wait4"):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            # The unit is kibibytes on Linux and bytes on macOS.
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            process.wait()
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        err.seek(0)
+        if process.returncode != 0:
+            lines = err.read().decode(errors="replace").strip().splitlines()
+            raise FastgenError(f"{' '.join(command[:6])} … failed with {process.returncode}: {lines[-1:]}")
+        return seconds, peak, out.read().decode(errors="replace")
+
+
+# ---- cold ----
+
+
+def _cold_rows(models: Sequence[str], runs: int, steps: int | None, device: str, dtype: str) -> list[dict[str, Any]]:
+    timed_import = "import time; t = time.perf_counter(); import fastgen; print(time.perf_counter() - t)"
+    rows = [_cold_row("import fastgen", [sys.executable, "-c", timed_import], runs, printed_seconds=True)]
+    command = [sys.executable, "-m", "fastgen.cli.main"]
+    rows.append(_cold_row("fastgen --help", [*command, "--help"], runs))
+    with tempfile.TemporaryDirectory() as folder:
+        for model in models:
+            arguments = ["generate", PROMPT, "--model", model, "--overwrite", "--device", device, "--dtype", dtype]
+            if steps is not None and _is_diffusion(model):
+                arguments += ["--steps", str(steps)]
+            arguments += ["-o", str(Path(folder, "out.png"))]
+            rows.append(_cold_row(f"fastgen generate --model {model}", [*command, *arguments], runs))
+    return rows
+
+
+def _cold_row(name: str, command: list[str], runs: int, printed_seconds: bool = False) -> dict[str, Any]:
+    # The first run fills the disk cache and the bytecode cache, which a second user of the machine has as well.
+    results = [measure_process(command) for _ in range(runs + 1)]
+    seconds = [float(output) if printed_seconds else wall for wall, _, output in results]
+    peaks = [peak for _, peak, _ in results if peak is not None]
+    return {
+        "what": name,
+        "n": runs,
+        "first_run_seconds": seconds[0],
+        "seconds": percentiles(seconds[1:]),
+        "peak_rss_bytes": max(peaks, default=None),
+    }
+
+
+def _is_diffusion(model: str) -> bool:
+    from fastgen.pipelines.checkpoint import find_checkpoint
+
+    return find_checkpoint(model).kind == "diffusers"
+
+
+# ---- warm ----
+
+
+def _warm_rows(
+    model: str,
+    runs: int,
+    batches: Sequence[int],
+    steps: int | None,
+    compile: bool,
+    device: str,
+    dtype: str,
+    report: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    import torch
+
+    from fastgen.pipelines.loading import load_pipeline
+
+    pipe = load_pipeline(model, device=device, dtype=dtype)
+    diffusion = _is_diffusion(model)
+    options = {"steps": steps} if diffusion and steps is not None else {}
+    report(f"{model}: same pixels for every batch size")
+    _check_batches(pipe, options, model)
+    rows = []
+    for batch in batches:
+        for invariant in (True, False) if batch > 1 else (True,):
+            report(f"{model}: {batch} pictures, {'batch-invariant' if invariant else 'fast batches'}")
+            rows.append({"model": model, "engine": "eager", **_warm_row(pipe, batch, invariant, options, runs)})
+    if not (compile and diffusion):
+        return rows
+    eager = pipe.transformer
+    pipe.transformer = torch.compile(eager)
+    try:
+        for batch in batches:
+            report(f"{model}: {batch} pictures, torch.compile")
+            try:
+                row = _warm_row(pipe, batch, batch == 1, options, runs)
+            except Exception as error:  # no compiler, or a model that cannot be compiled: told, not hidden
+                row = {"batch": batch, "failed": _first_line(error)}
+            rows.append({"model": model, "engine": "torch.compile", **row})
+    finally:
+        pipe.transformer = eager
+    return rows
+
+
+def _warm_row(pipe: Any, batch: int, invariant: bool, options: dict[str, Any], runs: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    _run_once(pipe, batch, invariant, options)
+    first = time.perf_counter() - start
+    _run_once(pipe, batch, invariant, options)
+    walls, per_step = [], []
+    stats: dict[str, Any] = {}
+    for _ in range(runs):
+        wall, step_seconds, stats = _run_once(pipe, batch, invariant, options)
+        walls.append(wall / batch)
+        per_step.append(step_seconds)
+    return {
+        "batch": batch,
+        "batch_invariant": invariant,
+        "warm_up": 2,
+        "first_run_seconds": first,
+        "n": runs,
+        "seconds_per_image": percentiles(walls),
+        "seconds_per_step": percentiles(per_step),
+        "peak_memory_bytes": stats.get("peak_memory_bytes"),
+        "paths": stats.get("paths"),
+    }
+
+
+def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
+    """Wall seconds of the batch, seconds per step of one call, statistics of the last call."""
+    from fastgen.pipelines.loading import generate_images
+
+    steps_seen = 1
+
+    def count(progress: Any) -> None:
+        nonlocal steps_seen
+        steps_seen = progress.steps
+
+    start = time.perf_counter()
+    pictures = list(
+        generate_images(
+            pipe,
+            [PROMPT] * batch,
+            list(range(batch)),
+            batch_size=batch,
+            batch_invariant=invariant,
+            callback=count,
+            **options,
+        )
+    )
+    wall = time.perf_counter() - start
+    stats = pictures[-1].stats
+    return wall, sum(stats["seconds"].get(stage, 0.0) for stage in _STAGES) / steps_seen, stats
+
+
+def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:
+    from fastgen.pipelines.loading import generate_images
+
+    prompts, seeds = [PROMPT, "a green star", "two white rings"], [0, 1, 2]
+
+    def pixels(batch_size: int) -> list[bytes]:
+        pictures = generate_images(pipe, prompts, seeds, batch_size=batch_size, **options)
+        return [picture.image.tobytes() for picture in pictures]
+
+    if pixels(1) != pixels(3):
+        raise FastgenError(f"model {model!r}: pictures depend on the batch size; not timed")
+
+
+# ---- environment ----
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file is in, with "+" if it has changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Fréchet distances; each number is printed with the protocol that made it."""

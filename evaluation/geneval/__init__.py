@@ -1,0 +1,1 @@
+"""GenEval: detection types, decision rules, prompt metadata and the ShapesWorld checker."""

@@ -1,0 +1,127 @@
+"""ShapesWorld-GenEval and FD-shapes of a folder of images, and the renderer as the model that bounds both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastgen.accounting import phase
+from fastgen.data.captions import TASKS, evaluation_captions, evaluation_prompts
+from fastgen.data.scenes import sample_scene
+from fastgen.data.shapes import render
+from fastgen.errors import FastgenError
+from fastgen.evaluation.fid.shapes import FDShapes
+from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
+from fastgen.evaluation.report import contact_sheet, versions
+from fastgen.evaluation.runner import OnProgress, Sample, iterate_images, judge_samples, read_samples, spread
+
+BENCHMARK = "ShapesWorld-GenEval"
+RENDERS = "renders"
+"""Name of the pseudo-model that draws every prompt with the ShapesWorld renderer: the ceiling of both scores."""
+SHEET_IMAGES = 64
+
+
+def shapes_prompts(limit: int | None = None) -> list[Metadata]:
+    """The 360 evaluation prompts, or the first `limit` of each task.
+
+    Raises:
+        ValueError: limit < 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: needs an integer >= 1, got {limit}")
+    items = [Metadata.from_dict(data) for data in evaluation_prompts()]
+    return [item for tag in TASKS for item in [other for other in items if other.tag == tag][:limit]]
+
+
+def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
+    """One render per (evaluation prompt, seed): what a perfect model would draw.
+
+    Raises:
+        FastgenError: a prompt is none of the evaluation prompts, so its scene is not known.
+    """
+    known = {caption.text: index for index, caption in enumerate(evaluation_captions())}
+    for prompt in prompts:
+        if prompt not in known:
+            raise FastgenError(f"{RENDERS}: {prompt!r} is no ShapesWorld evaluation prompt")
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        index = known[prompt]
+        scene = sample_scene(evaluation_captions()[index].spec, random.Random(f"{seed}/{prompt}"))
+        images, _ = render([scene], [(seed, index)])
+        yield Image.fromarray(images[0])
+
+
+@dataclass(frozen=True, slots=True)
+class FolderScore:
+    """Scores of a folder.
+
+    Attributes:
+        data: JSON-ready: benchmark, tasks, overall, standard errors, counts, fd_shapes, detector, versions.
+        samples, results: every image and its verdict, in the same order.
+    """
+
+    data: dict[str, Any]
+    samples: list[Sample]
+    results: list[ImageResult]
+
+    def sheet(self, *, captions: bool = False, count: int = SHEET_IMAGES) -> Image.Image:
+        """The first image of each of `count` prompts spread over the tasks, with green or red verdict bars."""
+        first: dict[int, int] = {}
+        for index, sample in enumerate(self.samples):
+            first.setdefault(sample.prompt_id, index)
+        firsts = list(first.values())
+        chosen = [firsts[k] for k in spread(len(firsts), count)]
+        return contact_sheet(
+            [Image.fromarray(self.samples[i].load()) for i in chosen],
+            [self.samples[i].metadata.prompt for i in chosen] if captions else None,
+            correct=[self.results[i].correct for i in chosen],
+        )
+
+
+def score_folder(
+    folder: str | Path,
+    model: ShapesModel,
+    *,
+    device: str = "cpu",
+    allow_small: bool = False,
+    fd: FDShapes | None = None,
+    on_progress: OnProgress | None = None,
+) -> FolderScore:
+    """ShapesWorld-GenEval and FD-shapes of the images under `folder` (GenEval's layout).
+
+    A set too small for FD-shapes still gets its task scores; `fd_shapes` then says why it has no value.
+
+    Args:
+        model: the detector network, see `load_detector`.
+        allow_small: compute FD-shapes of fewer than 2 x 128 images all the same.
+        fd: the distance to use; the standard protocol when None.
+
+    Raises:
+        FastgenError: the folder cannot be read, see `read_samples`.
+    """
+    checker = ShapesChecker(model, device=device)
+    samples = read_samples(folder, checker)
+    with phase("check"):
+        results = judge_samples(samples, checker, on_progress=on_progress)
+    data: dict[str, Any] = {"benchmark": BENCHMARK, **summarize(results).as_dict()}
+    with phase("fd"):
+
+        def reference_progress(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress("reference", done, total)
+
+        distance = fd or FDShapes(model, device=device, on_progress=reference_progress)
+        try:
+            distance.check_size(len(samples), allow_small)
+        except FastgenError as error:
+            data["fd_shapes"] = {"value": None, "protocol": distance.protocol, "reason": str(error)}
+        else:
+            data["fd_shapes"] = distance(iterate_images(samples, on_progress), allow_small=allow_small).as_dict()
+    data |= {"detector": fingerprint(model), "versions": versions()}
+    return FolderScore(data, samples, results)

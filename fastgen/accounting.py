@@ -1,0 +1,361 @@
+"""What a run really did: FLOPs, tokens, passes, acceptance, seconds by phase and peak memory. A leaf.
+
+    with account() as stats:
+        with phase("load"):
+            pipe = load_pipeline("tiny")
+        with phase("denoise"), count_flops():
+            ...
+    stats.seconds["denoise"], stats.flops, stats.as_dict()
+
+Code that does the work reports through the functions of this module; they do nothing when no account is open, so that
+a library function needs neither a parameter nor a check. torch is imported by `count_flops` only.
+
+**Who is told.** Open accounts nest: a report goes to the innermost account of the calling context and to every account
+around it. An account lives in a `contextvars.ContextVar`. A thread starts without one; run the work with
+``contextvars.copy_context().run`` to have it feed the account of the thread that started it. Reports are atomic.
+
+**Seconds are exclusive.** The time of a phase inside another phase belongs to the inner one only, so that the seconds
+of all phases of one thread add up to at most the wall time of the account (``wall_seconds``). Phases in helper threads
+add their own time. A phase waits for the GPU at its start and its end, because otherwise it would time the launch of
+the work, not the work; ``phase(name, sync=False)`` is for phases inside a step that must not wait.
+
+**Memory.** ``peak_memory`` holds the high-water mark of the process ("process", resident bytes since the process
+began, because the system keeps no other) and of every CUDA device that was used ("cuda:0" …, bytes allocated by torch
+while the account was open; opening an account resets torch's own peak counters).
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stats:
+    """What one account was told. Read it at any time; it grows until the account closes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> exclusive seconds
+    passes: dict[str, int] = field(default_factory=dict)  # "target", "drafter" ... -> forward passes
+    flops: int = 0  # 0 as well when nothing counted them, see flops_counted
+    flops_by_kind: dict[str, int] = field(default_factory=dict)  # "linear", "attention" ... -> FLOPs
+    flops_counted: bool = False  # count_flops() or add_flops() was used
+    nfe: int = 0  # evaluations of the denoiser, one per prompt row and step, both CFG halves counted
+    kept_tokens: list[int] = field(default_factory=list)  # per step
+    total_tokens: list[int] = field(default_factory=list)  # per step, before any was dropped
+    accepted_lengths: list[int] = field(default_factory=list)  # per verification
+    verifier_calls: int = 0
+    paths: dict[str, dict[str, str | None]] = field(default_factory=dict)  # what -> path that ran -> why this one
+    peak_memory: dict[str, int] = field(default_factory=dict)  # "process", "cuda:0" ... -> bytes
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+        self._stopped: float | None = None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds from the opening of the account to its closing, or to now."""
+        return (time.perf_counter() if self._stopped is None else self._stopped) - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """Peak of the busiest CUDA device if one was used, else of the process; None where the system tells none."""
+        devices = [size for name, size in self.peak_memory.items() if name != "process" and size]
+        return max(devices, default=self.peak_memory.get("process"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """A copy made of dicts, lists, strings, numbers and None; `flops` is None when nothing counted them."""
+        with self._lock:
+            return {
+                "wall_seconds": self.wall_seconds,
+                "seconds": dict(self.seconds),
+                "passes": dict(self.passes),
+                "nfe": self.nfe,
+                "flops": self.flops if self.flops_counted else None,
+                "flops_by_kind": dict(self.flops_by_kind),
+                "kept_tokens": list(self.kept_tokens),
+                "total_tokens": list(self.total_tokens),
+                "accepted_lengths": list(self.accepted_lengths),
+                "verifier_calls": self.verifier_calls,
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "peak_memory": dict(self.peak_memory),
+                "paths": {name: dict(used) for name, used in self.paths.items()},
+            }
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]  # a lock cannot be pickled or deep-copied
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+_active: ContextVar[tuple[Stats, ...]] = ContextVar("fastgen_accounts", default=())
+_phases: ContextVar[tuple[phase, ...]] = ContextVar("fastgen_phases", default=())
+_thread = threading.local()  # .counting: a FLOP counter is active in this thread
+_open: list[Stats] = []  # all accounts of all threads, for the peak counters, which are global to the process
+_open_lock = threading.Lock()
+_logged_paths: set[tuple[str, str, str | None]] = set()
+
+
+def current() -> Stats | None:
+    """The innermost open account of this context."""
+    active = _active.get()
+    return active[-1] if active else None
+
+
+class account:
+    """Open an account: ``with account() as stats``. Every entry opens a new one."""
+
+    def __init__(self) -> None:
+        self._entered: list[Stats] = []
+
+    def __enter__(self) -> Stats:
+        _fold_peaks(reset=True)
+        stats = Stats()
+        with _open_lock:
+            _open.append(stats)
+        self._entered.append(stats)
+        _active.set((*_active.get(), stats))
+        return stats
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stats = self._entered.pop()
+        # Removed by identity, not by a reset token: a generator that is closed late, or by another thread, must not
+        # bring back accounts that have closed since.
+        _active.set(tuple(other for other in _active.get() if other is not stats))
+        stats._stopped = time.perf_counter()
+        _fold_peaks(reset=False)
+        with _open_lock:
+            _open[:] = [other for other in _open if other is not stats]
+
+
+class phase:
+    """Time a part of the run: ``with phase("denoise")``. Seconds of inner phases are not counted twice.
+
+    Args:
+        name: key in `Stats.seconds`; the same name may be entered any number of times and adds up.
+        sync: wait for the GPU at both ends (only where CUDA is in use).
+    """
+
+    __slots__ = ("_children", "_parent", "_start", "_stats", "_thread_id", "name", "sync")
+
+    def __init__(self, name: str, *, sync: bool = True) -> None:
+        self.name = name
+        self.sync = sync
+
+    def __enter__(self) -> None:
+        self._stats = _active.get()
+        if not self._stats:
+            return
+        if self.sync:
+            _synchronize()
+        self._thread_id = threading.get_ident()
+        outer = _phases.get()
+        # A copied context carries the phase of the thread that started this one; that phase goes on meanwhile.
+        self._parent = outer[-1] if outer and outer[-1]._thread_id == self._thread_id else None
+        self._children = 0.0
+        _phases.set((*outer, self))
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._stats:
+            return
+        if self.sync and kind is None:  # after a CUDA error a wait would raise again and hide the first one
+            _synchronize()
+        elapsed = time.perf_counter() - self._start
+        _phases.set(tuple(other for other in _phases.get() if other is not self))
+        if self._parent is not None:
+            self._parent._children += elapsed
+        own = max(0.0, elapsed - self._children)
+        for stats in self._stats:
+            with stats._lock:
+                stats.seconds[self.name] = stats.seconds.get(self.name, 0.0) + own
+
+
+class count_flops:
+    """Count the FLOPs of the torch operations called in this thread: ``with count_flops()``.
+
+    2 FLOPs per multiply-add of linear layers, matrix products, convolutions and attention; what is and is not seen is
+    told in `fastgen._flops`. Does nothing, and imports nothing, when no account is open. Entering it again inside is
+    free and counts nothing twice. ``torch.nn.MultiheadAttention`` takes its slower path while the counter is on.
+    """
+
+    __slots__ = ("_mode",)
+
+    def __enter__(self) -> None:
+        self._mode: Any = None
+        active = _active.get()
+        for stats in active:
+            stats.flops_counted = True
+        if not active or getattr(_thread, "counting", False):
+            return
+        from fastgen._flops import FlopCounter
+
+        self._mode = FlopCounter(_report_flops)
+        self._mode.__enter__()
+        _thread.counting = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mode is not None:
+            _thread.counting = False
+            self._mode.__exit__(kind, error, trace)
+            self._mode = None
+
+
+def add_passes(name: str, n: int = 1) -> None:
+    """Report `n` forward passes of the model `name` ("target", "drafter", "denoiser" ...)."""
+    n = _count("n", n)
+    for stats in _active.get():
+        with stats._lock:
+            stats.passes[name] = stats.passes.get(name, 0) + n
+
+
+def add_nfe(n: int = 1) -> None:
+    """Report `n` function evaluations of the denoiser."""
+    n = _count("n", n)
+    for stats in _active.get():
+        with stats._lock:
+            stats.nfe += n
+
+
+def add_tokens(*, kept: int, total: int) -> None:
+    """Report one step that worked on `kept` of `total` tokens.
+
+    Raises:
+        ValueError: `kept` is larger than `total`.
+    """
+    kept, total = _count("kept", kept), _count("total", total)
+    if kept > total:
+        raise ValueError(f"kept: {kept} tokens of {total}; needs kept <= total")
+    for stats in _active.get():
+        with stats._lock:
+            stats.kept_tokens.append(kept)
+            stats.total_tokens.append(total)
+
+
+def add_accepted(n: int | Iterable[int]) -> None:
+    """Report the accepted length of one verification, or of several rows verified at once."""
+    lengths = [_count("n", length) for length in (n if isinstance(n, Iterable) else (n,))]
+    for stats in _active.get():
+        with stats._lock:
+            stats.accepted_lengths.extend(lengths)
+
+
+def add_verifier_calls(n: int = 1) -> None:
+    """Report `n` images scored by a verifier."""
+    n = _count("n", n)
+    for stats in _active.get():
+        with stats._lock:
+            stats.verifier_calls += n
+
+
+def add_flops(n: int, kind: str = "other") -> None:
+    """Report FLOPs that `count_flops` cannot see (a compiled graph, a kernel without a formula)."""
+    n = _count("n", n)
+    for stats in _active.get():
+        stats.flops_counted = True
+    _report_flops(kind, n)
+
+
+def note_path(name: str, used: str, reason: str | None = None) -> None:
+    """Report which implementation ran: ``note_path("attention", "sdpa", "flash needs CUDA")``.
+
+    Args:
+        name: what was done ("attention", "qk_norm_rope" ...).
+        used: the implementation that ran.
+        reason: why not the faster one; None when this is the fastest. It is logged once per process, at level INFO.
+    """
+    for stats in _active.get():
+        with stats._lock:
+            stats.paths.setdefault(name, {})[used] = reason
+    key = (name, used, reason)
+    if reason is not None and key not in _logged_paths:
+        _logged_paths.add(key)
+        logger.info("%s: %s runs, because %s", name, used, reason)
+
+
+def _report_flops(kind: str, n: int) -> None:
+    for stats in _active.get():
+        with stats._lock:
+            stats.flops += n
+            stats.flops_by_kind[kind] = stats.flops_by_kind.get(kind, 0) + n
+
+
+def _count(argument: str, value: Any) -> int:
+    """`value` as an int >= 0. A tensor on a GPU is refused: reading it would stop the GPU inside the step."""
+    if getattr(value, "is_cuda", False):
+        raise TypeError(f"{argument}: got a CUDA tensor; pass a number, and read it outside the step")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument}: {value!r} is not a whole number") from None
+    if number < 0:
+        raise ValueError(f"{argument}: {number} is not allowed; needs >= 0")
+    return number
+
+
+def _cuda() -> Any:
+    """`torch.cuda` when this process has used it, else None; never imports torch and never starts CUDA."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)  # None as well while torch is being imported
+    is_initialized = getattr(cuda, "is_initialized", None)
+    return cuda if is_initialized is not None and is_initialized() else None
+
+
+def _synchronize() -> None:
+    cuda = _cuda()
+    if cuda is not None and not cuda.is_current_stream_capturing():  # waiting would break the capture of a graph
+        cuda.synchronize()
+
+
+def _fold_peaks(*, reset: bool) -> None:
+    """Give the peaks since the last call to every open account, so that a reset loses nothing for an outer one."""
+    peaks = {}
+    process = _process_peak()
+    if process is not None:
+        peaks["process"] = process
+    with _open_lock:
+        cuda = _cuda()
+        for index in range(cuda.device_count() if cuda is not None else 0):
+            peaks[f"cuda:{index}"] = cuda.max_memory_allocated(index)
+            if reset:
+                cuda.reset_peak_memory_stats(index)
+        for stats in _open:
+            with stats._lock:
+                for name, size in peaks.items():
+                    stats.peak_memory[name] = max(size, stats.peak_memory.get(name, 0))
+
+
+def _process_peak() -> int | None:
+    """High-water mark of resident memory in bytes; None on systems that tell none (Windows)."""
+    try:
+        # Not getrusage: on Linux its mark outlives exec, so a small program would report its big parent's peak.
+        with open("/proc/self/status", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

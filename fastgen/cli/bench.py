@@ -1,0 +1,103 @@
+"""`fastgen bench`: measurements, printed as a table and written as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgen.errors import FastgenError
+
+app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure speed and memory; writes JSON."""
+
+
+@app.command("generate")
+def generate(
+    model: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: tiny and tiny-janus.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
+    batch: Annotated[list[int] | None, typer.Option(help="Pictures per call; repeat. Default: 1 and 8.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps (diffusion).")] = 8,
+    cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Measure cold starts.")] = True,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Cold start, seconds per picture and per step, memory."""
+    from fastgen.io import atomic_write_json, check_writable
+    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+
+    models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
+    if runs < 1:
+        raise FastgenError(f"--runs: {runs} is not allowed, needs an integer >= 1")
+    if min(batches) < 1:
+        raise FastgenError(f"--batch: {min(batches)} is not allowed, needs an integer >= 1")
+    if steps < 1:
+        raise FastgenError(f"--steps: {steps} is not allowed, needs an integer >= 1")
+    check_names(device, dtype)
+    for name in models:
+        find_checkpoint(name)
+    if out is not None:
+        check_writable(out.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.generate import benchmark_generate
+
+        result = benchmark_generate(
+            models,
+            runs=runs,
+            batches=batches,
+            steps=steps,
+            cold=cold,
+            compile=compile,
+            device=device,
+            dtype=dtype,
+            report=lambda line: typer.echo(line, err=True),
+        )
+    if out is not None:
+        atomic_write_json(out, result)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        for line in _table(result):
+            typer.echo(line)
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    """The result as Markdown."""
+    where = result["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number)
+    devices = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
+    lines = [f"{devices}; {versions}; commit {where['commit']}; {where['date']}", ""]
+    if result["cold"]:
+        lines += ["| cold | n | p20 s | p50 s | p80 s | peak MB |", "|---|---|---|---|---|---|"]
+        for row in result["cold"]:
+            peak = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e6:.0f}"
+            lines.append(f"| {row['what']} | {row['n']} | {_three(row['seconds'])} | {peak} |")
+        lines.append("")
+    lines += [
+        "| model | engine | batch | batch-invariant | n | s/picture p20 | p50 | p80 | ms/step p50 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["warm"]:
+        start = f"| {row['model']} | {row['engine']} | {row['batch']} |"
+        if "failed" in row:
+            lines.append(f"{start} failed: {row['failed']} |")
+            continue
+        invariant = "yes" if row["batch_invariant"] else "no"
+        step = row["seconds_per_step"]["p50"] * 1e3
+        lines.append(f"{start} {invariant} | {row['n']} | {_three(row['seconds_per_image'])} | {step:.1f} |")
+    return lines
+
+
+def _three(values: dict[str, float]) -> str:
+    return " | ".join(f"{values[name]:.3f}" for name in ("p20", "p50", "p80"))

@@ -1,0 +1,285 @@
+"""`fastgen generate`: pictures from a prompt or from a file of prompts, each with a JSON sidecar."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.cli.plan import Job
+    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.generation import GeneratedImage, Progress
+
+app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
+
+# Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
+_SAMPLE = 2**16
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A .png file, or a folder. Default: out.png; with --prompts-file the folder out.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="tiny, tiny-janus, a folder, or a Hub id.")] = "tiny",
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="UTF-8, one prompt per line; a rerun makes what is missing.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (diffusion). Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture i of each prompt uses seed + i.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw (diffusion).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of token sampling (autoregressive).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens (autoregressive).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p (autoregressive).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Pictures made together, at most.")] = 8,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant/--fast-batches",
+            help="Pixels that do not depend on the batch, or faster batches with pixels equal up to rounding.",
+        ),
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make pictures again that are there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Make pictures from a prompt or from a file of prompts.
+
+    Each picture gets a JSON file of the same name beside it (settings, seed, versions, what the run did). Pictures
+    that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
+    command goes on from there.
+    """
+    from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, unfinished_jobs
+    from fastgen.io import check_writable
+    from fastgen.pipelines.arguments import check_prompt, check_value
+
+    # 1. What needs neither torch nor the model.
+    if (prompt is None) == (prompts_file is None):
+        raise FastgenError("needs a prompt or --prompts-file, and not both")
+    if num_images < 1:
+        raise FastgenError(f"--num-images: {num_images} is not allowed, needs an integer >= 1")
+    if not 0 <= seed <= 2**63 - num_images:
+        raise FastgenError(f"--seed: {seed} is not allowed, needs an integer from 0 to 2**63 - 1")
+    if batch_size < 1:
+        raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
+    asked = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "negative_prompt": negative_prompt,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            check_value(f"--{name.replace('_', '-')}", name, value)
+    prompts = [prompt] if prompt is not None else read_prompts_file(prompts_file or Path())
+    for text in prompts:
+        check_prompt(text)
+    target, is_folder = _output(output, prompts_file is not None)
+
+    # 2. What needs the model's configuration, but not its weights.
+    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
+
+    check_names("cpu" if device == "auto" else device, dtype)
+    checkpoint = find_checkpoint(model)
+    if checkpoint.fixed_size is None:
+        checkpoint.check_size(height, width)
+    if checkpoint.hub_id is None:
+        check_weights(checkpoint)
+    check_writable(target if is_folder else target.parent)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
+        from fastgen.pipelines.generation import pipeline_class, resolve_settings
+        from fastgen.pipelines.loading import resolve_device
+
+        call = resolve_settings(pipeline_class(checkpoint), checkpoint, asked)
+        where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
+        weight_type = str(weights).removeprefix("torch.")
+        settings: dict[str, Any] = {
+            "model": model,
+            "weights": _digest(checkpoint),
+            "method": "base",
+            **{name: call.get(name) for name in asked},
+            "device": where.type,
+            "dtype": weight_type,
+            "batch_invariant": batch_invariant,
+        }
+        jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
+        todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
+        stats = _make(todo, checkpoint, str(where), weight_type, call, batch_size, batch_invariant)
+
+    made = {job.image for job in todo}
+    kept = [job.image for job in jobs if job.image not in made]
+    if kept:
+        typer.echo(f"kept {len(kept)} finished pictures (--overwrite makes them again)", err=True)
+    if as_json:
+        result = {
+            "files": [str(job.image) for job in jobs],
+            "sidecars": [str(job.sidecar) for job in jobs],
+            "seed": seed,
+            "seeds": [job.seed for job in jobs],
+            "kept": len(kept),
+            "settings": settings,
+            "stats": {"images": len(todo), **stats},
+        }
+        typer.echo(json.dumps(result))
+    else:
+        for job in jobs:
+            typer.echo(str(job.image))
+
+
+def _output(output: Path | None, many: bool) -> tuple[Path, bool]:
+    """Where pictures go, and whether that is a folder."""
+    path = output if output is not None else Path("out" if many else "out.png")
+    if many or path.is_dir() or not path.suffix:
+        if path.exists() and not path.is_dir() or path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            raise FastgenError(f"--output: {path} is a file name; pictures of a prompts file need a folder")
+        return path, True
+    if path.suffix.lower() != ".png":
+        raise FastgenError(f"--output: {path} is not allowed, pictures are written as .png")
+    return path, False
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _make(
+    jobs: list[Job],
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    call: dict[str, Any],
+    batch_size: int,
+    batch_invariant: bool,
+) -> dict[str, Any]:
+    """Make and write the pictures; what the run did."""
+    if not jobs:
+        return {}
+    import diffusers
+    import transformers
+
+    from fastgen.accounting import account, phase
+    from fastgen.pipelines.generation import generate_images, unknown_words
+    from fastgen.pipelines.loading import load_checkpoint
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    versions = _versions()
+    with account() as stats:
+        pipe = load_checkpoint(checkpoint, device=device, dtype=dtype)
+        prompts = [job.prompt for job in jobs]
+        if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
+            shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
+            typer.echo(f"note: the model has no token for: {shown}", err=True)
+        with _progress_bar(len(jobs)) as report:
+            pictures = generate_images(
+                pipe,
+                prompts,
+                [job.seed for job in jobs],
+                **call,
+                batch_size=batch_size,
+                batch_invariant=batch_invariant,
+                flops=True,
+                callback=report,
+            )
+            for job, picture in zip(jobs, pictures, strict=True):
+                with phase("save"):
+                    _save(job, picture, versions)
+    return stats.as_dict()
+
+
+def _save(job: Job, picture: GeneratedImage, versions: dict[str, str]) -> None:
+    """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
+    from fastgen.io import atomic_write_many, encode_json, encode_png
+
+    sidecar = {
+        "file": job.image.name,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "settings": job.settings,
+        "loss": "exact",  # the stock pipeline as it is
+        "versions": versions,
+        "stats": picture.stats,
+    }
+    # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
+    text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
+    image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
+    atomic_write_many([(job.sidecar, encode_json(sidecar)), (job.image, image)])
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for package in ("fastgen", "torch", "diffusers", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Tells which weights these are: the Hub revision, or a digest of samples of the weight files.
+
+    Samples, because reading all bytes of a large model would take longer than a picture; training changes every
+    tensor, and the samples with it.
+    """
+    if checkpoint.hub_id is not None:
+        return checkpoint.folder.name
+    digest = hashlib.sha256()
+    files = [*checkpoint.folder.rglob("*.safetensors"), *checkpoint.folder.rglob("*.bin")]
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(checkpoint.folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - _SAMPLE)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _progress_bar(images: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("pictures"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0, done=f"0/{images}")
+
+        def report(progress: Progress) -> None:
+            bar.update(task, completed=progress.fraction, done=f"{progress.images_done}/{images}")
+
+        yield report

@@ -1,0 +1,153 @@
+"""The `fastgen` command: finds the sub-command, loads only that one, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted, 1 a bug (with its traceback).
+``FASTGEN_DEBUG=1`` shows the traceback of every error.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import fastgen
+from fastgen.errors import FastgenError
+
+# Name -> module with an `app`, and the help line. The lines stand here so that `fastgen --help` imports none of them.
+COMMANDS = {
+    "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
+    "eval": ("fastgen.cli.eval", "Score a model: ShapesWorld-GenEval and FD-shapes."),
+    "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
+    "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
+    "info": ("fastgen.cli.info", "Show versions, devices and which fast paths are available."),
+}
+
+# typer carries its own copy of click in some releases and imports click in others: reach its base error through typer.
+ClickException: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+class Interrupted(BaseException):
+    """Ctrl-C inside a command. Releases of typer turn a KeyboardInterrupt into different things; this passes."""
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands by name and help line, and imports the one that is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, (_, text) in COMMANDS.items():
+            self.commands[name] = TyperCommand(name=name, help=text)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            command = typer.main.get_command(importlib.import_module(COMMANDS[name][0]).app)
+            # typer offers shell completion on every app, but only a program's outermost one can install it.
+            completion = ("install_completion", "show_completion")
+            command.params = [parameter for parameter in command.params if parameter.name not in completion]
+        return name, command, rest
+
+
+app = typer.Typer(
+    name="fastgen",
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"fastgen {fastgen.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _fastgen(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Image generation with diffusers and transformers models, faster at known quality."""
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether a `raise` statement made the error, not an operation that went wrong.
+
+    ``raise ValueError("steps: …")`` is written for the user. ``len(None)`` is a TypeError too, but a bug, and a bug
+    must keep its traceback.
+    """
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if os.environ.get("FASTGEN_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    # Messages of other libraries run over several lines; ours is one.
+    typer.echo(f"error: {' '.join(message.split()) or type(error).__name__}", err=True)
+    return code
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command line `args` (without the program's name) and return the exit code.
+
+    Raises:
+        Exception: a bug in fastgen or in a library it calls; the traceback is the report.
+    """
+    try:
+        result = typer.main.get_command(app).main(args=list(args), prog_name="fastgen", standalone_mode=False)
+        sys.stdout.flush()  # so that a closed pipe is noticed here
+        return result if isinstance(result, int) else 0
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        return _fail(error, "interrupted", 130)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wants. Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group called without a command
+            error.show()
+            return 2
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _fail(error, error.format_message().rstrip(".") + hint, 2)
+    except (FastgenError, OSError) as error:
+        return _fail(error, str(error), 2)
+    except (ValueError, TypeError) as error:
+        if not _raised_on_purpose(error):
+            raise
+        return _fail(error, str(error), 2)
+
+
+def main() -> None:
+    """Entry point of the `fastgen` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Which pictures a run of `fastgen generate` makes, under which names, and which of them are there already.
+
+Names. ``-o out.png`` gives out.png, or out-0.png, out-1.png … for several pictures. A folder gets 00000-0.png:
+line of the prompts file, picture of that line. Beside each picture stands a sidecar of the same name in JSON.
+
+Finished pictures. A picture counts as finished when it is whole and its sidecar holds the very settings that this run
+has for it; then it is kept. A picture that was made otherwise is replaced if it was named by ``-o``, as any tool
+replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a mistake.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import FastgenError
+
+__all__ = ["Job", "image_paths", "is_finished", "plan_jobs", "read_prompts_file", "unfinished_jobs"]
+
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture to be made. `settings` is all that its pixels depend on, as it stands in the sidecar."""
+
+    prompt: str
+    seed: int
+    image: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sidecar(self) -> Path:
+        return self.image.with_suffix(".json")
+
+
+def read_prompts_file(path: Path) -> list[str]:
+    """Prompts of a UTF-8 file, one per line; a byte-order mark and Windows line ends are fine.
+
+    Raises:
+        FastgenError: the file cannot be read, is not UTF-8, or has a line without text; names the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FastgenError(f"prompts file {path}: {(error.strerror or str(error)).lower()}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise FastgenError(f"prompts file {path}: line {number} is not UTF-8 text") from error
+    # str.splitlines would also cut at form feeds and other characters that are not line ends.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise FastgenError(f"prompts file {path}: it is empty")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise FastgenError(f"prompts file {path}: line {number} is empty")
+        if any(ord(char) < 32 and char != "\t" for char in line):
+            raise FastgenError(f"prompts file {path}: line {number} holds control characters, it is not text")
+    return lines
+
+
+def image_paths(output: Path, prompts: int, num_images: int, *, folder: bool) -> list[list[Path]]:
+    """Picture names of each prompt; see the module's text.
+
+    Args:
+        output: the ``-o`` argument.
+        folder: `output` is a folder, not the name of a picture.
+    """
+    if not folder:
+        if num_images == 1:
+            return [[output]]
+        return [[output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(num_images)]]
+    digits = max(5, len(str(prompts - 1)))
+    return [[output / f"{p:0{digits}d}-{i}.png" for i in range(num_images)] for p in range(prompts)]
+
+
+def plan_jobs(prompts: list[str], seed: int, settings: dict[str, Any], paths: list[list[Path]]) -> list[Job]:
+    """Jobs in order: all pictures of the first prompt, then of the second. Picture i of a prompt uses seed + i."""
+    return [
+        Job(prompt, seed + i, path, {"prompt": prompt, "seed": seed + i, **settings})
+        for prompt, row in zip(prompts, paths, strict=True)
+        for i, path in enumerate(row)
+    ]
+
+
+def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[Job]:
+    """Jobs whose pictures have to be made.
+
+    Args:
+        overwrite: make all of them, whatever is there.
+        strict: a picture that was made with other settings is an error, not to be replaced.
+
+    Raises:
+        FastgenError: `strict` and a picture of other settings, or of unknown ones, is in the way.
+    """
+    return jobs if overwrite else list(_unfinished(jobs, strict))
+
+
+def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
+    for job in jobs:
+        if is_finished(job):
+            continue
+        if strict and job.image.exists() and is_whole_png(job.image):
+            raise FastgenError(f"{job.image} is in the way: {_difference(job)}; use --overwrite or another folder")
+        yield job
+
+
+def is_finished(job: Job) -> bool:
+    """The picture is whole and was made with these settings."""
+    return is_whole_png(job.image) and _recorded_settings(job) == job.settings
+
+
+def is_whole_png(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_PNG_START))
+            file.seek(-len(_PNG_END), 2)
+            return start == _PNG_START and file.read() == _PNG_END
+    except OSError:
+        return False
+
+
+def _recorded_settings(job: Job) -> dict[str, Any] | None:
+    try:
+        settings = json.loads(job.sidecar.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _difference(job: Job) -> str:
+    """Why the picture that is there does not count as finished."""
+    recorded = _recorded_settings(job)
+    if recorded is None:
+        return "it has no sidecar that tells its settings"
+    for name in {**job.settings, **recorded}:
+        there, here = recorded.get(name), job.settings.get(name)
+        if there != here:
+            return f"it was made with {name} {there!r}, this run has {here!r}"
+    return "its settings differ"

@@ -1,0 +1,12 @@
+"""Errors that a user can act on. A leaf: imports nothing."""
+
+from __future__ import annotations
+
+
+class FastgenError(ValueError):
+    """A mistake or a condition that the user can mend, told in one line.
+
+    The message names the argument or the file, the value that was given and what is allowed. The command line
+    prints it as ``error: <message>`` without a traceback and exits with code 2. It is a `ValueError`, so code that
+    uses the library needs no fastgen import to catch it.
+    """

@@ -1,0 +1,49 @@
+"""Checks of what a user asks for that need no model. Imports neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import math
+
+from fastgen.errors import FastgenError
+
+__all__ = ["check_prompt", "check_value"]
+
+
+def check_prompt(prompt: object) -> str:
+    """Refuse what is not a text that a model can be given.
+
+    Raises:
+        FastgenError: says what is wrong.
+    """
+    if not isinstance(prompt, str):
+        raise FastgenError(f"prompt: needs a text, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise FastgenError("prompt: an empty text is not allowed")
+    # Lone surrogates are what Python makes of bytes that are not UTF-8.
+    if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char not in "\t\n\r") for char in prompt):
+        raise FastgenError(f"prompt: {ascii(prompt)} is not text: it holds control characters or undecodable bytes")
+    return prompt
+
+
+def check_value(label: str, name: str, value: object) -> None:
+    """Refuse a value that no pipeline can take.
+
+    Args:
+        label: how the message calls it.
+        name: steps, height, width, top_k, guidance_scale, temperature, top_p or negative_prompt.
+
+    Raises:
+        FastgenError: `label`, the value and what is allowed.
+    """
+    if name in ("steps", "height", "width", "top_k"):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs an integer >= 1")
+    elif name in ("guidance_scale", "temperature", "top_p"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs a finite number")
+        if name == "temperature" and value < 0:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number >= 0")
+        if name == "top_p" and not 0 < value <= 1:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs 0 < top_p <= 1")
+    else:
+        check_prompt(value)

@@ -1,0 +1,371 @@
+"""Finding a model and checking its files before any weight is read. Imports neither torch nor diffusers.
+
+A model is the name of an embedded one, a folder, or a Hub id. Its configuration files say what kind of pipeline it is
+and which picture sizes it can draw; the headers of its weight files say whether they are whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastgen.errors import FastgenError
+from fastgen.io import read_json
+
+__all__ = [
+    "DTYPES",
+    "EMBEDDED_MODELS",
+    "Checkpoint",
+    "check_names",
+    "check_weights",
+    "embedded_folder",
+    "find_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Models that come with the package.
+EMBEDDED_MODELS = ("tiny", "tiny-janus")
+
+#: Weight types that a user may ask for.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Kind = Literal["diffusers", "janus"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_CONFIG_FILES = ("*.json", "*/*.json")
+_JANUS_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+# Beyond it a tokenizer table takes longer to parse than the check is worth.
+_LARGEST_PARSED_JSON = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model whose configuration files were read.
+
+    Args:
+        model: as the user wrote it.
+        folder: where its configuration files are.
+        kind: "diffusers" (a folder with model_index.json) or "janus" (a transformers folder).
+        hub_id: the Hub id if the model comes from there; its weights may not be on this machine yet.
+        pipeline_class: name of the diffusers pipeline class, "JanusImagePipeline" for Janus.
+        defaults: the model's own generation settings, from its fastgen.json.
+        size_multiple: height and width must be multiples of it (0: not known from the configuration).
+        fixed_size: the only height and width in pixels, if the model can draw no other.
+        max_size: the largest height and width in pixels, if the configuration tells one.
+    """
+
+    model: str
+    folder: Path
+    kind: Kind
+    hub_id: str | None = None
+    pipeline_class: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    size_multiple: int = 0
+    fixed_size: int | None = None
+    max_size: int | None = None
+
+    def check_size(self, height: int | None, width: int | None) -> None:
+        """Refuse a picture size that the model cannot draw; None stands for the model's default.
+
+        Raises:
+            FastgenError: names the side, the value and what is allowed.
+        """
+        for name, value in (("height", height), ("width", width)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise FastgenError(f"{name}: {value} is not allowed, needs an integer >= 1")
+            if self.fixed_size is not None and value != self.fixed_size:
+                raise FastgenError(f"{name}: {value} is not allowed, {self.model} draws {self.fixed_size} pixels only")
+            if self.size_multiple and value % self.size_multiple:
+                raise FastgenError(
+                    f"{name}: {value} is not allowed, {self.model} needs a multiple of {self.size_multiple} pixels"
+                )
+            if self.max_size is not None and value > self.max_size:
+                raise FastgenError(
+                    f"{name}: {value} is not allowed, {self.model} draws at most {self.max_size} pixels"
+                )
+
+
+def embedded_folder(name: str) -> Path:
+    """Folder of a model that comes with the package.
+
+    Raises:
+        FastgenError: there is no such model in this installation.
+    """
+    spec = importlib.util.find_spec("fastgen")
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    for root in roots:
+        if (folder := Path(root, "assets", name)).is_dir():
+            return folder
+    raise FastgenError(f"model {name!r} is missing from this installation of fastgen; reinstall the package")
+
+
+def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+    """Find `model` and read its configuration files; for a Hub id they are downloaded if need be.
+
+    Raises:
+        FastgenError: there is no such model, or its configuration is broken; the message names what is missing and
+            how to get it.
+    """
+    name = os.fspath(model)
+    if not name:
+        raise FastgenError("model: an empty name is not allowed")
+    path = Path(name).expanduser()
+    if name in EMBEDDED_MODELS:
+        return _read_checkpoint(name, embedded_folder(name), None)
+    if path.is_dir():
+        return _read_checkpoint(name, path, None)
+    if path.exists():
+        raise FastgenError(f"model {name!r} is a file; needs the folder that holds model_index.json or config.json")
+    if _HUB_ID.fullmatch(name):
+        return _read_checkpoint(name, _hub_configs(name), name)
+    if os.sep in name or "/" in name or name.startswith((".", "~")):
+        raise FastgenError(f"model {name!r}: there is no such folder")
+    raise FastgenError(
+        f"model {name!r} is unknown: it is neither an embedded model ({', '.join(EMBEDDED_MODELS)}), "
+        "nor a folder, nor a Hub id of the form owner/name"
+    )
+
+
+def check_names(device: str, dtype: str) -> None:
+    """Refuse a device or a type that cannot exist, whatever this machine has.
+
+    Raises:
+        FastgenError: names the argument, the value and what is allowed.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps")
+    if dtype not in DTYPES:
+        raise FastgenError(f"dtype: {dtype!r} is not allowed, needs one of {', '.join(DTYPES)}")
+
+
+# ---- configuration ----
+
+
+def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
+    defaults: dict[str, Any] = {}
+    if (folder / "fastgen.json").is_file():
+        defaults = _read_object(folder / "fastgen.json")
+    if (folder / "model_index.json").is_file():
+        index = _read_object(folder / "model_index.json")
+        pipeline_class = index.get("_class_name")
+        if not isinstance(pipeline_class, str):
+            raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
+        for component in _components(index):
+            if not (folder / component).is_dir():
+                raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
+        _check_json_files(folder)
+        multiple, largest = _size_limits(folder, index)
+        return Checkpoint(
+            model, folder, "diffusers", hub_id, pipeline_class, defaults, size_multiple=multiple, max_size=largest
+        )
+    if (folder / "config.json").is_file():
+        config = _read_object(folder / "config.json")
+        if config.get("model_type") == "janus":
+            _check_json_files(folder)
+            fixed = _janus_size(folder, config)
+            return Checkpoint(model, folder, "janus", hub_id, "JanusImagePipeline", defaults, fixed_size=fixed)
+        raise FastgenError(
+            f"model {model!r} is a transformers {config.get('model_type', 'model of unknown type')!r}; "
+            "needs a diffusers pipeline or a Janus model"
+        )
+    raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+
+
+def _components(index: dict[str, Any]) -> Iterator[str]:
+    """Names of the components that a pipeline folder must hold."""
+    for name, entry in index.items():
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
+            yield name
+
+
+def _check_json_files(folder: Path) -> None:
+    for pattern in _CONFIG_FILES:
+        for file in sorted(folder.glob(pattern)):
+            if file.stat().st_size <= _LARGEST_PARSED_JSON:
+                read_json(file)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FastgenError(f"{path} is not a JSON object")
+    return value
+
+
+def _size_limits(folder: Path, index: dict[str, Any]) -> tuple[int, int | None]:
+    """Multiple and largest size of height and width; (0, None) where the configuration does not tell."""
+    vae = folder / "vae" / "config.json"
+    if not vae.is_file():
+        return 0, None
+    vae_config = _read_object(vae)
+    channels = vae_config.get("block_out_channels")
+    if vae_config.get("_class_name") != "AutoencoderKL" or not isinstance(channels, list):
+        return 0, None
+    multiple = 2 ** (len(channels) - 1)
+    transformer = folder / "transformer" / "config.json"
+    if not transformer.is_file():
+        return multiple, None  # a UNet works on single latents
+    config = _read_object(transformer)
+    largest = None
+    if config.get("_class_name") == "ZImageTransformer2DModel":
+        multiple *= 2  # the pipeline always uses patch size 2
+        lengths = config.get("axes_lens")
+        if isinstance(lengths, list) and len(lengths) == 3:
+            largest = multiple * min(int(lengths[1]), int(lengths[2]))
+    elif isinstance(patch := config.get("patch_size"), int):
+        # FLUX packs 2x2 latents in the pipeline and calls its own patch size 1.
+        multiple *= 2 if str(index.get("_class_name")).startswith("Flux") else patch
+    return multiple, largest
+
+
+def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
+    """Side of the square picture; None for a configuration that leaves the library's defaults in force."""
+    vision, vq = config.get("vision_config"), config.get("vq_config")
+    if not isinstance(vision, dict) or not isinstance(vq, dict):
+        raise FastgenError(f"{folder / 'config.json'} has no vision_config or no vq_config")
+    image, patch, levels = vision.get("image_size"), vision.get("patch_size"), vq.get("channel_multiplier")
+    if not (isinstance(image, int) and isinstance(patch, int) and patch > 0 and isinstance(levels, list)):
+        return None
+    return image // patch * 2 ** (len(levels) - 1)
+
+
+# ---- weights ----
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Check that every weight file is there and whole, by its header and its length.
+
+    Raises:
+        FastgenError: names the file and what is wrong with it.
+    """
+    folder = checkpoint.folder
+    if checkpoint.kind == "janus":
+        _check_weight_folder(folder, "model")
+        return
+    for component in _components(_read_object(folder / "model_index.json")):
+        # Schedulers and processors have configuration files of other names and no weights.
+        if (folder / component / "config.json").is_file():
+            _check_weight_folder(folder / component)
+
+
+def _check_weight_folder(folder: Path, stem: str | None = None) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise FastgenError(f"{index} has no weight_map")
+        for shard in sorted(set(map(str, shards.values()))):
+            if not (folder / shard).is_file():
+                raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
+    if not files and not any(folder.glob("*.bin")):
+        expected = f"{stem}.safetensors" if stem else "*.safetensors"
+        raise FastgenError(f"weight file {folder / expected} is missing")
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Check a safetensors file by its header and its length.
+
+    Returns:
+        the header: tensor name -> {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        FastgenError: the file is truncated or is something else.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start.startswith(b"version "):
+                raise FastgenError(f"weight file {path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
+            header_bytes = file.read(int(length)) if length <= min(size - 8, 100 * 2**20) else b""
+    except OSError as error:
+        raise FastgenError(f"cannot read weight file {path}: {error.strerror or error}") from error
+    if not header_bytes:
+        raise FastgenError(f"weight file {path} is truncated or not in safetensors format ({size} bytes)")
+    try:
+        header = json.loads(header_bytes)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        needed = 8 + len(header_bytes) + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise FastgenError(f"weight file {path} is corrupt: its header cannot be read") from error
+    if size < needed:
+        raise FastgenError(f"weight file {path} is truncated: it has {size} of {needed} bytes")
+    if size > needed:
+        raise FastgenError(f"weight file {path} is corrupt: it has {size} bytes, its header accounts for {needed}")
+    return tensors
+
+
+# ---- Hub ----
+
+
+def _hub_configs(model: str) -> Path:
+    """Download the configuration files of a Hub model, or find them in the local cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_CONFIG_FILES)))
+    except Exception as error:
+        raise explain_hub_error(model, error) from error
+
+
+def download_janus(model: str) -> Path:
+    """Download the files of a Janus model, or find them in the local cache.
+
+    Raises:
+        FastgenError: what was missing and how to get it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_JANUS_FILES)))
+    except Exception as error:
+        raise explain_hub_error(model, error) from error
+
+
+def explain_hub_error(model: str, error: Exception) -> Exception:
+    """One line that says what was missing and how to get it; an error of another kind comes back as it is."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return FastgenError(
+            f"model {model!r} is gated: accept its terms on its Hub page and log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FastgenError(f"model {model!r}: the Hub has no such revision")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FastgenError(
+            f"model {model!r} is not on the Hub, or it is private: check the name, or log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return FastgenError(f"model {model!r}: the Hub has no file that it needs: {_first_line(error)}")
+    # LocalEntryNotFoundError, OfflineModeIsEnabled and whatever the HTTP library raises without a connection.
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    if isinstance(error, offline) or "onnect" in type(error).__name__ or "Timeout" in type(error).__name__:
+        return FastgenError(
+            f"model {model!r} is not in the local cache and the Hub cannot be reached: run `hf download {model}` "
+            "on a machine with a connection, then pass its folder as the model"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        return FastgenError(f"model {model!r}: the Hub answered: {_first_line(error)}")
+    if isinstance(error, OSError):
+        return FastgenError(f"model {model!r} cannot be downloaded: {_first_line(error)}")
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,397 @@
+"""One call for any text-to-image pipeline: many prompts and seeds in, finished pictures out, one at a time.
+
+Every picture has a `torch.Generator` of its own, on the CPU, seeded with its own seed, so that the random numbers of a
+picture depend on nothing else. Rounding does: matrix products and convolutions add up in another order when the batch
+has another shape, which moves some pixels by one level. `generate_images` therefore calls a diffusion pipeline with
+one picture at a time unless it is told that rounding does not matter; `JanusImagePipeline` looks after itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+
+from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
+from fastgen.errors import FastgenError
+from fastgen.pipelines.arguments import check_prompt, check_value
+from fastgen.pipelines.checkpoint import Checkpoint
+
+__all__ = [
+    "GeneratedImage",
+    "Progress",
+    "generate_images",
+    "pipeline_class",
+    "resolve_settings",
+    "set_checkpoint",
+    "unknown_words",
+]
+
+# Which model a pipeline was loaded from. Kept outside the pipeline: diffusers saves and compares its attributes.
+_checkpoints: weakref.WeakKeyDictionary[DiffusionPipeline, Checkpoint] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedImage:
+    """
+    Args:
+        image: RGB picture.
+        prompt, seed: what it was made from.
+        stats: of the call that made it (`fastgen.accounting.Stats.as_dict`) and `images`, how many that call made.
+    """
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """
+    Args:
+        images_done, images_total: pictures that are finished, and all of them.
+        images_now: pictures in the making.
+        step, steps: finished steps (of an autoregressive model: tokens) of the pictures in the making, and all.
+    """
+
+    images_done: int
+    images_total: int
+    images_now: int
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Finished part of the whole work."""
+        return (self.images_done + self.images_now * self.step / max(1, self.steps)) / max(1, self.images_total)
+
+
+def generate_images(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch_size: int = 8,
+    batch_invariant: bool = True,
+    flops: bool = False,
+    callback: Callable[[Progress], None] | None = None,
+) -> Iterator[GeneratedImage]:
+    """Make picture i from prompts[i] and seeds[i]; pictures are yielded in order, as soon as their batch is done.
+
+    A setting that is None is taken from the model's fastgen.json, else from the pipeline's own default.
+
+    Args:
+        pipe: any diffusers text-to-image pipeline.
+        prompts, seeds: of equal length.
+        steps: denoising steps (diffusion only).
+        guidance_scale: as the pipeline defines it.
+        height, width: pixels.
+        negative_prompt: for all pictures.
+        temperature, top_k, top_p: sampling of image tokens (autoregressive only).
+        batch_size: how many pictures are made together, at most.
+        batch_invariant: the same prompt, seed and settings give the same pixels for every batch size and whatever
+            the other pictures are (same machine, same number of threads). For a diffusion pipeline that takes one
+            picture at a time; False makes `batch_size` of them together, with pixels equal up to rounding.
+        flops: count FLOPs as well; takes some time.
+        callback: called after every step.
+
+    Raises:
+        FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
+            before the first picture is asked for.
+    """
+    prompts, seeds = list(prompts), list(seeds)
+    if len(prompts) != len(seeds):
+        raise FastgenError(f"seeds: {len(seeds)} seeds for {len(prompts)} prompts; needs one seed per prompt")
+    for prompt in prompts:
+        check_prompt(prompt)
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise FastgenError(f"seed: {seed!r} is not allowed, needs an integer from 0 to 2**63 - 1")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise FastgenError(f"batch_size: {batch_size!r} is not allowed, needs an integer >= 1")
+    asked = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "negative_prompt": negative_prompt,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    settings = resolve_settings(type(pipe), _checkpoints.get(pipe), asked, getattr(pipe, "image_size", None))
+    _check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
+    return _generate(pipe, prompts, seeds, settings, batch_size, batch_invariant, flops, callback)
+
+
+def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
+    """Words of the prompts that the model's tokenizer has no token for and the model therefore cannot see; sorted."""
+    tokenizer: Any = getattr(pipe, "tokenizer", None)
+    if getattr(tokenizer, "unk_token_id", None) is None or not getattr(tokenizer, "is_fast", False):
+        return []
+    found = set()
+    for prompt in prompts:
+        encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token == tokenizer.unk_token_id:
+                found.add(prompt[start:end])
+    return sorted(found)
+
+
+def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
+    """Remember which model `pipe` was loaded from, for its defaults and its size limits."""
+    _checkpoints[pipe] = checkpoint
+
+
+# ---- settings ----
+
+
+def is_janus(pipe_class: type) -> bool:
+    """Whether it is our Janus pipeline, or a subclass; told without importing it, which costs a second."""
+    return any(base.__name__ == "JanusImagePipeline" for base in pipe_class.__mro__)
+
+
+# Our names of arguments -> those of diffusers pipelines, where they differ.
+_PIPELINE_NAMES = {"steps": "num_inference_steps"}
+
+
+def resolve_settings(
+    pipe_class: type, checkpoint: Checkpoint | None, asked: dict[str, Any], image_size: int | None = None
+) -> dict[str, Any]:
+    """Settings of all pictures: what the user asked for, else the model's own. Needs no loaded model.
+
+    Args:
+        pipe_class: the pipeline's class.
+        checkpoint: for the model's defaults and size limits.
+        asked: argument name -> value, None where the user gave none.
+        image_size: side in pixels of the only pictures that a Janus model draws.
+
+    Raises:
+        FastgenError: a value outside its range, or an argument that the pipeline does not take.
+    """
+    accepted = inspect.signature(pipe_class.__call__).parameters
+    janus = is_janus(pipe_class)
+    defaults: dict[str, Any] = {}
+    if checkpoint is not None:
+        defaults, image_size = checkpoint.defaults, checkpoint.fixed_size or image_size
+    settings: dict[str, Any] = {}
+    for name, value in asked.items():
+        origin = ""
+        if value is None:
+            value, origin = defaults.get(name), "fastgen.json: "
+        if value is None:
+            continue
+        check_value(origin + name, name, value)
+        if janus and name in ("height", "width"):
+            if image_size is not None and value != image_size:
+                raise FastgenError(f"{origin}{name}: {value} is not allowed, the model draws {image_size} pixels only")
+            continue
+        if janus and name == "negative_prompt":
+            raise FastgenError(
+                "negative_prompt: a Janus model takes none; the row without a prompt is the prompt blanked out"
+            )
+        if _PIPELINE_NAMES.get(name, name) not in accepted:
+            hint = "; it draws one token after the other" if janus and name == "steps" else ""
+            raise FastgenError(f"{origin}{name}: {pipe_class.__name__} does not take it{hint}")
+        settings[name] = value
+    if checkpoint is not None:
+        checkpoint.check_size(settings.get("height"), settings.get("width"))
+    guidance = settings.get("guidance_scale")
+    if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
+        raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
+    return settings
+
+
+def pipeline_class(checkpoint: Checkpoint) -> type:
+    """The class that `load_pipeline` makes of a checkpoint; loads no weights.
+
+    Raises:
+        FastgenError: the installed diffusers has no such class.
+    """
+    if checkpoint.kind == "janus":
+        from fastgen.pipelines.janus import JanusImagePipeline
+
+        return JanusImagePipeline
+    import diffusers
+
+    found = getattr(diffusers, checkpoint.pipeline_class, None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise FastgenError(
+            f"model {checkpoint.model!r} needs {checkpoint.pipeline_class}, which the installed diffusers "
+            "does not have; update it (pipelines with code of their own are not run)"
+        )
+    return found
+
+
+def _check_prompt_lengths(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
+    """Refuse prompts that a Z-Image model would cut off, or has no positions for, without a word."""
+    transformer = getattr(pipe, "transformer", None)
+    lengths = getattr(getattr(transformer, "config", None), "axes_lens", None)
+    if type(pipe).__name__ != "ZImagePipeline" or not lengths:
+        return
+    # The text is padded to a multiple of 32; positions start at 1 and the picture has the one after the text.
+    limit = min(512, (int(lengths[0]) - 2) // 32 * 32)
+    for prompt in prompts:
+        text = pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        if (length := len(pipe.tokenizer(text)["input_ids"])) > limit:
+            raise FastgenError(f"prompt: {prompt[:40]!r}… has {length} tokens with its frame, the model takes {limit}")
+
+
+# ---- generation ----
+
+
+def _generate(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    batch_size: int,
+    batch_invariant: bool,
+    flops: bool,
+    callback: Callable[[Progress], None] | None,
+) -> Iterator[GeneratedImage]:
+    janus = is_janus(type(pipe))
+    alone = batch_invariant and not janus
+    size = 1 if alone else batch_size
+    for start in range(0, len(prompts), size):
+        chunk = slice(start, start + size)
+        count = len(prompts[chunk])
+        report = None
+        if callback is not None:
+
+            def report(step: int, steps: int, start: int = start, count: int = count) -> None:
+                callback(Progress(start, len(prompts), count, step, steps))
+
+        arguments = {_PIPELINE_NAMES.get(name, name): value for name, value in settings.items()}
+        if janus:
+            arguments["batch_invariant"] = batch_invariant
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
+        with account() as stats:
+            note_path(
+                "batch",
+                "one picture at a time" if alone else f"up to {batch_size} pictures together",
+                "batch_invariant: rounding depends on the batch shape" if alone and batch_size > 1 else None,
+            )
+            if flops:
+                with count_flops():
+                    pictures = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
+            else:
+                pictures = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
+        summary = {"images": count, **stats.as_dict()}
+        for i, picture in enumerate(pictures):
+            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary)
+
+
+def _call(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    arguments: dict[str, Any],
+    report: Callable[[int, int], None] | None,
+) -> list[Image.Image]:
+    """One call of the pipeline: one picture per prompt and seed."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    stages = _Stages(pipe)
+
+    def on_step_end(pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        total = int(pipeline.num_timesteps)
+        if step + 1 >= total:
+            stages.switch("decode")
+        if report is not None:
+            report(step + 1, total)
+        return tensors
+
+    if "callback_on_step_end" in accepted:
+        arguments["callback_on_step_end"] = on_step_end
+    bar = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
+    try:
+        with stages:
+            output = pipe(
+                prompt=list(prompts),  # some pipelines write into the list that they are given
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="np",
+                **arguments,
+            )
+    except RuntimeError as error:
+        # The CPU allocator raises a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        hint = "lower the batch size" if len(prompts) > 1 else "make it smaller"
+        raise FastgenError(f"{len(prompts)} picture(s) at once do not fit into memory; {hint}") from error
+    finally:
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
+    return [_picture(array) for array in output.images]
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    """[H, W, 3] floats in [0, 1] as PIL does it in diffusers; NaN would silently become black there."""
+    if not np.isfinite(array).all():
+        raise FastgenError("the picture is not a number (NaN) in parts; another dtype (float32, bfloat16) may help")
+    return Image.fromarray((array * 255).round().astype(np.uint8))
+
+
+class _Stages:
+    """Times the stages of a diffusers call from outside: "text" until the denoiser runs, "denoise", "decode".
+
+    The denoiser tells by forward hooks; they also count its passes and evaluations. A Janus pipeline has none and
+    reports its own stages.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self._denoiser = next(
+            (m for name in ("transformer", "unet") if isinstance(m := getattr(pipe, name, None), torch.nn.Module)),
+            None,
+        )
+        self._phase: phase | None = None
+
+    def switch(self, name: str | None) -> None:
+        """End the stage that runs and start the next one; None starts none."""
+        if self._denoiser is None:
+            return
+        if self._phase is not None:
+            self._phase.__exit__(None, None, None)
+        self._phase = None if name is None else phase(name)
+        if self._phase is not None:
+            self._phase.__enter__()
+
+    def __enter__(self) -> None:
+        self._hook = None
+        if self._denoiser is not None:
+            self._hook = self._denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        self.switch("text")
+
+    def __exit__(self, *error: object) -> None:
+        self.switch(None)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._phase is not None and self._phase.name == "text":
+            self.switch("denoise")
+        add_passes("denoiser")
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        if isinstance(sample, list | tuple | torch.Tensor):
+            add_nfe(len(sample))

@@ -1,0 +1,332 @@
+"""Text to image with a transformers Janus model behind the interface of a diffusers pipeline.
+
+The model is the stock `transformers.JanusForConditionalGeneration` and the tokens are drawn by its own
+``generate(generation_mode="image")``; this file adds what a diffusers user expects around it: batches, one generator
+per image, classifier-free guidance, callbacks, output types. A folder saved by transformers is loaded as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from transformers import LogitsProcessorList
+
+from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
+from fastgen.contracts import Loss
+from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw
+
+__all__ = ["JanusImagePipeline", "JanusImagePipelineOutput"]
+
+logger = logging.getLogger(__name__)
+
+OutputType = Literal["pil", "np", "pt", "tokens"]
+# Files of a Janus folder that generation does not need and that a saved copy must not lose.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass
+class JanusImagePipelineOutput(BaseOutput):
+    """
+    Args:
+        images: list of B PIL images, or [B, H, W, 3] float array in [0, 1] ("np"), or [B, 3, H, W] float tensor in
+            [0, 1] ("pt"), or the tokens ("tokens").
+        tokens: [B, N] int64 codebook indices, row-major.
+        stats: what the call did, see `fastgen.accounting.Stats.as_dict`.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    tokens: torch.Tensor
+    stats: dict[str, Any]
+
+
+class JanusImagePipeline(DiffusionPipeline):
+    """Text-to-image pipeline around a Janus model.
+
+    Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same law; only
+    the random numbers come from the caller's generators instead of the global state.
+
+    Args:
+        model: `transformers.JanusForConditionalGeneration`.
+        tokenizer: its tokenizer, or a `JanusProcessor`, of which the tokenizer is used.
+    """
+
+    loss: Loss = "exact"
+    model_cpu_offload_seq = "model"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self._processor_files: dict[str, str] = {}
+        self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer))
+
+    # ---- loading and saving: a plain transformers folder ----
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load model and tokenizer of a transformers Janus folder or Hub id.
+
+        Args:
+            torch_dtype, dtype: of the weights; default as stored.
+            output_loading_info: return (pipeline, dict of missing, unexpected and mismatched weights).
+            kwargs: for `JanusForConditionalGeneration.from_pretrained` (`revision`, `token`, `local_files_only` …).
+        """
+        from transformers import AutoTokenizer, JanusForConditionalGeneration
+
+        path = os.fspath(pretrained_model_name_or_path)
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+        info = kwargs.pop("output_loading_info", False)
+        model, loading = JanusForConditionalGeneration.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, **kwargs
+        )
+        pipeline = cls(model=model.eval(), tokenizer=tokenizer)
+        for name in _PROCESSOR_FILES:
+            if (file := Path(path, name)).is_file():
+                pipeline._processor_files[name] = file.read_text(encoding="utf-8")
+        pipeline.register_to_config(_name_or_path=path)
+        return (pipeline, loading) if info else pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write a folder that stock transformers loads; `kwargs` as for `PreTrainedModel.save_pretrained`."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        for name, text in self._processor_files.items():
+            Path(save_directory, name).write_text(text, encoding="utf-8")
+
+    # ---- properties ----
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels; a Janus model draws one size only."""
+        vq = self.model.config.vq_config
+        return int(vq.num_patches * 2 ** (len(vq.channel_multiplier) - 1))
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image, that is forward passes per image or batch."""
+        return int(self.model.config.vision_config.num_image_tokens)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.num_image_tokens
+
+    # ---- generation ----
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_invariant: bool = True,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[JanusImagePipeline, int, int, dict[str, Any]], Any] | None = None,
+    ) -> JanusImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            prompt: text or list of texts.
+            num_images_per_prompt: images of each prompt; they follow each other in the output.
+            guidance_scale: s of ``u + s * (c - u)`` on the logits; 1 or less turns guidance off.
+            temperature: divisor of the guided logits; 0 takes the most likely token (no randomness).
+            top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
+            negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
+            generator: one per image, or a single one. A single one drives a single image directly; for several images
+                it draws one seed for each of them. None draws the seeds from torch's global state.
+            batch_invariant: an image does not depend on what else is in the batch, nor on the batch size. In float32
+                the batch runs together, and an image that has a decision too close for rounding is drawn again
+                alone; in other types, where rounding is coarse, the images run one after the other. False leaves
+                rounding alone: the law is the same, an image may differ between batch sizes.
+            output_type: "pil", "np", "pt", or "tokens" (the pictures are not decoded).
+            return_dict: False gives ``(images,)``.
+            callback_on_step_end: called as ``callback(pipeline, token_index, token_index, {})`` after each token of
+                the batch. What it returns is not used.
+
+        Raises:
+            ValueError, TypeError: an argument outside its range.
+        """
+        prompts = self._check_prompts(prompt, num_images_per_prompt, negative_prompt, output_type)
+        law = TokenLaw(float(guidance_scale), float(temperature), top_k, top_p)
+        self._guidance_scale = law.guidance_scale
+        generators = _one_per_image(generator, len(prompts))
+        with account() as stats:
+            with phase("text"):
+                texts = [self._format_prompt(text) for text in prompts]
+            tokens = self._draw(texts, law, generators, batch_invariant, callback_on_step_end)
+            images: Any = tokens
+            if output_type != "tokens":
+                with phase("decode"):
+                    images = self._decode(tokens, output_type, one_by_one=batch_invariant)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return JanusImagePipelineOutput(images=images, tokens=tokens, stats=stats.as_dict())
+
+    def _check_prompts(self, prompt: Any, num_images: Any, negative_prompt: Any, output_type: str) -> list[str]:
+        """The texts, one per image."""
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"prompt: needs a string or a list of strings, got {type(prompt).__name__}")
+        if not texts or not all(text.strip() for text in texts):
+            raise ValueError("prompt: an empty text is not allowed")
+        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images_per_prompt: {num_images!r} is not allowed, needs an integer >= 1")
+        if negative_prompt is not None:
+            raise ValueError(
+                "negative_prompt: a Janus model takes none; the row without a prompt is the prompt blanked out"
+            )
+        if output_type not in (allowed := ("pil", "np", "pt", "tokens")):
+            raise ValueError(f"output_type: {output_type!r} is not allowed, needs one of {', '.join(allowed)}")
+        return [text for text in texts for _ in range(num_images)]
+
+    def _format_prompt(self, text: str) -> str:
+        """Prompt in the model's chat format, if it has one, followed by the begin-of-image token."""
+        begin = self._begin_of_image
+        special = [token for token in {begin, *self.tokenizer.all_special_tokens} if token in text]
+        if special:
+            # It would be read as the token itself: an early image start, or a blanked-out row that is not blank.
+            raise ValueError(f"prompt: {text!r} contains the special token {sorted(special)[0]!r} of the model")
+        if self.tokenizer.chat_template:
+            parts: Any = [{"type": "text", "text": text}]
+            formatted = self._apply_template(parts)
+            # A template for plain strings prints the list of parts as Python would.
+            text = formatted if "{'type'" not in formatted else self._apply_template(text)
+        return text + begin
+
+    def _apply_template(self, content: Any) -> str:
+        messages = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    @property
+    def _begin_of_image(self) -> str:
+        token = getattr(self.tokenizer, "boi_token", None)
+        if token is None:
+            token = self.tokenizer.convert_ids_to_tokens(self._generation_kwargs["boi_token_id"])
+        return str(token)
+
+    @property
+    def _generation_kwargs(self) -> dict[str, Any]:
+        return getattr(self.model.generation_config, "generation_kwargs", None) or {}
+
+    def _draw(
+        self,
+        texts: list[str],
+        law: TokenLaw,
+        generators: list[torch.Generator],
+        batch_invariant: bool,
+        callback: Callable[..., Any] | None,
+    ) -> torch.Tensor:
+        """Tokens [B, N] of the formatted prompts."""
+        on_token = None if callback is None else lambda index: callback(self, index, index, {})
+        if len(texts) == 1 or not batch_invariant:
+            note_path("janus batch", "together")
+            return self._generate(texts, law, generators, on_token)[0]
+        if self.model.dtype != torch.float32:
+            note_path("janus batch", "one image at a time", f"batch_invariant with {self.model.dtype}")
+            count = len(texts)
+
+            def scaled(image: int) -> Callable[[int], None] | None:
+                # The batch as a whole is `count` times as long; report the share that is done.
+                return None if on_token is None else lambda t: on_token((image * self.num_image_tokens + t) // count)
+
+            rows = [self._generate([texts[i]], law, [generators[i]], scaled(i))[0] for i in range(count)]
+            return torch.cat(rows)
+        note_path("janus batch", "together")
+        states = [generator.get_state() for generator in generators]
+        tokens, margin = self._generate(texts, law, generators, on_token)
+        for i in (margin < 1).nonzero().flatten().tolist():
+            logger.debug("image %d of the batch has a decision within rounding; drawn again alone", i)
+            generators[i].set_state(states[i])
+            tokens[i] = self._generate([texts[i]], law, [generators[i]], None)[0][0]
+        return tokens
+
+    def _generate(
+        self,
+        texts: list[str],
+        law: TokenLaw,
+        generators: list[torch.Generator],
+        on_token: Callable[[int], None] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stock generation of one batch: tokens [B, N] and the margin [B] of the sampler."""
+        model = self.model
+        if hook := getattr(getattr(model, "_hf_hook", None), "pre_forward", None):
+            hook(model)  # CPU offload acts on forward(); generate() reaches the parts of the model directly
+        with phase("text"):
+            # Left padding: the token that is drawn next follows the prompt directly in every row.
+            inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+            inputs = inputs.to(self._execution_device)
+        sampler = GuidedGumbelSampler(law, generators, on_token)
+        with phase("tokens"):
+            tokens = model.generate(
+                inputs=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_mode="image",
+                generation_config=self._generation_config(),
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        add_passes("target", self.num_image_tokens)
+        add_tokens(kept=tokens.numel(), total=tokens.numel())
+        margin = sampler.margin
+        if margin is None:
+            raise RuntimeError("the model did not call the sampler; this transformers version is not supported")
+        return tokens, margin
+
+    def _generation_config(self) -> Any:
+        """The model's own, with every choice left to our sampler; guidance 1 keeps stock from adding its own."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.do_sample, config.num_beams, config.num_return_sequences = False, 1, 1
+        # The library's values for "not in use"; None would be filled from the model's own configuration again.
+        config.temperature, config.top_k, config.top_p = 1.0, 50, 1.0
+        config.guidance_scale = 1.0
+        return config
+
+    def _decode(self, tokens: torch.Tensor, output_type: str, one_by_one: bool) -> Any:
+        """Pictures of tokens [B, N]."""
+        # Convolutions round differently for different batch sizes.
+        chunks = tokens.split(1 if one_by_one else max(1, len(tokens)))
+        decoded = [self.model.decode_image_tokens(chunk).float() for chunk in chunks]
+        # The tokenizer network draws in [-1, 1], channels last.
+        pixels = torch.cat(decoded).add(1).div(2).clamp(0, 1)
+        if output_type == "pt":
+            return pixels.permute(0, 3, 1, 2).contiguous()
+        array = pixels.cpu().numpy()
+        if output_type == "np":
+            return array
+        return [PIL.Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
+
+
+_HUB_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir", "force_download")
+
+
+def _one_per_image(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """One generator per image; see `JanusImagePipeline.__call__`."""
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise ValueError(f"generator: {len(generator)} generators for {count} images; needs one per image")
+        return list(generator)
+    if generator is not None and count == 1:
+        return [generator]  # type: ignore[list-item]
+    device = "cpu" if generator is None else generator.device  # type: ignore[union-attr]
+    seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device)  # type: ignore[arg-type]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]

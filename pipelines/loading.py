@@ -1,0 +1,212 @@
+"""Loading a model by name, folder or Hub id, with every check that can be made before its weights are read.
+
+pipe = load_pipeline("tiny")
+for picture in generate_images(pipe, ["a red circle"], [0]):
+    picture.image.save("out.png")
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from fastgen.accounting import phase
+from fastgen.errors import FastgenError
+from fastgen.io import read_json
+from fastgen.pipelines.checkpoint import (
+    Checkpoint,
+    check_names,
+    check_weights,
+    download_janus,
+    explain_hub_error,
+    find_checkpoint,
+)
+from fastgen.pipelines.generation import GeneratedImage, Progress, generate_images, set_checkpoint, unknown_words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "auto") -> DiffusionPipeline:
+    """Load a text-to-image pipeline, ready to be called.
+
+    Args:
+        model: "tiny" or "tiny-janus" (embedded), a folder of a diffusers pipeline or of a transformers Janus model,
+            or the Hub id of one.
+        device: "cpu", "cuda", "cuda:1", "mps" …
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
+            float16.
+
+    Returns:
+        the pipeline class that the model names, or a `JanusImagePipeline`.
+
+    Raises:
+        FastgenError: there is no such model, a file of it is missing or broken, or the device or the type cannot be
+            had; told in one line.
+    """
+    check_names(device, dtype)
+    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "auto") -> DiffusionPipeline:
+    """`load_pipeline` for a model that was found before."""
+    check_names(device, dtype)
+    where, kind = resolve_device(device, dtype)
+    with phase("load"):
+        if checkpoint.hub_id is not None:
+            checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
+        check_weights(checkpoint)
+        pipe = _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_diffusers(checkpoint, kind)
+        try:
+            pipe.to(where)
+        except torch.OutOfMemoryError as error:
+            raise FastgenError(f"model {checkpoint.model!r} does not fit into the memory of {where}") from error
+    set_checkpoint(pipe, checkpoint)
+    return pipe
+
+
+def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and weight type for `load_pipeline`'s arguments.
+
+    Raises:
+        FastgenError: this machine has no such device, or the device cannot compute in this type.
+    """
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps") from error
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise FastgenError("device: 'cuda' is not available here (no NVIDIA GPU, or torch was built without CUDA)")
+        if where.index is not None and where.index >= torch.cuda.device_count():
+            raise FastgenError(
+                f"device: {device!r} does not exist, there are {torch.cuda.device_count()} CUDA devices"
+            )
+    if where.type == "mps" and not torch.backends.mps.is_available():
+        raise FastgenError("device: 'mps' is not available here")
+    if dtype == "auto":
+        kind = torch.float32
+        if where.type != "cpu":
+            has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+            kind = torch.bfloat16 if has_bfloat16 else torch.float16
+    else:
+        kind = _DTYPES[dtype]
+    _probe(where, kind)
+    return where, kind
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> None:
+    """Try the three kinds of operation that every model here needs."""
+    try:
+        x = torch.ones(1, 4, 4, 4, dtype=dtype, device=device)
+        torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, dtype=dtype, device=device))
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        torch.nn.functional.layer_norm(x @ x, (4,))
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+        name = str(dtype).removeprefix("torch.")
+        line = str(error).strip().splitlines()[0]
+        raise FastgenError(f"dtype: {name} cannot be used on {device}: {line}") from error
+
+
+def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
+    """Download the weights of a Hub model, or find them in the local cache."""
+    if checkpoint.kind == "janus":
+        folder = download_janus(hub_id)
+    else:
+        try:
+            folder = Path(DiffusionPipeline.download(hub_id))
+        except Exception as error:
+            raise explain_hub_error(hub_id, error) from error
+    return Checkpoint(**{**_fields(checkpoint), "folder": folder})
+
+
+def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+
+
+def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
+    from fastgen.pipelines.janus import JanusImagePipeline
+
+    folder = checkpoint.folder
+
+    def load() -> JanusImagePipeline:
+        pipe, info = JanusImagePipeline.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+        _check_keys(folder, info)
+        return pipe
+
+    return _explained(folder, load)
+
+
+def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
+    random numbers), then the rest through the stock loader."""
+    folder = checkpoint.folder
+    networks = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            continue
+        network_class = _network_class(*entry)
+        if network_class is not None:
+            networks[name] = _load_network(network_class, folder / name, dtype)
+    return _explained(folder, lambda: DiffusionPipeline.from_pretrained(folder, **networks))
+
+
+def _network_class(library: str | None, name: str | None) -> Any:
+    """The class of a component that has weights; None for others and for those that only the pipeline knows."""
+    if library not in ("diffusers", "transformers") or name is None:
+        return None
+    import importlib
+
+    found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        raise FastgenError(f"the model needs {library}.{name}, which the installed {library} does not have; update it")
+    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+
+
+def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    keyword = "torch_dtype" if network_class.__module__.startswith("diffusers") else "dtype"
+
+    def load() -> torch.nn.Module:
+        network, info = network_class.from_pretrained(folder, output_loading_info=True, **{keyword: dtype})
+        _check_keys(folder, info)
+        return network.eval()
+
+    return _explained(folder, load)
+
+
+def _check_keys(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that leaves a weight unset; weights that the network has no place for are only logged."""
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise FastgenError(f"checkpoint {folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    if mismatched := sorted(map(str, info.get("mismatched_keys") or ())):
+        raise FastgenError(f"checkpoint {folder} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}")
+    if unexpected := sorted(info.get("unexpected_keys") or ()):
+        logger.warning("checkpoint %s has %d weights without use, e.g. %r", folder, len(unexpected), unexpected[0])
+
+
+def _explained(folder: Path, load: Callable[[], T]) -> T:
+    """Run a stock loader; what it cannot load becomes one line that names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except FastgenError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise FastgenError(f"checkpoint {folder} does not fit into memory") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines)[:300] or type(error).__name__
+        raise FastgenError(f"checkpoint {folder} cannot be loaded: {reason}") from error

@@ -1,0 +1,37 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from fastgen._compat import repair_torchvision
+
+# No test may reach the network: a forgotten download must fail at once, not hang or pass by luck.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests that import diffusers or transformers themselves need what the packages of fastgen do for their own imports.
+repair_torchvision()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_folder = Path(__file__).parent / "gpu"
+    gpu_items = [item for item in items if gpu_folder in item.path.parents]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout; a test of the installed package alone is skipped."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file() or importlib.util.find_spec("fastgen") is None:
+        pytest.skip("needs a checkout with fastgen installed")
+    return root

@@ -1,0 +1,131 @@
+"""Reading and writing GenEval metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fastgen.evaluation.geneval.metadata import Metadata, format_metadata, read_metadata, write_metadata
+
+OFFICIAL = Path(__file__).resolve().parents[4] / "shared/data/geneval/evaluation_metadata.jsonl"
+GOOD = {"tag": "two_object", "include": [{"class": "star", "count": 1}, {"class": "ring", "count": 1}], "prompt": "p"}
+
+
+def included(**clause) -> dict:
+    return {**GOOD, "include": [GOOD["include"][0], {**GOOD["include"][1], **clause}]}
+
+
+def without(key: str) -> dict:
+    return {k: v for k, v in GOOD.items() if k != key}
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official prompts are not beside this repository")
+def test_official_file_round_trips_byte_for_byte() -> None:
+    items = read_metadata(OFFICIAL)
+    raw = OFFICIAL.read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    assert format_metadata(items).rstrip(b"\n") == raw.rstrip(b"\n")
+    assert len(items) == 553 and len({item.prompt for item in items}) == 553
+    assert set(Counter(item.tag for item in items)) == {
+        "single_object", "two_object", "counting", "colors", "position", "color_attr"
+    }  # fmt: skip
+
+
+def test_shapesworld_prompts_are_valid_metadata() -> None:
+    from fastgen.data.captions import evaluation_prompts
+    from fastgen.data.shapes import COLORS, SHAPES
+    from fastgen.evaluation.geneval.metadata import check_vocabulary
+
+    items = [Metadata.from_dict(data) for data in evaluation_prompts()]
+    for item, data in zip(items, evaluation_prompts(), strict=True):
+        check_vocabulary(item, SHAPES, COLORS)
+        assert item.as_dict() == data
+        assert item.to_json() == json.dumps(data)
+
+
+def test_write_and_read_back(tmp_path: Path) -> None:
+    items = [
+        Metadata.from_dict(included(color="red", position=["left of", 0])),
+        Metadata.from_dict({**GOOD, "exclude": [{"class": "star", "count": 2}], "prompt": "a “café” \u2028 line"}),
+    ]
+    path = tmp_path / "m.jsonl"
+    write_metadata(path, items)
+    assert read_metadata(path) == items
+    assert path.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "JSON object"),
+        (without("tag"), "missing tag"),
+        (without("prompt"), "missing prompt"),
+        (without("include"), "missing include"),
+        ({**GOOD, "excludes": []}, "unknown excludes"),
+        ({**GOOD, "tag": ""}, "tag"),
+        ({**GOOD, "prompt": 3}, "prompt"),
+        ({**GOOD, "include": {}}, "include"),
+        ({**GOOD, "include": []}, "both empty"),
+        ({**GOOD, "include": ["star"]}, r"include\[0\]"),
+        (included(colour="red"), "unknown colour"),
+        (included(count=0), "count"),
+        (included(count=True), "count"),
+        (included(count=1.0), "count"),
+        (included(color=""), "color"),
+        (included(position="left of"), "position"),
+        (included(position=["left", 0]), "unknown relation"),
+        (included(position=[0, "left of"]), "unknown relation"),
+        (included(position=["left of", 1]), r"earlier include clause \(0..0\), got 1"),
+        (included(position=["left of", -1]), "earlier"),
+        (included(position=["left of", 7]), "earlier"),
+        (included(position=["left of", True]), "earlier"),
+        ({**GOOD, "include": [{"class": "star", "count": 1, "position": ["above", 0]}]}, "first"),
+        ({**GOOD, "exclude": [{"class": "star", "count": 1, "color": "red"}]}, "unknown color"),
+        ({**GOOD, "exclude": [{"class": "star"}]}, "missing count"),
+    ],
+)
+def test_malformed_metadata_names_the_line(tmp_path: Path, data, message: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(data) + "\n")
+    with pytest.raises(ValueError, match=message) as error:
+        read_metadata(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "no metadata"),
+        (b"\n", "no metadata"),
+        (json.dumps(GOOD).encode() + b"\n\n" + json.dumps(GOOD).encode(), ":2: blank line"),
+        (json.dumps(GOOD).encode() + b'\n{"tag": ', ":2: malformed JSON"),
+        (json.dumps(GOOD).encode() + b"\n\xff", ":2: not UTF-8"),
+        (b'{"tag": NaN}', ":1: NaN"),
+        (b"[" * 100_000, ":1: "),
+    ],
+)
+def test_malformed_files(tmp_path: Path, raw: bytes, message: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read"):
+        read_metadata(tmp_path / "none.jsonl")
+
+
+def test_unknown_class_and_colour(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(included(color="mauve")))
+    assert len(read_metadata(path)) == 1
+    with pytest.raises(ValueError, match=":1: unknown colour 'mauve'; known: red, blue"):
+        read_metadata(path, color_names=["red", "blue"])
+    with pytest.raises(ValueError, match=":1: unknown class 'ring'"):
+        read_metadata(path, class_names=["star"])

@@ -1,0 +1,138 @@
+"""The benchmark of `fastgen generate`: honest numbers, and none when the pictures are wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgen.cli.main import run
+from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks import generate as bench
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="module")
+def micro_z(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from micro_models import save_micro_z_image
+
+    return save_micro_z_image(tmp_path_factory.mktemp("micro") / "z")
+
+
+@pytest.fixture(scope="module")
+def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from micro_models import save_micro_janus
+
+    return save_micro_janus(tmp_path_factory.mktemp("micro") / "janus")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
+def test_percentiles_equal_numpy(values: list[float]) -> None:
+    ours = bench.percentiles(values)
+    np.testing.assert_allclose([ours["p20"], ours["p50"], ours["p80"]], np.percentile(values, [20, 50, 80]))
+
+
+def test_measure_process_sees_time_and_memory() -> None:
+    small = bench.measure_process([sys.executable, "-c", "print('hi')"])
+    big = bench.measure_process([sys.executable, "-c", "import time; x = b'x' * 200_000_000; time.sleep(1)"])
+    assert small[2] == "hi\n" and big[0] > 1
+    assert small[1] is None or (big[1] or 0) - small[1] > 150_000_000
+    with pytest.raises(FastgenError, match="failed with 3.*oops"):
+        bench.measure_process([sys.executable, "-c", "import sys; print('oops', file=sys.stderr); sys.exit(3)"])
+
+
+def test_environment_is_json() -> None:
+    where = bench.environment()
+    json.dumps(where)
+    assert where["versions"]["torch"] and where["threads"] >= 1 and where["date"].endswith("+00:00")
+
+
+def test_command_writes_rows(
+    micro_z: Path, micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "bench.json"
+    arguments = ["bench", "generate", "--model", str(micro_z), "--model", str(micro_janus), "--runs", "2"]
+    arguments += ["--batch", "1", "--batch", "2", "--steps", "2", "--no-cold", "--no-compile"]
+    assert run([*arguments, "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(out.read_text())
+    rows = [(Path(r["model"]).name, r["batch"], r["batch_invariant"]) for r in result["warm"]]
+    assert rows == [(m, b, i) for m in ("z", "janus") for b, i in ((1, True), (2, True), (2, False))]
+    for row in result["warm"]:
+        assert row["n"] == 2 and row["engine"] == "eager"
+        for name in ("seconds_per_image", "seconds_per_step"):
+            assert 0 < row[name]["p20"] <= row[name]["p50"] <= row[name]["p80"]
+        assert row["seconds_per_step"]["p50"] < row["seconds_per_image"]["p50"] * row["batch"]
+    assert run(arguments) == 0
+    assert "| s/picture p20 |" in capsys.readouterr().out.replace("n | s/", "| s/")
+
+
+def test_cold_rows_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def fake(command: list[str], **kwargs: Any) -> tuple[float, int, str]:
+        commands.append(command)
+        return float(len(commands)), 1000, "0.125\n"
+
+    monkeypatch.setattr(bench, "measure_process", fake)
+    rows = bench._cold_rows(["tiny", "tiny-janus"], 3, 8, "cpu", "auto")
+    assert len(commands) == 4 * 4 and all(row["n"] == 3 for row in rows)
+    assert rows[0]["seconds"] == {"p20": 0.125, "p50": 0.125, "p80": 0.125}
+    assert rows[1]["first_run_seconds"] == 5.0 and rows[1]["seconds"]["p50"] == 7.0
+    assert "--steps" in commands[-5] and "--steps" not in commands[-1]
+
+
+def test_a_compiler_that_fails_is_told(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def broken(module: torch.nn.Module) -> torch.nn.Module:
+        class Broken(torch.nn.Module):
+            dtype, config, in_channels = module.dtype, module.config, module.in_channels
+
+            def forward(self, *args: object, **kwargs: object) -> None:
+                raise RuntimeError("no C++ compiler\nat all")
+
+        return Broken()
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = bench.benchmark_generate([str(micro_z)], runs=1, batches=(1,), steps=1, cold=False)
+    assert [row["engine"] for row in result["warm"]] == ["eager", "torch.compile"]
+    assert result["warm"][1]["failed"] == "no C++ compiler"
+
+
+def test_wrong_pictures_are_not_timed(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastgen.pipelines.loading as loading
+
+    original = loading.generate_images
+
+    def depends_on_the_batch(pipe: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
+        return original(pipe, prompts, [seed + options["batch_size"] for seed in seeds], **options)
+
+    monkeypatch.setattr(loading, "generate_images", depends_on_the_batch)
+    with pytest.raises(FastgenError, match="depend on the batch size"):
+        bench.benchmark_generate([str(micro_z)], runs=1, cold=False, compile=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "0"], "--runs"),
+        (["--batch", "0"], "--batch"),
+        (["--steps", "0"], "--steps"),
+        (["--model", "tinny"], "unknown"),
+        (["--dtype", "int8"], "dtype"),
+        (["--out", "/dev/null/x/bench.json"], "folder"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "generate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err

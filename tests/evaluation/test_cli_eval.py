@@ -1,0 +1,167 @@
+"""`fastgen eval`: options, output, errors; the detector is a stand-in, the pictures come from the renderer."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from evaluation_fakes import KnowingModel, PixelModel
+
+import fastgen.evaluation.geneval.shapes as checker_module
+import fastgen.evaluation.shapesworld as shapesworld
+from fastgen.cli.main import run
+from fastgen.data.shapes import ShapesWorld
+from fastgen.evaluation.fid.shapes import FDShapes
+from fastgen.evaluation.geneval.validation import VALIDATION_SEED
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(checker_module, "load_detector", lambda folder=None, device="cpu": PixelModel())
+    monkeypatch.setattr(shapesworld, "FDShapes", partial(FDShapes, n_reference=64, cache_dir=tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+RENDERS = ["eval", "shapes", "--model", "renders", "--limit", "3", "--images-per-prompt", "2"]
+
+
+def test_json_is_one_object_on_stdout(tmp_path, capsys) -> None:
+    assert run([*RENDERS, "--out", "o", "--sheet", "s/sheet.png", "--captions", "--json"]) == 0
+    out = capsys.readouterr().out
+    data = json.loads(out)
+    assert out.count("\n") == 1
+    assert data["benchmark"] == "ShapesWorld-GenEval" and data["model"] == "renders"
+    assert len(data["tasks"]) == 6 and data["n_images"] == 36
+    assert data["fd_shapes"]["value"] > 0
+    assert data["seconds_per_image"] > 0 and data["versions"]["torch"]
+    assert data["settings"]["images_made_now"] == 36
+    assert {"generate", "check", "fd"} <= set(data["stats"]["seconds"])
+    saved = json.loads((tmp_path / "o/scores.json").read_text())
+    assert {**saved, "results": data["results"]} == data
+    assert len((tmp_path / "o/results.jsonl").read_text().splitlines()) == 36
+    assert (tmp_path / "s/sheet.png").is_file()
+
+
+def test_text_names_every_score(capsys) -> None:
+    assert run([*RENDERS, "--out", "o"]) == 0
+    out = capsys.readouterr().out
+    for name in ("ShapesWorld-GenEval", "single_object", "color_attr", "mean of tasks", "±", "FD-shapes[64"):
+        assert name in out
+    assert "s per image" in out and "torch" in out
+    assert "FID" not in out and "GenEval" not in out.replace("ShapesWorld-GenEval", "")
+
+
+def test_same_command_continues_its_run_and_another_starts_its_own(tmp_path, capsys) -> None:
+    for seed, made in (("0", 36), ("0", 0), ("1", 36)):
+        assert run([*RENDERS, "--seed", seed, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["settings"]["images_made_now"] == made
+    assert len(list((tmp_path / "fastgen-eval").iterdir())) == 2
+
+
+def test_scores_a_folder_and_leaves_it_alone(tmp_path, capsys) -> None:
+    assert run([*RENDERS, "--out", "o", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    before = sorted(p.as_posix() for p in (tmp_path / "o").rglob("*"))
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*")}
+    assert run(["eval", "shapes", "--images", "o", "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["tasks"] == first["tasks"] and second["fd_shapes"] == first["fd_shapes"]
+    assert "model" not in second and "seconds_per_image" not in second
+    assert sorted(p.as_posix() for p in (tmp_path / "o").rglob("*")) == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*")} == stamps
+    assert run(["eval", "shapes", "--images", "o", "--out", "scores"]) == 0
+    assert (tmp_path / "scores/scores.json").is_file()
+
+
+def test_small_set_says_why_it_has_no_distance(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(PixelModel, "dims", 64)
+    assert run([*RENDERS, "--limit", "1", "--out", "o"]) == 0
+    assert "no value, 12 images are too few" in capsys.readouterr().out
+    assert run([*RENDERS, "--limit", "1", "--out", "o", "--allow-small", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fd_shapes"]["value"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--images-per-prompt", "0"], "--images-per-prompt: 0"),
+        (["--steps", "0"], "--steps: 0"),
+        (["--batch-size", "-1"], "--batch-size: -1"),
+        (["--limit", "0"], "--limit: 0"),
+        (["--guidance-scale", "-1"], "--guidance-scale"),
+        (["--guidance-scale", "nan"], "--guidance-scale"),
+        (["--seed", "-1"], "--seed: -1"),
+        (["--sheet", "sheet.jpg"], "--sheet"),
+        (["--model", "nonsense"], "nonsense"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "float3"], "float3"),
+        (["--out", "file"], "file"),
+        (["--sheet", "file/sheet.png"], "file"),
+        (["--images", "none"], "none"),
+        (["--images", "empty"], "empty"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2_before_any_work(tmp_path, monkeypatch, capsys, args, message) -> None:
+    monkeypatch.setattr(shapesworld, "render_prompts", lambda *_: pytest.fail("started to draw"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    model = [] if {"--images", "--model"} & set(args) else ["--model", "renders"]
+    assert run(["eval", "shapes", *model, *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_generation_options_are_refused_with_images(tmp_path, capsys) -> None:
+    (tmp_path / "o").mkdir()
+    assert run(["eval", "shapes", "--images", "o", "--steps", "4", "--model", "tiny"]) == 2
+    assert "--model, --steps: not allowed with --images" in capsys.readouterr().err
+
+
+def test_changed_settings_are_refused(tmp_path, capsys) -> None:
+    assert run([*RENDERS, "--out", "o", "--json"]) == 0
+    capsys.readouterr()
+    assert run([*RENDERS, "--out", "o", "--steps", "9"]) == 2
+    assert "steps is None there and 9 now" in capsys.readouterr().err
+    assert run([*RENDERS, "--out", "o", "--limit", "2"]) == 2
+    assert "prompts are others" in capsys.readouterr().err
+
+
+def test_missing_checker_costs_no_generation(monkeypatch, capsys) -> None:
+    from fastgen.errors import FastgenError
+
+    def missing(folder=None, device="cpu"):
+        raise FastgenError("assets/shapes-detector: holds no ShapesWorld detector")
+
+    monkeypatch.setattr(checker_module, "load_detector", missing)
+    monkeypatch.setattr(shapesworld, "render_prompts", lambda *_: pytest.fail("started to draw"))
+    assert run([*RENDERS, "--out", "o"]) == 2
+    assert "no ShapesWorld detector" in capsys.readouterr().err
+
+
+# --- checker -----------------------------------------------------------------------------------------------------
+
+
+def test_checker_writes_json_and_its_table(tmp_path, monkeypatch, capsys) -> None:
+    batch = ShapesWorld(VALIDATION_SEED, held_out=False).batch(30)
+    monkeypatch.setattr(checker_module, "load_detector", lambda folder=None, device="cpu": KnowingModel(batch))
+    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5", "--out", "r/checker.json", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "r/checker.json").read_text()) == data
+    assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0 and data["versions"] and data["detector"]
+    table = (tmp_path / "r/checker.md").read_text()
+    assert "**100.00 %**" in table and "gain 1.4" in table
+    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5"]) == 0
+    assert capsys.readouterr().out.strip() == table.strip()
+
+
+@pytest.mark.parametrize(
+    "args", [["--n", "0"], ["--n", "5", "--n-perturbed", "6"], ["--seed", "-1"], ["--out", "x.csv"],
+             ["--out", "file/x.json"]]
+)  # fmt: skip
+def test_checker_refuses_bad_options(tmp_path: Path, capsys, args: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(["eval", "checker", *args]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,183 @@
+"""Atomic writes: whole or not at all, whatever fails and whenever."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import fastgen.io as fio
+from fastgen.errors import FastgenError
+
+
+def test_bytes_and_json_and_png(tmp_path: Path) -> None:
+    fio.atomic_write_bytes(tmp_path / "a.bin", b"\x00data")
+    assert (tmp_path / "a.bin").read_bytes() == b"\x00data"
+    fio.atomic_write_json(tmp_path / "a.json", {"é": [1, None, "x"]})
+    assert fio.read_json(tmp_path / "a.json") == {"é": [1, None, "x"]}
+    image = Image.new("RGB", (3, 2), (1, 2, 3))
+    fio.save_png(tmp_path / "a.png", image, {"Comment": "größer ☃"})
+    with Image.open(tmp_path / "a.png") as back:
+        assert back.size == (3, 2) and back.getpixel((2, 1)) == (1, 2, 3)
+        assert back.text["Comment"] == "größer ☃"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.json", "a.png"]
+
+
+def test_png_bytes_are_reproducible() -> None:
+    image = Image.new("RGB", (4, 4), (9, 8, 7))
+    assert fio.encode_png(image, {"Comment": "x"}) == fio.encode_png(image.copy(), {"Comment": "x"})
+
+
+def test_replaces_and_honours_the_umask(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    before = os.umask(0o027)
+    try:
+        fio.atomic_write_bytes(target, b"new")
+    finally:
+        os.umask(before)
+    assert target.read_bytes() == b"new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="[Nn]a[Nn]|JSON"):
+        fio.atomic_write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_symbolic_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    fio.atomic_write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("special", ["folder", "device"])
+def test_only_regular_files_are_replaced(tmp_path: Path, special: str) -> None:
+    target = tmp_path if special == "folder" else Path(os.devnull)
+    with pytest.raises(FastgenError, match="folder|regular"):
+        fio.atomic_write_bytes(target, b"x")
+    assert not Path(os.devnull).is_file()
+
+
+def fail_in(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+    """Let the next write fail in write(), fsync() or os.replace()."""
+    if where == "write":
+
+        class Full(io.FileIO):
+            def write(self, data: Any) -> int:
+                raise error
+
+        def open_full(descriptor: int, mode: str) -> Any:
+            return io.BufferedWriter(Full(descriptor, mode))
+
+        monkeypatch.setattr(fio, "open", open_full, raising=False)
+        return
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(fio.os, where, fail)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_disk_full_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, exists: bool) -> None:
+    target = tmp_path / "out.png"
+    if exists:
+        target.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        fail_in(patch, where, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(FastgenError) as caught:
+            fio.atomic_write_bytes(target, b"x" * 100_000)
+    assert "\n" not in str(caught.value)
+    assert str(target) in str(caught.value) and "no space" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == (["out.png"] if exists else [])
+    if exists:
+        assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_interrupt_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    fail_in(monkeypatch, where, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        fio.atomic_write_bytes(tmp_path / "a", b"x")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_files_are_all_staged_before_the_first_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    calls = []
+    real = os.fsync
+
+    def second_fails(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "full")
+        real(descriptor)
+
+    monkeypatch.setattr(fio.os, "fsync", second_fails)
+    with pytest.raises(FastgenError, match="b: no space"):
+        fio.atomic_write_many([(tmp_path / "a", b"new"), (tmp_path / "b", b"new")])
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+def test_real_size_limit(tmp_path: Path) -> None:
+    """A real failing write, by a limit on the size of files, in a process of its own."""
+    code = (
+        "import resource, sys, fastgen.io as fio\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n    fio.atomic_write_bytes(sys.argv[1], b'x' * 100_000)\n"
+        "except fio.FastgenError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "size limit" in done.stdout and done.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folder_and_file_as_folder(tmp_path: Path) -> None:
+    with pytest.raises(FastgenError, match="does not exist"):
+        fio.atomic_write_bytes(tmp_path / "no" / "a", b"")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FastgenError, match="a file"):
+        fio.atomic_write_bytes(tmp_path / "file" / "a", b"")
+    with pytest.raises(FastgenError, match="file"):
+        fio.check_writable(tmp_path / "file")
+    with pytest.raises(FastgenError, match="not writable"):
+        fio.check_writable(tmp_path / "file" / "sub")
+    assert fio.check_writable(tmp_path / "new" / "sub").is_dir()
+    assert list((tmp_path / "new" / "sub").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_read_json_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(FastgenError, match="bad.json"):
+        fio.read_json(tmp_path / "bad.json")
+    with pytest.raises(FastgenError, match="none.json"):
+        fio.read_json(tmp_path / "none.json")
+
+
+def test_no_torch_is_imported() -> None:
+    code = (
+        "import sys, fastgen.io, fastgen.cli.plan; print([m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) == []

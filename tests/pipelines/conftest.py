@@ -1,0 +1,24 @@
+"""Small models for the tests of the pipelines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="session")
+def micro_z(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from micro_models import save_micro_z_image
+
+    return save_micro_z_image(tmp_path_factory.mktemp("micro") / "z")
+
+
+@pytest.fixture(scope="session")
+def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from micro_models import save_micro_janus
+
+    return save_micro_janus(tmp_path_factory.mktemp("micro") / "janus")

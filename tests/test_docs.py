@@ -1,0 +1,157 @@
+"""Runs every shell and Python block of README.md and docs/*.md, in the order of the page, in an empty folder a page.
+
+A comment on the line before a block changes that:
+
+``<!-- skip: REASON -->``   is not run (it needs the network, a GPU ...)
+``<!-- slow -->``           runs with the slow tests only
+``<!-- tests -->``          the command that runs these tests: `.ci/run` runs it, and this file cannot
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+RUNNABLE = {"python", "bash", "sh", "console"}
+SHOWN = {"", "text", "json", "toml", "yaml", "markdown", "diff"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int  # of the opening fence, from 1
+    language: str
+    text: str
+    marks: tuple[str, ...]  # comments directly above
+
+
+def blocks(page: Path, text: str) -> Iterator[Block]:
+    lines = iter(enumerate(text.splitlines(), start=1))
+    marks: list[str] = []
+    for number, line in lines:
+        comment = re.fullmatch(r"<!-- (.*) -->", line.strip())
+        fence = re.fullmatch(r"( *)(`{3,})(\w*).*", line)
+        if comment:
+            marks.append(comment[1])
+        elif fence:
+            indent, ticks, language = fence[1], fence[2], fence[3]
+            body = []
+            for _, inner in lines:
+                if inner.strip() == ticks:
+                    break
+                body.append(inner.removeprefix(indent))
+            else:
+                raise ValueError(f"{page.name}:{number}: the block is never closed")
+            yield Block(page, number, language, "\n".join(body) + "\n", tuple(marks))
+            marks = []
+        elif line.strip():
+            marks = []
+
+
+def shell_script(block: Block) -> str:
+    """The commands of a block; in a console block those after ``$``, with continuation lines after ``>``."""
+    if block.language != "console":
+        return block.text
+    commands = [re.match(r"[$>] (.*)", line) for line in block.text.splitlines()]
+    return "\n".join(match[1] for match in commands if match) + "\n"
+
+
+ALL = [block for page in PAGES for block in blocks(page, page.read_text(encoding="utf-8"))]
+
+
+def parameters() -> Iterator[object]:
+    for block in ALL:
+        if block.language not in RUNNABLE:
+            continue
+        marks: list[pytest.MarkDecorator] = []
+        for mark in block.marks:
+            if mark.startswith("skip: "):
+                marks.append(pytest.mark.skip(reason=mark.removeprefix("skip: ")))
+            elif mark == "tests":
+                marks.append(pytest.mark.skip(reason="this is the command that runs the tests"))
+            elif mark == "slow":
+                marks.append(pytest.mark.slow)
+        yield pytest.param(block, marks=marks, id=f"{block.page.name}:{block.line}")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """One empty folder a page, so that a block may read what an earlier one of its page wrote."""
+    return {page: tmp_path_factory.mktemp(page.stem) for page in PAGES}
+
+
+@pytest.mark.parametrize("block", parameters())
+def test_block_runs(block: Block, folders: dict[Path, Path]) -> None:
+    if block.language == "python":
+        command = [sys.executable, "-c", block.text]
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", shell_script(block)]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "MPLBACKEND": "agg",
+    }
+    done = subprocess.run(
+        command,
+        cwd=folders[block.page],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (
+        f"{block.page.name}:{block.line}\n{block.text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    )
+
+
+def test_every_block_says_what_it_is() -> None:
+    for block in ALL:
+        assert block.language in RUNNABLE | SHOWN, f"{block.page.name}:{block.line}: {block.language!r}"
+        for mark in block.marks:
+            assert re.fullmatch(r"skip: \S.*|slow|tests|main-job|install-cpu", mark), f"{block.page.name}: {mark!r}"
+
+
+@pytest.mark.parametrize("name", ["main-job", "tests", "install-cpu"])
+def test_ci_finds_its_commands_in_the_readme(name: str) -> None:
+    script = [sys.executable, ROOT / ".ci" / "snippet", name]
+    command = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
+    (block,) = [block for block in ALL if name in block.marks]
+    assert command == block.text.strip()
+    if name != "install-cpu":
+        assert "\n" not in command
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("mailto:"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_reader_of_blocks() -> None:
+    text = (
+        "text\n<!-- slow -->\n\n```bash\nls\n```\n<!-- skip: no -->\nwords between\n```python\nx = 1\n```\n"
+        "  ```console\n  $ echo a \\\n  > b\n  a b\n  ```\n````text\n```python\nraise\n```\n````\n"
+    )
+    found = list(blocks(Path("page.md"), text))
+    assert [(block.line, block.language, block.marks) for block in found] == [
+        (4, "bash", ("slow",)),
+        (9, "python", ()),
+        (12, "console", ()),
+        (17, "text", ()),
+    ]
+    assert shell_script(found[2]) == "echo a \\\nb\n"
+    with pytest.raises(ValueError, match="page.md:1: the block is never closed"):
+        list(blocks(Path("page.md"), "```bash\nls\n"))
