@@ -31,7 +31,7 @@ def patch_labels(batch: ShapesBatch, patch: int) -> dict[str, torch.Tensor]:
     n, side = batch.instances.shape[:2]
     grid = side // patch
     blocks = batch.instances.reshape(n, grid, patch, grid, patch)
-    slots = max((len(scene) for scene in batch.scenes), default=0)
+    slots = max((len(scene) for scene in batch.scenes), default=1)
     covered = np.stack([(blocks == slot + 1).mean(axis=(2, 4)) for slot in range(slots)], axis=-1)
     owner = np.where(covered.max(axis=-1) >= _COVERED, covered.argmax(axis=-1) + 1, 0).reshape(n, grid * grid)
     shapes, colors = np.zeros((n, slots + 1), np.int64), np.zeros((n, slots + 1), np.int64)

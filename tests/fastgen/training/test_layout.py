@@ -1,0 +1,51 @@
+"""The auxiliary layout labels and loss."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
+from fastgen.training.layout import LayoutHead, patch_labels
+
+
+@pytest.mark.parametrize("patch", [4, 8])
+def test_labels_equal_a_patch_by_patch_count(patch: int) -> None:
+    batch = ShapesWorld(21).batch(30)
+    labels = patch_labels(batch, patch)
+    for n, scene in enumerate(batch.scenes):
+        for index in range((64 // patch) ** 2):
+            row, column = divmod(index, 64 // patch)
+            area = batch.instances[n, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            counts = [int((area == slot + 1).sum()) for slot in range(len(scene))]
+            best = int(np.argmax(counts))
+            named = counts[best] * 4 >= patch * patch
+            shape = SHAPES.index(scene[best].shape) + 1 if named else 0
+            color = COLORS.index(scene[best].color) + 1 if named else 0
+            assert (int(labels["patch_shapes"][n, index]), int(labels["patch_colors"][n, index])) == (shape, color)
+
+
+def test_an_untrained_head_is_uniform_and_it_can_learn() -> None:
+    """With zero weights the loss is log 9 + log 9; hidden states that hold the labels can be read out."""
+    labels = patch_labels(ShapesWorld(22).batch(8), 8)
+    head = LayoutHead(64)
+    torch.nn.init.zeros_(head.linear.weight)
+    torch.nn.init.zeros_(head.linear.bias)
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 64)[labels["patch_shapes"]] + torch.randn(9, 64)[labels["patch_colors"]]
+    loss = head(hidden, labels["patch_shapes"], labels["patch_colors"])
+    assert math.isclose(float(loss.detach()), 2 * math.log(9), rel_tol=1e-5)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = head(hidden, labels["patch_shapes"], labels["patch_colors"])
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+
+
+def test_an_empty_batch_has_no_labels() -> None:
+    assert patch_labels(ShapesWorld(0).batch(0), 8)["patch_shapes"].shape == (0, 64)
