@@ -9,19 +9,19 @@ from fastgen.errors import FastgenError
 __all__ = ["check_prompt", "check_value"]
 
 
-def check_prompt(prompt: object) -> str:
+def check_prompt(prompt: object, label: str = "prompt") -> str:
     """Refuse what is not a text that a model can be given.
 
     Raises:
         FastgenError: says what is wrong.
     """
     if not isinstance(prompt, str):
-        raise FastgenError(f"prompt: needs a text, got {type(prompt).__name__}")
+        raise FastgenError(f"{label}: needs a text, got {type(prompt).__name__}")
     if not prompt.strip():
-        raise FastgenError("prompt: an empty text is not allowed")
+        raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that are not UTF-8.
     if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char not in "\t\n\r") for char in prompt):
-        raise FastgenError(f"prompt: {ascii(prompt)} is not text: it holds control characters or undecodable bytes")
+        raise FastgenError(f"{label}: {ascii(prompt)} is not text: it holds control characters or undecodable bytes")
     return prompt
 
 
@@ -46,4 +46,4 @@ def check_value(label: str, name: str, value: object) -> None:
         if name == "top_p" and not 0 < value <= 1:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs 0 < top_p <= 1")
     else:
-        check_prompt(value)
+        check_prompt(value, label)

@@ -24,6 +24,7 @@ from transformers import LogitsProcessorList
 
 from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.contracts import Loss
+from fastgen.errors import FastgenError
 from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw
 
 __all__ = ["JanusImagePipeline", "JanusImagePipelineOutput"]
@@ -290,6 +291,8 @@ class JanusImagePipeline(DiffusionPipeline):
         margin = sampler.margin
         if margin is None:
             raise RuntimeError("the model did not call the sampler; this transformers version is not supported")
+        if margin.isnan().any():
+            raise FastgenError(f"the model's logits are not numbers (NaN) in {model.dtype}; another dtype may help")
         return tokens, margin
 
     def _generation_config(self) -> Any:

@@ -7,6 +7,7 @@ Times are wall-clock seconds. A row gives n measured runs after warm-up runs, an
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -122,7 +123,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measure_process(command: Sequence[str], *, environ: dict[str, str] | None = None) -> tuple[float, int | None, str]:
+def measure_process(command: Sequence[str]) -> tuple[float, int | None, str]:
     """Run a command to its end.
 
     Returns:
@@ -131,24 +132,39 @@ def measure_process(command: Sequence[str], *, environ: dict[str, str] | None = 
     Raises:
         FastgenError: it failed; the message has its last line.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.perf_counter()
-        process = subprocess.Popen(list(command), stdout=out, stderr=err, env=environ)
-        peak = None
-        if hasattr(os, "wait4"):
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            # The unit is kibibytes on Linux and bytes on macOS.
-            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        else:
-            process.wait()
-        seconds = time.perf_counter() - start
-        out.seek(0)
-        err.seek(0)
-        if process.returncode != 0:
-            lines = err.read().decode(errors="replace").strip().splitlines()
-            raise FastgenError(f"{' '.join(command[:6])} … failed with {process.returncode}: {lines[-1:]}")
-        return seconds, peak, out.read().decode(errors="replace")
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Path(folder, "measured.json")
+        done = subprocess.run(
+            [sys.executable, "-c", _LAUNCHER, str(measured), *command],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines()
+            raise FastgenError(f"{' '.join(command[:6])} … failed with {done.returncode}: {lines[-1:]}")
+        seconds, peak = json.loads(measured.read_text())
+    # The unit is kibibytes on Linux and bytes on macOS.
+    return seconds, None if peak is None else peak * (1 if sys.platform == "darwin" else 1024), done.stdout
+
+
+# A small process between us and the measured one: Linux counts the memory of the process that starts another one as
+# a part of the peak of the latter, and ours may have gigabytes.
+_LAUNCHER = """
+import json, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+seconds, peak = time.perf_counter() - start, None
+try:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+except ImportError:
+    pass
+with open(sys.argv[1], "w") as file:
+    json.dump([seconds, peak], file)
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 # ---- cold ----

@@ -10,12 +10,59 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.models.attention_processor import Attention
 
 if TYPE_CHECKING:
     from diffusers import ZImageTransformer2DModel
 
 SEQUENCE_MULTIPLE = 32
 """Z-Image pads captions and images to multiples of this many tokens."""
+
+
+class RealRotaryProcessor:
+    """Z-Image's attention with rotary factors as real numbers: the same arithmetic, which `torch.compile` can fuse.
+
+    It takes `freqs_cis` as cosines and sines [1, tokens, head_dim / 2, 2] in place of complex numbers. Set it with
+    `use_real_rotary`; the stock forward of that model then no longer works.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over [n, tokens, dim]; no mask, no cross attention."""
+        if freqs_cis is None or attention_mask is not None or encoder_hidden_states is not None:
+            raise ValueError("RealRotaryProcessor takes rotary factors, no mask and no encoder states")
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = _rotate(attn.norm_q(query), freqs_cis), _rotate(attn.norm_k(key), freqs_cis)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        projected: torch.Tensor = attn.to_out[0](output.transpose(1, 2).flatten(2, 3))
+        return projected
+
+
+def _rotate(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs of neighbouring features of [n, tokens, heads, head_dim]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = factors[:, :, None].unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def use_real_rotary(transformer: ZImageTransformer2DModel) -> None:
+    """Make `forward_batch` compute rotary embeddings in real arithmetic, for `torch.compile`."""
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.set_processor(RealRotaryProcessor())
 
 
 def forward_batch(
@@ -86,4 +133,7 @@ def _rope(
     image_ids[..., 1] = torch.arange(rows, device=device)[:, None]
     image_ids[..., 2] = torch.arange(columns, device=device)
     embed = transformer.rope_embedder
-    return embed(image_ids.flatten(0, 1))[None], embed(text_ids)[None]
+    image, text = embed(image_ids.flatten(0, 1))[None], embed(text_ids)[None]
+    if isinstance(transformer.layers[0].attention.processor, RealRotaryProcessor):
+        return torch.view_as_real(image), torch.view_as_real(text)
+    return image, text

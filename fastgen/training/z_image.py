@@ -9,7 +9,7 @@ import torch
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
-from fastgen.models.z_image_batch import forward_batch
+from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.layout import LayoutHead, patch_labels
 from fastgen.training.vae import to_pixels
@@ -30,6 +30,7 @@ class ZImageModule(torch.nn.Module):
 
     # Input and output projections and the modulation take AdamW; the blocks' matrices take Muon.
     adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN_modulation", "layout")
+    compiled_parts = ("",)
 
     def __init__(self, transformer: torch.nn.Module, text_encoder: torch.nn.Module) -> None:
         super().__init__()
@@ -81,10 +82,11 @@ class ZImageRecipe:
 
     def build(self) -> ZImageModule:
         """Transformer and text encoder; the VAE stays frozen."""
+        use_real_rotary(self.pipe.transformer)
         return ZImageModule(self.pipe.transformer.train(), self.pipe.text_encoder.train())
 
     def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Token ids and mask of the chat-formatted prompts, as the pipeline makes them but padded to the longest."""
+        """Token ids and mask of the chat-formatted prompts, as the pipeline makes them but padded to 32."""
         tokenizer = self.pipe.tokenizer
         texts = [
             tokenizer.apply_chat_template(
@@ -92,7 +94,8 @@ class ZImageRecipe:
             )
             for prompt in prompts
         ]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
+        tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:

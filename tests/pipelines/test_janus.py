@@ -203,6 +203,14 @@ def test_half_precision_runs_image_by_image(micro_janus: Path) -> None:
     assert steps == sorted(steps) and steps[-1] == pipe.num_image_tokens - 1
 
 
+def test_logits_that_are_not_numbers(pipe: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = pipe.model.model.generation_head
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda hidden: forward(hidden) * float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        pipe("a ring", generator=seeded(0))
+
+
 def test_saves_a_plain_transformers_folder(pipe: JanusImagePipeline, tmp_path: Path) -> None:
     pipe._processor_files["processor_config.json"] = '{"kept": true}'
     pipe.save_pretrained(tmp_path / "copy")
