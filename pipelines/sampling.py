@@ -18,7 +18,8 @@ from transformers import LogitsProcessor
 __all__ = ["GuidedGumbelSampler", "TokenLaw", "gumbel_noise", "token_logits"]
 
 # How far rounding may move a score between two batch shapes, relative to the logits it is mixed from: 64 units in the
-# last place of float32. On the embedded model the largest move seen is some 30 times smaller.
+# last place of float32. On the embedded model (guidance 4, scores up to 20) the largest move among 500,000 scores was
+# 0.45 of it, the typical one 0.03. A larger value would make more images be drawn twice: now about one in six.
 ROUNDING = 2.0**-17
 
 

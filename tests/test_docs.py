@@ -91,7 +91,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
     return {page: tmp_path_factory.mktemp(page.stem) for page in PAGES}
 
 
-@pytest.mark.parametrize("block", parameters())
+@pytest.mark.parametrize("block", list(parameters()))
 def test_block_runs(block: Block, folders: dict[Path, Path]) -> None:
     if block.language == "python":
         command = [sys.executable, "-c", block.text]

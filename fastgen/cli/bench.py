@@ -50,8 +50,13 @@ def generate(
     if out is not None:
         check_writable(out.parent)
     with contextlib.redirect_stdout(sys.stderr):
+        import diffusers
+        import transformers
+
         from fastgen.evaluation.benchmarks.generate import benchmark_generate
 
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
         result = benchmark_generate(
             models,
             runs=runs,

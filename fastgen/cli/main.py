@@ -70,6 +70,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain: importing rich takes longer than everything else in `fastgen --help`
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

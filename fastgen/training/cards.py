@@ -87,6 +87,14 @@ def inherit_records(folder: Path, part: Path) -> None:
             write_record(folder, name, record)
 
 
+def forget_paths(folder: Path) -> None:
+    """Drop `_name_or_path`, the folder a model was loaded from, from every JSON file below `folder`."""
+    for path in folder.rglob("*.json"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
+            _write(path, value)
+
+
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -122,7 +130,7 @@ def _training_line(part: str, record: dict[str, Any]) -> str:
         f"{record['steps_done']:,} steps, {record['items_seen']:,} images, {record['seconds'] / 60:.0f} minutes on "
         f"{record['cpu'] if record['device'] == 'cpu' else record['device']} "
         f"({record['threads']} thread{'s' if record['threads'] > 1 else ''}, torch {record['torch']}), "
-        f"commit {record['commit']}.{stages} {remarks}."
+        f"commit {record['commit']}.{stages}{f' {remarks}.' if remarks else ''}"
     )
 
 
@@ -141,6 +149,7 @@ def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[
     results = results or root.parent.parent / "docs" / "results"
     written = []
     for name in _assets.names(root):
+        forget_paths(root / name)
         records = json.loads((root / name / "training.json").read_text(encoding="utf-8"))
         path = results / f"shapesworld-{name}.json"
         scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

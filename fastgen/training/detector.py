@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,6 @@ class DetectorRecipe:
         return loss, {"objectness": float(objectness.detach()), "shape_accuracy": float(right.float().mean())}
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
-        """Save the detector to `folder`."""
-        module.save_pretrained(folder)  # type: ignore[operator]
+        """Save the detector to `folder` in half precision."""
+        copy.deepcopy(module).to(torch.float16).save_pretrained(folder)  # type: ignore[operator]
         write_record(folder, "detector", record)

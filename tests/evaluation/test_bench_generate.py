@@ -17,7 +17,8 @@ from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import generate as bench
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# Not the folder above: it has a folder of the name of our package.
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 
 @pytest.fixture(scope="module")

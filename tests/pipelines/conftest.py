@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# Not the folder above: it has a folder of the name of our package.
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,17 @@ def test_same_pixels_for_any_batch_size_and_order(pipe: DiffusionPipeline) -> No
     assert len({picture.numpy().tobytes() for picture in alone}) == len(alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "tiny-janus"])
+def test_embedded_models_give_the_same_pixels_for_any_batch_size(model: str) -> None:
+    """Trained weights are the hard case: large logits, and decisions closer to each other than in a random model."""
+    pipe, seeds = load_pipeline(model), list(range(8))
+    options = {"steps": 4} if model == "tiny" else {}
+    alone = pixels(pipe, PROMPTS, seeds, batch_size=1, **options)
+    for size in (2, 3, 5, 8):
+        assert all(map(torch.equal, pixels(pipe, PROMPTS, seeds, batch_size=size, **options), alone))
+
+
 def test_equals_the_stock_call(z_pipe: DiffusionPipeline) -> None:
     """generate_images adds nothing: the stock pipeline with the same generator gives the same picture."""
     (ours,) = generate_images(z_pipe, ["a red circle"], [5])
