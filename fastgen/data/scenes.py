@@ -61,7 +61,7 @@ class SceneSpec:
 
 
 # Base colours; jittered per object. Backgrounds stay muted (see shapes.py), so every colour stands out from them.
-_BASE_RGB: dict[str, tuple[float, float, float]] = {
+BASE_RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.10, 0.12),
     "orange": (0.98, 0.53, 0.06),
     "yellow": (0.96, 0.91, 0.14),
@@ -76,7 +76,7 @@ _COLOR_JITTER = 0.05
 
 def _jitter_color(color: str, rng: random.Random) -> tuple[float, float, float]:
     red, green, blue = (
-        min(max(value + rng.uniform(-_COLOR_JITTER, _COLOR_JITTER), 0.0), 1.0) for value in _BASE_RGB[color]
+        min(max(value + rng.uniform(-_COLOR_JITTER, _COLOR_JITTER), 0.0), 1.0) for value in BASE_RGB[color]
     )
     return red, green, blue
 

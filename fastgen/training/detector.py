@@ -7,14 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import COLORS, SHAPES, ShapesBatch, ShapesWorld
 from fastgen.models.shapes_detector import BOX_SCALE, STRIDE, ShapesDetector, cell_centres
 from fastgen.training.cards import write_record
 from fastgen.training.vae import to_pixels
 
+_EMPTY = 0.25  # share of training pictures with nothing but distractors
+_MIXED = 0.3  # share of the others with distractors beside their objects
 _INNER = 0.5  # share of the half box inside which a cell is a positive; between this and 1 it is ignored
 
 
@@ -84,8 +88,9 @@ class DetectorRecipe:
         return ShapesDetector(shapes=SHAPES, colors=COLORS).to(memory_format=torch.channels_last)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders with targets."""
-        data = self.data.batch(size, start)
+        """Renders with targets; part of them with distractors, which are background to the targets."""
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        data = with_distractors(self.data.batch(size, start), rng, empty=_EMPTY, mixed=_MIXED)
         return {"images": torch.from_numpy(data.images), **detection_targets(data)}
 
     def augment(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
