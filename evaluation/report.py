@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-
-_PACKAGES = ("fastgen", "torch", "diffusers", "transformers", "torchmetrics", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a score depends on; packages that are absent are left out."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -14,12 +14,13 @@ from fastgen.accounting import phase
 from fastgen.data.captions import TASKS, evaluation_captions, evaluation_prompts
 from fastgen.data.scenes import sample_scene
 from fastgen.data.shapes import render
+from fastgen.environment import versions
 from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
-from fastgen.evaluation.report import contact_sheet, versions
+from fastgen.evaluation.report import contact_sheet
 from fastgen.evaluation.runner import OnProgress, Sample, iterate_images, judge_samples, read_samples, spread
 
 BENCHMARK = "ShapesWorld-GenEval"

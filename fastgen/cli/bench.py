@@ -34,7 +34,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
-    from fastgen.io import atomic_write_json, check_writable
+    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
@@ -68,21 +68,52 @@ def generate(
             dtype=dtype,
             report=lambda line: typer.echo(line, err=True),
         )
+    _publish(result, out, as_json, _table(result))
+
+
+@app.command("data")
+def data(
+    images: Annotated[int, typer.Option(help="Pictures of one run.")] = 4096,
+    runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
+    processes: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 1 and 2.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Pictures a second of the ShapesWorld renderer."""
+    from fastgen.evaluation.benchmarks.data import benchmark_data
+    from fastgen.io import check_writable
+
+    if out is not None:
+        check_writable(out.parent)
+    result = benchmark_data(images, runs, processes or (1, 2))
+    lines = [_provenance(result), "", "| processes | n | pictures/s p20 | p50 | p80 |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        rates = " | ".join(f"{row['images_per_second'][name]:.0f}" for name in ("p20", "p50", "p80"))
+        lines.append(f"| {row['processes']} | {row['n']} | {rates} |")
+    _publish(result, out, as_json, lines)
+
+
+def _publish(result: dict[str, Any], out: Path | None, as_json: bool, table: list[str]) -> None:
+    """Write the JSON file, and print JSON or the table."""
+    from fastgen.io import atomic_write_json
+
     if out is not None:
         atomic_write_json(out, result)
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        for line in _table(result):
-            typer.echo(line)
+    for line in [json.dumps(result)] if as_json else table:
+        typer.echo(line)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    """Device, versions, commit and date of a result in one line."""
+    where = result["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    devices = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
+    return f"{devices}; {versions}; commit {where['commit']}; {where['date']}"
 
 
 def _table(result: dict[str, Any]) -> list[str]:
     """The result as Markdown."""
-    where = result["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number)
-    devices = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
-    lines = [f"{devices}; {versions}; commit {where['commit']}; {where['date']}", ""]
+    lines = [_provenance(result), ""]
     if result["cold"]:
         lines += ["| cold | n | p20 s | p50 s | p80 s | peak MB |", "|---|---|---|---|---|---|"]
         for row in result["cold"]:

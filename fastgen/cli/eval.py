@@ -157,9 +157,10 @@ def checker(
         raise FastgenError(f"--out: {out} is not allowed, needs a name that ends in .json")
     _check_device(device)
 
+    from fastgen.environment import versions
     from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector
     from fastgen.evaluation.geneval.validation import VALIDATION_SEED, validate_checker
-    from fastgen.evaluation.report import checker_markdown, versions
+    from fastgen.evaluation.report import checker_markdown
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable
 
     if out is not None:

@@ -185,13 +185,14 @@ def _make(
     import transformers
 
     from fastgen.accounting import account, phase
+    from fastgen.environment import versions
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    versions = _versions()
+    made_with = versions()
     with account() as stats:
         pipe = load_checkpoint(checkpoint, device=device, dtype=dtype)
         prompts = [job.prompt for job in jobs]
@@ -211,7 +212,7 @@ def _make(
             )
             for job, picture in zip(jobs, pictures, strict=True):
                 with phase("save"):
-                    _save(job, picture, versions)
+                    _save(job, picture, made_with)
     return stats.as_dict()
 
 
@@ -232,17 +233,6 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str]) -> None:
     text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
     image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
     atomic_write_many([(job.sidecar, encode_json(sidecar)), (job.image, image)])
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("fastgen", "torch", "diffusers", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def _digest(checkpoint: Checkpoint) -> str:

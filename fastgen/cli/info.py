@@ -20,6 +20,7 @@ import typer
 
 import fastgen
 from fastgen import _assets
+from fastgen.environment import cpu_name
 
 app = typer.Typer(help="Show versions, devices and which fast paths are available.", add_completion=False)
 
@@ -113,14 +114,6 @@ def _packages() -> dict[str, dict[str, str | None]]:
     return found
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _cpu_flags() -> set[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -133,7 +126,7 @@ def _devices() -> dict[str, Any]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices: dict[str, Any] = {"cpu": {"name": _cpu_name(), "cores": cores, "torch_threads": torch.get_num_threads()}}
+    devices: dict[str, Any] = {"cpu": {"name": cpu_name(), "cores": cores, "torch_threads": torch.get_num_threads()}}
     devices["cuda"] = [
         {
             "name": properties.name,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import generate as bench
+from fastgen.evaluation.benchmarks import measure
 
 # Not the folder above: it has a folder of the name of our package.
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
@@ -38,22 +39,22 @@ def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
 def test_percentiles_equal_numpy(values: list[float]) -> None:
-    ours = bench.percentiles(values)
+    ours = measure.percentiles(values)
     np.testing.assert_allclose([ours["p20"], ours["p50"], ours["p80"]], np.percentile(values, [20, 50, 80]))
 
 
 def test_measure_process_sees_time_and_memory() -> None:
     ballast = b"x" * 300_000_000  # the memory of this process must not count
-    small = bench.measure_process([sys.executable, "-c", "print('hi')"])
-    big = bench.measure_process([sys.executable, "-c", "import time; x = b'x' * 200_000_000; time.sleep(1)"])
+    small = measure.measure_process([sys.executable, "-c", "print('hi')"])
+    big = measure.measure_process([sys.executable, "-c", "import time; x = b'x' * 200_000_000; time.sleep(1)"])
     assert small[2] == "hi\n" and big[0] > 1 and len(ballast) > 0
     assert small[1] is None or (small[1] < 60e6 and 200e6 < (big[1] or 0) < 260e6)
     with pytest.raises(FastgenError, match="failed with 3.*oops"):
-        bench.measure_process([sys.executable, "-c", "import sys; print('oops', file=sys.stderr); sys.exit(3)"])
+        measure.measure_process([sys.executable, "-c", "import sys; print('oops', file=sys.stderr); sys.exit(3)"])
 
 
 def test_environment_is_json() -> None:
-    where = bench.environment()
+    where = measure.environment()
     json.dumps(where)
     assert where["versions"]["torch"] and where["threads"] >= 1 and where["date"].endswith("+00:00")
 
