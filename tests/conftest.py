@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,26 @@ from fastgen._compat import repair_torchvision
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests that import diffusers or transformers themselves need what the packages of fastgen do for their own imports.
 repair_torchvision()
+
+
+# Not this folder itself: it has a folder of the name of our package.
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+
+@pytest.fixture(scope="session")
+def micro_z(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random-weight ZImagePipeline that takes milliseconds a picture."""
+    from micro_models import save_micro_z_image
+
+    return save_micro_z_image(tmp_path_factory.mktemp("micro") / "z")
+
+
+@pytest.fixture(scope="session")
+def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random-weight Janus that takes milliseconds a picture."""
+    from micro_models import save_micro_janus
+
+    return save_micro_janus(tmp_path_factory.mktemp("micro") / "janus")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

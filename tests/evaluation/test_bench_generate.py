@@ -18,23 +18,6 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import generate as bench
 from fastgen.evaluation.benchmarks import measure
 
-# Not the folder above: it has a folder of the name of our package.
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-
-
-@pytest.fixture(scope="module")
-def micro_z(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from micro_models import save_micro_z_image
-
-    return save_micro_z_image(tmp_path_factory.mktemp("micro") / "z")
-
-
-@pytest.fixture(scope="module")
-def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from micro_models import save_micro_janus
-
-    return save_micro_janus(tmp_path_factory.mktemp("micro") / "janus")
-
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
