@@ -52,8 +52,9 @@ untrained and as small as the class allows: this checkpoint generates images and
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
 
-Limits: it was trained on renders only; a generated object between two shapes gets the nearer of the two when its
-confidence passes the threshold.""",
+Limits: it was trained on renders, and on blobs and textures that are no object, so that the mush of a weak generator
+does not count; a generated object between two shapes still gets the nearer of the two when its confidence passes the
+threshold.""",
 }
 _LIBRARIES = {"tiny": "diffusers", "tiny-janus": "transformers", "shapes-detector": "fastgen"}
 _REMARKS = {
