@@ -55,11 +55,11 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
 
 # Share of each kind of caption in training; the tasks that need more than one object get more.
 _TRAINING_SHARES: tuple[tuple[str, float], ...] = (
-    ("single_object", 0.06),
-    ("colors", 0.14),
+    ("single_object", 0.10),
+    ("colors", 0.16),
     ("two_object", 0.12),
-    ("counting", 0.22),
-    ("position", 0.26),
+    ("counting", 0.20),
+    ("position", 0.22),
     ("color_attr", 0.20),
 )
 _COLORED_COUNTING = 0.4  # share of counting captions that name a colour ("three red circles")
