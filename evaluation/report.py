@@ -33,6 +33,9 @@ def checker_markdown(data: dict[str, Any]) -> str:
         f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
         f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
         f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
+        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
+        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
+        "0.9.\n\n"
         + markdown_table(["perturbation", *columns], rows)
         + f"\nAll numbers in percent. {data['definitions']}\n"
         + _provenance(data)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import ShapesBatch, ShapesWorld
 from fastgen.evaluation.geneval.rules import OFFICIAL
 from fastgen.evaluation.geneval.types import Detections, ObjectDetector
@@ -170,6 +171,21 @@ LEVELS: dict[str, tuple[str, Callable[[float], Perturb], tuple[float, ...]]] = {
 """name -> (unit, maker, levels)."""
 
 
+def distractor_detections(checker: ObjectDetector, n: int, seed: int) -> dict[str, Any]:
+    """How often `checker` finds an object where there is none: in `n` pictures of blobs and textures.
+
+    Returns:
+        {"images": n, "0.3" and "0.9": share of the pictures with at least one detection above that score}
+    """
+    found = []
+    for start in range(0, n, _CHUNK):
+        batch = ShapesWorld(seed, held_out=False).batch(min(_CHUNK, n - start), start)
+        distracted = with_distractors(batch, np.random.default_rng((seed, start)), empty=1.0, mixed=0.0)
+        found += checker.detect(list(distracted.images))
+    shares = {str(limit): sum(bool((seen.scores > limit).any()) for seen in found) / n for limit in THRESHOLDS}
+    return {"images": n, **shares}
+
+
 def validate_checker(
     checker: ObjectDetector,
     n: int = 2000,
@@ -188,7 +204,8 @@ def validate_checker(
 
     Returns:
         JSON-ready dict: {"kind", "definitions", "seed", "clean": row, "rows": [row + perturbation, unit, level],
-        "target", "passed"}; rows as `measure` gives them.
+        "distractors": see `distractor_detections` (n_perturbed pictures), "target", "passed"}; rows as `measure`
+        gives them.
 
     Raises:
         ValueError: n or n_perturbed is below 1, or n_perturbed above n.
@@ -227,6 +244,7 @@ def validate_checker(
             {"perturbation": name, "unit": unit, "level": level, **measure(truths[:few], found)}
             for (name, unit, level, _), found in zip(plan, perturbed, strict=True)
         ],
+        "distractors": distractor_detections(checker, few, seed),
         "target": TARGET,
         "passed": first["0.3"]["accuracy"] is not None and first["0.3"]["accuracy"] >= TARGET,
     }

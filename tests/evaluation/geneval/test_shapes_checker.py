@@ -22,6 +22,7 @@ from fastgen.evaluation.geneval.validation import (
     blur,
     box_iou,
     calibration_error,
+    distractor_detections,
     gain,
     hue,
     match,
@@ -284,6 +285,7 @@ def test_validation_counts_what_it_should() -> None:
     assert perfect["clean"]["ece"] == pytest.approx(0.01, abs=1e-6)
     assert len(perfect["rows"]) == 16 and {row["images"] for row in perfect["rows"]} == {20}
     assert perfect["rows"][0]["0.3"]["recall"] == 0.0  # a perturbed picture is none the stand-in knows
+    assert perfect["distractors"] == {"images": 20, "0.3": 0.0, "0.9": 0.0}
 
     blind = validate_checker(ShapesChecker(Blind(batch)), n, seed=seed, n_perturbed=1)
     wrong = int((sizes > 1).sum())
@@ -294,6 +296,23 @@ def test_validation_counts_what_it_should() -> None:
     assert not blind["passed"]
 
 
+def test_detections_in_pictures_without_objects_are_counted() -> None:
+    """A stand-in that sees one thing of score 0.3, 0.5 and 0.95 in turn: strictly above each threshold counts."""
+
+    class Dreamer:
+        class_names = SHAPES
+
+        def detect(self, images: list[np.ndarray]) -> list[Detections]:
+            scores = [(0.3, 0.5, 0.95)[index % 3] for index in range(len(images))]
+            return [
+                Detections(labels=("circle",), scores=np.array([score]), boxes=np.array([[0.0, 0.0, 9.0, 9.0]]))
+                for score in scores
+            ]
+
+    result = distractor_detections(Dreamer(), 30, seed=5)
+    assert result == {"images": 30, "0.3": pytest.approx(2 / 3), "0.9": pytest.approx(1 / 3)}
+
+
 def test_validation_table_is_made_from_its_json() -> None:
     import json
 
@@ -301,6 +320,7 @@ def test_validation_table_is_made_from_its_json() -> None:
     data = validate_checker(ShapesChecker(KnowingModel(batch)), 20, seed=77, n_perturbed=5)
     data["versions"] = {"python": "3"}
     text = checker_markdown(json.loads(json.dumps(data)))
+    assert "In 5 pictures of blobs and textures" in text
     assert "**100.00 %**" in text and "blur 0.5" in text and "Accuracy = correct" in text
     assert text.count("\n| ") == 2 + 1 + 16
 
