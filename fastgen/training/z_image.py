@@ -9,6 +9,7 @@ import torch
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
+from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.layout import LayoutHead, patch_labels
@@ -152,6 +153,7 @@ class ZImageRecipe:
 
         # The trained module shares its weights with self.pipe, which already holds them.
         pipe = copy.deepcopy(self.pipe)
+        pipe.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
         for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
             part.to(torch.float16)
         pipe.save_pretrained(folder)
