@@ -20,6 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
+from fastgen.contracts import Loss
 from fastgen.errors import FastgenError
 from fastgen.pipelines.arguments import check_prompt, check_value
 from fastgen.pipelines.checkpoint import Checkpoint
@@ -45,12 +46,14 @@ class GeneratedImage:
         image: RGB picture.
         prompt, seed: what it was made from.
         stats: of the call that made it (`fastgen.accounting.Stats.as_dict`) and `images`, how many that call made.
+        loss: what the picture is to the one that the stock model makes of the same seed and settings.
     """
 
     image: Image.Image
     prompt: str
     seed: int
     stats: dict[str, Any]
+    loss: Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +272,8 @@ def _generate(
     callback: Callable[[Progress], None] | None,
 ) -> Iterator[GeneratedImage]:
     janus = is_janus(type(pipe))
+    # A stock pipeline as it is; a Janus picture has random numbers of its own, stock `generate` the global ones.
+    loss: Loss = "distribution" if janus and settings.get("temperature", 1.0) > 0 else "exact"
     alone = batch_invariant and not janus
     size = 1 if alone else batch_size
     for start in range(0, len(prompts), size):
@@ -298,7 +303,7 @@ def _generate(
                 pictures = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
         summary = {"images": count, **stats.as_dict()}
         for i, picture in enumerate(pictures):
-            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary)
+            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary, loss)
 
 
 def _call(

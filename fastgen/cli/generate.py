@@ -225,7 +225,7 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str]) -> None:
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
-        "loss": "exact",  # the stock pipeline as it is
+        "loss": picture.loss,
         "versions": versions,
         "stats": picture.stats,
     }

@@ -117,17 +117,18 @@ class DetectorRecipe:
         owner = batch["owner"]
         positive, counted = owner >= 0, owner != -2
         objectness = F.binary_cross_entropy_with_logits(output.objectness[counted], positive[counted].float())
-        shapes = F.cross_entropy(output.shapes[positive], batch["shapes"][positive])
-        colors = F.cross_entropy(output.colors[positive], batch["colors"][positive])
-        box = F.smooth_l1_loss(
-            output.distances[positive] / BOX_SCALE, batch["distances"][positive] / BOX_SCALE, beta=0.05
-        )
+        # Sums over cells that hold an object, not means: a small batch may show distractors only.
+        objects = max(1, int(positive.sum()))
+        shapes = F.cross_entropy(output.shapes[positive], batch["shapes"][positive], reduction="sum") / objects
+        colors = F.cross_entropy(output.colors[positive], batch["colors"][positive], reduction="sum") / objects
+        predicted, true = output.distances[positive] / BOX_SCALE, batch["distances"][positive] / BOX_SCALE
+        box = F.smooth_l1_loss(predicted, true, beta=0.05, reduction="sum") / (4 * objects)
         target = F.avg_pool2d(batch["mask"][:, None], 2)[:, 0]
         mask = F.binary_cross_entropy_with_logits(output.mask, target)
         with torch.no_grad():
             right = output.shapes[positive].argmax(-1) == batch["shapes"][positive]
         loss = 4.0 * objectness + shapes + 0.5 * colors + 2.0 * box + mask
-        return loss, {"objectness": float(objectness.detach()), "shape_accuracy": float(right.float().mean())}
+        return loss, {"objectness": float(objectness.detach()), "shape_accuracy": float(right.sum()) / objects}
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the detector to `folder` in half precision."""

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,7 +208,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     self._log(logs)
                 out_of_time = 0 < config.max_seconds <= time.monotonic() - begin
-                if stop() or out_of_time:
+                if self._any_process(stop() or out_of_time):
                     break
                 if self.step % config.checkpoint_every == 0:
                     self._save()
@@ -256,7 +256,9 @@ class Trainer:
                 raise FastgenError(
                     f"the loss is {float(loss.detach())} at step {self.step}; lower --lr and start again"
                 )
-            accelerator.backward(loss / config.accumulate)
+            # Processes average their gradients once a step, with the last part.
+            with nullcontext() if part + 1 == config.accumulate else accelerator.no_sync(self.module):
+                accelerator.backward(loss / config.accumulate)
             for key, value in {"loss": float(loss.detach()), **logs}.items():
                 totals[key] = totals.get(key, 0.0) + value / config.accumulate
         norm = accelerator.clip_grad_norm_(self.trained, config.grad_clip)
@@ -268,6 +270,13 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.trained)
         return {**totals, "grad_norm": float(norm), "lr": rate}
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether any process says so: all of them must stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return float(total) > 0
 
     def _log(self, logs: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:

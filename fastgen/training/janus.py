@@ -36,14 +36,20 @@ class JanusModule(torch.nn.Module):
         self.layout = LayoutHead(inner.language_model.config.hidden_size)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        tokens: torch.Tensor,
+        shapes: torch.Tensor,
+        colors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and hidden states.
+        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and the layout loss.
 
         Args:
             input_ids: [n, L] left-padded prompts that end with the begin-of-image token.
             attention_mask: [n, L].
             tokens: [n, 256] image tokens in raster order.
+            shapes, colors: [n, 256] labels of the tokens' patches (`patch_labels`).
         """
         prompt = self.language_model.embed_tokens(input_ids)
         image = self.generation_aligner(self.generation_embeddings(tokens[:, :-1]))
@@ -55,7 +61,8 @@ class JanusModule(torch.nn.Module):
             use_cache=False,
         ).last_hidden_state
         hidden = hidden[:, input_ids.shape[1] - 1 :]
-        return self.generation_head(hidden), hidden
+        # The hidden state that predicts a token also tells what covers that token's patch.
+        return self.generation_head(hidden), self.layout(hidden, shapes, colors)
 
 
 class JanusRecipe:
@@ -123,10 +130,10 @@ class JanusRecipe:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean cross-entropy in nats a token, plus the layout loss."""
         tokens = self.encode(batch["images"])
-        logits, hidden = module(batch["input_ids"], batch["attention_mask"], tokens)
+        logits, layout = module(
+            batch["input_ids"], batch["attention_mask"], tokens, batch["patch_shapes"], batch["patch_colors"]
+        )
         cross = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        # The hidden state that predicts a token also tells what covers that token's patch.
-        layout = module.get_submodule("layout")(hidden, batch["patch_shapes"], batch["patch_colors"])
         return cross + _LAYOUT_WEIGHT * layout, {"token": float(cross.detach()), "layout": float(layout.detach())}
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
@@ -154,8 +161,16 @@ class JanusRecipe:
         texts = [text + self.tokenizer.boi_token for text in data.texts]
         prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         tokens = self.encode(torch.from_numpy(data.images).to(device))
+        labels = patch_labels(data, 4)
         module.eval()
-        logits = module(prompt.input_ids, prompt.attention_mask, tokens)[0].float().log_softmax(dim=-1)
+        logits = module(
+            prompt.input_ids,
+            prompt.attention_mask,
+            tokens,
+            labels["patch_shapes"].to(device),
+            labels["patch_colors"].to(device),
+        )[0]
+        logits = logits.float().log_softmax(dim=-1)
         module.train()
         entropy = -(logits.exp() * logits).sum(dim=-1) / torch.log(torch.tensor(2.0))
         cross = F.nll_loss(logits.flatten(0, 1), tokens.flatten()) / torch.log(torch.tensor(2.0))

@@ -28,6 +28,25 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return error.abs().mean() + 2.0 * error.square().mean()
 
 
+class VaeModule(torch.nn.Module):
+    """The autoencoder with what a training step needs in one forward."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance [n, C, h, w] of the posterior of pixels [n, 3, H, W]."""
+        mean, logvar = self.vae.encoder(pixels).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction from the latent mean + deviation * noise, and the KL divergence a latent element."""
+        mean, logvar = self.encode(pixels)
+        output = self.vae.decoder(mean + (0.5 * logvar).exp() * noise)
+        return output, 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+
+
 class VaeRecipe:
     """L1 + squared error + a small KL term; afterwards scale and shift are set from the latents of fresh renders.
 
@@ -40,9 +59,10 @@ class VaeRecipe:
     def __init__(self, seed: int = 0) -> None:
         self.data = ShapesWorld(seed + 101, held_out=False)
 
-    def build(self) -> AutoencoderKL:
+    def build(self) -> VaeModule:
         """The autoencoder with fresh weights."""
-        return build_vae().to(memory_format=torch.channels_last)
+        self.vae = build_vae().to(memory_format=torch.channels_last)
+        return VaeModule(self.vae)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders as uint8 [size, 64, 64, 3]."""
@@ -53,11 +73,9 @@ class VaeRecipe:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Reconstruction from a sampled latent."""
         pixels = to_pixels(batch["images"])
-        mean, logvar = module.encoder(pixels).chunk(2, dim=1)  # type: ignore[operator]
-        logvar = logvar.clamp(-30.0, 20.0)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        output = module.decoder(mean + (0.5 * logvar).exp() * noise)  # type: ignore[operator]
-        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        side = pixels.shape[-1] // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        noise = torch.randn(len(pixels), self.vae.config.latent_channels, side, side, generator=generator)
+        output, kl = module(pixels, noise.to(pixels.device))
         with torch.no_grad():
             mse = (output - pixels).square().mean()
         loss = reconstruction_loss(output, pixels) + _KL_WEIGHT * kl
@@ -68,13 +86,13 @@ class VaeRecipe:
         """Set scaling and shift so that latents have mean 0 and deviation 1, then save to `folder/vae`."""
         images = torch.from_numpy(self.data.batch(256, 10_000_000).images)
         pixels = to_pixels(images).to(next(module.parameters()).device)
-        mean, logvar = module.encoder(pixels).chunk(2, dim=1)  # type: ignore[operator]
+        mean, logvar = module.encode(pixels)  # type: ignore[operator]
         deviation = (mean.var() + logvar.exp().mean()).sqrt()
-        module.register_to_config(  # type: ignore[operator]
+        self.vae.register_to_config(
             scaling_factor=round(float(1 / deviation), 5), shift_factor=round(float(mean.mean()), 5)
         )
-        output = module.decoder(mean)  # type: ignore[operator]
+        output = self.vae.decoder(mean)
         mse = (output.clamp(-1, 1) - pixels).square().mean()
         record = {**record, "held_out_psnr": round(float(10 * torch.log10(4.0 / mse)), 2)}
-        module.save_pretrained(folder / "vae")  # type: ignore[operator]
+        self.vae.save_pretrained(folder / "vae")
         write_record(folder, "vae", record)

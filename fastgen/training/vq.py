@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast, reduce
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from fastgen.data.shapes import ShapesWorld
@@ -55,28 +56,38 @@ class VqModule(torch.nn.Module):
         output: torch.Tensor = self.model.decoder(self.model.post_quant_conv(vectors.permute(0, 3, 1, 2)))
         return output
 
+    def forward(
+        self, pixels: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Straight-through reconstruction, commitment loss and codes [n, h, w]; moves the code book when training."""
+        vectors = self.encode(pixels)
+        indices = self.nearest(vectors)
+        quantised = self.model.quantize.embedding(indices)
+        commitment = (vectors - quantised).square().sum(dim=-1).mean()
+        output = self.decode(vectors + (quantised - vectors).detach())
+        if self.training:
+            self.update_codes(vectors.detach(), indices, generator)
+        return output, commitment, indices
+
     @torch.no_grad()
     def update_codes(self, vectors: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> None:
-        """Move each code to the running mean direction of its vectors; restart dead codes on fresh vectors."""
+        """Move each code to the running mean direction of its vectors; restart dead codes on fresh vectors.
+
+        Counts and sums are those of all processes, and fresh vectors come from the first: the code book stays one.
+        """
         vectors, indices = vectors.reshape(-1, vectors.shape[-1]).float(), indices.reshape(-1)
         codes = self.model.quantize.embedding.weight
-        counts = torch.bincount(indices, minlength=len(codes)).float()
-        sums = torch.zeros_like(codes).index_add_(0, indices, vectors)
+        counts = reduce(torch.bincount(indices, minlength=len(codes)).float(), "sum")
+        sums = reduce(torch.zeros_like(codes).index_add_(0, indices, vectors), "sum")
         self.counts.lerp_(counts, 1 - _CODE_DECAY)
         self.sums.lerp_(sums, 1 - _CODE_DECAY)
-        dead = self.counts < _DEAD_BELOW * len(vectors) / len(codes)
+        even = counts.sum() / len(codes)
+        dead = self.counts < _DEAD_BELOW * even
         pick = torch.randint(len(vectors), (len(codes),), generator=generator).to(vectors.device)
-        self.sums[dead] = vectors[pick[dead]]
-        self.counts[dead] = len(vectors) / len(codes)
+        fresh = broadcast(vectors[pick])
+        self.sums[dead] = fresh[dead]
+        self.counts[dead] = even
         codes.copy_(F.normalize(self.sums, dim=-1))
-
-
-def _unwrapped(module: torch.nn.Module) -> VqModule:
-    """The module itself, also when a distributed wrapper holds it."""
-    inner = module if isinstance(module, VqModule) else module.module
-    if not isinstance(inner, VqModule):
-        raise TypeError(f"recipe vq trains a VqModule, got {type(inner).__name__}")
-    return inner
 
 
 class VqRecipe:
@@ -94,7 +105,9 @@ class VqRecipe:
 
     def build(self) -> VqModule:
         """The VQ model of the tiny Janus with fresh weights."""
-        return VqModule(build_janus(self.seed).model.vqmodel.to(memory_format=torch.channels_last))
+        module = VqModule(build_janus(self.seed).model.vqmodel.to(memory_format=torch.channels_last))
+        self.codes = len(module.counts)
+        return module
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders as uint8 [size, 64, 64, 3]."""
@@ -104,17 +117,11 @@ class VqRecipe:
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Reconstruction + commitment; the codes are updated by their running means."""
-        model = _unwrapped(module)
         pixels = to_pixels(batch["images"])
-        vectors = model.encode(pixels)
-        indices = model.nearest(vectors)
-        quantised = model.model.quantize.embedding(indices)
-        commitment = (vectors - quantised).square().sum(dim=-1).mean()
-        output = model.decode(vectors + (quantised - vectors).detach())
-        model.update_codes(vectors.detach(), indices, generator)
+        output, commitment, indices = module(pixels, generator)
         with torch.no_grad():
             mse = (output - pixels).square().mean()
-            used = len(indices.unique()) / len(model.counts)
+            used = len(indices.unique()) / self.codes
         loss = reconstruction_loss(output, pixels) + _COMMITMENT * commitment
         return loss, {
             "psnr": float(10 * torch.log10(4.0 / mse)),
@@ -125,15 +132,16 @@ class VqRecipe:
     @torch.no_grad()
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the VQ weights to `folder/vq`, with code use and PSNR on fresh renders."""
-        model = _unwrapped(module)
+        if not isinstance(module, VqModule):
+            raise TypeError(f"recipe vq trains a VqModule, got {type(module).__name__}")
         pixels = to_pixels(torch.from_numpy(self.data.batch(1024, 10_000_000).images))
         indices, errors = [], []
-        for part in pixels.to(model.counts.device).split(64):
-            codes = model.nearest(model.encode(part))
+        for part in pixels.to(module.counts.device).split(64):
+            codes = module.nearest(module.encode(part))
             indices.append(codes.flatten())
-            output = model.model.decode(codes.flatten(1)).clamp(-1, 1)
+            output = module.model.decode(codes.flatten(1)).clamp(-1, 1)
             errors.append((output - part).square().mean(dim=(1, 2, 3)))
-        counts = torch.bincount(torch.cat(indices), minlength=len(model.counts)).double()
+        counts = torch.bincount(torch.cat(indices), minlength=len(module.counts)).double()
         share = counts / counts.sum()
         entropy = -(share[share > 0] * share[share > 0].log2()).sum()
         record = {
@@ -142,5 +150,5 @@ class VqRecipe:
             "code_entropy_bits": round(float(entropy), 3),
             "held_out_psnr": round(float(10 * torch.log10(4.0 / torch.cat(errors).mean())), 2),
         }
-        model.model.save_pretrained(folder / "vq")
+        module.model.save_pretrained(folder / "vq")
         write_record(folder, "vq", record)

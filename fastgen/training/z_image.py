@@ -84,6 +84,12 @@ class ZImageRecipe:
     def build(self) -> ZImageModule:
         """Transformer and text encoder; the VAE stays frozen."""
         use_real_rotary(self.pipe.transformer)
+        # The pipeline reads the encoder's last but one hidden state, and pictures of 64 tokens need no padding token:
+        # nothing reaches these.
+        encoder = self.pipe.text_encoder
+        for unused in (encoder.layers[-1], encoder.norm):
+            unused.requires_grad_(False)
+        self.pipe.transformer.x_pad_token.requires_grad_(False)
         return ZImageModule(self.pipe.transformer.train(), self.pipe.text_encoder.train())
 
     def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:

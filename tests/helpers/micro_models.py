@@ -10,6 +10,18 @@ import torch
 
 JANUS_TOKENS, JANUS_CODES = 16, 48
 
+# Of unequal length, so that a batch of them is padded.
+PROMPTS = [
+    "a red circle",
+    "two blue squares and one green star",
+    "a ring",
+    "a yellow heart left of a black triangle",
+    "one cross above a white diamond",
+    "red",
+    "four purple stars",
+    "a circle",
+]
+
 
 def save_micro_z_image(folder: Path, seed: int = 0) -> Path:
     """A ZImagePipeline for 16x16 pictures; sizes must be multiples of 8."""

@@ -8,22 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from micro_models import PROMPTS
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
 from fastgen.pipelines import sampling
 from fastgen.pipelines.janus import JanusImagePipeline
 from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw, token_logits
-
-PROMPTS = [
-    "a red circle",
-    "two blue squares and one green star",
-    "a ring",
-    "a yellow heart left of a black triangle",
-    "one cross above a white diamond",
-    "red",
-    "four purple stars",
-    "a circle",
-]
 
 
 @pytest.fixture(scope="module")

@@ -11,22 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
+from micro_models import PROMPTS
 from safetensors.torch import load_file, save_file
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.janus import JanusImagePipeline
 from fastgen.pipelines.loading import Progress, generate_images, load_pipeline, resolve_device, unknown_words
-
-PROMPTS = [
-    "a red circle",
-    "two blue squares and one green star",
-    "a ring",
-    "a yellow heart left of a black triangle",
-    "one cross above a white diamond",
-    "red",
-    "four purple stars",
-    "a circle",
-]
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +239,11 @@ def test_a_type_that_the_device_cannot_compute(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(FastgenError, match="dtype: float16 cannot be used on cpu") as caught:
         resolve_device("cpu", "float16")
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_say_what_they_are_to_the_stock_ones(z_pipe: DiffusionPipeline, micro_janus: Path) -> None:
+    """Sampled image tokens are another draw from the same law; greedy ones and diffusion are the stock result."""
+    janus = load_pipeline(str(micro_janus))
+    assert next(generate_images(z_pipe, ["a ring"], [0])).loss == "exact"
+    assert next(generate_images(janus, ["a ring"], [0])).loss == "distribution"
+    assert next(generate_images(janus, ["a ring"], [0], temperature=0.0)).loss == "exact"

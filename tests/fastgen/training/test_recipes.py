@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +130,8 @@ def test_training_logits_equal_step_by_step_decoding(vq: Path) -> None:
     prompt = recipe.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[attr-defined]
     tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole, _ = module(prompt.input_ids, prompt.attention_mask, tokens)
+        labels = torch.zeros_like(tokens)
+        whole, _ = module(prompt.input_ids, prompt.attention_mask, tokens, labels, labels)
         embeds = inner.language_model.embed_tokens(prompt.input_ids)
         mask, cache = prompt.attention_mask, None
         for index in range(6):
@@ -154,6 +158,16 @@ def test_caption_dropout_builds_the_stock_unconditional_row(vq: Path) -> None:
     dropped = torch.tensor([set(row.tolist()) <= keep for row in batch["input_ids"]])
     assert 8 <= int(dropped.sum()) <= 50  # 10 % of 256; outside with probability < 1e-4
     assert (batch["attention_mask"][dropped].sum(dim=1) > 3).all()  # dropped words stay attended to
+
+
+def test_detector_loss_of_pictures_without_objects_is_finite() -> None:
+    recipe = build_recipe("detector", 0)
+    module, generator = recipe.build(), torch.Generator().manual_seed(0)
+    batch = recipe.batch(0, 4, generator)
+    batch["owner"].fill_(-1)
+    loss, logs = recipe.loss(module, batch, generator)
+    loss.backward()
+    assert torch.isfinite(loss) and logs["shape_accuracy"] == 0.0
 
 
 def test_detector_learns_and_loads(tmp_path: Path) -> None:
@@ -201,3 +215,19 @@ def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="unknown recipe"):
         train_config("mystery", tmp_path)
     assert set(RECIPES) == {"vae", "vq", "detector", "z-image", "janus"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(vae: Path, vq: Path, tmp_path: Path) -> None:
+    """Under torchrun each process sees its own items and all end with the same weights, code book included."""
+    script = Path(__file__).parents[2] / "helpers" / "train_together.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path), str(vae), str(vq)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("one model") == len(RECIPES)
