@@ -1,4 +1,4 @@
-"""Results as text: versions that made them, Markdown tables from result JSON, and contact sheets."""
+"""Pieces of reports: percentages, Markdown tables and contact sheets."""
 
 from __future__ import annotations
 
@@ -18,62 +18,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
-
-def checker_markdown(data: dict[str, Any]) -> str:
-    """The validation of the ShapesWorld checker (`validate_checker`) as a Markdown page."""
-    clean = data["clean"]
-    columns = ["images", "accuracy @0.3", "precision", "recall", "accuracy @0.9", "mean confidence", "ECE"]
-    rows = [["none", *_checker_cells(clean)]]
-    for row in data["rows"]:
-        rows.append([f"{row['perturbation']} {row['level']:g} ({row['unit']})", *_checker_cells(row)])
-    verdict = "reached" if data["passed"] else "MISSED"
-    return (
-        "# ShapesWorld checker\n\n"
-        f"Object-level accuracy on {clean['images']} fresh renders with {clean['objects']} objects "
-        f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
-        f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
-        f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
-        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
-        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
-        "0.9.\n\n"
-        + markdown_table(["perturbation", *columns], rows)
-        + f"\nAll numbers in percent. {data['definitions']}\n"
-        + _provenance(data)
-    )
-
-
-def _checker_cells(row: dict[str, Any]) -> list[str]:
-    low, high = row["0.3"], row["0.9"]
-    shares = (low["accuracy"], low["precision"], low["recall"], high["accuracy"], row["mean_confidence"], row["ece"])
-    return [str(row["images"]), *(percent(share, 2) for share in shares)]
-
-
-def scores_markdown(data: dict[str, Any]) -> str:
-    """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
-    rows = [
-        [tag, percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
-        for tag, task in data["tasks"].items()
-    ]
-    rows.append(
-        [
-            f"**{data['benchmark']}** (mean of tasks)",
-            f"**{percent(data['overall'])}**",
-            percent(data["overall_stderr"]),
-            str(data["n_prompts"]),
-            str(data["n_images"]),
-        ]
-    )
-    return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + _provenance(data)
-
-
-def _provenance(data: dict[str, Any]) -> str:
-    parts = [f"{name} {value}" for name, value in data.get("versions", {}).items()]
-    if data.get("detector"):
-        parts.append(f"detector {data['detector'][:8]}")
-    return f"\n{', '.join(parts)}\n" if parts else ""
-
-
-# --- contact sheet -----------------------------------------------------------------------------------------------
 
 _GAP, _LINES = 6, 3
 

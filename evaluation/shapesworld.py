@@ -14,7 +14,7 @@ from fastgen.accounting import phase
 from fastgen.data.captions import TASKS, evaluation_captions, evaluation_prompts
 from fastgen.data.scenes import sample_scene
 from fastgen.data.shapes import render
-from fastgen.environment import versions
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
@@ -63,7 +63,7 @@ class FolderScore:
     """Scores of a folder.
 
     Attributes:
-        data: JSON-ready: benchmark, tasks, overall, standard errors, counts, fd_shapes, detector, versions.
+        data: JSON-ready: benchmark, tasks, overall, standard errors, counts, fd_shapes, detector, environment.
         samples, results: every image and its verdict, in the same order.
     """
 
@@ -124,5 +124,5 @@ def score_folder(
             data["fd_shapes"] = {"value": None, "protocol": distance.protocol, "reason": str(error)}
         else:
             data["fd_shapes"] = distance(iterate_images(samples, on_progress), allow_small=allow_small).as_dict()
-    data |= {"detector": fingerprint(model), "versions": versions()}
+    data |= {"detector": fingerprint(model), "environment": environment()}
     return FolderScore(data, samples, results)

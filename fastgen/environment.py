@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-PACKAGES = ("fastgen", "torch", "diffusers", "transformers", "torchmetrics", "numpy")
+PACKAGES = ("fastgen", "torch", "triton", "diffusers", "transformers", "torchmetrics", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Where numbers come from: date, commit, versions, machine."""
+    import torch
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

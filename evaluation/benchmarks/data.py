@@ -8,8 +8,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from fastgen.data.shapes import ShapesWorld
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import environment, percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles
 
 _BATCH = 256
 

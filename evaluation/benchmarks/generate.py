@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import environment, measure_process, percentiles
+from fastgen.evaluation.benchmarks.measure import measure_process, percentiles
 
 PROMPT = "a red circle left of a blue square"
 # The stage whose duration is divided by the number of steps, by its name in the statistics.

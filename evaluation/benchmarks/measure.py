@@ -1,19 +1,14 @@
-"""Measuring: percentiles, where numbers come from, and whole processes."""
+"""Measuring: percentiles and whole processes."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastgen.environment import commit, cpu_name, versions
 from fastgen.errors import FastgenError
 
 
@@ -27,25 +22,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         high = min(low + 1, len(ordered) - 1)
         result[name] = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
     return result
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers come from: machine, versions, commit, date."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(("fastgen", "torch", "diffusers", "transformers", "triton")),
-        "system": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
 
 
 def measure_process(command: Sequence[str]) -> tuple[float, int | None, str]:

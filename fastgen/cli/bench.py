@@ -54,6 +54,7 @@ def generate(
         import transformers
 
         from fastgen.evaluation.benchmarks.generate import benchmark_generate
+        from fastgen.evaluation.results import generate_markdown
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
@@ -68,7 +69,7 @@ def generate(
             dtype=dtype,
             report=lambda line: typer.echo(line, err=True),
         )
-    _publish(result, out, as_json, _table(result))
+    _publish(result, out, as_json, generate_markdown(result))
 
 
 @app.command("data")
@@ -81,59 +82,19 @@ def data(
 ) -> None:
     """Pictures a second of the ShapesWorld renderer."""
     from fastgen.evaluation.benchmarks.data import benchmark_data
+    from fastgen.evaluation.results import data_markdown
     from fastgen.io import check_writable
 
     if out is not None:
         check_writable(out.parent)
     result = benchmark_data(images, runs, processes or (1, 2))
-    lines = [_provenance(result), "", "| processes | n | pictures/s p20 | p50 | p80 |", "|---|---|---|---|---|"]
-    for row in result["rows"]:
-        rates = " | ".join(f"{row['images_per_second'][name]:.0f}" for name in ("p20", "p50", "p80"))
-        lines.append(f"| {row['processes']} | {row['n']} | {rates} |")
-    _publish(result, out, as_json, lines)
+    _publish(result, out, as_json, data_markdown(result))
 
 
-def _publish(result: dict[str, Any], out: Path | None, as_json: bool, table: list[str]) -> None:
+def _publish(result: dict[str, Any], out: Path | None, as_json: bool, table: str) -> None:
     """Write the JSON file, and print JSON or the table."""
     from fastgen.io import atomic_write_json
 
     if out is not None:
         atomic_write_json(out, result)
-    for line in [json.dumps(result)] if as_json else table:
-        typer.echo(line)
-
-
-def _provenance(result: dict[str, Any]) -> str:
-    """Device, versions, commit and date of a result in one line."""
-    where = result["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    devices = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
-    return f"{devices}; {versions}; commit {where['commit']}; {where['date']}"
-
-
-def _table(result: dict[str, Any]) -> list[str]:
-    """The result as Markdown."""
-    lines = [_provenance(result), ""]
-    if result["cold"]:
-        lines += ["| cold | n | p20 s | p50 s | p80 s | peak MB |", "|---|---|---|---|---|---|"]
-        for row in result["cold"]:
-            peak = "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e6:.0f}"
-            lines.append(f"| {row['what']} | {row['n']} | {_three(row['seconds'])} | {peak} |")
-        lines.append("")
-    lines += [
-        "| model | engine | batch | batch-invariant | n | s/picture p20 | p50 | p80 | ms/step p50 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["warm"]:
-        start = f"| {row['model']} | {row['engine']} | {row['batch']} |"
-        if "failed" in row:
-            lines.append(f"{start} failed: {row['failed']} |")
-            continue
-        invariant = "yes" if row["batch_invariant"] else "no"
-        step = row["seconds_per_step"]["p50"] * 1e3
-        lines.append(f"{start} {invariant} | {row['n']} | {_three(row['seconds_per_image'])} | {step:.1f} |")
-    return lines
-
-
-def _three(values: dict[str, float]) -> str:
-    return " | ".join(f"{values[name]:.3f}" for name in ("p20", "p50", "p80"))
+    typer.echo(json.dumps(result) if as_json else table)

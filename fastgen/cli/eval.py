@@ -157,10 +157,10 @@ def checker(
         raise FastgenError(f"--out: {out} is not allowed, needs a name that ends in .json")
     _check_device(device)
 
-    from fastgen.environment import versions
+    from fastgen.environment import environment
     from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector
     from fastgen.evaluation.geneval.validation import VALIDATION_SEED, validate_checker
-    from fastgen.evaluation.report import checker_markdown
+    from fastgen.evaluation.results import checker_markdown
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable
 
     if out is not None:
@@ -174,7 +174,7 @@ def checker(
             n_perturbed=n_perturbed,
             on_progress=lambda done, total: on_progress("check", done, total),
         )
-    data |= {"detector": fingerprint(detector), "versions": versions()}
+    data |= {"detector": fingerprint(detector), "environment": environment()}
     text = checker_markdown(data)
     if out is not None:
         atomic_write_json(out, data)
@@ -286,6 +286,8 @@ def _settings(run: EvaluationRun) -> dict[str, Any]:
 
 def _scores_text(report: dict[str, Any]) -> str:
     """The scores for people."""
+    from fastgen.evaluation.results import provenance
+
     lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
 
     def row(name: str, score: float, stderr: float | None) -> str:
@@ -302,7 +304,7 @@ def _scores_text(report: dict[str, Any]) -> str:
         lines.append(f"{fd['protocol']}: {fd['value']:.3f} ({fd['n_images']} images)")
     if report.get("seconds_per_image") is not None:
         lines.append(f"{report['seconds_per_image']:.3f} s per image on {report['settings']['device']}")
-    lines.append(", ".join(f"{name} {value}" for name, value in report["versions"].items()))
+    lines.append(provenance(report))
     for name in ("images", "sheet", "results"):
         if name in report:
             lines.append(f"{name}: {report[name]}")

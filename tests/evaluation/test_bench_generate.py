@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.cli.main import run
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import generate as bench
 from fastgen.evaluation.benchmarks import measure
@@ -37,7 +38,7 @@ def test_measure_process_sees_time_and_memory() -> None:
 
 
 def test_environment_is_json() -> None:
-    where = measure.environment()
+    where = environment()
     json.dumps(where)
     assert where["versions"]["torch"] and where["threads"] >= 1 and where["date"].endswith("+00:00")
 

@@ -35,7 +35,7 @@ def test_json_is_one_object_on_stdout(tmp_path, capsys) -> None:
     assert data["benchmark"] == "ShapesWorld-GenEval" and data["model"] == "renders"
     assert len(data["tasks"]) == 6 and data["n_images"] == 36
     assert data["fd_shapes"]["value"] > 0
-    assert data["seconds_per_image"] > 0 and data["versions"]["torch"]
+    assert data["seconds_per_image"] > 0 and data["environment"]["versions"]["torch"]
     assert data["settings"]["images_made_now"] == 36
     assert {"generate", "check", "fd"} <= set(data["stats"]["seconds"])
     saved = json.loads((tmp_path / "o/scores.json").read_text())
@@ -150,7 +150,9 @@ def test_checker_writes_json_and_its_table(tmp_path, monkeypatch, capsys) -> Non
     assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5", "--out", "r/checker.json", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "r/checker.json").read_text()) == data
-    assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0 and data["versions"] and data["detector"]
+    assert (
+        data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0 and data["environment"]["date"] and data["detector"]
+    )
     table = (tmp_path / "r/checker.md").read_text()
     assert "**100.00 %**" in table and "gain 1.4" in table
     assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5"]) == 0

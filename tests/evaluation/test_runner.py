@@ -22,7 +22,8 @@ from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import ImageResult
 from fastgen.evaluation.geneval.shapes import ShapesChecker
-from fastgen.evaluation.report import contact_sheet, scores_markdown
+from fastgen.evaluation.report import contact_sheet
+from fastgen.evaluation.results import scores_markdown
 from fastgen.evaluation.runner import (
     EvaluationRun,
     RunSettings,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import fastgen
 from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.rules import evaluate_image
 from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector, to_model_size
@@ -31,7 +32,7 @@ from fastgen.evaluation.geneval.validation import (
     true_objects,
     validate_checker,
 )
-from fastgen.evaluation.report import checker_markdown
+from fastgen.evaluation.results import checker_markdown
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 
 
@@ -318,7 +319,7 @@ def test_validation_table_is_made_from_its_json() -> None:
 
     batch = ShapesWorld(77, held_out=False).batch(20)
     data = validate_checker(ShapesChecker(KnowingModel(batch)), 20, seed=77, n_perturbed=5)
-    data["versions"] = {"python": "3"}
+    data["environment"] = environment()
     text = checker_markdown(json.loads(json.dumps(data)))
     assert "In 5 pictures of blobs and textures" in text
     assert "**100.00 %**" in text and "blur 0.5" in text and "Accuracy = correct" in text

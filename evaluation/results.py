@@ -1,0 +1,152 @@
+"""Result JSON as Markdown: every kind of result that fastgen writes, and the page of the committed ones.
+
+``python -m fastgen.evaluation.results`` writes ``docs/results.md`` anew from the files in ``docs/results``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastgen.evaluation.report import markdown_table, percent
+
+
+def provenance(data: dict[str, Any]) -> str:
+    """Device, versions, commit and date of a result, and the detector that judged it, in one line."""
+    where = data["environment"]
+    threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
+    parts = [", ".join(where["gpus"]) or f"{where['cpu']}, {threads}"]
+    parts.append(", ".join(f"{name} {number}" for name, number in where["versions"].items()))
+    parts.append(f"commit {where['commit']}")
+    if data.get("detector"):
+        parts.append(f"detector {data['detector'][:8]}")
+    return "; ".join([*parts, where["date"]])
+
+
+def checker_markdown(data: dict[str, Any]) -> str:
+    """The validation of the ShapesWorld checker (`validate_checker`) as a Markdown page."""
+    clean = data["clean"]
+    columns = ["images", "accuracy @0.3", "precision", "recall", "accuracy @0.9", "mean confidence", "ECE"]
+    rows = [["none", *_checker_cells(clean)]]
+    for row in data["rows"]:
+        rows.append([f"{row['perturbation']} {row['level']:g} ({row['unit']})", *_checker_cells(row)])
+    verdict = "reached" if data["passed"] else "MISSED"
+    return (
+        "# ShapesWorld checker\n\n"
+        f"Object-level accuracy on {clean['images']} fresh renders with {clean['objects']} objects "
+        f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
+        f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
+        f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
+        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
+        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
+        "0.9.\n\n"
+        + markdown_table(["perturbation", *columns], rows)
+        + f"\nAll numbers in percent. {data['definitions']}\n"
+        + "\n"
+        + provenance(data)
+        + "\n"
+    )
+
+
+def _checker_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["0.3"], row["0.9"]
+    shares = (low["accuracy"], low["precision"], low["recall"], high["accuracy"], row["mean_confidence"], row["ece"])
+    return [str(row["images"]), *(percent(share, 2) for share in shares)]
+
+
+def scores_markdown(data: dict[str, Any]) -> str:
+    """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
+    rows = [
+        [tag, percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
+        for tag, task in data["tasks"].items()
+    ]
+    rows.append(
+        [
+            f"**{data['benchmark']}** (mean of tasks)",
+            f"**{percent(data['overall'])}**",
+            percent(data["overall_stderr"]),
+            str(data["n_prompts"]),
+            str(data["n_images"]),
+        ]
+    )
+    return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + "\n" + provenance(data) + "\n"
+
+
+def generate_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench generate`: cold starts and pictures in a warm process."""
+    cold = [
+        [row["what"], str(row["n"]), *_three(row["seconds"]), _megabytes(row["peak_rss_bytes"])]
+        for row in data["cold"]
+    ]
+    warm = []
+    for row in data["warm"]:
+        cells = [row["model"], row["engine"], str(row["batch"])]
+        if "failed" in row:
+            warm.append([*cells, f"failed: {row['failed']}", "", "", "", "", ""])
+            continue
+        step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
+        invariant = "yes" if row["batch_invariant"] else "no"
+        warm.append([*cells, invariant, str(row["n"]), *_three(row["seconds_per_image"]), step])
+    tables = []
+    if cold:
+        tables.append(markdown_table(["cold", "n", "p20 s", "p50 s", "p80 s", "peak MB"], cold))
+    header = ["model", "engine", "batch", "batch-invariant", "n", "s/picture p20", "p50", "p80", "ms/step p50"]
+    tables.append(markdown_table(header, warm))
+    return "\n".join(tables) + "\n" + provenance(data) + "\n"
+
+
+def data_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench data`: pictures a second of the renderer."""
+    rows = [[str(row["processes"]), str(row["n"]), *_three(row["images_per_second"], 0)] for row in data["rows"]]
+    table = markdown_table(["processes", "n", "pictures/s p20", "p50", "p80"], rows)
+    return table + "\n" + provenance(data) + "\n"
+
+
+def _three(values: dict[str, float], digits: int = 3) -> list[str]:
+    return [f"{values[name]:.{digits}f}" for name in ("p20", "p50", "p80")]
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.0f}"
+
+
+def results_page(folder: Path) -> str:
+    """The page of all results in `folder`; those that are not there are left out."""
+
+    def read(name: str) -> dict[str, Any] | None:
+        path = folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    parts = [
+        "# Results\n\nWritten by `python -m fastgen.evaluation.results` from the JSON files in "
+        "[results](results), which hold every number with the machine, the versions, the commit and the date it "
+        "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld: they compare with each other and "
+        "with nothing else.\n"
+    ]
+    for model, kind in (("tiny", "diffusion"), ("tiny-janus", "autoregressive")):
+        if (scores := read(f"shapesworld-{model}")) is not None:
+            settings = scores["settings"]
+            command = f"fastgen eval shapes --model {model} --images-per-prompt {settings['images_per_prompt']}"
+            if settings["batch_size"] is not None:
+                command += f" --fast-batches --batch-size {settings['batch_size']}"
+            distance = scores["fd_shapes"]
+            parts.append(f"## {model} ({kind})\n\n`{command}`\n\n{scores_markdown(scores)}")
+            parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
+    for name, title, text in (
+        ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
+        ("bench-data", "ShapesWorld renderer", data_markdown),
+    ):
+        if (data := read(name)) is not None:
+            parts.append(
+                f"## {title}\n\n`fastgen {name.replace('-', ' ')}`; seconds are wall-clock, n runs after "
+                f"warm-up, percentiles over the runs.\n\n{text(data)}"
+            )
+    if read("shapes-checker") is not None:
+        parts.append("## ShapesWorld checker\n\nSee [shapes-checker](results/shapes-checker.md).\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    (docs / "results.md").write_text(results_page(docs / "results"), encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Result JSON as text, and the committed page."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen.evaluation import results
+
+WHERE: dict[str, Any] = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789ab",
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "cpu": "Some CPU",
+    "threads": 2,
+    "gpus": [],
+}
+THREE = {"p20": 1.0, "p50": 2.0, "p80": 3.25}
+SCORES: dict[str, Any] = {
+    "benchmark": "ShapesWorld-GenEval",
+    "tasks": {"colors": {"score": 0.5, "stderr": 0.0625, "n_prompts": 60, "n_images": 240}},
+    "overall": 0.5,
+    "overall_stderr": 0.0625,
+    "n_prompts": 60,
+    "n_images": 240,
+    "fd_shapes": {"protocol": "FD-shapes[x]", "value": 12.345},
+    "settings": {"images_per_prompt": 4, "batch_size": 16},
+    "detector": "0123456789abcdef",
+    "environment": WHERE,
+}
+GENERATE: dict[str, Any] = {
+    "cold": [{"what": "fastgen generate", "n": 5, "seconds": THREE, "peak_rss_bytes": 500_000_000}],
+    "warm": [
+        {
+            "model": "tiny",
+            "engine": "eager",
+            "batch": 8,
+            "batch_invariant": False,
+            "n": 5,
+            "seconds_per_image": THREE,
+            "seconds_per_step": THREE,
+        },
+        {"model": "tiny", "engine": "torch.compile", "batch": 1, "failed": "no compiler"},
+    ],
+    "environment": WHERE,
+}
+DATA: dict[str, Any] = {
+    "rows": [{"processes": 2, "n": 5, "images_per_second": {"p20": 3000.4, "p50": 3100.0, "p80": 3200.0}}],
+    "environment": WHERE,
+}
+
+
+def test_provenance_names_the_device() -> None:
+    line = results.provenance(SCORES)
+    assert line == (
+        "Some CPU, 2 threads; python 3.11.7, torch 2.13.0; commit 0123456789ab; detector 01234567; "
+        "2026-01-02T03:04:05+00:00"
+    )
+    gpu = copy.deepcopy(DATA)
+    gpu["environment"]["gpus"] = ["GPU A", "GPU A"]
+    assert results.provenance(gpu).startswith("GPU A, GPU A; python")
+
+
+def test_tables_have_every_row() -> None:
+    text = results.generate_markdown(GENERATE)
+    assert "| fastgen generate | 5 | 1.000 | 2.000 | 3.250 | 500 |" in text
+    assert "| tiny | eager | 8 | no | 5 | 1.000 | 2.000 | 3.250 | 2000.0 |" in text
+    assert "| tiny | torch.compile | 1 | failed: no compiler |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| tiny")}
+    assert widths == {10}
+    assert "| 2 | 5 | 3000 | 3100 | 3200 |" in results.data_markdown(DATA)
+    assert "Some CPU" in text
+
+
+def test_page_shows_what_is_there(tmp_path: Path) -> None:
+    assert "##" not in results.results_page(tmp_path)
+    for name, data in (("shapesworld-tiny", SCORES), ("bench-generate", GENERATE), ("bench-data", DATA)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    text = results.results_page(tmp_path)
+    assert "`fastgen eval shapes --model tiny --images-per-prompt 4 --fast-batches --batch-size 16`" in text
+    assert "| colors | 50.0 | 6.2 | 60 | 240 |" in text and "FD-shapes[x]: **12.35**" in text
+    assert text.count("\n## ") == 3 and "autoregressive" not in text
+
+
+@pytest.mark.parametrize("page", ["results.md", "results/shapes-checker.md"])
+def test_committed_pages_are_those_of_the_committed_json(repository: Path, page: str) -> None:
+    docs = repository / "docs"
+    if page == "results.md":
+        expected = results.results_page(docs / "results")
+    else:
+        expected = results.checker_markdown(json.loads((docs / "results" / "shapes-checker.json").read_text()))
+    assert (docs / page).read_text(encoding="utf-8") == expected
