@@ -1,0 +1,94 @@
+"""Routers of DC-DiT (arXiv 2603.06351): the probability of each grid position to be kept as a boundary token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RouterKind = Literal["predictability", "cosine"]
+ROUTERS: tuple[RouterKind, ...] = ("predictability", "cosine")
+
+
+class PredictabilityRouter(nn.Module):
+    """A position that its neighbours do not predict is a boundary.
+
+    Features are projected to a bottleneck z; a 3x3 convolution predicts each z from around it, and a small
+    convolutional scorer turns the residual r = z - z_hat into one logit.
+
+    Args:
+        width: of the features.
+        bottleneck: channels of z.
+        center_tap: whether the predictor sees the very position it predicts (the paper leaves it open; without it a
+            feature cannot predict itself).
+    """
+
+    def __init__(self, width: int, bottleneck: int, center_tap: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, bottleneck)
+        self.predictor = nn.Conv2d(bottleneck, bottleneck, 3)
+        self.scorer = nn.Conv2d(bottleneck, bottleneck, 3)
+        self.head = nn.Conv2d(bottleneck, 1, 1)
+        taps = torch.ones(3, 3)
+        if not center_tap:
+            taps[1, 1] = 0
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits, float32 [n, L], of features [n, L, width] on a grid (H, W)."""
+        z = self.proj(self.norm(tokens)).transpose(1, 2).unflatten(2, grid)
+        predicted = F.conv2d(_padded(z), self.predictor.weight * self.taps, self.predictor.bias)
+        score = self.head(F.silu(self.scorer(_padded(z - predicted))))
+        return score.flatten(1).float()
+
+
+class CosineRouter(nn.Module):
+    """v1's alternative: p = (1 - mean cosine similarity to the neighbours' keys) / 2.
+
+    Args:
+        width: of the features.
+        bottleneck: width of queries and keys.
+    """
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, bottleneck, bias=False)
+        self.to_k = nn.Linear(width, bottleneck, bias=False)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits, float32 [n, L], of features [n, L, width] on a grid (H, W)."""
+        normed = self.norm(tokens)
+        q, k = (
+            F.normalize(layer(normed).float(), dim=-1).transpose(1, 2).unflatten(2, grid)
+            for layer in (self.to_q, self.to_k)
+        )
+        # The sum of the neighbours' keys, and how many there are: at the edge of the grid fewer.
+        ones = torch.ones(3, 3, device=q.device)
+        ones[1, 1] = 0
+        around = F.conv2d(k, ones.expand(k.shape[1], 1, 3, 3), padding=1, groups=k.shape[1])
+        count = F.conv2d(torch.ones_like(q[:1, :1]), ones.expand(1, 1, 3, 3), padding=1).clamp(min=1)
+        similarity = (q * around).sum(dim=1) / count[0]
+        probability = ((1 - similarity) / 2).clamp(1e-6, 1 - 1e-6)
+        return torch.logit(probability).flatten(1)
+
+
+def _padded(z: Tensor) -> Tensor:
+    """One cell more on each side, with the values of the edge: a zero border would be a surprise to the predictor."""
+    return F.pad(z, (1, 1, 1, 1), mode="replicate")
+
+
+def build_router(kind: RouterKind, width: int, bottleneck: int, center_tap: bool = False) -> nn.Module:
+    """A router by name.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "predictability":
+        return PredictabilityRouter(width, bottleneck, center_tap)
+    if kind == "cosine":
+        return CosineRouter(width, bottleneck)
+    raise ValueError(f"router: {kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
