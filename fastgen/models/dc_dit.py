@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.packing import Segments, gated_sum, modulate
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
@@ -80,14 +81,15 @@ class DCDiTBlock(nn.Module):
     Args:
         dim: width D.
         heads: attention heads.
+        norm_eps: of the norm before the feed-forward network.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.modulation = nn.Linear(dim, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn1 = PackedSelfAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -101,7 +103,7 @@ class DCDiTBlock(nn.Module):
         return gated_sum(hidden_states, gate2, fed, segments)
 
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]
+class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):  # type: ignore[misc]
     """Class-conditional diffusion transformer that computes only the tokens its router keeps.
 
     It takes the place of `DiTTransformer2DModel` in a stock `DiTPipeline`. Loss contract: lossy (a model of its own,
@@ -116,6 +118,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         scaffold_blocks: residual blocks of encoder and of decoder.
         num_classes: classes; label `num_classes` is the unconditional one.
         class_dropout_prob: share of labels replaced by it in training.
+        norm_eps: see `DCDiTBlock`.
         position_scale: grid units of a latent position; 0.5 for weights of a DiT with patches of 2.
         router, router_dim, center_tap, residual_gate, smoothing: see `DynamicChunking`.
         compression: N, the target of the ratio loss.
@@ -139,6 +142,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         scaffold_blocks: int = 2,
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
+        norm_eps: float = 1e-6,
         position_scale: float = 1.0,
         router: RouterKind = "predictability",
         router_dim: int | None = None,
@@ -165,7 +169,9 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             residual_gate=residual_gate,
             smoothing=smoothing,
         )
-        self.transformer_blocks = nn.ModuleList(DCDiTBlock(dim, num_attention_heads) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            DCDiTBlock(dim, num_attention_heads, norm_eps) for _ in range(num_layers)
+        )
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
 
@@ -213,9 +219,11 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         Raises:
             ValueError: a knob out of range, see `fastgen.models.chunking.check_budget`.
         """
+        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(hidden_states), timestep / 1000)
         conditioning = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         chunked = self.scaffold.chunk(hidden_states, conditioning, tail_drop, token_budget)
         chunks = chunked.chunks
+        self.note_chunks(chunks)
         hidden = self.backbone(chunked.tokens, conditioning, chunks)
         sample = self.scaffold.unchunk(hidden, chunked, conditioning)
         if not return_dict:

@@ -1,0 +1,293 @@
+"""`DCZImageTransformer2DModel`: Z-Image's transformer with dynamic chunking (arXiv 2603.06351, section "upcycling").
+
+The blocks are Z-Image's, with its parameter names, on one packed sequence per sample: the kept image tokens, then the
+caption. Image tokens are latent positions (patch size 1) of which the router keeps about a quarter, as many as Z-Image
+has patches of 2 x 2; their rotary positions are in units of such patches, so that copied weights see what they know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_z_image import FeedForward, TimestepEmbedder
+from torch import Tensor, nn
+
+from fastgen.kernels.varlen import varlen_attention
+from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.models.dc_dit import DCTransformerOutput
+from fastgen.models.elastic import ElasticModelMixin
+from fastgen.models.packing import Segments, gated_sum, modulate
+from fastgen.models.routers import RouterKind
+from fastgen.models.scaffold import DynamicChunking, ResidualGate
+
+_CONDITIONING = 256  # most features of Z-Image's timestep embedding
+_TEXT_MULTIPLE = 32  # Z-Image pads captions to a multiple of this, with a token that is attended to
+
+
+class PackedRotaryAttention(nn.Module):
+    """Self-attention with normalised queries and keys and rotary positions, over packed sequences."""
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.norm_q = RMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+
+    def forward(self, hidden_states: Tensor, rotary: Tensor, segments: Segments) -> Tensor:
+        """hidden_states [T, D], rotary [T, head_dim / 2, 2] -> [T, D]."""
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        query, key = rotate(self.norm_q(query), rotary), rotate(self.norm_k(key), rotary)
+        mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
+        output: Tensor = self.to_out[0](mixed.flatten(1))
+        return output
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring features of [T, heads, head_dim] by cosines and sines [T, head_dim / 2, 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary[:, None].unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def rotary_factors(places: Tensor, axes_dims: list[int], theta: float) -> Tensor:
+    """Cosines and sines [T, sum(axes_dims) / 2, 2] of positions [T, axes], which may be fractions."""
+    angles = []
+    for axis, width in enumerate(axes_dims):
+        powers = torch.arange(0, width, 2, dtype=torch.float64, device=places.device) / width
+        angles.append(places[:, axis, None].double() * theta**-powers)
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+
+
+class DCZImageBlock(nn.Module):
+    """Z-Image's block on packed sequences.
+
+    Args:
+        dim, heads: width and attention heads.
+        norm_eps: of the RMS norms.
+        qk_norm: normalise queries and keys.
+        modulated: scale and gate by the timestep; the caption's refiner has none.
+    """
+
+    def __init__(self, dim: int, heads: int, norm_eps: float, qk_norm: bool, modulated: bool = True) -> None:
+        super().__init__()
+        self.attention = PackedRotaryAttention(dim, heads, qk_norm)
+        self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
+        self.attention_norm1 = RMSNorm(dim, eps=norm_eps)
+        self.ffn_norm1 = RMSNorm(dim, eps=norm_eps)
+        self.attention_norm2 = RMSNorm(dim, eps=norm_eps)
+        self.ffn_norm2 = RMSNorm(dim, eps=norm_eps)
+        self.modulated = modulated
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, _CONDITIONING), 4 * dim))
+
+    def forward(
+        self, hidden_states: Tensor, rotary: Tensor, segments: Segments, conditioning: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states [T, D], conditioning [n, c] -> [T, D]."""
+        attended, fed = self.attention_norm1(hidden_states), self.ffn_norm1
+        if not self.modulated or conditioning is None:
+            hidden_states = hidden_states + self.attention_norm2(self.attention(attended, rotary, segments))
+            return hidden_states + self.ffn_norm2(self.feed_forward(fed(hidden_states)))
+        scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)
+        none = torch.zeros_like(scale1)
+        update = self.attention(modulate(attended, none, scale1, segments), rotary, segments)
+        hidden_states = gated_sum(hidden_states, gate1.tanh(), self.attention_norm2(update), segments)
+        update = self.feed_forward(modulate(fed(hidden_states), none, scale2, segments))
+        return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
+
+
+class DCZImageTransformer2DModel(  # type: ignore[misc]
+    ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin
+):
+    """Z-Image's transformer that computes only the image tokens its router keeps.
+
+    It takes the place of `ZImageTransformer2DModel` in a stock `ZImagePipeline`. Loss contract: lossy (a model of its
+    own, whose budget is set at call time).
+
+    Args:
+        in_channels, dim, n_layers, n_refiner_layers, n_heads, norm_eps, qk_norm, cap_feat_dim, rope_theta, t_scale,
+            axes_dims: as in `ZImageTransformer2DModel`.
+        position_scale: rotary units of a latent position; one half, as Z-Image counts patches of 2.
+        scaffold_dim, scaffold_blocks, router, router_dim, center_tap, residual_gate, smoothing: see `DynamicChunking`.
+        compression: N, the target of the ratio loss.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DCZImageBlock", "ScaffoldBlock"]
+    _repeated_blocks = ["DCZImageBlock"]
+    _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "router"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        dim: int = 3840,
+        n_layers: int = 30,
+        n_refiner_layers: int = 2,
+        n_heads: int = 30,
+        norm_eps: float = 1e-5,
+        qk_norm: bool = True,
+        cap_feat_dim: int = 2560,
+        rope_theta: float = 256.0,
+        t_scale: float = 1000.0,
+        axes_dims: tuple[int, ...] = (32, 48, 48),
+        position_scale: float = 0.5,
+        scaffold_dim: int | None = None,
+        scaffold_blocks: int = 2,
+        router: RouterKind = "predictability",
+        router_dim: int | None = None,
+        center_tap: bool = False,
+        residual_gate: ResidualGate = "confidence",
+        smoothing: float | None = 1.0,
+        compression: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if dim // n_heads != sum(axes_dims):
+            raise ValueError(f"axes_dims: must add up to dim / n_heads = {dim // n_heads}, got {tuple(axes_dims)}")
+        self.in_channels = in_channels
+        self.gradient_checkpointing = False
+        width = min(dim, _CONDITIONING)
+        self.t_embedder = TimestepEmbedder(width, mid_size=1024)
+        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, eps=norm_eps), nn.Linear(cap_feat_dim, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+        # Conditioning of encoder and decoder: timestep and pooled caption through trainable norms (section 10).
+        self.time_adaptor = nn.LayerNorm(width)
+        self.text_adaptor = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.scaffold = DynamicChunking(
+            in_channels,
+            in_channels,
+            dim,
+            width,
+            width=scaffold_dim,
+            blocks=scaffold_blocks,
+            router=router,
+            router_dim=router_dim,
+            center_tap=center_tap,
+            residual_gate=residual_gate,
+            smoothing=smoothing,
+        )
+        shape = (dim, n_heads, norm_eps, qk_norm)
+        self.noise_refiner = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_refiner_layers))
+        self.context_refiner = nn.ModuleList(DCZImageBlock(*shape, modulated=False) for _ in range(n_refiner_layers))
+        self.layers = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_layers))
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.adaLN_out = nn.Sequential(nn.SiLU(), nn.Linear(width, dim))
+
+    def forward(
+        self,
+        x: list[Tensor] | Tensor,
+        t: Tensor,
+        cap_feats: list[Tensor],
+        return_dict: bool = True,
+        controlnet_block_samples: dict[int, Tensor] | None = None,
+        siglip_feats: list[list[Tensor]] | None = None,
+        image_noise_mask: list[list[int]] | None = None,
+        patch_size: int = 2,
+        f_patch_size: int = 1,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        tail_drop: TailDrop | None = None,
+        token_budget: int | None = None,
+        output_chunks: bool = False,
+    ) -> DCTransformerOutput | tuple[list[Tensor]]:
+        """Predict the velocity.
+
+        Args:
+            x: latents of n images, each [C, 1, H, W], all of one size; any sides.
+            t: [n], 1 - sigma.
+            cap_feats: caption features, each [L_i, cap_feat_dim].
+            return_dict: False gives `(samples,)`.
+            controlnet_block_samples, siglip_feats, image_noise_mask: not supported.
+            patch_size, f_patch_size, joint_attention_kwargs: accepted for the stock signature; tokens are latent
+                positions here.
+            tail_drop: share of the natural set to drop, one number in [0, 1) or one per sample.
+            token_budget: exact number of image tokens to keep in each sample.
+            output_chunks: also return which tokens were kept.
+
+        Raises:
+            ValueError: images of different sizes or of several frames, inputs that are not supported, or a knob out of
+                range.
+        """
+        given = (controlnet_block_samples, siglip_feats, image_noise_mask)
+        for name, value in zip(("controlnet_block_samples", "siglip_feats", "image_noise_mask"), given, strict=True):
+            if value is not None:
+                raise ValueError(f"{name}: is not supported by {type(self).__name__}")
+        if len({image.shape for image in x}) != 1 or x[0].ndim != 4 or x[0].shape[1] != 1 or len(x) != len(cap_feats):
+            shapes = [tuple(image.shape) for image in x]
+            raise ValueError(
+                f"x: needs images [C, 1, H, W] of one size, one per caption ({len(cap_feats)}); got {shapes}"
+            )
+        latents = torch.stack([image[:, 0] for image in x])
+        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), 1 - t)
+        time = self.t_embedder(t * self.config.t_scale).type_as(latents)
+        text, lengths, pooled = self.embed_captions(cap_feats)
+        conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
+        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget)
+        self.note_chunks(chunked.chunks)
+        hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
+        sample = list(self.scaffold.unchunk(hidden, chunked, conditioning)[:, :, None].unbind(0))
+        if not return_dict:
+            return (sample,)
+        return DCTransformerOutput(sample=sample, chunks=chunked.chunks if output_chunks else None)
+
+    def embed_captions(self, cap_feats: list[Tensor]) -> tuple[Tensor, list[int], Tensor]:
+        """Packed caption tokens [T, D] with Z-Image's padding, their lengths, and the mean real token [n, D]."""
+        embedded = [self.cap_embedder(features) for features in cap_feats]
+        pads = [-len(features) % _TEXT_MULTIPLE for features in cap_feats]
+        padded = [
+            torch.cat([tokens, self.cap_pad_token.to(tokens.dtype).expand(pad, -1)])
+            for tokens, pad in zip(embedded, pads, strict=True)
+        ]
+        pooled = torch.stack([tokens.mean(dim=0) for tokens in embedded])
+        return torch.cat(padded), [len(tokens) for tokens in padded], pooled
+
+    def backbone(self, image: Tensor, text: Tensor, text_lengths: list[int], time: Tensor, chunks: Chunks) -> Tensor:
+        """Z-Image's transformer on packed image tokens [T, D] and caption tokens; returns the image tokens."""
+        device = image.device
+        rope = (list(self.config.axes_dims), self.config.rope_theta)
+        text_segments = Segments.of(text_lengths, device)
+        starts = text_segments.cu_seqlens.index_select(0, text_segments.sequence_ids)
+        text_places = torch.zeros(len(text), 3, device=device, dtype=torch.float64)
+        text_places[:, 0] = torch.arange(len(text), device=device) - starts + 1
+        text_rotary = rotary_factors(text_places, *rope)
+
+        index, width = chunks.positions % chunks.grid_size, chunks.grid[1]
+        after = (text_segments.cu_seqlens.diff() + 1).index_select(0, chunks.segments.sequence_ids)
+        grid_places = [(place + 0.5) * self.config.position_scale - 0.5 for place in (index // width, index % width)]
+        image_rotary = rotary_factors(torch.stack([after.double(), *grid_places], dim=1), *rope)
+
+        for block in self.noise_refiner:
+            image = self._run(block, image, image_rotary, chunks.segments, time)
+        for block in self.context_refiner:
+            text = self._run(block, text, text_rotary, text_segments)
+
+        # One sequence per sample: its image tokens, then its caption.
+        segments = Segments.of([a + b for a, b in zip(chunks.lengths, text_lengths, strict=True)], device)
+        ids = torch.cat([chunks.segments.sequence_ids, text_segments.sequence_ids])
+        order = ids.argsort(stable=True)
+        hidden = torch.cat([image, text]).index_select(0, order)
+        rotary = torch.cat([image_rotary, text_rotary]).index_select(0, order)
+        for block in self.layers:
+            hidden = self._run(block, hidden, rotary, segments, time)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        hidden = hidden.index_select(0, places[: len(image)])
+        scale = self.adaLN_out(time)
+        return modulate(self.norm_out(hidden), torch.zeros_like(scale), scale, chunks.segments)
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *arguments)  # type: ignore[no-any-return]
+        output: Tensor = block(*arguments)
+        return output
