@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
+from fastgen.accounting import add_tokens
 from fastgen.models.chunking import Chunks, TailDrop
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
@@ -134,6 +134,7 @@ class ElasticModelMixin:
         return self._budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0)
 
     def note_chunks(self, chunks: Chunks) -> None:
-        """Hand the chunks of a forward pass to whoever records them."""
-        if self._recorded is not None and not torch.compiler.is_compiling():
+        """Tell the account, and whoever records them, about the chunks of a forward pass."""
+        add_tokens(kept=sum(chunks.lengths), total=chunks.samples * chunks.grid_size)
+        if self._recorded is not None:
             self._recorded.append(chunks)

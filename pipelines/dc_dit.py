@@ -1,0 +1,49 @@
+"""`DCDiTPipeline`: the stock DiT pipeline with the knobs of dynamic chunking (arXiv 2603.06351)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+
+from fastgen.models.elastic import Schedule
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
+
+
+class DCDiTPipeline(DiTPipeline):  # type: ignore[misc]
+    """Class-conditional images with a `DCDiTTransformer2DModel`. Loss contract: lossy."""
+
+    loss = LOSS
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        tail_drop: Schedule = 0.0,
+        uncond_tail_drop: Schedule | None = None,
+        token_budget: int | None = None,
+        output_chunks: bool = False,
+        **kwargs: Any,
+    ) -> DCPipelineOutput | tuple[Any]:
+        """Draw images; all arguments of the stock pipeline, and the knobs of `DCZImagePipeline.__call__`.
+
+        Raises:
+            ValueError: a knob out of range, or tail drops together with a budget.
+        """
+        arguments = dict(inspect.signature(DiTPipeline.__call__).bind(self, *args, **kwargs).arguments)
+        del arguments["self"]
+        return run_elastic(
+            self.transformer,
+            super().__call__,
+            arguments,
+            len(arguments["class_labels"]),
+            arguments.get("num_inference_steps"),
+            tail_drop,
+            uncond_tail_drop,
+            token_budget,
+            output_chunks,
+        )
+
+    __call__.__signature__ = with_knobs(DiTPipeline.__call__)  # type: ignore[attr-defined]
