@@ -1,6 +1,7 @@
 """Result JSON as Markdown: every kind of result that fastgen writes, and the page of the committed ones.
 
-``python -m fastgen.evaluation.results`` writes ``docs/results.md`` anew from the files in ``docs/results``.
+``python -m fastgen.evaluation.results`` writes ``docs/results.md``, and the table of scores in ``README.md``, anew
+from the files in ``docs/results``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.evaluation.report import markdown_table, percent
+
+_MARK = "<!-- scores -->"
+_MODELS = (("tiny", "diffusion"), ("tiny-janus", "autoregressive"))
 
 
 def provenance(data: dict[str, Any]) -> str:
@@ -111,12 +115,42 @@ def _megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.0f}"
 
 
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def scores_table(folder: Path) -> str:
+    """One row for each embedded model that has scores in `folder`."""
+    header, rows = ["model"], []
+    for model, _ in _MODELS:
+        if (scores := _read(folder, f"shapesworld-{model}")) is None:
+            continue
+        header = ["model", *(tag.replace("_", " ") for tag in scores["tasks"]), "**mean**", "± s.e.", "FD-shapes"]
+        tasks = [percent(task["score"]) for task in scores["tasks"].values()]
+        distance = f"{scores['fd_shapes']['value']:.1f}"
+        overall = [f"**{percent(scores['overall'])}**", percent(scores["overall_stderr"]), distance]
+        rows.append([model, *tasks, *overall])
+    return markdown_table(header, rows)
+
+
+def with_scores(readme: str, folder: Path) -> str:
+    """The text of a README with the table between its two ``<!-- scores -->`` marks made anew.
+
+    Raises:
+        ValueError: it does not have exactly two of them.
+    """
+    parts = readme.split(_MARK)
+    if len(parts) != 3:
+        raise ValueError(f"needs two marks {_MARK}, found {len(parts) - 1}")
+    return f"{parts[0]}{_MARK}\n{scores_table(folder)}{_MARK}{parts[2]}"
+
+
 def results_page(folder: Path) -> str:
     """The page of all results in `folder`; those that are not there are left out."""
 
     def read(name: str) -> dict[str, Any] | None:
-        path = folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read(folder, name)
 
     parts = [
         "# Results\n\nWritten by `python -m fastgen.evaluation.results` from the JSON files in "
@@ -124,7 +158,7 @@ def results_page(folder: Path) -> str:
         "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld: they compare with each other and "
         "with nothing else.\n"
     ]
-    for model, kind in (("tiny", "diffusion"), ("tiny-janus", "autoregressive")):
+    for model, kind in _MODELS:
         if (scores := read(f"shapesworld-{model}")) is not None:
             settings = scores["settings"]
             command = f"fastgen eval shapes --model {model} --images-per-prompt {settings['images_per_prompt']}"
@@ -148,5 +182,7 @@ def results_page(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    docs = Path(__file__).resolve().parents[1] / "docs"
-    (docs / "results.md").write_text(results_page(docs / "results"), encoding="utf-8")
+    root = Path(__file__).resolve().parents[1]
+    (root / "docs" / "results.md").write_text(results_page(root / "docs" / "results"), encoding="utf-8")
+    page = root / "README.md"
+    page.write_text(with_scores(page.read_text(encoding="utf-8"), root / "docs" / "results"), encoding="utf-8")

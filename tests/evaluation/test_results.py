@@ -86,6 +86,21 @@ def test_page_shows_what_is_there(tmp_path: Path) -> None:
     assert text.count("\n## ") == 3 and "autoregressive" not in text
 
 
+def test_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
+    (tmp_path / "shapesworld-tiny.json").write_text(json.dumps(SCORES))
+    before = "# Title\n<!-- scores -->\nold\n<!-- scores -->\nrest\n"
+    after = results.with_scores(before, tmp_path)
+    assert "| tiny | 50.0 | **50.0** | 6.2 | 12.3 |" in after and "old" not in after and after.endswith("\nrest\n")
+    assert results.with_scores(after, tmp_path) == after
+    with pytest.raises(ValueError, match="two marks"):
+        results.with_scores("# Title", tmp_path)
+
+
+def test_committed_readme_has_the_committed_scores(repository: Path) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    assert results.with_scores(text, repository / "docs" / "results") == text
+
+
 @pytest.mark.parametrize("page", ["results.md", "results/shapes-checker.md"])
 def test_committed_pages_are_those_of_the_committed_json(repository: Path, page: str) -> None:
     docs = repository / "docs"
