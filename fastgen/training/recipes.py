@@ -20,13 +20,15 @@ class RecipeEntry:
     Args:
         summary: one line for the command line.
         settings: fields of `TrainConfig`.
-        needs: the part that must be trained before ("vae", "vq") or "".
+        needs: the recipe whose result must be there before, or "".
+        part: where that result lies below its output folder.
         continues: whether `--init` is understood.
     """
 
     summary: str
     settings: dict[str, Any]
     needs: str = ""
+    part: str = ""
     continues: bool = False
 
 
@@ -47,12 +49,28 @@ RECIPES: dict[str, RecipeEntry] = {
         "transformer and text encoder of the tiny Z-Image pipeline",
         {"steps": 3000, "batch_size": 64, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vae",
+        part="model/vae",
         continues=True,
     ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
         {"steps": 3000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vq",
+        part="model/vq",
+        continues=True,
+    ),
+    "dc": RecipeEntry(
+        "a small Z-Image transformer with dynamic chunking, for many compute budgets",
+        {"steps": 4000, "batch_size": 64, "accumulate": 4, "lr": 2e-3},
+        needs="z-image",
+        part="model",
+        continues=True,
+    ),
+    "dc-dense": RecipeEntry(
+        "the same transformer without dynamic chunking, its baseline",
+        {"steps": 8000, "batch_size": 64, "accumulate": 4, "lr": 2e-3},
+        needs="z-image",
+        part="model",
         continues=True,
     ),
 }
@@ -84,10 +102,9 @@ def build_recipe(name: str, seed: int, part: Path | None = None, init: Path | No
         FastgenError: unknown recipe, or a folder that is missing, absent or not understood.
     """
     entry = _entry(name)
-    if entry.needs and part is None and init is None:
+    if entry.needs and part is None and (init is None or entry.needs == "z-image"):
         raise FastgenError(
-            f"recipe {name} needs --part FOLDER/model/{entry.needs}, "
-            f"written by `fastgen train {entry.needs} -o FOLDER`"
+            f"recipe {name} needs --part FOLDER/{entry.part}, written by `fastgen train {entry.needs} -o FOLDER`"
         )
     if part is not None and not entry.needs:
         raise FastgenError(f"recipe {name} stands alone and takes no trained part")
@@ -135,10 +152,22 @@ def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return JanusRecipe(seed, part, init)
 
 
+def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:
+    from fastgen.training.dc_z_image import DCRecipe
+
+    return DCRecipe(seed, part or Path(), init, dense)
+
+
+def _dc_dense(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    return _dc(seed, part, init, dense=True)
+
+
 _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "vae": _vae,
     "vq": _vq,
     "detector": _detector,
     "z-image": _z_image,
     "janus": _janus,
+    "dc": _dc,
+    "dc-dense": _dc_dense,
 }

@@ -26,6 +26,44 @@ _LAYOUT_WEIGHT = 0.5
 _PROBE = 2  # the layout is read after the third of five blocks
 
 
+def caption_tokens(tokenizer: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Token ids and mask of the chat-formatted prompts, as `ZImagePipeline` makes them but padded to 32."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
+    tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
+    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Scaled latents of uint8 images [n, H, W, 3], sampled from the VAE's posterior."""
+    vae.to(images.device)
+    posterior = vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+    latents = posterior.mean + posterior.std * noise
+    scaled: torch.Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return scaled.contiguous()
+
+
+def flow_matching_batch(
+    latents: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents at logit-normal noise levels, the levels sigma [n], and the target data - noise."""
+    n = len(latents)
+    sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
+    uniform = torch.rand(n, generator=generator)
+    sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
+    sigma = sigma.clamp(1e-3, 1.0).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    level = sigma[:, None, None, None]
+    return (1 - level) * latents + level * noise, sigma, latents - noise
+
+
 class ZImageModule(torch.nn.Module):
     """What is trained: the transformer and, jointly, the text encoder."""
 
@@ -92,50 +130,23 @@ class ZImageRecipe:
         self.pipe.transformer.x_pad_token.requires_grad_(False)
         return ZImageModule(self.pipe.transformer.train(), self.pipe.text_encoder.train())
 
-    def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Token ids and mask of the chat-formatted prompts, as the pipeline makes them but padded to 32."""
-        tokenizer = self.pipe.tokenizer
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
-        # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
-        tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
-        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders and their tokenised captions, some dropped."""
         data = self.data.batch(size, start)
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
-        return {"images": torch.from_numpy(data.images), **self.tokenize(texts), **patch_labels(data, 8)}
-
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Scaled latents of uint8 images, sampled from the VAE's posterior."""
-        self.vae.to(images.device)
-        posterior = self.vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-        latents = posterior.mean + posterior.std * noise
-        config = self.vae.config
-        scaled: torch.Tensor = (latents - config.shift_factor) * config.scaling_factor
-        return scaled.contiguous()
+        return {
+            "images": torch.from_numpy(data.images),
+            **caption_tokens(self.pipe.tokenizer, texts),
+            **patch_labels(data, 8),
+        }
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean squared error of the velocity at logit-normal noise levels, plus the layout loss."""
-        latents = self.encode(batch["images"], generator)
-        n = len(latents)
-        sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
-        uniform = torch.rand(n, generator=generator)
-        sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
-        sigma = sigma.clamp(1e-3, 1.0).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        level = sigma[:, None, None, None]
-        noisy = (1 - level) * latents + level * noise
+        latents = encode_latents(self.vae, batch["images"], generator)
+        noisy, sigma, target = flow_matching_batch(latents, generator)
         output, layout = module(
             noisy,
             1 - sigma,
@@ -144,7 +155,7 @@ class ZImageRecipe:
             batch["patch_shapes"],
             batch["patch_colors"],
         )
-        error = (output.float() - (latents - noise)).square().mean(dim=(1, 2, 3))
+        error = (output.float() - target).square().mean(dim=(1, 2, 3))
         high = error.detach()[sigma > 0.7]
         numbers = {
             "velocity": float(error.detach().mean()),

@@ -106,6 +106,35 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert again < 1.25 * max(first)
 
 
+@pytest.mark.parametrize("name", ["dc", "dc-dense"])
+def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
+    from fastgen.pipelines.checkpoint import embedded_folder
+
+    model = _short(name, tmp_path / "first", embedded_folder("tiny"), steps=8)
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == ("DCZImageTransformer2DModel" if name == "dc" else "ZImageTransformer2DModel")
+    records = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
+    if name == "dc":
+        assert {r["tail_drop"] for r in records} == {0.0} and all(0 <= r["kept"] <= 1 for r in records)
+    # Going on starts where it ended.
+    again = Trainer(
+        build_recipe(name, 0, embedded_folder("tiny"), model / "transformer"),
+        train_config(name, tmp_path / "more", steps=1, batch_size=8, log_every=1),
+    )
+    again.run()
+    assert _losses(tmp_path / "more")[0] < records[0]["loss"]
+
+
+def test_multi_budget_training_draws_its_tail_drops_after_the_warm_up() -> None:
+    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.training.dc_z_image import BUDGETS, DCRecipe
+
+    recipe = DCRecipe(0, embedded_folder("tiny"), warm_up=100)
+    generator = torch.Generator().manual_seed(0)
+    assert {recipe.batch(start, 1, generator)["tail_drop"] for start in range(20)} == {0.0}
+    assert {recipe.batch(start, 1, generator)["tail_drop"] for start in range(100, 180)} == set(BUDGETS)
+
+
 def test_janus_trains_and_generates_with_stock_transformers(vq: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, JanusForConditionalGeneration
 
@@ -214,7 +243,7 @@ def test_command_line_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
 def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="unknown recipe"):
         train_config("mystery", tmp_path)
-    assert set(RECIPES) == {"vae", "vq", "detector", "z-image", "janus"}
+    assert set(RECIPES) == {"vae", "vq", "detector", "z-image", "janus", "dc", "dc-dense"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,198 @@
+"""Recipes `dc` and `dc-dense`: a small Z-Image with dynamic chunking, and the same transformer without it.
+
+Both train a transformer alone, by flow matching on ShapesWorld, with the VAE and the text encoder of a trained
+pipeline, on the same batches; what differs is the transformer. `dc` draws a tail drop for every batch (multi-budget
+training, section 7 of arXiv 2603.06351), after a warm-up with none, and adds the ratio loss.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.models.chunking import ratio_loss
+from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.upcycle import upcycle
+from fastgen.models.z_image_batch import forward_batch, use_real_rotary
+from fastgen.training.cards import write_record
+from fastgen.training.layout import LayoutHead, patch_labels
+from fastgen.training.z_image import caption_tokens, encode_latents, flow_matching_batch
+
+BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+_CAPTION_DROPOUT = 0.1
+_RATIO_WEIGHT = 0.03
+_LAYOUT_WEIGHT = 0.5
+
+#: The transformer of both recipes: with it, both checkpoints together take less than 8 MB.
+SHAPE: dict[str, Any] = {
+    "in_channels": 16,
+    "dim": 120,
+    "n_layers": 4,
+    "n_refiner_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [10, 10, 10],
+    "axes_lens": [160, 32, 32],
+}
+
+
+class DCModule(torch.nn.Module):
+    """Transformer with dynamic chunking and the read-out of the layout loss."""
+
+    adamw_names = ("scaffold", "adaptor", "t_embedder", "cap_embedder", "adaLN", "layout")
+
+    def __init__(self, transformer: DCZImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.layout = LayoutHead(transformer.config.dim)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        captions: list[Tensor],
+        tail_drop: float,
+        shapes: Tensor,
+        colors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Velocity [n, C, h, w], layout loss, ratio loss, and the kept share of the natural sets."""
+        hidden: dict[str, Tensor] = {}
+        hook = self.transformer.scaffold.decoder.register_forward_pre_hook(
+            lambda module, arguments: hidden.update(tokens=arguments[0])
+        )
+        try:
+            output = self.transformer(
+                list(latents[:, :, None].unbind(0)), timestep, captions, tail_drop=tail_drop, output_chunks=True
+            )
+        finally:
+            hook.remove()
+        chunks = output.chunks
+        ratio = ratio_loss(chunks.probabilities, chunks.natural, self.transformer.config.compression)
+        layout = self.layout(hidden["tokens"], shapes, colors)
+        return torch.cat(output.sample, dim=1).transpose(0, 1), layout, ratio, float(chunks.natural.float().mean())
+
+
+class DenseModule(torch.nn.Module):
+    """The transformer without dynamic chunking, likewise."""
+
+    adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN", "layout")
+    compiled_parts = ("",)
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.layout = LayoutHead(transformer.dim)  # type: ignore[arg-type]
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, captions: Tensor, lengths: Tensor, shapes: Tensor, colors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity [n, C, h, w] and layout loss."""
+        last = len(self.transformer.layers) - 1  # type: ignore[arg-type]
+        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=last)  # type: ignore[arg-type]
+        return output, self.layout(tokens, shapes, colors)
+
+
+class DCRecipe:
+    """Flow matching of a transformer with dynamic chunking.
+
+    Args:
+        seed: seed of weights and data.
+        pipeline: folder of a trained `ZImagePipeline`, for its VAE and text encoder.
+        init: folder of a transformer to go on from; of a stock one, it is upcycled. None starts from random weights.
+        dense: train the transformer without dynamic chunking.
+        warm_up: batches of tail drop 0 at the start, in items.
+        scaffold: configuration of the scaffold.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        pipeline: Path,
+        init: Path | None = None,
+        dense: bool = False,
+        warm_up: int = 20_000,
+        **scaffold: Any,
+    ) -> None:
+        from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+        self.name = "dc-dense" if dense else "dc"
+        self.dense, self.warm_up = dense, warm_up
+        pipe = ZImagePipeline.from_pretrained(pipeline, transformer=None, torch_dtype=torch.float32)
+        self.vae = pipe.vae.eval().requires_grad_(False)
+        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
+        self.tokenizer = pipe.tokenizer
+        self.data = ShapesWorld(seed + 606)
+        torch.manual_seed(seed)
+        if init is not None and not dense and "DCZImage" in (init / "config.json").read_text(encoding="utf-8"):
+            self.transformer: torch.nn.Module = DCZImageTransformer2DModel.from_pretrained(init)
+            return
+        if init is not None:
+            stock = ZImageTransformer2DModel.from_pretrained(init, torch_dtype=torch.float32)
+        else:
+            stock = ZImageTransformer2DModel(cap_feat_dim=self.text_encoder.config.hidden_size, **SHAPE)
+            for token in (stock.x_pad_token, stock.cap_pad_token):
+                torch.nn.init.normal_(token, std=0.02)
+        self.transformer = stock if dense else upcycle(stock, **scaffold)
+
+    def build(self) -> torch.nn.Module:
+        """The transformer and the head of the layout loss."""
+        self.transformer.train()
+        if not self.dense:
+            return DCModule(self.transformer)  # type: ignore[arg-type]
+        use_real_rotary(self.transformer)  # type: ignore[arg-type]
+        self.transformer.x_pad_token.requires_grad_(False)  # type: ignore[union-attr, operator]
+        return DenseModule(self.transformer)
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders, their tokenised captions (some dropped), labels, and the batch's tail drop."""
+        data = self.data.batch(size, start)
+        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
+        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+        return {
+            "images": torch.from_numpy(data.images),
+            **caption_tokens(self.tokenizer, texts),
+            **patch_labels(data, 8 if self.dense else 4),
+            "tail_drop": 0.0 if start < self.warm_up else drawn,
+        }
+
+    @torch.no_grad()
+    def captions(self, batch: dict[str, Any]) -> Tensor:
+        """Text features [n, L, D]."""
+        self.text_encoder.to(batch["input_ids"].device)
+        hidden = self.text_encoder(
+            batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        )
+        features: Tensor = hidden.hidden_states[-2]
+        return features
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity, plus layout loss, plus ratio loss."""
+        latents = encode_latents(self.vae, batch["images"], generator)
+        noisy, sigma, target = flow_matching_batch(latents, generator)
+        features, lengths = self.captions(batch), batch["attention_mask"].sum(dim=1)
+        labels = (batch["patch_shapes"], batch["patch_colors"])
+        numbers: dict[str, float] = {}
+        if self.dense:
+            output, layout = module(noisy, 1 - sigma, features, lengths, *labels)
+            extra = torch.zeros((), device=latents.device)
+        else:
+            captions = [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
+            output, layout, extra, kept = module(noisy, 1 - sigma, captions, batch["tail_drop"], *labels)
+            numbers = {"ratio": float(extra.detach()), "kept": kept, "tail_drop": batch["tail_drop"]}
+        error = (output.float() - target).square().mean()
+        numbers |= {"velocity": float(error.detach()), "layout": float(layout.detach())}
+        return error + _LAYOUT_WEIGHT * layout + _RATIO_WEIGHT * extra, numbers
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the transformer in half precision."""
+        import copy
+
+        copy.deepcopy(self.transformer).to(torch.float16).save_pretrained(folder / "transformer")  # type: ignore[operator]
+        write_record(folder, self.name, record)
