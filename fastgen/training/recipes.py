@@ -47,14 +47,14 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "z-image": RecipeEntry(
         "transformer and text encoder of the tiny Z-Image pipeline",
-        {"steps": 3000, "batch_size": 64, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
+        {"steps": 4800, "batch_size": 64, "accumulate": 4, "lr": 2e-3, "decay": 0.25},
         needs="vae",
         part="model/vae",
         continues=True,
     ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
-        {"steps": 3000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
+        {"steps": 3500, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.3},
         needs="vq",
         part="model/vq",
         continues=True,
