@@ -12,22 +12,39 @@ if TYPE_CHECKING:
     from fastgen import accounting, contracts, errors
     from fastgen.accounting import Stats, account
     from fastgen.errors import FastgenError
+    from fastgen.models.dc_dit import DCDiTTransformer2DModel
+    from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+    from fastgen.models.upcycle import upcycle
+    from fastgen.pipelines.dc_dit import DCDiTPipeline
+    from fastgen.pipelines.dc_z_image import DCZImagePipeline
+    from fastgen.pipelines.elastic import disable_dc, enable_dc
     from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Modules themselves are public by their last part.
 _EXPORTS = {
+    "DCDiTPipeline": "fastgen.pipelines.dc_dit",
+    "DCDiTTransformer2DModel": "fastgen.models.dc_dit",
+    "DCZImagePipeline": "fastgen.pipelines.dc_z_image",
+    "DCZImageTransformer2DModel": "fastgen.models.dc_z_image",
     "FastgenError": "fastgen.errors",
     "GeneratedImage": "fastgen.pipelines.loading",
     "Stats": "fastgen.accounting",
     "account": "fastgen.accounting",
+    "disable_dc": "fastgen.pipelines.elastic",
+    "enable_dc": "fastgen.pipelines.elastic",
     "generate_images": "fastgen.pipelines.loading",
     "load_pipeline": "fastgen.pipelines.loading",
+    "upcycle": "fastgen.models.upcycle",
 }
 _MODULES = ("accounting", "contracts", "data", "drafters", "errors", "evaluation", "kernels", "models", "pipelines")
 
 __all__ = [
+    "DCDiTPipeline",
+    "DCDiTTransformer2DModel",
+    "DCZImagePipeline",
+    "DCZImageTransformer2DModel",
     "FastgenError",
     "GeneratedImage",
     "Stats",
@@ -35,9 +52,12 @@ __all__ = [
     "account",
     "accounting",
     "contracts",
+    "disable_dc",
+    "enable_dc",
     "errors",
     "generate_images",
     "load_pipeline",
+    "upcycle",
 ]
 
 

@@ -40,7 +40,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     if can_use_flash(query):
         from torch.nn.attention.varlen import varlen_attn
 
-        output: Tensor = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        assert isinstance(output, Tensor)  # a tuple only when asked for more
         return output
     grouped: Tensor = torch.ops.fastgen.varlen_attention(query, key, value, cu_seqlens)
     return grouped

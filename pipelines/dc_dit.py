@@ -12,7 +12,7 @@ from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
 
 
-class DCDiTPipeline(DiTPipeline):  # type: ignore[misc]
+class DCDiTPipeline(DiTPipeline):
     """Class-conditional images with a `DCDiTTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS

@@ -12,7 +12,7 @@ from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
 
 
-class DCZImagePipeline(ZImagePipeline):  # type: ignore[misc]
+class DCZImagePipeline(ZImagePipeline):
     """Text to image with a `DCZImageTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS

@@ -103,7 +103,7 @@ class DCDiTBlock(nn.Module):
         return gated_sum(hidden_states, gate2, fed, segments)
 
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):  # type: ignore[misc]
+class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):
     """Class-conditional diffusion transformer that computes only the tokens its router keeps.
 
     It takes the place of `DiTTransformer2DModel` in a stock `DiTPipeline`. Loss contract: lossy (a model of its own,
@@ -223,7 +223,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         conditioning = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         chunked = self.scaffold.chunk(hidden_states, conditioning, tail_drop, token_budget)
         chunks = chunked.chunks
-        self.note_chunks(chunks)
+        self.note_chunks(hidden_states, chunks)
         hidden = self.backbone(chunked.tokens, conditioning, chunks)
         sample = self.scaffold.unchunk(hidden, chunked, conditioning)
         if not return_dict:

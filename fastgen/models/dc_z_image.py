@@ -109,9 +109,7 @@ class DCZImageBlock(nn.Module):
         return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
 
 
-class DCZImageTransformer2DModel(  # type: ignore[misc]
-    ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin
-):
+class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):
     """Z-Image's transformer that computes only the image tokens its router keeps.
 
     It takes the place of `ZImageTransformer2DModel` in a stock `ZImagePipeline`. Loss contract: lossy (a model of its
@@ -235,7 +233,7 @@ class DCZImageTransformer2DModel(  # type: ignore[misc]
         text, lengths, pooled = self.embed_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
         chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget)
-        self.note_chunks(chunked.chunks)
+        self.note_chunks(latents, chunked.chunks)
         hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
         sample = list(self.scaffold.unchunk(hidden, chunked, conditioning)[:, :, None].unbind(0))
         if not return_dict:
@@ -288,6 +286,6 @@ class DCZImageTransformer2DModel(  # type: ignore[misc]
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *arguments)  # type: ignore[no-any-return]
+            return self._gradient_checkpointing_func(block, *arguments)
         output: Tensor = block(*arguments)
         return output

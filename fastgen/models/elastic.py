@@ -93,11 +93,24 @@ def _at(name: str, schedule: Schedule, step: int, sigma: float) -> float:
     return float(schedule)
 
 
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One forward pass.
+
+    Attributes:
+        latents: x_t [n, C, H, W].
+        chunks: which of its positions were kept.
+    """
+
+    latents: Tensor
+    chunks: Chunks
+
+
 class ElasticModelMixin:
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
     _budget: ElasticBudget | None = None
-    _recorded: list[Chunks] | None = None
+    _recorded: list[StepRecord] | None = None
 
     def set_budget(
         self,
@@ -116,8 +129,8 @@ class ElasticModelMixin:
         self._budget = None
 
     @contextmanager
-    def record_chunks(self) -> Iterator[list[Chunks]]:
-        """Collects the chunks of every forward pass inside the block."""
+    def record_chunks(self) -> Iterator[list[StepRecord]]:
+        """Collects latents and chunks of every forward pass inside the block."""
         before, self._recorded = self._recorded, []
         try:
             yield self._recorded
@@ -133,8 +146,8 @@ class ElasticModelMixin:
         needs_sigma = callable(self._budget.tail_drop) or callable(self._budget.uncond_tail_drop)
         return self._budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0)
 
-    def note_chunks(self, chunks: Chunks) -> None:
+    def note_chunks(self, latents: Tensor, chunks: Chunks) -> None:
         """Tell the account, and whoever records them, about the chunks of a forward pass."""
         add_tokens(kept=sum(chunks.lengths), total=chunks.samples * chunks.grid_size)
         if self._recorded is not None:
-            self._recorded.append(chunks)
+            self._recorded.append(StepRecord(latents, chunks))

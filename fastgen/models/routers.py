@@ -25,6 +25,8 @@ class PredictabilityRouter(nn.Module):
             feature cannot predict itself).
     """
 
+    taps: Tensor
+
     def __init__(self, width: int, bottleneck: int, center_tap: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)

@@ -84,8 +84,8 @@ def _z_image(model: ZImageTransformer2DModel, scaffold: dict[str, Any]) -> DCZIm
         raise ValueError("model: a Z-Image with image conditioning (siglip_feat_dim) cannot be upcycled")
     if tuple(config.all_patch_size) != (2,) or tuple(config.all_f_patch_size) != (1,):
         raise ValueError(f"model: needs patches of 2 x 2 x 1, got {config.all_patch_size}, {config.all_f_patch_size}")
-    copied = ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "norm_eps", "qk_norm")
-    copied += ("cap_feat_dim", "rope_theta", "t_scale", "axes_dims")
+    copied = ["in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "norm_eps", "qk_norm"]
+    copied += ["cap_feat_dim", "rope_theta", "t_scale", "axes_dims"]
     upcycled = DCZImageTransformer2DModel(**{**{name: config[name] for name in copied}, **scaffold})
     for name in ("t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers"):
         getattr(upcycled, name).load_state_dict(getattr(model, name).state_dict())

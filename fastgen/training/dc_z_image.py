@@ -92,7 +92,7 @@ class DenseModule(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Velocity [n, C, h, w] and layout loss."""
         last = len(self.transformer.layers) - 1  # type: ignore[arg-type]
-        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=last)  # type: ignore[arg-type]
+        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=last)
         return output, self.layout(tokens, shapes, colors)
 
 
@@ -143,8 +143,8 @@ class DCRecipe:
         self.transformer.train()
         if not self.dense:
             return DCModule(self.transformer)  # type: ignore[arg-type]
-        use_real_rotary(self.transformer)  # type: ignore[arg-type]
-        self.transformer.x_pad_token.requires_grad_(False)  # type: ignore[union-attr, operator]
+        use_real_rotary(self.transformer)
+        self.transformer.x_pad_token.requires_grad_(False)
         return DenseModule(self.transformer)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:

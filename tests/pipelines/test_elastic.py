@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, ZImagePipeline
 
+import fastgen
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.models.elastic import ElasticBudget
 from fastgen.models.upcycle import upcycle
@@ -146,6 +147,31 @@ def test_a_stock_transformer_is_refused(micro_z: Path) -> None:
     stock = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
     with pytest.raises(ValueError, match="has no dynamic chunking"):
         draw_z(DCZImagePipeline(**stock.components), tail_drop=0.3)
+
+
+def test_one_line_on_and_one_line_off(micro_z: Path) -> None:
+    stock = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    original, before = stock.transformer, draw_z(stock).images
+    chunked = awake(upcycle(stock.transformer))
+    fastgen.enable_dc(stock, chunked, token_budget=3)
+    fastgen.enable_dc(stock, chunked, token_budget=5)  # once more sets another budget
+    with chunked.record_chunks() as records:
+        assert not np.array_equal(draw_z(stock).images, before)
+    assert {record.chunks.lengths for record in records} == {(5, 5)}
+    fastgen.disable_dc(stock)
+    fastgen.disable_dc(stock)
+    assert stock.transformer is original and np.array_equal(draw_z(stock).images, before)
+    for bad in ({"transformer": original}, {"transformer": chunked, "uncond_tail_drop": 0.9}):
+        with pytest.raises(ValueError, match="dynamic chunking|needs images"):
+            fastgen.enable_dc(stock, **bad)
+
+
+def test_saved_pipelines_load_with_stock_diffusers(z: DCZImagePipeline, tmp_path: Path) -> None:
+    ZImagePipeline(**z.components).save_pretrained(tmp_path)
+    again = ZImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw_z(again).images, draw_z(z).images)
 
 
 def test_budget_without_the_number_of_images_is_conditional() -> None:
