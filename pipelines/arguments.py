@@ -6,7 +6,22 @@ import math
 
 from fastgen.errors import FastgenError
 
-__all__ = ["check_prompt", "check_value"]
+__all__ = ["SETTINGS", "check_prompt", "check_value"]
+
+#: What a picture depends on beside prompt, seed and model, by the names of `generate_images` and of the command line.
+SETTINGS = (
+    "steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "negative_prompt",
+    "temperature",
+    "top_k",
+    "top_p",
+    "tail_drop",
+    "uncond_tail_drop",
+    "token_budget",
+)
 
 
 def check_prompt(prompt: object, label: str = "prompt") -> str:
@@ -30,12 +45,12 @@ def check_value(label: str, name: str, value: object) -> None:
 
     Args:
         label: how the message calls it.
-        name: steps, height, width, top_k, guidance_scale, temperature, top_p or negative_prompt.
+        name: one of `SETTINGS`.
 
     Raises:
         FastgenError: `label`, the value and what is allowed.
     """
-    if name in ("steps", "height", "width", "top_k"):
+    if name in ("steps", "height", "width", "top_k", "token_budget"):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs an integer >= 1")
     elif name in ("guidance_scale", "temperature", "top_p"):
@@ -45,5 +60,9 @@ def check_value(label: str, name: str, value: object) -> None:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number >= 0")
         if name == "top_p" and not 0 < value <= 1:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs 0 < top_p <= 1")
+    elif name in ("tail_drop", "uncond_tail_drop"):
+        # Lists and functions of the step are checked by the pipeline.
+        if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < 1):
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number in [0, 1)")
     else:
         check_prompt(value, label)

@@ -39,6 +39,11 @@ EMBEDDED_MODELS = ("tiny", "tiny-janus")
 #: Weight types that a user may ask for.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+#: Pipelines of this package, by class name: the module of each.
+OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
+# Transformers that ask for one of them, whatever class the folder names.
+_PIPELINE_OF_TRANSFORMER = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
+
 Kind = Literal["diffusers", "janus"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -165,6 +170,9 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         for component in _components(index):
             if not (folder / component).is_dir():
                 raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
+        entry = index.get("transformer")
+        if isinstance(entry, list) and len(entry) == 2:
+            pipeline_class = _PIPELINE_OF_TRANSFORMER.get(entry[1], pipeline_class)
         _check_json_files(folder)
         multiple, largest = _size_limits(folder, index)
         return Checkpoint(
@@ -219,7 +227,7 @@ def _size_limits(folder: Path, index: dict[str, Any]) -> tuple[int, int | None]:
         return multiple, None  # a UNet works on single latents
     config = _read_object(transformer)
     largest = None
-    if config.get("_class_name") == "ZImageTransformer2DModel":
+    if config.get("_class_name") in ("ZImageTransformer2DModel", "DCZImageTransformer2DModel"):
         multiple *= 2  # the pipeline always uses patch size 2
         lengths = config.get("axes_lens")
         if isinstance(lengths, list) and len(lengths) == 3:

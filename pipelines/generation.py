@@ -8,6 +8,7 @@ one picture at a time unless it is told that rounding does not matter; `JanusIma
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from PIL import Image
 from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError
-from fastgen.pipelines.arguments import check_prompt, check_value
-from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.models.elastic import StepRecord
+from fastgen.pipelines.arguments import SETTINGS, check_prompt, check_value
+from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
 
 __all__ = [
     "GeneratedImage",
@@ -47,6 +49,8 @@ class GeneratedImage:
         prompt, seed: what it was made from.
         stats: of the call that made it (`fastgen.accounting.Stats.as_dict`) and `images`, how many that call made.
         loss: what the picture is to the one that the stock model makes of the same seed and settings.
+        steps: latents and kept tokens of every step, if they were recorded; the picture is sample `sample` of them.
+        sample: see `steps`.
     """
 
     image: Image.Image
@@ -54,6 +58,8 @@ class GeneratedImage:
     seed: int
     stats: dict[str, Any]
     loss: Loss
+    steps: Sequence[StepRecord] | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +88,12 @@ def generate_images(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    negative_prompt: str | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
     batch_size: int = 8,
     batch_invariant: bool = True,
     flops: bool = False,
     callback: Callable[[Progress], None] | None = None,
+    record_steps: bool = False,
+    **settings: Any,
 ) -> Iterator[GeneratedImage]:
     """Make picture i from prompts[i] and seeds[i]; pictures are yielded in order, as soon as their batch is done.
 
@@ -102,17 +102,20 @@ def generate_images(
     Args:
         pipe: any diffusers text-to-image pipeline.
         prompts, seeds: of equal length.
-        steps: denoising steps (diffusion only).
-        guidance_scale: as the pipeline defines it.
-        height, width: pixels.
-        negative_prompt: for all pictures.
-        temperature, top_k, top_p: sampling of image tokens (autoregressive only).
         batch_size: how many pictures are made together, at most.
         batch_invariant: the same prompt, seed and settings give the same pixels for every batch size and whatever
             the other pictures are (same machine, same number of threads). For a diffusion pipeline that takes one
             picture at a time; False makes `batch_size` of them together, with pixels equal up to rounding.
         flops: count FLOPs as well; takes some time.
         callback: called after every step.
+        record_steps: keep latents and kept tokens of every step (dynamic chunking only).
+        settings: those of `fastgen.pipelines.arguments.SETTINGS` that differ from the model's own:
+            steps: denoising steps (diffusion only).
+            guidance_scale: as the pipeline defines it.
+            height, width: pixels.
+            negative_prompt: for all pictures.
+            temperature, top_k, top_p: sampling of image tokens (autoregressive only).
+            tail_drop, uncond_tail_drop, token_budget: compute budget (dynamic chunking only).
 
     Raises:
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
@@ -128,19 +131,16 @@ def generate_images(
             raise FastgenError(f"seed: {seed!r} is not allowed, needs an integer from 0 to 2**63 - 1")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise FastgenError(f"batch_size: {batch_size!r} is not allowed, needs an integer >= 1")
-    asked = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "negative_prompt": negative_prompt,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
-    settings = resolve_settings(type(pipe), _checkpoints.get(pipe), asked, getattr(pipe, "image_size", None))
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise FastgenError(f"{unknown[0]}: is no setting; there are {', '.join(SETTINGS)}")
+    resolved = resolve_settings(type(pipe), _checkpoints.get(pipe), settings, getattr(pipe, "image_size", None))
+    if record_steps:
+        if "output_chunks" not in inspect.signature(type(pipe).__call__).parameters:
+            raise FastgenError(f"record_steps: {type(pipe).__name__} has no dynamic chunking to record")
+        resolved["output_chunks"] = True
+    negative_prompt = settings.get("negative_prompt")
     _check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
-    return _generate(pipe, prompts, seeds, settings, batch_size, batch_invariant, flops, callback)
+    return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
 
 
 def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
@@ -215,6 +215,8 @@ def resolve_settings(
         settings[name] = value
     if checkpoint is not None:
         checkpoint.check_size(settings.get("height"), settings.get("width"))
+    if "token_budget" in settings and (settings.get("tail_drop") or "uncond_tail_drop" in settings):
+        raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
     guidance = settings.get("guidance_scale")
     if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
         raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
@@ -233,6 +235,10 @@ def pipeline_class(checkpoint: Checkpoint) -> type:
         return JanusImagePipeline
     import diffusers
 
+    if checkpoint.pipeline_class in OWN_PIPELINES:
+        module = importlib.import_module(OWN_PIPELINES[checkpoint.pipeline_class])
+        own: type = getattr(module, checkpoint.pipeline_class)
+        return own
     found = getattr(diffusers, checkpoint.pipeline_class, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise FastgenError(
@@ -273,7 +279,7 @@ def _generate(
 ) -> Iterator[GeneratedImage]:
     janus = is_janus(type(pipe))
     # A stock pipeline as it is; a Janus picture has random numbers of its own, stock `generate` the global ones.
-    loss: Loss = "distribution" if janus and settings.get("temperature", 1.0) > 0 else "exact"
+    loss: Loss = "distribution" if janus and settings.get("temperature", 1.0) > 0 else getattr(pipe, "loss", "exact")
     alone = batch_invariant and not janus
     size = 1 if alone else batch_size
     for start in range(0, len(prompts), size):
@@ -298,12 +304,12 @@ def _generate(
             )
             if flops:
                 with count_flops():
-                    pictures = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
+                    pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
             else:
-                pictures = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
+                pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
         summary = {"images": count, **stats.as_dict()}
         for i, picture in enumerate(pictures):
-            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary, loss)
+            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary, loss, steps, i)
 
 
 def _call(
@@ -312,8 +318,8 @@ def _call(
     seeds: list[int],
     arguments: dict[str, Any],
     report: Callable[[int, int], None] | None,
-) -> list[Image.Image]:
-    """One call of the pipeline: one picture per prompt and seed."""
+) -> tuple[list[Image.Image], Sequence[StepRecord] | None]:
+    """One call of the pipeline: one picture per prompt and seed, and the steps if they were recorded."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     stages = _Stages(pipe)
 
@@ -348,7 +354,7 @@ def _call(
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = bar
-    return [_picture(array) for array in output.images]
+    return [_picture(array) for array in output.images], getattr(output, "steps", None)
 
 
 def _picture(array: np.ndarray) -> Image.Image:

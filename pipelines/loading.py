@@ -18,6 +18,7 @@ from fastgen.accounting import phase
 from fastgen.errors import FastgenError
 from fastgen.io import read_json
 from fastgen.pipelines.checkpoint import (
+    OWN_PIPELINES,
     Checkpoint,
     check_names,
     check_weights,
@@ -25,7 +26,14 @@ from fastgen.pipelines.checkpoint import (
     explain_hub_error,
     find_checkpoint,
 )
-from fastgen.pipelines.generation import GeneratedImage, Progress, generate_images, set_checkpoint, unknown_words
+from fastgen.pipelines.generation import (
+    GeneratedImage,
+    Progress,
+    generate_images,
+    pipeline_class,
+    set_checkpoint,
+    unknown_words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -160,12 +168,13 @@ def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipe
         network_class = _network_class(*entry)
         if network_class is not None:
             networks[name] = _load_network(network_class, folder / name, dtype)
-    return _explained(folder, lambda: DiffusionPipeline.from_pretrained(folder, **networks))
+    loader: Any = pipeline_class(checkpoint) if checkpoint.pipeline_class in OWN_PIPELINES else DiffusionPipeline
+    return _explained(folder, lambda: loader.from_pretrained(folder, **networks))
 
 
 def _network_class(library: str | None, name: str | None) -> Any:
     """The class of a component that has weights; None for others and for those that only the pipeline knows."""
-    if library not in ("diffusers", "transformers") or name is None:
+    if library not in ("diffusers", "transformers", "fastgen") or name is None:
         return None
     import importlib
 
@@ -176,7 +185,7 @@ def _network_class(library: str | None, name: str | None) -> Any:
 
 
 def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    keyword = "torch_dtype" if network_class.__module__.startswith("diffusers") else "dtype"
+    keyword = "dtype" if network_class.__module__.startswith("transformers") else "torch_dtype"
 
     def load() -> torch.nn.Module:
         network, info = network_class.from_pretrained(folder, output_loading_info=True, **{keyword: dtype})

@@ -30,6 +30,14 @@ def micro_z(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_dc(micro_z: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random-weight Z-Image pipeline with dynamic chunking."""
+    from micro_models import save_micro_dc
+
+    return save_micro_dc(tmp_path_factory.mktemp("micro") / "dc", micro_z)
+
+
+@pytest.fixture(scope="session")
 def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random-weight Janus that takes milliseconds a picture."""
     from micro_models import save_micro_janus

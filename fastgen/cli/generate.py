@@ -27,6 +27,7 @@ _SAMPLE = 2**16
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
     output: Annotated[
         Path | None,
@@ -51,6 +52,18 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of token sampling (autoregressive).")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens (autoregressive).")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p (autoregressive).")] = None,
+    tail_drop: Annotated[
+        float | None, typer.Option(help="Share of the natural tokens to drop, 0 to below 1 (dynamic chunking).")
+    ] = None,
+    uncond_tail_drop: Annotated[
+        float | None, typer.Option(help="The same for the unconditional branch, Lite-CFG (dynamic chunking).")
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Exact number of image tokens, in place of tail drops (dynamic chunking).")
+    ] = None,
+    save_map: Annotated[
+        bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Pictures made together, at most.")] = 8,
@@ -72,7 +85,7 @@ def generate(
     """
     from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, unfinished_jobs
     from fastgen.io import check_writable
-    from fastgen.pipelines.arguments import check_prompt, check_value
+    from fastgen.pipelines.arguments import SETTINGS, check_prompt, check_value
 
     # 1. What needs neither torch nor the model.
     if (prompt is None) == (prompts_file is None):
@@ -83,16 +96,7 @@ def generate(
         raise FastgenError(f"--seed: {seed} is not allowed, needs an integer from 0 to 2**63 - 1")
     if batch_size < 1:
         raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
-    asked = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "negative_prompt": negative_prompt,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
+    asked = {name: context.params[name] for name in SETTINGS}
     for name, value in asked.items():
         if value is not None:
             check_value(f"--{name.replace('_', '-')}", name, value)
@@ -102,7 +106,7 @@ def generate(
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
+    from fastgen.pipelines.checkpoint import OWN_PIPELINES, check_names, check_weights, find_checkpoint
 
     check_names("cpu" if device == "auto" else device, dtype)
     checkpoint = find_checkpoint(model)
@@ -121,7 +125,7 @@ def generate(
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint),
-            "method": "base",
+            "method": "dc" if checkpoint.pipeline_class in OWN_PIPELINES else "base",
             **{name: call.get(name) for name in asked},
             "device": where.type,
             "dtype": weight_type,
@@ -129,7 +133,9 @@ def generate(
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        stats = _make(todo, checkpoint, str(where), weight_type, call, batch_size, batch_invariant)
+        if save_map and checkpoint.pipeline_class not in OWN_PIPELINES:
+            raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
+        stats = _make(todo, checkpoint, str(where), weight_type, call, batch_size, batch_invariant, save_map)
 
     made = {job.image for job in todo}
     kept = [job.image for job in jobs if job.image not in made]
@@ -177,6 +183,7 @@ def _make(
     call: dict[str, Any],
     batch_size: int,
     batch_invariant: bool,
+    save_map: bool,
 ) -> dict[str, Any]:
     """Make and write the pictures; what the run did."""
     if not jobs:
@@ -209,14 +216,24 @@ def _make(
                 batch_invariant=batch_invariant,
                 flops=True,
                 callback=report,
+                record_steps=save_map,
             )
             for job, picture in zip(jobs, pictures, strict=True):
                 with phase("save"):
-                    _save(job, picture, made_with)
+                    extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
+                    _save(job, picture, made_with, extra)
     return stats.as_dict()
 
 
-def _save(job: Job, picture: GeneratedImage, versions: dict[str, str]) -> None:
+def _map(pipe: Any, picture: GeneratedImage) -> bytes:
+    """Where the tokens of the picture were, as a PNG."""
+    from fastgen.evaluation.chunk_maps import chunk_sheet
+    from fastgen.io import encode_png
+
+    return encode_png(chunk_sheet(pipe.vae, picture.steps or (), picture.image, picture.sample), {})
+
+
+def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]]) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
     from fastgen.io import atomic_write_many, encode_json, encode_png
 
@@ -232,7 +249,7 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str]) -> None:
     # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
     text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
     image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
-    atomic_write_many([(job.sidecar, encode_json(sidecar)), (job.image, image)])
+    atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -79,6 +79,29 @@ def save_micro_z_image(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def awake(model: Any, seed: int = 1) -> Any:
+    """Random weights in a scaffold where training starts from zero, so that everything depends on everything."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.scaffold.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def save_micro_dc(folder: Path, micro_z: Path) -> Path:
+    """The pipeline of `save_micro_z_image` with its transformer upcycled, scaffold random."""
+    from diffusers import ZImagePipeline
+
+    from fastgen.models.upcycle import upcycle
+
+    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
+    pipe.register_modules(transformer=awake(upcycle(pipe.transformer)))
+    pipe.save_pretrained(folder)
+    _write_defaults(folder, {"height": 16, "width": 16, "steps": 2, "guidance_scale": 2.0})
+    return folder
+
+
 def save_micro_janus(folder: Path, seed: int = 0) -> Path:
     """A Janus that draws 16x16 pictures of 16 tokens from 48 codes."""
     from transformers import (

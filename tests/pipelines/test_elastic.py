@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, ZImagePipeline
+from micro_models import awake
 
 import fastgen
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
@@ -22,19 +23,9 @@ STEPS = 3
 SIZE = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "np"}  # 4 x 4 latents
 
 
-def awake(model: torch.nn.Module) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.scaffold.parameters():  # type: ignore[union-attr, operator]
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def z(micro_z: Path) -> DCZImagePipeline:
-    stock = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    pipe = DCZImagePipeline(**{**stock.components, "transformer": awake(upcycle(stock.transformer))})
+def z(micro_dc: Path) -> DCZImagePipeline:
+    pipe = DCZImagePipeline.from_pretrained(micro_dc, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

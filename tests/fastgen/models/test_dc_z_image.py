@@ -10,6 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ZImagePipeline, ZImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro_models import awake
 
 from fastgen.models.chunking import keep_all
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
@@ -33,18 +34,8 @@ def stock(seed: int = 0) -> ZImageTransformer2DModel:
     return model.eval()
 
 
-def awake(model: DCZImageTransformer2DModel, seed: int = 1) -> DCZImageTransformer2DModel:
-    """Random weights where training starts from zero, so that everything depends on everything."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.scaffold.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return model
-
-
 def micro(**scaffold: Any) -> DCZImageTransformer2DModel:
-    return awake(upcycle(stock(), **scaffold).eval())  # type: ignore[arg-type]
+    return awake(upcycle(stock(), **scaffold))
 
 
 def inputs(
@@ -173,7 +164,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_stock_pipeline_takes_it(micro_z: Path) -> None:
     pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    pipe.transformer = awake(upcycle(pipe.transformer).eval())  # type: ignore[arg-type]
+    pipe.transformer = awake(upcycle(pipe.transformer))
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> Any:

@@ -1,0 +1,71 @@
+"""`fastgen generate` with dynamic chunking."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastgen.cli.main import run
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = run(["generate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_budget_reaches_the_model_and_the_sidecar(
+    micro_dc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["a red circle", "--model", micro_dc, "--token-budget", 3, "--save-map", "--json"]
+    code, out, err = call(capsys, *options, "-o", tmp_path / "a.png")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["settings"]["method"] == "dc" and result["settings"]["token_budget"] == 3
+    assert result["stats"]["kept_tokens"] == [6, 6] and result["stats"]["total_tokens"] == [32, 32]
+    assert json.loads((tmp_path / "a.json").read_text())["loss"] == "lossy"
+    with Image.open(tmp_path / "a.map.png") as sheet:
+        assert sheet.width > 2 * 64 and sheet.mode == "RGB"
+    call(capsys, "a red circle", "--model", micro_dc, "-o", tmp_path / "b.png")
+    full, few = (np.asarray(Image.open(tmp_path / name)) for name in ("b.png", "a.png"))
+    assert full.shape == few.shape and (full != few).any()
+
+
+def test_lite_cfg_takes_fewer_flops(micro_dc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flops = []
+    for name, knobs in (("full", []), ("lite", ["--uncond-tail-drop", 0.9]), ("less", ["--tail-drop", 0.9])):
+        code, out, err = call(capsys, "a ring", "--model", micro_dc, "-o", tmp_path / f"{name}.png", "--json", *knobs)
+        assert code == 0, err
+        flops.append(json.loads(out)["stats"]["flops"])
+    assert flops[0] > flops[1] > flops[2]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (["--tail-drop", "1"], "--tail-drop: 1.0 is not allowed"),
+        (["--tail-drop", "-0.1"], "--tail-drop: -0.1 is not allowed"),
+        (["--uncond-tail-drop", "nan"], "--uncond-tail-drop: nan is not allowed"),
+        (["--token-budget", "0"], "--token-budget: 0 is not allowed"),
+        (["--token-budget", "3", "--tail-drop", "0.1"], "token_budget: cannot be used together"),
+        (["--token-budget", "17"], "token_budget: needs an integer from 1 to 16"),
+    ],
+)
+def test_bad_knobs_end_in_one_line(
+    micro_dc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, "a ring", "--model", micro_dc, "-o", tmp_path / "x.png", *knobs)
+    assert code == 2 and out == "" and message in err and err.strip().count("\n") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_knobs_of_dynamic_chunking_need_a_model_with_it(
+    micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for knobs in (["--tail-drop", "0.3"], ["--token-budget", "3"], ["--save-map"]):
+        code, _, err = call(capsys, "a ring", "--model", micro_z, "-o", tmp_path / "x.png", *knobs)
+        assert code == 2 and ("does not take it" in err or "no dynamic chunking" in err)
