@@ -22,9 +22,12 @@ def nearest_kept(mask: Tensor) -> Tensor:
     Returns:
         int64 [n, H, W], row * W + column of the nearest kept position.
 
-    Memory: n * H * W * W integers.
+    Memory: H * W * W integers a sample, for as many samples at once as stay below 2^24 of them.
     """
     n, height, width = mask.shape
+    together = max(1, 2**24 // (height * width * width))
+    if n > together:
+        return torch.cat([nearest_kept(part) for part in mask.split(together)])
     rows = torch.arange(height, device=mask.device)[:, None].expand(height, width)
     far = 2 * (height + width)  # further than anything on the grid
     # Within each column: the last kept row at or above, and the first one at or below.
