@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,14 +131,14 @@ def _rows(
     latents, timestep, labels = _inputs(chunked, batch)
     positions = latents.shape[2] * latents.shape[3]
     variants: list[tuple[dict[str, Any], Callable[[], Any]]] = [
-        ({"variant": "dense", "tail_drop": None}, lambda: dense(latents, timestep=timestep, class_labels=labels))
+        ({"variant": "dense", "tail_drop": None}, partial(dense, latents, timestep=timestep, class_labels=labels))
     ]
     for rho in tail_drops:
         budget = max(1, round(positions * KEPT * (1 - rho)))
         variants.append(
             (
                 {"variant": "dc", "tail_drop": rho, "token_budget": budget},
-                lambda budget=budget: chunked(latents, timestep, labels, token_budget=budget),
+                partial(chunked, latents, timestep, labels, token_budget=budget),
             )
         )
     flops = [_flops(work) for _, work in variants]  # a warm-up as well
