@@ -133,7 +133,8 @@ def generate_images(
         raise FastgenError(f"batch_size: {batch_size!r} is not allowed, needs an integer >= 1")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise FastgenError(f"{unknown[0]}: is no setting; there are {', '.join(SETTINGS)}")
-    resolved = resolve_settings(type(pipe), _checkpoints.get(pipe), settings, getattr(pipe, "image_size", None))
+    asked = {name: settings.get(name) for name in SETTINGS}
+    resolved = resolve_settings(type(pipe), _checkpoints.get(pipe), asked, getattr(pipe, "image_size", None))
     if record_steps:
         if "output_chunks" not in inspect.signature(type(pipe).__call__).parameters:
             raise FastgenError(f"record_steps: {type(pipe).__name__} has no dynamic chunking to record")
