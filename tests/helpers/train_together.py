@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.training.engine import Recipe, Trainer
 from fastgen.training.recipes import RECIPES, build_recipe, train_config
 
@@ -31,7 +32,7 @@ def record_starts(recipe: Recipe) -> list[int]:
 def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(sys.argv[1])
-    parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3])}
+    parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3]), "z-image": embedded_folder("tiny")}
     for name, entry in RECIPES.items():
         config = train_config(name, scratch / name, steps=2, batch_size=4, accumulate=2, warmup=0, decay=0.0)
         trainer = Trainer(build_recipe(name, 0, parts.get(entry.needs)), config)
