@@ -7,6 +7,7 @@ one call of `scaled_dot_product_attention`; when all have the same length that i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     if can_use_flash(query):
         from torch.nn.attention.varlen import varlen_attn
 
-        output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        assert isinstance(output, Tensor)  # a tuple only when asked for more
-        return output
+        # A tensor: a tuple only when asked for more.
+        return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
     grouped: Tensor = torch.ops.fastgen.varlen_attention(query, key, value, cu_seqlens)
     return grouped
 

@@ -130,23 +130,9 @@ def select_chunks(
     order = probabilities.detach().argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(length, device=device).expand(samples, length))
     mask = rank < keep[:, None]
-    return _pack(probabilities, natural, mask, grid, lengths)
-
-
-def _pack(
-    probabilities: Tensor, natural: Tensor, mask: Tensor, grid: tuple[int, int], lengths: tuple[int, ...]
-) -> Chunks:
     # The number of kept tokens is known, so that the device need not be asked for it.
     positions = torch.nonzero_static(mask.flatten(), size=sum(lengths)).squeeze(1)
-    segments = Segments.of(lengths, mask.device)
-    return Chunks(grid, probabilities, natural, mask, positions, segments, lengths)
-
-
-def keep_all(probabilities: Tensor, grid: tuple[int, int]) -> Chunks:
-    """Chunks that keep every position."""
-    samples, length = probabilities.shape
-    mask = torch.ones_like(probabilities, dtype=torch.bool)
-    return _pack(probabilities, probabilities > THRESHOLD, mask, grid, (length,) * samples)
+    return Chunks(grid, probabilities, natural, mask, positions, Segments.of(lengths, device), lengths)
 
 
 def ratio_loss(probabilities: Tensor, natural: Tensor, compression: float = 4.0, group: int = 16) -> Tensor:

@@ -156,19 +156,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.inner_dim = dim
         self.gradient_checkpointing = False
         self.embedder = CombinedTimestepLabelEmbeddings(num_classes, dim, class_dropout_prob)
-        self.scaffold = DynamicChunking(
-            in_channels,
-            out_channels,
-            dim,
-            dim,
-            width=scaffold_dim,
-            blocks=scaffold_blocks,
-            router=router,
-            router_dim=router_dim,
-            center_tap=center_tap,
-            residual_gate=residual_gate,
-            smoothing=smoothing,
-        )
+        self.scaffold = DynamicChunking.of_config(self.config, in_channels, out_channels, dim, dim)
         self.transformer_blocks = nn.ModuleList(
             DCDiTBlock(dim, num_attention_heads, norm_eps) for _ in range(num_layers)
         )

@@ -25,9 +25,9 @@ from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.packing import Segments, gated_sum, modulate
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
+from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, rotate
 
 _CONDITIONING = 256  # most features of Z-Image's timestep embedding
-_TEXT_MULTIPLE = 32  # Z-Image pads captions to a multiple of this, with a token that is attended to
 
 
 class PackedRotaryAttention(nn.Module):
@@ -52,13 +52,6 @@ class PackedRotaryAttention(nn.Module):
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
         output: Tensor = self.to_out[0](mixed.flatten(1))
         return output
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring features of [T, heads, head_dim] by cosines and sines [T, head_dim / 2, 2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotary[:, None].unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def rotary_factors(places: Tensor, axes_dims: list[int], theta: float) -> Tensor:
@@ -102,10 +95,9 @@ class DCZImageBlock(nn.Module):
             hidden_states = hidden_states + self.attention_norm2(self.attention(attended, rotary, segments))
             return hidden_states + self.ffn_norm2(self.feed_forward(fed(hidden_states)))
         scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)
-        none = torch.zeros_like(scale1)
-        update = self.attention(modulate(attended, none, scale1, segments), rotary, segments)
+        update = self.attention(modulate(attended, None, scale1, segments), rotary, segments)
         hidden_states = gated_sum(hidden_states, gate1.tanh(), self.attention_norm2(update), segments)
-        update = self.feed_forward(modulate(fed(hidden_states), none, scale2, segments))
+        update = self.feed_forward(modulate(fed(hidden_states), None, scale2, segments))
         return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
 
 
@@ -164,19 +156,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cach
         # Conditioning of encoder and decoder: timestep and pooled caption through trainable norms (section 10).
         self.time_adaptor = nn.LayerNorm(width)
         self.text_adaptor = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        self.scaffold = DynamicChunking(
-            in_channels,
-            in_channels,
-            dim,
-            width,
-            width=scaffold_dim,
-            blocks=scaffold_blocks,
-            router=router,
-            router_dim=router_dim,
-            center_tap=center_tap,
-            residual_gate=residual_gate,
-            smoothing=smoothing,
-        )
+        self.scaffold = DynamicChunking.of_config(self.config, in_channels, in_channels, dim, width)
         shape = (dim, n_heads, norm_eps, qk_norm)
         self.noise_refiner = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_refiner_layers))
         self.context_refiner = nn.ModuleList(DCZImageBlock(*shape, modulated=False) for _ in range(n_refiner_layers))
@@ -243,7 +223,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cach
     def embed_captions(self, cap_feats: list[Tensor]) -> tuple[Tensor, list[int], Tensor]:
         """Packed caption tokens [T, D] with Z-Image's padding, their lengths, and the mean real token [n, D]."""
         embedded = [self.cap_embedder(features) for features in cap_feats]
-        pads = [-len(features) % _TEXT_MULTIPLE for features in cap_feats]
+        pads = [-len(features) % SEQUENCE_MULTIPLE for features in cap_feats]
         padded = [
             torch.cat([tokens, self.cap_pad_token.to(tokens.dtype).expand(pad, -1)])
             for tokens, pad in zip(embedded, pads, strict=True)
@@ -281,8 +261,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cach
             hidden = self._run(block, hidden, rotary, segments, time)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         hidden = hidden.index_select(0, places[: len(image)])
-        scale = self.adaLN_out(time)
-        return modulate(self.norm_out(hidden), torch.zeros_like(scale), scale, chunks.segments)
+        return modulate(self.norm_out(hidden), None, self.adaLN_out(time), chunks.segments)
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

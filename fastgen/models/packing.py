@@ -35,8 +35,13 @@ class Segments:
         return Segments(ids.to(device, non_blocking=True), starts.to(device, non_blocking=True), max(lengths), equal)
 
 
-def modulate(hidden: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor:
-    """hidden [T, D] * (1 + scale) + shift, with scale and shift [n, D] of each token's sequence."""
+def modulate(hidden: Tensor, shift: Tensor | None, scale: Tensor, segments: Segments) -> Tensor:
+    """hidden [T, D] * (1 + scale) + shift, with scale and shift (None is zero) [n, D] of each token's sequence."""
+    if shift is None:
+        if segments.equal_length is not None:
+            grouped = hidden.view(-1, segments.equal_length, hidden.shape[-1])
+            return (grouped * (1 + scale[:, None])).view(hidden.shape)
+        return hidden * (1 + scale.index_select(0, segments.sequence_ids))
     if segments.equal_length is not None:
         grouped = hidden.view(-1, segments.equal_length, hidden.shape[-1])
         return torch.addcmul(shift[:, None], grouped, 1 + scale[:, None]).view(hidden.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,25 @@ class DynamicChunking(nn.Module):
         self.residual = nn.Linear(dim, dim, bias=False)
         self.decoder = ScaffoldDecoder(out_channels, width, dim, conditioning, blocks)
         nn.init.zeros_(self.residual.weight)
+
+    @classmethod
+    def of_config(
+        cls, config: Any, in_channels: int, out_channels: int, dim: int, conditioning: int
+    ) -> DynamicChunking:
+        """The scaffold that the configuration of a model with dynamic chunking describes."""
+        return cls(
+            in_channels,
+            out_channels,
+            dim,
+            conditioning,
+            width=config.scaffold_dim,
+            blocks=config.scaffold_blocks,
+            router=config.router,
+            router_dim=config.router_dim,
+            center_tap=config.center_tap,
+            residual_gate=config.residual_gate,
+            smoothing=config.smoothing,
+        )
 
     def chunk(
         self, latents: Tensor, conditioning: Tensor, tail_drop: TailDrop | None, token_budget: int | None

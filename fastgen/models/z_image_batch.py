@@ -43,7 +43,7 @@ class RealRotaryProcessor:
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query, key = _rotate(attn.norm_q(query), freqs_cis), _rotate(attn.norm_k(key), freqs_cis)
+        query, key = rotate(attn.norm_q(query), freqs_cis), rotate(attn.norm_k(key), freqs_cis)
         output = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
@@ -51,10 +51,10 @@ class RealRotaryProcessor:
         return projected
 
 
-def _rotate(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs of neighbouring features of [n, tokens, heads, head_dim]."""
+def rotate(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of neighbouring features of [..., heads, head_dim] by cosines and sines [..., head_dim / 2, 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = factors[:, :, None].unbind(-1)
+    cos, sin = factors.unsqueeze(-3).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgen.models.chunking import confidence, keep_all, ratio_loss, select_chunks, straight_through
+from fastgen.models.chunking import confidence, ratio_loss, select_chunks, straight_through
 from fastgen.models.routers import ROUTERS, build_router
 from fastgen.models.scaffold import norm_groups
 
@@ -125,8 +125,8 @@ def test_bad_shapes() -> None:
             select_chunks(torch.rand(*shape), (3, 4))
 
 
-def test_keep_all() -> None:
-    chunks = keep_all(torch.rand(2, 6), (2, 3))
+def test_a_budget_of_all_positions_keeps_all() -> None:
+    chunks = select_chunks(torch.rand(2, 6), (2, 3), token_budget=6)
     assert chunks.lengths == (6, 6) and chunks.positions.tolist() == list(range(12)) and chunks.kept_fraction == 1.0
 
 

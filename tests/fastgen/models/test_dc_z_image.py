@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_models import awake
 
-from fastgen.models.chunking import keep_all
+from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import backbone_names, upcycle
 
@@ -61,7 +61,7 @@ def test_backbone_equals_the_stock_transformer() -> None:
         tokens = source.all_x_embedder["2-1"](patches)
         time = model.t_embedder(t * 1000.0)
         text, lengths, _ = model.embed_captions(captions)  # type: ignore[operator]
-        chunks = keep_all(torch.rand(3, 32), (4, 8))
+        chunks = select_chunks(torch.rand(3, 32), (4, 8), token_budget=32)
         ours = model.backbone(tokens, text, lengths, time, chunks)
     # The stock sequence: image tokens (32, a multiple of 32, so no padding), then the caption.
     torch.testing.assert_close(ours.view(3, 32, 32), seen["hidden"][:, :32], rtol=1e-4, atol=1e-5)
