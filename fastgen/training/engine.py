@@ -26,6 +26,8 @@ from fastgen.environment import commit, cpu_name
 from fastgen.errors import FastgenError
 from fastgen.training.muon import Muon
 
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
@@ -48,6 +50,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         log_every: steps between log lines.
         max_seconds: stop (with a checkpoint, resumable) after so much wall time; 0 = never.
+        precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 where the
+            device multiplies it natively.
 
     Raises:
         ValueError: a number is out of range.
@@ -67,6 +71,7 @@ class TrainConfig:
     max_seconds: float = 0.0
     accumulate: int = 1
     compile: bool = False
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
@@ -80,6 +85,8 @@ class TrainConfig:
             raise ValueError(f"decay must be in [0, 1] and ema_decay in [0, 1), got {self.decay}, {self.ema_decay}")
         if self.warmup < 0 or self.max_seconds < 0 or self.grad_clip <= 0:
             raise ValueError("warmup and max_seconds must not be negative, grad_clip must be positive")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 class Recipe(Protocol):
@@ -110,10 +117,22 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * rise * fall
 
 
-def build_optimizers(module: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def resolve_precision(name: str) -> str:
+    """ "fp32" or "bf16": what "auto" means on this machine, anything else as it is."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Without native units bfloat16 is emulated, slower than float32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def build_optimizers(module: torch.nn.Module, lr: float, precision: str = "fp32") -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices; AdamW for embeddings, output heads, convolutions, norms and biases.
 
-    A module may name further AdamW parameters by a substring in its attribute `adamw_names`.
+    A module may name further AdamW parameters by a substring in its attribute `adamw_names`. With `precision` "bf16"
+    Muon orthogonalises in bfloat16, as its reference does.
     """
     names: tuple[str, ...] = getattr(module, "adamw_names", ())
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
@@ -126,7 +145,7 @@ def build_optimizers(module: torch.nn.Module, lr: float) -> list[torch.optim.Opt
         (other if special else hidden).append(param)
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
-        optimizers.append(Muon(hidden, lr=lr, weight_decay=0.01))
+        optimizers.append(Muon(hidden, lr=lr, weight_decay=0.01, bfloat16=precision == "bf16"))
     if other:
         optimizers.append(torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
     return optimizers
@@ -178,11 +197,12 @@ class Trainer:
     ) -> None:
         self.recipe, self.config, self.report = recipe, config, report
         cuda = torch.cuda.is_available()
-        self.accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
+        self.precision = resolve_precision(config.precision)
+        self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not cuda)
         torch.manual_seed(config.seed)
         module = recipe.build()
         self.trained = [param for param in module.parameters() if param.requires_grad]
-        self.optimizers = build_optimizers(module, config.lr)
+        self.optimizers = build_optimizers(module, config.lr, self.precision)
         if config.compile:
             for name in getattr(module, "compiled_parts", ()):
                 module.get_submodule(name).compile(dynamic=False)
@@ -235,6 +255,7 @@ class Trainer:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
+            "precision": self.precision,
             "cpu": cpu_name(),
             "torch": torch.__version__,
             "commit": commit(),

@@ -20,7 +20,7 @@ GUIDANCE_SCALE = 2.0
 """Defaults of `fastgen generate` with this model; `ZImagePipeline` computes cond + scale * (cond - uncond)."""
 
 _CAPTION_DROPOUT = 0.1
-_LOGIT_MEAN = 0.5  # noise levels lean to the noisy side, where the layout of the picture is decided
+_LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
 _UNIFORM_SHARE = 0.15
 _LAYOUT_WEIGHT = 0.5
 _PROBE = 2  # the layout is read after the third of five blocks
