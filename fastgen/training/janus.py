@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import JanusForConditionalGeneration
 
 from fastgen.data.shapes import ShapesWorld
+from fastgen.models.attention import fused_backward_is_slow
 from fastgen.models.tiny_janus import build_janus
 from fastgen.models.tokenizers import build_janus_tokenizer
 from fastgen.training.cards import inherit_records, write_defaults, write_record
@@ -51,6 +52,9 @@ class JanusModule(torch.nn.Module):
             tokens: [n, 256] image tokens in raster order.
             shapes, colors: [n, 256] labels of the tokens' patches (`patch_labels`).
         """
+        attention = "eager" if fused_backward_is_slow(tokens.device) else "sdpa"
+        if self.language_model.config._attn_implementation != attention:
+            self.language_model.set_attn_implementation(attention)
         prompt = self.language_model.embed_tokens(input_ids)
         image = self.generation_aligner(self.generation_embeddings(tokens[:, :-1]))
         mask = F.pad(attention_mask, (0, tokens.shape[1] - 1), value=1)
@@ -120,10 +124,11 @@ class JanusRecipe:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Image tokens [n, 256] of uint8 images."""
+        """Image tokens [n, 256] of uint8 images, in float32 whatever the precision of training: in bfloat16 three of
+        four tokens of the embedded VQ tokenizer come out as another code."""
         vq = self.model.model.vqmodel.to(images.device)
-        pixels = to_pixels(images)
-        return vq.encode(pixels, return_dict=True).image_tokens.view(len(images), -1)
+        with torch.autocast(images.device.type, enabled=False):
+            return vq.encode(to_pixels(images), return_dict=True).image_tokens.view(len(images), -1)
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
