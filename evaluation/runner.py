@@ -6,8 +6,8 @@
     <folder>/NNNNN/samples/0000.png    its images
     <folder>/results.jsonl             one verdict an image, in the fields of the official scorer
 
-Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and seed + i. So a
-run killed at any moment and started again ends with the files of an uninterrupted one.
+Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and i. So a run
+killed at any moment and started again ends with the files of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Generate = Callable[[list[str], list[int]], Iterator[Image.Image]]
 OnProgress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
-_FORMAT = 1
+_FORMAT = 2  # 1: the same few seeds for every prompt
 _SAMPLE = re.compile(r"\d+\.png")
 _PROMPT = re.compile(r"\d+")
 _CHUNK = 64  # images in memory while scoring
@@ -51,7 +51,7 @@ class RunSettings:
         model: what the user named.
         model_fingerprint: of its files, see `model_fingerprint`.
         images_per_prompt: >= 1.
-        seed: image i of every prompt uses seed + i.
+        seed: of the run; each image has a seed of its own, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
         device, dtype: as named by the user.
         batch_size: None when the pixels do not depend on it (batch-invariant generation, the default); a number makes
@@ -71,12 +71,22 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt: needs an integer >= 1, got {self.images_per_prompt}")
-        if not 0 <= self.seed <= 2**63 - self.images_per_prompt:
-            raise ValueError(f"seed: needs an integer in 0 .. 2**63 - images_per_prompt, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: needs an integer in 0 .. 2**63 - 1, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: needs an integer >= 1, got {self.steps}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale: needs a number >= 0, got {self.guidance_scale}")
+
+
+def image_seed(seed: int, prompt: str, image: int) -> int:
+    """The seed, in [0, 2**32), of image number `image` of `prompt` in a run with seed `seed`.
+
+    Prompts must not share noise: an image's layout follows its noise as well as its prompt, so with a handful of seeds
+    for all prompts the scores of different prompts are no independent samples, and a standard error over prompts does
+    not see how much the choice of seeds moves them.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{image}/{prompt}".encode()).digest()[:4], "big")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -148,7 +158,9 @@ class EvaluationRun:
             on_progress("generate", total - len(missing), total)
         if not missing:
             return 0
-        images = generate([self.prompts[p].prompt for p, _ in missing], [self.settings.seed + i for _, i in missing])
+        prompts = [self.prompts[p].prompt for p, _ in missing]
+        seeds = [image_seed(self.settings.seed, self.prompts[p].prompt, i) for p, i in missing]
+        images = generate(prompts, seeds)
         made, seconds = self.timing()
         clock = time.perf_counter()
         for done, (pair, image) in enumerate(zip(missing, images, strict=False), start=1):

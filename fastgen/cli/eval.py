@@ -57,7 +57,7 @@ def shapes(
             help="Pixels that do not depend on the batch, or faster batches with pixels equal up to rounding.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Image i of every prompt uses seed + i.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the run; every image gets its own from it.")] = 0,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Only the first N prompts of each task, for a quick look.")
     ] = None,
@@ -220,8 +220,8 @@ def _check_options(
             raise FastgenError(f"{name}: {value} is not allowed, needs >= 1")
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale >= 0):
         raise FastgenError(f"--guidance-scale: {guidance_scale} is not allowed, needs a number >= 0")
-    if not 0 <= seed <= 2**63 - images_per_prompt:
-        raise FastgenError(f"--seed: {seed} is not allowed, needs 0 .. 2**63 - images per prompt")
+    if not 0 <= seed < 2**63:
+        raise FastgenError(f"--seed: {seed} is not allowed, needs 0 .. 2**63 - 1")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
 
