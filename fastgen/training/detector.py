@@ -121,7 +121,7 @@ class DetectorRecipe:
         objects = max(1, int(positive.sum()))
         shapes = F.cross_entropy(output.shapes[positive], batch["shapes"][positive], reduction="sum") / objects
         colors = F.cross_entropy(output.colors[positive], batch["colors"][positive], reduction="sum") / objects
-        predicted, true = output.distances[positive] / BOX_SCALE, batch["distances"][positive] / BOX_SCALE
+        predicted, true = output.distances[positive].float() / BOX_SCALE, batch["distances"][positive] / BOX_SCALE
         box = F.smooth_l1_loss(predicted, true, beta=0.05, reduction="sum") / (4 * objects)
         target = F.avg_pool2d(batch["mask"][:, None], 2)[:, 0]
         mask = F.binary_cross_entropy_with_logits(output.mask, target)

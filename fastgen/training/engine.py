@@ -198,7 +198,8 @@ class Trainer:
         self.recipe, self.config, self.report = recipe, config, report
         cuda = torch.cuda.is_available()
         self.precision = resolve_precision(config.precision)
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not cuda)
+        # accelerate's own precision is one for the whole process: a second run could not have another.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not cuda)
         torch.manual_seed(config.seed)
         module = recipe.build()
         self.trained = [param for param in module.parameters() if param.requires_grad]
@@ -271,7 +272,7 @@ class Trainer:
         totals: dict[str, float] = {}
         for part in range(config.accumulate):
             batch = _move(self.recipe.batch(start + part * size, size, generator), accelerator.device)
-            with accelerator.autocast():
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss, logs = self.recipe.loss(self.module, batch, generator)
             if not torch.isfinite(loss):
                 raise FastgenError(

@@ -37,7 +37,7 @@ class VaeModule(torch.nn.Module):
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance [n, C, h, w] of the posterior of pixels [n, 3, H, W]."""
-        mean, logvar = self.vae.encoder(pixels).chunk(2, dim=1)
+        mean, logvar = self.vae.encoder(pixels).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

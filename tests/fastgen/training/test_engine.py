@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import FastgenError
-from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate
+from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
 
 
 class LineRecipe:
@@ -57,6 +57,7 @@ class LineRecipe:
 
 def _config(folder: Path, **overrides: Any) -> TrainConfig:
     values: dict[str, Any] = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 3, "log_every": 1}
+    values["precision"] = "fp32"
     return TrainConfig(output_dir=folder, **{**values, **overrides})
 
 
@@ -88,6 +89,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: int)
     assert all(torch.equal(whole.exported[name], resumed.exported[name]) for name in whole.exported)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_reaches_the_module_and_nothing_that_is_kept(tmp_path: Path, precision: str) -> None:
+    """Under bf16 the products are bfloat16; weights, EMA and what is exported stay float32."""
+    seen: list[torch.dtype] = []
+
+    class Watched(LineRecipe):
+        def loss(
+            self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+        ) -> tuple[torch.Tensor, dict[str, float]]:
+            output = module(batch["x"])
+            seen.append((batch["x"] @ batch["x"].T).dtype)
+            return (output - batch["y"]).square().mean(), {}
+
+    recipe = Watched()
+    record = Trainer(recipe, _config(tmp_path, precision=precision, steps=200, ema_decay=0.9)).run()
+    assert record["precision"] == precision
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert all(value.dtype == torch.float32 for value in recipe.exported.values())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+
+
+def test_precision_auto_names_a_real_one() -> None:
+    assert resolve_precision("auto") in ("bf16", "fp32")
+    assert resolve_precision("fp32") == "fp32" and resolve_precision("bf16") == "bf16"
 
 
 def test_parts_of_a_batch_give_the_step_of_the_whole(tmp_path: Path) -> None:
@@ -194,6 +222,7 @@ def test_learning_rate_stays_in_range_and_ends_low(steps: int, warmup: int, deca
         {"max_seconds": -1.0},
         {"accumulate": 0},
         {"accumulate": 3},
+        {"precision": "fp8"},
     ],
 )
 def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:

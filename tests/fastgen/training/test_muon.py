@@ -35,6 +35,20 @@ def test_step_has_the_rms_of_an_adamw_step() -> None:
     assert 0.14 < float(weight.detach().square().mean().sqrt()) / 0.01 < 0.26
 
 
+def test_bfloat16_orthogonalises_to_its_own_precision() -> None:
+    """The update keeps the weights' dtype and differs from the float32 one by bfloat16 rounding, not by more."""
+    torch.manual_seed(0)
+    gradient, steps = torch.randn(48, 96), []
+    for bfloat16 in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(48, 96))
+        weight.grad = gradient.clone()
+        Muon([weight], lr=1.0, bfloat16=bfloat16).step()
+        assert weight.dtype == torch.float32
+        steps.append(weight.detach())
+    error = float((steps[1] - steps[0]).norm() / steps[0].norm())
+    assert 1e-4 < error < 0.1  # not the same arithmetic, and close to it
+
+
 def test_it_solves_a_regression() -> None:
     torch.manual_seed(0)
     target, weight = torch.randn(16, 8), torch.nn.Parameter(torch.zeros(16, 8))
