@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +80,13 @@ def run_elastic(
         tail_drop, uncond_tail_drop=uncond_tail_drop, token_budget=token_budget, images=images, steps=steps
     )
     try:
-        with account() as stats, transformer.record_chunks() as records:
+        caches = transformer.cache_context("denoise") if transformer.is_caching else nullcontext()
+        with account() as stats, transformer.record_chunks() as records, caches:
             note_path("transformer", "dynamic chunking")
             (pictures,) = stock(**arguments, return_dict=False)
     finally:
         transformer._budget = before
+        transformer._reset_stateful_cache()  # also after an interrupted generation, which the next must not go on from
     if not return_dict:
         return (pictures,)
     return DCPipelineOutput(images=pictures, stats=stats, steps=list(records) if output_chunks else None)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
+from fastgen.models.caching import HeldChunksMixin, cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.packing import Segments, gated_sum, modulate
@@ -75,6 +75,7 @@ class PackedSelfAttention(nn.Module):
         return output
 
 
+@cacheable
 class DCDiTBlock(nn.Module):
     """DiT's block (adaLN-Zero) on packed sequences; conditioning is looked up by sequence.
 
@@ -103,7 +104,7 @@ class DCDiTBlock(nn.Module):
         return gated_sum(hidden_states, gate2, fed, segments)
 
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):
+class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, HeldChunksMixin, ElasticModelMixin):
     """Class-conditional diffusion transformer that computes only the tokens its router keeps.
 
     It takes the place of `DiTTransformer2DModel` in a stock `DiTPipeline`. Loss contract: lossy (a model of its own,
@@ -209,8 +210,11 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """
         tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(hidden_states), timestep / 1000)
         conditioning = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-        chunked = self.scaffold.chunk(hidden_states, conditioning, tail_drop, token_budget)
+        held = self.held_chunks(len(hidden_states), (hidden_states.shape[2], hidden_states.shape[3]))
+        chunked = self.scaffold.chunk(hidden_states, conditioning, tail_drop, token_budget, held)
         chunks = chunked.chunks
+        if held is None:
+            self.keep_chunks(chunks)
         self.note_chunks(hidden_states, chunks)
         hidden = self.backbone(chunked.tokens, conditioning, chunks)
         sample = self.scaffold.unchunk(hidden, chunked, conditioning)

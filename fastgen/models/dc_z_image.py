@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import FeedForward, TimestepEmbedder
 from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
+from fastgen.models.caching import HeldChunksMixin, cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
@@ -64,6 +64,7 @@ def rotary_factors(places: Tensor, axes_dims: list[int], theta: float) -> Tensor
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
+@cacheable
 class DCZImageBlock(nn.Module):
     """Z-Image's block on packed sequences.
 
@@ -101,7 +102,7 @@ class DCZImageBlock(nn.Module):
         return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
 
 
-class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ElasticModelMixin):
+class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, HeldChunksMixin, ElasticModelMixin):
     """Z-Image's transformer that computes only the image tokens its router keeps.
 
     It takes the place of `ZImageTransformer2DModel` in a stock `ZImagePipeline`. Loss contract: lossy (a model of its
@@ -212,7 +213,10 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cach
         time = self.t_embedder(t * self.config.t_scale).type_as(latents)
         text, lengths, pooled = self.embed_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
-        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget)
+        held = self.held_chunks(len(latents), (latents.shape[2], latents.shape[3]))
+        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held)
+        if held is None:
+            self.keep_chunks(chunked.chunks)
         self.note_chunks(latents, chunked.chunks)
         hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
         sample = list(self.scaffold.unchunk(hidden, chunked, conditioning)[:, :, None].unbind(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.kernels.dechunk import dechunk
-from fastgen.models.chunking import Chunks, TailDrop, confidence, select_chunks, straight_through
+from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
 from fastgen.models.routers import RouterKind, build_router
 
 ResidualGate = Literal["confidence", "mask"]
@@ -183,16 +183,25 @@ class DynamicChunking(nn.Module):
         )
 
     def chunk(
-        self, latents: Tensor, conditioning: Tensor, tail_drop: TailDrop | None, token_budget: int | None
+        self,
+        latents: Tensor,
+        conditioning: Tensor,
+        tail_drop: TailDrop | None,
+        token_budget: int | None,
+        held: Chunks | None = None,
     ) -> Chunked:
-        """Latents [n, C, H, W] to packed kept tokens.
+        """Latents [n, C, H, W] to packed kept tokens; those of `held` when given.
 
         Raises:
             ValueError: see `fastgen.models.chunking.check_budget`.
         """
         grid = (latents.shape[2], latents.shape[3])
         features = self.encoder(latents, conditioning)
-        chunks = select_chunks(torch.sigmoid(self.router(features, grid)), grid, tail_drop, token_budget)
+        probabilities = torch.sigmoid(self.router(features, grid))
+        if held is None:
+            chunks = select_chunks(probabilities, grid, tail_drop, token_budget)
+        else:
+            chunks = replace(held, probabilities=probabilities, natural=probabilities > THRESHOLD)
         return Chunked(features.flatten(0, 1).index_select(0, chunks.positions), chunks, features)
 
     def unchunk(self, hidden: Tensor, chunked: Chunked, conditioning: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""Diffusers' step caches around a backbone whose tokens change from step to step.
+
+First-block cache, TaylorSeer and their like reuse what a block computed in an earlier step, token by token. With
+dynamic chunking every step keeps other tokens, and what was stored belongs to none of them. So while a cache is in
+use, the kept set is held for some steps, and whenever a new one is chosen the caches start anew: inside a hold they
+see the fixed sequence they were made for (composability, section 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
+from diffusers.models.cache_utils import CacheMixin
+from torch import nn
+
+from fastgen.models.chunking import Chunks
+
+HELD_STEPS = 4
+"""Steps of one kept set while a cache is in use, where the user says nothing."""
+
+
+def cacheable(block: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: tells diffusers' caches that the block takes and returns `hidden_states` first."""
+    # Not by `register`: that imports every transformer of diffusers.
+    TransformerBlockRegistry._registry[block] = TransformerBlockMetadata(return_hidden_states_index=0, _cls=block)
+    return block
+
+
+@dataclass(slots=True)
+class _Held:
+    chunks: Chunks
+    used: int = 1
+
+
+class HeldChunksMixin(CacheMixin):
+    """A `CacheMixin` that holds the kept set as long as caches need it."""
+
+    _hold: int | None = None
+    _held: dict[str, _Held]
+
+    def hold_chunks(self, steps: int | None) -> None:
+        """Choose which tokens to keep only every so many steps.
+
+        The router still gives every step its own probabilities. A set is held for one generation at most; a budget
+        that changes meanwhile takes effect with the next set.
+
+        Args:
+            steps: steps of a kept set, at least 1; None means 1, and `HELD_STEPS` while a diffusers cache is enabled.
+
+        Raises:
+            ValueError: steps out of range.
+        """
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps: needs an integer >= 1 or None, got {steps!r}")
+        self._hold = steps
+        self._held = {}
+
+    @property
+    def is_caching(self) -> bool:
+        """Whether a step cache is attached to any block, by `enable_cache` or by diffusers' `apply_…` functions."""
+        return next(self._cache_states(), None) is not None
+
+    def held_chunks(self, samples: int, grid: tuple[int, int]) -> Chunks | None:
+        """The set to keep in this forward pass, or None when it is to be chosen; counts the step."""
+        held = self._held_sets().get(self._context())
+        if held is None or self.training or held.used >= self._steps():
+            return None
+        if held.chunks.samples != samples or held.chunks.grid != grid:
+            return None
+        held.used += 1
+        return held.chunks
+
+    def keep_chunks(self, chunks: Chunks) -> None:
+        """Take a newly chosen set; whatever caches hold of the set before is forgotten."""
+        if self.training:
+            return
+        context = self._context()
+        for manager in self._cache_states():
+            manager._state_cache.pop(context, None)
+        if self._steps() > 1:
+            self._held_sets()[context] = _Held(chunks)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # Pipelines call this after each generation: the next one starts with a set of its own.
+        self._held = {}
+        super()._reset_stateful_cache(recurse)
+
+    def _held_sets(self) -> dict[str, _Held]:
+        if "_held" not in self.__dict__:
+            self._held = {}
+        return self._held
+
+    def _steps(self) -> int:
+        if self._hold is not None:
+            return self._hold
+        return HELD_STEPS if self.is_caching else 1
+
+    def _context(self) -> str:
+        """Name of the denoising call (`cache_context`) that this forward pass belongs to."""
+        manager = next(self._cache_states(), None)
+        return "" if manager is None or manager._context is None else manager._context.name
+
+    def _cache_states(self) -> Iterator[StateManager]:
+        """States of the caches that are attached to any block."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+            hooks: dict[str, ModelHook] = {} if registry is None else registry.hooks
+            for hook in hooks.values():
+                if hook._is_stateful:
+                    yield from (value for value in vars(hook).values() if isinstance(value, StateManager))
