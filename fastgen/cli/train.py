@@ -13,12 +13,27 @@ app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="vae, vq, detector, z-image or janus.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="vae, vq, detector, z-image, janus, dc, dc-dense, dc-graft or dc-finetune."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
     part: Annotated[
-        Path | None, typer.Option(help="Trained part that the recipe builds on: a VAE (z-image) or VQ (janus) folder.")
+        Path | None,
+        typer.Option(
+            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (dc, dc-dense), or any "
+            "Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune)."
+        ),
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Model folder to go on from (z-image, janus).")] = None,
+    init: Annotated[Path | None, typer.Option(help="Model folder to go on from.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the pipeline's own samples (dc-graft, dc-finetune).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Draw so many into --data first; 0 = they are there.")] = 0,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(help="Prompts of the samples, one a line, or 'shapesworld'; a DiT draws every class in turn."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps in all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Items a step and process.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Parts a step's batch is worked off in.")] = None,
@@ -49,7 +64,9 @@ def train(
         seed=seed,
         max_seconds=60.0 * max_minutes,
     )
-    built = build_recipe(recipe, seed, part, init)
+    if samples:
+        _draw(recipe, part, data, samples, prompts_file, seed)
+    built = build_recipe(recipe, seed, part, init, data)
 
     import torch
 
@@ -60,6 +77,48 @@ def train(
     torch.set_flush_denormal(True)
     record = _with_progress(lambda report: Trainer(built, config, report), config.steps)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+
+
+def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts_file: str | None, seed: int) -> None:
+    """Fill `data` with samples of the pipeline `part`."""
+    from fastgen.errors import FastgenError
+    from fastgen.training.recipes import RECIPES
+
+    if recipe not in RECIPES or not RECIPES[recipe].upcycles or part is None or data is None:
+        raise FastgenError("--samples: needs recipe dc-graft or dc-finetune, --part and --data")
+    if count < 0:
+        raise FastgenError(f"--samples: {count} is not allowed, needs an integer >= 0")
+    prompts = None if prompts_file is None else _prompts(prompts_file, count)
+
+    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.loading import load_pipeline
+    from fastgen.training.samples import draw_samples
+
+    checkpoint = find_checkpoint(str(part))
+    settings = {"num_inference_steps" if key == "steps" else key: value for key, value in checkpoint.defaults.items()}
+    draws_classes = checkpoint.pipeline_class == "DiTPipeline"
+    if prompts is not None and draws_classes:
+        raise FastgenError("--prompts-file: a DiT draws classes and takes no prompts")
+    if prompts is None and not draws_classes:
+        raise FastgenError("--prompts-file: a pipeline that draws captions needs one, or 'shapesworld'")
+    pipe = load_pipeline(str(part), dtype="float32")
+    labels = list(range(pipe.transformer.config.num_embeds_ada_norm)) if prompts is None else prompts
+    pipe.set_progress_bar_config(disable=True)
+    draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
+
+
+def _prompts(name: str, count: int) -> list[str]:
+    if name == "shapesworld":
+        from fastgen.data.shapes import ShapesWorld
+
+        return list(ShapesWorld(707).batch(min(count, 4096)).texts)
+    from fastgen.cli.plan import read_prompts_file
+
+    return read_prompts_file(Path(name))
+
+
+def _say_samples(done: int, total: int) -> None:
+    typer.echo(f"samples: {done} of {total}", err=True)
 
 
 def _with_progress(build: Any, total: int) -> dict[str, Any]:

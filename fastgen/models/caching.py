@@ -40,6 +40,7 @@ class HeldChunksMixin(CacheMixin):
 
     _hold: int | None = None
     _held: dict[str, _Held]
+    training: bool
 
     def hold_chunks(self, steps: int | None) -> None:
         """Choose which tokens to keep only every so many steps.

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
-from fastgen.models.caching import HeldChunksMixin, cacheable
+from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.packing import Segments, gated_sum, modulate
@@ -39,10 +39,14 @@ class DCTransformerOutput(BaseOutput):
     Args:
         sample: prediction [n, C, H, W] (for Z-Image: a list of [C, F, H, W]).
         chunks: which tokens were kept, when asked for.
+        encoded: with the chunks, the encoder's output X [n, L, D].
+        decoded: with the chunks, what the decoder reads [n, L, D].
     """
 
     sample: Any
     chunks: Chunks | None = None
+    encoded: Tensor | None = None
+    decoded: Tensor | None = None
 
 
 def sincos_positions(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
@@ -104,7 +108,7 @@ class DCDiTBlock(nn.Module):
         return gated_sum(hidden_states, gate2, fed, segments)
 
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, HeldChunksMixin, ElasticModelMixin):
+class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
     """Class-conditional diffusion transformer that computes only the tokens its router keeps.
 
     It takes the place of `DiTTransformer2DModel` in a stock `DiTPipeline`. Loss contract: lossy (a model of its own,
@@ -217,10 +221,13 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, HeldChu
             self.keep_chunks(chunks)
         self.note_chunks(hidden_states, chunks)
         hidden = self.backbone(chunked.tokens, conditioning, chunks)
-        sample = self.scaffold.unchunk(hidden, chunked, conditioning)
+        decoded = self.scaffold.unchunk(hidden, chunked)
+        sample = self.scaffold.decoder(decoded, chunks.grid, conditioning)
         if not return_dict:
             return (sample,)
-        return DCTransformerOutput(sample=sample, chunks=chunks if output_chunks else None)
+        if not output_chunks:
+            return DCTransformerOutput(sample=sample)
+        return DCTransformerOutput(sample=sample, chunks=chunks, encoded=chunked.features, decoded=decoded)
 
     def backbone(self, tokens: Tensor, conditioning: Tensor, chunks: Chunks) -> Tensor:
         """The DiT on packed tokens [T, D]."""

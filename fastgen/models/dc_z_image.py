@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_z_image import FeedForward, Times
 from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
-from fastgen.models.caching import HeldChunksMixin, cacheable
+from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
@@ -102,7 +102,7 @@ class DCZImageBlock(nn.Module):
         return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
 
 
-class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, HeldChunksMixin, ElasticModelMixin):
+class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
     """Z-Image's transformer that computes only the image tokens its router keeps.
 
     It takes the place of `ZImageTransformer2DModel` in a stock `ZImagePipeline`. Loss contract: lossy (a model of its
@@ -219,10 +219,14 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Held
             self.keep_chunks(chunked.chunks)
         self.note_chunks(latents, chunked.chunks)
         hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
-        sample = list(self.scaffold.unchunk(hidden, chunked, conditioning)[:, :, None].unbind(0))
+        decoded = self.scaffold.unchunk(hidden, chunked)
+        prediction = self.scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
+        sample = list(prediction[:, :, None].unbind(0))
         if not return_dict:
             return (sample,)
-        return DCTransformerOutput(sample=sample, chunks=chunked.chunks if output_chunks else None)
+        if not output_chunks:
+            return DCTransformerOutput(sample=sample)
+        return DCTransformerOutput(sample, chunked.chunks, encoded=chunked.features, decoded=decoded)
 
     def embed_captions(self, cap_feats: list[Tensor]) -> tuple[Tensor, list[int], Tensor]:
         """Packed caption tokens [T, D] with Z-Image's padding, their lengths, and the mean real token [n, D]."""

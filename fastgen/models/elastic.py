@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from fastgen.accounting import add_tokens
+from fastgen.models.caching import HeldChunksMixin
 from fastgen.models.chunking import Chunks, TailDrop
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
@@ -106,7 +107,7 @@ class StepRecord:
     chunks: Chunks
 
 
-class ElasticModelMixin:
+class ElasticModelMixin(HeldChunksMixin):
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
     _budget: ElasticBudget | None = None

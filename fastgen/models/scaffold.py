@@ -204,8 +204,8 @@ class DynamicChunking(nn.Module):
             chunks = replace(held, probabilities=probabilities, natural=probabilities > THRESHOLD)
         return Chunked(features.flatten(0, 1).index_select(0, chunks.positions), chunks, features)
 
-    def unchunk(self, hidden: Tensor, chunked: Chunked, conditioning: Tensor) -> Tensor:
-        """The backbone's output [T, D] to a prediction [n, C, H, W]."""
+    def unchunk(self, hidden: Tensor, chunked: Chunked) -> Tensor:
+        """The backbone's output [T, D] to one vector for every position, [n, L, D], plus the residual."""
         chunks = chunked.chunks
         spread = dechunk(hidden, chunks.positions, chunks.probabilities, chunks.mask, chunks.grid, self.smoothing)
         residual = self.residual(chunked.features)
@@ -215,5 +215,4 @@ class DynamicChunking(nn.Module):
             p = chunks.probabilities
             gate = p + (chunks.mask.to(p.dtype) - p).detach()
             residual = residual * gate[..., None].to(residual.dtype)
-        prediction: Tensor = self.decoder(spread + residual, chunks.grid, conditioning)
-        return prediction
+        return spread + residual

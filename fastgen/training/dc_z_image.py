@@ -19,8 +19,9 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import upcycle
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.training.cards import write_record
+from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.z_image import caption_tokens, encode_latents, flow_matching_batch
+from fastgen.training.z_image import caption_tokens
 
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _CAPTION_DROPOUT = 0.1
@@ -60,19 +61,11 @@ class DCModule(torch.nn.Module):
         colors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """Velocity [n, C, h, w], layout loss, ratio loss, and the kept share of the natural sets."""
-        hidden: dict[str, Tensor] = {}
-        hook = self.transformer.scaffold.decoder.register_forward_pre_hook(
-            lambda module, arguments: hidden.update(tokens=arguments[0])
-        )
-        try:
-            output = self.transformer(
-                list(latents[:, :, None].unbind(0)), timestep, captions, tail_drop=tail_drop, output_chunks=True
-            )
-        finally:
-            hook.remove()
+        images = list(latents[:, :, None].unbind(0))
+        output = self.transformer(images, timestep, captions, tail_drop=tail_drop, output_chunks=True)
         chunks = output.chunks
         ratio = ratio_loss(chunks.probabilities, chunks.natural, self.transformer.config.compression)
-        layout = self.layout(hidden["tokens"], shapes, colors)
+        layout = self.layout(output.decoded, shapes, colors)
         return torch.cat(output.sample, dim=1).transpose(0, 1), layout, ratio, float(chunks.natural.float().mean())
 
 
@@ -126,6 +119,8 @@ class DCRecipe:
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
         self.tokenizer = pipe.tokenizer
         self.data = ShapesWorld(seed + 606)
+        images = torch.from_numpy(self.data.batch(256, 10_000_000).images)
+        self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
         torch.manual_seed(seed)
         if init is not None and not dense and "DCZImage" in (init / "config.json").read_text(encoding="utf-8"):
             self.transformer: torch.nn.Module = DCZImageTransformer2DModel.from_pretrained(init)
@@ -186,8 +181,8 @@ class DCRecipe:
             captions = [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
             output, layout, extra, kept = module(noisy, 1 - sigma, captions, batch["tail_drop"], *labels)
             numbers = {"ratio": float(extra.detach()), "kept": kept, "tail_drop": batch["tail_drop"]}
-        error = (output.float() - target).square().mean()
-        numbers |= {"velocity": float(error.detach()), "layout": float(layout.detach())}
+        error, measured = self.metric.loss(output, target, sigma)
+        numbers |= {**measured, "layout": float(layout.detach())}
         return error + _LAYOUT_WEIGHT * layout + _RATIO_WEIGHT * extra, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:

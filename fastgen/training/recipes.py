@@ -23,6 +23,7 @@ class RecipeEntry:
         needs: the recipe whose result must be there before, or "".
         part: where that result lies below its output folder.
         continues: whether `--init` is understood.
+        upcycles: whether it starts from a whole pipeline (name, folder or Hub id) and its own samples.
     """
 
     summary: str
@@ -30,6 +31,7 @@ class RecipeEntry:
     needs: str = ""
     part: str = ""
     continues: bool = False
+    upcycles: bool = False
 
 
 RECIPES: dict[str, RecipeEntry] = {
@@ -70,6 +72,18 @@ RECIPES: dict[str, RecipeEntry] = {
         part="model",
         continues=True,
     ),
+    "dc-graft": RecipeEntry(
+        "stage 1 of upcycling a trained Z-Image or DiT: the new parts learn from the original",
+        {"steps": 5000, "batch_size": 64, "accumulate": 4, "lr": 1e-3},
+        continues=True,
+        upcycles=True,
+    ),
+    "dc-finetune": RecipeEntry(
+        "stage 2 of upcycling: everything but the embeddings, for many compute budgets",
+        {"steps": 10000, "batch_size": 64, "accumulate": 4, "lr": 5e-4},
+        continues=True,
+        upcycles=True,
+    ),
     "dc-dense": RecipeEntry(
         "the same transformer without dynamic chunking, its baseline",
         {"steps": 8000, "batch_size": 64, "accumulate": 4, "lr": 2e-3},
@@ -93,7 +107,9 @@ def train_config(name: str, output_dir: Path, **overrides: Any) -> TrainConfig:
     return replace(config, **{key: value for key, value in overrides.items() if value is not None})
 
 
-def build_recipe(name: str, seed: int, part: Path | None = None, init: Path | None = None) -> Recipe:
+def build_recipe(
+    name: str, seed: int, part: Path | None = None, init: Path | None = None, data: Path | None = None
+) -> Recipe:
     """Build a recipe.
 
     Args:
@@ -101,11 +117,16 @@ def build_recipe(name: str, seed: int, part: Path | None = None, init: Path | No
         seed: seed of weights and data.
         part: folder of the trained part that the recipe needs (VAE or VQ).
         init: folder of a model to go on from.
+        data: folder of the samples that upcycling learns from (`fastgen.training.samples`).
 
     Raises:
         FastgenError: unknown recipe, or a folder that is missing, absent or not understood.
     """
     entry = _entry(name)
+    if entry.upcycles:
+        return _upcycling(name, seed, part, init, data)
+    if data is not None:
+        raise FastgenError(f"recipe {name} renders its data and takes no --data")
     if entry.needs and part is None and (init is None or entry.needs == "z-image"):
         raise FastgenError(
             f"recipe {name} needs --part FOLDER/{entry.part}, written by `fastgen train {entry.needs} -o FOLDER`"
@@ -164,6 +185,25 @@ def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) ->
 
 def _dc_dense(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return _dc(seed, part, init, dense=True)
+
+
+def _upcycling(name: str, seed: int, part: Path | None, init: Path | None, data: Path | None) -> Recipe:
+    if part is None or data is None:
+        raise FastgenError(
+            f"recipe {name} needs --part, a Z-Image or DiT pipeline (name, folder or Hub id), and --data, a folder of "
+            "its samples; with --prompts-file and --samples they are drawn"
+        )
+    if name == "dc-finetune" and init is None:
+        raise FastgenError(f"recipe {name} needs --init FOLDER/model/transformer, written by `fastgen train dc-graft`")
+    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.loading import load_pipeline
+    from fastgen.training.samples import Samples
+    from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
+
+    find_checkpoint(str(part))  # explains what is missing before anything is read
+    samples = Samples(data, seed)
+    kind = GraftRecipe if name == "dc-graft" else FinetuneRecipe
+    return kind(seed, load_pipeline(str(part), dtype="float32"), samples, init)
 
 
 _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {

@@ -12,18 +12,15 @@ from fastgen.models.tiny_z_image import build_pipeline
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.training.cards import inherit_records, write_defaults, write_record
+from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.vae import to_pixels
 
 STEPS = 12
 GUIDANCE_SCALE = 2.0
 """Defaults of `fastgen generate` with this model; `ZImagePipeline` computes cond + scale * (cond - uncond)."""
 
 _CAPTION_DROPOUT = 0.1
-_LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
-_UNIFORM_SHARE = 0.15
 _LAYOUT_WEIGHT = 0.5
-_METRIC_EXPONENT = 0.5
 _PROBE = 2  # the layout is read after the third of five blocks
 
 
@@ -38,71 +35,6 @@ def caption_tokens(tokenizer: Any, prompts: list[str]) -> dict[str, torch.Tensor
     # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
     tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-
-
-@torch.no_grad()
-def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scaled latents of uint8 images [n, H, W, 3], sampled from the VAE's posterior."""
-    vae.to(images.device)
-    posterior = vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-    latents = posterior.mean + posterior.std * noise
-    scaled: torch.Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return scaled.contiguous()
-
-
-def flow_matching_batch(
-    latents: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents at logit-normal noise levels, the levels sigma [n], and the target data - noise."""
-    n = len(latents)
-    sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
-    uniform = torch.rand(n, generator=generator)
-    sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
-    sigma = sigma.clamp(1e-3, 1.0).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    level = sigma[:, None, None, None]
-    return (1 - level) * latents + level * noise, sigma, latents - noise
-
-
-class TokenMetric:
-    """Squared error of the velocity, weighted by how much of it nothing can predict.
-
-    Any positive definite weighting of the error has the same minimiser, the posterior mean; they differ in how noisy
-    their gradients are. Latents are far from white: within a token the variance of the main directions is a thousand
-    times that of the last, and the large ones are background that no caption tells. Were tokens Gaussian with
-    covariance U diag(v) U^T, the error of the best velocity at noise level sigma would have the variance
-    v / ((1 - sigma)^2 v + sigma^2) along each column of U. Errors are divided by that, to the power `exponent`, which
-    is 1 for generalised least squares and 0 for the plain mean.
-
-    Args:
-        latents: [n, C, h, w], scaled; h and w even.
-        exponent: in [0, 1].
-    """
-
-    def __init__(self, latents: torch.Tensor, exponent: float) -> None:
-        tokens = _tokens(latents).flatten(0, 1).double()
-        variances, self.directions = torch.linalg.eigh(tokens.T.cov())
-        self.variances, self.directions = variances.clamp(min=1e-4).float(), self.directions.float()
-        self.exponent = exponent
-
-    def __call__(self, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Weighted mean square of each item's `error` [n, C, h, w] at noise levels `sigma` [n]; about 1 when all that
-        can be predicted is."""
-        variances, directions = self.variances.to(error.device), self.directions.to(error.device)
-        level = sigma[:, None]
-        expected = variances / ((1 - level).square() * variances + level.square())
-        weights = expected.pow(-self.exponent)
-        weights = weights / (weights * expected).mean(dim=-1, keepdim=True)
-        squares = (_tokens(error) @ directions).square().mean(dim=1)
-        return (squares * weights).mean(dim=-1)
-
-
-def _tokens(latents: torch.Tensor) -> torch.Tensor:
-    """The 2x2 patches of [n, C, h, w] as [n, h w / 4, 4 C]."""
-    n, channels, height, width = latents.shape
-    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
-    return patches.reshape(n, -1, 4 * channels)
 
 
 class ZImageModule(torch.nn.Module):
@@ -160,9 +92,7 @@ class ZImageRecipe:
         self.vae = self.pipe.vae.eval().requires_grad_(False)
         self.data = ShapesWorld(seed + 303)
         images = torch.from_numpy(self.data.batch(256, 10_000_000).images)
-        self.metric = TokenMetric(
-            encode_latents(self.vae, images, torch.Generator().manual_seed(seed)), _METRIC_EXPONENT
-        )
+        self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
 
     def build(self) -> ZImageModule:
         """Transformer and text encoder; the VAE stays frozen."""
@@ -200,17 +130,9 @@ class ZImageRecipe:
             batch["patch_shapes"],
             batch["patch_colors"],
         )
-        difference = output.float() - target
-        weighted = self.metric(difference, sigma)
-        error = difference.detach().square().mean(dim=(1, 2, 3))
-        high = error[sigma > 0.7]
-        numbers = {
-            "velocity": float(error.mean()),
-            "weighted": float(weighted.detach().mean()),
-            "high_noise": float(high.mean()) if len(high) else float("nan"),
-            "layout": float(layout.detach()),
-        }
-        return weighted.mean() + _LAYOUT_WEIGHT * layout, numbers
+        loss, numbers = self.metric.loss(output, target, sigma)
+        numbers["layout"] = float(layout.detach())
+        return loss + _LAYOUT_WEIGHT * layout, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole pipeline in half precision, loadable by stock diffusers."""

@@ -1,0 +1,188 @@
+"""What the two kinds of upcycled models have in common for training: corrupt, predict, judge.
+
+A family pairs a frozen original (the teacher) with its upcycled student. Z-Image is trained by flow matching under
+captions, DiT by DDPM with learned variance under classes; distillation and finetuning read the same either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline, ZImagePipeline
+from torch import Tensor
+
+from fastgen.models.chunking import TailDrop
+from fastgen.models.dc_dit import DCTransformerOutput
+from fastgen.models.upcycle import DCModel
+from fastgen.training.ddpm import GaussianDiffusion
+from fastgen.training.flow_matching import flow_matching_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Noisy:
+    """Corrupted latents.
+
+    Attributes:
+        latents: x_t [n, C, h, w].
+        level: what the transformer is told: 1 - sigma (flow matching) or the step (DDPM), [n].
+        start, noise: what they were made of.
+    """
+
+    latents: Tensor
+    level: Tensor
+    start: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What the teacher's ends say at every patch of 2 x 2 positions.
+
+    Attributes:
+        prediction: [n, C', h, w].
+        embedded: tokens before the first block, without position embedding, [n, h w / 4, D].
+        final: what the last projection reads, [n, h w / 4, D].
+    """
+
+    prediction: Tensor
+    embedded: Tensor
+    final: Tensor
+
+
+class Family(Protocol):
+    """Teacher, conditioning and loss of one kind of model."""
+
+    teacher: Any
+    frozen: tuple[str, ...]
+    """Names of the student's timestep and condition embeddings: frozen when it is finetuned (section 10)."""
+
+    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+        """Inputs of teacher and student for prompts or classes, the dropped ones unconditional."""
+
+    def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
+        """Noise at random levels."""
+
+    def teach(self, noisy: Noisy, conditions: dict[str, Any]) -> Activations:
+        """The teacher's forward pass."""
+
+    def predict(
+        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+    ) -> tuple[Tensor, DCTransformerOutput]:
+        """The student's prediction [n, C', h, w] and everything it tells."""
+
+    def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
+        """The diffusion loss, [n]."""
+
+
+def family_of(pipe: DiffusionPipeline) -> Family:
+    """The family of a trained pipeline.
+
+    Raises:
+        ValueError: a pipeline that cannot be upcycled.
+    """
+    if isinstance(pipe, ZImagePipeline):
+        return ZImageFamily(pipe)
+    if isinstance(pipe, DiTPipeline):
+        return DiTFamily(pipe)
+    raise ValueError(f"pipeline: {type(pipe).__name__} cannot be upcycled; needs a ZImagePipeline or a DiTPipeline")
+
+
+class _Ends:
+    """Reads what the first and the last layer of a transformer say in a forward pass."""
+
+    def __init__(self, first: torch.nn.Module, last: torch.nn.Module) -> None:
+        self.first, self.last = first, last
+
+    def __enter__(self) -> _Ends:
+        def embedded(module: Any, inputs: Any, output: Tensor) -> None:
+            self.embedded = output
+
+        def final(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.final = inputs[0]
+
+        self.hooks = self.first.register_forward_hook(embedded), self.last.register_forward_pre_hook(final)
+        return self
+
+    def __exit__(self, *arguments: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class ZImageFamily:
+    """Z-Image: captions, flow matching."""
+
+    frozen: tuple[str, ...] = ("t_embedder", "cap_embedder", "cap_pad_token")
+
+    def __init__(self, pipe: ZImagePipeline) -> None:
+        self.pipe, self.teacher = pipe, pipe.transformer
+
+    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+        prompts = ["" if drop else text for text, drop in zip(labels, dropped, strict=True)]
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, device=self.teacher.device, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        return {"cap_feats": [features.float() for features in embeds]}
+
+    def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
+        noisy, sigma, target = flow_matching_batch(latents, generator)
+        return Noisy(noisy, 1 - sigma, latents, latents - target)
+
+    def teach(self, noisy: Noisy, conditions: dict[str, Any]) -> Activations:
+        n, _, height, width = noisy.latents.shape
+        tokens, last = height * width // 4, self.teacher.all_final_layer["2-1"].linear
+        captions = [features.to(self.teacher.dtype) for features in conditions["cap_feats"]]
+        images = list(noisy.latents[:, :, None].to(self.teacher.dtype).unbind(0))
+        with torch.no_grad(), _Ends(self.teacher.all_x_embedder["2-1"], last) as ends:
+            sample = self.teacher(images, noisy.level, captions).sample
+        # All images' patches in one sequence, each image padded; the last layer reads the padded caption as well.
+        padded = ends.embedded.view(n, -1, ends.embedded.shape[-1])
+        return Activations(torch.stack(sample).squeeze(2), padded[:, :tokens], ends.final[:, :tokens])
+
+    def predict(
+        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+    ) -> tuple[Tensor, DCTransformerOutput]:
+        images = list(noisy.latents[:, :, None].unbind(0))
+        output = student(images, noisy.level, **conditions, tail_drop=tail_drop, output_chunks=True)
+        return torch.stack(list(output.sample)).squeeze(2), output
+
+    def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
+        target = noisy.start - noisy.noise
+        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+
+
+class DiTFamily:
+    """DiT: classes, DDPM with learned variance."""
+
+    frozen: tuple[str, ...] = ("embedder",)
+
+    def __init__(self, pipe: DiTPipeline) -> None:
+        self.teacher = pipe.transformer
+        self.diffusion = GaussianDiffusion(pipe.scheduler.betas)
+
+    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+        none = self.teacher.config.num_embeds_ada_norm
+        classes = [none if drop else int(label) for label, drop in zip(labels, dropped, strict=True)]
+        return {"class_labels": torch.tensor(classes, device=self.teacher.device)}
+
+    def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
+        step = torch.randint(self.diffusion.steps, (len(latents),), generator=generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        return Noisy(self.diffusion.corrupt(latents, noise, step), step, latents, noise)
+
+    def teach(self, noisy: Noisy, conditions: dict[str, Any]) -> Activations:
+        embed = self.teacher.pos_embed
+        with torch.no_grad(), _Ends(embed, self.teacher.proj_out_2) as ends:
+            latents = noisy.latents.to(self.teacher.dtype)
+            sample = self.teacher(latents, timestep=noisy.level, **conditions).sample
+        return Activations(sample, ends.embedded - embed.pos_embed.to(ends.embedded.dtype), ends.final)
+
+    def predict(
+        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+    ) -> tuple[Tensor, DCTransformerOutput]:
+        output = student(noisy.latents, noisy.level, **conditions, tail_drop=tail_drop, output_chunks=True)
+        return output.sample, output
+
+    def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
+        return self.diffusion.loss(prediction, noisy.start, noisy.noise, noisy.level)

@@ -1,0 +1,92 @@
+"""Flow matching of latents: what a model is given, what it shall say, and how its error counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastgen.training.vae import to_pixels
+
+_LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
+_UNIFORM_SHARE = 0.15
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Scaled latents of uint8 images [n, H, W, 3], sampled from the VAE's posterior."""
+    vae.to(images.device)
+    posterior = vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
+    latents = posterior.mean + posterior.std * noise
+    scaled: torch.Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return scaled.contiguous()
+
+
+def flow_matching_batch(
+    latents: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents at logit-normal noise levels, the levels sigma [n], and the target data - noise."""
+    n = len(latents)
+    sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
+    uniform = torch.rand(n, generator=generator)
+    sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
+    sigma = sigma.clamp(1e-3, 1.0).to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    level = sigma[:, None, None, None]
+    return (1 - level) * latents + level * noise, sigma, latents - noise
+
+
+class TokenMetric:
+    """Squared error of the velocity, weighted by how much of it nothing can predict.
+
+    Any positive definite weighting of the error has the same minimiser, the posterior mean; they differ in how noisy
+    their gradients are. Latents are far from white: within a token the variance of the main directions is a thousand
+    times that of the last, and the large ones are background that no caption tells. Were tokens Gaussian with
+    covariance U diag(v) U^T, the error of the best velocity at noise level sigma would have the variance
+    v / ((1 - sigma)^2 v + sigma^2) along each column of U. Errors are divided by that, to the power `exponent`, which
+    is 1 for generalised least squares and 0 for the plain mean.
+
+    Args:
+        latents: [n, C, h, w], scaled; h and w even.
+        exponent: in [0, 1]. From one checkpoint of the tiny Z-Image, 400 steps with 0.5 lowered even the plain error
+            on fresh renders further than 400 with 0 (at sigma 0.8, on objects: by 1.6 % and 1.1 %).
+    """
+
+    def __init__(self, latents: torch.Tensor, exponent: float = 0.5) -> None:
+        tokens = _tokens(latents).flatten(0, 1).double()
+        variances, self.directions = torch.linalg.eigh(tokens.T.cov())
+        self.variances, self.directions = variances.clamp(min=1e-4).float(), self.directions.float()
+        self.exponent = exponent
+
+    def __call__(self, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Weighted mean square of each item's `error` [n, C, h, w] at noise levels `sigma` [n]; about 1 when all that
+        can be predicted is."""
+        variances, directions = self.variances.to(error.device), self.directions.to(error.device)
+        level = sigma[:, None]
+        expected = variances / ((1 - level).square() * variances + level.square())
+        weights = expected.pow(-self.exponent)
+        weights = weights / (weights * expected).mean(dim=-1, keepdim=True)
+        squares = (_tokens(error) @ directions).square().mean(dim=1)
+        return (squares * weights).mean(dim=-1)
+
+    def loss(
+        self, output: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The mean over a batch, and numbers for the log: it and the plain error, of all and of noisy items."""
+        difference = output.float() - target
+        weighted = self(difference, sigma).mean()
+        plain = difference.detach().square().mean(dim=(1, 2, 3))
+        noisy = plain[sigma > 0.7]
+        return weighted, {
+            "weighted": float(weighted.detach()),
+            "velocity": float(plain.mean()),
+            "high_noise": float(noisy.mean()) if len(noisy) else float("nan"),
+        }
+
+
+def _tokens(latents: torch.Tensor) -> torch.Tensor:
+    """The 2x2 patches of [n, C, h, w] as [n, h w / 4, 4 C]."""
+    n, channels, height, width = latents.shape
+    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(n, -1, 4 * channels)

@@ -1,0 +1,152 @@
+"""A trained pipeline's own samples as training data: latents with their prompts or classes, in a folder of shards.
+
+    <folder>/samples.json             what was asked; a folder never continues under other settings
+    <folder>/00000.safetensors        up to 64 samples: latents as the transformer sees them, float16
+
+Shards are written atomically and every sample has a seed of its own, so an interrupted run goes on where it stopped
+and ends with the files of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline, ZImagePipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgen.errors import FastgenError
+from fastgen.io import atomic_write_json, check_writable, read_json
+
+_SHARD = 64
+
+
+class Samples:
+    """Random access to the samples of a folder, in an order of its own for every pass.
+
+    Args:
+        folder: written by `draw_samples`.
+        seed: of the order.
+
+    Raises:
+        FastgenError: the folder holds no samples, or not all of them.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        if not (folder / "samples.json").is_file():
+            raise FastgenError(f"{folder}: holds no samples (samples.json is missing)")
+        self.folder, self.seed = folder, seed
+        self.count = int(read_json(folder / "samples.json")["count"])
+        if absent := [index for index in range(-(-self.count // _SHARD)) if not _shard(folder, index).is_file()]:
+            raise FastgenError(f"{folder}: {len(absent)} shards are missing; draw them by the command that began it")
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._labels: dict[int, list[Any]] = {}
+
+    def batch(self, start: int, size: int) -> tuple[Tensor, list[Any]]:
+        """Latents float32 [size, C, h, w] and labels of items start … start + size - 1; item i of pass k is a random
+        sample that the pass has not shown yet."""
+        pairs = [self._item(index) for index in range(start, start + size)]
+        return torch.stack([latents for latents, _ in pairs]), [label for _, label in pairs]
+
+    def _item(self, index: int) -> tuple[Tensor, Any]:
+        turn, place = divmod(index, self.count)
+        if self._order[0] != turn:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            self._order = turn, torch.randperm(self.count, generator=generator)
+        shard, row = divmod(int(self._order[1][place]), _SHARD)
+        with safe_open(_shard(self.folder, shard), "pt") as file:  # mapped: only the one row is read
+            latents = file.get_slice("latents")[row : row + 1][0]
+            if shard not in self._labels:
+                self._labels[shard] = json.loads(file.metadata()["labels"])
+        return latents.float(), self._labels[shard][row]
+
+
+def draw_samples(
+    pipe: DiffusionPipeline,
+    folder: Path,
+    labels: Sequence[str | int],
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> Samples:
+    """Draw what is missing of `count` samples; label k mod len(labels) belongs to sample k.
+
+    Args:
+        pipe: a `ZImagePipeline` (labels are prompts) or a `DiTPipeline` (labels are classes).
+        folder: created when missing.
+        labels: prompts or classes.
+        count: samples in all.
+        seed: sample k is drawn from a generator seeded with seed + k.
+        batch_size: samples a call.
+        report: told (done, total).
+        settings: further arguments of the pipeline, `num_inference_steps`, `guidance_scale`, `height`, `width`.
+
+    Raises:
+        FastgenError: the folder holds other samples, or is not writable.
+        ValueError: no labels, count or batch size below 1, or another pipeline.
+    """
+    if not labels or count < 1 or batch_size < 1:
+        raise ValueError(f"need labels, count >= 1 and batch_size >= 1; got {len(labels)}, {count}, {batch_size}")
+    if not isinstance(pipe, ZImagePipeline | DiTPipeline):
+        raise ValueError(f"pipe: {type(pipe).__name__} cannot be upcycled; needs a ZImagePipeline or a DiTPipeline")
+    check_writable(folder)
+    digest = hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
+    asked = {"count": count, "seed": seed, "labels_sha256": digest, "settings": settings}
+    path = folder / "samples.json"
+    if path.is_file() and read_json(path) != asked:
+        raise FastgenError(f"{folder}: holds samples of other labels or settings; choose another folder")
+    atomic_write_json(path, asked)
+    for index in range(-(-count // _SHARD)):
+        numbers = range(index * _SHARD, min(count, (index + 1) * _SHARD))
+        if not _shard(folder, index).is_file():
+            _write_shard(pipe, _shard(folder, index), labels, numbers, seed, batch_size, settings)
+        report(numbers.stop, count)
+    return Samples(folder, seed)
+
+
+def _write_shard(
+    pipe: Any,
+    path: Path,
+    labels: Sequence[str | int],
+    numbers: range,
+    seed: int,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> None:
+    parts, own = [], [labels[number % len(labels)] for number in numbers]
+    for first in range(0, len(own), batch_size):
+        part = own[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(seed + numbers[first + i]) for i in range(len(part))]
+        draw = _z_image_latents if isinstance(pipe, ZImagePipeline) else _dit_latents
+        parts.append(draw(pipe, part, generators, settings))
+    temporary = path.with_suffix(".tmp")
+    save_file({"latents": torch.cat(parts).half().contiguous()}, temporary, {"labels": json.dumps(own)})
+    os.replace(temporary, path)
+
+
+def _z_image_latents(pipe: Any, prompts: list[Any], generators: list[Any], settings: dict[str, Any]) -> Tensor:
+    latents: Tensor = pipe(prompts, generator=generators, output_type="latent", **settings).images
+    return latents.float().cpu()
+
+
+@torch.no_grad()
+def _dit_latents(pipe: Any, classes: list[Any], generators: list[Any], settings: dict[str, Any]) -> Tensor:
+    """The stock pipeline only hands out pictures: they are encoded again."""
+    pictures = pipe(list(classes), generator=generators, output_type="np", **settings).images
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(pipe.vae.device, pipe.vae.dtype) * 2 - 1
+    mean: Tensor = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    return mean.float().cpu()
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.safetensors"
