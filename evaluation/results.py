@@ -107,6 +107,21 @@ def data_markdown(data: dict[str, Any]) -> str:
     return table + "\n" + provenance(data) + "\n"
 
 
+def dc_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench dc`: forward time and FLOPs against the dense model."""
+    rows = []
+    for row in data["rows"]:
+        rho = "" if row["tail_drop"] is None else f"{row['tail_drop']:g}"
+        cells = [row["size"], str(row["batch"]), row["variant"], rho, f"{row['flops'] / 1e9:.1f}"]
+        rows.append([*cells, *_three(row["seconds"]), f"{row['flop_ratio']:.3f}", f"{row['time_ratio']:.3f}"])
+    header = ["size", "batch", "variant", "tail drop", "GFLOPs", "s p20", "p50", "p80", "FLOP ratio", "time ratio"]
+    settings = data["settings"]
+    where = f"{settings['image_size']} pixels, {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}"
+    return f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n" + (
+        markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    )
+
+
 def _three(values: dict[str, float], digits: int = 3) -> list[str]:
     return [f"{values[name]:.{digits}f}" for name in ("p20", "p50", "p80")]
 
@@ -170,6 +185,7 @@ def results_page(folder: Path) -> str:
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),
+        ("bench-dc", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:
             parts.append(

@@ -1,4 +1,6 @@
-"""Do saved FLOPs become time? One forward pass of DC-DiT at the paper's sizes against the dense DiT, random weights.
+"""Do saved FLOPs become time? One forward pass with dynamic chunking against the dense model, random weights.
+
+Sizes are the paper's DiTs and Z-Image's.
 
 No checkpoint is needed: the kept ratio is forced by a token budget. All variants of a size and batch run in turn in
 every round, so that a slow moment of the machine meets all of them; the ratio of medians is what counts.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +21,10 @@ from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.models.dc_dit import PRESETS, DCDiTTransformer2DModel
+from fastgen.models.upcycle import upcycle
 
+Z_IMAGE = "z-image"
+Z_IMAGE_CONFIG: dict[str, Any] = {}  # diffusers' defaults are the published model's
 KEPT = 0.25  # 1 / N, the share that the ratio loss asks for
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +44,7 @@ def benchmark_dc_speed(
     """Run the benchmark.
 
     Args:
-        sizes: of `DCDiTTransformer2DModel.from_preset`.
+        sizes: of `DCDiTTransformer2DModel.from_preset`, or "z-image".
         batches: samples of a forward pass.
         tail_drops: rho; round((1 - rho) L / 4) tokens are kept.
         image_size: pixels; latents have an eighth of it, the dense model patches of 2.
@@ -56,20 +62,26 @@ def benchmark_dc_speed(
     for name, values in (("batches", batches), ("runs", (runs,))):
         if not values or min(values) < 1:
             raise FastgenError(f"{name}: {list(values)} is not allowed, needs integers >= 1")
-    if unknown := [size for size in sizes if size not in PRESETS]:
-        raise FastgenError(f"sizes: {unknown[0]!r} is unknown, choose of {', '.join(PRESETS)}")
+    known = (*PRESETS, Z_IMAGE)
+    if unknown := [size for size in sizes if size not in known]:
+        raise FastgenError(f"sizes: {unknown[0]!r} is unknown, choose of {', '.join(known)}")
+    if image_size < 16 or image_size % 16:
+        raise FastgenError(f"image_size: {image_size} is not allowed, needs a multiple of 16")
+    if dtype not in _DTYPES:
+        raise FastgenError(f"dtype: {dtype!r} is not allowed, choose of {', '.join(_DTYPES)}")
     if not all(0 <= rho < 1 for rho in tail_drops):
         raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
     rows = []
     for size in sizes:
-        dense, chunked = _models(size, image_size, device, _DTYPES[dtype])
-        _check(chunked, size)
+        pair = _z_image(image_size) if size == Z_IMAGE else _dit(size, image_size)
+        pair = replace(pair, dense=_placed(pair.dense, device, dtype), chunked=_placed(pair.chunked, device, dtype))
+        _check(pair, size)
         if compile:
-            for model in (dense, chunked):
+            for model in (pair.dense, pair.chunked):
                 model.compile_repeated_blocks(fullgraph=True, dynamic=True)
         for batch in batches:
             report(f"{size}, batch {batch}")
-            rows += _rows(size, dense, chunked, batch, tail_drops, runs)
+            rows += _rows(size, pair, batch, tail_drops, runs)
     return {
         "benchmark": "dc-speed",
         "environment": environment(),
@@ -85,67 +97,106 @@ def benchmark_dc_speed(
     }
 
 
-def _models(size: str, image_size: int, device: str, dtype: torch.dtype) -> tuple[Any, DCDiTTransformer2DModel]:
+@dataclass(frozen=True)
+class _Pair:
+    """A dense model and its counterpart with dynamic chunking.
+
+    Attributes:
+        inputs: (model, batch) -> arguments of its forward pass.
+        positions: of a sample's latents.
+    """
+
+    dense: Any
+    chunked: Any
+    inputs: Callable[[Any, int], tuple[Any, ...]]
+    positions: int
+
+
+def _placed(model: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module:
+    return model.eval().to(device, _DTYPES[dtype])
+
+
+def _dit(size: str, image_size: int) -> _Pair:
     from diffusers import DiTTransformer2DModel
 
     layers, dim, heads = PRESETS[size]
+    side = image_size // 8
     dense = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=dim // heads,
         num_layers=layers,
         in_channels=4,
         out_channels=8,
-        sample_size=image_size // 8,
+        sample_size=side,
     )
     # diffusers gives every block its own copy of one embedding, and computes it as often; a DiT has one.
     for block in dense.transformer_blocks[1:]:
         block.norm1.emb = dense.transformer_blocks[0].norm1.emb
-    chunked = DCDiTTransformer2DModel.from_preset(size, image_size)
-    return dense.eval().to(device, dtype), chunked.eval().to(device, dtype)
+
+    def inputs(model: Any, batch: int) -> tuple[Any, ...]:
+        index = torch.arange(batch, device=model.device)
+        return _noise(model, batch, 4, side), index * 7 % 1000, index % 1000
+
+    return _Pair(dense, DCDiTTransformer2DModel.from_preset(size, image_size), inputs, side * side)
 
 
-def _inputs(model: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    side = model.config.sample_size
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, 4, side, side, generator=generator).to(model.device, model.dtype)
-    index = torch.arange(batch, device=model.device)
-    return latents, index * 7 % 1000, index % 1000
+def _z_image(image_size: int) -> _Pair:
+    """Z-Image under captions of 64 tokens; both forward passes take the same arguments."""
+    from diffusers import ZImageTransformer2DModel
+
+    side = image_size // 8
+    dense = ZImageTransformer2DModel(**Z_IMAGE_CONFIG)
+    for name in ("x_pad_token", "cap_pad_token"):  # left uninitialised by diffusers
+        torch.nn.init.zeros_(getattr(dense, name))
+
+    def inputs(model: Any, batch: int) -> tuple[Any, ...]:
+        captions = torch.randn(64, model.config.cap_feat_dim, generator=torch.Generator().manual_seed(1))
+        images = list(_noise(model, batch, model.config.in_channels, side)[:, :, None].unbind(0))
+        time = torch.linspace(0.1, 0.9, batch, device=model.device, dtype=model.dtype)
+        return images, time, [captions.to(model.device, model.dtype)] * batch
+
+    return _Pair(dense, upcycle(dense), inputs, side * side)
+
+
+def _noise(model: Any, batch: int, channels: int, side: int) -> torch.Tensor:
+    noise = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
+    return noise.to(model.device, model.dtype)
 
 
 @torch.no_grad()
-def _check(model: DCDiTTransformer2DModel, size: str) -> None:
+def _check(pair: _Pair, size: str) -> None:
     """No time is worth taking of a wrong result: a batch of unequal lengths equals its samples alone."""
-    latents, timestep, labels = _inputs(model, 2)
-    both = model(latents, timestep, labels, tail_drop=[0.0, 0.5]).sample
+    arguments = pair.inputs(pair.chunked, 2)
+    both = pair.chunked(*arguments, tail_drop=[0.0, 0.5]).sample
     for i, rho in enumerate((0.0, 0.5)):
-        alone = model(latents[i : i + 1], timestep[i : i + 1], labels[i : i + 1], tail_drop=rho).sample
+        alone = pair.chunked(*(value[i : i + 1] for value in arguments), tail_drop=rho).sample
         error = (both[i] - alone[0]).abs().max()
-        if error > 0.01 * alone.abs().max() + 1e-6:
-            raise FastgenError(f"DC-DiT-{size}: a batch differs from its samples alone by {float(error):.2g}")
+        if error > 0.01 * alone[0].abs().max() + 1e-6:
+            raise FastgenError(f"{size}: a batch differs from its samples alone by {float(error):.2g}")
 
 
 @torch.no_grad()
-def _rows(
-    size: str, dense: Any, chunked: Any, batch: int, tail_drops: Sequence[float], runs: int
-) -> list[dict[str, Any]]:
-    latents, timestep, labels = _inputs(chunked, batch)
-    positions = latents.shape[2] * latents.shape[3]
+def _rows(size: str, pair: _Pair, batch: int, tail_drops: Sequence[float], runs: int) -> list[dict[str, Any]]:
+    arguments = pair.inputs(pair.dense, batch)
+    keywords = ("hidden_states", "timestep", "class_labels") if size != Z_IMAGE else ("x", "t", "cap_feats")
+    named = dict(zip(keywords, arguments, strict=True))
     variants: list[tuple[dict[str, Any], Callable[[], Any]]] = [
-        ({"variant": "dense", "tail_drop": None}, partial(dense, latents, timestep=timestep, class_labels=labels))
+        ({"variant": "dense", "tail_drop": None}, partial(pair.dense, **named))
     ]
     for rho in tail_drops:
-        budget = max(1, round(positions * KEPT * (1 - rho)))
+        budget = max(1, round(pair.positions * KEPT * (1 - rho)))
         variants.append(
             (
                 {"variant": "dc", "tail_drop": rho, "token_budget": budget},
-                partial(chunked, latents, timestep, labels, token_budget=budget),
+                partial(pair.chunked, **named, token_budget=budget),
             )
         )
+    device = next(pair.dense.parameters()).device
     flops = [_flops(work) for _, work in variants]  # a warm-up as well
     seconds: list[list[float]] = [[] for _ in variants]
     for turn in range(runs + 1):
         for place, (_, work) in enumerate(variants):
-            taken = _seconds(work, latents.device)
+            taken = _seconds(work, device)
             if turn > 0:
                 seconds[place].append(taken)
     base = percentiles(seconds[0])["p50"]

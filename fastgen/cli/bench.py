@@ -91,6 +91,49 @@ def data(
     _publish(result, out, as_json, data_markdown(result))
 
 
+@app.command("dc")
+def dc(
+    size: Annotated[
+        list[str] | None, typer.Option(help="S, B, L, XL (DiT) or z-image; repeat. Default: S and B.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Samples of a forward pass; repeat. Default: 1 and 8.")
+    ] = None,
+    tail_drop: Annotated[
+        list[float] | None, typer.Option(help="Shares to drop of a quarter of all tokens; repeat. Default: 0, .3, .6.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels.")] = 256,
+    runs: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile all blocks.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names
+
+    check_names(device, dtype)
+    if out is not None:
+        check_writable(out.parent)
+    from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
+    from fastgen.evaluation.results import dc_markdown
+
+    result = benchmark_dc_speed(
+        size or ("S", "B"),
+        batch or (1, 8),
+        tail_drop or (0.0, 0.3, 0.6),
+        image_size=image_size,
+        runs=runs,
+        compile=compile,
+        device=device,
+        dtype=dtype,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    _publish(result, out, as_json, dc_markdown(result))
+
+
 def _publish(result: dict[str, Any], out: Path | None, as_json: bool, table: str) -> None:
     """Write the JSON file, and print JSON or the table."""
     from fastgen.io import atomic_write_json

@@ -106,7 +106,7 @@ class HeldChunksMixin(CacheMixin):
 
     def _cache_states(self) -> Iterator[StateManager]:
         """States of the caches that are attached to any block."""
-        for module in self.modules():  # type: ignore[attr-defined]
+        for module in self.modules():
             registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
             hooks: dict[str, ModelHook] = {} if registry is None else registry.hooks
             for hook in hooks.values():
