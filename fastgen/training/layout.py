@@ -17,16 +17,18 @@ from fastgen.data.shapes import COLORS, SHAPES, ShapesBatch
 _COVERED = 0.25  # share of a patch that an object must cover to name it
 
 
-def patch_labels(batch: ShapesBatch, patch: int) -> dict[str, torch.Tensor]:
+def patch_labels(batch: ShapesBatch, patch: int, upcoming: bool = False) -> dict[str, torch.Tensor]:
     """Labels of the `patch` x `patch` pixel patches in raster order.
 
     Args:
         batch: renders with truth.
         patch: side of a patch in pixels; a divisor of the image side.
+        upcoming: label also what an autoregressive model has to plan: the object that begins next.
 
     Returns:
         "patch_shapes" and "patch_colors", int64 [n, patches]: 0 background, 1 + index into SHAPES or COLORS of the
-        object that covers most of the patch (and at least a quarter of it).
+        object that covers most of the patch (and at least a quarter of it). With `upcoming` also "next_shapes" and
+        "next_colors": of the first object that begins in this patch or a later one, 0 when none does.
     """
     n, side = batch.instances.shape[:2]
     grid = side // patch
@@ -39,10 +41,21 @@ def patch_labels(batch: ShapesBatch, patch: int) -> dict[str, torch.Tensor]:
         for slot, item in enumerate(scene):
             shapes[index, slot + 1] = SHAPES.index(item.shape) + 1
             colors[index, slot + 1] = COLORS.index(item.color) + 1
+    owners = {"patch": owner, "next": _upcoming(owner, slots)} if upcoming else {"patch": owner}
     return {
-        "patch_shapes": torch.from_numpy(np.take_along_axis(shapes, owner, axis=1)),
-        "patch_colors": torch.from_numpy(np.take_along_axis(colors, owner, axis=1)),
+        f"{kind}_{name}": torch.from_numpy(np.take_along_axis(values, who, axis=1))
+        for kind, who in owners.items()
+        for name, values in (("shapes", shapes), ("colors", colors))
     }
+
+
+def _upcoming(owner: np.ndarray, slots: int) -> np.ndarray:
+    """For each patch [n, P] the object (1 …) whose first patch comes next, from this one on; 0 for none."""
+    patches = owner.shape[1]
+    present = owner[:, None, :] == np.arange(1, slots + 1)[None, :, None]
+    first = np.where(present.any(axis=2), present.argmax(axis=2), -1)[:, None, :]  # [n, 1, slots]
+    ahead = np.where(first >= np.arange(patches)[None, :, None], first, patches)
+    return np.where(ahead.min(axis=2) < patches, ahead.argmin(axis=2) + 1, 0)
 
 
 class LayoutHead(torch.nn.Module):

@@ -28,6 +28,29 @@ def test_labels_equal_a_patch_by_patch_count(patch: int) -> None:
             assert (int(labels["patch_shapes"][n, index]), int(labels["patch_colors"][n, index])) == (shape, color)
 
 
+def test_upcoming_objects_are_those_that_begin_from_a_patch_on() -> None:
+    """Against a walk over the patches from the last to the first."""
+    batch = ShapesWorld(23).batch(40)
+    labels = patch_labels(batch, 4, upcoming=True)
+    for n, scene in enumerate(batch.scenes):
+        owners = []
+        for index in range(256):
+            row, column = divmod(index, 16)
+            area = batch.instances[n, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+            counts = [int((area == slot + 1).sum()) for slot in range(len(scene))]
+            owners.append(int(np.argmax(counts)) if max(counts) >= 4 else None)
+        begun, coming = None, [None] * 256
+        for index in reversed(range(256)):
+            if owners[index] is not None and owners[index] not in owners[:index]:
+                begun = owners[index]
+            coming[index] = begun
+        for index, slot in enumerate(coming):
+            shape, color = (0, 0) if slot is None else (
+                SHAPES.index(scene[slot].shape) + 1, COLORS.index(scene[slot].color) + 1
+            )  # fmt: skip
+            assert (int(labels["next_shapes"][n, index]), int(labels["next_colors"][n, index])) == (shape, color)
+
+
 def test_an_untrained_head_is_uniform_and_it_can_learn() -> None:
     """With zero weights the loss is log 9 + log 9; hidden states that hold the labels can be read out."""
     labels = patch_labels(ShapesWorld(22).batch(8), 8)
