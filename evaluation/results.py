@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgen.errors import FastgenError
 from fastgen.evaluation.report import markdown_table, percent
 
 _MARK = "<!-- scores -->"
@@ -108,7 +109,7 @@ def data_markdown(data: dict[str, Any]) -> str:
 
 
 def dc_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench dc`: forward time and FLOPs against the dense model."""
+    """A result of `fastgen bench dc-speed`: forward time and FLOPs against the dense model."""
     rows = []
     for row in data["rows"]:
         rho = "" if row["tail_drop"] is None else f"{row['tail_drop']:g}"
@@ -120,6 +121,57 @@ def dc_markdown(data: dict[str, Any]) -> str:
     return f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n" + (
         markdown_table(header, rows) + "\n" + provenance(data) + "\n"
     )
+
+
+def dc_quality_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench dc`: scores against FLOPs and seconds."""
+    base, rows = data["rows"][0], []
+    for row in data["rows"]:
+        kept = "" if row["kept"] is None else percent(row["kept"])
+        distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
+        seconds = row["seconds"]["p50"]
+        rows.append(
+            [
+                *(row["variant"], kept, f"{row['flops'] / 1e9:.2f}", f"{row['flops'] / base['flops']:.3f}"),
+                *(f"{seconds:.4f}", f"{seconds / base['seconds']['p50']:.3f}"),
+                *(percent(row["score"]), percent(row["stderr"]), distance),
+            ]
+        )
+    header = ["variant", "kept %", "GFLOPs", "ratio", "s/picture", "ratio", "score", "± s.e.", "FD-shapes"]
+    return markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
+    """Score with its standard error against FLOPs and against seconds, one series a method.
+
+    Raises:
+        FastgenError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FastgenError("--plot: needs matplotlib; install fastgen[report]") from error
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        words = row["variant"].split()
+        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[:2])
+        series.setdefault(name + (" + Lite-CFG" if "lite-cfg" in words else ""), []).append(row)
+    for panel, label, value in zip(
+        panels,
+        ("GFLOPs a picture", "seconds a picture"),
+        (lambda row: row["flops"] / 1e9, lambda row: row["seconds"]["p50"]),
+        strict=True,
+    ):
+        for name, group in series.items():
+            scores, errors = ([100 * (row[key] or 0) for row in group] for key in ("score", "stderr"))
+            panel.errorbar([value(row) for row in group], scores, yerr=errors, marker="o", capsize=2, label=name)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ShapesWorld-GenEval (%)")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def _three(values: dict[str, float], digits: int = 3) -> list[str]:
@@ -185,11 +237,12 @@ def results_page(folder: Path) -> str:
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),
-        ("bench-dc", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
+        ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:
             parts.append(
-                f"## {title}\n\n`fastgen {name.replace('-', ' ')}`; seconds are wall-clock, n runs after "
+                f"## {title}\n\n`fastgen {name.replace('-', ' ', 1)}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"
             )
     if read("shapes-checker") is not None:

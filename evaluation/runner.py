@@ -53,6 +53,7 @@ class RunSettings:
         images_per_prompt: >= 1.
         seed: of the run; each image has a seed of its own, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
+        tail_drop, uncond_tail_drop, token_budget: compute budget of a model with dynamic chunking.
         device, dtype: as named by the user.
         batch_size: None when the pixels do not depend on it (batch-invariant generation, the default); a number makes
             rounding part of the run, and a resumed run then equals an uninterrupted one up to rounding only.
@@ -67,6 +68,9 @@ class RunSettings:
     device: str = "cpu"
     dtype: str = "auto"
     batch_size: int | None = None
+    tail_drop: float | None = None
+    uncond_tail_drop: float | None = None
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:

@@ -93,6 +93,56 @@ def data(
 
 @app.command("dc")
 def dc(
+    model: Annotated[str, typer.Option(help="Z-Image pipeline with dynamic chunking: folder or Hub id.")],
+    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")],
+    folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")],
+    tail_drop: Annotated[
+        list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="First-block cache and token merging.")] = True,
+    images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    runs: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="PNG of score against FLOPs and seconds (extra: report).")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking, its baseline, and peers."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+
+    check_names(device, "auto")
+    for name in (model, dense):
+        find_checkpoint(name)
+    for path in (out, plot):
+        if path is not None:
+            check_writable(path.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.dc_quality import TAIL_DROPS, benchmark_dc_quality
+        from fastgen.evaluation.results import dc_quality_markdown, dc_quality_plot
+
+        result = benchmark_dc_quality(
+            model,
+            dense,
+            folder,
+            tail_drops=tail_drop or TAIL_DROPS,
+            peers=peers,
+            images_per_prompt=images_per_prompt,
+            limit=limit,
+            batch_size=batch_size,
+            runs=runs,
+            device=device,
+            report=lambda line: typer.echo(line, err=True),
+        )
+        if plot is not None:
+            dc_quality_plot(result, plot)
+    _publish(result, out, as_json, dc_quality_markdown(result))
+
+
+@app.command("dc-speed")
+def dc_speed(
     size: Annotated[
         list[str] | None, typer.Option(help="S, B, L, XL (DiT) or z-image; repeat. Default: S and B.")
     ] = None,

@@ -49,6 +49,15 @@ def shapes(
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", help="Guidance; the model's default if not set.")
     ] = None,
+    tail_drop: Annotated[
+        float | None, typer.Option("--tail-drop", help="Share of tokens to drop (dynamic chunking).")
+    ] = None,
+    uncond_tail_drop: Annotated[
+        float | None, typer.Option("--uncond-tail-drop", help="The same for the unconditional branch (Lite-CFG).")
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option("--token-budget", help="Exact number of image tokens (dynamic chunking).")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")] = 32,
     batch_invariant: Annotated[
         bool,
@@ -78,6 +87,8 @@ def shapes(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes of a model, or of a folder of images."""
     _check_options(images_per_prompt, steps, guidance_scale, batch_size, seed, limit, sheet)
+    budget = {"tail_drop": tail_drop, "uncond_tail_drop": uncond_tail_drop, "token_budget": token_budget}
+    _check_budget(budget)
     if images is not None:
         _refuse_with_images({"--model": model, "--steps": steps, "--guidance-scale": guidance_scale, "--limit": limit})
     _check_device(device, dtype)
@@ -104,6 +115,7 @@ def shapes(
                 "device": device,
                 "dtype": dtype,
                 "batch_size": None if batch_invariant else batch_size,
+                **budget,
             }
             run = _open_run(model, settings, limit, out)
             folder = target = run.folder
@@ -226,6 +238,15 @@ def _check_options(
         raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
 
 
+def _check_budget(budget: dict[str, Any]) -> None:
+    """Refuse a budget that no model can take."""
+    from fastgen.pipelines.arguments import check_value
+
+    for name, value in budget.items():
+        if value is not None:
+            check_value(f"--{name.replace('_', '-')}", name, value)
+
+
 def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path | None) -> EvaluationRun:
     """The run in `out`; without one, in a folder of the working directory that is named after its settings, so that
     the same command continues the same run and another one starts its own."""
@@ -270,6 +291,9 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
             seeds,
             steps=run.settings.steps,
             guidance_scale=run.settings.guidance_scale,
+            tail_drop=run.settings.tail_drop,
+            uncond_tail_drop=run.settings.uncond_tail_drop,
+            token_budget=run.settings.token_budget,
             batch_size=batch_size,
             batch_invariant=run.settings.batch_size is None,
         )

@@ -50,7 +50,7 @@ def test_no_time_is_taken_of_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_command(tmp_path: Any, capsys: Any) -> None:
-    arguments = ["bench", "dc", "--size", "S", "--batch", "1", "--tail-drop", "0.5", "--image-size", "32"]
+    arguments = ["bench", "dc-speed", "--size", "S", "--batch", "1", "--tail-drop", "0.5", "--image-size", "32"]
     assert run([*arguments, "--runs", "1", "--out", str(tmp_path / "dc.json"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "dc.json").read_text())

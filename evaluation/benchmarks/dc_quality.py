@@ -1,0 +1,201 @@
+"""What dynamic chunking costs and what it saves: ShapesWorld-GenEval and FD-shapes against FLOPs and seconds.
+
+Every variant draws the whole evaluation set into a folder of its own (resumable) and is scored. Seconds are measured
+apart from that, in one run: in every round all variants draw the same prompts in turn.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, ZImagePipeline
+from PIL import Image
+
+from fastgen.accounting import account, count_flops
+from fastgen.environment import environment
+from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
+from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.runner import EvaluationRun, RunSettings, model_fingerprint, spread
+from fastgen.evaluation.shapesworld import score_folder, shapes_prompts
+from fastgen.pipelines.checkpoint import find_checkpoint
+from fastgen.pipelines.generation import generate_images
+from fastgen.pipelines.loading import load_pipeline
+
+TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+LITE_CFG = 0.9
+THRESHOLDS = (0.1, 0.3)
+MERGED = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        name: "dc", "dc lite-cfg", "dense", "dense first-block-cache 0.1" …
+        pipe: the pipeline it belongs to.
+        fingerprint: of that pipeline's files.
+        settings: of `generate_images`.
+        adapt: makes the pipeline that draws.
+    """
+
+    name: str
+    pipe: DiffusionPipeline
+    fingerprint: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapt: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+
+
+def benchmark_dc_quality(
+    model: str,
+    dense: str,
+    folder: Path,
+    *,
+    tail_drops: Sequence[float] = TAIL_DROPS,
+    peers: bool = True,
+    images_per_prompt: int = 4,
+    limit: int | None = None,
+    batch_size: int = 32,
+    timed_prompts: int = 24,
+    runs: int = 5,
+    device: str = "cpu",
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        model: a pipeline with dynamic chunking.
+        dense: its baseline, a stock Z-Image pipeline.
+        folder: of the pictures; a killed run continues there.
+        tail_drops: rho of the rows without Lite-CFG; its rows take 0.9 for the unconditional branch.
+        peers: measure first-block cache and token merging on the baseline as well.
+        images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
+        batch_size: pictures at once.
+        timed_prompts: pictures of a timed call.
+        runs: timed rounds after one of warm-up.
+        device: where.
+        report: told what is going on.
+
+    Returns:
+        a JSON-ready dict: "environment", "settings" and "rows" with variant, tail_drop, uncond_tail_drop, flops and
+        seconds a picture, kept share of the tokens, score, stderr and fd.
+
+    Raises:
+        FastgenError: a number out of range, or a model that does not fit.
+    """
+    for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
+        if number < 1:
+            raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
+    if not all(0 <= rho < 1 for rho in tail_drops):
+        raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
+    variants = list(_variants(model, dense, tail_drops, peers, device))
+    prompts = shapes_prompts(limit)
+    detector = load_detector(device=device)
+    rows: list[dict[str, Any]] = []
+    for variant in variants:
+        report(variant.name)
+        place = folder / variant.name.replace(" ", "-")
+        run = EvaluationRun(
+            place,
+            prompts,
+            RunSettings(variant.name, variant.fingerprint, images_per_prompt, device=device, batch_size=batch_size),
+        )
+        run.generate(partial(_pictures, variant, batch_size))
+        scores = score_folder(place, detector, device=device).data
+        tasks = {tag: task["score"] for tag, task in scores["tasks"].items()}
+        rows.append(
+            {
+                "variant": variant.name,
+                "tail_drop": variant.settings.get("tail_drop"),
+                "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
+                "score": scores["overall"],
+                "stderr": scores["overall_stderr"],
+                "tasks": tasks,
+                "fd": scores["fd_shapes"]["value"],
+            }
+        )
+    report("time")
+    chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
+    for row, cost in zip(rows, _costs(variants, chosen, runs), strict=True):
+        row |= cost
+    return {
+        "benchmark": "dc-quality",
+        "environment": environment(),
+        "detector": scores["detector"],
+        "settings": {
+            "model": model,
+            "dense": dense,
+            "images_per_prompt": images_per_prompt,
+            "prompts": len(prompts),
+            "batch_size": batch_size,
+            "timed_prompts": len(chosen),
+            "runs": runs,
+            "device": device,
+        },
+        "rows": rows,
+    }
+
+
+def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, device: str) -> Iterator[Variant]:
+    chunked, baseline = (load_pipeline(name, device=device, dtype="float32") for name in (model, dense))
+    if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
+        raise FastgenError(f"model: {model} has no dynamic chunking")
+    if type(baseline) is not ZImagePipeline:
+        raise FastgenError(f"dense: {dense} is no stock Z-Image pipeline")
+    ours, theirs = (model_fingerprint(find_checkpoint(name).folder) for name in (model, dense))
+    # An adapted pipeline does not know which model it was made of.
+    defaults = dict(find_checkpoint(dense).defaults)
+    yield Variant("dense", baseline, theirs)
+    if peers:
+        patch = 2 * baseline.vae_scale_factor
+        grid = int(defaults["height"]) // patch, int(defaults["width"]) // patch
+        for threshold in THRESHOLDS:
+            adapt: Callable[[Any], AbstractContextManager[Any]] = partial(first_block_cache, threshold=threshold)
+            yield Variant(f"dense first-block-cache {threshold:g}", baseline, theirs, defaults, adapt)
+        for ratio in MERGED:
+            adapt = partial(token_merging, ratio=ratio, grid=grid)
+            yield Variant(f"dense token-merging {ratio:g}", baseline, theirs, defaults, adapt)
+    for rho in tail_drops:
+        yield Variant(f"dc {rho:g}", chunked, ours, {"tail_drop": rho})
+    for rho in tail_drops[:1]:
+        settings = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
+        yield Variant(f"dc {rho:g} lite-cfg {LITE_CFG:g}", chunked, ours, settings)
+
+
+def _pictures(variant: Variant, batch_size: int, prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+    """Pictures of a variant, one after the other."""
+    with variant.adapt(variant.pipe) as pipe:
+        drawn = generate_images(pipe, prompts, seeds, batch_size=batch_size, batch_invariant=False, **variant.settings)
+        yield from (picture.image for picture in drawn)
+
+
+def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[dict[str, Any]]:
+    """FLOPs, kept share and seconds a picture; the variants take turns."""
+    seeds = list(range(len(prompts)))
+    counts: list[dict[str, Any]] = []
+    seconds: list[list[float]] = [[] for _ in variants]
+    for variant in variants:  # a warm-up as well
+        with account() as stats, count_flops():
+            _draw(variant, prompts, seeds)
+        kept = sum(stats.kept_tokens) / sum(stats.total_tokens) if stats.total_tokens else None
+        counts.append({"flops": stats.flops / len(prompts), "kept": kept})
+    for _ in range(runs):
+        for place, variant in enumerate(variants):
+            start = time.perf_counter()
+            _draw(variant, prompts, seeds)
+            seconds[place].append((time.perf_counter() - start) / len(prompts))
+    return [{**count, "n": runs, "seconds": percentiles(times)} for count, times in zip(counts, seconds, strict=True)]
+
+
+def _draw(variant: Variant, prompts: list[str], seeds: list[int]) -> None:
+    for _ in _pictures(variant, len(prompts), prompts, seeds):
+        pass

@@ -1,0 +1,160 @@
+"""Quality against cost of dynamic chunking, and the peers it is compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgen.cli.main import run
+from fastgen.evaluation.benchmarks import dc_quality
+from fastgen.evaluation.benchmarks.peers import first_block_cache, merge_groups, token_merging
+
+
+@pytest.fixture
+def z(micro_z: Path) -> ZImagePipeline:
+    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, steps: int = 3) -> np.ndarray:
+    images: np.ndarray = pipe(
+        ["a red circle", "two blue squares"],
+        height=32,
+        width=16,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    return images
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    ratio=st.floats(0, 0.75),
+    n=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_groups(rows: int, columns: int, ratio: float, n: int, seed: int) -> None:
+    """The most alike sources join their nearest corner token, one by one against a loop; the others stay alone."""
+    tokens = torch.randn(n, rows * columns, 5, generator=torch.Generator().manual_seed(seed))
+    kept, group = merge_groups(tokens, (rows, columns), ratio)
+    corners = [i for i in range(rows * columns) if i // columns % 2 == 0 and i % columns % 2 == 0]
+    others = [i for i in range(rows * columns) if i not in corners]
+    merged = min(int(ratio * rows * columns), len(others))
+    assert kept.shape == (n, rows * columns - merged)
+    for sample, unit in enumerate(torch.nn.functional.normalize(tokens, dim=-1)):
+        likeness = {i: max((float(unit[i] @ unit[j]), j) for j in corners) for i in others}
+        joining = sorted(others, key=lambda i: -likeness[i][0])[:merged]
+        stay = [i for i in range(rows * columns) if i not in joining]
+        assert kept[sample].tolist() == stay
+        expected = [stay.index(likeness[i][1] if i in joining else i) for i in range(rows * columns)]
+        assert group[sample].tolist() == expected
+
+
+def test_merging_nothing_is_the_stock_pipeline_and_merging_all_is_not(z: ZImagePipeline) -> None:
+    plain = draw(z)
+    with token_merging(z, 0.0, (4, 2)) as pipe:
+        np.testing.assert_allclose(draw(pipe), plain, atol=1e-5)
+    with token_merging(z, 0.75, (4, 2)) as pipe:
+        merged = draw(pipe)
+    assert np.isfinite(merged).all() and np.abs(merged - plain).max() > 1e-4
+    assert np.array_equal(draw(z), plain)
+    with pytest.raises(ValueError, match="ratio"), token_merging(z, 0.8, (4, 2)):
+        pass
+
+
+def test_like_tokens_merge_without_loss(z: ZImagePipeline) -> None:
+    """Where all image tokens are one, their average is each of them: attention of the rest sees fewer of them only."""
+    block = z.transformer.layers[0]
+    hidden = torch.cat([torch.ones(1, 8, 32), torch.randn(1, 3, 32)], dim=1)
+    frequencies = torch.ones(1, 11, 8, dtype=torch.complex64)
+    with torch.no_grad(), token_merging(z, 0.75, (4, 2)):
+        output = block.attention(hidden, attention_mask=None, freqs_cis=frequencies)
+    assert output.shape == hidden.shape
+    torch.testing.assert_close(output[:, 1:8], output[:, :1].expand(-1, 7, -1))
+
+
+def test_first_block_cache_skips_steps(z: ZImagePipeline) -> None:
+    plain, calls = draw(z), []
+    hook = z.transformer.layers[-1].feed_forward.w1.register_forward_hook(lambda *a: calls.append(1))
+    with first_block_cache(z, 1e9) as pipe:
+        cached = draw(pipe)
+    assert len(calls) == 1 and np.isfinite(cached).all()
+    with first_block_cache(z, -1.0) as pipe:
+        assert np.array_equal(draw(pipe), plain)
+    hook.remove()
+    assert np.array_equal(draw(z), plain)
+
+
+def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["bench", "dc", "--model", str(micro_dc), "--dense", str(micro_z), "--folder", str(tmp_path / "f")]
+    arguments += ["--tail-drop", "0", "--tail-drop", "0.5", "--limit", "1", "--images-per-prompt", "1", "--runs", "1"]
+    assert run([*arguments, "--json", "--out", str(tmp_path / "dc.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "dc.json").read_text())
+    rows = {row["variant"]: row for row in printed["rows"]}
+    assert list(rows) == [
+        "dense", "dense first-block-cache 0.1", "dense first-block-cache 0.3", "dense token-merging 0.25",
+        "dense token-merging 0.5", "dc 0", "dc 0.5", "dc 0 lite-cfg 0.9",
+    ]  # fmt: skip
+    for row in rows.values():
+        assert 0 <= row["score"] <= 1 and row["flops"] > 0 and 0 < row["seconds"]["p20"] <= row["seconds"]["p80"]
+    assert rows["dense"]["kept"] is None and rows["dc 0"]["kept"] > rows["dc 0.5"]["kept"] > 0
+    assert (
+        rows["dc 0"]["flops"] > rows["dc 0 lite-cfg 0.9"]["flops"] and rows["dc 0"]["flops"] > rows["dc 0.5"]["flops"]
+    )
+    # The pictures are there: a second run draws none, and its table and plot can be made.
+    pytest.importorskip("matplotlib")
+    assert run([*arguments, "--plot", str(tmp_path / "dc.png")]) == 0
+    assert "dc 0 lite-cfg 0.9" in capsys.readouterr().out
+    assert (tmp_path / "dc.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tail-drop", "1"], "tail_drops"),
+        (["--runs", "0"], "runs"),
+        (["--images-per-prompt", "0"], "images_per_prompt"),
+        (["--model", "DENSE"], "no dynamic chunking"),
+        (["--dense", "DC"], "no stock Z-Image"),
+        (["--dense", "absent"], "absent"),
+    ],
+)
+def test_bad_arguments(
+    change: list[str], message: str, micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any
+) -> None:
+    names = {"DENSE": str(micro_z), "DC": str(micro_dc)}
+    values = {"--model": str(micro_dc), "--dense": str(micro_z), "--folder": str(tmp_path / "f")}
+    values |= {change[0]: names.get(change[1], change[1])}
+    assert run(["bench", "dc", *(word for pair in values.items() for word in pair)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+
+
+def test_a_budget_is_part_of_an_evaluation_run(micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
+    """`fastgen eval shapes --token-budget`: the pictures change, and another budget needs another folder."""
+    arguments = ["eval", "shapes", "--model", str(micro_dc), "--limit", "1", "--images-per-prompt", "1", "--json"]
+    pictures = []
+    for budget in ("1", "16"):
+        out = tmp_path / budget
+        assert run([*arguments, "--out", str(out), "--token-budget", budget]) == 0
+        assert json.loads(capsys.readouterr().out)["settings"]["token_budget"] == int(budget)
+        pictures.append((out / "00000" / "samples" / "0000.png").read_bytes())
+    assert pictures[0] != pictures[1]
+    assert run([*arguments, "--out", str(tmp_path / "1"), "--token-budget", "2"]) == 2
+    assert "token_budget is 1 there and 2 now" in capsys.readouterr().err
+    assert run([*arguments, "--tail-drop", "1.5"]) == 2
+    assert "--tail-drop" in capsys.readouterr().err
+    assert dc_quality.LITE_CFG == 0.9
