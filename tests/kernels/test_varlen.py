@@ -51,6 +51,22 @@ def test_gradients(lengths: list[int]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 5, 2]])
+def test_autocast_takes_mixed_types_and_gives_each_its_gradient(lengths: list[int]) -> None:
+    """Queries and keys in float32 from their norms, values in bfloat16 from their projection."""
+    q, k, v, bounds = packed(lengths)
+    inputs = [q.requires_grad_(), k.requires_grad_(), v.bfloat16().requires_grad_()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = varlen_attention(*inputs, bounds, max(lengths))
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    varlen_attention_reference(*exact, bounds).square().sum().backward()
+    for mine, theirs in zip(inputs, exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None and mine.grad.dtype == mine.dtype
+        assert float((mine.grad.float() - theirs.grad).norm() / theirs.grad.norm()) < 0.05
+
+
 def test_flops_are_those_of_the_sequences_not_of_padding() -> None:
     q, k, v, bounds = packed([2, 7])
     with account() as stats, count_flops():
@@ -78,3 +94,5 @@ def test_bad_input() -> None:
         varlen_attention(q, k[:-1], v, bounds, 3)
     with pytest.raises(ValueError, match="cu_seqlens"):
         varlen_attention(q, k, v, bounds.long(), 3)
+    with pytest.raises(ValueError, match="one dtype"):
+        varlen_attention(q, k, v.double(), bounds, 5)

@@ -252,7 +252,10 @@ def test_command_line_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
 def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="unknown recipe"):
         train_config("mystery", tmp_path)
-    assert set(RECIPES) == {"vae", "vq", "detector", "z-image", "janus", "dc", "dc-dense"}
+    assert set(RECIPES) == {
+        *("vae", "vq", "detector", "z-image", "janus"),
+        *("dc", "dc-dense", "dc-graft", "dc-finetune"),
+    }
 
 
 @pytest.mark.slow
