@@ -156,10 +156,12 @@ def test_save_and_load(tmp_path: Path) -> None:
     model = micro(residual_gate="mask")
     model.save_pretrained(tmp_path)
     again = DCZImageTransformer2DModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     arguments = inputs()
     with torch.no_grad():
+        # Loaded weights are not aligned like fresh ones, and a processor may add up in another order for that.
         for a, b in zip(model(*arguments).sample, again(*arguments).sample, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_stock_pipeline_takes_it(micro_z: Path) -> None:
