@@ -25,7 +25,7 @@ from fastgen.training.z_image import caption_tokens
 
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _CAPTION_DROPOUT = 0.1
-_RATIO_WEIGHT = 0.03
+RATIO_WEIGHT = 0.03
 _LAYOUT_WEIGHT = 0.5
 
 #: The transformer of both recipes: with it, both checkpoints together take less than 8 MB.
@@ -183,7 +183,7 @@ class DCRecipe:
             numbers = {"ratio": float(extra.detach()), "kept": kept, "tail_drop": batch["tail_drop"]}
         error, measured = self.metric.loss(output, target, sigma)
         numbers |= {**measured, "layout": float(layout.detach())}
-        return error + _LAYOUT_WEIGHT * layout + _RATIO_WEIGHT * extra, numbers
+        return error + _LAYOUT_WEIGHT * layout + RATIO_WEIGHT * extra, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the transformer in half precision."""

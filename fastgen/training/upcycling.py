@@ -19,12 +19,11 @@ from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
 from fastgen.training.cards import write_record
+from fastgen.training.dc_z_image import BUDGETS, RATIO_WEIGHT
 from fastgen.training.families import Activations, Noisy, family_of
 from fastgen.training.samples import Samples
 
-BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DROPOUT = 0.1
-_RATIO_WEIGHT = 0.03
 _STUDENTS = {kind.__name__: kind for kind in (DCDiTTransformer2DModel, DCZImageTransformer2DModel)}
 
 
@@ -111,7 +110,7 @@ class UpcyclingRecipe:
         chunks = output.chunks
         ratio = ratio_loss(chunks.probabilities, chunks.natural, self.student.config.compression)
         numbers |= {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
-        return own + _RATIO_WEIGHT * ratio, numbers
+        return own + RATIO_WEIGHT * ratio, numbers
 
     def stage_loss(
         self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]

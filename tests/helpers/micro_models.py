@@ -172,3 +172,18 @@ def save_micro_janus(folder: Path, seed: int = 0) -> Path:
 
 def _write_defaults(folder: Path, defaults: dict[str, Any]) -> None:
     (folder / "fastgen.json").write_text(json.dumps(defaults))
+
+
+def micro_dc_dit(layers: int = 1) -> Any:
+    """A DCDiTPipeline for 8x8 pictures, on 4 x 4 latents by default."""
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    from fastgen.models.dc_dit import DCDiTTransformer2DModel
+    from fastgen.pipelines.dc_dit import DCDiTPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    model = DCDiTTransformer2DModel(num_layers=layers, num_attention_heads=2, attention_head_dim=16, sample_size=4)
+    pipe = DCDiTPipeline(awake(model), vae, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
     FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
     ZImagePipeline,
     apply_first_block_cache,
 )
-from micro_models import awake
+from micro_models import micro_dc_dit
 from safetensors.torch import save_file
 
 from fastgen.models.caching import HELD_STEPS
-from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.pipelines.dc_dit import DCDiTPipeline
 from fastgen.pipelines.dc_z_image import DCZImagePipeline
 
@@ -37,12 +34,7 @@ def z(micro_dc: Path) -> DCZImagePipeline:
 
 @pytest.fixture
 def dit() -> DCDiTPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    model = DCDiTTransformer2DModel(num_layers=3, num_attention_heads=2, attention_head_dim=16, sample_size=4)
-    pipe = DCDiTPipeline(awake(model), vae, DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return micro_dc_dit(layers=3)
 
 
 @pytest.fixture(params=["z", "dit"])

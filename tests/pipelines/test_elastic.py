@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, ZImagePipeline
-from micro_models import awake
+from diffusers import DiTPipeline, ZImagePipeline
+from micro_models import awake, micro_dc_dit
 
 import fastgen
-from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.models.elastic import ElasticBudget
 from fastgen.models.upcycle import upcycle
 from fastgen.pipelines.dc_dit import DCDiTPipeline
@@ -32,12 +31,7 @@ def z(micro_dc: Path) -> DCZImagePipeline:
 
 @pytest.fixture(scope="module")
 def dit() -> DCDiTPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
-    model = DCDiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=16, sample_size=4)
-    pipe = DCDiTPipeline(awake(model), vae, DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return micro_dc_dit()
 
 
 def draw_z(pipe: Any, prompts: Any = "a red circle", seed: int = 0, **knobs: Any) -> Any:
