@@ -90,6 +90,9 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
         raise FastgenError(f"--samples: {count} is not allowed, needs an integer >= 0")
     prompts = None if prompts_file is None else _prompts(prompts_file, count)
 
+    import torch
+    from accelerate import PartialState
+
     from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_pipeline
     from fastgen.training.samples import draw_samples
@@ -104,7 +107,8 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     pipe = load_pipeline(str(part), dtype="float32")
     labels = list(range(pipe.transformer.config.num_embeds_ada_norm)) if prompts is None else prompts
     pipe.set_progress_bar_config(disable=True)
-    draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find them drawn
+        draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
 
 
 def _prompts(name: str, count: int) -> list[str]:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading import load_pipeline
 from fastgen.training.engine import Recipe, Trainer
 from fastgen.training.recipes import RECIPES, build_recipe, train_config
+from fastgen.training.samples import draw_samples
 
 
 def record_starts(recipe: Recipe) -> list[int]:
@@ -29,13 +32,25 @@ def record_starts(recipe: Recipe) -> list[int]:
     return starts
 
 
+def draw(folder: Path) -> None:
+    """Samples for the upcycling recipes, drawn once."""
+    pipe = load_pipeline("tiny")
+    with PartialState(cpu=True).main_process_first():
+        draw_samples(pipe, folder, ["a red circle", "two blue squares"], 6, num_inference_steps=1, height=64, width=64)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(sys.argv[1])
     parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3]), "z-image": embedded_folder("tiny")}
+    draw(scratch / "samples")
     for name, entry in RECIPES.items():
         config = train_config(name, scratch / name, steps=2, batch_size=4, accumulate=2, warmup=0, decay=0.0)
-        trainer = Trainer(build_recipe(name, 0, parts.get(entry.needs)), config)
+        part, init, data = parts.get(entry.needs), None, None
+        if entry.upcycles:
+            part, data = embedded_folder("tiny"), scratch / "samples"
+            init = scratch / "dc-graft" / "model" / "transformer" if name == "dc-finetune" else None
+        trainer = Trainer(build_recipe(name, 0, part, init, data), config)
         starts = record_starts(trainer.recipe)
         before = [param.detach().clone() for param in trainer.trained]
         trainer.run()
@@ -49,6 +64,7 @@ def main() -> None:
         assert not all(unchanged), f"{name} learned nothing"
         seen = accelerator.gather(torch.tensor(starts)[None]).flatten().tolist()
         assert sorted(seen) == list(range(0, 16, 2)), f"{name}: items {seen}"
+        accelerator.wait_for_everyone()  # the next recipe may read what this one wrote
         if accelerator.is_main_process:
             print(f"{name}: one model", flush=True)
 
