@@ -87,10 +87,11 @@ def shapes(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes of a model, or of a folder of images."""
     _check_options(images_per_prompt, steps, guidance_scale, batch_size, seed, limit, sheet)
-    budget = {"tail_drop": tail_drop, "uncond_tail_drop": uncond_tail_drop, "token_budget": token_budget}
+    budget = {"--tail-drop": tail_drop, "--uncond-tail-drop": uncond_tail_drop, "--token-budget": token_budget}
     _check_budget(budget)
     if images is not None:
-        _refuse_with_images({"--model": model, "--steps": steps, "--guidance-scale": guidance_scale, "--limit": limit})
+        given = {"--model": model, "--steps": steps, "--guidance-scale": guidance_scale, "--limit": limit}
+        _refuse_with_images({**given, **budget})
     _check_device(device, dtype)
     model = model or "tiny"
 
@@ -115,7 +116,9 @@ def shapes(
                 "device": device,
                 "dtype": dtype,
                 "batch_size": None if batch_invariant else batch_size,
-                **budget,
+                "tail_drop": tail_drop,
+                "uncond_tail_drop": uncond_tail_drop,
+                "token_budget": token_budget,
             }
             run = _open_run(model, settings, limit, out)
             folder = target = run.folder
@@ -242,9 +245,9 @@ def _check_budget(budget: dict[str, Any]) -> None:
     """Refuse a budget that no model can take."""
     from fastgen.pipelines.arguments import check_value
 
-    for name, value in budget.items():
+    for option, value in budget.items():
         if value is not None:
-            check_value(f"--{name.replace('_', '-')}", name, value)
+            check_value(option, option.removeprefix("--").replace("-", "_"), value)
 
 
 def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path | None) -> EvaluationRun:

@@ -118,6 +118,8 @@ def test_generation_options_are_refused_with_images(tmp_path, capsys) -> None:
     (tmp_path / "o").mkdir()
     assert run(["eval", "shapes", "--images", "o", "--steps", "4", "--model", "tiny"]) == 2
     assert "--model, --steps: not allowed with --images" in capsys.readouterr().err
+    assert run(["eval", "shapes", "--images", "o", "--tail-drop", "0.3", "--token-budget", "4"]) == 2
+    assert "--tail-drop, --token-budget: not allowed with --images" in capsys.readouterr().err
 
 
 def test_changed_settings_are_refused(tmp_path, capsys) -> None:
