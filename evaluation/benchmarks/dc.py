@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,8 @@ def benchmark_dc_speed(
     rows = []
     for size in sizes:
         pair = _z_image(image_size) if size == Z_IMAGE else _dit(size, image_size)
-        pair = replace(pair, dense=_placed(pair.dense, device, dtype), chunked=_placed(pair.chunked, device, dtype))
+        for model in (pair.dense, pair.chunked):
+            model.eval().to(device, _DTYPES[dtype])
         _check(pair, size)
         if compile:
             for model in (pair.dense, pair.chunked):
@@ -102,18 +103,14 @@ class _Pair:
     """A dense model and its counterpart with dynamic chunking.
 
     Attributes:
-        inputs: (model, batch) -> arguments of its forward pass.
+        inputs: batch -> arguments of the forward pass of both, by name, where the dense model is.
         positions: of a sample's latents.
     """
 
     dense: Any
     chunked: Any
-    inputs: Callable[[Any, int], tuple[Any, ...]]
+    inputs: Callable[[int], dict[str, Any]]
     positions: int
-
-
-def _placed(model: torch.nn.Module, device: str, dtype: str) -> torch.nn.Module:
-    return model.eval().to(device, _DTYPES[dtype])
 
 
 def _dit(size: str, image_size: int) -> _Pair:
@@ -133,15 +130,16 @@ def _dit(size: str, image_size: int) -> _Pair:
     for block in dense.transformer_blocks[1:]:
         block.norm1.emb = dense.transformer_blocks[0].norm1.emb
 
-    def inputs(model: Any, batch: int) -> tuple[Any, ...]:
-        index = torch.arange(batch, device=model.device)
-        return _noise(model, batch, 4, side), index * 7 % 1000, index % 1000
+    def inputs(batch: int) -> dict[str, Any]:
+        index = torch.arange(batch, device=dense.device)
+        latents = _noise(dense, batch, 4, side)
+        return {"hidden_states": latents, "timestep": index * 7 % 1000, "class_labels": index % 1000}
 
     return _Pair(dense, DCDiTTransformer2DModel.from_preset(size, image_size), inputs, side * side)
 
 
 def _z_image(image_size: int) -> _Pair:
-    """Z-Image under captions of 64 tokens; both forward passes take the same arguments."""
+    """Z-Image under captions of 64 tokens."""
     from diffusers import ZImageTransformer2DModel
 
     side = image_size // 8
@@ -149,11 +147,11 @@ def _z_image(image_size: int) -> _Pair:
     for name in ("x_pad_token", "cap_pad_token"):  # left uninitialised by diffusers
         torch.nn.init.zeros_(getattr(dense, name))
 
-    def inputs(model: Any, batch: int) -> tuple[Any, ...]:
-        captions = torch.randn(64, model.config.cap_feat_dim, generator=torch.Generator().manual_seed(1))
-        images = list(_noise(model, batch, model.config.in_channels, side)[:, :, None].unbind(0))
-        time = torch.linspace(0.1, 0.9, batch, device=model.device, dtype=model.dtype)
-        return images, time, [captions.to(model.device, model.dtype)] * batch
+    def inputs(batch: int) -> dict[str, Any]:
+        captions = torch.randn(64, dense.config.cap_feat_dim, generator=torch.Generator().manual_seed(1))
+        images = list(_noise(dense, batch, dense.config.in_channels, side)[:, :, None].unbind(0))
+        time = torch.linspace(0.1, 0.9, batch, device=dense.device, dtype=dense.dtype)
+        return {"x": images, "t": time, "cap_feats": [captions.to(dense.device, dense.dtype)] * batch}
 
     return _Pair(dense, upcycle(dense), inputs, side * side)
 
@@ -166,10 +164,10 @@ def _noise(model: Any, batch: int, channels: int, side: int) -> torch.Tensor:
 @torch.no_grad()
 def _check(pair: _Pair, size: str) -> None:
     """No time is worth taking of a wrong result: a batch of unequal lengths equals its samples alone."""
-    arguments = pair.inputs(pair.chunked, 2)
-    both = pair.chunked(*arguments, tail_drop=[0.0, 0.5]).sample
+    arguments = pair.inputs(2)
+    both = pair.chunked(**arguments, tail_drop=[0.0, 0.5]).sample
     for i, rho in enumerate((0.0, 0.5)):
-        alone = pair.chunked(*(value[i : i + 1] for value in arguments), tail_drop=rho).sample
+        alone = pair.chunked(**{name: value[i : i + 1] for name, value in arguments.items()}, tail_drop=rho).sample
         error = (both[i] - alone[0]).abs().max()
         if error > 0.01 * alone[0].abs().max() + 1e-6:
             raise FastgenError(f"{size}: a batch differs from its samples alone by {float(error):.2g}")
@@ -177,18 +175,16 @@ def _check(pair: _Pair, size: str) -> None:
 
 @torch.no_grad()
 def _rows(size: str, pair: _Pair, batch: int, tail_drops: Sequence[float], runs: int) -> list[dict[str, Any]]:
-    arguments = pair.inputs(pair.dense, batch)
-    keywords = ("hidden_states", "timestep", "class_labels") if size != Z_IMAGE else ("x", "t", "cap_feats")
-    named = dict(zip(keywords, arguments, strict=True))
+    arguments = pair.inputs(batch)
     variants: list[tuple[dict[str, Any], Callable[[], Any]]] = [
-        ({"variant": "dense", "tail_drop": None}, partial(pair.dense, **named))
+        ({"variant": "dense", "tail_drop": None}, partial(pair.dense, **arguments))
     ]
     for rho in tail_drops:
         budget = max(1, round(pair.positions * KEPT * (1 - rho)))
         variants.append(
             (
                 {"variant": "dc", "tail_drop": rho, "token_budget": budget},
-                partial(pair.chunked, **named, token_budget=budget),
+                partial(pair.chunked, **arguments, token_budget=budget),
             )
         )
     device = next(pair.dense.parameters()).device

@@ -28,7 +28,7 @@ from fastgen.evaluation.runner import EvaluationRun, RunSettings, model_fingerpr
 from fastgen.evaluation.shapesworld import score_folder, shapes_prompts
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.generation import generate_images
-from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading import load_checkpoint
 
 TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 LITE_CFG = 0.9
@@ -146,14 +146,15 @@ def benchmark_dc_quality(
 
 
 def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, device: str) -> Iterator[Variant]:
-    chunked, baseline = (load_pipeline(name, device=device, dtype="float32") for name in (model, dense))
+    checkpoints = [find_checkpoint(name) for name in (model, dense)]
+    chunked, baseline = (load_checkpoint(found, device=device, dtype="float32") for found in checkpoints)
     if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
         raise FastgenError(f"model: {model} has no dynamic chunking")
     if type(baseline) is not ZImagePipeline:
         raise FastgenError(f"dense: {dense} is no stock Z-Image pipeline")
-    ours, theirs = (model_fingerprint(find_checkpoint(name).folder) for name in (model, dense))
+    ours, theirs = (model_fingerprint(found.folder) for found in checkpoints)
     # An adapted pipeline does not know which model it was made of.
-    defaults = dict(find_checkpoint(dense).defaults)
+    defaults = checkpoints[1].defaults
     yield Variant("dense", baseline, theirs)
     if peers:
         patch = 2 * baseline.vae_scale_factor

@@ -94,7 +94,7 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     from accelerate import PartialState
 
     from fastgen.pipelines.checkpoint import find_checkpoint
-    from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.loading import load_checkpoint
     from fastgen.training.samples import draw_samples
 
     checkpoint = find_checkpoint(str(part))
@@ -104,7 +104,7 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
         raise FastgenError("--prompts-file: a DiT draws classes and takes no prompts")
     if prompts is None and not draws_classes:
         raise FastgenError("--prompts-file: a pipeline that draws captions needs one, or 'shapesworld'")
-    pipe = load_pipeline(str(part), dtype="float32")
+    pipe = load_checkpoint(checkpoint, dtype="float32")
     labels = list(range(pipe.transformer.config.num_embeds_ada_norm)) if prompts is None else prompts
     pipe.set_progress_bar_config(disable=True)
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find them drawn

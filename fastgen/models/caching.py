@@ -8,7 +8,6 @@ see the fixed sequence they were made for (composability, section 11).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -62,12 +61,14 @@ class HeldChunksMixin(CacheMixin):
     @property
     def is_caching(self) -> bool:
         """Whether a step cache is attached to any block, by `enable_cache` or by diffusers' `apply_…` functions."""
-        return next(self._cache_states(), None) is not None
+        return bool(self._caches())
 
     def held_chunks(self, samples: int, grid: tuple[int, int]) -> Chunks | None:
         """The set to keep in this forward pass, or None when it is to be chosen; counts the step."""
-        held = self._held_sets().get(self._context())
-        if held is None or self.training or held.used >= self._steps():
+        caches = self._caches()
+        context = _context(caches)
+        held = self._held_sets().get(context)
+        if held is None or self.training or held.used >= self._steps(caches):
             return None
         if held.chunks.samples != samples or held.chunks.grid != grid:
             return None
@@ -78,10 +79,11 @@ class HeldChunksMixin(CacheMixin):
         """Take a newly chosen set; whatever caches hold of the set before is forgotten."""
         if self.training:
             return
-        context = self._context()
-        for manager in self._cache_states():
-            manager._state_cache.pop(context, None)
-        if self._steps() > 1:
+        caches = self._caches()
+        context = _context(caches)
+        for cache in caches:
+            cache._state_cache.pop(context, None)
+        if self._steps(caches) > 1:
             self._held_sets()[context] = _Held(chunks)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
@@ -94,21 +96,23 @@ class HeldChunksMixin(CacheMixin):
             self._held = {}
         return self._held
 
-    def _steps(self) -> int:
+    def _steps(self, caches: list[StateManager]) -> int:
         if self._hold is not None:
             return self._hold
-        return HELD_STEPS if self.is_caching else 1
+        return HELD_STEPS if caches else 1
 
-    def _context(self) -> str:
-        """Name of the denoising call (`cache_context`) that this forward pass belongs to."""
-        manager = next(self._cache_states(), None)
-        return "" if manager is None or manager._context is None else manager._context.name
-
-    def _cache_states(self) -> Iterator[StateManager]:
+    def _caches(self) -> list[StateManager]:
         """States of the caches that are attached to any block."""
+        found: list[StateManager] = []
         for module in self.modules():
             registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
             hooks: dict[str, ModelHook] = {} if registry is None else registry.hooks
             for hook in hooks.values():
                 if hook._is_stateful:
-                    yield from (value for value in vars(hook).values() if isinstance(value, StateManager))
+                    found += [value for value in vars(hook).values() if isinstance(value, StateManager)]
+        return found
+
+
+def _context(caches: list[StateManager]) -> str:
+    """Name of the denoising call (`cache_context`) that a forward pass belongs to."""
+    return "" if not caches or caches[0]._context is None else caches[0]._context.name

@@ -214,12 +214,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
         """
         tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(hidden_states), timestep / 1000)
         conditioning = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-        held = self.held_chunks(len(hidden_states), (hidden_states.shape[2], hidden_states.shape[3]))
-        chunked = self.scaffold.chunk(hidden_states, conditioning, tail_drop, token_budget, held)
+        chunked = self.chunk(hidden_states, conditioning, tail_drop, token_budget)
         chunks = chunked.chunks
-        if held is None:
-            self.keep_chunks(chunks)
-        self.note_chunks(hidden_states, chunks)
         hidden = self.backbone(chunked.tokens, conditioning, chunks)
         decoded = self.scaffold.unchunk(hidden, chunked)
         sample = self.scaffold.decoder(decoded, chunks.grid, conditioning)

@@ -213,11 +213,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         time = self.t_embedder(t * self.config.t_scale).type_as(latents)
         text, lengths, pooled = self.embed_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
-        held = self.held_chunks(len(latents), (latents.shape[2], latents.shape[3]))
-        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held)
-        if held is None:
-            self.keep_chunks(chunked.chunks)
-        self.note_chunks(latents, chunked.chunks)
+        chunked = self.chunk(latents, conditioning, tail_drop, token_budget)
         hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
         decoded = self.scaffold.unchunk(hidden, chunked)
         prediction = self.scaffold.decoder(decoded, chunked.chunks.grid, conditioning)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgen.accounting import add_tokens
 from fastgen.models.caching import HeldChunksMixin
 from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.models.scaffold import Chunked, DynamicChunking
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
 """A tail drop for all steps, one per step, or a function of (step, sigma); sigma falls from 1 (noise) to 0."""
@@ -110,6 +111,7 @@ class StepRecord:
 class ElasticModelMixin(HeldChunksMixin):
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
+    scaffold: DynamicChunking
     _budget: ElasticBudget | None = None
     _recorded: list[StepRecord] | None = None
 
@@ -147,8 +149,17 @@ class ElasticModelMixin(HeldChunksMixin):
         needs_sigma = callable(self._budget.tail_drop) or callable(self._budget.uncond_tail_drop)
         return self._budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0)
 
-    def note_chunks(self, latents: Tensor, chunks: Chunks) -> None:
-        """Tell the account, and whoever records them, about the chunks of a forward pass."""
+    def chunk(
+        self, latents: Tensor, conditioning: Tensor, tail_drop: TailDrop | None, token_budget: int | None
+    ) -> Chunked:
+        """Latents [n, C, H, W] to packed kept tokens, those of the held set where there is one; tells the account, and
+        whoever records them, what was kept."""
+        held = self.held_chunks(len(latents), (latents.shape[2], latents.shape[3]))
+        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held)
+        chunks = chunked.chunks
+        if held is None:
+            self.keep_chunks(chunks)
         add_tokens(kept=sum(chunks.lengths), total=chunks.samples * chunks.grid_size)
         if self._recorded is not None:
             self._recorded.append(StepRecord(latents, chunks))
+        return chunked

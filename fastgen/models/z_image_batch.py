@@ -51,6 +51,13 @@ class RealRotaryProcessor:
         return projected
 
 
+def patchify(latents: torch.Tensor) -> torch.Tensor:
+    """The 2x2 patches of latents [n, C, 2 h, 2 w] as tokens [n, h w, 4 C], in the order of the stock patchify."""
+    n, channels, height, width = latents.shape
+    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(n, -1, 4 * channels)
+
+
 def rotate(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Rotate pairs of neighbouring features of [..., heads, head_dim] by cosines and sines [..., head_dim / 2, 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -95,9 +102,7 @@ def forward_batch(
         raise ValueError(f"latents of {height}x{width} are not a multiple of {SEQUENCE_MULTIPLE} patches of 2x2")
     modulation = transformer.t_embedder(timestep * transformer.t_scale).type_as(latents)
 
-    # [n, C, h 2, w 2] -> [n, h w, (2 2 C)], the order of the stock patchify.
-    patches = latents.reshape(n, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
-    image = transformer.all_x_embedder["2-1"](patches.reshape(n, rows * columns, 4 * channels))
+    image = transformer.all_x_embedder["2-1"](patchify(latents))
 
     padded = -(-caption.shape[1] // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
     text = transformer.cap_embedder(torch.nn.functional.pad(caption, (0, 0, 0, padded - caption.shape[1])))

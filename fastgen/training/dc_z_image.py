@@ -7,6 +7,7 @@ training, section 7 of arXiv 2603.06351), after a warm-up with none, and adds th
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ SHAPE: dict[str, Any] = {
     "axes_dims": [10, 10, 10],
     "axes_lens": [160, 32, 32],
 }
+
+
+def draw_tail_drop(start: int, warm_up: int, generator: torch.Generator) -> float:
+    """The tail drop of the batch that begins with item `start`: one of `BUDGETS`, 0 in the first `warm_up` items."""
+    drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+    return 0.0 if start < warm_up else drawn
+
+
+def save_transformer(transformer: torch.nn.Module, folder: Path, recipe: str, record: dict[str, Any]) -> None:
+    """Save a transformer in half precision to `folder/transformer`, and the record of its training."""
+    half: Any = copy.deepcopy(transformer).to(torch.float16)
+    half.save_pretrained(folder / "transformer")
+    write_record(folder, recipe, record)
 
 
 class DCModule(torch.nn.Module):
@@ -147,12 +161,11 @@ class DCRecipe:
         data = self.data.batch(size, start)
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
-        drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
         return {
             "images": torch.from_numpy(data.images),
             **caption_tokens(self.tokenizer, texts),
             **patch_labels(data, 8 if self.dense else 4),
-            "tail_drop": 0.0 if start < self.warm_up else drawn,
+            "tail_drop": draw_tail_drop(start, self.warm_up, generator),
         }
 
     @torch.no_grad()
@@ -187,7 +200,4 @@ class DCRecipe:
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the transformer in half precision."""
-        import copy
-
-        copy.deepcopy(self.transformer).to(torch.float16).save_pretrained(folder / "transformer")  # type: ignore[operator]
-        write_record(folder, self.name, record)
+        save_transformer(self.transformer, folder, self.name, record)

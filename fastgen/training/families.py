@@ -58,6 +58,9 @@ class Family(Protocol):
     frozen: tuple[str, ...]
     """Names of the student's timestep and condition embeddings: frozen when it is finetuned (section 10)."""
 
+    def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
+        """The original's own samples: latents as its transformer sees them, float32 on the CPU."""
+
     def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
         """Inputs of teacher and student for prompts or classes, the dropped ones unconditional."""
 
@@ -118,6 +121,10 @@ class ZImageFamily:
     def __init__(self, pipe: ZImagePipeline) -> None:
         self.pipe, self.teacher = pipe, pipe.transformer
 
+    def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
+        latents: Tensor = self.pipe(labels, generator=generators, output_type="latent", **settings).images
+        return latents.float().cpu()
+
     def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
         prompts = ["" if drop else text for text, drop in zip(labels, dropped, strict=True)]
         embeds, _ = self.pipe.encode_prompt(
@@ -158,8 +165,17 @@ class DiTFamily:
     frozen: tuple[str, ...] = ("embedder",)
 
     def __init__(self, pipe: DiTPipeline) -> None:
-        self.teacher = pipe.transformer
+        self.pipe, self.teacher = pipe, pipe.transformer
         self.diffusion = GaussianDiffusion(pipe.scheduler.betas)
+
+    @torch.no_grad()
+    def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
+        """The stock pipeline only hands out pictures: they are encoded again."""
+        vae = self.pipe.vae
+        pictures = self.pipe(list(labels), generator=generators, output_type="np", **settings).images
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) * 2 - 1
+        mean: Tensor = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+        return mean.float().cpu()
 
     def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
         none = self.teacher.config.num_embeds_ada_norm

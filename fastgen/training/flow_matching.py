@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastgen.models.z_image_batch import patchify
 from fastgen.training.vae import to_pixels
 
 _LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
@@ -54,7 +55,7 @@ class TokenMetric:
     """
 
     def __init__(self, latents: torch.Tensor, exponent: float = 0.5) -> None:
-        tokens = _tokens(latents).flatten(0, 1).double()
+        tokens = patchify(latents).flatten(0, 1).double()
         variances, self.directions = torch.linalg.eigh(tokens.T.cov())
         self.variances, self.directions = variances.clamp(min=1e-4).float(), self.directions.float()
         self.exponent = exponent
@@ -67,7 +68,7 @@ class TokenMetric:
         expected = variances / ((1 - level).square() * variances + level.square())
         weights = expected.pow(-self.exponent)
         weights = weights / (weights * expected).mean(dim=-1, keepdim=True)
-        squares = (_tokens(error) @ directions).square().mean(dim=1)
+        squares = (patchify(error) @ directions).square().mean(dim=1)
         return (squares * weights).mean(dim=-1)
 
     def loss(
@@ -83,10 +84,3 @@ class TokenMetric:
             "velocity": float(plain.mean()),
             "high_noise": float(noisy.mean()) if len(noisy) else float("nan"),
         }
-
-
-def _tokens(latents: torch.Tensor) -> torch.Tensor:
-    """The 2x2 patches of [n, C, h, w] as [n, h w / 4, 4 C]."""
-    n, channels, height, width = latents.shape
-    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
-    return patches.reshape(n, -1, 4 * channels)

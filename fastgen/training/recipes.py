@@ -41,10 +41,14 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "vq": RecipeEntry(
         "the VQ tokenizer of the tiny Janus",
-        # In bfloat16 most vectors fall to another code than in float32.
         {
-            **{"steps": 2000, "batch_size": 8, "lr": 1.5e-3, "warmup": 50, "decay": 0.4, "ema_decay": 0.99},
-            "precision": "fp32",
+            "steps": 2000,
+            "batch_size": 8,
+            "lr": 1.5e-3,
+            "warmup": 50,
+            "decay": 0.4,
+            "ema_decay": 0.99,
+            "precision": "fp32",  # in bfloat16 most vectors fall to another code than in float32
         },
     ),
     "detector": RecipeEntry(
@@ -196,14 +200,14 @@ def _upcycling(name: str, seed: int, part: Path | None, init: Path | None, data:
     if name == "dc-finetune" and init is None:
         raise FastgenError(f"recipe {name} needs --init FOLDER/model/transformer, written by `fastgen train dc-graft`")
     from fastgen.pipelines.checkpoint import find_checkpoint
-    from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.loading import load_checkpoint
     from fastgen.training.samples import Samples
     from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
 
-    find_checkpoint(str(part))  # explains what is missing before anything is read
+    checkpoint = find_checkpoint(str(part))  # explains what is missing before anything is read
     samples = Samples(data, seed)
     kind = GraftRecipe if name == "dc-graft" else FinetuneRecipe
-    return kind(seed, load_pipeline(str(part), dtype="float32"), samples, init)
+    return kind(seed, load_checkpoint(checkpoint, dtype="float32"), samples, init)
 
 
 _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {

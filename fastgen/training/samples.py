@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, ZImagePipeline
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.io import atomic_write_json, check_writable, read_json
+from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
+from fastgen.training.families import Family, family_of
 
 _SHARD = 64
 
@@ -97,8 +97,7 @@ def draw_samples(
     """
     if not labels or count < 1 or batch_size < 1:
         raise ValueError(f"need labels, count >= 1 and batch_size >= 1; got {len(labels)}, {count}, {batch_size}")
-    if not isinstance(pipe, ZImagePipeline | DiTPipeline):
-        raise ValueError(f"pipe: {type(pipe).__name__} cannot be upcycled; needs a ZImagePipeline or a DiTPipeline")
+    family = family_of(pipe)
     check_writable(folder)
     digest = hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
     asked = {"count": count, "seed": seed, "labels_sha256": digest, "settings": settings}
@@ -109,13 +108,13 @@ def draw_samples(
     for index in range(-(-count // _SHARD)):
         numbers = range(index * _SHARD, min(count, (index + 1) * _SHARD))
         if not _shard(folder, index).is_file():
-            _write_shard(pipe, _shard(folder, index), labels, numbers, seed, batch_size, settings)
+            _write_shard(family, _shard(folder, index), labels, numbers, seed, batch_size, settings)
         report(numbers.stop, count)
     return Samples(folder, seed)
 
 
 def _write_shard(
-    pipe: Any,
+    family: Family,
     path: Path,
     labels: Sequence[str | int],
     numbers: range,
@@ -127,25 +126,8 @@ def _write_shard(
     for first in range(0, len(own), batch_size):
         part = own[first : first + batch_size]
         generators = [torch.Generator().manual_seed(seed + numbers[first + i]) for i in range(len(part))]
-        draw = _z_image_latents if isinstance(pipe, ZImagePipeline) else _dit_latents
-        parts.append(draw(pipe, part, generators, settings))
-    temporary = path.with_suffix(".tmp")
-    save_file({"latents": torch.cat(parts).half().contiguous()}, temporary, {"labels": json.dumps(own)})
-    os.replace(temporary, path)
-
-
-def _z_image_latents(pipe: Any, prompts: list[Any], generators: list[Any], settings: dict[str, Any]) -> Tensor:
-    latents: Tensor = pipe(prompts, generator=generators, output_type="latent", **settings).images
-    return latents.float().cpu()
-
-
-@torch.no_grad()
-def _dit_latents(pipe: Any, classes: list[Any], generators: list[Any], settings: dict[str, Any]) -> Tensor:
-    """The stock pipeline only hands out pictures: they are encoded again."""
-    pictures = pipe(list(classes), generator=generators, output_type="np", **settings).images
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(pipe.vae.device, pipe.vae.dtype) * 2 - 1
-    mean: Tensor = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-    return mean.float().cpu()
+        parts.append(family.draw(part, generators, settings))
+    atomic_write_bytes(path, save({"latents": torch.cat(parts).half().contiguous()}, {"labels": json.dumps(own)}))
 
 
 def _shard(folder: Path, index: int) -> Path:

@@ -8,6 +8,7 @@ neither stage needs a data set.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from fastgen.models.chunking import ratio_loss
 from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
-from fastgen.training.cards import write_record
-from fastgen.training.dc_z_image import BUDGETS, RATIO_WEIGHT
+from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop, save_transformer
 from fastgen.training.families import Activations, Noisy, family_of
 from fastgen.training.samples import Samples
 
@@ -44,7 +44,7 @@ class _Student(torch.nn.Module):
         return self._family.predict(self.student, noisy, conditions, tail_drop)
 
 
-class UpcyclingRecipe:
+class UpcyclingRecipe(ABC):
     """What both stages share.
 
     Args:
@@ -76,24 +76,24 @@ class UpcyclingRecipe:
 
     def build(self) -> torch.nn.Module:
         """The student, with what this stage freezes frozen."""
+        frozen = self.frozen_names()
         for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(not self.is_frozen(name))
+            parameter.requires_grad_(name not in frozen)
         return _Student(self, self.student.train())
 
-    def is_frozen(self, name: str) -> bool:
-        """Whether the student's parameter `name` keeps its value."""
-        raise NotImplementedError
+    @abstractmethod
+    def frozen_names(self) -> set[str]:
+        """The student's parameters that keep their values."""
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Samples of the original, which of their conditions to drop, and the batch's tail drop."""
         latents, labels = self.samples.batch(start, size)
         dropped = torch.rand(size, generator=generator) < _DROPOUT
-        drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
         return {
             "latents": latents,
             "labels": labels,
             "dropped": dropped.tolist(),
-            "tail_drop": 0.0 if start < self.warm_up else drawn,
+            "tail_drop": draw_tail_drop(start, self.warm_up, generator),
         }
 
     def loss(
@@ -112,18 +112,15 @@ class UpcyclingRecipe:
         numbers |= {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
         return own + RATIO_WEIGHT * ratio, numbers
 
+    @abstractmethod
     def stage_loss(
         self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of this stage and numbers for the log."""
-        raise NotImplementedError
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the student in half precision to `folder/transformer`."""
-        import copy
-
-        copy.deepcopy(self.student).to(torch.float16).save_pretrained(folder / "transformer")
-        write_record(folder, self.name, record)
+        save_transformer(self.student, folder, self.name, record)
 
 
 class GraftRecipe(UpcyclingRecipe):
@@ -131,12 +128,8 @@ class GraftRecipe(UpcyclingRecipe):
 
     name = "dc-graft"
 
-    def build(self) -> torch.nn.Module:
-        self._backbone = set(backbone_names(self.student))
-        return super().build()
-
-    def is_frozen(self, name: str) -> bool:
-        return name in self._backbone
+    def frozen_names(self) -> set[str]:
+        return set(backbone_names(self.student))
 
     def stage_loss(
         self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]
@@ -151,8 +144,9 @@ class FinetuneRecipe(UpcyclingRecipe):
 
     name = "dc-finetune"
 
-    def is_frozen(self, name: str) -> bool:
-        return name.split(".")[0] in self.family.frozen
+    def frozen_names(self) -> set[str]:
+        names = (name for name, _ in self.student.named_parameters())
+        return {name for name in names if name.split(".")[0] in self.family.frozen}
 
     def stage_loss(
         self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]

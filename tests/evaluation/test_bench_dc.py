@@ -39,9 +39,9 @@ def test_no_time_is_taken_of_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
     bench._check(pair, "S")
     forward = pair.chunked.forward
 
-    def wrong(latents: Any, *arguments: Any, **knobs: Any) -> Any:
-        output = forward(latents, *arguments, **knobs)
-        output.sample = output.sample + len(latents)
+    def wrong(hidden_states: Any, **arguments: Any) -> Any:
+        output = forward(hidden_states, **arguments)
+        output.sample = output.sample + len(hidden_states)
         return output
 
     monkeypatch.setattr(pair.chunked, "forward", wrong)
