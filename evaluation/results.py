@@ -14,7 +14,12 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.report import markdown_table, percent
 
 _MARK = "<!-- scores -->"
-_MODELS = (("tiny", "diffusion"), ("tiny-janus", "autoregressive"))
+_MODELS = (
+    ("tiny", "diffusion"),
+    ("tiny-janus", "autoregressive"),
+    ("tiny-dc", "diffusion, dynamic chunking"),
+    ("tiny-dc-dense", "diffusion, baseline of tiny-dc"),
+)
 
 
 def provenance(data: dict[str, Any]) -> str:
@@ -138,7 +143,47 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
             ]
         )
     header = ["variant", "kept %", "GFLOPs", "ratio", "s/picture", "ratio", "score", "± s.e.", "FD-shapes"]
-    return markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    return markdown_table(header, rows) + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
+
+
+def _router_markdown(data: dict[str, Any]) -> str:
+    """Where the router keeps tokens: by noise level on renders, and by step while it draws."""
+    router = data["router"]
+    rows = [
+        [f"{row['sigma']:g}", *(percent(row[name]) for name in ("kept", "boundary", "inside", "background"))]
+        for row in router["rows"]
+    ]
+    steps = next(row["kept_by_step"] for row in data["rows"] if row["kept_by_step"])
+    return (
+        f"Router on {router['renders']} fresh renders: natural kept share, and mean boundary probability of positions "
+        "on object boundaries, inside objects and in the background (all in percent); over all noise levels that of "
+        f"boundaries is {router['boundary_to_background']:.1f} times that of the background.\n\n"
+        + markdown_table(["sigma", "kept", "boundary", "inside", "background"], rows)
+        + "\nKept while drawing without tail drop, first to last step: "
+        + ", ".join(f"{share:.0%}" for share in steps)
+        + ".\n"
+    )
+
+
+def dc_ablations_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench dc-ablations`: one part changed at a time."""
+    rows = []
+    for row in data["rows"]:
+        cells = [row["variant"]]
+        for values in row["tail_drops"].values():
+            cells.append(f"{values['weighted']:.4f} ({values['difference']:+.4f} ± {values['stderr']:.4f})")
+        rows.append([*cells, percent(row["kept"]), f"{row['boundary_to_background']:.1f}"])
+    drops = [f"error at tail drop {rho}" for rho in data["rows"][0]["tail_drops"]]
+    settings = data["settings"]
+    return (
+        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; weighted error of the "
+        f"velocity on {settings['renders']} held-out renders, with the paired difference to the first row and its "
+        "standard error over renders (training noise is not in it).\n\n"
+        + markdown_table(["variant", *drops, "kept %", "boundary / background"], rows)
+        + "\n"
+        + provenance(data)
+        + "\n"
+    )
 
 
 def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
@@ -238,6 +283,7 @@ def results_page(folder: Path) -> str:
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
+        ("bench-dc-ablations", "Dynamic chunking: ablations", dc_ablations_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:

@@ -93,11 +93,14 @@ def image_seed(seed: int, prompt: str, image: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{image}/{prompt}".encode()).digest()[:4], "big")
 
 
-def model_fingerprint(folder: Path) -> str:
-    """sha256 over the names, sizes and contents of a model folder; of a file above 64 MiB only the first and last MiB
-    (a safetensors header and the last weights) are read, so that a large model does not wait for its disk."""
+def model_fingerprint(*folders: Path) -> str:
+    """sha256 over the names, sizes and contents of a model's folders; of a file above 64 MiB only the first and last
+    MiB (a safetensors header and the last weights) are read, so that a large model does not wait for its disk."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".md", ".png")):
+    files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    for folder, path in files:
+        if path.suffix in (".md", ".png"):
+            continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

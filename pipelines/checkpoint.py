@@ -13,8 +13,9 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 #: Models that come with the package.
-EMBEDDED_MODELS = ("tiny", "tiny-janus")
+EMBEDDED_MODELS = ("tiny", "tiny-janus", "tiny-dc", "tiny-dc-dense")
 
 #: Weight types that a user may ask for.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,6 +68,8 @@ class Checkpoint:
         size_multiple: height and width must be multiples of it (0: not known from the configuration).
         fixed_size: the only height and width in pixels, if the model can draw no other.
         max_size: the largest height and width in pixels, if the configuration tells one.
+        base: folder of the model whose components stand in for those that `folder` does not hold ("base" in
+            fastgen.json: the name of an embedded model, or a folder relative to that file).
     """
 
     model: str
@@ -78,6 +81,20 @@ class Checkpoint:
     size_multiple: int = 0
     fixed_size: int | None = None
     max_size: int | None = None
+    base: Path | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that the model's files are in."""
+        return (self.folder,) if self.base is None else (self.folder, self.base)
+
+    @property
+    def has_dynamic_chunking(self) -> bool:
+        return self.pipeline_class in OWN_PIPELINES
+
+    def component(self, name: str) -> Path:
+        """Folder of a component of a diffusers pipeline."""
+        return _component_folder(self.folder, self.base, name)
 
     def check_size(self, height: int | None, width: int | None) -> None:
         """Refuse a picture size that the model cannot draw; None stands for the model's default.
@@ -167,16 +184,27 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         pipeline_class = index.get("_class_name")
         if not isinstance(pipeline_class, str):
             raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
+        base = _base_folder(folder, defaults.pop("base", None))
         for component in _components(index):
-            if not (folder / component).is_dir():
+            if not _component_folder(folder, base, component).is_dir():
                 raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
         entry = index.get("transformer")
         if isinstance(entry, list) and len(entry) == 2:
             pipeline_class = _PIPELINE_OF_TRANSFORMER.get(entry[1], pipeline_class)
-        _check_json_files(folder)
-        multiple, largest = _size_limits(folder, index)
+        for place in (folder, base):
+            if place is not None:
+                _check_json_files(place)
+        multiple, largest = _size_limits(partial(_component_folder, folder, base), index)
         return Checkpoint(
-            model, folder, "diffusers", hub_id, pipeline_class, defaults, size_multiple=multiple, max_size=largest
+            model,
+            folder,
+            "diffusers",
+            hub_id,
+            pipeline_class,
+            defaults,
+            size_multiple=multiple,
+            max_size=largest,
+            base=base,
         )
     if (folder / "config.json").is_file():
         config = _read_object(folder / "config.json")
@@ -189,6 +217,23 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
             "needs a diffusers pipeline or a Janus model"
         )
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+
+
+def _base_folder(folder: Path, base: Any) -> Path | None:
+    """The folder that "base" in fastgen.json means."""
+    if base is None:
+        return None
+    if not isinstance(base, str) or not base:
+        raise FastgenError(f"{folder / 'fastgen.json'}: base must name a model, got {base!r}")
+    found = embedded_folder(base) if base in EMBEDDED_MODELS else folder / base
+    if not (found / "model_index.json").is_file():
+        raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no pipeline folder")
+    return found
+
+
+def _component_folder(folder: Path, base: Path | None, name: str) -> Path:
+    own = folder / name
+    return own if base is None or own.is_dir() else base / name
 
 
 def _components(index: dict[str, Any]) -> Iterator[str]:
@@ -212,9 +257,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _size_limits(folder: Path, index: dict[str, Any]) -> tuple[int, int | None]:
+def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:
     """Multiple and largest size of height and width; (0, None) where the configuration does not tell."""
-    vae = folder / "vae" / "config.json"
+    vae = component("vae") / "config.json"
     if not vae.is_file():
         return 0, None
     vae_config = _read_object(vae)
@@ -222,7 +267,7 @@ def _size_limits(folder: Path, index: dict[str, Any]) -> tuple[int, int | None]:
     if vae_config.get("_class_name") != "AutoencoderKL" or not isinstance(channels, list):
         return 0, None
     multiple = 2 ** (len(channels) - 1)
-    transformer = folder / "transformer" / "config.json"
+    transformer = component("transformer") / "config.json"
     if not transformer.is_file():
         return multiple, None  # a UNet works on single latents
     config = _read_object(transformer)
@@ -262,10 +307,10 @@ def check_weights(checkpoint: Checkpoint) -> None:
     if checkpoint.kind == "janus":
         _check_weight_folder(folder, "model")
         return
-    for component in _components(_read_object(folder / "model_index.json")):
+    for component in map(checkpoint.component, _components(_read_object(folder / "model_index.json"))):
         # Schedulers and processors have configuration files of other names and no weights.
-        if (folder / component / "config.json").is_file():
-            _check_weight_folder(folder / component)
+        if (component / "config.json").is_file():
+            _check_weight_folder(component)
 
 
 def _check_weight_folder(folder: Path, stem: str | None = None) -> None:

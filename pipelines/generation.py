@@ -236,7 +236,7 @@ def pipeline_class(checkpoint: Checkpoint) -> type:
         return JanusImagePipeline
     import diffusers
 
-    if checkpoint.pipeline_class in OWN_PIPELINES:
+    if checkpoint.has_dynamic_chunking:
         module = importlib.import_module(OWN_PIPELINES[checkpoint.pipeline_class])
         own: type = getattr(module, checkpoint.pipeline_class)
         return own

@@ -18,7 +18,6 @@ from fastgen.accounting import phase
 from fastgen.errors import FastgenError
 from fastgen.io import read_json
 from fastgen.pipelines.checkpoint import (
-    OWN_PIPELINES,
     Checkpoint,
     check_names,
     check_weights,
@@ -51,7 +50,7 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "auto") -> Di
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
-        model: "tiny" or "tiny-janus" (embedded), a folder of a diffusers pipeline or of a transformers Janus model,
+        model: "tiny", "tiny-janus", "tiny-dc" or "tiny-dc-dense" (embedded), a folder of a diffusers pipeline or of a transformers Janus model,
             or the Hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
@@ -167,9 +166,13 @@ def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipe
             continue
         network_class = _network_class(*entry)
         if network_class is not None:
-            networks[name] = _load_network(network_class, folder / name, dtype)
-    loader: Any = pipeline_class(checkpoint) if checkpoint.pipeline_class in OWN_PIPELINES else DiffusionPipeline
-    return _explained(folder, lambda: loader.from_pretrained(folder, **networks))
+            networks[name] = _load_network(network_class, checkpoint.component(name), dtype)
+        elif checkpoint.base is not None and (folder / name).is_dir():
+            raise FastgenError(f"{folder / name}: only networks may differ from the base, this is none")
+    loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
+    # What is no network (scheduler, tokenizer) comes from the base where there is one.
+    rest = checkpoint.base or folder
+    return _explained(folder, lambda: loader.from_pretrained(rest, **networks))
 
 
 def _network_class(library: str | None, name: str | None) -> Any:

@@ -24,6 +24,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
 from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.router_statistics import router_statistics
 from fastgen.evaluation.runner import EvaluationRun, RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import score_folder, shapes_prompts
 from fastgen.pipelines.checkpoint import find_checkpoint
@@ -86,8 +87,9 @@ def benchmark_dc_quality(
         report: told what is going on.
 
     Returns:
-        a JSON-ready dict: "environment", "settings" and "rows" with variant, tail_drop, uncond_tail_drop, flops and
-        seconds a picture, kept share of the tokens, score, stderr and fd.
+        a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`) and "rows" with variant,
+        tail_drop, uncond_tail_drop, flops and seconds a picture, kept share of the tokens (of all, and of the first to
+        the last step), score, stderr and fd.
 
     Raises:
         FastgenError: a number out of range, or a model that does not fit.
@@ -123,6 +125,9 @@ def benchmark_dc_quality(
                 "fd": scores["fd_shapes"]["value"],
             }
         )
+    report("router")
+    chunked = next(variant.pipe for variant in variants if variant.name.startswith("dc "))
+    router = router_statistics(chunked)
     report("time")
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     for row, cost in zip(rows, _costs(variants, chosen, runs), strict=True):
@@ -141,6 +146,7 @@ def benchmark_dc_quality(
             "runs": runs,
             "device": device,
         },
+        "router": router,
         "rows": rows,
     }
 
@@ -152,7 +158,7 @@ def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, 
         raise FastgenError(f"model: {model} has no dynamic chunking")
     if type(baseline) is not ZImagePipeline:
         raise FastgenError(f"dense: {dense} is no stock Z-Image pipeline")
-    ours, theirs = (model_fingerprint(found.folder) for found in checkpoints)
+    ours, theirs = (model_fingerprint(*found.folders) for found in checkpoints)
     # An adapted pipeline does not know which model it was made of.
     defaults = checkpoints[1].defaults
     yield Variant("dense", baseline, theirs)
@@ -167,7 +173,7 @@ def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, 
             yield Variant(f"dense token-merging {ratio:g}", baseline, theirs, defaults, adapt)
     for rho in tail_drops:
         yield Variant(f"dc {rho:g}", chunked, ours, {"tail_drop": rho})
-    for rho in tail_drops[:1]:
+    for rho in tail_drops:
         settings = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
         yield Variant(f"dc {rho:g} lite-cfg {LITE_CFG:g}", chunked, ours, settings)
 
@@ -187,8 +193,9 @@ def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[d
     for variant in variants:  # a warm-up as well
         with account() as stats, count_flops():
             _draw(variant, prompts, seeds)
-        kept = sum(stats.kept_tokens) / sum(stats.total_tokens) if stats.total_tokens else None
-        counts.append({"flops": stats.flops / len(prompts), "kept": kept})
+        steps = [kept / total for kept, total in zip(stats.kept_tokens, stats.total_tokens, strict=True)]
+        kept = sum(steps) / len(steps) if steps else None
+        counts.append({"flops": stats.flops / len(prompts), "kept": kept, "kept_by_step": steps or None})
     for _ in range(runs):
         for place, variant in enumerate(variants):
             start = time.perf_counter()

@@ -93,9 +93,13 @@ def data(
 
 @app.command("dc")
 def dc(
-    model: Annotated[str, typer.Option(help="Z-Image pipeline with dynamic chunking: folder or Hub id.")],
-    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")],
-    folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")],
+    model: Annotated[
+        str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
+    ] = "tiny-dc",
+    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
+    folder: Annotated[
+        Path, typer.Option(help="Folder of the pictures; a killed run continues there.")
+    ] = Path("fastgen-bench-dc"),
     tail_drop: Annotated[
         list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
     ] = None,
@@ -139,6 +143,42 @@ def dc(
         if plot is not None:
             dc_quality_plot(result, plot)
     _publish(result, out, as_json, dc_quality_markdown(result))
+
+
+@app.command("dc-ablations")
+def dc_ablations(
+    part: Annotated[str, typer.Option(help="Z-Image pipeline that gives VAE and text encoder: name or folder.")] = "tiny",
+    folder: Annotated[
+        Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")
+    ] = Path("fastgen-bench-dc-ablations"),
+    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
+    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Train the small model with one part of dynamic chunking changed at a time, and compare on held-out renders."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import find_checkpoint
+
+    base = find_checkpoint(part)
+    if out is not None:
+        check_writable(out.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.results import dc_ablations_markdown
+        from fastgen.training.dc_ablations import benchmark_dc_ablations
+
+        result = benchmark_dc_ablations(
+            base.folder,
+            folder,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            variants=variant,
+            report=lambda line: typer.echo(line, err=True),
+        )
+    _publish(result, out, as_json, dc_ablations_markdown(result))
 
 
 @app.command("dc-speed")

@@ -274,7 +274,7 @@ def _identity(checkpoint: Checkpoint) -> str:
 
     if checkpoint.hub_id is not None:
         return f"{checkpoint.hub_id}@{checkpoint.folder.name}"
-    return model_fingerprint(checkpoint.folder)
+    return model_fingerprint(*checkpoint.folders)
 
 
 def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:

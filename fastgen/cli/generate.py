@@ -24,6 +24,9 @@ app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 # Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
 _SAMPLE = 2**16
 
+#: Methods, each with the embedded model that it takes by default.
+METHODS = {"base": "tiny", "dc": "tiny-dc"}
+
 
 @app.command()
 def generate(
@@ -38,7 +41,16 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="tiny, tiny-janus, a folder, or a Hub id.")] = "tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, tiny-janus, tiny-dc, a folder, or a Hub id. Default: tiny; tiny-dc with --method dc.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="base or dc (dynamic chunking). Default: what the model is.", show_default=False)
+    ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8, one prompt per line; a rerun makes what is missing.")
     ] = None,
@@ -96,6 +108,8 @@ def generate(
         raise FastgenError(f"--seed: {seed} is not allowed, needs an integer from 0 to 2**63 - 1")
     if batch_size < 1:
         raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
+    if method is not None and method not in METHODS:
+        raise FastgenError(f"--method: {method!r} is not allowed, needs one of {', '.join(METHODS)}")
     asked = {name: context.params[name] for name in SETTINGS}
     for name, value in asked.items():
         if value is not None:
@@ -106,10 +120,16 @@ def generate(
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import OWN_PIPELINES, check_names, check_weights, find_checkpoint
+    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
 
     check_names("cpu" if device == "auto" else device, dtype)
+    model = model if model is not None else METHODS[method or "base"]
     checkpoint = find_checkpoint(model)
+    is_chunked = checkpoint.has_dynamic_chunking
+    if method is not None and (method == "dc") != is_chunked:
+        raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
+    if save_map and not is_chunked:
+        raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
     if checkpoint.fixed_size is None:
         checkpoint.check_size(height, width)
     if checkpoint.hub_id is None:
@@ -125,7 +145,7 @@ def generate(
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint),
-            "method": "dc" if checkpoint.pipeline_class in OWN_PIPELINES else "base",
+            "method": "dc" if is_chunked else "base",
             **{name: call.get(name) for name in asked},
             "device": where.type,
             "dtype": weight_type,
@@ -133,8 +153,6 @@ def generate(
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        if save_map and checkpoint.pipeline_class not in OWN_PIPELINES:
-            raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
         stats = _make(todo, checkpoint, str(where), weight_type, call, batch_size, batch_invariant, save_map)
 
     made = {job.image for job in todo}
@@ -261,14 +279,14 @@ def _digest(checkpoint: Checkpoint) -> str:
     if checkpoint.hub_id is not None:
         return checkpoint.folder.name
     digest = hashlib.sha256()
-    files = [*checkpoint.folder.rglob("*.safetensors"), *checkpoint.folder.rglob("*.bin")]
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(checkpoint.folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
+    for folder in checkpoint.folders:
+        for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 2, max(0, size - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
 
 

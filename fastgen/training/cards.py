@@ -7,6 +7,7 @@ and from the committed scores in ``docs/results``.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastgen import _assets
 _TITLES = {
     "tiny": "fastgen tiny: a ZImagePipeline for ShapesWorld",
     "tiny-janus": "fastgen tiny-janus: a JanusForConditionalGeneration for ShapesWorld",
+    "tiny-dc": "fastgen tiny-dc: a Z-Image transformer with dynamic chunking for ShapesWorld",
+    "tiny-dc-dense": "fastgen tiny-dc-dense: the baseline of tiny-dc",
     "shapes-detector": "fastgen shapes-detector: finds ShapesWorld objects",
 }
 _TEXTS = {
@@ -48,6 +51,23 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
+    "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
+budgets; VAE, text encoder, tokenizer and scheduler are those of `tiny`. One latent position of 16 x 16 is one token, and
+the router keeps about a quarter of them.
+
+```python
+import fastgen
+from diffusers import ZImagePipeline
+
+transformer = fastgen.DCZImageTransformer2DModel.from_pretrained("fastgen/assets/tiny-dc/transformer")
+pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny", transformer=transformer)
+image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
+```
+
+Limits: those of `tiny`. Loss contract: lossy; what each budget costs: `docs/results.md`.""",
+    "tiny-dc-dense": """A stock `diffusers.ZImageTransformer2DModel` of the same width and depth as `tiny-dc`, without
+dynamic chunking (patches of 2 x 2), trained on the same data with the same compute; the other components are those of
+`tiny`. It is there to be compared with: `tiny` is the better model.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
@@ -56,7 +76,19 @@ Limits: it was trained on renders, and on blobs and textures that are no object,
 does not count; a generated object between two shapes still gets the nearer of the two when its confidence passes the
 threshold.""",
 }
-_LIBRARIES = {"tiny": "diffusers", "tiny-janus": "transformers", "shapes-detector": "fastgen"}
+_LIBRARIES = {
+    "tiny": "diffusers",
+    "tiny-janus": "transformers",
+    "tiny-dc": "fastgen",
+    "tiny-dc-dense": "diffusers",
+    "shapes-detector": "fastgen",
+}
+_PARTS = {
+    "z-image": "RUNS/vae/model/vae",
+    "janus": "RUNS/vq/model/vq",
+    "dc": "fastgen/assets/tiny",
+    "dc-dense": "fastgen/assets/tiny",
+}
 _REMARKS = {
     "held_out_psnr": "PSNR on fresh renders (dB)",
     "code_use": "share of the code book in use on 1,024 fresh renders",
@@ -88,6 +120,28 @@ def inherit_records(folder: Path, part: Path) -> None:
             write_record(folder, name, record)
 
 
+def share_components(folder: Path, base: Path) -> list[str]:
+    """Drop the components of the pipeline in `folder` that `base` holds as well, and name the base in fastgen.json.
+
+    Networks are dropped when their weights are equal byte for byte, scheduler and tokenizer always.
+
+    Returns:
+        names of the components that stay.
+    """
+    stay = []
+    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
+        weights = sorted(component.glob("*.safetensors"))
+        twins = [base / component.name / path.name for path in weights]
+        pairs = zip(weights, twins, strict=True)
+        if (base / component.name).is_dir() and all(b.exists() and a.read_bytes() == b.read_bytes() for a, b in pairs):
+            shutil.rmtree(component)
+        else:
+            stay.append(component.name)
+    path = folder / "fastgen.json"
+    _write(path, {**json.loads(path.read_text(encoding="utf-8")), "base": base.name})
+    return stay
+
+
 def forget_paths(folder: Path) -> None:
     """Drop `_name_or_path`, the folder a model was loaded from, from every JSON file below `folder`."""
     for path in folder.rglob("*.json"):
@@ -105,7 +159,7 @@ def card(name: str, records: dict[str, Any], scores: dict[str, Any] | None = Non
     """The model card of an embedded checkpoint as Markdown with Hub front matter.
 
     Args:
-        name: "tiny", "tiny-janus" or "shapes-detector".
+        name: of a checkpoint.
         records: its training.json.
         scores: a result of `fastgen eval shapes --json`, if there is one.
     """
@@ -123,7 +177,7 @@ def _training_line(part: str, record: dict[str, Any]) -> str:
     options = [
         f"--{key.replace('_', '-')} {config[key]}" for key in ("steps", "batch_size", "accumulate", "lr", "seed")
     ]
-    made_from = {"z-image": " --part RUNS/vae/model/vae", "janus": " --part RUNS/vq/model/vq"}.get(part, "")
+    made_from = f" --part {_PARTS[part]}" if part in _PARTS else ""
     remarks = "; ".join(f"{_REMARKS[key]}: {record[key]}" for key in _REMARKS if key in record)
     stages = "".join(f" {text}" for text in record.get("notes", []))
     return (

@@ -206,7 +206,7 @@ class Trainer:
         self.optimizers = build_optimizers(module, config.lr, self.precision)
         if config.compile:
             for name in getattr(module, "compiled_parts", ()):
-                module.get_submodule(name).compile(dynamic=False)
+                module.get_submodule(name).compile(dynamic=getattr(module, "compiled_shapes", False))
         self.module = self.accelerator.prepare(module)
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)

@@ -13,8 +13,9 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.attention import fused_backward_is_slow
 from fastgen.models.tiny_janus import build_janus
 from fastgen.models.tokenizers import build_janus_tokenizer
+from fastgen.training.caption_state import CaptionHead, CaptionReader
 from fastgen.training.cards import inherit_records, write_defaults, write_record
-from fastgen.training.layout import LayoutHead, patch_labels
+from fastgen.training.layout import LayoutHead, PlanHead, patch_labels
 from fastgen.training.vae import to_pixels
 
 # A picture without a caption should hold about one object: were it as crowded as the average picture, guidance away
@@ -22,12 +23,16 @@ from fastgen.training.vae import to_pixels
 _CAPTION_DROPOUT = {"single_object": 0.25, "colors": 0.25}
 _OTHER_DROPOUT = 0.05
 _LAYOUT_WEIGHT = 0.7  # the token loss is mostly texture that nothing predicts: its gradient is large and says little
+_CAPTION_WEIGHT = 0.3
+_CAPTION_LAYER = 2  # of four: those after it read from the caption what this one has put together
+_PATCH_LABELS = ("patch_shapes", "patch_colors")
+_NEXT_LABELS = ("next_shapes", "next_colors", "next_columns")
 
 
 class JanusModule(torch.nn.Module):
     """The parts of Janus that generate images."""
 
-    adamw_names = ("vision_head", "layout", "plan")
+    adamw_names = ("vision_head", "layout", "plan", "caption")
     compiled_parts = ("language_model",)
 
     def __init__(self, model: JanusForConditionalGeneration) -> None:
@@ -38,7 +43,8 @@ class JanusModule(torch.nn.Module):
         self.generation_aligner = inner.generation_aligner
         self.generation_head = inner.generation_head
         self.layout = LayoutHead(inner.language_model.config.hidden_size)
-        self.plan = LayoutHead(inner.language_model.config.hidden_size)
+        self.plan = PlanHead(inner.language_model.config.hidden_size, columns=16)
+        self.caption = CaptionHead(inner.language_model.config.hidden_size)
 
     def forward(
         self,
@@ -46,14 +52,15 @@ class JanusModule(torch.nn.Module):
         attention_mask: torch.Tensor,
         tokens: torch.Tensor,
         labels: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and the layout loss.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and the losses of
+        layout and caption.
 
         Args:
             input_ids: [n, L] left-padded prompts that end with the begin-of-image token.
             attention_mask: [n, L].
             tokens: [n, 256] image tokens in raster order.
-            labels: [n, 256] each, of the tokens' patches (`patch_labels` with `upcoming`).
+            labels: [n, 256] each, of the tokens' patches (`patch_labels` with `upcoming`), and "caption" [n, L, 6].
         """
         attention = "eager" if fused_backward_is_slow(tokens.device) else "sdpa"
         if self.language_model.config._attn_implementation != attention:
@@ -61,17 +68,20 @@ class JanusModule(torch.nn.Module):
         prompt = self.language_model.embed_tokens(input_ids)
         image = self.generation_aligner(self.generation_embeddings(tokens[:, :-1]))
         mask = F.pad(attention_mask, (0, tokens.shape[1] - 1), value=1)
-        hidden = self.language_model(
+        output = self.language_model(
             inputs_embeds=torch.cat([prompt, image], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
-        ).last_hidden_state
-        hidden = hidden[:, input_ids.shape[1] - 1 :]
+            output_hidden_states=True,
+        )
+        hidden = output.last_hidden_state[:, input_ids.shape[1] - 1 :]
         # The hidden state that predicts a token also tells what covers that token's patch, and what begins next: only
         # the caption says that.
-        layout = self.layout(hidden, labels["patch_shapes"], labels["patch_colors"])
-        return self.generation_head(hidden), layout + self.plan(hidden, labels["next_shapes"], labels["next_colors"])
+        layout = self.layout(hidden, *(labels[name] for name in _PATCH_LABELS))
+        layout = layout + self.plan(hidden, *(labels[name] for name in _NEXT_LABELS))
+        words = output.hidden_states[_CAPTION_LAYER][:, : input_ids.shape[1]]
+        return self.generation_head(hidden), layout, self.caption(words, labels["caption"], attention_mask)
 
 
 class JanusRecipe:
@@ -101,6 +111,7 @@ class JanusRecipe:
         else:
             self.model = JanusForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         self.tokenizer = build_janus_tokenizer()
+        self.reader = CaptionReader(self.tokenizer)
         self.data = ShapesWorld(seed + 404)
 
     def build(self) -> JanusModule:
@@ -125,6 +136,7 @@ class JanusRecipe:
             "images": torch.from_numpy(data.images),
             "input_ids": ids,
             "attention_mask": tokens.attention_mask,
+            "caption": self.reader.labels(ids),
             **patch_labels(data, 4, upcoming=True),
         }
 
@@ -139,12 +151,14 @@ class JanusRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats a token, plus the layout loss."""
+        """Mean cross-entropy in nats a token, plus the losses of layout and caption."""
         tokens = self.encode(batch["images"])
-        labels = {name: batch[name] for name in ("patch_shapes", "patch_colors", "next_shapes", "next_colors")}
-        logits, layout = module(batch["input_ids"], batch["attention_mask"], tokens, labels)
+        labels = {name: batch[name] for name in (*_PATCH_LABELS, *_NEXT_LABELS, "caption")}
+        logits, layout, caption = module(batch["input_ids"], batch["attention_mask"], tokens, labels)
         cross = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        return cross + _LAYOUT_WEIGHT * layout, {"token": float(cross.detach()), "layout": float(layout.detach())}
+        numbers = {"token": cross, "layout": layout, "caption": caption}
+        loss = cross + _LAYOUT_WEIGHT * layout + _CAPTION_WEIGHT * caption
+        return loss, {name: float(value.detach()) for name, value in numbers.items()}
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole model in half precision with its tokenizer and processor, loadable by stock transformers."""
@@ -171,7 +185,8 @@ class JanusRecipe:
         texts = [text + self.tokenizer.boi_token for text in data.texts]
         prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         tokens = self.encode(torch.from_numpy(data.images).to(device))
-        labels = {name: value.to(device) for name, value in patch_labels(data, 4, upcoming=True).items()}
+        labels = {"caption": self.reader.labels(prompt.input_ids.cpu()), **patch_labels(data, 4, upcoming=True)}
+        labels = {name: value.to(device) for name, value in labels.items()}
         module.eval()
         logits = module(prompt.input_ids, prompt.attention_mask, tokens, labels)[0]
         logits = logits.float().log_softmax(dim=-1)

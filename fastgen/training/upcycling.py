@@ -8,6 +8,7 @@ neither stage needs a data set.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from fastgen.models.chunking import ratio_loss
 from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
-from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop, save_transformer
+from fastgen.training.cards import write_record
+from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop
 from fastgen.training.families import Activations, Noisy, family_of
 from fastgen.training.samples import Samples
 
@@ -120,7 +122,9 @@ class UpcyclingRecipe(ABC):
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the student in half precision to `folder/transformer`."""
-        save_transformer(self.student, folder, self.name, record)
+        half: Any = copy.deepcopy(self.student).to(torch.float16)
+        half.save_pretrained(folder / "transformer")
+        write_record(folder, self.name, record)
 
 
 class GraftRecipe(UpcyclingRecipe):

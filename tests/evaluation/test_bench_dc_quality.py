@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fastgen.cli.main import run
 from fastgen.evaluation.benchmarks import dc_quality
 from fastgen.evaluation.benchmarks.peers import first_block_cache, merge_groups, token_merging
+from fastgen.evaluation.router_statistics import SIGMAS
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     rows = {row["variant"]: row for row in printed["rows"]}
     assert list(rows) == [
         "dense", "dense first-block-cache 0.1", "dense first-block-cache 0.3", "dense token-merging 0.25",
-        "dense token-merging 0.5", "dc 0", "dc 0.5", "dc 0 lite-cfg 0.9",
+        "dense token-merging 0.5", "dc 0", "dc 0.5", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9",
     ]  # fmt: skip
     for row in rows.values():
         assert 0 <= row["score"] <= 1 and row["flops"] > 0 and 0 < row["seconds"]["p20"] <= row["seconds"]["p80"]
@@ -114,6 +115,9 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     assert (
         rows["dc 0"]["flops"] > rows["dc 0 lite-cfg 0.9"]["flops"] and rows["dc 0"]["flops"] > rows["dc 0.5"]["flops"]
     )
+    assert rows["dense"]["kept_by_step"] is None and len(rows["dc 0"]["kept_by_step"]) == 2
+    assert [row["sigma"] for row in printed["router"]["rows"]] == sorted(SIGMAS, reverse=True)
+    assert all(0 < row["boundary"] < 1 for row in printed["router"]["rows"])
     # The pictures are there: a second run draws none, and its table and plot can be made.
     pytest.importorskip("matplotlib")
     assert run([*arguments, "--plot", str(tmp_path / "dc.png")]) == 0

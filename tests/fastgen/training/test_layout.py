@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
-from fastgen.training.layout import LayoutHead, patch_labels
+from fastgen.training.layout import LayoutHead, PlanHead, patch_labels
 
 
 @pytest.mark.parametrize("patch", [4, 8])
@@ -39,11 +39,12 @@ def test_upcoming_objects_are_those_that_begin_from_a_patch_on() -> None:
             area = batch.instances[n, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
             counts = [int((area == slot + 1).sum()) for slot in range(len(scene))]
             owners.append(int(np.argmax(counts)) if max(counts) >= 4 else None)
-        begun, coming = None, [None] * 256
+        begun, coming, column, columns = None, [None] * 256, 0, [0] * 256
         for index in reversed(range(256)):
             if owners[index] is not None and owners[index] not in owners[:index]:
-                begun = owners[index]
-            coming[index] = begun
+                begun, column = owners[index], 1 + index % 16
+            coming[index], columns[index] = begun, column
+        assert labels["next_columns"][n].tolist() == columns
         for index, slot in enumerate(coming):
             shape, color = (0, 0) if slot is None else (
                 SHAPES.index(scene[slot].shape) + 1, COLORS.index(scene[slot].color) + 1
@@ -70,5 +71,26 @@ def test_an_untrained_head_is_uniform_and_it_can_learn() -> None:
     assert float(loss.detach()) < 0.05
 
 
+def test_a_plan_binds_colour_and_column_to_the_shape_that_comes() -> None:
+    """Either of two objects comes first, at even odds: shapes stay open (log 2), colour and column given it do not."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(2, (64, 16), generator=generator)
+    shapes, colors = 1 + first, 5 - 2 * first
+    columns = torch.where(first == 0, 3, 12)  # the one stands left of the other
+    torch.manual_seed(0)
+    head = PlanHead(32, columns=16)
+    hidden = torch.randn(32).expand(64, 16, 32)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = head(hidden, shapes, colors, columns)
+        loss.backward()
+        optimizer.step()
+    share = first.float().mean()
+    entropy = -(share * share.log() + (1 - share) * (1 - share).log())
+    assert abs(float(loss.detach() - entropy)) < 0.02
+
+
 def test_an_empty_batch_has_no_labels() -> None:
-    assert patch_labels(ShapesWorld(0).batch(0), 8)["patch_shapes"].shape == (0, 64)
+    labels = patch_labels(ShapesWorld(0).batch(0), 8, upcoming=True)
+    assert {tuple(values.shape) for values in labels.values()} == {(0, 64)} and len(labels) == 5

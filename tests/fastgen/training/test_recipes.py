@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,10 +110,21 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["dc", "dc-dense"])
 def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
     from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading import load_pipeline
+    from fastgen.training.cards import share_components
 
     model = _short(name, tmp_path / "first", embedded_folder("tiny"), steps=8)
     config = json.loads((model / "transformer" / "config.json").read_text())
     assert config["_class_name"] == ("DCZImageTransformer2DModel" if name == "dc" else "ZImageTransformer2DModel")
+    # A whole pipeline; what it shares with its base need not be stored twice.
+    whole = load_pipeline(str(model))
+    assert share_components(model, embedded_folder("tiny")) == ["transformer"]
+    assert not (model / "vae").exists()
+    picture, again = (
+        pipe("a red circle", generator=torch.Generator().manual_seed(0), num_inference_steps=2, height=64, width=64).images[0]
+        for pipe in (whole, load_pipeline(str(model)))
+    )
+    assert np.array_equal(picture, again)
     records = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
     if name == "dc":
         assert {r["tail_drop"] for r in records} == {0.0} and all(0 <= r["kept"] <= 1 for r in records)
@@ -159,9 +171,10 @@ def test_training_logits_equal_step_by_step_decoding(vq: Path) -> None:
     prompt = recipe.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[attr-defined]
     tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        names = ("patch_shapes", "patch_colors", "next_shapes", "next_colors")
+        names = ("patch_shapes", "patch_colors", "next_shapes", "next_colors", "next_columns")
         labels = {name: torch.zeros_like(tokens) for name in names}
-        whole, _ = module(prompt.input_ids, prompt.attention_mask, tokens, labels)
+        labels["caption"] = torch.zeros(*prompt.input_ids.shape, 6, dtype=torch.int64)
+        whole = module(prompt.input_ids, prompt.attention_mask, tokens, labels)[0]
         embeds = inner.language_model.embed_tokens(prompt.input_ids)
         mask, cache = prompt.attention_mask, None
         for index in range(6):
