@@ -68,8 +68,8 @@ class Checkpoint:
         size_multiple: height and width must be multiples of it (0: not known from the configuration).
         fixed_size: the only height and width in pixels, if the model can draw no other.
         max_size: the largest height and width in pixels, if the configuration tells one.
-        base: folder of the model whose components stand in for those that `folder` does not hold ("base" in
-            fastgen.json: the name of an embedded model, or a folder relative to that file).
+        base: folder of the model whose components and defaults stand in for those that `folder` does not hold
+            ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
     """
 
     model: str
@@ -176,15 +176,15 @@ def check_names(device: str, dtype: str) -> None:
 
 
 def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
-    defaults: dict[str, Any] = {}
-    if (folder / "fastgen.json").is_file():
-        defaults = _read_object(folder / "fastgen.json")
+    defaults = _defaults(folder)
     if (folder / "model_index.json").is_file():
         index = _read_object(folder / "model_index.json")
         pipeline_class = index.get("_class_name")
         if not isinstance(pipeline_class, str):
             raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
         base = _base_folder(folder, defaults.pop("base", None))
+        if base is not None:
+            defaults = {**_defaults(base), **defaults}
         for component in _components(index):
             if not _component_folder(folder, base, component).is_dir():
                 raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
@@ -219,6 +219,11 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
 
 
+def _defaults(folder: Path) -> dict[str, Any]:
+    path = folder / "fastgen.json"
+    return _read_object(path) if path.is_file() else {}
+
+
 def _base_folder(folder: Path, base: Any) -> Path | None:
     """The folder that "base" in fastgen.json means."""
     if base is None:
@@ -226,8 +231,8 @@ def _base_folder(folder: Path, base: Any) -> Path | None:
     if not isinstance(base, str) or not base:
         raise FastgenError(f"{folder / 'fastgen.json'}: base must name a model, got {base!r}")
     found = embedded_folder(base) if base in EMBEDDED_MODELS else folder / base
-    if not (found / "model_index.json").is_file():
-        raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no pipeline folder")
+    if not (found / "model_index.json").is_file() or "base" in _defaults(found):
+        raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no whole pipeline")
     return found
 
 

@@ -97,9 +97,9 @@ def dc(
         str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
     ] = "tiny-dc",
     dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
-    folder: Annotated[
-        Path, typer.Option(help="Folder of the pictures; a killed run continues there.")
-    ] = Path("fastgen-bench-dc"),
+    folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
+        "fastgen-bench-dc"
+    ),
     tail_drop: Annotated[
         list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
     ] = None,
@@ -147,10 +147,12 @@ def dc(
 
 @app.command("dc-ablations")
 def dc_ablations(
-    part: Annotated[str, typer.Option(help="Z-Image pipeline that gives VAE and text encoder: name or folder.")] = "tiny",
-    folder: Annotated[
-        Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")
-    ] = Path("fastgen-bench-dc-ablations"),
+    part: Annotated[
+        str, typer.Option(help="Z-Image pipeline that gives VAE and text encoder: name or folder.")
+    ] = "tiny",
+    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
+        "fastgen-bench-dc-ablations"
+    ),
     steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
     batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,

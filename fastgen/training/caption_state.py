@@ -1,10 +1,10 @@
 """An auxiliary target for the caption itself: what it has said so far, at every word.
 
 "A red circle left of a blue star" means something only when colours stay with their nouns and both nouns with the
-relation. Nothing in a picture's tokens asks for that before the model knows it: knowing both colours and guessing which
-is whose is a plateau that next-token prediction did not leave in 300,000 pictures. A linear head on an early layer that
-reads the state of the caption at each of its words makes the binding a target of its own, and the last word a summary
-that every image token can attend to. The head is dropped when the model is exported.
+relation. Nothing in a picture's tokens asks for that before the model knows it: knowing both colours and guessing
+which is whose is a plateau that next-token prediction did not leave in 300,000 pictures. A linear head on an early
+layer that reads the state of the caption at each of its words makes the binding a target of its own, and the last word
+a summary that every image token can attend to. The head is dropped when the model is exported.
 """
 
 from __future__ import annotations

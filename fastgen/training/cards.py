@@ -52,8 +52,8 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
     "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
-budgets; VAE, text encoder, tokenizer and scheduler are those of `tiny`. One latent position of 16 x 16 is one token, and
-the router keeps about a quarter of them.
+budgets; VAE, text encoder, tokenizer and scheduler are those of `tiny`. Each of the 16 x 16 latent positions is one
+token, and the router keeps about a quarter of them.
 
 ```python
 import fastgen

@@ -69,3 +69,38 @@ def test_knobs_of_dynamic_chunking_need_a_model_with_it(
     for knobs in (["--tail-drop", "0.3"], ["--token-budget", "3"], ["--save-map"]):
         code, _, err = call(capsys, "a ring", "--model", micro_z, "-o", tmp_path / "x.png", *knobs)
         assert code == 2 and ("does not take it" in err or "no dynamic chunking" in err)
+
+
+def test_method_chooses_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["a red circle left of a blue square", "--steps", 4, "--json", "-o"]
+    knobs = ["--method", "dc", "--tail-drop", 0.3, "--uncond-tail-drop", 0.9]
+    code, out, err = call(capsys, *common, tmp_path / "dc.png", *knobs)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["settings"]["model"] == "tiny-dc" and result["settings"]["method"] == "dc"
+    assert len(result["stats"]["kept_tokens"]) == 4
+    assert all(0 < kept < total / 2 for kept, total in zip(*(result["stats"][k] for k in KEPT), strict=True))
+    code, out, err = call(capsys, *common, tmp_path / "budget.png", "--method", "dc", "--token-budget", 64)
+    assert code == 0, err
+    assert json.loads(out)["stats"]["kept_tokens"] == [128] * 4  # both branches of guidance
+    code, out, err = call(capsys, *common, tmp_path / "base.png", "--method", "base")
+    assert code == 0, err
+    assert json.loads(out)["settings"]["model"] == "tiny"
+
+
+KEPT = ("kept_tokens", "total_tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "dcc"], "--method: 'dcc' is not allowed, needs one of base, dc"),
+        (["--method", "dc", "--model", "tiny"], "model 'tiny' has no dynamic chunking"),
+        (["--method", "base", "--model", "tiny-dc"], "model 'tiny-dc' has dynamic chunking"),
+    ],
+)
+def test_methods_that_do_not_fit_the_model(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, "a ring", "-o", tmp_path / "x.png", *options)
+    assert code == 2 and out == "" and message in err and err.strip().count("\n") == 0

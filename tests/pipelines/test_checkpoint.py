@@ -56,6 +56,40 @@ def test_embedded_models_are_whole(name: str) -> None:
         found.check_size(64, 65)
 
 
+def derive(folder: Path, base: Path, keep: tuple[str, ...] = ("transformer",)) -> Path:
+    """A model that holds `keep` itself and takes the rest from `base`."""
+    folder.mkdir()
+    for name in ("model_index.json", *keep):
+        copy = shutil.copytree if (base / name).is_dir() else shutil.copy
+        copy(base / name, folder / name)
+    defaults = json.loads((base / "fastgen.json").read_text())
+    (folder / "fastgen.json").write_text(json.dumps({**defaults, "base": f"../{base.name}"}))
+    return folder
+
+
+def test_a_model_takes_what_it_lacks_from_its_base(micro_z: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(micro_z, tmp_path / "whole"))
+    found = find_checkpoint(derive(tmp_path / "part", base))
+    whole = find_checkpoint(base)
+    assert found.component("transformer").parent.name == "part" and found.component("vae").resolve() == base / "vae"
+    assert [folder.resolve() for folder in found.folders] == [tmp_path / "part", base]
+    assert found.defaults == whole.defaults and found.size_multiple == whole.size_multiple
+    check_weights(found)
+    truncate(base / "vae")
+    with pytest.raises(FastgenError, match="truncated"):
+        check_weights(found)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("../absent", "no whole pipeline"), (3, "must name a model"), ("", "must name a model")]
+)
+def test_a_bad_base_is_told(micro_z: Path, tmp_path: Path, base: object, message: str) -> None:
+    folder = derive(tmp_path / "part", micro_z)
+    (folder / "fastgen.json").write_text(json.dumps({"base": base}))
+    with pytest.raises(FastgenError, match=message):
+        find_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("config", "pipeline", "expected"),
     [

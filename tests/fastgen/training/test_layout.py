@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
-from fastgen.training.layout import LayoutHead, PlanHead, patch_labels
+from fastgen.training.layout import LayoutHead, early_patches, patch_labels
 
 
 @pytest.mark.parametrize("patch", [4, 8])
@@ -39,12 +39,11 @@ def test_upcoming_objects_are_those_that_begin_from_a_patch_on() -> None:
             area = batch.instances[n, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
             counts = [int((area == slot + 1).sum()) for slot in range(len(scene))]
             owners.append(int(np.argmax(counts)) if max(counts) >= 4 else None)
-        begun, coming, column, columns = None, [None] * 256, 0, [0] * 256
+        begun, coming = None, [None] * 256
         for index in reversed(range(256)):
             if owners[index] is not None and owners[index] not in owners[:index]:
-                begun, column = owners[index], 1 + index % 16
-            coming[index], columns[index] = begun, column
-        assert labels["next_columns"][n].tolist() == columns
+                begun = owners[index]
+            coming[index] = begun
         for index, slot in enumerate(coming):
             shape, color = (0, 0) if slot is None else (
                 SHAPES.index(scene[slot].shape) + 1, COLORS.index(scene[slot].color) + 1
@@ -71,24 +70,32 @@ def test_an_untrained_head_is_uniform_and_it_can_learn() -> None:
     assert float(loss.detach()) < 0.05
 
 
-def test_a_plan_binds_colour_and_column_to_the_shape_that_comes() -> None:
-    """Either of two objects comes first, at even odds: shapes stay open (log 2), colour and column given it do not."""
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randint(2, (64, 16), generator=generator)
-    shapes, colors = 1 + first, 5 - 2 * first
-    columns = torch.where(first == 0, 3, 12)  # the one stands left of the other
-    torch.manual_seed(0)
-    head = PlanHead(32, columns=16)
-    hidden = torch.randn(32).expand(64, 16, 32)
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
-    for _ in range(300):
-        optimizer.zero_grad()
-        loss = head(hidden, shapes, colors, columns)
-        loss.backward()
-        optimizer.step()
-    share = first.float().mean()
-    entropy = -(share * share.log() + (1 - share) * (1 - share).log())
-    assert abs(float(loss.detach() - entropy)) < 0.02
+def test_early_patches_look_back_only() -> None:
+    """Against a walk over neighbours; and later patches change nothing, so that no loss is weighted by its answer."""
+    rng = np.random.default_rng(0)
+    owner = rng.integers(0, 4, (20, 25)) * (rng.random((20, 25)) < 0.5)
+    found = early_patches(owner, 5, 3, most=2)
+    for n in range(20):
+        for index in range(25):
+            row, column = divmod(index, 5)
+            around = [(row, column - 1), (row - 1, column - 1), (row - 1, column), (row - 1, column + 1)]
+            near = {int(owner[n, r * 5 + c]) for r, c in around if r >= 0 and 0 <= c < 5} - {0}
+            assert found[n, index] == any(1 <= (owner[n, :index] == slot).sum() <= 2 for slot in near)
+    for index in range(25):
+        other = owner.copy()
+        other[:, index:] = rng.integers(0, 4, (20, 25 - index))
+        assert np.array_equal(early_patches(other, 5, 3, most=2)[:, : index + 1], found[:, : index + 1])
+
+
+def test_weights_multiply_the_losses_of_patches() -> None:
+    labels = patch_labels(ShapesWorld(22).batch(2), 8)
+    head, hidden = LayoutHead(16), torch.randn(2, 64, 16)
+    values = labels["patch_shapes"], labels["patch_colors"]
+    half = torch.zeros(2, 64)
+    half[:, :32] = 2
+    alone = head(hidden[:, :32], *(value[:, :32] for value in values))
+    assert torch.allclose(head(hidden, *values, half), alone)
+    assert torch.allclose(head(hidden, *values, torch.ones(2, 64)), head(hidden, *values))
 
 
 def test_an_empty_batch_has_no_labels() -> None:

@@ -120,8 +120,9 @@ def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str
     whole = load_pipeline(str(model))
     assert share_components(model, embedded_folder("tiny")) == ["transformer"]
     assert not (model / "vae").exists()
+    settings = {"num_inference_steps": 2, "height": 64, "width": 64}
     picture, again = (
-        pipe("a red circle", generator=torch.Generator().manual_seed(0), num_inference_steps=2, height=64, width=64).images[0]
+        pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).images[0]
         for pipe in (whole, load_pipeline(str(model)))
     )
     assert np.array_equal(picture, again)
@@ -171,7 +172,7 @@ def test_training_logits_equal_step_by_step_decoding(vq: Path) -> None:
     prompt = recipe.tokenizer(texts, padding=True, return_tensors="pt")  # type: ignore[attr-defined]
     tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        names = ("patch_shapes", "patch_colors", "next_shapes", "next_colors", "next_columns")
+        names = ("patch_shapes", "patch_colors", "next_shapes", "next_colors", "early")
         labels = {name: torch.zeros_like(tokens) for name in names}
         labels["caption"] = torch.zeros(*prompt.input_ids.shape, 6, dtype=torch.int64)
         whole = module(prompt.input_ids, prompt.attention_mask, tokens, labels)[0]
