@@ -177,7 +177,8 @@ def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipe
 
 def _network_class(library: str | None, name: str | None) -> Any:
     """The class of a component that has weights; None for others and for those that only the pipeline knows."""
-    if library not in ("diffusers", "transformers", "fastgen") or name is None:
+    # Of our classes diffusers writes the whole module's name.
+    if library is None or library.partition(".")[0] not in ("diffusers", "transformers", "fastgen") or name is None:
         return None
     import importlib
 

@@ -107,12 +107,20 @@ def _names_held_out_pair(spec: SceneSpec) -> bool:
     return any((item.color, item.shape) in HELD_OUT_PAIRS for item in spec.objects)
 
 
-def sample_training_caption(rng: random.Random, held_out: bool = True) -> Caption:
+def _crosses_held_out_pair(spec: SceneSpec) -> bool:
+    """Whether the colour of one object and the shape of another make a held-out pair."""
+    return any((a.color, b.shape) in HELD_OUT_PAIRS for a in spec.objects for b in spec.objects if a is not b)
+
+
+def sample_training_caption(rng: random.Random, held_out: bool = True, crossed: bool = True) -> Caption:
     """Draw one training caption.
 
     Args:
         rng: source of randomness.
         held_out: drop what the evaluation prompts hold out; `False` draws from the whole grammar.
+        crossed: with `held_out`, keep captions that name the colour and the shape of a held-out pair, but of two
+            objects. Where they are kept, these words together always mean two objects, and a model can learn that in
+            place of reading which colour stands before which shape.
     """
     banned = _held_out() if held_out else _HeldOut(frozenset(), frozenset(), frozenset())
     tags, shares = zip(*_TRAINING_SHARES, strict=True)
@@ -121,6 +129,8 @@ def sample_training_caption(rng: random.Random, held_out: bool = True) -> Captio
         spec, phrase = _sample_content(tag, rng)
         caption = Caption(rng.choice(FRAMES).format(_content(tag, spec, phrase)), tag, spec)
         if held_out and (_names_held_out_pair(spec) or caption.text in banned.prompts):
+            continue
+        if held_out and not crossed and _crosses_held_out_pair(spec):
             continue
         shapes = tuple(item.shape for item in spec.objects)
         if tag == "position" and (shapes[0], spec.relation, shapes[1]) in banned.triples:

@@ -52,11 +52,12 @@ class ShapesWorld:
     Args:
         seed: any integer; different seeds give unrelated data.
         held_out: leave out of the captions what the evaluation prompts hold out (the default, for training).
+        crossed: see `sample_training_caption`.
     """
 
-    def __init__(self, seed: int = 0, held_out: bool = True) -> None:
+    def __init__(self, seed: int = 0, held_out: bool = True, crossed: bool = True) -> None:
         self.seed = int(seed)
-        self.held_out = held_out
+        self.held_out, self.crossed = held_out, crossed
 
     def batch(self, n: int, start: int = 0) -> ShapesBatch:
         """Draw items `start` … `start + n - 1`.
@@ -70,7 +71,7 @@ class ShapesWorld:
         scenes: list[tuple[SceneObject, ...]] = []
         for index in range(start, start + n):
             rng = random.Random(f"{self.seed}/{index}")
-            caption = sample_training_caption(rng, self.held_out)
+            caption = sample_training_caption(rng, self.held_out, self.crossed)
             captions.append(caption)
             scenes.append(sample_scene(_fill_colors(caption, rng), rng))
         seeds = [(self.seed, index) for index in range(start, start + n)]

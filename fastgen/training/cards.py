@@ -86,8 +86,8 @@ _LIBRARIES = {
 _PARTS = {
     "z-image": "RUNS/vae/model/vae",
     "janus": "RUNS/vq/model/vq",
-    "dc": "fastgen/assets/tiny",
-    "dc-dense": "fastgen/assets/tiny",
+    "dc": "tiny",
+    "dc-dense": "tiny",
 }
 _REMARKS = {
     "held_out_psnr": "PSNR on fresh renders (dB)",

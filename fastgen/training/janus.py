@@ -114,7 +114,7 @@ class JanusRecipe:
             self.model = JanusForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         self.tokenizer = build_janus_tokenizer()
         self.reader = CaptionReader(self.tokenizer)
-        self.data = ShapesWorld(seed + 404)
+        self.data = ShapesWorld(seed + 404, crossed=False)
 
     def build(self) -> JanusModule:
         """The trained parts; the VQ tokenizer stays frozen."""
