@@ -168,18 +168,23 @@ def _router_markdown(data: dict[str, Any]) -> str:
 def dc_ablations_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench dc-ablations`: one part changed at a time."""
     rows = []
+    names = list(data["rows"][0]["tail_drops"])
     for row in data["rows"]:
-        cells = [row["variant"]]
-        for values in row["tail_drops"].values():
-            cells.append(f"{values['weighted']:.4f} ({values['difference']:+.4f} ± {values['stderr']:.4f})")
-        rows.append([*cells, percent(row["kept"]), f"{row['boundary_to_background']:.1f}"])
-    drops = [f"error at tail drop {rho}" for rho in data["rows"][0]["tail_drops"]]
+        cells = [row["variant"], f"{row['flops'] / 1e9:.2f}"]
+        for rho in names:
+            values = row["tail_drops"].get(rho)
+            cells.append(
+                f"{values['weighted']:.4f} ({values['difference']:+.4f} ± {values['stderr']:.4f})" if values else ""
+            )
+        kept = [percent(row["kept"]), f"{row['boundary_to_background']:.1f}"] if row["kept"] is not None else ["", ""]
+        rows.append([*cells, *kept])
+    drops = [f"error at tail drop {rho}" for rho in names]
     settings = data["settings"]
     return (
         f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; weighted error of the "
         f"velocity on {settings['renders']} held-out renders, with the paired difference to the first row and its "
         "standard error over renders (training noise is not in it).\n\n"
-        + markdown_table(["variant", *drops, "kept %", "boundary / background"], rows)
+        + markdown_table(["variant", "GFLOPs", *drops, "kept %", "boundary / background"], rows)
         + "\n"
         + provenance(data)
         + "\n"

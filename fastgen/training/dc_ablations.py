@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastgen.accounting import account, count_flops
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.router_statistics import router_statistics
@@ -21,7 +22,7 @@ from fastgen.training.engine import Trainer
 from fastgen.training.flow_matching import encode_latents, flow_matching_batch
 from fastgen.training.recipes import train_config
 
-#: What is changed: arguments of the recipe.
+#: What is changed: arguments of the recipe. The last is what all of them replace.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "cosine router": {"router": "cosine"},
@@ -29,6 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual gate: mask": {"residual_gate": "mask"},
     "no smoothing": {"smoothing": None},
     "one budget": {"warm_up": 2**62},
+    "wide scaffold": {"scaffold_dim": 48},
+    "wide scaffold, one block": {"scaffold_dim": 48, "scaffold_blocks": 1},
+    "keep a third": {"compression": 3.0},
+    "no teacher": {"teacher": False},
+    "dense": {"dense": True},
 }
 TAIL_DROPS = (0.0, 0.3, 0.6)
 _HELD_OUT = 30_000_000
@@ -58,13 +64,16 @@ def benchmark_dc_ablations(
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with variant, changes, per tail drop the errors and
-        the paired difference of the weighted error to the first row with its standard error, the natural kept share
-        and the ratio of boundary to background probability.
+        the paired difference of the weighted error to the first row with its standard error, FLOPs of a forward pass
+        and picture without tail drop (text encoder and VAE's encoder included), the natural kept share and the ratio
+        of boundary to background probability.
 
     Raises:
         FastgenError: unknown variant, or renders < 1.
     """
     chosen = list(VARIANTS) if variants is None else list(variants)
+    if chosen[:1] == ["dense"]:
+        raise FastgenError("variant: 'dense' cannot be the first, which the others are compared with")
     if unknown := [name for name in chosen if name not in VARIANTS]:
         raise FastgenError(f"variant: {unknown[0]!r} is unknown, needs one of {', '.join(VARIANTS)}")
     if renders < 1:
@@ -78,12 +87,17 @@ def benchmark_dc_ablations(
         settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "warmup": steps // 10, "accumulate": 1}
         Trainer(DCRecipe(seed, pipeline, **changes), train_config("dc", place, **settings)).run()
         # The exported model, which holds the averaged weights.
-        recipe = DCRecipe(seed, pipeline, init=place / "model" / "transformer")
-        errors = {f"{rho:g}": _errors(recipe, rho, renders, seed) for rho in TAIL_DROPS}
+        is_dense = "dense" in changes
+        recipe = DCRecipe(seed, pipeline, init=place / "model" / "transformer", dense=is_dense, teacher=False)
+        drops = TAIL_DROPS[:1] if is_dense else TAIL_DROPS
+        with account() as stats, count_flops():
+            errors = {f"{rho:g}": _errors(recipe, rho, renders, seed) for rho in drops[:1]}
+        errors |= {f"{rho:g}": _errors(recipe, rho, renders, seed) for rho in drops[1:]}
         base = base or {rho: values["weighted"] for rho, values in errors.items()}
-        recipe.pipe.register_modules(transformer=recipe.transformer.eval())
-        router = router_statistics(recipe.pipe, seed=seed)
-        kept = [row["kept"] for row in router["rows"]]
+        router: dict[str, Any] = {}
+        if not is_dense:
+            recipe.pipe.register_modules(transformer=recipe.transformer.eval())
+            router = router_statistics(recipe.pipe, seed=seed)
         rows.append(
             {
                 "variant": name,
@@ -91,13 +105,13 @@ def benchmark_dc_ablations(
                 "tail_drops": {
                     rho: {
                         **{kind: float(error.mean()) for kind, error in values.items()},
-                        "difference": float((values["weighted"] - base[rho]).mean()),
-                        "stderr": float((values["weighted"] - base[rho]).std() / renders**0.5),
+                        **_compared(values["weighted"], base.get(rho)),
                     }
                     for rho, values in errors.items()
                 },
-                "kept": sum(kept) / len(kept),
-                "boundary_to_background": router["boundary_to_background"],
+                "flops": stats.flops / renders,
+                "kept": sum(row["kept"] for row in router["rows"]) / len(router["rows"]) if router else None,
+                "boundary_to_background": router.get("boundary_to_background"),
             }
         )
     return {
@@ -106,6 +120,14 @@ def benchmark_dc_ablations(
         "settings": {"steps": steps, "batch_size": batch_size, "seed": seed, "renders": renders},
         "rows": rows,
     }
+
+
+def _compared(errors: torch.Tensor, base: torch.Tensor | None) -> dict[str, float]:
+    """Mean paired difference to the first row, with its standard error."""
+    if base is None:
+        return {}
+    difference = errors - base
+    return {"difference": float(difference.mean()), "stderr": float(difference.std() / len(errors) ** 0.5)}
 
 
 @torch.no_grad()
@@ -122,7 +144,8 @@ def _errors(recipe: DCRecipe, tail_drop: float, renders: int, seed: int) -> dict
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         captions = [row[:length] for row, length in zip(recipe.captions(batch), lengths, strict=True)]
         images = list(noisy[:, :, None].unbind(0))
-        output = transformer(images, 1 - sigma, captions, tail_drop=tail_drop)
+        knobs = {} if recipe.dense else {"tail_drop": tail_drop}
+        output = transformer(images, 1 - sigma, captions, **knobs)
         difference = torch.stack(list(output.sample)).squeeze(2) - target
         plain.append(difference.square().mean(dim=(1, 2, 3)))
         weighted.append(recipe.metric(difference, sigma))

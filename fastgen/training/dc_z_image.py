@@ -1,8 +1,10 @@
 """Recipes `dc` and `dc-dense`: a small Z-Image with dynamic chunking, and the same transformer without it.
 
-Both train a transformer alone, by flow matching on ShapesWorld, with the VAE and the text encoder of a trained
-pipeline, on the same batches; what differs is the transformer. `dc` draws a tail drop for every batch (multi-budget
-training, section 7 of arXiv 2603.06351), after a warm-up with none, and adds the ratio loss.
+Both train a transformer alone, on noisy ShapesWorld latents, with the VAE and the text encoder of a trained pipeline,
+on the same batches; what differs is the transformer. The target is the velocity that the pipeline's own transformer
+predicts (or, without a teacher, the data's): it is what the data's velocity is on average, without its noise, so that a
+small model learns from few pictures. `dc` draws a tail drop for every batch (multi-budget training, section 7 of
+arXiv 2603.06351), after a warm-up with none, and adds the ratio loss.
 """
 
 from __future__ import annotations
@@ -107,14 +109,15 @@ class DenseModule(torch.nn.Module):
 
 
 class DCRecipe:
-    """Flow matching of a transformer with dynamic chunking.
+    """A transformer with dynamic chunking learns the velocity.
 
     Args:
         seed: seed of weights and data.
-        pipeline: folder of a trained `ZImagePipeline`, for its VAE and text encoder.
+        pipeline: folder of a trained `ZImagePipeline`, for its VAE and text encoder, and as the teacher.
         init: folder of a transformer to go on from; of a stock one, it is upcycled. None starts from random weights.
         dense: train the transformer without dynamic chunking.
         warm_up: batches of tail drop 0 at the start, in items.
+        teacher: learn from the pipeline's transformer; else from the data (flow matching).
         scaffold: configuration of the scaffold.
     """
 
@@ -125,13 +128,18 @@ class DCRecipe:
         init: Path | None = None,
         dense: bool = False,
         warm_up: int = 20_000,
+        teacher: bool = True,
         **scaffold: Any,
     ) -> None:
         from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
         self.name = "dc-dense" if dense else "dc"
         self.dense, self.warm_up = dense, warm_up
-        pipe = ZImagePipeline.from_pretrained(pipeline, transformer=None, torch_dtype=torch.float32)
+        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+        self.teacher: Any = pipe.transformer.eval().requires_grad_(False) if teacher else None
+        if teacher:
+            use_real_rotary(self.teacher)
+        pipe.register_modules(transformer=None)
         self.pipe, self.tokenizer = pipe, pipe.tokenizer
         self.vae = pipe.vae.eval().requires_grad_(False)
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
@@ -188,6 +196,9 @@ class DCRecipe:
         latents = encode_latents(self.vae, batch["images"], generator)
         noisy, sigma, target = flow_matching_batch(latents, generator)
         features, lengths = self.captions(batch), batch["attention_mask"].sum(dim=1)
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = forward_batch(self.teacher.to(noisy.device), noisy, 1 - sigma, features, lengths)[0].float()
         labels = (batch["patch_shapes"], batch["patch_colors"])
         numbers: dict[str, float] = {}
         if self.dense:
