@@ -2,8 +2,8 @@
 
 Both train a transformer alone, on noisy ShapesWorld latents, with the VAE and the text encoder of a trained pipeline,
 on the same batches; what differs is the transformer. The target is the velocity that the pipeline's own transformer
-predicts (or, without a teacher, the data's): it is what the data's velocity is on average, without its noise, so that a
-small model learns from few pictures. `dc` draws a tail drop for every batch (multi-budget training, section 7 of
+predicts (or, without a teacher, the data's): it is what the data's velocity is on average, without its noise, so that
+a small model learns from few pictures. `dc` draws a tail drop for every batch (multi-budget training, section 7 of
 arXiv 2603.06351), after a warm-up with none, and adds the ratio loss.
 """
 
