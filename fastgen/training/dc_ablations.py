@@ -30,8 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual gate: mask": {"residual_gate": "mask"},
     "no smoothing": {"smoothing": None},
     "one budget": {"warm_up": 2**62},
-    "wide scaffold": {"scaffold_dim": 48},
-    "wide scaffold, one block": {"scaffold_dim": 48, "scaffold_blocks": 1},
+    "two scaffold blocks": {"scaffold_blocks": 2},
+    "scaffold of D / 4, two blocks": {"scaffold_dim": None, "scaffold_blocks": 2},
     "keep a third": {"compression": 3.0},
     "no teacher": {"teacher": False},
     "dense": {"dense": True},
@@ -83,7 +83,7 @@ def benchmark_dc_ablations(
     for name in chosen:
         report(name)
         changes = {"warm_up": steps * batch_size // 5, **VARIANTS[name]}
-        place = folder / name.replace(" ", "-").replace(":", "")
+        place = folder / name.replace(" ", "-").replace(":", "").replace("/", "")
         settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "warmup": steps // 10, "accumulate": 1}
         Trainer(DCRecipe(seed, pipeline, **changes), train_config("dc", place, **settings)).run()
         # The exported model, which holds the averaged weights.

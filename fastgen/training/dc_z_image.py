@@ -55,6 +55,11 @@ def draw_tail_drop(start: int, warm_up: int, generator: torch.Generator) -> floa
     return 0.0 if start < warm_up else drawn
 
 
+#: The scaffold of `dc`. A quarter of the backbone's width, 24, is little more than the 16 channels of the latents (the
+#: paper has 4 and at least 96), and all that positions are to say goes through it.
+SCAFFOLD: dict[str, Any] = {"scaffold_dim": 48, "scaffold_blocks": 1}
+
+
 class DCModule(torch.nn.Module):
     """Transformer with dynamic chunking and the read-out of the layout loss."""
 
@@ -118,7 +123,7 @@ class DCRecipe:
         dense: train the transformer without dynamic chunking.
         warm_up: batches of tail drop 0 at the start, in items.
         teacher: learn from the pipeline's transformer; else from the data (flow matching).
-        scaffold: configuration of the scaffold.
+        scaffold: configuration of a new scaffold where it is not `SCAFFOLD`.
     """
 
     def __init__(
@@ -156,7 +161,7 @@ class DCRecipe:
             stock = ZImageTransformer2DModel(cap_feat_dim=self.text_encoder.config.hidden_size, **SHAPE)
             for token in (stock.x_pad_token, stock.cap_pad_token):
                 torch.nn.init.normal_(token, std=0.02)
-        self.transformer = stock if dense else upcycle(stock, **scaffold)
+        self.transformer = stock if dense else upcycle(stock, **{**SCAFFOLD, **scaffold})
 
     def build(self) -> torch.nn.Module:
         """The transformer and the head of the layout loss."""
