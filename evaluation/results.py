@@ -18,7 +18,6 @@ _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
     ("tiny-dc", "diffusion, dynamic chunking"),
-    ("tiny-dc-dense", "diffusion, baseline of tiny-dc"),
 )
 
 
