@@ -157,6 +157,7 @@ def dc_ablations(
     batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
+    renders: Annotated[int, typer.Option(help="Held-out pictures to judge by.")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
@@ -178,6 +179,7 @@ def dc_ablations(
             batch_size=batch_size,
             seed=seed,
             variants=variant,
+            renders=renders,
             report=lambda line: typer.echo(line, err=True),
         )
     _publish(result, out, as_json, dc_ablations_markdown(result))

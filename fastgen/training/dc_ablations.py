@@ -49,7 +49,7 @@ def benchmark_dc_ablations(
     batch_size: int = 32,
     seed: int = 0,
     variants: Sequence[str] | None = None,
-    renders: int = 512,
+    renders: int = 256,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train and compare.
@@ -97,7 +97,7 @@ def benchmark_dc_ablations(
         router: dict[str, Any] = {}
         if not is_dense:
             recipe.pipe.register_modules(transformer=recipe.transformer.eval())
-            router = router_statistics(recipe.pipe, seed=seed)
+            router = router_statistics(recipe.pipe, renders, seed)
         rows.append(
             {
                 "variant": name,

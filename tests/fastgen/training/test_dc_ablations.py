@@ -14,6 +14,7 @@ from fastgen.training.dc_ablations import VARIANTS
 
 def test_rows_of_two_variants(tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc-ablations", "--folder", str(tmp_path / "f"), "--steps", "2", "--batch-size", "4"]
+    arguments += ["--renders", "4"]
     arguments += ["--variant", "default", "--variant", "cosine router", "--variant", "dense"]
     assert run([*arguments, "--json", "--out", str(tmp_path / "a.json")]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -41,6 +42,7 @@ def test_the_default_changes_nothing_and_the_others_differ() -> None:
     [
         (["--variant", "none"], "variant"),
         (["--variant", "dense"], "cannot be the first"),
+        (["--renders", "0"], "renders"),
         (["--part", "absent"], "ab"),
     ],
 )
