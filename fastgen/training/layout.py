@@ -85,7 +85,7 @@ def early_patches(owner: np.ndarray, grid: int, slots: int, most: int = 8) -> np
         padded = np.pad(own.reshape(n, grid, grid), ((0, 0), (1, 0), (1, 1)))
         left, above = padded[:, 1:, :-2], padded[:, :-1]
         beside = left | above[:, :, :-2] | above[:, :, 1:-1] | above[:, :, 2:]
-        found |= beside.reshape(owner.shape) & (before >= 1) & (before <= most)
+        found |= beside.reshape(owner.shape) & (before <= most)
     return found.astype(np.float32)
 
 
