@@ -51,8 +51,8 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
     "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
-budgets, with the transformer of `tiny` as its teacher; VAE, text encoder, tokenizer and scheduler are those of `tiny`.
-Each of the 16 x 16 latent positions is one token, and the router keeps about a quarter of them.
+budgets; VAE, text encoder, tokenizer and scheduler are those of `tiny`. Each of the 16 x 16 latent positions is one
+token, and the router keeps about three tenths of them.
 
 ```python
 import fastgen
@@ -63,7 +63,8 @@ pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny", transformer=transfo
 image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`, of which it is a small student with two fifths of the parameters. Loss contract: lossy.""",
+Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw a quarter of its images. Loss contract:
+lossy.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
