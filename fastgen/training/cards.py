@@ -63,8 +63,8 @@ pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny", transformer=transfo
 image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw a quarter of its images. Loss contract:
-lossy.""",
+Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw about a third of its images. Loss
+contract: lossy.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
