@@ -140,11 +140,13 @@ class DCRecipe:
 
         self.name = "dc-dense" if dense else "dc"
         self.dense, self.warm_up = dense, warm_up
-        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
-        self.teacher: Any = pipe.transformer.eval().requires_grad_(False) if teacher else None
+        unused: dict[str, Any] = {} if teacher else {"transformer": None}
+        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32, **unused)
+        self.teacher: Any = None
         if teacher:
+            self.teacher = pipe.transformer.eval().requires_grad_(False)
             use_real_rotary(self.teacher)
-        pipe.register_modules(transformer=None)
+            pipe.register_modules(transformer=None)
         self.pipe, self.tokenizer = pipe, pipe.tokenizer
         self.vae = pipe.vae.eval().requires_grad_(False)
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)

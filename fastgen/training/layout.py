@@ -49,7 +49,7 @@ def patch_labels(batch: ShapesBatch, patch: int, upcoming: bool = False) -> dict
         for name, values in (("shapes", shapes), ("colors", colors))
     }
     if upcoming:
-        labels["early"] = torch.from_numpy(early_patches(owner, grid, slots))
+        labels["early"] = torch.from_numpy(early_patches(owner, grid))
     return labels
 
 
@@ -62,7 +62,7 @@ def _upcoming(owner: np.ndarray, slots: int) -> np.ndarray:
     return np.where(ahead.min(axis=2) < patches, ahead.argmin(axis=2) + 1, 0)
 
 
-def early_patches(owner: np.ndarray, grid: int, slots: int, most: int = 8) -> np.ndarray:
+def early_patches(owner: np.ndarray, grid: int, most: int = 8) -> np.ndarray:
     """Where, in raster order, an object has begun and its shape is still open: 1, else 0.
 
     A patch counts when its left neighbour or one of the three above it belongs to an object of which 1 to `most`
@@ -72,14 +72,13 @@ def early_patches(owner: np.ndarray, grid: int, slots: int, most: int = 8) -> np
     Args:
         owner: int [n, grid * grid], the object (1 …) of each patch, 0 for none.
         grid: patches a row.
-        slots: largest number of objects.
 
     Returns:
         float32 [n, grid * grid].
     """
     n = len(owner)
     found = np.zeros(owner.shape, bool)
-    for slot in range(1, slots + 1):
+    for slot in range(1, owner.max(initial=0) + 1):
         own = owner == slot
         before = own.cumsum(axis=1) - own
         padded = np.pad(own.reshape(n, grid, grid), ((0, 0), (1, 0), (1, 1)))

@@ -74,7 +74,7 @@ def test_early_patches_look_back_only() -> None:
     """Against a walk over neighbours; and later patches change nothing, so that no loss is weighted by its answer."""
     rng = np.random.default_rng(0)
     owner = rng.integers(0, 4, (20, 25)) * (rng.random((20, 25)) < 0.5)
-    found = early_patches(owner, 5, 3, most=2)
+    found = early_patches(owner, 5, most=2)
     for n in range(20):
         for index in range(25):
             row, column = divmod(index, 5)
@@ -84,7 +84,7 @@ def test_early_patches_look_back_only() -> None:
     for index in range(25):
         other = owner.copy()
         other[:, index:] = rng.integers(0, 4, (20, 25 - index))
-        assert np.array_equal(early_patches(other, 5, 3, most=2)[:, : index + 1], found[:, : index + 1])
+        assert np.array_equal(early_patches(other, 5, most=2)[:, : index + 1], found[:, : index + 1])
 
 
 def test_weights_multiply_the_losses_of_patches() -> None:
