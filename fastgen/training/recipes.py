@@ -58,14 +58,14 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "z-image": RecipeEntry(
         "transformer and text encoder of the tiny Z-Image pipeline",
-        {"steps": 12000, "batch_size": 64, "accumulate": 2, "lr": 2e-3, "decay": 0.4},
+        {"steps": 10000, "batch_size": 64, "accumulate": 2, "lr": 2e-3, "decay": 0.4},
         needs="vae",
         part="model/vae",
         continues=True,
     ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
-        {"steps": 10000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
+        {"steps": 9000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vq",
         part="model/vq",
         continues=True,
