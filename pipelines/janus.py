@@ -24,8 +24,9 @@ from transformers import LogitsProcessorList
 
 from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.contracts import Loss
+from fastgen.drafters.law import TokenLaw
 from fastgen.errors import FastgenError
-from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw
+from fastgen.pipelines.sampling import GuidedGumbelSampler
 
 __all__ = ["JanusImagePipeline", "JanusImagePipelineOutput"]
 

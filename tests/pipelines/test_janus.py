@@ -11,9 +11,10 @@ import torch
 from micro_models import PROMPTS
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
+from fastgen.drafters.law import TokenLaw, token_logits
 from fastgen.pipelines import sampling
 from fastgen.pipelines.janus import JanusImagePipeline
-from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw, token_logits
+from fastgen.pipelines.sampling import GuidedGumbelSampler
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_close_decisions_are_made_again_alone(
 ) -> None:
     """Rounding made large: batched scores are moved by up to its bound, single ones are not."""
     monkeypatch.setattr(sampling, "ROUNDING", 0.002)
-    base = sampling._mix
+    base = sampling.mix
 
     def rounded(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
         logits = base(cond, uncond, law)
@@ -112,7 +113,7 @@ def test_close_decisions_are_made_again_alone(
         noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(int(cond.abs().sum() * 1e3) % 2**31))
         return logits + (noise * 2 - 1) * bound
 
-    monkeypatch.setattr(sampling, "_mix", rounded)
+    monkeypatch.setattr(sampling, "mix", rounded)
     n = 24
     prompts = [PROMPTS[i % 8] for i in range(n)]
     call = {"guidance_scale": 3.0, "output_type": "tokens", **options}
@@ -127,8 +128,8 @@ def test_close_decisions_are_made_again_alone(
 def test_rounding_bound_holds_for_the_real_scores(pipe: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of a padded batch of 8 and of single prompts differ by a small part of what the margin allows."""
     recorded: list[torch.Tensor] = []
-    original = sampling._mix
-    monkeypatch.setattr(sampling, "_mix", lambda *a: recorded.append(original(*a)) or recorded[-1])
+    original = sampling.mix
+    monkeypatch.setattr(sampling, "mix", lambda *a: recorded.append(original(*a)) or recorded[-1])
     call = {"guidance_scale": 3.0, "temperature": 0.0, "output_type": "tokens", "batch_invariant": False}
     pipe(PROMPTS, **call)
     batch, recorded[:] = torch.stack(recorded, 1), []

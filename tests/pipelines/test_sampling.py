@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.generation.logits_process import ClassifierFreeGuidanceLogitsProcessor
 
+from fastgen.drafters.law import TokenLaw, gumbel_noise, token_logits
 from fastgen.pipelines import sampling
-from fastgen.pipelines.sampling import GuidedGumbelSampler, TokenLaw, gumbel_noise, token_logits
+from fastgen.pipelines.sampling import GuidedGumbelSampler
 
 V = 12
 LAWS = [
@@ -142,9 +143,9 @@ def test_margin_covers_every_change_within_rounding(law: TokenLaw, monkeypatch: 
     monkeypatch.setattr(sampling, "ROUNDING", 0.01)
     rows, safe, moved = 400, 0, 0
     cond, uncond = torch.randn(2, rows, V, generator=torch.Generator().manual_seed(7)) * 2
-    base = sampling._mix
+    base = sampling.mix
     shift = torch.zeros(rows, V)
-    monkeypatch.setattr(sampling, "_mix", lambda c, u, law: base(c, u, law) + shift)
+    monkeypatch.setattr(sampling, "mix", lambda c, u, law: base(c, u, law) + shift)
     ids = torch.zeros(rows, 1).long()
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,228 @@
+"""Acceptance rules behind one interface: exact, and the relaxed rules that others have published.
+
+A relaxed rule gives a drafted token the mass of tokens that are said to be as good. That mass is *stolen*: the law is
+no longer the target's. Formulas as in arXiv 2410.03355 (LANTERN),
+2502.06352 (LANTERN++) and, known to us at second hand only, GSD and Cool-SD; `CASCADE-R` has a file of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.contracts import Loss
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, decide, pick, strict
+
+__all__ = ["AcceptanceRule", "CoolSD", "Exact", "GSD", "Lantern", "Neighbours"]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest codes of every code of a VQ codebook.
+
+    Attributes:
+        codes: [V, k] int64, nearest first, the code itself left out.
+        distances: [V, k] float32, Euclidean.
+        codebook: [V, d] float32.
+    """
+
+    codes: Tensor
+    distances: Tensor
+    codebook: Tensor
+
+    @classmethod
+    def of(cls, codebook: Tensor, k: int) -> Neighbours:
+        """Look them up, 1,024 codes at a time.
+
+        Args:
+            codebook: [V, d]; rows that are not finite stand for tokens that are no codes, and have no neighbours.
+            k: how many.
+
+        Raises:
+            ValueError: k is not in 1 … V - 1.
+        """
+        codebook = codebook.detach().float()
+        if not 1 <= k < len(codebook):
+            raise ValueError(f"k: {k} is not allowed, needs 1 to {len(codebook) - 1}, the codes less one")
+        codes, distances = [], []
+        for start in range(0, len(codebook), 1024):
+            rows = codebook[start : start + 1024]
+            apart = torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist").nan_to_num(nan=math.inf)
+            own = torch.arange(start, start + len(rows), device=codebook.device)
+            apart.scatter_(1, own[:, None], math.inf)
+            near = apart.topk(k, dim=1, largest=False)
+            codes.append(near.indices)
+            distances.append(near.values)
+        return cls(torch.cat(codes), torch.cat(distances), codebook)
+
+
+class AcceptanceRule(ABC):
+    """What a verification accepts.
+
+    Attributes:
+        name: as on the command line.
+        loss: "distribution" for the exact rule, "lossy" for all others.
+        needs_hidden: whether it reads `Drafted.hidden`.
+    """
+
+    name: str = ""
+    loss: Loss = "lossy"
+    needs_hidden = False
+
+    @abstractmethod
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        """Decisions of all nodes.
+
+        Args:
+            drafted: the tree.
+            noise: its random numbers.
+            spent: [B] mass stolen in the image so far.
+        """
+
+
+class Exact(AcceptanceRule):
+    """The target's own law (see `fastgen.drafters.verify`)."""
+
+    name, loss = "exact", "distribution"
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        return strict(drafted, noise)
+
+
+class Lantern(AcceptanceRule, Rejection):
+    """A token may take the mass of its nearest codes, up to a cap.
+
+    The set A(x) is the longest nearest-first run of codes whose mass stays within the cap; x is accepted with
+    probability min(1, (p(x) + p(A)) / q(x)). After a rejection x holds p(x) + p(A), A holds nothing, and q is taken
+    off.
+
+    Args:
+        neighbours: of the codebook.
+        delta: cap of the mass: x's own relaxed target is at most this from p in total variation (LANTERN).
+        factor: cap as a multiple: p(A) <= (factor - 1) p(x) (LANTERN++); None for no such cap.
+        k: codes looked at, at most those that `neighbours` has.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, neighbours: Neighbours, delta: float = 0.2, factor: float | None = None, k: int = 1000) -> None:
+        if not 0 <= delta <= 1:
+            raise ValueError(f"delta: {delta} is not allowed, needs 0 to 1")
+        if factor is not None and factor < 1:
+            raise ValueError(f"factor: {factor} is not allowed, needs >= 1")
+        if k < 1:
+            raise ValueError(f"k: {k} is not allowed, needs >= 1")
+        self.name = "lantern" if factor is None else "lantern++"
+        self.codes = neighbours.codes[:, :k]
+        self.delta, self.factor = delta, factor
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        return decide(drafted, noise, self)
+
+    def _set(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [B, A, k] near the tokens, which of them are in the set, and their mass [B, A]."""
+        near = self.codes[tokens]
+        mass = target.gather(-1, near)
+        cap = torch.full_like(target[..., :1], self.delta)
+        if self.factor is not None:
+            cap = torch.minimum(cap, (self.factor - 1) * pick(target, tokens)[..., None])
+        inside = mass.cumsum(dim=-1) <= cap
+        return near, inside, (mass * inside).sum(dim=-1)
+
+    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        lent = self._set(target, tokens)[2]
+        return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        near, inside, lent = self._set(target, tokens)
+        relaxed = target.scatter(-1, near, target.gather(-1, near) * ~inside)
+        relaxed = relaxed.scatter_add(-1, tokens[..., None], lent[..., None])
+        return (relaxed - draft).clamp_min(0)
+
+    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        return self._set(target, tokens)[2]
+
+
+class GSD(AcceptanceRule, Rejection):
+    """Clusters of tokens of like probability (and like code) are accepted as one: min(1, p(A) / q(A)).
+
+    A(x) are the tokens within `group // 2` ranks of x in the order of p, of which the probability differs by less than
+    `gap` and the code by less than `radius` in squared distance.
+
+    Args:
+        codebook: [V, d].
+        group: G, ranks of a cluster.
+        gap, radius: see above.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name = "gsd"
+
+    def __init__(self, codebook: Tensor, group: int = 10, gap: float = 0.15, radius: float = 0.5) -> None:
+        if group < 1 or not gap > 0 or not radius > 0:
+            raise ValueError(f"group, gap, radius: {group}, {gap}, {radius} are not allowed, need >= 1, > 0, > 0")
+        self.codebook = codebook.detach().float()
+        self.group, self.gap, self.radius = group, gap, radius
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        return decide(drafted, noise, self)
+
+    def _cluster(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, A, G'] around each token in the order of p, and which of them are in its cluster."""
+        order = target.argsort(dim=-1, descending=True, stable=True)
+        rank = (order == tokens[..., None]).to(torch.uint8).argmax(dim=-1)
+        reach = torch.arange(-(self.group // 2), self.group // 2 + 1, device=tokens.device)
+        places = rank[..., None] + reach
+        exists = (places >= 0) & (places < target.shape[-1])
+        around = order.gather(-1, places.clamp(0, target.shape[-1] - 1))
+        alike = (target.gather(-1, around) - pick(target, tokens)[..., None]).abs() < self.gap
+        apart = (self.codebook[around] - self.codebook[tokens][..., None, :]).square().sum(dim=-1)
+        return around, exists & alike & (apart < self.radius) | (reach == 0)
+
+    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        around, inside = self._cluster(target, tokens)
+        masses = [(law.gather(-1, around) * inside).sum(dim=-1) for law in (target, draft)]
+        return masses[0] / masses[1].clamp_min(torch.finfo(torch.float32).tiny)
+
+    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        around, inside = self._cluster(target, tokens)
+        return (target.gather(-1, around) * inside).sum(dim=-1) - pick(target, tokens)
+
+
+class CoolSD(AcceptanceRule, Rejection):
+    """Early draft positions are relaxed more: min(1, omega p / q) with omega = delta exp(-nu (depth - 1) - mu).
+
+    Where omega is below 1 the exact rule holds.
+
+    Args:
+        delta, nu, mu: see above; delta = 1, nu = mu = 0 is the exact rule.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name = "cool-sd"
+
+    def __init__(self, delta: float = 1.1, nu: float = 0.7, mu: float = 0.0) -> None:
+        if delta < 1 or nu < 0 or mu < 0:
+            raise ValueError(f"delta, nu, mu: {delta}, {nu}, {mu} are not allowed, need >= 1, >= 0, >= 0")
+        self.delta, self.nu, self.mu = delta, nu, mu
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        return decide(drafted, noise, self)
+
+    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        omega = (self.delta * torch.exp(-self.nu * (depth - 1).float() - self.mu)).clamp_min(1.0)
+        return omega * super().accept(target, draft, tokens, depth)
+
+    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+        """At most (omega - 1) p: what an acceptance beyond p takes from the others."""
+        omega = (self.delta * torch.exp(-self.nu * (depth - 1).float() - self.mu)).clamp_min(1.0)
+        return (omega - 1) * pick(target, tokens)

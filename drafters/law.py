@@ -1,0 +1,111 @@
+"""The law of the next image token, and the noise that makes exact samples of it.
+
+The law is the softmax of `token_logits(...)`: classifier-free guidance, then temperature, then top-k, then top-p, all
+in float32. A sample is taken by the Gumbel-max identity: ``argmax(logits + G)`` with independent standard Gumbel noise
+G has exactly the law ``softmax(logits)``. The noise of a row comes from its own `torch.Generator`, so no other row of
+the batch has a say in it (`torch.multinomial` offers no such separation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["TokenLaw", "gumbel_noise", "mix", "restrict", "token_logits"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLaw:
+    """How logits become the law of the next token.
+
+    Args:
+        guidance_scale: s of ``u + s * (c - u)``; 1 or less takes the conditional logits alone.
+        temperature: divisor of the guided logits; 0 puts all mass on the largest one.
+        top_k: keep the k largest logits (and what ties with the k-th); None keeps all.
+        top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
+
+    Raises:
+        ValueError: a value outside its range; the message names it.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: {self.guidance_scale} is not allowed, needs a finite number")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature: {self.temperature} is not allowed, needs a finite number >= 0")
+        if self.top_k is not None and (
+            isinstance(self.top_k, bool) or int(self.top_k) != self.top_k or self.top_k < 1
+        ):
+            raise ValueError(f"top_k: {self.top_k} is not allowed, needs an integer >= 1, or None for no limit")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not allowed, needs 0 < top_p <= 1, or None for no limit")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+
+def token_logits(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
+    """Logits whose softmax is the law of the next token; excluded tokens are -inf.
+
+    Args:
+        cond, uncond: [B, V] raw logits of the prompt rows and of the rows without a prompt.
+
+    Returns:
+        [B, V] float32. With temperature 0 the guided logits, of which the caller takes the largest.
+    """
+    return restrict(mix(cond, uncond, law), law)[0]
+
+
+def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device | str) -> torch.Tensor:
+    """Standard Gumbel noise [B, size] in float32, row i drawn from generators[i] and from nothing else."""
+    rows = []
+    for generator in generators:
+        # float64: with float32 uniforms the noise would stop at 16.6 and rare tokens would never be drawn. 0 is
+        # possible and stands for the interval up to the next value, hence the half step.
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=generator.device)
+        rows.append((-(uniform.clamp_min(2.0**-54).log())).log().neg().to(device, torch.float32))
+    return torch.stack(rows)
+
+
+def mix(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
+    """Guidance and temperature, [B, V] float32."""
+    logits = cond.float()
+    if law.guided:
+        base = uncond.float()
+        logits = base + law.guidance_scale * (logits - base)
+    return logits / law.temperature if law.temperature > 0 else logits
+
+
+def restrict(logits: torch.Tensor, law: TokenLaw) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Top-k, then top-p.
+
+    Returns:
+        the logits with excluded tokens at -inf; the mask of kept tokens (None: all are); and with top-p, per token,
+        the mass [B, V] of the tokens in front of it, by which it is kept or not.
+    """
+    keep: torch.Tensor | None = None
+    mass_before: torch.Tensor | None = None
+    if law.temperature == 0:
+        return logits, keep, mass_before
+    if law.top_k is not None and law.top_k < logits.shape[-1]:
+        keep = logits >= logits.topk(law.top_k).values[..., -1:]
+        logits = logits.masked_fill(~keep, -math.inf)
+    if law.top_p is not None and law.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        # The most likely token has no mass in front of it and therefore always stays.
+        before = probability.cumsum(-1) - probability
+        stays = (before < law.top_p) & (ordered > -math.inf)
+        keep = torch.zeros_like(stays).scatter(-1, order, stays)
+        mass_before = torch.zeros_like(before).scatter(-1, order, before)
+        logits = logits.masked_fill(~keep, -math.inf)
+    return logits, keep, mass_before

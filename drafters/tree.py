@@ -1,0 +1,191 @@
+"""Token trees: which drafted token follows which, as tensors that one target pass and one verification read.
+
+A tree has n nodes; node 0 is the root, the last committed token, and parents come before their children. Static trees
+have one topology for all rounds and images; dynamic ones another for every image and round, with the same n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["DynamicShape", "Tree", "chain", "named_tree", "static_tree"]
+
+# Nodes at each depth below the root; the two large trees have those that LANTERN publishes.
+_WIDTHS = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Topology of `n` nodes for one image or for all.
+
+    Attributes:
+        parents: [b, n] int64, b = 1 (all images alike) or B; the root is its own parent.
+        children: [b, n, C] int64, nodes in the order in which they were drawn and will be verified; -1 where there
+            are fewer than C.
+        depth: [b, n] int64, 0 at the root.
+        mask: [b, n, n] bool, row i: node i, its ancestors and the root.
+        max_depth: the largest depth (a bound for dynamic trees).
+    """
+
+    parents: Tensor
+    children: Tensor
+    depth: Tensor
+    mask: Tensor
+    max_depth: int
+
+    @property
+    def n(self) -> int:
+        """Nodes, root included: the tokens of one target pass."""
+        return int(self.parents.shape[1])
+
+    @property
+    def max_children(self) -> int:
+        return int(self.children.shape[2])
+
+    @cached_property
+    def levels(self) -> list[Tensor]:
+        """Node indices of each depth, for a static tree; level 0 is the root."""
+        return [(self.depth[0] == depth).nonzero().flatten() for depth in range(self.max_depth + 1)]
+
+    @cached_property
+    def internal(self) -> Tensor:
+        """Indices of the nodes that have children in any image, [A]; the verifier looks at no other."""
+        if self.parents.shape[0] > 1:  # a dynamic tree: reading it would stop the GPU
+            return torch.arange(self.n, device=self.parents.device)
+        return (self.children[0, :, 0] >= 0).nonzero().flatten()
+
+    def to(self, device: torch.device | str) -> Tree:
+        """The same tree on another device."""
+        parents, children, depth, mask = (t.to(device) for t in (self.parents, self.children, self.depth, self.mask))
+        return Tree(parents, children, depth, mask, self.max_depth)
+
+    @classmethod
+    def of_parents(cls, parents: Tensor, max_depth: int, max_children: int) -> Tree:
+        """Fill in the rest.
+
+        Args:
+            parents: [b, n], every parent before its children; children are verified in the order of their indices.
+            max_depth: no node is deeper.
+            max_children: no node has more.
+        """
+        b, n = parents.shape
+        device = parents.device
+        own = torch.eye(n, dtype=torch.bool, device=device).expand(b, n, n)
+        # Ancestors by doubling: after k rounds every row holds those up to 2^k levels up.
+        reach = own | torch.zeros_like(own).scatter(2, parents[..., None], True)
+        for _ in range(max(1, max_depth).bit_length()):
+            reach = (reach.float() @ reach.float()) > 0
+        depth = reach.sum(dim=2) - 1
+        # Slot of a node among its siblings: how many before it have the same parent.
+        is_child = torch.arange(n, device=device) > 0
+        same = (parents[:, :, None] == parents[:, None, :]) & is_child[:, None] & is_child[None, :]
+        slot = (same & torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)).sum(dim=2)
+        flat = torch.full((b, n * max_children + 1), -1, dtype=torch.int64, device=device)
+        target = torch.where(is_child, parents * max_children + slot, n * max_children)
+        flat.scatter_(1, target, torch.arange(n, device=device).expand(b, n))
+        children = flat[:, :-1].unflatten(1, (n, max_children))
+        return cls(parents, children, depth, reach, max_depth)
+
+
+def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
+    """A tree from rank paths: [0, 1] is the second child of the first child of the root.
+
+    Args:
+        paths: every node's path; prefixes that are not listed are added. Ranks of a node must be 0, 1, 2 … without a
+            gap: slot j of a node is the j-th token drawn there.
+
+    Raises:
+        ValueError: no path, a negative rank, or a gap in the ranks.
+    """
+    nodes = {tuple(path[: i + 1]) for path in paths for i in range(len(path))}
+    if not nodes:
+        raise ValueError("tree: needs at least one path")
+    for node in nodes:
+        if node[-1] < 0 or any(not isinstance(rank, int) for rank in node):
+            raise ValueError(f"tree: {list(node)} is not a path of ranks >= 0")
+        if node[-1] > 0 and (*node[:-1], node[-1] - 1) not in nodes:
+            raise ValueError(f"tree: {list(node)} is there, but not its sibling of rank {node[-1] - 1}")
+    order = [(), *sorted(nodes, key=lambda node: (len(node), node))]
+    index = {node: i for i, node in enumerate(order)}
+    parents = torch.tensor([[index[node[:-1]] for node in order]])
+    most = max(node[-1] for node in nodes) + 1
+    return Tree.of_parents(parents, max_depth=max(map(len, nodes)), max_children=most)
+
+
+def chain(length: int) -> Tree:
+    """One token after the other, no alternatives."""
+    return widths_tree([1] * length)
+
+
+def widths_tree(widths: Sequence[int]) -> Tree:
+    """A tree with so many nodes at each depth; the children of a depth go to the parents of lowest rank first, and a
+    first child is always there before a second one of an earlier parent's next.
+
+    Raises:
+        ValueError: no depth, or a width below 1.
+    """
+    if not widths or any(width < 1 for width in widths):
+        raise ValueError(f"tree: widths {list(widths)} are not allowed, needs one number >= 1 for each depth")
+    paths: list[tuple[int, ...]] = []
+    parents: list[tuple[int, ...]] = [()]
+    for width in widths:
+        # A harmonic share: the parent of rank r gets its k-th child where 1 / ((r + 1) k) is among the largest.
+        places = sorted(
+            ((place + 1) * (rank + 1), place, rank) for place in range(len(parents)) for rank in range(width)
+        )
+        level = sorted((*parents[place], rank) for _, place, rank in places[:width])
+        paths += level
+        parents = sorted(level, key=sum)
+    return static_tree(paths)
+
+
+def named_tree(name: str) -> Tree:
+    """A tree by what a user types: "chain-5", "small", "wide", "lantern-25", "lantern-57", or widths "4-2-1".
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name in _WIDTHS:
+        return widths_tree(_WIDTHS[name])
+    head, _, tail = name.partition("-")
+    if head == "chain" and tail.isdecimal() and int(tail) > 0:
+        return chain(int(tail))
+    parts = name.split("-")
+    if all(part.isdecimal() and int(part) > 0 for part in parts):
+        return widths_tree([int(part) for part in parts])
+    allowed = ", ".join([*_WIDTHS, "chain-5", "4-2-1 (nodes at each depth)"])
+    raise ValueError(f"tree: {name!r} is unknown; there are {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicShape:
+    """Size of a confidence-ranked tree (EAGLE-2).
+
+    Attributes:
+        nodes: nodes that are verified, root not counted.
+        depth: levels of nodes.
+        top_k: children drafted for a node, and nodes kept for the next level.
+
+    Raises:
+        ValueError: a number below 1, or more nodes than are drafted.
+    """
+
+    nodes: int = 24
+    depth: int = 4
+    top_k: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.depth, self.top_k) < 1:
+            raise ValueError(f"tree: nodes, depth and top_k must be at least 1, got {self}")
+        if self.nodes > self.drafted:
+            raise ValueError(f"tree: {self.nodes} nodes of {self.drafted} that depth and top_k draft")
+
+    @property
+    def drafted(self) -> int:
+        """Nodes that are drafted, of which the best `nodes` are kept."""
+        return self.top_k + (self.depth - 1) * self.top_k**2
