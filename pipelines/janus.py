@@ -26,6 +26,7 @@ from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
 from fastgen.errors import FastgenError
+from fastgen.models.janus_prompts import format_prompt, prompt_ids
 from fastgen.pipelines.sampling import GuidedGumbelSampler
 
 __all__ = ["JanusImagePipeline", "JanusImagePipelineOutput"]
@@ -174,7 +175,7 @@ class JanusImagePipeline(DiffusionPipeline):
         generators = _one_per_image(generator, len(prompts))
         with account() as stats:
             with phase("text"):
-                texts = [self._format_prompt(text) for text in prompts]
+                texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
             tokens = self._draw(texts, law, generators, batch_invariant, callback_on_step_end)
             images: Any = tokens
             if output_type != "tokens":
@@ -201,35 +202,6 @@ class JanusImagePipeline(DiffusionPipeline):
         if output_type not in (allowed := ("pil", "np", "pt", "tokens")):
             raise ValueError(f"output_type: {output_type!r} is not allowed, needs one of {', '.join(allowed)}")
         return [text for text in texts for _ in range(num_images)]
-
-    def _format_prompt(self, text: str) -> str:
-        """Prompt in the model's chat format, if it has one, followed by the begin-of-image token."""
-        begin = self._begin_of_image
-        special = [token for token in {begin, *self.tokenizer.all_special_tokens} if token in text]
-        if special:
-            # It would be read as the token itself: an early image start, or a blanked-out row that is not blank.
-            raise ValueError(f"prompt: {text!r} contains the special token {sorted(special)[0]!r} of the model")
-        if self.tokenizer.chat_template:
-            parts: Any = [{"type": "text", "text": text}]
-            formatted = self._apply_template(parts)
-            # A template for plain strings prints the list of parts as Python would.
-            text = formatted if "{'type'" not in formatted else self._apply_template(text)
-        return text + begin
-
-    def _apply_template(self, content: Any) -> str:
-        messages = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    @property
-    def _begin_of_image(self) -> str:
-        token = getattr(self.tokenizer, "boi_token", None)
-        if token is None:
-            token = self.tokenizer.convert_ids_to_tokens(self._generation_kwargs["boi_token_id"])
-        return str(token)
-
-    @property
-    def _generation_kwargs(self) -> dict[str, Any]:
-        return getattr(self.model.generation_config, "generation_kwargs", None) or {}
 
     def _draw(
         self,
@@ -275,14 +247,12 @@ class JanusImagePipeline(DiffusionPipeline):
         if hook := getattr(getattr(model, "_hf_hook", None), "pre_forward", None):
             hook(model)  # CPU offload acts on forward(); generate() reaches the parts of the model directly
         with phase("text"):
-            # Left padding: the token that is drawn next follows the prompt directly in every row.
-            inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-            inputs = inputs.to(self._execution_device)
+            ids, mask = (tensor.to(self._execution_device) for tensor in prompt_ids(self.tokenizer, texts))
         sampler = GuidedGumbelSampler(law, generators, on_token)
         with phase("tokens"):
             tokens = model.generate(
-                inputs=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                inputs=ids,
+                attention_mask=mask,
                 generation_mode="image",
                 generation_config=self._generation_config(),
                 logits_processor=LogitsProcessorList([sampler]),

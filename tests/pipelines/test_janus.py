@@ -12,6 +12,7 @@ from micro_models import PROMPTS
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
 from fastgen.drafters.law import TokenLaw, token_logits
+from fastgen.models.janus_prompts import format_prompt
 from fastgen.pipelines import sampling
 from fastgen.pipelines.janus import JanusImagePipeline
 from fastgen.pipelines.sampling import GuidedGumbelSampler
@@ -224,7 +225,7 @@ def test_chat_template_is_used(pipe: JanusImagePipeline, monkeypatch: pytest.Mon
     plain = "{% for m in messages %}U: {{ m['content'] }}{% endfor %} A:"
     for template in (parts, plain):
         monkeypatch.setattr(pipe.tokenizer, "chat_template", template)
-        assert pipe._format_prompt("a ring") == "U: a ring A:<begin_of_image>"
+        assert format_prompt(pipe.model, pipe.tokenizer, "a ring") == "U: a ring A:<begin_of_image>"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Keys and values of committed tokens and of one tree, in one preallocated tensor for all layers and both CFG rows.
+
+Rows are [conditional …, unconditional …]. A row's slots hold its prompt (left-padded), then its committed image
+tokens, then the nodes of the tree that is being verified. Committing a path moves its nodes' slots down, all layers at
+once: everything is read before anything is written, so source and target may overlap. Memory is committed + tree, and
+does not grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVCache", "tree_attention_mask"]
+
+
+@dataclass
+class KVCache:
+    """See the module.
+
+    Attributes:
+        store: [layers, 2, R, capacity, heads, head_dim]; index 0 of the second axis are keys.
+        visible: [R, capacity] bool: slots that may be looked at as far as they are committed (not the prompt's pads).
+        lengths: [R] int64, committed slots, the prompt counted.
+        bound: at least the largest length; known without asking the device.
+    """
+
+    store: Tensor
+    visible: Tensor
+    lengths: Tensor
+    bound: int
+
+    @classmethod
+    def allocate(
+        cls, layers: int, prefix_mask: Tensor, room: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> KVCache:
+        """An empty cache.
+
+        Args:
+            prefix_mask: [R, P] bool, real tokens of the prompts.
+            room: slots beyond the prompt: image tokens and one tree.
+        """
+        rows, prompt = prefix_mask.shape
+        device = prefix_mask.device
+        store = torch.zeros(layers, 2, rows, prompt + room, heads, head_dim, dtype=dtype, device=device)
+        visible = torch.ones(rows, prompt + room, dtype=torch.bool, device=device)
+        visible[:, :prompt] = prefix_mask
+        return cls(store, visible, torch.zeros(rows, dtype=torch.int64, device=device), 0)
+
+    @property
+    def capacity(self) -> int:
+        return int(self.store.shape[3])
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put keys and values [R, n, heads, head_dim] into slots [R, n] of a layer."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        self.store[layer, 0, rows, slots] = key
+        self.store[layer, 1, rows, slots] = value
+
+    def read(self, layer: int, limit: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, heads, limit, head_dim] of the first `limit` slots; views."""
+        both = self.store[layer, :, :, :limit].transpose(2, 3)
+        return both[0], both[1]
+
+    def commit(self, nodes: Tensor, count: Tensor) -> None:
+        """Keep the nodes of an accepted path and forget the rest of the tree.
+
+        Args:
+            nodes: [R, m] indices of the tree's nodes in the order of the path; those past `count` do not matter.
+            count: [R], how many are kept.
+        """
+        rows = torch.arange(len(nodes), device=nodes.device)[:, None]
+        places = torch.arange(nodes.shape[1], device=nodes.device)
+        source, target = self.lengths[:, None] + nodes, self.lengths[:, None] + places
+        taken = self.store[:, :, rows, source]
+        self.store[:, :, rows, target] = taken
+        self.advance(count, nodes.shape[1])
+
+    def advance(self, count: Tensor | int, most: int) -> None:
+        """Commit the next `count` slots of every row as they are; none commits more than `most`."""
+        self.lengths = self.lengths + count
+        self.bound = min(self.bound + most, self.capacity)
+
+
+def tree_attention_mask(cache: KVCache, tree: Tensor, limit: int) -> Tensor:
+    """Who sees what, [R, 1, m, limit] bool: every node the committed slots of its row, its ancestors and itself.
+
+    Args:
+        cache: its lengths are the slot of node 0.
+        tree: [R or 1, m, n] bool, a row for each of the m nodes that look: which of n nodes they see.
+        limit: slots looked at.
+    """
+    rows, m, n = len(cache.lengths), *tree.shape[-2:]
+    slot = torch.arange(limit, device=tree.device)
+    committed = (slot < cache.lengths[:, None]) & cache.visible[:, :limit]
+    node = slot - cache.lengths[:, None]
+    inside = (node >= 0) & (node < n)
+    index = node.clamp(0, n - 1)[:, None, :].expand(rows, m, limit)
+    among = tree.expand(rows, m, n).gather(2, index) & inside[:, None]
+    return (committed[:, None] | among)[:, None]

@@ -1,0 +1,155 @@
+"""Decoder layers of transformers' models over our cache.
+
+The layers' own sub-modules run (projections, norms, feed-forward: LoRA, quantisation and offload hooks stay); what is
+ours is attention over committed slots and a tree, which no `generate` offers. One function serves Llama-like models,
+Chameleon's query and key norms and its norms after the branch, and our own LlamaGen and drafters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.drafters.cache import KVCache
+
+__all__ = ["DecoderLayer", "Rotary", "attend", "layers_of", "run_layers"]
+
+RotaryStyle = Literal["halves", "pairs"]
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines [R, n, head_dim], or [R, n, head_dim / 2] in style "pairs"."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The parts of one layer.
+
+    Attributes:
+        query, key, value, output: linear maps of the attention.
+        feed_forward: the MLP.
+        norm1, norm2: of attention and feed-forward; None for no norm (EAGLE's first layer has none).
+        query_norm, key_norm: on [R n, heads, head_dim], or None.
+        head_dim: width of a head.
+        rotary: "halves" rotates feature i with i + d/2 (transformers), "pairs" 2 i with 2 i + 1 (LlamaGen).
+        norm_after: the norms act on what a branch returns, not on what it reads (Chameleon's "swin" layers).
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    feed_forward: nn.Module
+    norm1: nn.Module | None
+    norm2: nn.Module
+    head_dim: int
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+    rotary: RotaryStyle = "halves"
+    norm_after: bool = False
+
+
+def layers_of(model: Any) -> list[DecoderLayer]:
+    """Views of the layers of a transformers decoder (`LlamaModel`, `Emu3TextModel`, `ChameleonModel` …).
+
+    Raises:
+        ValueError: a layer lacks a part that we know of.
+    """
+    views = []
+    for layer in model.layers:
+        attention = getattr(layer, "self_attn", None)
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if attention is None or any(not hasattr(attention, name) for name in names) or not hasattr(layer, "mlp"):
+            raise ValueError(f"target: layers of {type(model).__name__} are not known to us")
+        views.append(
+            DecoderLayer(
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                attention.o_proj,
+                feed_forward=layer.mlp,
+                norm1=layer.input_layernorm,
+                norm2=layer.post_attention_layernorm,
+                head_dim=attention.head_dim,
+                query_norm=getattr(attention, "q_norm", None),
+                key_norm=getattr(attention, "k_norm", None),
+                norm_after=type(layer).__name__ == "ChameleonSwinDecoderLayer",
+            )
+        )
+    return views
+
+
+def run_layers(
+    layers: list[DecoderLayer],
+    hidden: Tensor,
+    rotary: Rotary | None,
+    cache: KVCache,
+    slots: Tensor,
+    mask: Tensor,
+    taps: tuple[int, ...] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """Run layers on new tokens, writing their keys and values.
+
+    Args:
+        layers: the views.
+        hidden: [R, n, D].
+        rotary: factors of the tokens' positions; None for none.
+        cache: keys and values of what came before; `slots` are written first, so a token sees itself.
+        slots: [R, n] int64.
+        mask: [R, 1, n, limit] bool over the first slots; every row of it needs a slot to see.
+        taps: layers of which the inputs are returned too.
+
+    Returns:
+        [R, n, D], and the inputs of layers `taps`.
+    """
+    tapped = {}
+    for index, layer in enumerate(layers):
+        if index in taps:
+            tapped[index] = hidden
+        branch = hidden if layer.norm_after or layer.norm1 is None else layer.norm1(hidden)
+        branch = attend(layer, index, branch, rotary, cache, slots, mask)
+        hidden = hidden + (layer.norm1(branch) if layer.norm_after and layer.norm1 is not None else branch)
+        branch = layer.feed_forward(hidden if layer.norm_after else layer.norm2(hidden))
+        hidden = hidden + (layer.norm2(branch) if layer.norm_after else branch)
+    return hidden, [tapped[index] for index in taps]
+
+
+def attend(
+    layer: DecoderLayer,
+    index: int,
+    hidden: Tensor,
+    rotary: Rotary | None,
+    cache: KVCache,
+    slots: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Attention of layer number `index` over tokens [R, n, D] and the cache, as `run_layers` has it: [R, n, D]."""
+    shape = (*hidden.shape[:2], -1, layer.head_dim)
+    query, key, value = (part(hidden).view(shape) for part in (layer.query, layer.key, layer.value))
+    if layer.query_norm is not None and layer.key_norm is not None:
+        query = layer.query_norm(query.flatten(0, 1)).view(shape)
+        key = layer.key_norm(key.flatten(0, 1)).view(shape)
+    if rotary is not None:
+        turn = _rotate_halves if layer.rotary == "halves" else _rotate_pairs
+        query, key = turn(query, rotary), turn(key, rotary)
+    cache.write(index, slots, key, value)
+    keys, values = cache.read(index, mask.shape[-1])
+    grouped = keys.shape[1] != query.shape[2]
+    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=grouped)
+    output: Tensor = layer.output(mixed.transpose(1, 2).flatten(2))
+    return output
+
+
+def _rotate_halves(x: Tensor, rotary: Rotary) -> Tensor:
+    cos, sin = (factor[:, :, None] for factor in rotary)
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+def _rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
+    cos, sin = (factor[:, :, None] for factor in rotary)
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

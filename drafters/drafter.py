@@ -1,0 +1,104 @@
+"""The protocol of a drafter: a small model that guesses what the target will say, for both rows of guidance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastgen.drafters.cache import KVCache
+from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+
+__all__ = ["DraftState", "Drafter"]
+
+
+@dataclass
+class DraftState:
+    """What a drafter carries from round to round.
+
+    Attributes:
+        target: frozen embeddings and head are the target's.
+        prefix: the prompts.
+        cache: its own keys and values of committed tokens (and of the tree that is being drafted).
+        root: [R, 1, D], its state at the root.
+    """
+
+    target: Target
+    prefix: Prefix
+    cache: KVCache
+    root: Tensor
+
+
+class Drafter(ABC):
+    """A drafter.
+
+    Attributes:
+        taps: layers of the target whose inputs it reads.
+        max_depth: the deepest node it can draft; None for any.
+    """
+
+    taps: tuple[int, ...] = ()
+    max_depth: int | None = None
+
+    @abstractmethod
+    def check(self, target: Target) -> None:
+        """Raises ValueError, naming the mismatch, where this drafter was made for another target."""
+
+    @abstractmethod
+    def features(self, output: TargetPass) -> Tensor:
+        """What it reads of a pass of the target, [R, n, F]."""
+
+    @abstractmethod
+    def start(self, target: Target, prefix: Prefix, features: Tensor, first: Tensor, room: int) -> DraftState:
+        """Read the prompts.
+
+        Args:
+            target: the target.
+            prefix: the prompts, [R, P].
+            features: of the prompts, [R, P, F].
+            first: [B] the first token of the picture, the root of the first tree.
+            room: nodes of a tree that it will look at.
+        """
+
+    @abstractmethod
+    def absorb(self, state: DraftState, tokens: Tensor, features: Tensor, count: Tensor) -> None:
+        """Read what was committed.
+
+        Args:
+            state: changed in place; its root becomes the last of the tokens.
+            tokens: [B, m], the token after each feature's.
+            features: [R, m, F] of committed tokens.
+            count: [B] how many of the m hold; 0 for finished images.
+        """
+
+    @abstractmethod
+    def grow(
+        self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int
+    ) -> Tensor:
+        """States [R, k, D] of drafted nodes.
+
+        Args:
+            state: of this batch.
+            tokens: [B, k] the nodes' tokens.
+            parents: [R, k, D], states of their parents.
+            depth: [b, k], 1 below the root.
+            mask: [b, k, first + k] which of the nodes grown so far (these last) each of them sees.
+            first: nodes grown before in this tree.
+        """
+
+    @abstractmethod
+    def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
+        """Logits [R, k, V] of the tokens after nodes of states [R, k, D] at a depth (0: the root)."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise the error of a drafter that does not fit."""
+    if not condition:
+        raise ValueError(f"drafter: {message}")
+
+
+def describe(target: Target) -> dict[str, Any]:
+    """What a drafter's configuration keeps of its target."""
+    return {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "target_layers": len(target.layers)}

@@ -1,0 +1,211 @@
+"""EAGLE drafters: one decoder layer that continues the target's own features.
+
+Variant 1 (arXiv 2401.15077) reads the target's last hidden state and predicts the next one; the target's frozen head
+turns it into logits. Variant 3 (arXiv 2503.01840) reads the inputs of three layers, has a norm and head of its own,
+and feeds its own output back. Both run on the rows of guidance side by side and mix their logits as the target does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from fastgen.drafters.cache import KVCache, tree_attention_mask
+from fastgen.drafters.decoder import DecoderLayer, attend
+from fastgen.drafters.drafter import Drafter, DraftState, describe, require
+from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+
+__all__ = ["EagleDrafter"]
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        output: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
+    """See the module.
+
+    Args:
+        hidden_size, vocab_size, target_layers: of the target.
+        variant: 1 or 3.
+        width: of the drafter's layer; None takes the target's. (EAGLE has the target's; a narrower one is cheaper.)
+        heads: attention heads.
+        intermediate_size: of the MLP; None takes 8/3 of the width.
+        taps: layers whose inputs variant 3 reads; None takes the second, the middle one and the last but two, as far
+            as there are so many.
+        rope_theta: base of the rotary angles.
+
+    Raises:
+        ValueError: unknown variant, or a width that the heads do not divide.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        target_layers: int,
+        variant: Literal[1, 3] = 1,
+        width: int | None = None,
+        heads: int = 4,
+        intermediate_size: int | None = None,
+        taps: tuple[int, ...] | None = None,
+        rope_theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        width = width or hidden_size
+        if variant not in (1, 3):
+            raise ValueError(f"variant: {variant!r} is not allowed, needs 1 or 3")
+        if width % (2 * heads):
+            raise ValueError(f"width: {width} is not a multiple of twice the {heads} heads")
+        if variant == 3:
+            middle = (min(2, target_layers - 1), target_layers // 2, max(target_layers - 3, target_layers // 2))
+            self.taps = tuple(sorted(set(taps or middle)))
+        read = hidden_size * (len(self.taps) if variant == 3 else 1)
+        self.read = nn.Linear(read, width, bias=False)
+        self.embed_proj = nn.Linear(hidden_size, width, bias=False)
+        inner = intermediate_size or int(width * 8 / 3 + 15) // 16 * 16
+        qkv = 2 * width if variant == 3 else width
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(qkv, width, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.mlp = GatedMLP(width, inner)
+        self.norm_mlp = nn.RMSNorm(width, eps=1e-5)
+        if variant == 3:
+            self.norm_embed, self.norm_hidden = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+            self.norm_out = nn.RMSNorm(width, eps=1e-5)
+            self.head = nn.Linear(width, vocab_size, bias=False)
+        else:
+            self.fuse = nn.Linear(2 * width, width, bias=False)
+            self.write = nn.Identity() if width == hidden_size else nn.Linear(width, hidden_size, bias=False)
+        self.head_dim = width // heads
+        powers = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        self.register_buffer("frequencies", (rope_theta**-powers).float(), persistent=False)
+
+    @classmethod
+    def for_target(cls, target: Target, **config: Any) -> EagleDrafter:
+        """An untrained drafter of the target's sizes."""
+        return cls(**{**describe(target), **config})
+
+    # ---- Drafter ----
+
+    def check(self, target: Target) -> None:
+        for name, value in describe(target).items():
+            mine = self.config[name]
+            require(mine == value, f"made for a target of {name} {mine}, this one has {value}")
+
+    def features(self, output: TargetPass) -> Tensor:
+        return torch.cat(output.taps, dim=-1) if self.config.variant == 3 else output.hidden
+
+    def start(self, target: Target, prefix: Prefix, features: Tensor, first: Tensor, room: int) -> DraftState:
+        length = prefix.mask.shape[1]
+        heads, dtype = self.config.heads, features.dtype
+        cache = KVCache.allocate(1, prefix.mask, target.num_tokens + room, heads, self.head_dim, dtype)
+        embeds = torch.cat([prefix.embeds[:, 1:], target.embed(_rows(first[:, None], prefix))], dim=1)
+        order = torch.arange(length, device=features.device)
+        mask = (order[:, None] >= order) & prefix.mask[:, None]
+        mask = (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+        positions = (prefix.mask.cumsum(dim=1) - 1).clamp_min(0)
+        slots = order.expand(len(embeds), -1)
+        hidden = self.layer(embeds, self.read(features), positions, cache, slots, mask)
+        cache.advance(length, length)
+        return DraftState(target, prefix, cache, hidden[:, -1:])
+
+    def absorb(self, state: DraftState, tokens: Tensor, features: Tensor, count: Tensor) -> None:
+        m = tokens.shape[1]
+        causal = torch.ones(1, m, m, dtype=torch.bool, device=tokens.device).tril()
+        depth = torch.arange(m, device=tokens.device)
+        hidden = self._step(state, tokens, self.read(features), depth, causal, 0)
+        rows = _rows(count, state.prefix)
+        state.root = hidden.gather(1, (rows - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1]))
+        state.cache.advance(rows, m)
+
+    def grow(
+        self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int
+    ) -> Tensor:
+        hidden = parents if self.config.variant == 3 else self.read(parents)
+        # The root's own entry is the last committed one: a child of the root comes right behind it.
+        return self._step(state, tokens, hidden, depth - 1, mask, first)
+
+    def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
+        if self.config.variant == 3:
+            output: Tensor = self.head(self.norm_out(hidden))
+            return output
+        return state.target.head(hidden)
+
+    # ---- the layer ----
+
+    def _step(
+        self, state: DraftState, tokens: Tensor, hidden: Tensor, ahead: Tensor, mask: Tensor, first: int
+    ) -> Tensor:
+        """Tokens [B, k] behind the committed ones, `ahead` positions on."""
+        prefix, cache, k = state.prefix, state.cache, tokens.shape[1]
+        embeds = state.target.embed(_rows(tokens, prefix))
+        committed = cache.lengths - prefix.mask.shape[1]
+        ahead = ahead.expand(len(tokens), -1) if ahead.ndim == 1 or len(ahead) == 1 else ahead
+        positions = (prefix.offset + committed)[:, None] + _rows(ahead, prefix)
+        slots = cache.lengths[:, None] + first + torch.arange(k, device=tokens.device)
+        on_cpu = tokens.device.type == "cpu"
+        limit = min(cache.bound + first + k, cache.capacity) if on_cpu else cache.capacity
+        mask = mask if len(mask) == 1 else _rows(mask, prefix)
+        return self.layer(embeds, hidden, positions, cache, slots, tree_attention_mask(cache, mask, limit))
+
+    def layer(
+        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor
+    ) -> Tensor:
+        """One step of the drafter.
+
+        Args:
+            embeds: [R, k, D], the target's input vectors of the tokens.
+            hidden: [R, k, width], what was read of the token before: a feature or this layer's own output.
+            positions, slots: [R, k].
+            cache: written at `slots`.
+            mask: [R, 1, k, limit].
+
+        Returns:
+            [R, k, hidden_size] the predicted feature (variant 1), or [R, k, width] (variant 3).
+        """
+        embeds = self.embed_proj(embeds)
+        if self.config.variant == 3:
+            stream = hidden
+            fused = torch.cat([self.norm_embed(embeds), self.norm_hidden(hidden)], dim=-1)
+        else:
+            stream = fused = self.fuse(torch.cat([embeds, hidden], dim=-1))
+        angles = positions[..., None].float() * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        rotary = (angles.cos().to(fused.dtype), angles.sin().to(fused.dtype))
+        stream = stream + attend(self._view, 0, fused, rotary, cache, slots, mask)
+        stream = stream + self.mlp(self.norm_mlp(stream))
+        return stream if self.config.variant == 3 else self.write(stream)
+
+    @property
+    def _view(self) -> DecoderLayer:
+        return DecoderLayer(
+            self.q_proj,
+            self.k_proj,
+            self.v_proj,
+            self.o_proj,
+            feed_forward=self.mlp,
+            norm1=None,
+            norm2=self.norm_mlp,
+            head_dim=self.head_dim,
+        )
+
+
+def _rows(values: Tensor, prefix: Prefix) -> Tensor:
+    """[B, …] for both rows of guidance."""
+    return torch.cat([values, values]) if prefix.guided else values

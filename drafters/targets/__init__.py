@@ -1,0 +1,8 @@
+"""Adapters: what speculative decoding needs to know of an autoregressive image model."""
+
+from __future__ import annotations
+
+from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+from fastgen.drafters.targets.registry import target_of
+
+__all__ = ["Prefix", "Target", "TargetPass", "target_of"]

@@ -1,0 +1,218 @@
+"""The protocol of a target: an autoregressive image model as speculative decoding sees it.
+
+Tokens are *local* ids 0 … V - 1: the image codes, and behind them the special tokens that the model puts into a
+picture (ends of lines and the like). Where a special token has to come, the grammar forces it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.accounting import add_passes
+from fastgen.drafters.cache import KVCache, tree_attention_mask
+from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
+from fastgen.drafters.law import TokenLaw, mix, restrict
+
+__all__ = ["Prefix", "Target", "TargetPass"]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Prompts as the model reads them; with guidance the rows are [conditional …, unconditional …].
+
+    Attributes:
+        embeds: [R, P, D], left-padded.
+        mask: [R, P] bool, real tokens.
+        guided: whether there are unconditional rows.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    guided: bool
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self.mask) // 2 if self.guided else len(self.mask)
+
+    @property
+    def offset(self) -> Tensor:
+        """[R], position of the first image token."""
+        return self.mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class TargetPass:
+    """What a pass over n tokens of every row returns.
+
+    Attributes:
+        hidden: [R, n, D] after the last norm.
+        taps: [R, n, D] each, inputs of the layers asked for.
+    """
+
+    hidden: Tensor
+    taps: list[Tensor]
+
+
+class Target(ABC):
+    """An autoregressive image model.
+
+    Attributes:
+        model: the model itself.
+        layers: its decoder layers.
+        num_tokens: N, tokens of a picture, forced ones counted.
+        num_codes: image codes; local ids below it.
+        vocab_size: V, codes and special tokens.
+        forced: [N] int64, the special token of each position; -1 where a code is drawn.
+        codebook: [V, d] vectors of the codes; NaN for special tokens.
+    """
+
+    model: Any
+    layers: list[DecoderLayer]
+    final_norm: nn.Module
+    num_tokens: int
+    num_codes: int
+    vocab_size: int
+    forced: Tensor
+    codebook: Tensor
+
+    # ---- what an adapter tells ----
+
+    @abstractmethod
+    def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        """Prompts, and the rows without a prompt if `guided`."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input vectors [..., D] of local ids [...]."""
+
+    @abstractmethod
+    def rotary(self, positions: Tensor) -> Rotary | None:
+        """Rotary factors of positions [R, n]; 0 is the first prompt token."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+
+    @abstractmethod
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """Pictures [B, H, W, 3] in [0, 1] of local ids [B, N]."""
+
+    def redundancy(self, hidden: Tensor) -> Tensor:
+        """The feature of which the logits are a linear map, [..., F]: for a linear head the hidden state itself."""
+        return hidden
+
+    @property
+    def default_law(self) -> TokenLaw:
+        """The law that the model's authors sample from."""
+        return TokenLaw()
+
+    # ---- derived ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.layers[0].query.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers[0].query.parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.layers[0].query.in_features)  # type: ignore[arg-type]
+
+    def new_cache(self, prefix: Prefix, room: int) -> KVCache:
+        """A cache for the prompts, the picture and `room` more tokens."""
+        layer = self.layers[0]
+        heads = int(layer.key.out_features) // layer.head_dim  # type: ignore[arg-type]
+        slots = self.num_tokens + room
+        return KVCache.allocate(len(self.layers), prefix.mask, slots, heads, layer.head_dim, prefix.embeds.dtype)
+
+    def prefill(self, prefix: Prefix, cache: KVCache, taps: tuple[int, ...] = ()) -> TargetPass:
+        """Read the prompts. A pad sees itself alone, so that nothing in the batch is undefined."""
+        rows, length = prefix.mask.shape
+        device = prefix.mask.device
+        order = torch.arange(length, device=device)
+        causal = (order[:, None] >= order) & prefix.mask[:, None]
+        causal = causal | torch.eye(length, dtype=torch.bool, device=device)
+        positions = (prefix.mask.cumsum(dim=1) - 1).clamp_min(0)
+        output = self._run(prefix.embeds, positions, cache, order.expand(rows, -1), causal[:, None], taps)
+        cache.advance(length, length)
+        return output
+
+    def verify(
+        self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: KVCache, prefix: Prefix, taps: tuple[int, ...] = ()
+    ) -> TargetPass:
+        """One pass over the nodes of a tree; their keys and values lie behind the committed ones.
+
+        Args:
+            tokens: [B, n] local ids, both rows alike.
+            depth: [b, n], b = 1 or B.
+            mask: [b, n, n] ancestors.
+            cache: committed tokens; its lengths stay.
+            prefix: of this batch.
+            taps: see `run_layers`.
+        """
+        rows, n = len(prefix.mask), tokens.shape[1]
+        both = self._both(tokens, prefix)
+        depth, mask = self._both(depth.expand(len(tokens), -1), prefix), self._both_trees(mask, prefix)
+        committed = cache.lengths - prefix.mask.shape[1]
+        positions = prefix.offset[:, None] + committed[:, None] + depth
+        slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
+        limit = min(cache.bound + n, cache.capacity) if tokens.device.type == "cpu" else cache.capacity
+        visible = tree_attention_mask(cache, mask, limit)
+        return self._run(self.embed(both), positions, cache, slots.expand(rows, -1), visible, taps)
+
+    def _run(
+        self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor, taps: tuple[int, ...]
+    ) -> TargetPass:
+        add_passes("target")
+        hidden, tapped = run_layers(self.layers, embeds, self.rotary(positions), cache, slots, mask, taps)
+        return TargetPass(self.final_norm(hidden), tapped)
+
+    @staticmethod
+    def _both(values: Tensor, prefix: Prefix) -> Tensor:
+        """[B, …] for every row [R, …]."""
+        return torch.cat([values, values]) if prefix.guided else values
+
+    @classmethod
+    def _both_trees(cls, mask: Tensor, prefix: Prefix) -> Tensor:
+        return mask if len(mask) == 1 else cls._both(mask, prefix)
+
+    def guided(self, values: Tensor, prefix: Prefix, law: TokenLaw) -> Tensor:
+        """Rows [R, …] of something linear in the logits, mixed as guidance mixes logits: [B, …] float32."""
+        if not prefix.guided:
+            return values.float()
+        cond, uncond = values.float().chunk(2)
+        return uncond + law.guidance_scale * (cond - uncond)
+
+    def token_law(self, logits: Tensor, prefix: Prefix, law: TokenLaw, index: Tensor) -> Tensor:
+        """Probabilities [B, n, V] float32: guidance, grammar, temperature, top-k, top-p.
+
+        Args:
+            logits: [R, n, V].
+            prefix: tells the rows.
+            law: the sampler's settings.
+            index: [B, n] which token of the picture comes; beyond the last it does not matter what is returned.
+        """
+        cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
+        mixed = self.apply_grammar(mix(cond, uncond, law), index)
+        if law.temperature == 0:
+            return torch.zeros_like(mixed).scatter_(-1, mixed.argmax(dim=-1, keepdim=True), 1.0)
+        return restrict(mixed, law)[0].softmax(dim=-1)
+
+    def apply_grammar(self, logits: Tensor, index: Tensor) -> Tensor:
+        """Special tokens where they have to be and nowhere else."""
+        if self.vocab_size == self.num_codes:
+            return logits
+        logits = logits.clone()
+        logits[..., self.num_codes :] = -torch.inf
+        forced = self.forced.to(index.device)[index.clamp_max(self.num_tokens - 1)]
+        only = torch.full_like(logits, -torch.inf).scatter_(-1, forced.clamp_min(0)[..., None], 0.0)
+        return torch.where((forced >= 0)[..., None], only, logits)

@@ -1,0 +1,70 @@
+"""`transformers.JanusForConditionalGeneration` (Janus, Janus-Pro) as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.drafters.decoder import Rotary, layers_of
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.targets.base import Prefix, Target
+from fastgen.models.janus_prompts import format_prompt, prompt_ids, unconditional_ids
+
+__all__ = ["JanusTarget"]
+
+
+class JanusTarget(Target):
+    """Janus draws N codes in raster order; nothing is forced. Its head is an MLP.
+
+    Args:
+        model: `JanusForConditionalGeneration`.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        inner = model.model
+        self.model, self.tokenizer, self.inner = model, tokenizer, inner
+        self.layers = layers_of(inner.language_model)
+        self.final_norm = inner.language_model.norm
+        self.num_tokens = int(model.config.vision_config.num_image_tokens)
+        codes: Tensor = inner.vqmodel.quantize.embedding.weight
+        self.num_codes = self.vocab_size = len(codes)
+        self.forced = torch.full((self.num_tokens,), -1, dtype=torch.int64)
+        # As the decoder reads them: of unit length.
+        self.codebook = nn.functional.normalize(codes.detach().float(), dim=-1)
+
+    def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        texts = [format_prompt(self.model, self.tokenizer, prompt) for prompt in prompts]
+        ids, mask = (tensor.to(self.device) for tensor in prompt_ids(self.tokenizer, texts))
+        if guided:
+            ids, mask = torch.cat([ids, unconditional_ids(self.model, ids)]), torch.cat([mask, mask])
+        return Prefix(self.model.get_input_embeddings()(ids), mask.bool(), guided)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embeds: Tensor = self.inner.generation_aligner(self.inner.generation_embeddings(tokens))
+        return embeds
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        anything = torch.empty(0, dtype=self.dtype, device=positions.device)
+        cos, sin = self.inner.language_model.rotary_emb(anything, positions)
+        return cos, sin
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.inner.generation_head(hidden)
+        return logits
+
+    def redundancy(self, hidden: Tensor) -> Tensor:
+        """After the activation: the last layer of the head is linear."""
+        head = self.inner.generation_head
+        feature: Tensor = head.activation_fn(head.proj_out(hidden))
+        return feature
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        return self.model.decode_image_tokens(tokens).float().add(1).div(2).clamp(0, 1)
+
+    @property
+    def default_law(self) -> TokenLaw:
+        return TokenLaw(guidance_scale=5.0)

@@ -1,0 +1,23 @@
+"""A micro Janus as target, and the target as its own drafter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgen.drafters.targets import Target, target_of
+from fastgen.pipelines.janus import JanusImagePipeline
+
+
+@pytest.fixture(scope="session")
+def janus(micro_janus: Path) -> JanusImagePipeline:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def target(janus: JanusImagePipeline) -> Target:
+    return target_of(janus.model.requires_grad_(False), janus.tokenizer)
