@@ -56,8 +56,8 @@ class KVCache:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Put keys and values [R, n, heads, head_dim] into slots [R, n] of a layer."""
         rows = torch.arange(len(slots), device=slots.device)[:, None]
-        self.store[layer, 0, rows, slots] = key
-        self.store[layer, 1, rows, slots] = value
+        self.store[layer, 0, rows, slots] = key.to(self.store.dtype)  # under autocast they have another
+        self.store[layer, 1, rows, slots] = value.to(self.store.dtype)
 
     def read(self, layer: int, limit: int) -> tuple[Tensor, Tensor]:
         """Keys and values [R, heads, limit, head_dim] of the first `limit` slots; views."""

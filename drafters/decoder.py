@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache
 
-__all__ = ["DecoderLayer", "Rotary", "attend", "layers_of", "run_layers"]
+__all__ = ["DecoderLayer", "Rotary", "layers_of", "rotate_halves", "run_layers"]
 
 RotaryStyle = Literal["halves", "pairs"]
 Rotary = tuple[Tensor, Tensor]
@@ -30,7 +30,7 @@ class DecoderLayer:
     Attributes:
         query, key, value, output: linear maps of the attention.
         feed_forward: the MLP.
-        norm1, norm2: of attention and feed-forward; None for no norm (EAGLE's first layer has none).
+        norm1, norm2: of attention and feed-forward.
         query_norm, key_norm: on [R n, heads, head_dim], or None.
         head_dim: width of a head.
         rotary: "halves" rotates feature i with i + d/2 (transformers), "pairs" 2 i with 2 i + 1 (LlamaGen).
@@ -42,7 +42,7 @@ class DecoderLayer:
     value: nn.Module
     output: nn.Module
     feed_forward: nn.Module
-    norm1: nn.Module | None
+    norm1: nn.Module
     norm2: nn.Module
     head_dim: int
     query_norm: nn.Module | None = None
@@ -108,15 +108,15 @@ def run_layers(
     for index, layer in enumerate(layers):
         if index in taps:
             tapped[index] = hidden
-        branch = hidden if layer.norm_after or layer.norm1 is None else layer.norm1(hidden)
-        branch = attend(layer, index, branch, rotary, cache, slots, mask)
-        hidden = hidden + (layer.norm1(branch) if layer.norm_after and layer.norm1 is not None else branch)
+        branch = hidden if layer.norm_after else layer.norm1(hidden)
+        branch = _attend(layer, index, branch, rotary, cache, slots, mask)
+        hidden = hidden + (layer.norm1(branch) if layer.norm_after else branch)
         branch = layer.feed_forward(hidden if layer.norm_after else layer.norm2(hidden))
         hidden = hidden + (layer.norm2(branch) if layer.norm_after else branch)
     return hidden, [tapped[index] for index in taps]
 
 
-def attend(
+def _attend(
     layer: DecoderLayer,
     index: int,
     hidden: Tensor,
@@ -125,24 +125,25 @@ def attend(
     slots: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Attention of layer number `index` over tokens [R, n, D] and the cache, as `run_layers` has it: [R, n, D]."""
     shape = (*hidden.shape[:2], -1, layer.head_dim)
     query, key, value = (part(hidden).view(shape) for part in (layer.query, layer.key, layer.value))
     if layer.query_norm is not None and layer.key_norm is not None:
         query = layer.query_norm(query.flatten(0, 1)).view(shape)
         key = layer.key_norm(key.flatten(0, 1)).view(shape)
     if rotary is not None:
-        turn = _rotate_halves if layer.rotary == "halves" else _rotate_pairs
+        turn = rotate_halves if layer.rotary == "halves" else _rotate_pairs
         query, key = turn(query, rotary), turn(key, rotary)
     cache.write(index, slots, key, value)
     keys, values = cache.read(index, mask.shape[-1])
     grouped = keys.shape[1] != query.shape[2]
-    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=grouped)
+    query = query.to(keys.dtype).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
     output: Tensor = layer.output(mixed.transpose(1, 2).flatten(2))
     return output
 
 
-def _rotate_halves(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate_halves(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate features i and i + d / 2 of [R, n, heads, d]."""
     cos, sin = (factor[:, :, None] for factor in rotary)
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)

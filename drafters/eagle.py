@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, tree_attention_mask
-from fastgen.drafters.decoder import DecoderLayer, attend
+from fastgen.drafters.decoder import Rotary, rotate_halves
 from fastgen.drafters.drafter import Drafter, DraftState, describe, require
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
 
@@ -179,31 +179,35 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         Returns:
             [R, k, hidden_size] the predicted feature (variant 1), or [R, k, width] (variant 3).
         """
+        stream, query, key, value = self.project(embeds, hidden, self.rotary(positions, hidden.dtype))
+        cache.write(0, slots, key, value)
+        keys, values = cache.read(0, mask.shape[-1])
+        mixed = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
+        return self.finish(stream, mixed.transpose(1, 2))
+
+    def project(self, embeds: Tensor, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual stream [R, k, width], and query, key and value [R, k, heads, head_dim], rotated."""
         embeds = self.embed_proj(embeds)
         if self.config.variant == 3:
             stream = hidden
             fused = torch.cat([self.norm_embed(embeds), self.norm_hidden(hidden)], dim=-1)
         else:
             stream = fused = self.fuse(torch.cat([embeds, hidden], dim=-1))
-        angles = positions[..., None].float() * self.frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        rotary = (angles.cos().to(fused.dtype), angles.sin().to(fused.dtype))
-        stream = stream + attend(self._view, 0, fused, rotary, cache, slots, mask)
+        shape = (*fused.shape[:2], -1, self.head_dim)
+        query, key, value = (part(fused).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return stream, rotate_halves(query, rotary), rotate_halves(key, rotary), value
+
+    def finish(self, stream: Tensor, mixed: Tensor) -> Tensor:
+        """What attention [R, k, heads, head_dim] adds to the stream, and the feed-forward: the layer's output."""
+        stream = stream + self.o_proj(mixed.flatten(2))
         stream = stream + self.mlp(self.norm_mlp(stream))
         return stream if self.config.variant == 3 else self.write(stream)
 
-    @property
-    def _view(self) -> DecoderLayer:
-        return DecoderLayer(
-            self.q_proj,
-            self.k_proj,
-            self.v_proj,
-            self.o_proj,
-            feed_forward=self.mlp,
-            norm1=None,
-            norm2=self.norm_mlp,
-            head_dim=self.head_dim,
-        )
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """Cosines and sines of positions [R, k]."""
+        angles = positions[..., None].float() * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rows(values: Tensor, prefix: Prefix) -> Tensor:

@@ -142,9 +142,27 @@ class Target(ABC):
         causal = (order[:, None] >= order) & prefix.mask[:, None]
         causal = causal | torch.eye(length, dtype=torch.bool, device=device)
         positions = (prefix.mask.cumsum(dim=1) - 1).clamp_min(0)
-        output = self._run(prefix.embeds, positions, cache, order.expand(rows, -1), causal[:, None], taps)
+        output = self.run(prefix.embeds, positions, cache, order.expand(rows, -1), causal[:, None], taps)
         cache.advance(length, length)
         return output
+
+    def read(
+        self, prefix: Prefix, tokens: Tensor, cache: KVCache, taps: tuple[int, ...] = ()
+    ) -> tuple[TargetPass, Tensor]:
+        """One pass over the prompts and whole pictures, as training has it.
+
+        Args:
+            prefix: the prompts.
+            tokens: [B, N] local ids.
+            cache: an empty one; it holds all P + N slots afterwards.
+            taps: see `run_layers`.
+
+        Returns:
+            the pass over [R, P + N], and its input vectors.
+        """
+        embeds = torch.cat([prefix.embeds, self.embed(self.both_rows(tokens, prefix))], dim=1)
+        whole = Prefix(embeds, torch.nn.functional.pad(prefix.mask, (0, tokens.shape[1]), value=True), prefix.guided)
+        return self.prefill(whole, cache, taps), embeds
 
     def verify(
         self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: KVCache, prefix: Prefix, taps: tuple[int, ...] = ()
@@ -160,30 +178,31 @@ class Target(ABC):
             taps: see `run_layers`.
         """
         rows, n = len(prefix.mask), tokens.shape[1]
-        both = self._both(tokens, prefix)
-        depth, mask = self._both(depth.expand(len(tokens), -1), prefix), self._both_trees(mask, prefix)
+        both = self.both_rows(tokens, prefix)
+        depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self._both_trees(mask, prefix)
         committed = cache.lengths - prefix.mask.shape[1]
         positions = prefix.offset[:, None] + committed[:, None] + depth
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
         limit = min(cache.bound + n, cache.capacity) if tokens.device.type == "cpu" else cache.capacity
         visible = tree_attention_mask(cache, mask, limit)
-        return self._run(self.embed(both), positions, cache, slots.expand(rows, -1), visible, taps)
+        return self.run(self.embed(both), positions, cache, slots.expand(rows, -1), visible, taps)
 
-    def _run(
+    def run(
         self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor, taps: tuple[int, ...]
     ) -> TargetPass:
+        """A pass over vectors [R, n, D] at `positions`, written to `slots` of the cache, that see what `mask` says."""
         add_passes("target")
         hidden, tapped = run_layers(self.layers, embeds, self.rotary(positions), cache, slots, mask, taps)
         return TargetPass(self.final_norm(hidden), tapped)
 
     @staticmethod
-    def _both(values: Tensor, prefix: Prefix) -> Tensor:
-        """[B, …] for every row [R, …]."""
+    def both_rows(values: Tensor, prefix: Prefix) -> Tensor:
+        """Values [B, …] of the images for every row, [R, …]."""
         return torch.cat([values, values]) if prefix.guided else values
 
     @classmethod
     def _both_trees(cls, mask: Tensor, prefix: Prefix) -> Tensor:
-        return mask if len(mask) == 1 else cls._both(mask, prefix)
+        return mask if len(mask) == 1 else cls.both_rows(mask, prefix)
 
     def guided(self, values: Tensor, prefix: Prefix, law: TokenLaw) -> Tensor:
         """Rows [R, …] of something linear in the logits, mixed as guidance mixes logits: [B, …] float32."""

@@ -15,14 +15,14 @@ app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="vae, vq, detector, z-image, janus, dc, dc-dense, dc-graft or dc-finetune."),
+        typer.Argument(help="vae, vq, detector, z-image, janus, drafter, dc, dc-dense, dc-graft or dc-finetune."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
     part: Annotated[
         Path | None,
         typer.Option(
-            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (dc, dc-dense), or any "
-            "Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune)."
+            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (dc, dc-dense), a Janus "
+            "(drafter), or any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune)."
         ),
     ] = None,
     init: Annotated[Path | None, typer.Option(help="Model folder to go on from.")] = None,

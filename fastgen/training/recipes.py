@@ -70,6 +70,13 @@ RECIPES: dict[str, RecipeEntry] = {
         part="model/vq",
         continues=True,
     ),
+    "drafter": RecipeEntry(
+        "an EAGLE drafter of the tiny Janus",
+        {"steps": 3000, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
+        needs="janus",
+        part="model",
+        continues=True,
+    ),
     "dc": RecipeEntry(
         "a small Z-Image transformer with dynamic chunking, for many compute budgets",
         {"steps": 4400, "batch_size": 64, "lr": 2e-3, "warmup": 400, "decay": 0.5},
@@ -134,7 +141,7 @@ def build_recipe(
         return _upcycling(name, seed, part, init, data)
     if data is not None:
         raise FastgenError(f"recipe {name} renders its data and takes no --data")
-    if entry.needs and part is None and (init is None or entry.needs == "z-image"):
+    if entry.needs and part is None and (init is None or entry.needs in ("z-image", "janus")):
         raise FastgenError(
             f"recipe {name} needs --part FOLDER/{entry.part}, written by `fastgen train {entry.needs} -o FOLDER`"
         )
@@ -186,6 +193,12 @@ def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return JanusRecipe(seed, part, init)
 
 
+def _drafter(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.drafter import DrafterRecipe
+
+    return DrafterRecipe(seed, part or Path(), init)
+
+
 def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:
     from fastgen.training.dc_z_image import DCRecipe
 
@@ -220,6 +233,7 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "detector": _detector,
     "z-image": _z_image,
     "janus": _janus,
+    "drafter": _drafter,
     "dc": _dc,
     "dc-dense": _dc_dense,
 }

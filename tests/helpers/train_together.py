@@ -43,6 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(sys.argv[1])
     parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3]), "z-image": embedded_folder("tiny")}
+    parts["janus"] = embedded_folder("tiny-janus")
     draw(scratch / "samples")
     for name, entry in RECIPES.items():
         config = train_config(name, scratch / name, steps=2, batch_size=4, accumulate=2, warmup=0, decay=0.0)

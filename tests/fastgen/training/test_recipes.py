@@ -107,6 +107,24 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert again < 1.25 * max(first)
 
 
+def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
+    from fastgen.drafters.eagle import EagleDrafter
+    from fastgen.pipelines.checkpoint import embedded_folder
+
+    model = _short("drafter", tmp_path / "first", embedded_folder("tiny-janus"), steps=10, batch_size=4)
+    first = [json.loads(line)["overlap_1"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
+    assert sum(first[-3:]) > sum(first[:3])
+    drafter = EagleDrafter.from_pretrained(model)
+    assert drafter.config.hidden_size == 256 and drafter.config.vocab_size == 512
+    trainer = Trainer(
+        build_recipe("drafter", 0, embedded_folder("tiny-janus"), model),
+        train_config("drafter", tmp_path / "more", steps=1, batch_size=4, accumulate=1),
+    )
+    trainer.run()
+    again = json.loads((tmp_path / "more" / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert again < 0.97 * _losses(tmp_path / "first")[0]
+
+
 @pytest.mark.parametrize("name", ["dc", "dc-dense"])
 def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
     from fastgen.pipelines.checkpoint import embedded_folder
@@ -268,7 +286,7 @@ def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
         train_config("mystery", tmp_path)
     assert set(RECIPES) == {
         *("vae", "vq", "detector", "z-image", "janus"),
-        *("dc", "dc-dense", "dc-graft", "dc-finetune"),
+        *("drafter", "dc", "dc-dense", "dc-graft", "dc-finetune"),
     }
 
 

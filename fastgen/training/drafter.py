@@ -1,0 +1,225 @@
+"""Recipe `drafter`: an EAGLE drafter learns what its target says, for both rows of guidance.
+
+The target reads prompts and whole pictures once; the drafter is unrolled over several steps on its own output. Its
+logits are mixed as guidance mixes them before they meet the target's law: what is accepted is decided there. Terms of
+the target's redundancy (`fastgen.training.redundancy_terms`) can be switched on.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.drafters.cache import KVCache
+from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.targets import Prefix, target_of
+from fastgen.training.cards import write_record
+from fastgen.training.eagle_unroll import unroll
+from fastgen.training.redundancy_terms import (
+    at_places,
+    class_cross_entropy,
+    convergence_along,
+    probe_siblings,
+    soft_targets,
+)
+from fastgen.training.vae import to_pixels
+
+__all__ = ["DrafterRecipe", "DrafterTerms"]
+
+_STEP_DECAY = 0.8  # of a step's weight, per step (EAGLE-3)
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterTerms:
+    """Terms of the loss.
+
+    Attributes:
+        steps: of drafting on its own output; 1 is teacher forcing.
+        feature: weight of the SmoothL1 of the predicted feature (variant 1).
+        feature_noise: width of the uniform noise on the features read.
+        redundancy: "none", "class" (class cross-entropy beside a token cross-entropy that counts less where siblings
+            are alike) or "soft" (soft targets).
+        strength: weight of the redundancy term.
+        probes: places of a picture at which the target is asked for siblings.
+        convergence: later steps count less in flat regions.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    steps: int = 4
+    feature: float = 0.1
+    feature_noise: float = 0.1
+    redundancy: Literal["none", "class", "soft"] = "none"
+    strength: float = 0.3
+    probes: int = 16
+    convergence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.probes < 1:
+            raise ValueError(f"steps and probes must be at least 1, got {self.steps} and {self.probes}")
+        if min(self.feature, self.feature_noise, self.strength) < 0:
+            raise ValueError("feature, feature_noise and strength must not be negative")
+        if self.redundancy not in ("none", "class", "soft"):
+            raise ValueError(f"redundancy: {self.redundancy!r} is unknown; there are none, class and soft")
+
+
+class DrafterModule(torch.nn.Module):
+    """The drafter, unrolled."""
+
+    adamw_names = ("head",)
+
+    def __init__(self, drafter: EagleDrafter, steps: int) -> None:
+        super().__init__()
+        self.drafter, self.steps = drafter, steps
+
+    def forward(self, features: Tensor, embeds: Tensor, positions: Tensor, mask: Tensor) -> list[Tensor]:
+        """See `unroll`."""
+        return unroll(self.drafter, features, embeds, positions, mask, self.steps)
+
+
+class DrafterRecipe:
+    """See the module.
+
+    Args:
+        seed: seed of weights, data and noise.
+        model: folder of the target (`JanusForConditionalGeneration`).
+        init: folder of a drafter to go on from.
+        terms: of the loss.
+        guidance_scale: at which the drafter's law has to meet the target's.
+        drafter: configuration of a new one.
+    """
+
+    name = "drafter"
+
+    def __init__(
+        self,
+        seed: int,
+        model: Path,
+        init: Path | None = None,
+        terms: DrafterTerms | None = None,
+        guidance_scale: float | None = None,
+        **drafter: Any,
+    ) -> None:
+        from fastgen.pipelines.janus import JanusImagePipeline
+
+        self.terms = terms or DrafterTerms()
+        pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipe.model.requires_grad_(False)
+        self.target = target_of(pipe.model, pipe.tokenizer)
+        scale = guidance_scale or float(pipe.model.generation_config.guidance_scale or 1.0)
+        self.law = TokenLaw(guidance_scale=scale)
+        self.data = ShapesWorld(seed + 808, crossed=False)
+        torch.manual_seed(seed)
+        if init is not None:
+            self.drafter: EagleDrafter = EagleDrafter.from_pretrained(init, torch_dtype=torch.float32)
+            self.drafter.check(self.target)
+        else:
+            self.drafter = EagleDrafter.for_target(self.target, **drafter)
+
+    def build(self) -> torch.nn.Module:
+        """The drafter; the target stays frozen."""
+        return DrafterModule(self.drafter.train(), self.terms.steps)
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders and their captions."""
+        data = self.data.batch(size, start)
+        return {"images": torch.from_numpy(data.images), "prompts": list(data.texts)}
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Codes [n, N] of uint8 images, in float32 (see `JanusRecipe.encode`)."""
+        vq = self.target.model.model.vqmodel.to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return vq.encode(to_pixels(images), return_dict=True).image_tokens.view(len(images), -1)
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Cross-entropy of the guided laws over all steps, plus the feature's error, plus redundancy terms."""
+        target, terms, drafter = self.target, self.terms, self.drafter
+        target.model.to(batch["images"].device)
+        tokens = self.tokens(batch["images"])
+        with torch.no_grad():
+            prefix = target.prefix(batch["prompts"], self.law.guided)
+            length = prefix.mask.shape[1]
+            cache = target.new_cache(prefix, 8 * terms.probes)
+            output, embeds = target.read(prefix, tokens, cache, drafter.taps)
+            features = drafter.features(output)
+            index = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+            # The law of token i is what the pass says at the place before it.
+            laws = target.token_law(target.head(output.hidden[:, length - 1 : -1]), prefix, self.law, index)
+        noise = (torch.rand(features.shape, generator=generator) - 0.5).to(features) * terms.feature_noise
+        mask = F.pad(prefix.mask, (0, tokens.shape[1] - 1), value=True)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        states = module((features + noise)[:, :-1], embeds[:, 1:], positions, mask)
+        return self._terms(states, output.hidden, laws, prefix, cache, generator)
+
+    def _terms(
+        self,
+        states: list[Tensor],
+        hidden: Tensor,
+        laws: Tensor,
+        prefix: Prefix,
+        cache: KVCache,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, float]]:
+        target, terms, drafter, length = self.target, self.terms, self.drafter, prefix.mask.shape[1]
+        wanted, siblings = laws[:, 1:], None
+        places = None
+        if terms.redundancy != "none":
+            places = torch.rand(wanted.shape[:2], generator=generator).argsort(dim=1)[:, : terms.probes]
+            places = places.to(laws.device)
+            siblings = probe_siblings(target, prefix, self.law, laws, cache, places + 1)
+        counts = torch.ones(wanted.shape[:2], device=laws.device)
+        if siblings is not None and places is not None and terms.redundancy == "class":
+            counts = counts.scatter(1, places, 1 - siblings.redundancy)
+        if siblings is not None and places is not None and terms.redundancy == "soft":
+            soft = soft_targets(siblings, at_places(wanted, places), terms.strength)
+            wanted = wanted.scatter(1, places[..., None].expand_as(soft), soft)
+        flat = None
+        if terms.convergence:
+            features = target.guided(target.redundancy(hidden[:, length:-1]), prefix, self.law)
+            flat = convergence_along(features)
+        total, numbers = laws.new_zeros(()), dict[str, float]()
+        index = torch.arange(1, wanted.shape[1] + 1, device=laws.device).expand(len(wanted), -1)
+        for step, state in enumerate(states):
+            # Place length - 1 reads the first token and says the law of the second; a step later starts later.
+            # The last place says what would follow the picture: nothing.
+            own = state[:, length - 1 : length - 1 + wanted.shape[1]]
+            log_q = self._log_law(own, prefix, index)
+            cross = -(wanted * log_q).sum(dim=-1)
+            count = counts if flat is None or not step else counts * (1 - flat)
+            weight = _STEP_DECAY**step
+            total = total + weight * (cross * count)[:, step:].sum() / count[:, step:].sum().clamp_min(1e-6)
+            if siblings is not None and places is not None and terms.redundancy == "class" and not step:
+                p, log_q_there = at_places(wanted, places), at_places(log_q, places)
+                total = total + terms.strength * class_cross_entropy(siblings, p, log_q_there).mean()
+            if drafter.config.variant == 1 and terms.feature > 0:
+                truth = hidden[:, length + step : length + wanted.shape[1]]
+                total = total + weight * terms.feature * F.smooth_l1_loss(own[:, step:].float(), truth.float())
+            overlap = torch.minimum(laws[:, 1:], log_q.detach().exp()).sum(dim=-1)
+            numbers[f"overlap_{step + 1}"] = float(overlap[:, step:].mean())
+        numbers["cross"] = float(total.detach())
+        return total, numbers
+
+    def _log_law(self, state: Tensor, prefix: Prefix, index: Tensor) -> Tensor:
+        """Logarithm of the drafter's guided law, [B, n, V]; finite."""
+        drafter = self.drafter
+        logits = drafter.head(drafter.norm_out(state)) if drafter.config.variant == 3 else self.target.head(state)
+        mixed = self.target.guided(logits, prefix, self.law)
+        return self.target.apply_grammar(mixed, index).log_softmax(dim=-1).clamp_min(-80.0)
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the drafter in half precision."""
+        half: Any = copy.deepcopy(self.drafter).to(torch.float16)
+        half.save_pretrained(folder)
+        write_record(folder, self.name, record)

@@ -1,0 +1,128 @@
+"""Training of drafters: the unrolled pass is the one that decoding makes, and the terms are what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from micro_models import PROMPTS
+
+from fastgen.drafters.draft import StaticPlan
+from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.targets import Target, target_of
+from fastgen.drafters.tree import chain
+from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.training.eagle_unroll import unroll
+from fastgen.training.redundancy_terms import (
+    Siblings,
+    class_cross_entropy,
+    convergence_along,
+    probe_siblings,
+    soft_targets,
+)
+
+
+@pytest.fixture(scope="module")
+def target(micro_janus: Path) -> Target:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    return target_of(pipe.model.requires_grad_(False), pipe.tokenizer)
+
+
+@pytest.mark.parametrize("variant", [1, 3])
+@torch.no_grad()
+def test_the_unrolled_pass_is_what_decoding_does(target: Target, variant: Any) -> None:
+    """States of a chain of four nodes after each of several roots, in a padded batch."""
+    torch.manual_seed(0)
+    drafter = EagleDrafter.for_target(target, variant=variant, heads=2)
+    prefix = target.prefix(PROMPTS[:3], True)
+    tokens = torch.randint(target.vocab_size, (3, target.num_tokens))
+    output, embeds = target.read(prefix, tokens, target.new_cache(prefix, 1), drafter.taps)
+    features, length = drafter.features(output), prefix.mask.shape[1]
+    mask = torch.nn.functional.pad(prefix.mask, (0, target.num_tokens - 1), value=True)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    states = unroll(drafter, features[:, :-1], embeds[:, 1:], positions, mask, 5)
+
+    plan = StaticPlan(chain(5))
+    state = drafter.start(target, prefix, features[:, :length], tokens[:, 0], 8)
+    for root in range(0, 6, 2):
+        if root:
+            both = slice(length + root - 2, length + root)
+            drafter.absorb(state, tokens[:, root - 1 : root + 1], features[:, both], torch.full((3,), 2))
+        hidden = state.root
+        assert torch.allclose(hidden[:, 0], states[0][:, length - 1 + root], atol=1e-5)
+        for depth, level in enumerate(plan.levels[1:], start=1):
+            places = torch.full((1, 1), depth)
+            drawn = tokens[:, root + depth][:, None]
+            hidden = drafter.grow(state, drawn, hidden, places, level.mask, level.first)
+            assert torch.allclose(hidden[:, 0], states[depth][:, length - 1 + root + depth], atol=1e-5), (root, depth)
+
+
+@torch.no_grad()
+def test_probed_siblings_are_what_the_target_says_after_them(target: Target) -> None:
+    law = TokenLaw(3.0)
+    prefix = target.prefix(PROMPTS[:2], True)
+    tokens = torch.randint(target.vocab_size, (2, target.num_tokens), generator=torch.Generator().manual_seed(1))
+    cache = target.new_cache(prefix, 8)
+    output, _ = target.read(prefix, tokens, cache)
+    index = torch.arange(target.num_tokens).expand(2, -1)
+    hidden = output.hidden[:, prefix.mask.shape[1] - 1 : -1]
+    laws = target.token_law(target.head(hidden), prefix, law, index)
+    places = torch.tensor([[3, 9], [0, 15]])
+    siblings = probe_siblings(target, prefix, law, laws, cache, places, count=4)
+    assert torch.equal(siblings.tokens, laws[torch.arange(2)[:, None], places].topk(4).indices)
+    for row in range(2):
+        for probe in range(2):
+            place = int(places[row, probe])
+            states = []
+            for token in siblings.tokens[row, probe]:
+                line = torch.cat([tokens[:, :place], token.expand(2, 1)], dim=1)
+                read, _ = target.read(prefix, line, target.new_cache(prefix, 1))
+                states.append(target.guided(target.redundancy(read.hidden[:, -1:]), prefix, law)[row, 0])
+            whole = torch.stack(states)
+            centred = torch.nn.functional.normalize(whole - whole.mean(dim=0), dim=-1)
+            assert torch.allclose(siblings.alike[row, probe], centred @ centred.mT, atol=2e-3)
+
+
+def siblings_of(alike: torch.Tensor, tokens: list[int], redundancy: float = 1.0) -> Siblings:
+    return Siblings(
+        torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[tokens]]), alike[None, None], torch.tensor([[redundancy]])
+    )
+
+
+def test_class_cross_entropy_does_not_ask_which_member() -> None:
+    """Tokens 1 and 2 are one class, 4 stands alone."""
+    alike = torch.tensor([[1.0, 0.95, 0.0], [0.95, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    siblings = siblings_of(alike, [1, 2, 4])
+    p = torch.tensor([[[0.1, 0.3, 0.2, 0.1, 0.3]]])
+    one = torch.tensor([[[0.1, 0.4, 0.1, 0.1, 0.3]]])
+    other = torch.tensor([[[0.1, 0.1, 0.4, 0.1, 0.3]]])
+    values = [float(class_cross_entropy(siblings, p, q.log())) for q in (one, other)]
+    assert values[0] == pytest.approx(values[1]) == pytest.approx(-0.5 * float(torch.tensor(0.5).log()))
+    assert float(class_cross_entropy(siblings_of(torch.eye(3), [1, 2, 4]), p, one.log())) == 0
+
+
+@given(seed=st.integers(0, 10_000), strength=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_soft_targets_move_mass_among_siblings_only(seed: int, strength: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(1, 1, 9, generator=generator).softmax(-1)
+    states = torch.nn.functional.normalize(torch.randn(4, 3, generator=generator), dim=-1)
+    siblings = siblings_of(states @ states.mT, [1, 3, 4, 8], 0.7)
+    soft = soft_targets(siblings, p, strength)
+    assert float(soft.sum()) == pytest.approx(1.0, abs=1e-5) and (soft >= 0).all()
+    others = [0, 2, 5, 6, 7]
+    assert torch.equal(soft[..., others], p[..., others])
+    if strength == 0:
+        assert torch.allclose(soft, p)
+
+
+def test_convergence_is_high_in_flat_regions() -> None:
+    flat = torch.tensor([1.0, 0.0, 0.0]).expand(5, 3)
+    busy = torch.eye(3)[[0, 1, 2, 0, 1]] * 3
+    along = convergence_along(torch.cat([flat, busy])[None])[0]
+    assert float(along[0]) == 0 and float(along[1:5].min()) > 0.99 and float(along[6:].max()) < 0.7
