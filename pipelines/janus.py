@@ -10,16 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from transformers import LogitsProcessorList
 
 from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
@@ -28,29 +24,14 @@ from fastgen.drafters.law import TokenLaw
 from fastgen.errors import FastgenError
 from fastgen.models.janus_prompts import format_prompt, prompt_ids
 from fastgen.pipelines.sampling import GuidedGumbelSampler
+from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 
-__all__ = ["JanusImagePipeline", "JanusImagePipelineOutput"]
+__all__ = ["JanusImagePipeline"]
 
 logger = logging.getLogger(__name__)
 
-OutputType = Literal["pil", "np", "pt", "tokens"]
 # Files of a Janus folder that generation does not need and that a saved copy must not lose.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
-
-@dataclass
-class JanusImagePipelineOutput(BaseOutput):
-    """
-    Args:
-        images: list of B PIL images, or [B, H, W, 3] float array in [0, 1] ("np"), or [B, 3, H, W] float tensor in
-            [0, 1] ("pt"), or the tokens ("tokens").
-        tokens: [B, N] int64 codebook indices, row-major.
-        stats: what the call did, see `fastgen.accounting.Stats.as_dict`.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    tokens: torch.Tensor
-    stats: dict[str, Any]
 
 
 class JanusImagePipeline(DiffusionPipeline):
@@ -145,7 +126,7 @@ class JanusImagePipeline(DiffusionPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[JanusImagePipeline, int, int, dict[str, Any]], Any] | None = None,
-    ) -> JanusImagePipelineOutput | tuple[Any]:
+    ) -> TokenImageOutput | tuple[Any]:
         """Draw images.
 
         Args:
@@ -169,10 +150,10 @@ class JanusImagePipeline(DiffusionPipeline):
         Raises:
             ValueError, TypeError: an argument outside its range.
         """
-        prompts = self._check_prompts(prompt, num_images_per_prompt, negative_prompt, output_type)
+        prompts = one_prompt_per_image(prompt, num_images_per_prompt, negative_prompt, output_type)
         law = TokenLaw(float(guidance_scale), float(temperature), top_k, top_p)
         self._guidance_scale = law.guidance_scale
-        generators = _one_per_image(generator, len(prompts))
+        generators = one_per_image(generator, len(prompts))
         with account() as stats:
             with phase("text"):
                 texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
@@ -184,24 +165,7 @@ class JanusImagePipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return JanusImagePipelineOutput(images=images, tokens=tokens, stats=stats.as_dict())
-
-    def _check_prompts(self, prompt: Any, num_images: Any, negative_prompt: Any, output_type: str) -> list[str]:
-        """The texts, one per image."""
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"prompt: needs a string or a list of strings, got {type(prompt).__name__}")
-        if not texts or not all(text.strip() for text in texts):
-            raise ValueError("prompt: an empty text is not allowed")
-        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images_per_prompt: {num_images!r} is not allowed, needs an integer >= 1")
-        if negative_prompt is not None:
-            raise ValueError(
-                "negative_prompt: a Janus model takes none; the row without a prompt is the prompt blanked out"
-            )
-        if output_type not in (allowed := ("pil", "np", "pt", "tokens")):
-            raise ValueError(f"output_type: {output_type!r} is not allowed, needs one of {', '.join(allowed)}")
-        return [text for text in texts for _ in range(num_images)]
+        return TokenImageOutput(images=images, tokens=tokens, stats=stats.as_dict())
 
     def _draw(
         self,
@@ -281,26 +245,7 @@ class JanusImagePipeline(DiffusionPipeline):
         chunks = tokens.split(1 if one_by_one else max(1, len(tokens)))
         decoded = [self.model.decode_image_tokens(chunk).float() for chunk in chunks]
         # The tokenizer network draws in [-1, 1], channels last.
-        pixels = torch.cat(decoded).add(1).div(2).clamp(0, 1)
-        if output_type == "pt":
-            return pixels.permute(0, 3, 1, 2).contiguous()
-        array = pixels.cpu().numpy()
-        if output_type == "np":
-            return array
-        return [PIL.Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
+        return as_output(torch.cat(decoded).add(1).div(2).clamp(0, 1), output_type)
 
 
 _HUB_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir", "force_download")
-
-
-def _one_per_image(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """One generator per image; see `JanusImagePipeline.__call__`."""
-    if isinstance(generator, list | tuple):
-        if len(generator) != count:
-            raise ValueError(f"generator: {len(generator)} generators for {count} images; needs one per image")
-        return list(generator)
-    if generator is not None and count == 1:
-        return [generator]  # type: ignore[list-item]
-    device = "cpu" if generator is None else generator.device  # type: ignore[union-attr]
-    seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device)  # type: ignore[arg-type]
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]

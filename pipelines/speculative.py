@@ -1,0 +1,173 @@
+"""Text to image with an autoregressive model and a drafter: the same pictures in fewer passes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from fastgen.accounting import account, add_tokens, note_path, phase
+from fastgen.contracts import Loss
+from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.decode import Decoded, decode_speculative
+from fastgen.drafters.drafter import Drafter
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.loading import build_rule
+from fastgen.drafters.targets import Target, target_of
+from fastgen.drafters.tree import DynamicShape, Tree, named_tree
+from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
+
+__all__ = ["SpeculativeImagePipeline"]
+
+DEFAULT_TREE = "chain-4"
+
+
+class SpeculativeImagePipeline(DiffusionPipeline):
+    """Wraps a transformers image model that the user has loaded.
+
+    Loss contract: `distribution` with acceptance "exact" (at temperature 0 `exact`: the plain loop's tokens, up to
+    rounding); `lossy` with any other.
+
+    Args:
+        model: e.g. `transformers.JanusForConditionalGeneration`; see `fastgen.drafters.targets`.
+        tokenizer: its tokenizer or processor.
+        drafter: made for this model, e.g. a `fastgen.drafters.eagle.EagleDrafter`.
+
+    Raises:
+        ValueError: a model that we do not know, or a drafter of another model.
+    """
+
+    loss: Loss = "distribution"
+    model_cpu_offload_seq = "model->drafter"
+
+    def __init__(self, model: Any, tokenizer: Any, drafter: Any) -> None:
+        super().__init__()
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
+        self._target: Target = target_of(model, tokenizer)
+        drafter.check(self._target)
+        self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), drafter=drafter)
+
+    @property
+    def target(self) -> Target:
+        """The model as speculative decoding sees it."""
+        return self._target
+
+    @property
+    def num_timesteps(self) -> int:
+        """Tokens of a picture."""
+        return self._target.num_tokens
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        tree: str | Tree | DynamicShape = DEFAULT_TREE,
+        sampled: bool | None = None,
+        acceptance: str | AcceptanceRule = "exact",
+        negative_prompt: str | list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_invariant: bool = True,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[SpeculativeImagePipeline, int, int, dict[str, Any]], Any] | None = None,
+    ) -> TokenImageOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            prompt: text or list of texts.
+            num_images_per_prompt: images of each prompt; they follow each other in the output.
+            guidance_scale: s of ``u + s * (c - u)`` on the logits; 1 or less turns guidance off. None takes what the
+                model's authors use.
+            temperature: divisor of the guided logits; 0 takes the most likely token.
+            top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
+            tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
+                or the size of a dynamic one.
+            sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
+                tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
+            acceptance: "exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
+            negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
+            generator: one per image, or a single one; see `JanusImagePipeline`.
+            batch_invariant: images are drawn one after the other, so that not even rounding depends on the batch;
+                False draws them together.
+            output_type: "pil", "np", "pt", or "tokens" (the pictures are not decoded).
+            return_dict: False gives ``(images,)``.
+            callback_on_step_end: called as ``callback(pipeline, token_index, token_index, {})`` after each round with
+                the last token that all images of the batch have. What it returns is not used.
+
+        Raises:
+            ValueError, TypeError: an argument outside its range.
+        """
+        prompts = one_prompt_per_image(prompt, num_images_per_prompt, negative_prompt, output_type)
+        target = self._target
+        scale = target.default_law.guidance_scale if guidance_scale is None else float(guidance_scale)
+        law = TokenLaw(scale, float(temperature), top_k, top_p)
+        topology = named_tree(tree) if isinstance(tree, str) else tree
+        free = law.temperature > 0 and isinstance(topology, Tree)
+        rule = build_rule(acceptance, target) if isinstance(acceptance, str) else acceptance
+        generators = one_per_image(generator, len(prompts))
+        groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
+        with account() as stats:
+            note_path("acceptance", rule.name)
+            decoded = [
+                self._draw(
+                    [prompts[i] for i in group],
+                    law,
+                    topology,
+                    rule,
+                    [generators[i] for i in group],
+                    free if sampled is None else sampled,
+                    self._reporter(callback_on_step_end, number, len(groups)),
+                )
+                for number, group in enumerate(groups)
+            ]
+            tokens = torch.cat([part.tokens for part in decoded])
+            add_tokens(kept=tokens.numel(), total=tokens.numel())
+            images: Any = tokens
+            if output_type != "tokens":
+                with phase("decode"):
+                    chunks = tokens.split(1 if batch_invariant else len(tokens))
+                    images = as_output(torch.cat([target.pixels(chunk) for chunk in chunks]), output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        result = stats.as_dict()
+        result["acceptance"] = {
+            "rule": rule.name,
+            **{name: float(sum(part.counts[name].sum() for part in decoded)) for name in decoded[0].counts},
+        }
+        return TokenImageOutput(images=images, tokens=tokens, stats=result)
+
+    def _draw(
+        self,
+        prompts: list[str],
+        law: TokenLaw,
+        tree: Tree | DynamicShape,
+        rule: AcceptanceRule,
+        generators: list[torch.Generator],
+        sampled: bool,
+        on_token: Callable[[int], None] | None,
+    ) -> Decoded:
+        with phase("text"):
+            prefix = self._target.prefix(prompts, law.guided)
+        with phase("tokens"):
+            return decode_speculative(
+                self._target, self.drafter, tree, rule, prefix, law, generators, sampled, on_token
+            )
+
+    def _reporter(self, callback: Callable[..., Any] | None, number: int, groups: int) -> Callable[[int], None] | None:
+        if callback is None:
+            return None
+
+        def report(index: int) -> None:
+            place = (number * self._target.num_tokens + index) // groups
+            callback(self, place, place, {})
+
+        return report

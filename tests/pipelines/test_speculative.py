@@ -1,0 +1,116 @@
+"""SpeculativeImagePipeline: a loaded Janus, a drafter, and a diffusers-like call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from micro_models import JANUS_TOKENS, PROMPTS
+
+from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.loading import RULES, build_rule, load_drafter
+from fastgen.drafters.targets import target_of
+from fastgen.drafters.tree import DynamicShape, named_tree
+from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.pipelines.speculative import SpeculativeImagePipeline
+
+
+@pytest.fixture(scope="module")
+def plain(micro_janus: Path) -> JanusImagePipeline:
+    return JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipe(plain: JanusImagePipeline) -> SpeculativeImagePipeline:
+    torch.manual_seed(0)
+    drafter = EagleDrafter.for_target(target_of(plain.model, plain.tokenizer), heads=2)
+    return SpeculativeImagePipeline(plain.model, plain.tokenizer, drafter)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_greedy_pictures_equal_the_plain_pipelines(plain: JanusImagePipeline, pipe: SpeculativeImagePipeline) -> None:
+    ours = pipe(PROMPTS[:3], guidance_scale=3.0, temperature=0.0, output_type="np")
+    stock = plain(PROMPTS[:3], guidance_scale=3.0, temperature=0.0, output_type="np")
+    assert torch.equal(ours.tokens, stock.tokens)
+    assert np.array_equal(ours.images, stock.images)
+
+
+@pytest.mark.parametrize("acceptance", RULES)
+def test_every_rule_draws(pipe: SpeculativeImagePipeline, acceptance: str) -> None:
+    seen: list[int] = []
+    output = pipe(
+        PROMPTS[:2],
+        num_images_per_prompt=2,
+        guidance_scale=3.0,
+        acceptance=acceptance,
+        tree="3-2",
+        generator=seeded(0, 1, 2, 3),
+        callback_on_step_end=lambda _, index, step, tensors: seen.append(index),
+    )
+    assert len(output.images) == 4 and output.tokens.shape == (4, JANUS_TOKENS)
+    assert output.stats["acceptance"]["rule"] == acceptance
+    assert output.stats["passes"]["target"] <= 4 * JANUS_TOKENS
+    assert seen == sorted(seen) and seen[-1] == JANUS_TOKENS - 1
+    assert set(output.stats["seconds"]) == {"text", "tokens", "decode"}
+
+
+@pytest.mark.parametrize(
+    "tree", ["chain-3", named_tree("2-2"), DynamicShape(6, 2, 3)], ids=["name", "tree", "dynamic"]
+)
+def test_a_picture_does_not_depend_on_the_batch(pipe: SpeculativeImagePipeline, tree: Any) -> None:
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": tree, "output_type": "tokens"}
+    together = pipe(PROMPTS[:3], generator=seeded(3, 4, 5), **arguments).tokens
+    alone = pipe(PROMPTS[1], generator=seeded(4), **arguments).tokens
+    batched = pipe(PROMPTS[:3], generator=seeded(3, 4, 5), batch_invariant=False, **arguments).tokens
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(together, batched)  # this micro model leaves no close decision
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a ring<begin_of_image>"}, "special token"),
+        ({"tree": "tall"}, "tree"),
+        ({"tree": "chain-3", "temperature": 0.0, "sampled": True}, "temperature 0"),
+        ({"tree": DynamicShape(2, 2, 2), "sampled": True}, "dynamic"),
+        ({"acceptance": "loose"}, "acceptance"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"negative_prompt": "x"}, "negative_prompt"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"generator": seeded(1, 2)}, "generator"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+    ],
+)
+def test_bad_arguments(pipe: SpeculativeImagePipeline, arguments: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        pipe(**{"prompt": "a ring", **arguments})
+
+
+def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no drafter"):
+        SpeculativeImagePipeline(plain.model, plain.tokenizer, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="vocab_size"):
+        SpeculativeImagePipeline(plain.model, plain.tokenizer, EagleDrafter(32, 47, 2, heads=2))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds none"):
+        load_drafter(tmp_path)
+    target = target_of(plain.model, plain.tokenizer)
+    for rule in RULES:
+        with pytest.raises(ValueError, match="does not have the setting"):
+            build_rule(rule, target, sharpness=1)
+
+
+def test_a_loaded_drafter_draws_the_same(pipe: SpeculativeImagePipeline, tmp_path: Path) -> None:
+    pipe.drafter.save_pretrained(tmp_path)
+    again = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, load_drafter(tmp_path))
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    first, second = (p("a ring", generator=seeded(2), **arguments).tokens for p in (pipe, again))
+    assert torch.equal(first, second)
