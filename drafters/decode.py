@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastgen.accounting import add_accepted, add_passes
+from fastgen.accounting import add_accepted
 from fastgen.drafters.acceptance import AcceptanceRule
-from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
-from fastgen.drafters.drafter import Drafter, DraftState
 from fastgen.drafters.law import TokenLaw, gumbel_noise
-from fastgen.drafters.targets.base import Prefix, Target, TargetPass
-from fastgen.drafters.tree import DynamicShape, Tree
+from fastgen.drafters.sources import DraftSource, Proposal
+from fastgen.drafters.targets import Prefix, Target, TargetPass
 from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, draw, greedy, walk
 
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
@@ -88,34 +86,29 @@ def _sample(p: Tensor, law: TokenLaw, generators: Sequence[torch.Generator]) -> 
 @torch.no_grad()
 def decode_speculative(
     target: Target,
-    drafter: Drafter,
-    tree: Tree | DynamicShape,
+    source: DraftSource,
     rule: AcceptanceRule,
     prefix: Prefix,
     law: TokenLaw,
     generators: Sequence[torch.Generator],
-    sampled: bool = True,
     on_token: OnToken | None = None,
 ) -> Decoded:
-    """Rounds of drafting a tree, one target pass over it, and committing the accepted path and one token more.
+    """Rounds of drafting, one target pass over what was drafted, and committing the accepted path and one token more.
 
     Args:
         target: the model.
-        drafter: made for it.
-        tree: static topology, or the size of a dynamic one.
+        source: what drafts: a drafter with its tree, or Jacobi's window. It serves one batch at a time.
         rule: what is accepted.
         prefix: the prompts of B images.
         law: the sampler's settings.
         generators: one per image.
-        sampled: children are drawn without replacement from the drafter's law; else they are its most likely tokens
-            (always so in a dynamic tree and at temperature 0).
         on_token: called after each round with the index of the last token that all images have.
 
     Raises:
-        ValueError: the drafter does not fit, or a sampled tree is asked for at temperature 0.
+        ValueError: the source cannot draft for this target or law.
     """
-    run = _Rounds(target, drafter, tree, rule, prefix, law, generators, sampled)
-    return run.decode(on_token)
+    source.check(target, law)
+    return _Rounds(target, source, rule, prefix, law, list(generators)).decode(on_token)
 
 
 class _Rounds:
@@ -124,110 +117,83 @@ class _Rounds:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
-        tree: Tree | DynamicShape,
+        source: DraftSource,
         rule: AcceptanceRule,
         prefix: Prefix,
         law: TokenLaw,
-        generators: Sequence[torch.Generator],
-        sampled: bool,
+        generators: list[torch.Generator],
     ) -> None:
-        drafter.check(target)
-        dynamic = isinstance(tree, DynamicShape)
-        if sampled and (law.temperature == 0 or dynamic):
-            kind = "a dynamic tree" if dynamic else "temperature 0"
-            raise ValueError(f"tree: {kind} takes the most likely tokens; sampled=True is not possible")
-        self.target, self.drafter, self.rule, self.prefix, self.law = target, drafter, rule, prefix, law
-        self.generators, self.sampled = list(generators), sampled
-        device = prefix.embeds.device
-        if isinstance(tree, DynamicShape):
-            self.shape, self.plan = tree, None
-            self.nodes, self.max_depth, grown = tree.nodes + 1, tree.depth, (tree.depth - 1) * tree.top_k
-            self.inner = 0
-        else:
-            self.plan = StaticPlan(tree.to(device))
-            self.nodes, self.max_depth, grown = tree.n, tree.max_depth, self.plan.grown
-            self.inner = grown + 1
-        if drafter.max_depth is not None and self.max_depth > drafter.max_depth:
-            raise ValueError(f"tree: {self.max_depth} levels, this drafter has {drafter.max_depth}")
-        batch = prefix.images
-        self.path = self.max_depth + 1
-        self.cache = target.new_cache(prefix, self.nodes + self.path)
+        self.target, self.source, self.rule, self.prefix, self.law = target, source, rule, prefix, law
+        self.generators = generators
+        device, batch = prefix.embeds.device, prefix.images
+        self.path = source.max_depth + 1
+        self.cache = target.new_cache(prefix, source.nodes + self.path)
         self.tokens = torch.zeros(batch, target.num_tokens + self.path, dtype=torch.int64, device=device)
         self.count = torch.ones(batch, dtype=torch.int64, device=device)
         self.spent = torch.zeros(batch, device=device)
         self.counts: dict[str, Tensor] = {}
         self.lengths: list[Tensor] = []
-        first = target.prefill(prefix, self.cache, drafter.taps)
-        p = target.token_law(target.head(first.hidden[:, -1:]), prefix, law, torch.zeros_like(self.count)[:, None])
-        self.tokens[:, 0] = _sample(p[:, 0], law, self.generators)
-        room = grown + self.path
-        self.state: DraftState = drafter.start(target, prefix, drafter.features(first), self.tokens[:, 0], room)
-        add_passes("drafter")
+        output = target.prefill(prefix, self.cache, source.taps)
+        p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(self.count)[:, None])
+        self.tokens[:, 0] = _sample(p[:, 0], law, generators)
+        source.start(target, prefix, law, output, self.tokens[:, 0], generators)
 
     def decode(self, on_token: OnToken | None) -> Decoded:
-        rounds = 0
-        least = -(-(self.target.num_tokens - 1) // self.path)
+        total, rounds = self.target.num_tokens, 0
+        least = -(-(total - 1) // self.path)
         while True:
             # The device is asked only once the images may be finished.
             if rounds >= least or on_token is not None:
                 done = int(self.count.min())
                 if on_token is not None:
-                    on_token(min(done, self.target.num_tokens) - 1)
-                if done >= self.target.num_tokens:
+                    on_token(min(done, total) - 1)
+                if done >= total:
                     break
             self.round()
             rounds += 1
         lengths = torch.stack(self.lengths).flatten().tolist() if self.lengths else []
         accepted = [length for length in lengths if length >= 0]
         add_accepted(accepted)
-        return Decoded(self.tokens[:, : self.target.num_tokens], rounds + 1, accepted, self.counts)
+        return Decoded(self.tokens[:, :total], rounds + 1, accepted, self.counts)
 
     def round(self) -> None:
         """Draft, verify, commit: no decision of it is taken on the host."""
         remaining = self.target.num_tokens - self.count
-        drafted, noise, output = self._draft_and_verify()
+        index = self.count - 1
+        root = self.tokens.gather(1, index[:, None])[:, 0]
+        noise, gumbel = self._noise()
+        proposal = self.source.propose(root, index, gumbel)
+        drafted, output = self._verify(proposal, index)
         if self.law.temperature == 0:
             decisions: Decisions = greedy(drafted)
         else:
             decisions = self.rule.verify(drafted, noise, self.spent)
-        way = walk(drafted, decisions, noise, remaining)
-        self._commit(drafted, way, output, remaining)
+        self._commit(drafted, walk(drafted, decisions, noise, remaining), output, remaining)
 
-    def _draft_and_verify(self) -> tuple[Drafted, Noise, TargetPass]:
-        target, law = self.target, self.law
-        index = self.count - 1
-        root = self.tokens.gather(1, index[:, None])[:, 0]
-        noise, gumbel = self._noise()
-        if self.plan is not None:
-            tree = self.plan.tree
-            tokens, q = draft_static(self.drafter, self.state, self.plan, root, law, index, gumbel)
-            draft = q if self.sampled else None
-            add_passes("drafter", len(self.plan.levels) - 1)
-        else:
-            tree, tokens = draft_dynamic(self.drafter, self.state, self.shape, root, law, index)
-            draft = None
-            add_passes("drafter", self.shape.depth - 1)
-        output = target.verify(tokens, tree.depth, tree.mask, self.cache, self.prefix, self.drafter.taps)
+    def _verify(self, proposal: Proposal, index: Tensor) -> tuple[Drafted, TargetPass]:
+        target, tree = self.target, proposal.tree
+        output = target.verify(proposal.tokens, tree.depth, tree.mask, self.cache, self.prefix, self.source.taps)
         following = index[:, None] + tree.depth + 1
-        p = target.token_law(target.head(output.hidden), self.prefix, law, following)
+        p = target.token_law(target.head(output.hidden), self.prefix, self.law, following)
         hidden = None
         if self.rule.needs_hidden:
-            hidden = target.guided(target.redundancy(output.hidden), self.prefix, law)
-        return Drafted(tree, tokens, p, draft, hidden), noise, output
+            hidden = target.guided(target.redundancy(output.hidden), self.prefix, self.law)
+        return Drafted(tree, proposal.tokens, p, proposal.draft, hidden), output
 
     def _noise(self) -> tuple[Noise, Tensor | None]:
         """Random numbers of a round: coins, noise of the tokens that are drawn, noise of the draft."""
+        device, draws = self.count.device, self.source.draws
         if self.law.temperature == 0:
-            empty = torch.empty(len(self.count), 0, device=self.count.device)
+            empty = torch.empty(len(self.count), 0, device=device)
             return Noise(empty, empty), None
         vocabulary = self.target.vocab_size
-        drawn = self.path + (self.inner if self.sampled else 0)
-        device = self.count.device
-        rows = [torch.rand(self.nodes, generator=g, dtype=torch.float64, device=g.device) for g in self.generators]
+        rows = [
+            torch.rand(self.source.nodes, generator=g, dtype=torch.float64, device=g.device) for g in self.generators
+        ]
         coins = torch.stack([row.to(device) for row in rows])
-        gumbel = gumbel_noise(self.generators, drawn * vocabulary, device).unflatten(1, (drawn, vocabulary))
-        return Noise(coins, gumbel[:, : self.path]), gumbel[:, self.path :] if self.sampled else None
+        gumbel = gumbel_noise(self.generators, (self.path + draws) * vocabulary, device)
+        gumbel = gumbel.unflatten(1, (self.path + draws, vocabulary))
+        return Noise(coins, gumbel[:, : self.path]), gumbel[:, self.path :] if draws else None
 
     def _commit(self, drafted: Drafted, way: Walk, output: TargetPass, remaining: Tensor) -> None:
         active = remaining > 0
@@ -238,18 +204,11 @@ class _Rounds:
         # What is written behind the bonus is overwritten by the next round, or lies behind the picture.
         self.tokens.scatter_(1, places, tokens)
         self.count = self.count + kept
-        nodes, rows = self._rows(way.nodes), self._rows(kept)
-        self.cache.commit(nodes, rows)
-        features = self.drafter.features(output)
-        features = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1]))
-        self.drafter.absorb(self.state, tokens, features, kept)
-        add_passes("drafter")
+        self.cache.commit(self.target.both_rows(way.nodes, self.prefix), self.target.both_rows(kept, self.prefix))
+        self.source.absorb(drafted, way, tokens, kept, output)
         self.lengths.append(torch.where(active, way.length, -1))
         for name, value in way.counts.items():
             value = value * active
             self.counts[name] = self.counts[name] + value if name in self.counts else value
         if "stolen" in way.counts:
             self.spent = self.counts["stolen"].float()
-
-    def _rows(self, values: Tensor) -> Tensor:
-        return torch.cat([values, values]) if self.prefix.guided else values

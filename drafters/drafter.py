@@ -42,9 +42,16 @@ class Drafter(ABC):
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
 
-    @abstractmethod
     def check(self, target: Target) -> None:
-        """Raises ValueError, naming the mismatch, where this drafter was made for another target."""
+        """Refuse another target.
+
+        Raises:
+            ValueError: names the mismatch.
+        """
+        config: Any = getattr(self, "config", {})
+        for name, value in describe(target).items():
+            if config[name] != value:
+                raise ValueError(f"drafter: made for a target of {name} {config[name]}, this one has {value}")
 
     @abstractmethod
     def features(self, output: TargetPass) -> Tensor:
@@ -91,12 +98,6 @@ class Drafter(ABC):
     @abstractmethod
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
         """Logits [R, k, V] of the tokens after nodes of states [R, k, D] at a depth (0: the root)."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise the error of a drafter that does not fit."""
-    if not condition:
-        raise ValueError(f"drafter: {message}")
 
 
 def describe(target: Target) -> dict[str, Any]:

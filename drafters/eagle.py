@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, tree_attention_mask
 from fastgen.drafters.decoder import Rotary, rotate_halves
-from fastgen.drafters.drafter import Drafter, DraftState, describe, require
+from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
 
 __all__ = ["EagleDrafter"]
@@ -102,11 +102,6 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         return cls(**{**describe(target), **config})
 
     # ---- Drafter ----
-
-    def check(self, target: Target) -> None:
-        for name, value in describe(target).items():
-            mine = self.config[name]
-            require(mine == value, f"made for a target of {name} {mine}, this one has {value}")
 
     def features(self, output: TargetPass) -> Tensor:
         return torch.cat(output.taps, dim=-1) if self.config.variant == 3 else output.hidden

@@ -13,12 +13,13 @@ import torch
 from fastgen.drafters.acceptance import GSD, AcceptanceRule, CoolSD, Exact, Lantern, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Target
 
 __all__ = ["RULES", "build_rule", "load_drafter"]
 
 RULES = ("exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
-_DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter,)}
+_DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter)}
 # Codes around each code that a rule may look at, as far as the codebook has so many.
 _LANTERN_NEAR = 1000
 

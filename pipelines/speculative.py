@@ -15,6 +15,7 @@ from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
+from fastgen.drafters.sources import TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
@@ -158,9 +159,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         with phase("text"):
             prefix = self._target.prefix(prompts, law.guided)
         with phase("tokens"):
-            return decode_speculative(
-                self._target, self.drafter, tree, rule, prefix, law, generators, sampled, on_token
-            )
+            source = TreeSource(self.drafter, tree, sampled)
+            return decode_speculative(self._target, source, rule, prefix, law, generators, on_token)
 
     def _reporter(self, callback: Callable[..., Any] | None, number: int, groups: int) -> Callable[[int], None] | None:
         if callback is None:

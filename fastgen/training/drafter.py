@@ -20,6 +20,8 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.drafters.cache import KVCache
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.loading import load_drafter
+from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Prefix, target_of
 from fastgen.training.cards import write_record
 from fastgen.training.eagle_unroll import unroll
@@ -73,17 +75,20 @@ class DrafterTerms:
 
 
 class DrafterModule(torch.nn.Module):
-    """The drafter, unrolled."""
+    """The drafter, several steps of it."""
 
     adamw_names = ("head",)
 
-    def __init__(self, drafter: EagleDrafter, steps: int) -> None:
+    def __init__(self, drafter: EagleDrafter | MedusaDrafter, steps: int) -> None:
         super().__init__()
         self.drafter, self.steps = drafter, steps
 
     def forward(self, features: Tensor, embeds: Tensor, positions: Tensor, mask: Tensor) -> list[Tensor]:
-        """See `unroll`."""
-        return unroll(self.drafter, features, embeds, positions, mask, self.steps)
+        """States of steps 1 … `steps`, [R, L, D] each; see `unroll`. A Medusa head reads the place of its root."""
+        if isinstance(self.drafter, EagleDrafter):
+            return unroll(self.drafter, features, embeds, positions, mask, self.steps)
+        guesses = (self.drafter.guess(features, embeds, step) for step in range(self.steps))
+        return [F.pad(guess, (0, 0, step, 0))[:, : guess.shape[1]] for step, guess in enumerate(guesses)]
 
 
 class DrafterRecipe:
@@ -95,6 +100,7 @@ class DrafterRecipe:
         init: folder of a drafter to go on from.
         terms: of the loss.
         guidance_scale: at which the drafter's law has to meet the target's.
+        kind: of a new one, "eagle" or "medusa".
         drafter: configuration of a new one.
     """
 
@@ -107,6 +113,7 @@ class DrafterRecipe:
         init: Path | None = None,
         terms: DrafterTerms | None = None,
         guidance_scale: float | None = None,
+        kind: Literal["eagle", "medusa"] = "eagle",
         **drafter: Any,
     ) -> None:
         from fastgen.pipelines.janus import JanusImagePipeline
@@ -120,8 +127,10 @@ class DrafterRecipe:
         self.data = ShapesWorld(seed + 808, crossed=False)
         torch.manual_seed(seed)
         if init is not None:
-            self.drafter: EagleDrafter = EagleDrafter.from_pretrained(init, torch_dtype=torch.float32)
+            self.drafter: EagleDrafter | MedusaDrafter = load_drafter(init, torch.float32)
             self.drafter.check(self.target)
+        elif kind == "medusa":
+            self.drafter = MedusaDrafter.for_target(self.target, **{"depth": self.terms.steps, **drafter})
         else:
             self.drafter = EagleDrafter.for_target(self.target, **drafter)
 
@@ -189,6 +198,7 @@ class DrafterRecipe:
         if terms.convergence:
             features = target.guided(target.redundancy(hidden[:, length:-1]), prefix, self.law)
             flat = convergence_along(features)
+        predicts_features = isinstance(drafter, MedusaDrafter) or drafter.config.variant == 1
         total, numbers = laws.new_zeros(()), dict[str, float]()
         index = torch.arange(1, wanted.shape[1] + 1, device=laws.device).expand(len(wanted), -1)
         for step, state in enumerate(states):
@@ -203,7 +213,7 @@ class DrafterRecipe:
             if siblings is not None and places is not None and terms.redundancy == "class" and not step:
                 p, log_q_there = at_places(wanted, places), at_places(log_q, places)
                 total = total + terms.strength * class_cross_entropy(siblings, p, log_q_there).mean()
-            if drafter.config.variant == 1 and terms.feature > 0:
+            if predicts_features and terms.feature > 0:
                 truth = hidden[:, length + step : length + wanted.shape[1]]
                 total = total + weight * terms.feature * F.smooth_l1_loss(own[:, step:].float(), truth.float())
             overlap = torch.minimum(laws[:, 1:], log_q.detach().exp()).sum(dim=-1)
@@ -214,7 +224,8 @@ class DrafterRecipe:
     def _log_law(self, state: Tensor, prefix: Prefix, index: Tensor) -> Tensor:
         """Logarithm of the drafter's guided law, [B, n, V]; finite."""
         drafter = self.drafter
-        logits = drafter.head(drafter.norm_out(state)) if drafter.config.variant == 3 else self.target.head(state)
+        own_head = isinstance(drafter, EagleDrafter) and drafter.config.variant == 3
+        logits = drafter.head(drafter.norm_out(state)) if own_head else self.target.head(state)
         mixed = self.target.guided(logits, prefix, self.law)
         return self.target.apply_grammar(mixed, index).log_softmax(dim=-1).clamp_min(-80.0)
 

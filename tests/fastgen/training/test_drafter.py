@@ -14,9 +14,11 @@ from micro_models import PROMPTS
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import chain
 from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.training.drafter import DrafterModule
 from fastgen.training.eagle_unroll import unroll
 from fastgen.training.redundancy_terms import (
     Siblings,
@@ -60,6 +62,27 @@ def test_the_unrolled_pass_is_what_decoding_does(target: Target, variant: Any) -
             drawn = tokens[:, root + depth][:, None]
             hidden = drafter.grow(state, drawn, hidden, places, level.mask, level.first)
             assert torch.allclose(hidden[:, 0], states[depth][:, length - 1 + root + depth], atol=1e-5), (root, depth)
+
+
+@torch.no_grad()
+def test_a_medusa_step_is_what_decoding_does(target: Target) -> None:
+    torch.manual_seed(0)
+    drafter = MedusaDrafter.for_target(target, depth=3)
+    for layer in drafter.up:
+        torch.nn.init.normal_(layer.weight)  # type: ignore[arg-type]
+    prefix = target.prefix(PROMPTS[:3], True)
+    tokens = torch.randint(target.vocab_size, (3, target.num_tokens))
+    output, embeds = target.read(prefix, tokens, target.new_cache(prefix, 1))
+    length = prefix.mask.shape[1]
+    states = DrafterModule(drafter, 3)(output.hidden[:, :-1], embeds[:, 1:], torch.empty(0), torch.empty(0))
+    state = drafter.start(target, prefix, output.hidden[:, :length], tokens[:, 0], 8)
+    for root in (0, 2):
+        if root:
+            both = slice(length + root - 2, length + root)
+            drafter.absorb(state, tokens[:, root - 1 : root + 1], output.hidden[:, both], torch.full((3,), 2))
+        for depth in range(3):
+            ours = drafter.logits(state, state.root, depth)[:, 0]
+            assert torch.allclose(ours, target.head(states[depth][:, length - 1 + root + depth]), atol=1e-4)
 
 
 @torch.no_grad()

@@ -1,0 +1,193 @@
+"""Where drafted tokens come from: a drafter and its tree, or the target's own guesses of the round before (Jacobi)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.accounting import add_passes
+from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
+from fastgen.drafters.drafter import Drafter, DraftState
+from fastgen.drafters.law import TokenLaw, gumbel_noise
+from fastgen.drafters.targets import Prefix, Target, TargetPass
+from fastgen.drafters.tree import DynamicShape, Tree, chain
+from fastgen.drafters.verify import Drafted, Walk
+
+Generators = list[torch.Generator]
+
+__all__ = ["DraftSource", "JacobiSource", "Proposal", "TreeSource"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Tokens to be verified.
+
+    Attributes:
+        tree: their topology.
+        tokens: [B, n], the root's first.
+        draft: q [B, n, V] at each node with children, or None (see `Drafted`).
+    """
+
+    tree: Tree
+    tokens: Tensor
+    draft: Tensor | None
+
+
+class DraftSource(ABC):
+    """What a round drafts.
+
+    Attributes:
+        nodes: tokens of a target pass, root included.
+        max_depth: the longest path.
+        draws: rows of Gumbel noise that a round takes.
+        taps: layers of the target whose inputs it reads.
+    """
+
+    nodes: int
+    max_depth: int
+    draws: int
+    taps: tuple[int, ...] = ()
+
+    @abstractmethod
+    def check(self, target: Target, law: TokenLaw) -> None:
+        """Raises ValueError where it cannot draft for this target or law."""
+
+    @abstractmethod
+    def start(
+        self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
+    ) -> None:
+        """Begin a batch: the pass over the prompts, and the first token [B] of each picture."""
+
+    @abstractmethod
+    def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
+        """Draft behind the root [B], token number `index` [B] of its picture; gumbel is [B, draws, V]."""
+
+    @abstractmethod
+    def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
+        """Read a round's end.
+
+        Args:
+            drafted: what was verified.
+            way: what was accepted.
+            tokens: [B, max_depth + 1], accepted ones and the bonus behind them.
+            kept: [B], how many of them hold: accepted + 1, or 0 for finished pictures.
+            output: of the target.
+        """
+
+
+class TreeSource(DraftSource):
+    """A drafter fills a tree.
+
+    Args:
+        drafter: made for the target.
+        tree: static topology, or the size of a dynamic one.
+        sampled: draw children without replacement; else the most likely ones.
+
+    Raises:
+        ValueError: a sampled dynamic tree.
+    """
+
+    def __init__(self, drafter: Drafter, tree: Tree | DynamicShape, sampled: bool) -> None:
+        self.drafter, self.tree, self.sampled, self.taps = drafter, tree, sampled, drafter.taps
+        self.plan: StaticPlan | None = None
+        if isinstance(tree, DynamicShape):
+            if sampled:
+                raise ValueError("tree: a dynamic tree takes the most likely tokens; sampled=True is not possible")
+            self.nodes, self.max_depth, self.grown = tree.nodes + 1, tree.depth, (tree.depth - 1) * tree.top_k
+            self.draws = 0
+        else:
+            self.plan = StaticPlan(tree)
+            self.nodes, self.max_depth, self.grown = tree.n, tree.max_depth, self.plan.grown
+            self.draws = self.grown + 1 if sampled else 0
+
+    def check(self, target: Target, law: TokenLaw) -> None:
+        self.drafter.check(target)
+        if self.sampled and law.temperature == 0:
+            raise ValueError("tree: temperature 0 takes the most likely tokens; sampled=True is not possible")
+        if self.drafter.max_depth is not None and self.max_depth > self.drafter.max_depth:
+            raise ValueError(f"tree: {self.max_depth} levels, this drafter has {self.drafter.max_depth}")
+
+    def start(
+        self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
+    ) -> None:
+        if self.plan is not None:
+            self.plan = StaticPlan(self.plan.tree.to(first.device))
+        self.law = law
+        features, room = self.drafter.features(output), self.grown + self.max_depth + 1
+        self.state: DraftState = self.drafter.start(target, prefix, features, first, room)
+        add_passes("drafter")
+
+    def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
+        add_passes("drafter", self.max_depth - 1)
+        if self.plan is None:
+            assert isinstance(self.tree, DynamicShape)
+            tree, tokens = draft_dynamic(self.drafter, self.state, self.tree, root, self.law, index)
+            return Proposal(tree, tokens, None)
+        tokens, q = draft_static(self.drafter, self.state, self.plan, root, self.law, index, gumbel)
+        return Proposal(self.plan.tree, tokens, q if self.sampled else None)
+
+    def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
+        features = self.drafter.features(output)
+        nodes = Target.both_rows(way.nodes, self.state.prefix)
+        features = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1]))
+        self.drafter.absorb(self.state, tokens, features, kept)
+        add_passes("drafter")
+
+
+class JacobiSource(DraftSource):
+    """Speculative Jacobi decoding (arXiv 2410.01699): no drafter. A window of tokens is drawn from what the target
+    said of their places in the round before, in the context that they had then.
+
+    A place's draft law is the target's from that round; where the window is new it is that of its last place. Loss
+    contract as of any draft: the exact rule keeps the target's law.
+
+    Args:
+        window: L, tokens of the window.
+        coupled: a place keeps its noise from round to round, so that its token changes only where its law does
+            (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise).
+
+    Raises:
+        ValueError: a window below 1.
+    """
+
+    def __init__(self, window: int = 16, coupled: bool = True) -> None:
+        if window < 1:
+            raise ValueError(f"window: {window} is not allowed, needs >= 1")
+        self.window, self.coupled = window, coupled
+        self.tree = chain(window)
+        self.nodes, self.max_depth = window + 1, window
+        self.draws = 0 if coupled else window
+
+    def check(self, target: Target, law: TokenLaw) -> None: ...
+
+    def start(
+        self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
+    ) -> None:
+        self.tree = self.tree.to(first.device)
+        zero = torch.zeros_like(first)[:, None]
+        p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, zero)
+        self.laws = p.expand(-1, self.window, -1)
+        self.noise: Tensor | None = None
+        if self.coupled and law.temperature > 0:
+            places = target.num_tokens + self.window + 1
+            rows = [gumbel_noise([g], places * target.vocab_size, first.device) for g in generators]
+            self.noise = torch.cat(rows).unflatten(1, (places, target.vocab_size))
+
+    def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
+        scores = self.laws.log()
+        if self.noise is not None:
+            places = index[:, None] + 1 + torch.arange(self.window, device=root.device)
+            scores = scores + self.noise.gather(1, places[..., None].expand(-1, -1, scores.shape[-1]))
+        elif gumbel is not None:
+            scores = scores + gumbel
+        tokens = torch.cat([root[:, None], scores.argmax(dim=-1)], dim=1)
+        return Proposal(self.tree, tokens, torch.cat([self.laws, torch.zeros_like(self.laws[:, :1])], dim=1))
+
+    def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
+        # The root moves on by accepted + 1 places; node m's new law is what old node m + accepted said.
+        source = torch.arange(1, self.window + 1, device=tokens.device) + way.length[:, None]
+        source = source.clamp_max(self.window)
+        self.laws = drafted.target.gather(1, source[..., None].expand(-1, -1, drafted.target.shape[-1]))
