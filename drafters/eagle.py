@@ -18,23 +18,9 @@ from fastgen.drafters.cache import KVCache, tree_attention_mask
 from fastgen.drafters.decoder import Rotary, rotate_halves
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+from fastgen.models.feed_forward import GatedMLP
 
 __all__ = ["EagleDrafter"]
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        output: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return output
 
 
 class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
@@ -114,9 +100,8 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         order = torch.arange(length, device=features.device)
         mask = (order[:, None] >= order) & prefix.mask[:, None]
         mask = (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
-        positions = (prefix.mask.cumsum(dim=1) - 1).clamp_min(0)
         slots = order.expand(len(embeds), -1)
-        hidden = self.layer(embeds, self.read(features), positions, cache, slots, mask)
+        hidden = self.layer(embeds, self.read(features), prefix.positions, cache, slots, mask)
         cache.advance(length, length)
         return DraftState(target, prefix, cache, hidden[:, -1:])
 

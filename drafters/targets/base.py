@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Prefix:
         embeds: [R, P, D], left-padded.
         mask: [R, P] bool, real tokens.
         guided: whether there are unconditional rows.
+        counts_pads: positions count every slot, pads too (LlamaGen); else real tokens only.
     """
 
     embeds: Tensor
     mask: Tensor
     guided: bool
+    counts_pads: bool = False
 
     @property
     def images(self) -> int:
@@ -44,7 +46,23 @@ class Prefix:
     @property
     def offset(self) -> Tensor:
         """[R], position of the first image token."""
-        return self.mask.sum(dim=1)
+        return (
+            torch.full_like(self.mask[:, 0], self.mask.shape[1], dtype=torch.int64)
+            if self.counts_pads
+            else (self.mask.sum(dim=1))
+        )
+
+    @property
+    def positions(self) -> Tensor:
+        """[R, P], of the prompts' tokens; pads have one too, which does not matter."""
+        if self.counts_pads:
+            return torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
+        return (self.mask.cumsum(dim=1) - 1).clamp_min(0)
+
+    def followed_by(self, embeds: Tensor) -> Prefix:
+        """The same with vectors [R, m, D] behind."""
+        mask = torch.nn.functional.pad(self.mask, (0, embeds.shape[1]), value=True)
+        return replace(self, embeds=torch.cat([self.embeds, embeds], dim=1), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -141,8 +159,7 @@ class Target(ABC):
         order = torch.arange(length, device=device)
         causal = (order[:, None] >= order) & prefix.mask[:, None]
         causal = causal | torch.eye(length, dtype=torch.bool, device=device)
-        positions = (prefix.mask.cumsum(dim=1) - 1).clamp_min(0)
-        output = self.run(prefix.embeds, positions, cache, order.expand(rows, -1), causal[:, None], taps)
+        output = self.run(prefix.embeds, prefix.positions, cache, order.expand(rows, -1), causal[:, None], taps)
         cache.advance(length, length)
         return output
 
@@ -160,9 +177,8 @@ class Target(ABC):
         Returns:
             the pass over [R, P + N], and its input vectors.
         """
-        embeds = torch.cat([prefix.embeds, self.embed(self.both_rows(tokens, prefix))], dim=1)
-        whole = Prefix(embeds, torch.nn.functional.pad(prefix.mask, (0, tokens.shape[1]), value=True), prefix.guided)
-        return self.prefill(whole, cache, taps), embeds
+        whole = prefix.followed_by(self.embed(self.both_rows(tokens, prefix)))
+        return self.prefill(whole, cache, taps), whole.embeds
 
     def verify(
         self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: KVCache, prefix: Prefix, taps: tuple[int, ...] = ()

@@ -18,7 +18,13 @@ def _janus(model: Any, tokenizer: Any) -> Target:
     return JanusTarget(model, tokenizer)
 
 
-_FACTORIES: dict[str, TargetFactory] = {"JanusForConditionalGeneration": _janus}
+def _llamagen(model: Any, tokenizer: Any) -> Target:
+    from fastgen.drafters.targets.llamagen import LlamaGenTarget
+
+    return LlamaGenTarget(model, tokenizer)
+
+
+_FACTORIES: dict[str, TargetFactory] = {"JanusForConditionalGeneration": _janus, "LlamaGen": _llamagen}
 
 
 def register_target(class_name: str, factory: TargetFactory) -> None:

@@ -167,9 +167,8 @@ class DrafterRecipe:
             # The law of token i is what the pass says at the place before it.
             laws = target.token_law(target.head(output.hidden[:, length - 1 : -1]), prefix, self.law, index)
         noise = (torch.rand(features.shape, generator=generator) - 0.5).to(features) * terms.feature_noise
-        mask = F.pad(prefix.mask, (0, tokens.shape[1] - 1), value=True)
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        states = module((features + noise)[:, :-1], embeds[:, 1:], positions, mask)
+        whole = prefix.followed_by(embeds[:, length:-1])
+        states = module((features + noise)[:, :-1], embeds[:, 1:], whole.positions, whole.mask)
         return self._terms(states, output.hidden, laws, prefix, cache, generator)
 
     def _terms(

@@ -1,0 +1,96 @@
+"""LlamaGen as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.drafters.decoder import DecoderLayer, Rotary
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.targets.base import Prefix, Target
+from fastgen.models.llamagen import LlamaGen
+
+__all__ = ["LlamaGenTarget"]
+
+_SPARE = 64  # places behind the picture that the deepest tree may reach
+
+
+class LlamaGenTarget(Target):
+    """LlamaGen draws a square of codes after 120 caption slots; pads count as positions, and nothing is forced.
+
+    Args:
+        model: `fastgen.models.llamagen.LlamaGen`.
+        tokenizer: of its T5.
+
+    Raises:
+        ValueError: a class-conditional model.
+    """
+
+    def __init__(self, model: LlamaGen, tokenizer: Any) -> None:
+        transformer: Any = model.transformer
+        vq: Any = model.vq
+        if transformer.config.num_classes is not None:
+            raise ValueError("model: a class-conditional LlamaGen takes no prompts")
+        self.model, self.tokenizer, self.transformer, self.vq = model, tokenizer, transformer, vq
+        self.layers = [
+            DecoderLayer(
+                layer.q_proj,
+                layer.k_proj,
+                layer.v_proj,
+                layer.o_proj,
+                feed_forward=layer.mlp,
+                norm1=layer.input_layernorm,
+                norm2=layer.post_attention_layernorm,
+                head_dim=layer.head_dim,
+                rotary="pairs",
+            )
+            for layer in transformer.layers
+        ]
+        self.final_norm = transformer.norm
+        self.num_tokens = transformer.config.grid**2
+        self.num_codes = self.vocab_size = transformer.config.vocab_size
+        self.forced = torch.full((self.num_tokens,), -1, dtype=torch.int64)
+        codes: Tensor = vq.quantize.embedding.weight
+        self.codebook = nn.functional.normalize(codes.detach().float(), dim=-1)
+
+    def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        slots = self.transformer.condition_tokens
+        inputs = self.tokenizer(
+            list(prompts), max_length=slots, padding="max_length", truncation=True, return_tensors="pt"
+        ).to(self.device)
+        mask = inputs["attention_mask"]
+        features = self.model.text_encoder(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        # Real features go to the end, pads to the front.
+        turn = (torch.arange(slots, device=mask.device) + mask.sum(dim=1, keepdim=True)) % slots
+        features = features.gather(1, turn[..., None].expand(-1, -1, features.shape[-1]))
+        mask = mask.gather(1, turn)
+        embeds = self.transformer.embed_caption(features * mask[..., None])
+        if guided:
+            # The null caption has the mask of the caption.
+            embeds = torch.cat([embeds, self.transformer.embed_caption(None, len(embeds))])
+            mask = torch.cat([mask, mask])
+        return Prefix(embeds, mask.bool(), guided, counts_pads=True)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embeds: Tensor = self.transformer.tok_embeddings(tokens)
+        return embeds
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        table = self.transformer.rotary(_SPARE).to(self.dtype)
+        cos, sin = table[positions.clamp_max(len(table) - 1)].unbind(-1)
+        return cos, sin
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.transformer.output(hidden)
+        return logits
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        decoded: Tensor = self.vq.decode(tokens)
+        return decoded.permute(0, 2, 3, 1).float().add(1).div(2).clamp(0, 1)
+
+    @property
+    def default_law(self) -> TokenLaw:
+        return TokenLaw(guidance_scale=7.5, top_k=1000)
