@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastgen.contracts import Loss
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, decide, pick, strict
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, decide, normalise, pick, strict
 
-__all__ = ["AcceptanceRule", "CoolSD", "Exact", "GSD", "Lantern", "Neighbours"]
+__all__ = ["AcceptanceRule", "Block", "CoolSD", "Exact", "GSD", "Lantern", "Neighbours"]
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,39 @@ class Exact(AcceptanceRule):
         return strict(drafted, noise)
 
 
+class Block(AcceptanceRule):
+    """Block verification of a chain (arXiv 2403.10444): the target's own law, and longer paths than `Exact` takes.
+
+    Tokens are not judged one by one: a later acceptance takes earlier ones with it. With w_i = min(w_{i-1} p / q, 1)
+    the path up to token i may end there with probability h_i = E_i / (E_i + 1 - w_i), where E_i is the mass of the
+    positive part of w_i p - q behind token i (h = w at the last); the longest such path is taken, and what follows it
+    is drawn from that positive part.
+    """
+
+    name, loss = "block", "distribution"
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        tree = drafted.tree
+        if tree.max_children != 1 or drafted.draft is None:
+            raise ValueError('acceptance: "block" verifies chains of drawn tokens; use "exact" for other trees')
+        p, q, tokens = drafted.target, drafted.draft, drafted.tokens
+        weight = torch.ones_like(p[:, 0, 0])
+        laws, end = [p[:, 0] - q[:, 0]], torch.zeros_like(tokens[:, 0])
+        for i in range(1, tree.n):
+            ratio = pick(p[:, i - 1], tokens[:, i]) / pick(q[:, i - 1], tokens[:, i]).clamp_min(_TINY)
+            weight = (weight * ratio).clamp_max(1.0)
+            last = i == tree.n - 1
+            excess = p[:, i] if last else (weight[:, None] * p[:, i] - q[:, i]).clamp_min(0)
+            mass = excess.sum(dim=-1)
+            stop = weight if last else mass / (mass + 1 - weight).clamp_min(_TINY)
+            end = torch.where(noise.coins[:, i] < stop, i, end)
+            laws.append(excess)
+        law = normalise(torch.stack(laws, dim=1).clamp_min(0), p)
+        order = torch.arange(tree.n, device=tokens.device)
+        child = torch.where(order < end[:, None], order + 1, -1)
+        return Decisions(child, law, counts={"stolen": torch.zeros_like(noise.coins, dtype=p.dtype)})
+
+
 class Lantern(AcceptanceRule, Rejection):
     """A token may take the mass of its nearest codes, up to a cap.
 
@@ -136,7 +171,7 @@ class Lantern(AcceptanceRule, Rejection):
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         lent = self._set(target, tokens)[2]
-        return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(torch.finfo(torch.float32).tiny)
+        return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(_TINY)
 
     def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         near, inside, lent = self._set(target, tokens)
@@ -189,7 +224,7 @@ class GSD(AcceptanceRule, Rejection):
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         around, inside = self._cluster(target, tokens)
         masses = [(law.gather(-1, around) * inside).sum(dim=-1) for law in (target, draft)]
-        return masses[0] / masses[1].clamp_min(torch.finfo(torch.float32).tiny)
+        return masses[0] / masses[1].clamp_min(_TINY)
 
     def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         around, inside = self._cluster(target, tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgen.drafters.acceptance import GSD, AcceptanceRule, CoolSD, Exact, Lantern, Neighbours
+from fastgen.drafters.acceptance import GSD, AcceptanceRule, Block, CoolSD, Exact, Lantern, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.medusa import MedusaDrafter
@@ -18,7 +18,7 @@ from fastgen.drafters.targets import Target
 
 __all__ = ["RULES", "build_rule", "load_drafter"]
 
-RULES = ("exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
+RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
 _DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter)}
 # Codes around each code that a rule may look at, as far as the codebook has so many.
 _LANTERN_NEAR = 1000
@@ -61,6 +61,8 @@ def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:
     try:
         if name == "exact":
             return Exact(**settings)
+        if name == "block":
+            return Block(**settings)
         if name == "cool-sd":
             return CoolSD(**settings)
         if name == "gsd":

@@ -9,7 +9,7 @@ from fastgen.drafters.targets.base import Target
 
 __all__ = ["register_target", "target_of"]
 
-TargetFactory = Callable[[Any, Any], Target]
+TargetFactory = Callable[..., Target]
 
 
 def _janus(model: Any, tokenizer: Any) -> Target:
@@ -24,26 +24,49 @@ def _llamagen(model: Any, tokenizer: Any) -> Target:
     return LlamaGenTarget(model, tokenizer)
 
 
-_FACTORIES: dict[str, TargetFactory] = {"JanusForConditionalGeneration": _janus, "LlamaGen": _llamagen}
+def _emu3(model: Any, tokenizer: Any, **options: Any) -> Target:
+    from fastgen.drafters.targets.vocabulary import Emu3Target
+
+    return Emu3Target(model, tokenizer, **options)
+
+
+def _chameleon(model: Any, tokenizer: Any, **options: Any) -> Target:
+    from fastgen.drafters.targets.vocabulary import ChameleonTarget
+
+    return ChameleonTarget(model, tokenizer, **options)
+
+
+_FACTORIES: dict[str, TargetFactory] = {
+    "ChameleonForConditionalGeneration": _chameleon,
+    "Emu3ForConditionalGeneration": _emu3,
+    "JanusForConditionalGeneration": _janus,
+    "LlamaGen": _llamagen,
+}
 
 
 def register_target(class_name: str, factory: TargetFactory) -> None:
-    """Let `factory(model, tokenizer)` serve models of a class (and of its subclasses)."""
+    """Let `factory(model, tokenizer, **options)` serve models of a class (and of its subclasses)."""
     _FACTORIES[class_name] = factory
 
 
-def target_of(model: Any, tokenizer: Any) -> Target:
+def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
     """The adapter of a model that the user has loaded.
 
     Args:
         model: e.g. `transformers.JanusForConditionalGeneration`.
         tokenizer: its tokenizer or processor.
+        options: of the adapter (`size` of Emu3 and Chameleon …).
 
     Raises:
-        ValueError: no adapter serves this class.
+        ValueError: no adapter serves this class, or it does not take an option.
     """
     for base in type(model).__mro__:
         if base.__name__ in _FACTORIES:
-            return _FACTORIES[base.__name__](model, getattr(tokenizer, "tokenizer", tokenizer))
+            try:
+                return _FACTORIES[base.__name__](model, getattr(tokenizer, "tokenizer", tokenizer), **options)
+            except TypeError as error:
+                if not options:
+                    raise
+                raise ValueError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
     known = ", ".join(sorted(_FACTORIES))
     raise ValueError(f"model: {type(model).__name__} is no target that we know; there are {known}")

@@ -10,6 +10,7 @@ from scipy import stats
 from toy_speculation import Toy, chi_square
 
 from fastgen.drafters import verify
+from fastgen.drafters.acceptance import Block
 from fastgen.drafters.tree import Tree, chain, named_tree, static_tree
 from fastgen.drafters.verify import Decisions, Drafted, Noise, greedy, reject_in_turn, strict, walk
 
@@ -28,6 +29,22 @@ def test_the_first_three_tokens_have_the_targets_law(tree: str, sampled: bool, z
     tokens, length = toy.first_three(TREES[tree], sampled, strict, IMAGES, seed=11)
     assert chi_square(tokens, toy.law_of_three((0, 1))) > 1e-5
     assert length > 1.2, "the test has to accept drafted tokens"
+
+
+@pytest.mark.parametrize("zeros", [0, 3], ids=["full", "truncated"])
+def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> None:
+    """Same level and power as above; on the same drafts its mean length is above the exact rule's."""
+    toy = Toy.random(6, seed=3, zeros=zeros)
+
+    def block(drafted: Drafted, noise: Noise) -> Decisions:
+        return Block().verify(drafted, noise, torch.zeros(len(drafted.tokens)))
+
+    tokens, length = toy.first_three(chain(4), True, block, IMAGES, seed=11)
+    assert chi_square(tokens, toy.law_of_three((0, 1))) > 1e-5
+    _, one_by_one = toy.first_three(chain(4), True, strict, IMAGES, seed=11)
+    assert length > one_by_one + 0.02
+    with pytest.raises(ValueError, match="chains"):
+        toy.first_three(TREES["bushy"], True, block, 4, seed=1)
 
 
 def test_keeping_the_first_draft_law_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

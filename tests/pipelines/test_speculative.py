@@ -49,7 +49,7 @@ def test_every_rule_draws(pipe: SpeculativeImagePipeline, acceptance: str) -> No
         num_images_per_prompt=2,
         guidance_scale=3.0,
         acceptance=acceptance,
-        tree="3-2",
+        tree="chain-3" if acceptance == "block" else "3-2",
         generator=seeded(0, 1, 2, 3),
         callback_on_step_end=lambda _, index, step, tensors: seen.append(index),
     )

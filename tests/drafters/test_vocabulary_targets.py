@@ -1,0 +1,256 @@
+"""Emu3 and Chameleon: forced tokens, rows of unequal length, and the stock models as judges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle_drafter import OracleDrafter
+from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
+
+from fastgen.drafters.acceptance import Exact
+from fastgen.drafters.cascade import Cascade, CascadeConfig
+from fastgen.drafters.decode import decode_plain, decode_speculative
+from fastgen.drafters.law import TokenLaw, gumbel_noise
+from fastgen.drafters.sources import JacobiSource, TreeSource
+from fastgen.drafters.targets import Target, target_of
+from fastgen.drafters.tree import chain, named_tree
+
+CODES, SIZE = 24, (3, 4)
+WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<boi>", "<wrapper>", "<eol>", "<image>", "3", "4", "*", "red", "ring", "a"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"boi_token": "<boi>", "image_wrapper_token": "<wrapper>", "image_token": "<image>"},
+    )
+
+
+def louder(model: Any) -> Any:
+    """So that tokens differ in probability."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "vqmodel" not in name:
+                parameter.mul_(5)
+    return model.eval().requires_grad_(False)
+
+
+def emu3() -> Target:
+    # Codes in the vocabulary in another order than in the codebook.
+    places = {f"<|visual token {code:06d}|>": len(WORDS) + (7 * code) % CODES for code in range(CODES)}
+    torch.manual_seed(0)
+    model = Emu3ForConditionalGeneration(
+        Emu3Config(
+            text_config=Emu3TextConfig(
+                vocab_size=len(WORDS) + CODES,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=3,
+            ),
+            vq_config=Emu3VQVAEConfig(
+                codebook_size=CODES,
+                embed_dim=4,
+                latent_channels=4,
+                base_channels=32,
+                channel_multiplier=[1, 1],
+                num_res_blocks=1,
+                attn_resolutions=[],
+                hidden_size=32,
+                temporal_downsample_factor=1,
+            ),
+            vocabulary_map={"<|extra_200|>": WORDS.index("<eol>"), "<image>": WORDS.index("<image>"), **places},
+        )
+    )
+    return target_of(louder(model), tokenizer(), size=SIZE)
+
+
+def chameleon(swin: bool = False, line_end: int | None = None) -> Target:
+    names = {
+        f"IMGIMG{''.join(chr(ord('A') + int(d)) for d in str(code))}Z": len(WORDS) + code for code in range(CODES)
+    }
+    torch.manual_seed(0)
+    model = ChameleonForConditionalGeneration(
+        ChameleonConfig(
+            vocab_size=len(WORDS) + CODES,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            swin_norm=swin,
+            vq_config=ChameleonVQVAEConfig(
+                embed_dim=4,
+                num_embeddings=CODES,
+                latent_channels=4,
+                base_channels=32,
+                channel_multiplier=[1],
+                num_res_blocks=1,
+                resolution=16,
+            ),
+            vocabulary_map={"<image>": WORDS.index("<image>"), **names},
+            pad_token_id=0,
+        )
+    )
+    return target_of(louder(model), tokenizer(), size=SIZE, line_end=line_end)
+
+
+TARGETS = {
+    "emu3": emu3,
+    "anole": chameleon,
+    "lumina": lambda: chameleon(line_end=WORDS.index("<eol>")),
+    "swin": lambda: chameleon(swin=True),
+}
+PROMPTS = ["a red ring", "ring"]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return TARGETS[request.param]()
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+@torch.no_grad()
+def test_our_pass_equals_the_stock_decoder(target: Any) -> None:
+    """Hidden states of prompt and picture, padded rows of both kinds."""
+    prefix = target.prefix(PROMPTS, True)
+    lengths = prefix.mask.sum(dim=1).tolist()
+    assert len(set(lengths)) > 1, "rows of unequal length are the point"
+    tokens = torch.randint(CODES, (2, target.num_tokens), generator=torch.Generator().manual_seed(0))
+    ours, embeds = target.read(prefix, tokens, target.new_cache(prefix, 1))
+    for row, length in enumerate(lengths):
+        start = prefix.mask.shape[1] - length
+        stock = target.decoder(inputs_embeds=embeds[row : row + 1, start:], use_cache=False).last_hidden_state[0]
+        assert torch.allclose(ours.hidden[row, start:], stock, atol=1e-4)
+    stock_logits = target.model.lm_head(ours.hidden)[..., target.ids]
+    assert torch.allclose(target.head(ours.hidden), stock_logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tree_pass_equals_its_paths(target: Target) -> None:
+    tree, prefix = named_tree("3-4-2"), target.prefix(PROMPTS, True)
+    tokens = torch.randint(CODES, (2, tree.n), generator=torch.Generator().manual_seed(0))
+    cache = target.new_cache(prefix, 30)
+    target.prefill(prefix, cache)
+    whole = target.verify(tokens, tree.depth, tree.mask, cache, prefix).hidden
+    for node in range(tree.n):
+        path = torch.where(tree.mask[0, node])[0]
+        n = len(path)
+        line = torch.ones(1, n, n, dtype=torch.bool).tril()
+        alone = target.verify(tokens[:, path], torch.arange(n)[None], line, cache, prefix).hidden[:, -1]
+        assert torch.allclose(whole[:, node], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["chain", "bushy", "jacobi"])
+def test_greedy_trees_equal_the_plain_loop_and_obey_the_grammar(target: Target, source: str) -> None:
+    law = TokenLaw(3.0, 0.0)
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS, True)
+    plain = decode_plain(target, prefix, law, generators(2))
+    forced = target.forced >= 0
+    assert (plain.tokens[:, forced] == target.forced[forced]).all() and (plain.tokens[:, ~forced] < CODES).all()
+    draft = {
+        "chain": lambda: TreeSource(OracleDrafter(2.0), chain(4), sampled=False),
+        "bushy": lambda: TreeSource(OracleDrafter(2.0), named_tree("2-3-2"), sampled=False),
+        "jacobi": lambda: JacobiSource(4),
+    }[source]()
+    result = decode_speculative(target, draft, Exact(), prefix, law, generators(2))
+    assert torch.equal(result.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize(
+    "rule", [Exact(), Cascade(CascadeConfig(breadth=0.0, min_entropy=0.0))], ids=["exact", "cascade"]
+)
+def test_sampled_trees_obey_the_grammar(target: Target, rule: Any) -> None:
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS, True)
+    draft = TreeSource(OracleDrafter(1.0), named_tree("2-3-2"), sampled=True)
+    result = decode_speculative(target, draft, rule, prefix, TokenLaw(3.0), generators(2))
+    forced = target.forced >= 0
+    assert (result.tokens[:, forced] == target.forced[forced]).all() and (result.tokens[:, ~forced] < CODES).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_plain_loop_equals_stock_generate_of_emu3(temperature: float) -> None:
+    """Greedy, and sampled with the same noise, with the grammar and guidance of the stock loop."""
+    target: Any = emu3()
+    height, width = SIZE
+    model, ids = target.model, target.ids
+    codes, end_of_line = ids[:CODES].tolist(), int(ids[CODES])
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:1], True)
+    end = [*target.tokenizer("<boi>3*4<wrapper>", add_special_tokens=False)["input_ids"]]
+    prompt = torch.tensor([[2, *target.tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"], *end]])
+    blank = torch.tensor([[2, *end]])
+    assert prefix.mask.sum(dim=1).tolist() == [prompt.shape[1], blank.shape[1]]
+    noise = torch.Generator().manual_seed(0)
+
+    def allowed(batch: int, line: torch.Tensor) -> list[int]:
+        return [end_of_line] if (len(line) - prompt.shape[1]) % (width + 1) == width else codes
+
+    def add_noise(line: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if temperature == 0:
+            return scores
+        scores[:, ids] += gumbel_noise([noise], len(ids), "cpu")
+        return scores
+
+    stock = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        negative_prompt_ids=blank,
+        negative_prompt_attention_mask=torch.ones_like(blank),
+        guidance_scale=2.5,
+        prefix_allowed_tokens_fn=allowed,
+        logits_processor=LogitsProcessorList([add_noise]),
+        do_sample=False,
+        max_new_tokens=target.num_tokens,
+        min_new_tokens=target.num_tokens,
+    )[:, prompt.shape[1] :]
+    ours = decode_plain(target, prefix, TokenLaw(2.5, temperature), generators(1))
+    assert torch.equal(ids[ours.tokens], stock)
+    pixels = target.pixels(ours.tokens)
+    padded = torch.cat([stock, stock[:, :3]], dim=1)  # stock decoding cuts three closing tokens
+    expected = model.decode_image_tokens(image_tokens=padded, height=height, width=width)
+    assert torch.allclose(pixels[0], expected[0].permute(1, 2, 0).add(1).div(2).clamp(0, 1), atol=1e-5)
+
+
+def test_chameleon_pixels_need_a_decoder() -> None:
+    target: Any = chameleon(line_end=WORDS.index("<eol>"))
+    tokens = torch.arange(CODES).repeat(2)[: target.num_tokens][None]
+    with pytest.raises(ValueError, match="no decoder"):
+        target.pixels(tokens)
+    target.decode = lambda codes: codes
+    assert target.pixels(tokens).shape == (1, 3, 4)
+    for model in (target.model, emu3().model):
+        with pytest.raises(ValueError, match="size"):
+            target_of(model, target.tokenizer, size=(0, 4))
+        with pytest.raises(ValueError, match="does not take"):
+            target_of(model, target.tokenizer, depth=3)
