@@ -65,7 +65,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
-        {"steps": 9000, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
+        {"steps": 8400, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
         needs="vq",
         part="model/vq",
         continues=True,
