@@ -69,11 +69,15 @@ class AcceptanceRule(ABC):
         name: as on the command line.
         loss: "distribution" for the exact rule, "lossy" for all others.
         needs_hidden: whether it reads `Drafted.hidden`.
+        draws_everywhere: whether it draws a token at every depth of a path, not only at its end.
+        looks_ahead: whether what it decides at a node depends on the tokens drafted below.
     """
 
     name: str = ""
     loss: Loss = "lossy"
     needs_hidden = False
+    draws_everywhere = False
+    looks_ahead = False
 
     @abstractmethod
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
@@ -105,6 +109,7 @@ class Block(AcceptanceRule):
     """
 
     name, loss = "block", "distribution"
+    looks_ahead = True
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         tree = drafted.tree

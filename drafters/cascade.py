@@ -167,6 +167,8 @@ class Cascade(AcceptanceRule):
 
     name = "cascade"
     needs_hidden = True
+    draws_everywhere = True  # mode S does
+    looks_ahead = True  # convergence and routing do
 
     def __init__(self, config: CascadeConfig, neighbours: Neighbours | None = None) -> None:
         if config.radius > 0 and neighbours is None:

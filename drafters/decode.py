@@ -107,7 +107,7 @@ def decode_speculative(
     Raises:
         ValueError: the source cannot draft for this target or law.
     """
-    source.check(target, law)
+    source.check(target, law, rule)
     return _Rounds(target, source, rule, prefix, law, list(generators)).decode(on_token)
 
 
@@ -191,9 +191,10 @@ class _Rounds:
             torch.rand(self.source.nodes, generator=g, dtype=torch.float64, device=g.device) for g in self.generators
         ]
         coins = torch.stack([row.to(device) for row in rows])
-        gumbel = gumbel_noise(self.generators, (self.path + draws) * vocabulary, device)
-        gumbel = gumbel.unflatten(1, (self.path + draws, vocabulary))
-        return Noise(coins, gumbel[:, : self.path]), gumbel[:, self.path :] if draws else None
+        own = self.path if self.rule.draws_everywhere else 1
+        gumbel = gumbel_noise(self.generators, (own + draws) * vocabulary, device)
+        gumbel = gumbel.unflatten(1, (own + draws, vocabulary))
+        return Noise(coins, gumbel[:, :own]), gumbel[:, own:] if draws else None
 
     def _commit(self, drafted: Drafted, way: Walk, output: TargetPass, remaining: Tensor) -> None:
         active = remaining > 0

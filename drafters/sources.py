@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgen.accounting import add_passes
+from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
 from fastgen.drafters.drafter import Drafter, DraftState
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.targets import Prefix, Target, TargetPass
-from fastgen.drafters.tree import DynamicShape, Tree, chain
+from fastgen.drafters.tree import DynamicShape, Tree, static_tree
 from fastgen.drafters.verify import Drafted, Walk
 
 Generators = list[torch.Generator]
@@ -52,8 +53,8 @@ class DraftSource(ABC):
     taps: tuple[int, ...] = ()
 
     @abstractmethod
-    def check(self, target: Target, law: TokenLaw) -> None:
-        """Raises ValueError where it cannot draft for this target or law."""
+    def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
+        """Raises ValueError where it cannot draft for this target, law or rule."""
 
     @abstractmethod
     def start(
@@ -103,7 +104,7 @@ class TreeSource(DraftSource):
             self.nodes, self.max_depth, self.grown = tree.n, tree.max_depth, self.plan.grown
             self.draws = self.grown + 1 if sampled else 0
 
-    def check(self, target: Target, law: TokenLaw) -> None:
+    def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         self.drafter.check(target)
         if self.sampled and law.temperature == 0:
             raise ValueError("tree: temperature 0 takes the most likely tokens; sampled=True is not possible")
@@ -145,49 +146,63 @@ class JacobiSource(DraftSource):
     contract as of any draft: the exact rule keeps the target's law.
 
     Args:
-        window: L, tokens of the window.
-        coupled: a place keeps its noise from round to round, so that its token changes only where its law does
-            (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise).
+        window: L, places of the window.
+        width: candidates of a place, drawn without replacement. The first goes on; the others are leaves beside it,
+            which end a path when one of them is accepted (and show rules that read it what the target makes of them).
+        coupled: a place keeps its noise from round to round, so that its tokens change only where its law does
+            (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise, as
+            long as the rule does not look ahead).
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: a window or a width below 1.
     """
 
-    def __init__(self, window: int = 16, coupled: bool = True) -> None:
-        if window < 1:
-            raise ValueError(f"window: {window} is not allowed, needs >= 1")
-        self.window, self.coupled = window, coupled
-        self.tree = chain(window)
-        self.nodes, self.max_depth = window + 1, window
+    def __init__(self, window: int = 12, width: int = 1, coupled: bool = True) -> None:
+        if window < 1 or width < 1:
+            raise ValueError(f"window, width: {window}, {width} are not allowed, need >= 1")
+        self.window, self.width, self.coupled = window, width, coupled
+        self.tree = static_tree([[0] * depth + [rank] for depth in range(window) for rank in range(width)])
+        self.nodes, self.max_depth = self.tree.n, window
         self.draws = 0 if coupled else window
 
-    def check(self, target: Target, law: TokenLaw) -> None: ...
+    def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
+        if self.coupled and rule.looks_ahead:
+            # A place that the rule has looked at, and then not passed, would keep noise of which something is known.
+            raise ValueError(f'coupled: acceptance "{rule.name}" looks ahead; it needs coupled=False')
+        if self.width > target.vocab_size:
+            raise ValueError(f"width: {self.width} is not allowed, the model has {target.vocab_size} tokens")
 
     def start(
         self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
     ) -> None:
-        self.tree = self.tree.to(first.device)
-        zero = torch.zeros_like(first)[:, None]
-        p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, zero)
+        device = first.device
+        self.tree = self.tree.to(device)
+        # The first candidate of each depth, behind the root.
+        self.spine = torch.cat([first.new_zeros(1), 1 + self.width * torch.arange(self.window, device=device)])
+        p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(first)[:, None])
         self.laws = p.expand(-1, self.window, -1)
         self.noise: Tensor | None = None
         if self.coupled and law.temperature > 0:
             places = target.num_tokens + self.window + 1
-            rows = [gumbel_noise([g], places * target.vocab_size, first.device) for g in generators]
+            rows = [gumbel_noise([g], places * target.vocab_size, device) for g in generators]
             self.noise = torch.cat(rows).unflatten(1, (places, target.vocab_size))
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         scores = self.laws.log()
         if self.noise is not None:
             places = index[:, None] + 1 + torch.arange(self.window, device=root.device)
-            scores = scores + self.noise.gather(1, places[..., None].expand(-1, -1, scores.shape[-1]))
+            rows = torch.arange(len(root), device=root.device)[:, None]
+            scores = scores + self.noise[rows, places]
         elif gumbel is not None:
             scores = scores + gumbel
-        tokens = torch.cat([root[:, None], scores.argmax(dim=-1)], dim=1)
-        return Proposal(self.tree, tokens, torch.cat([self.laws, torch.zeros_like(self.laws[:, :1])], dim=1))
+        drawn = scores.topk(self.width, dim=-1).indices.flatten(1)
+        draft = self.laws.new_zeros(len(root), self.nodes, self.laws.shape[-1])
+        draft[:, self.spine[:-1]] = self.laws
+        return Proposal(self.tree, torch.cat([root[:, None], drawn], dim=1), draft)
 
     def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
-        # The root moves on by accepted + 1 places; node m's new law is what old node m + accepted said.
-        source = torch.arange(1, self.window + 1, device=tokens.device) + way.length[:, None]
-        source = source.clamp_max(self.window)
-        self.laws = drafted.target.gather(1, source[..., None].expand(-1, -1, drafted.target.shape[-1]))
+        # The root moves on by accepted + 1 places: what was said `accepted` places further now stands for each place.
+        ahead = torch.arange(1, self.window + 1, device=tokens.device) + way.length[:, None]
+        source = self.spine[ahead.clamp_max(self.window)]
+        rows = torch.arange(len(source), device=source.device)[:, None]
+        self.laws = drafted.target[rows, source]

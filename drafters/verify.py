@@ -73,7 +73,8 @@ class Noise:
 
     Attributes:
         coins: [B, n] uniform in [0, 1): whether a node is accepted in its turn.
-        gumbel: [B, max_depth + 1, V] standard Gumbel: the token drawn at the depth where the walk is.
+        gumbel: [B, max_depth + 1, V] standard Gumbel: the token drawn at the depth where the walk is. A rule that
+            draws but one token a round does with a single row for all depths, [B, 1, V].
     """
 
     coins: Tensor
@@ -81,6 +82,8 @@ class Noise:
 
     def at(self, depth: Tensor) -> Tensor:
         """Gumbel noise [B, m, V] of depths [B, m]."""
+        if self.gumbel.shape[1] == 1:
+            return self.gumbel.expand(-1, depth.shape[1], -1)
         return self.gumbel.gather(1, depth[..., None].expand(-1, -1, self.gumbel.shape[-1]))
 
 

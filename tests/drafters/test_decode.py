@@ -10,7 +10,8 @@ from micro_models import JANUS_TOKENS, PROMPTS
 from oracle_drafter import OracleDrafter
 
 from fastgen.accounting import account
-from fastgen.drafters.acceptance import Exact
+from fastgen.drafters.acceptance import Block, Exact
+from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.eagle import EagleDrafter
@@ -146,11 +147,11 @@ def test_an_oracle_chain_is_always_accepted(target: Target) -> None:
 
 def make_source(name: str) -> DraftSource:
     if name.startswith("jacobi"):
-        return JacobiSource(5, coupled="coupled" in name)
+        return JacobiSource(5, width=3 if "wide" in name else 1, coupled="coupled" in name)
     return TreeSource(OracleDrafter(1.0), TREES[name], sampled=name != "dynamic")
 
 
-@pytest.mark.parametrize("name", ["bushy", "dynamic", "jacobi", "jacobi coupled"])
+@pytest.mark.parametrize("name", ["bushy", "dynamic", "jacobi", "jacobi coupled", "jacobi coupled wide"])
 def test_later_tokens_follow_the_target(target: Target, name: str) -> None:
     """400 pictures through a disturbed drafter: the log-likelihood of all their tokens under the target is what the
     target's entropy says, within five standard errors; a sampler that took the drafter's law would be off by more."""
@@ -173,7 +174,7 @@ def test_later_tokens_follow_the_target(target: Target, name: str) -> None:
     assert abs(float(excess.mean())) < 5 * float(excess.std()) / n**0.5
 
 
-@pytest.mark.parametrize("name", ["bushy", "chain", "jacobi", "jacobi coupled"])
+@pytest.mark.parametrize("name", ["bushy", "chain", "jacobi", "jacobi coupled", "jacobi wide"])
 def test_an_image_does_not_depend_on_the_batch(target: Target, name: str) -> None:
     law = TokenLaw(3.0)
     together = decode_speculative(target, make_source(name), Exact(), prefix_of(target, 3), law, seeded(5, 6, 7))
@@ -241,13 +242,21 @@ def test_a_saved_drafter_is_the_same(target: Target, kind: str, tmp_path: Any) -
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("window", [1, 4, 30])
-def test_greedy_jacobi_equals_the_plain_loop(target: Target, window: int) -> None:
+def test_greedy_jacobi_equals_the_plain_loop(target: Target, window: int, width: int) -> None:
     """And takes fewer passes than tokens: guesses settle before they are reached."""
     prefix = prefix_of(target, 3)
     plain = decode_plain(target, prefix, GREEDY, seeded(0, 1, 2))
-    result = decode_speculative(target, JacobiSource(window), Exact(), prefix, GREEDY, seeded(0, 1, 2))
+    result = decode_speculative(target, JacobiSource(window, width), Exact(), prefix, GREEDY, seeded(0, 1, 2))
     assert torch.equal(result.tokens, plain.tokens)
     assert result.target_passes <= JANUS_TOKENS
-    with pytest.raises(ValueError, match="window"):
-        JacobiSource(0)
+    for bad in ((0, 1), (3, 0)):
+        with pytest.raises(ValueError, match="window, width"):
+            JacobiSource(*bad)
+    for rule in (Block(), Cascade(CascadeConfig())):
+        with pytest.raises(ValueError, match="looks ahead"):
+            decode_speculative(target, JacobiSource(4), rule, prefix, TokenLaw(3.0), seeded(0, 1, 2))
+    source = JacobiSource(2, width=target.vocab_size + 1)
+    with pytest.raises(ValueError, match="width"):
+        decode_speculative(target, source, Exact(), prefix, GREEDY, seeded(0, 1, 2))
