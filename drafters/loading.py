@@ -14,11 +14,11 @@ from fastgen.drafters.acceptance import GSD, AcceptanceRule, Block, CoolSD, Exac
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.medusa import MedusaDrafter
+from fastgen.drafters.names import RULES
 from fastgen.drafters.targets import Target
 
-__all__ = ["RULES", "build_rule", "load_drafter"]
+__all__ = ["build_rule", "load_drafter"]
 
-RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
 _DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter)}
 # Codes around each code that a rule may look at, as far as the codebook has so many.
 _LANTERN_NEAR = 1000

@@ -13,10 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["DynamicShape", "Tree", "chain", "named_tree", "static_tree"]
+from fastgen.drafters.names import TREES
 
-# Nodes at each depth below the root; the two large trees have those that LANTERN publishes.
-_WIDTHS = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
+__all__ = ["DynamicShape", "Tree", "chain", "named_tree", "static_tree"]
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,15 @@ def named_tree(name: str) -> Tree:
     Raises:
         ValueError: unknown name.
     """
-    if name in _WIDTHS:
-        return widths_tree(_WIDTHS[name])
+    if name in TREES:
+        return widths_tree(TREES[name])
     head, _, tail = name.partition("-")
     if head == "chain" and tail.isdecimal() and int(tail) > 0:
         return chain(int(tail))
     parts = name.split("-")
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return widths_tree([int(part) for part in parts])
-    allowed = ", ".join([*_WIDTHS, "chain-5", "4-2-1 (nodes at each depth)"])
+    allowed = ", ".join([*TREES, "chain-5", "4-2-1 (nodes at each depth)"])
     raise ValueError(f"tree: {name!r} is unknown; there are {allowed}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fastgen.drafters.names import RULES, is_tree_name
 from fastgen.errors import FastgenError
 
 __all__ = ["SETTINGS", "check_prompt", "check_value"]
@@ -21,6 +22,8 @@ SETTINGS = (
     "tail_drop",
     "uncond_tail_drop",
     "token_budget",
+    "tree",
+    "acceptance",
 )
 
 
@@ -64,5 +67,12 @@ def check_value(label: str, name: str, value: object) -> None:
         # Lists and functions of the step are checked by the pipeline.
         if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < 1):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number in [0, 1)")
+    elif name == "acceptance":
+        if value not in RULES:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs one of {', '.join(RULES)}")
+    elif name == "tree":
+        # Trees themselves, not their names, are checked by the pipeline.
+        if isinstance(value, str) and not is_tree_name(value):
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs e.g. jacobi-12, chain-4 or 4-2-1")
     else:
         check_prompt(value, label)

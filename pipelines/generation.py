@@ -22,6 +22,7 @@ from PIL import Image
 
 from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
 from fastgen.contracts import Loss
+from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt, check_value
@@ -116,6 +117,7 @@ def generate_images(
             negative_prompt: for all pictures.
             temperature, top_k, top_p: sampling of image tokens (autoregressive only).
             tail_drop, uncond_tail_drop, token_budget: compute budget (dynamic chunking only).
+            tree, acceptance: what is drafted in a round, and what is accepted (speculative decoding only).
 
     Raises:
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
@@ -166,9 +168,10 @@ def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
 # ---- settings ----
 
 
-def is_janus(pipe_class: type) -> bool:
-    """Whether it is our Janus pipeline, or a subclass; told without importing it, which costs a second."""
-    return any(base.__name__ == "JanusImagePipeline" for base in pipe_class.__mro__)
+def draws_tokens(pipe_class: type) -> bool:
+    """Whether it draws tokens, not latents; told without importing its pipelines, which costs a second."""
+    ours = ("JanusImagePipeline", "SpeculativeImagePipeline")
+    return any(base.__name__ in ours for base in pipe_class.__mro__)
 
 
 # Our names of arguments -> those of diffusers pipelines, where they differ.
@@ -190,7 +193,7 @@ def resolve_settings(
         FastgenError: a value outside its range, or an argument that the pipeline does not take.
     """
     accepted = inspect.signature(pipe_class.__call__).parameters
-    janus = is_janus(pipe_class)
+    janus = draws_tokens(pipe_class)
     defaults: dict[str, Any] = {}
     if checkpoint is not None:
         defaults, image_size = checkpoint.defaults, checkpoint.fixed_size or image_size
@@ -224,12 +227,22 @@ def resolve_settings(
     return settings
 
 
-def pipeline_class(checkpoint: Checkpoint) -> type:
+def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
     """The class that `load_pipeline` makes of a checkpoint; loads no weights.
+
+    Args:
+        checkpoint: of the model.
+        method: "speculative" for speculative decoding of a model that draws tokens.
 
     Raises:
         FastgenError: the installed diffusers has no such class.
     """
+    if method == "speculative":
+        if checkpoint.kind != "janus":
+            raise FastgenError(f"method speculative: model {checkpoint.model!r} does not draw tokens")
+        from fastgen.pipelines.speculative import SpeculativeImagePipeline
+
+        return SpeculativeImagePipeline
     if checkpoint.kind == "janus":
         from fastgen.pipelines.janus import JanusImagePipeline
 
@@ -278,9 +291,11 @@ def _generate(
     flops: bool,
     callback: Callable[[Progress], None] | None,
 ) -> Iterator[GeneratedImage]:
-    janus = is_janus(type(pipe))
+    janus = draws_tokens(type(pipe))
     # A stock pipeline as it is; a Janus picture has random numbers of its own, stock `generate` the global ones.
     loss: Loss = "distribution" if janus and settings.get("temperature", 1.0) > 0 else getattr(pipe, "loss", "exact")
+    if settings.get("acceptance", "exact") not in LOSSLESS:
+        loss = "lossy"
     alone = batch_invariant and not janus
     size = 1 if alone else batch_size
     for start in range(0, len(prompts), size):

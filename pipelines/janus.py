@@ -22,7 +22,7 @@ from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
 from fastgen.errors import FastgenError
-from fastgen.models.janus_prompts import format_prompt, prompt_ids
+from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids
 from fastgen.pipelines.sampling import GuidedGumbelSampler
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 
@@ -93,8 +93,7 @@ class JanusImagePipeline(DiffusionPipeline):
     @property
     def image_size(self) -> int:
         """Height and width in pixels; a Janus model draws one size only."""
-        vq = self.model.config.vq_config
-        return int(vq.num_patches * 2 ** (len(vq.channel_multiplier) - 1))
+        return image_size(self.model)
 
     @property
     def num_image_tokens(self) -> int:

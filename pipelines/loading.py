@@ -46,7 +46,9 @@ T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "auto") -> DiffusionPipeline:
+def load_pipeline(
+    model: str, *, device: str = "cpu", dtype: str = "auto", method: str | None = None
+) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
@@ -55,6 +57,7 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "auto") -> Di
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
             float16.
+        method: "speculative" for a `SpeculativeImagePipeline` around a model that draws tokens.
 
     Returns:
         the pipeline class that the model names, or a `JanusImagePipeline`.
@@ -64,18 +67,23 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "auto") -> Di
             had; told in one line.
     """
     check_names(device, dtype)
-    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype)
+    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype, method=method)
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "auto") -> DiffusionPipeline:
+def load_checkpoint(
+    checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "auto", method: str | None = None
+) -> DiffusionPipeline:
     """`load_pipeline` for a model that was found before."""
     check_names(device, dtype)
+    kind_of_pipeline = pipeline_class(checkpoint, method)
     where, kind = resolve_device(device, dtype)
     with phase("load"):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
         check_weights(checkpoint)
         pipe = _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_diffusers(checkpoint, kind)
+        if method == "speculative":
+            pipe = kind_of_pipeline(pipe.model, pipe.tokenizer)
         try:
             pipe.to(where)
         except torch.OutOfMemoryError as error:

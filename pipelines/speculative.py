@@ -15,14 +15,15 @@ from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
-from fastgen.drafters.sources import TreeSource
+from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 
 __all__ = ["SpeculativeImagePipeline"]
 
-DEFAULT_TREE = "chain-4"
+#: With a drafter, and without one.
+DEFAULT_TREE, DEFAULT_WINDOW = "chain-4", "jacobi-12"
 
 
 class SpeculativeImagePipeline(DiffusionPipeline):
@@ -34,7 +35,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     Args:
         model: e.g. `transformers.JanusForConditionalGeneration`; see `fastgen.drafters.targets`.
         tokenizer: its tokenizer or processor.
-        drafter: made for this model, e.g. a `fastgen.drafters.eagle.EagleDrafter`.
+        drafter: made for this model, e.g. a `fastgen.drafters.eagle.EagleDrafter`. None drafts without one: the
+            target's own guesses of the round before (Jacobi), which need no training.
 
     Raises:
         ValueError: a model that we do not know, or a drafter of another model.
@@ -42,19 +44,26 @@ class SpeculativeImagePipeline(DiffusionPipeline):
 
     loss: Loss = "distribution"
     model_cpu_offload_seq = "model->drafter"
+    _optional_components = ["drafter"]
 
-    def __init__(self, model: Any, tokenizer: Any, drafter: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, drafter: Any = None) -> None:
         super().__init__()
-        if not isinstance(drafter, Drafter):
+        if drafter is not None and not isinstance(drafter, Drafter):
             raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
         self._target: Target = target_of(model, tokenizer)
-        drafter.check(self._target)
+        if drafter is not None:
+            drafter.check(self._target)
         self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), drafter=drafter)
 
     @property
     def target(self) -> Target:
         """The model as speculative decoding sees it."""
         return self._target
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width in pixels, where the model draws one size only."""
+        return self._target.image_size
 
     @property
     def num_timesteps(self) -> int:
@@ -70,7 +79,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        tree: str | Tree | DynamicShape = DEFAULT_TREE,
+        tree: str | Tree | DynamicShape | None = None,
         sampled: bool | None = None,
         acceptance: str | AcceptanceRule = "exact",
         negative_prompt: str | list[str] | None = None,
@@ -90,7 +99,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             temperature: divisor of the guided logits; 0 takes the most likely token.
             top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
-                or the size of a dynamic one.
+                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens. None takes
+                "chain-4" with a drafter and "jacobi-12" without.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
@@ -110,21 +120,21 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         target = self._target
         scale = target.default_law.guidance_scale if guidance_scale is None else float(guidance_scale)
         law = TokenLaw(scale, float(temperature), top_k, top_p)
-        topology = named_tree(tree) if isinstance(tree, str) else tree
-        free = law.temperature > 0 and isinstance(topology, Tree)
         rule = build_rule(acceptance, target) if isinstance(acceptance, str) else acceptance
+        source = self._source(tree, sampled, law, rule)
+        source.check(target, law, rule)
         generators = one_per_image(generator, len(prompts))
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
         with account() as stats:
             note_path("acceptance", rule.name)
+            note_path("draft", type(source).__name__)
             decoded = [
                 self._draw(
                     [prompts[i] for i in group],
                     law,
-                    topology,
+                    source,
                     rule,
                     [generators[i] for i in group],
-                    free if sampled is None else sampled,
                     self._reporter(callback_on_step_end, number, len(groups)),
                 )
                 for number, group in enumerate(groups)
@@ -146,20 +156,35 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         }
         return TokenImageOutput(images=images, tokens=tokens, stats=result)
 
+    def _source(
+        self, tree: str | Tree | DynamicShape | None, sampled: bool | None, law: TokenLaw, rule: AcceptanceRule
+    ) -> DraftSource:
+        """What drafts, by the arguments of `__call__`."""
+        if tree is None:
+            tree = DEFAULT_TREE if self.drafter is not None else DEFAULT_WINDOW
+        window = tree.removeprefix("jacobi-") if isinstance(tree, str) and tree.startswith("jacobi-") else None
+        if window is not None:
+            if not window.isdecimal() or int(window) < 1:
+                raise ValueError(f"tree: {tree!r} is unknown; a window of tokens is jacobi-12")
+            return JacobiSource(int(window), coupled=not rule.looks_ahead)
+        if self.drafter is None:
+            raise ValueError(f"tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
+        topology = named_tree(tree) if isinstance(tree, str) else tree
+        free = law.temperature > 0 and isinstance(topology, Tree)
+        return TreeSource(self.drafter, topology, free if sampled is None else sampled)
+
     def _draw(
         self,
         prompts: list[str],
         law: TokenLaw,
-        tree: Tree | DynamicShape,
+        source: DraftSource,
         rule: AcceptanceRule,
         generators: list[torch.Generator],
-        sampled: bool,
         on_token: Callable[[int], None] | None,
     ) -> Decoded:
         with phase("text"):
             prefix = self._target.prefix(prompts, law.guided)
         with phase("tokens"):
-            source = TreeSource(self.drafter, tree, sampled)
             return decode_speculative(self._target, source, rule, prefix, law, generators, on_token)
 
     def _reporter(self, callback: Callable[..., Any] | None, number: int, groups: int) -> Callable[[int], None] | None:

@@ -127,6 +127,11 @@ class Target(ABC):
         return hidden
 
     @property
+    def image_size(self) -> int | None:
+        """Height and width in pixels, where the model draws one size only; None where it is not known."""
+        return None
+
+    @property
     def default_law(self) -> TokenLaw:
         """The law that the model's authors sample from."""
         return TokenLaw()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen.drafters.decoder import Rotary, layers_of
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.targets.base import Prefix, Target
-from fastgen.models.janus_prompts import format_prompt, prompt_ids, unconditional_ids
+from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, unconditional_ids
 
 __all__ = ["JanusTarget"]
 
@@ -64,6 +64,10 @@ class JanusTarget(Target):
 
     def pixels(self, tokens: Tensor) -> Tensor:
         return self.model.decode_image_tokens(tokens).float().add(1).div(2).clamp(0, 1)
+
+    @property
+    def image_size(self) -> int:
+        return image_size(self.model)
 
     @property
     def default_law(self) -> TokenLaw:

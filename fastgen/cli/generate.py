@@ -25,7 +25,7 @@ app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 _SAMPLE = 2**16
 
 #: Methods, each with the embedded model that it takes by default.
-METHODS = {"base": "tiny", "dc": "tiny-dc"}
+METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus"}
 
 
 @app.command()
@@ -44,12 +44,17 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="tiny, tiny-janus, tiny-dc, a folder, or a Hub id. Default: tiny; tiny-dc with --method dc.",
+            help="tiny, tiny-janus, tiny-dc, a folder, or a Hub id. Default: tiny, or the method's: tiny-dc with dc, "
+            "tiny-janus with speculative.",
             show_default=False,
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="base or dc (dynamic chunking). Default: what the model is.", show_default=False)
+        str | None,
+        typer.Option(
+            help="base, dc (dynamic chunking) or speculative (decoding of image tokens). Default: what the model is.",
+            show_default=False,
+        ),
     ] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8, one prompt per line; a rerun makes what is missing.")
@@ -72,6 +77,14 @@ def generate(
     ] = None,
     token_budget: Annotated[
         int | None, typer.Option(help="Exact number of image tokens, in place of tail drops (dynamic chunking).")
+    ] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(help="What a round drafts: jacobi-12, a window of 12 tokens (speculative).", show_default=False),
+    ] = None,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(help="What is accepted: exact, lantern, lantern++, gsd, cool-sd, cascade … (speculative)."),
     ] = None,
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
@@ -126,7 +139,7 @@ def generate(
     model = model if model is not None else METHODS[method or "base"]
     checkpoint = find_checkpoint(model)
     is_chunked = checkpoint.has_dynamic_chunking
-    if method is not None and (method == "dc") != is_chunked:
+    if method in ("base", "dc") and (method == "dc") != is_chunked:
         raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
     if save_map and not is_chunked:
         raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
@@ -139,13 +152,15 @@ def generate(
         from fastgen.pipelines.generation import pipeline_class, resolve_settings
         from fastgen.pipelines.loading import resolve_device
 
-        call = resolve_settings(pipeline_class(checkpoint), checkpoint, asked)
+        call = resolve_settings(pipeline_class(checkpoint, method), checkpoint, asked)
+        if not call.get("tree", "jacobi-").startswith("jacobi-"):
+            raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         weight_type = str(weights).removeprefix("torch.")
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint),
-            "method": "dc" if is_chunked else "base",
+            "method": method or ("dc" if is_chunked else "base"),
             **{name: call.get(name) for name in asked},
             "device": where.type,
             "dtype": weight_type,
@@ -153,7 +168,7 @@ def generate(
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        stats = _make(todo, checkpoint, str(where), weight_type, call, batch_size, batch_invariant, save_map)
+        stats = _make(todo, checkpoint, method, str(where), weight_type, call, batch_size, batch_invariant, save_map)
 
     made = {job.image for job in todo}
     kept = [job.image for job in jobs if job.image not in made]
@@ -196,6 +211,7 @@ def _best_device() -> str:
 def _make(
     jobs: list[Job],
     checkpoint: Checkpoint,
+    method: str | None,
     device: str,
     dtype: str,
     call: dict[str, Any],
@@ -219,7 +235,7 @@ def _make(
         library.utils.logging.disable_progress_bar()
     made_with = versions()
     with account() as stats:
-        pipe = load_checkpoint(checkpoint, device=device, dtype=dtype)
+        pipe = load_checkpoint(checkpoint, device=device, dtype=dtype, method=method)
         prompts = [job.prompt for job in jobs]
         if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
             shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")

@@ -1,4 +1,4 @@
-"""Prompts of a Janus model: the chat format, the begin-of-image token, and the row without a prompt."""
+"""Prompts of a Janus model (chat format, begin-of-image token, the row without a prompt), and its picture's size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["format_prompt", "prompt_ids", "unconditional_ids"]
+__all__ = ["format_prompt", "image_size", "prompt_ids", "unconditional_ids"]
 
 
 def format_prompt(model: Any, tokenizer: Any, text: str) -> str:
@@ -28,6 +28,12 @@ def format_prompt(model: Any, tokenizer: Any, text: str) -> str:
         # A template for plain strings prints the list of parts as Python would.
         text = formatted if "{'type'" not in formatted else _apply_template(tokenizer, text)
     return text + begin
+
+
+def image_size(model: Any) -> int:
+    """Height and width in pixels; a Janus model draws one size only."""
+    vq = model.config.vq_config
+    return int(vq.num_patches * 2 ** (len(vq.channel_multiplier) - 1))
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from micro_models import JANUS_TOKENS, PROMPTS
 
 from fastgen.drafters.eagle import EagleDrafter
-from fastgen.drafters.loading import RULES, build_rule, load_drafter
+from fastgen.drafters.loading import build_rule, load_drafter
+from fastgen.drafters.names import RULES
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
 from fastgen.pipelines.janus import JanusImagePipeline
@@ -92,6 +93,21 @@ def test_a_picture_does_not_depend_on_the_batch(pipe: SpeculativeImagePipeline, 
 def test_bad_arguments(pipe: SpeculativeImagePipeline, arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         pipe(**{"prompt": "a ring", **arguments})
+
+
+def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> None:
+    pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
+    ours = pipe(PROMPTS[:2], guidance_scale=3.0, temperature=0.0, output_type="tokens")
+    assert torch.equal(ours.tokens, plain(PROMPTS[:2], guidance_scale=3.0, temperature=0.0).tokens)
+    assert ours.stats["passes"]["target"] < 2 * JANUS_TOKENS and "drafter" not in ours.stats["passes"]
+    for tree in ("chain-3", DynamicShape(2, 2, 2), named_tree("2")):
+        with pytest.raises(ValueError, match="needs a drafter"):
+            pipe("a ring", tree=tree)
+    for tree in ("jacobi-0", "jacobi-x"):
+        with pytest.raises(ValueError, match="jacobi-12"):
+            pipe("a ring", tree=tree)
+    for acceptance in RULES:
+        assert pipe("a ring", acceptance=acceptance, tree="jacobi-4", output_type="tokens").tokens.shape[1] == 16
 
 
 def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:

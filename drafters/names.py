@@ -1,0 +1,20 @@
+"""Names that need no torch: acceptance rules, trees and windows."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["LOSSLESS", "RULES", "TREES", "is_tree_name"]
+
+#: Acceptance rules by name, and those of them that keep the target's law.
+RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
+LOSSLESS = ("exact", "block")
+#: Nodes at each depth of named trees, below the root; the two large ones have those that LANTERN publishes.
+TREES = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
+
+_TREE = re.compile(r"(jacobi-|chain-)?[1-9]\d*|[1-9]\d*(-[1-9]\d*)+")
+
+
+def is_tree_name(name: str) -> bool:
+    """Whether it names a tree ("chain-4", "4-2-1", "lantern-25") or a window ("jacobi-12")."""
+    return name in TREES or _TREE.fullmatch(name) is not None
