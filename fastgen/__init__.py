@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgen.pipelines.dc_z_image import DCZImagePipeline
     from fastgen.pipelines.elastic import disable_dc, enable_dc
     from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
+    from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _EXPORTS = {
     "DCZImageTransformer2DModel": "fastgen.models.dc_z_image",
     "FastgenError": "fastgen.errors",
     "GeneratedImage": "fastgen.pipelines.loading",
+    "SpeculativeImagePipeline": "fastgen.pipelines.speculative",
     "Stats": "fastgen.accounting",
     "account": "fastgen.accounting",
     "disable_dc": "fastgen.pipelines.elastic",
@@ -47,6 +49,7 @@ __all__ = [
     "DCZImageTransformer2DModel",
     "FastgenError",
     "GeneratedImage",
+    "SpeculativeImagePipeline",
     "Stats",
     "__version__",
     "account",
