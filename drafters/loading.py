@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ from fastgen.drafters.targets import Target
 
 __all__ = ["build_rule", "load_drafter"]
 
+_KINDS: dict[str, Any] = {
+    "exact": Exact,
+    "block": Block,
+    "lantern": Lantern,
+    "lantern++": Lantern,
+    "gsd": GSD,
+    "cool-sd": CoolSD,
+    "cascade": CascadeConfig,
+}
 _DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter)}
 # Codes around each code that a rule may look at, as far as the codebook has so many.
 _LANTERN_NEAR = 1000
@@ -57,26 +66,18 @@ def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:
     """
     if name not in RULES:
         raise ValueError(f"acceptance: {name!r} is unknown; there are {', '.join(RULES)}")
-    codes = len(target.codebook)
-    try:
-        if name == "exact":
-            return Exact(**settings)
-        if name == "block":
-            return Block(**settings)
-        if name == "cool-sd":
-            return CoolSD(**settings)
-        if name == "gsd":
-            return GSD(target.codebook, **settings)
-        if name == "cascade":
-            known = {field.name for field in fields(CascadeConfig)}
-            if unknown := sorted(set(settings) - known):
-                raise TypeError(f"{unknown[0]!r}")
-            config = CascadeConfig(**settings)
-            near = Neighbours.of(target.codebook, min(config.near, codes - 1)) if config.radius > 0 else None
-            return Cascade(config, near)
+    known = [name for name in inspect.signature(_KINDS[name]).parameters if name not in ("neighbours", "codebook")]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"acceptance: {name} has no setting {unknown[0]}; it has {', '.join(known) or 'none'}")
+    most = len(target.codebook) - 1
+    if name == "gsd":
+        return GSD(target.codebook, **settings)
+    if name == "cascade":
+        config = CascadeConfig(**settings)
+        return Cascade(config, Neighbours.of(target.codebook, min(config.near, most)) if config.radius > 0 else None)
+    if name in ("lantern", "lantern++"):
         if name == "lantern++":
             settings = {"delta": 1.0, "factor": 5.0, "k": 10, **settings}
-        near = Neighbours.of(target.codebook, min(settings.get("k", _LANTERN_NEAR), codes - 1))
-        return Lantern(near, **settings)
-    except TypeError as error:
-        raise ValueError(f"acceptance: {name} does not have the setting {error}") from error
+        return Lantern(Neighbours.of(target.codebook, min(settings.get("k", _LANTERN_NEAR), most)), **settings)
+    rule: AcceptanceRule = _KINDS[name](**settings)
+    return rule

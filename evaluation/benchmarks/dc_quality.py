@@ -23,10 +23,11 @@ from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
+from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.geneval.shapes import load_detector
 from fastgen.evaluation.router_statistics import router_statistics
-from fastgen.evaluation.runner import EvaluationRun, RunSettings, model_fingerprint, spread
-from fastgen.evaluation.shapesworld import score_folder, shapes_prompts
+from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
+from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_checkpoint
@@ -105,24 +106,17 @@ def benchmark_dc_quality(
     rows: list[dict[str, Any]] = []
     for variant in variants:
         report(variant.name)
-        place = folder / variant.name.replace(" ", "-")
-        run = EvaluationRun(
-            place,
-            prompts,
-            RunSettings(variant.name, variant.fingerprint, images_per_prompt, device=device, batch_size=batch_size),
+        settings = RunSettings(
+            variant.name, variant.fingerprint, images_per_prompt, device=device, batch_size=batch_size
         )
-        run.generate(partial(_pictures, variant, batch_size))
-        scores = score_folder(place, detector, device=device).data
-        tasks = {tag: task["score"] for tag, task in scores["tasks"].items()}
+        scores = score_row(folder, prompts, settings, partial(_pictures, variant, batch_size), detector)
+        judge = scores.pop("detector")
         rows.append(
             {
                 "variant": variant.name,
                 "tail_drop": variant.settings.get("tail_drop"),
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
-                "score": scores["overall"],
-                "stderr": scores["overall_stderr"],
-                "tasks": tasks,
-                "fd": scores["fd_shapes"]["value"],
+                **scores,
             }
         )
     report("router")
@@ -135,7 +129,7 @@ def benchmark_dc_quality(
     return {
         "benchmark": "dc-quality",
         "environment": environment(),
-        "detector": scores["detector"],
+        "detector": judge,
         "settings": {
             "model": model,
             "dense": dense,

@@ -185,6 +185,60 @@ def dc_ablations(
     _publish(result, out, as_json, dc_ablations_markdown(result))
 
 
+@app.command("speculative")
+def speculative(
+    model: Annotated[str, typer.Option(help="A model that draws tokens.")] = "tiny-janus",
+    drafter: Annotated[Path | None, typer.Option(help="Folder of a drafter, for variants with trees.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help='"RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2"; repeat.'),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
+        "fastgen-bench-speculative"
+    ),
+    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Score the evaluation set as well.")] = True,
+    images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of the evaluation set at once.")] = 32,
+    timed_prompts: Annotated[int, typer.Option(help="Pictures of a timed round, drawn one by one.")] = 6,
+    runs: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+
+    check_names(device, "auto")
+    find_checkpoint(model)
+    for path in (out, plot):
+        if path is not None:
+            check_writable(path.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
+        from fastgen.evaluation.results import speculative_markdown, speculative_plot
+
+        result = benchmark_speculative(
+            model,
+            folder,
+            drafter=drafter,
+            variants=variant or VARIANTS,
+            quality=quality,
+            images_per_prompt=images_per_prompt,
+            limit=limit,
+            batch_size=batch_size,
+            timed_prompts=timed_prompts,
+            runs=runs,
+            device=device,
+            report=lambda line: typer.echo(line, err=True),
+        )
+        if plot is not None:
+            speculative_plot(result, plot)
+    _publish(result, out, as_json, speculative_markdown(result))
+
+
 @app.command("dc-speed")
 def dc_speed(
     size: Annotated[

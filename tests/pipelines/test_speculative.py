@@ -120,7 +120,7 @@ def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
         load_drafter(tmp_path)
     target = target_of(plain.model, plain.tokenizer)
     for rule in RULES:
-        with pytest.raises(ValueError, match="does not have the setting"):
+        with pytest.raises(ValueError, match="has no setting sharpness"):
             build_rule(rule, target, sharpness=1)
 
 

@@ -1,0 +1,315 @@
+"""Speculative decoding: accepted length, passes and seconds, beside quality, for rules, drafts and trees.
+
+Seconds are those of one picture at a time, measured in one run in which all variants take turns, against the fastest
+plain loop that we can write and against stock `generate`. Before anything is timed, every lossless variant has to draw
+the plain loop's very tokens at temperature 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.loading import build_rule, load_drafter
+from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
+from fastgen.drafters.targets import Target, target_of
+from fastgen.drafters.tree import named_tree
+from fastgen.environment import environment
+from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
+from fastgen.evaluation.shapesworld import shapes_prompts
+from fastgen.pipelines.checkpoint import find_checkpoint
+from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.token_images import as_output
+
+__all__ = ["VARIANTS", "Variant", "benchmark_speculative", "parse_variant"]
+
+#: "RULE DRAFT", the draft a window or a tree; settings of the rule behind it.
+VARIANTS = (
+    "exact jacobi-6",
+    "exact jacobi-12",
+    "exact jacobi-24",
+    "block jacobi-12",
+    "lantern jacobi-12 delta=0.05",
+    "lantern jacobi-12 delta=0.2",
+    "lantern++ jacobi-12 factor=2",
+    "gsd jacobi-12",
+    "cool-sd jacobi-12 delta=1.1",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: an acceptance rule with what it accepts from.
+
+    Attributes:
+        name: as it was written.
+        rule: the rule.
+        source: makes the draft source of a batch.
+        drafter, tree: for the table.
+    """
+
+    name: str
+    rule: AcceptanceRule
+    source: Callable[[], DraftSource]
+    drafter: str
+    tree: str
+
+
+def parse_variant(text: str, target: Target, drafter: Any = None) -> Variant:
+    """ "RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1".
+
+    Raises:
+        ValueError: it cannot be read, or needs a drafter that is not there.
+    """
+    words = text.split()
+    if len(words) < 2 or any("=" not in word for word in words[2:]):
+        raise ValueError(f'variant: {text!r} is not of the form "RULE DRAFT [SETTING=NUMBER …]"')
+    settings: dict[str, Any] = {}
+    for word in words[2:]:
+        key, _, value = word.partition("=")
+        try:
+            settings[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
+        except ValueError:
+            raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
+    rule, tree = build_rule(words[0], target, **settings), words[1]
+    if tree.startswith("jacobi-"):
+        window = tree.removeprefix("jacobi-")
+        if not window.isdecimal() or int(window) < 1:
+            raise ValueError(f"variant: {tree!r} is no window; needs e.g. jacobi-12")
+        return Variant(text, rule, partial(JacobiSource, int(window), 1, not rule.looks_ahead), "none (Jacobi)", tree)
+    if drafter is None:
+        raise ValueError(f"variant: {text!r} needs a drafter")
+    return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), type(drafter).__name__, tree)
+
+
+def benchmark_speculative(
+    model: str,
+    folder: Path,
+    *,
+    drafter: Path | None = None,
+    variants: Sequence[str] = VARIANTS,
+    quality: bool = True,
+    images_per_prompt: int = 4,
+    limit: int | None = None,
+    batch_size: int = 32,
+    timed_prompts: int = 6,
+    runs: int = 3,
+    guidance_scale: float | None = None,
+    device: str = "cpu",
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        model: one that draws tokens.
+        folder: of the pictures; a killed run continues there.
+        drafter: folder of a drafter, for variants with trees.
+        variants: see `parse_variant`.
+        quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
+        images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
+        batch_size: pictures of the evaluation set at once.
+        timed_prompts: pictures of a timed round, drawn one by one.
+        runs: timed rounds, after one of warm-up.
+        guidance_scale: None takes the model's.
+        device: where.
+        report: told what is going on.
+
+    Returns:
+        a JSON-ready dict: "environment", "settings" and "rows" with variant, rule, drafter, tree, target_pass_ratio,
+        seconds a picture, speedup_vs_fastest_plain, speedup_vs_stock, accepted_length (the bonus counted) and
+        accepted_without_bonus, stolen (mass a picture), score, stderr and fd. The first rows are the plain loop and
+        stock `generate`.
+
+    Raises:
+        FastgenError: a number out of range, or a lossless variant that draws other tokens at temperature 0.
+        ValueError: a variant that cannot be read.
+    """
+    for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
+        if number < 1:
+            raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
+    checkpoint = find_checkpoint(model)
+    if checkpoint.kind != "janus":
+        raise FastgenError(f"model: {model} does not draw tokens")
+    pipe: Any = load_checkpoint(checkpoint, device=device, dtype="float32" if device == "cpu" else "auto")
+    target = target_of(pipe.model, pipe.tokenizer)
+    made = None if drafter is None else load_drafter(drafter, target.dtype).to(target.device)
+    rows_of = [parse_variant(text, target, made) for text in variants]
+    scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
+    law = TokenLaw(scale)
+    prompts = shapes_prompts(limit)
+    chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
+    report("gate")
+    _gate(target, law, chosen[:2], rows_of)
+    scored = _scores(target, law, rows_of, prompts, folder, images_per_prompt, batch_size, checkpoint, report, quality)
+    report("time")
+    rows = _timed(pipe, target, law, chosen, rows_of, runs)
+    for row, scores in zip([rows[0], *rows[2:]], scored, strict=True):
+        row |= scores
+    return {
+        "benchmark": "speculative",
+        "environment": environment(),
+        "settings": {
+            "model": model,
+            "drafter": None if drafter is None else drafter.name,
+            "guidance_scale": scale,
+            "images_per_prompt": images_per_prompt,
+            "prompts": len(prompts) if quality else 0,
+            "batch_size": batch_size,
+            "timed_prompts": len(chosen),
+            "runs": runs,
+            "device": device,
+            "threads": torch.get_num_threads(),
+        },
+        "rows": rows,
+    }
+
+
+@torch.no_grad()
+def _draw(
+    target: Target, law: TokenLaw, variant: Variant | None, prompts: Sequence[str], seeds: Sequence[int]
+) -> Decoded:
+    """Tokens of a batch; without a variant by the plain loop."""
+    prefix = target.prefix(prompts, law.guided)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if variant is None:
+        return decode_plain(target, prefix, law, generators)
+    return decode_speculative(target, variant.source(), variant.rule, prefix, law, generators)
+
+
+def _gate(target: Target, law: TokenLaw, prompts: Sequence[str], variants: Sequence[Variant]) -> None:
+    """No speed-up from a wrong decoder: lossless variants draw the plain loop's tokens at temperature 0."""
+    greedy, seeds = replace(law, temperature=0.0), list(range(len(prompts)))
+    plain = _draw(target, greedy, None, prompts, seeds).tokens
+    for variant in variants:
+        if variant.rule.loss == "lossy":
+            continue
+        source = variant.source()
+        if isinstance(source, TreeSource):
+            source = TreeSource(source.drafter, source.tree, sampled=False)
+        prefix = target.prefix(prompts, law.guided)
+        generators = [torch.Generator() for _ in prompts]
+        tokens = decode_speculative(target, source, variant.rule, prefix, greedy, generators).tokens
+        if not torch.equal(tokens, plain):
+            raise FastgenError(
+                f"{variant.name}: other tokens than the plain loop's at temperature 0; nothing is timed"
+            )
+
+
+def _scores(
+    target: Target,
+    law: TokenLaw,
+    variants: Sequence[Variant],
+    prompts: Sequence[Any],
+    folder: Path,
+    images_per_prompt: int,
+    batch_size: int,
+    checkpoint: Any,
+    report: Callable[[str], None],
+    quality: bool,
+) -> list[dict[str, Any]]:
+    """Scores of the plain loop and of every variant; empty ones without `quality`."""
+    if not quality:
+        return [{} for _ in range(1 + len(variants))]
+    device = str(target.device)
+    detector, fingerprint = load_detector(device=device), model_fingerprint(*checkpoint.folders)
+    scored = []
+    for variant in (None, *variants):
+        name = "plain" if variant is None else variant.name
+        report(name)
+        settings = RunSettings(name, fingerprint, images_per_prompt, device=device, batch_size=batch_size)
+        scored.append(
+            score_row(folder, prompts, settings, partial(_pictures, target, law, variant, batch_size), detector)
+        )
+    return scored
+
+
+def _pictures(
+    target: Target, law: TokenLaw, variant: Variant | None, batch_size: int, prompts: list[str], seeds: list[int]
+) -> Iterator[Image.Image]:
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        tokens = _draw(target, law, variant, prompts[part], seeds[part]).tokens
+        with torch.no_grad():
+            pictures = as_output(target.pixels(tokens), "pil")
+        yield from pictures
+
+
+def _timed(
+    pipe: Any, target: Target, law: TokenLaw, prompts: Sequence[str], variants: Sequence[Variant], runs: int
+) -> list[dict[str, Any]]:
+    """Seconds, passes and accepted lengths of single pictures; all variants in turn, one round of warm-up."""
+
+    def stock(prompt: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        pipe(prompt, guidance_scale=law.guidance_scale, generator=generator, output_type="tokens")
+
+    seconds: list[list[float]] = [[] for _ in range(2 + len(variants))]
+    made: list[list[Decoded]] = [[] for _ in variants]
+    for run in range(runs + 1):
+        for seed, prompt in enumerate(prompts):
+            calls: list[Callable[[], Any]] = [partial(_draw, target, law, None, [prompt], [seed])]
+            calls.append(partial(stock, prompt, seed))
+            calls += [partial(_draw, target, law, variant, [prompt], [seed]) for variant in variants]
+            for place, call in enumerate(calls):
+                start = time.perf_counter()
+                result = call()
+                if target.device.type == "cuda":
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - start
+                if run:
+                    seconds[place].append(elapsed)
+                elif place >= 2:
+                    made[place - 2].append(result)
+    times = [percentiles(values) for values in seconds]
+    rows = [_row("plain loop", times, 0), _row("stock generate", times, 1)]
+    for place, (variant, decoded) in enumerate(zip(variants, made, strict=True), start=2):
+        accepted = [length for one in decoded for length in one.accepted]
+        mean = sum(accepted) / len(accepted)
+        passes = sum(one.target_passes for one in decoded) / len(decoded)
+        stolen = sum(float(one.counts["stolen"].sum()) for one in decoded if "stolen" in one.counts) / len(decoded)
+        rows.append(
+            {
+                **_row(variant.name, times, place),
+                "rule": variant.rule.name,
+                "drafter": variant.drafter,
+                "tree": variant.tree,
+                "target_pass_ratio": passes / target.num_tokens,
+                "accepted_length": mean + 1,
+                "accepted_without_bonus": mean,
+                "stolen": stolen,
+            }
+        )
+    return rows
+
+
+def _row(name: str, times: list[dict[str, float]], place: int) -> dict[str, Any]:
+    return {
+        "variant": name,
+        "rule": None,
+        "drafter": None,
+        "tree": None,
+        "target_pass_ratio": 1.0,
+        "seconds": times[place],
+        "speedup_vs_fastest_plain": times[0]["p50"] / times[place]["p50"],
+        "speedup_vs_stock": times[1]["p50"] / times[place]["p50"],
+        "accepted_length": 1.0,
+        "accepted_without_bonus": 0.0,
+        "stolen": 0.0,
+        "score": None,
+        "stderr": None,
+        "fd": None,
+    }

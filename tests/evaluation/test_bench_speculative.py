@@ -1,0 +1,98 @@
+"""`fastgen bench speculative`: its rows, its gate, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgen.cli.main import run
+from fastgen.drafters.acceptance import Exact
+from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.targets import target_of
+from fastgen.drafters.verify import Decisions
+from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative, parse_variant
+from fastgen.pipelines.janus import JanusImagePipeline
+
+NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2"]
+
+
+@pytest.fixture(scope="module")
+def drafter(micro_janus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("drafter")
+    EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2).save_pretrained(folder)
+    return folder
+
+
+def test_rows_without_scores(
+    micro_janus: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for name in NAMES for word in ("--variant", name)]
+    command = ["bench", "speculative", "--model", str(micro_janus), "--drafter", str(drafter), *options]
+    out = tmp_path / "r.json"
+    code = run([*command, "--no-quality", "--timed-prompts", "2", "--runs", "1", "--json", "--out", str(out)])
+    printed = json.loads(capsys.readouterr().out)
+    assert code == 0 and printed == json.loads(out.read_text())
+    rows = printed["rows"]
+    assert [row["variant"] for row in rows] == ["plain loop", "stock generate", *NAMES]
+    for row in rows:
+        assert row["seconds"]["p50"] > 0 and row["score"] is None
+        ratio = rows[0]["seconds"]["p50"] / row["seconds"]["p50"]
+        assert row["speedup_vs_fastest_plain"] == pytest.approx(ratio)
+    exact, lantern, tree = rows[2:]
+    assert 1 / 4 < exact["target_pass_ratio"] < 1 and exact["accepted_length"] > 1 and exact["stolen"] == 0
+    assert lantern["stolen"] > 0 and lantern["accepted_length"] > exact["accepted_length"]
+    assert exact["accepted_length"] == pytest.approx(exact["accepted_without_bonus"] + 1)
+    assert tree["drafter"] == "EagleDrafter" and tree["tree"] == "2-2" and exact["drafter"] == "none (Jacobi)"
+
+
+def test_a_wrong_decoder_is_not_timed(micro_janus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen.drafters import decode
+
+    real = decode.greedy
+
+    def wrong(drafted: Any) -> Decisions:
+        decisions = real(drafted)
+        return Decisions(decisions.child, decisions.law, (decisions.token + 1) % 48)
+
+    monkeypatch.setattr(decode, "greedy", wrong)
+    with pytest.raises(FastgenError, match="exact jacobi-4: other tokens"):
+        benchmark_speculative(str(micro_janus), tmp_path, variants=NAMES[:1], quality=False, timed_prompts=1, runs=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("exact", "RULE DRAFT"),
+        ("exact jacobi-4 fast", "RULE DRAFT"),
+        ("exact jacobi-0", "no window"),
+        ("loose jacobi-4", "loose"),
+        ("exact 2-2", "needs a drafter"),
+        ("lantern jacobi-4 delta=x", "delta"),
+        ("exact jacobi-4 delta=1", "delta"),
+    ],
+)
+def test_bad_variants(micro_janus: Path, text: str, word: str) -> None:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    with pytest.raises(ValueError, match=word):
+        parse_variant(text, target_of(pipe.model, pipe.tokenizer))
+
+
+def test_default_variants_are_understood(micro_janus: Path) -> None:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    target = target_of(pipe.model, pipe.tokenizer)
+    rules = [parse_variant(text, target).rule for text in VARIANTS]
+    assert any(isinstance(rule, Exact) for rule in rules) and len({rule.name for rule in rules}) >= 5
+
+
+def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastgenError, match="runs"):
+        benchmark_speculative(str(micro_janus), tmp_path, runs=0)
+    with pytest.raises(FastgenError, match="does not draw tokens"):
+        benchmark_speculative(str(micro_z), tmp_path)
