@@ -16,5 +16,5 @@ _TREE = re.compile(r"(jacobi-|chain-)?[1-9]\d*|[1-9]\d*(-[1-9]\d*)+")
 
 
 def is_tree_name(name: str) -> bool:
-    """Whether it names a tree ("chain-4", "4-2-1", "lantern-25") or a window ("jacobi-12")."""
-    return name in TREES or _TREE.fullmatch(name) is not None
+    """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12"), or is "auto"."""
+    return name == "auto" or name in TREES or _TREE.fullmatch(name) is not None

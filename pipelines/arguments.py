@@ -73,6 +73,6 @@ def check_value(label: str, name: str, value: object) -> None:
     elif name == "tree":
         # Trees themselves, not their names, are checked by the pipeline.
         if isinstance(value, str) and not is_tree_name(value):
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs e.g. jacobi-12, chain-4 or 4-2-1")
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs auto, or e.g. jacobi-12, chain-4 or 4-2-1")
     else:
         check_prompt(value, label)

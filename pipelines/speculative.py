@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.accounting import account, add_tokens, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.auto import choose_source
 from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
@@ -51,6 +52,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         if drafter is not None and not isinstance(drafter, Drafter):
             raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
         self._target: Target = target_of(model, tokenizer)
+        self._chosen: dict[Any, tuple[DraftSource, str]] = {}
         if drafter is not None:
             drafter.check(self._target)
         self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), drafter=drafter)
@@ -99,8 +101,9 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             temperature: divisor of the guided logits; 0 takes the most likely token.
             top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
-                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens. None takes
-                "chain-4" with a drafter and "jacobi-12" without.
+                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens. "auto"
+                measures which is fastest here, once for each acceptance rule and law (that takes a dozen pictures
+                or more). None takes "chain-4" with a drafter and "jacobi-12" without.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
@@ -121,11 +124,12 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         scale = target.default_law.guidance_scale if guidance_scale is None else float(guidance_scale)
         law = TokenLaw(scale, float(temperature), top_k, top_p)
         rule = build_rule(acceptance, target) if isinstance(acceptance, str) else acceptance
-        source = self._source(tree, sampled, law, rule)
-        source.check(target, law, rule)
         generators = one_per_image(generator, len(prompts))
+        if tree != "auto":
+            self._source(tree, sampled, law, rule).check(target, law, rule)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
         with account() as stats:
+            source = self._choose(prompts, rule, law) if tree == "auto" else self._source(tree, sampled, law, rule)
             note_path("acceptance", rule.name)
             note_path("draft", type(source).__name__)
             decoded = [
@@ -155,6 +159,17 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             **{name: float(sum(part.counts[name].sum() for part in decoded)) for name in decoded[0].counts},
         }
         return TokenImageOutput(images=images, tokens=tokens, stats=result)
+
+    def _choose(self, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
+        """The fastest source, measured once."""
+        key = (rule.name, law, str(self._target.device), self._target.dtype)
+        if key not in self._chosen:
+            with phase("auto"):
+                prefix = self._target.prefix(prompts[:1], law.guided)
+                self._chosen[key] = choose_source(self._target, self.drafter, rule, prefix, law)
+        source, name = self._chosen[key]
+        note_path("tree", name)
+        return source
 
     def _source(
         self, tree: str | Tree | DynamicShape | None, sampled: bool | None, law: TokenLaw, rule: AcceptanceRule

@@ -80,7 +80,10 @@ def generate(
     ] = None,
     tree: Annotated[
         str | None,
-        typer.Option(help="What a round drafts: jacobi-12, a window of 12 tokens (speculative).", show_default=False),
+        typer.Option(
+            help="What a round drafts: jacobi-12, a window of 12 tokens; auto measures (speculative).",
+            show_default=False,
+        ),
     ] = None,
     acceptance: Annotated[
         str | None,
@@ -153,7 +156,7 @@ def generate(
         from fastgen.pipelines.loading import resolve_device
 
         call = resolve_settings(pipeline_class(checkpoint, method), checkpoint, asked)
-        if not call.get("tree", "jacobi-").startswith("jacobi-"):
+        if not call.get("tree", "auto").startswith(("jacobi-", "auto")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         weight_type = str(weights).removeprefix("torch.")

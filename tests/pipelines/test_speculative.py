@@ -110,6 +110,30 @@ def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> No
         assert pipe("a ring", acceptance=acceptance, tree="jacobi-4", output_type="tokens").tokens.shape[1] == 16
 
 
+def test_auto_is_measured_once(plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen.pipelines import speculative
+
+    calls: list[str] = []
+    real = speculative.choose_source
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[2].name)
+        return real(*arguments, repeats=1)
+
+    monkeypatch.setattr(speculative, "choose_source", counted)
+    pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "auto", "output_type": "tokens"}
+    first = pipe("a ring", generator=seeded(1), **arguments)
+    window = next(iter(first.stats["paths"]["tree"]))
+    assert first.stats["seconds"]["auto"] > 0
+    again = pipe(["a ring", "red"], generator=seeded(1, 2), **arguments)
+    assert calls == ["exact"] and torch.equal(again.tokens[:1], first.tokens)
+    fixed = pipe("a ring", generator=seeded(1), **{**arguments, "tree": window})
+    assert torch.equal(fixed.tokens, first.tokens)
+    pipe("a ring", acceptance="lantern", **arguments)
+    assert calls == ["exact", "lantern"]
+
+
 def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no drafter"):
         SpeculativeImagePipeline(plain.model, plain.tokenizer, torch.nn.Linear(1, 1))

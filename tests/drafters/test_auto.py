@@ -1,0 +1,110 @@
+"""Hardware-aware sizing: the tree with most tokens a second, against all trees of a small family."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from micro_models import PROMPTS
+from oracle_drafter import OracleDrafter
+from toy_speculation import Toy
+
+from fastgen.drafters.acceptance import Block, Exact
+from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_source
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.sources import JacobiSource, TreeSource
+from fastgen.drafters.targets import Target
+from fastgen.drafters.tree import named_tree
+from fastgen.drafters.verify import strict, walk
+
+RATES = st.lists(st.lists(st.floats(0.05, 0.95), min_size=2, max_size=2), min_size=2, max_size=2)
+
+
+def tokens_of(paths: list[tuple[int, ...]], rates: list[list[float]]) -> float:
+    """Expected tokens of a round by following every path."""
+
+    def reach(path: tuple[int, ...]) -> float:
+        chance = 1.0
+        for depth, rank in enumerate(path):
+            for earlier in range(rank):
+                chance *= 1 - rates[depth][earlier]
+            chance *= rates[depth][rank]
+        return chance
+
+    return 1.0 + sum(reach(path) for path in paths)
+
+
+def all_trees() -> list[list[tuple[int, ...]]]:
+    """Every tree of depth 2 with at most two children."""
+    nodes = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
+    found = []
+    for size in range(1, 7):
+        for subset in itertools.combinations(nodes, size):
+            whole = all(
+                (len(node) == 1 or node[:-1] in subset) and (node[-1] == 0 or (*node[:-1], 0) in subset)
+                for node in subset
+            )
+            if whole:
+                found.append(list(subset))
+    return found
+
+
+@given(rates=RATES, per_node=st.floats(0.01, 1.0), per_level=st.floats(0.0, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_no_tree_is_faster(rates: list[list[float]], per_node: float, per_level: float) -> None:
+    """Of each size the one of most tokens, and of all the one of most tokens a second."""
+    costs, planner = Costs(1.0, per_node, per_level), Planner(rates, 2)
+    for count in range(1, 7):
+        paths = [tuple(path) for path in planner.paths(count)]
+        rivals = [tokens_of(tree, rates) for tree in all_trees() if len(tree) == count]
+        assert len(paths) == count and tokens_of(paths, rates) == pytest.approx(max(rivals))
+        assert 1 + planner.value(0, 0, count) == pytest.approx(max(rivals))
+    tree = best_tree(rates, costs, most=6)
+    speeds = [tokens_of(rival, rates) / costs.of(len(rival) + 1, max(map(len, rival))) for rival in all_trees()]
+    chosen = 1 + Planner(rates, tree.max_depth).value(0, 0, tree.n - 1)
+    assert chosen / costs.of(tree.n, tree.max_depth) == pytest.approx(max(speeds))
+
+
+def test_costs_decide() -> None:
+    """Free nodes: as many as allowed. Dear ones: a single token. Dear levels: wide, not deep."""
+    rates = [[0.5, 0.3, 0.2]] * 3
+    assert best_tree(rates, Costs(1.0, 1e-9, 1e-9), most=20).n == 21
+    assert best_tree(rates, Costs(1.0, 50.0, 0.0)).n == 2
+    assert best_tree(rates, Costs(1.0, 0.01, 50.0)).max_depth == 1
+    with pytest.raises(ValueError, match="ever accepted"):
+        best_tree([[0.0]], Costs(1.0, 1.0, 1.0))
+
+
+def test_recorded_rates_predict_the_accepted_length() -> None:
+    """On a toy: rates of one tree give its own mean length within five standard errors."""
+    toy, tree, batch = Toy.random(6, seed=2), named_tree("3-4-2"), 20_000
+    generator = torch.Generator().manual_seed(0)
+    drafted = toy.draft(tree, torch.tensor([[0, 1]]).expand(batch, 2), True, generator)
+    noise = toy.noise(batch, tree, generator)
+    recorder = _Recorder(3, tree.max_children)
+    recorder.verify(drafted, noise, torch.zeros(batch))
+    lengths = walk(drafted, strict(drafted, noise), noise, torch.full((batch,), 99)).length.double()
+    # The first level is one node, so its rates are exact; deeper ones are means over nodes that are not alike.
+    first = recorder.rates[0]
+    assert len(first) == 3
+    refused = 1.0
+    for rate in first:
+        refused *= 1 - rate
+    share = float((lengths > 0).double().mean())
+    assert abs(1 - refused - share) < 5 * (share * (1 - share) / batch) ** 0.5
+
+
+def test_a_choice_for_a_real_target(target: Target) -> None:
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:1], True)
+    source, name = choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1)
+    assert isinstance(source, JacobiSource) and name == f"jacobi-{source.window}" and source.coupled
+    source, _ = choose_source(target, None, Block(), prefix, TokenLaw(3.0), repeats=1)
+    assert isinstance(source, JacobiSource) and not source.coupled
+    tree, name = choose_source(target, OracleDrafter(0.5), Exact(), prefix, TokenLaw(3.0), repeats=1)
+    assert isinstance(tree, TreeSource) and tree.sampled and name.startswith("auto ")
+    greedy, _ = choose_source(target, OracleDrafter(0.5), Exact(), prefix, TokenLaw(3.0, 0.0), repeats=1)
+    assert isinstance(greedy, TreeSource) and not greedy.sampled
