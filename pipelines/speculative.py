@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fastgen.accounting import account, add_tokens, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
+from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
@@ -38,6 +40,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         tokenizer: its tokenizer or processor.
         drafter: made for this model, e.g. a `fastgen.drafters.eagle.EagleDrafter`. None drafts without one: the
             target's own guesses of the round before (Jacobi), which need no training.
+        calibration: thresholds of CASCADE-R for this model and drafter, for the `quality` knob.
 
     Raises:
         ValueError: a model that we do not know, or a drafter of another model.
@@ -47,11 +50,14 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model->drafter"
     _optional_components = ["drafter"]
 
-    def __init__(self, model: Any, tokenizer: Any, drafter: Any = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, drafter: Any = None, calibration: Calibration | None = None
+    ) -> None:
         super().__init__()
         if drafter is not None and not isinstance(drafter, Drafter):
             raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
         self._target: Target = target_of(model, tokenizer)
+        self.calibration = calibration
         self._chosen: dict[Any, tuple[DraftSource, str]] = {}
         if drafter is not None:
             drafter.check(self._target)
@@ -84,6 +90,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         tree: str | Tree | DynamicShape | None = None,
         sampled: bool | None = None,
         acceptance: str | AcceptanceRule = "exact",
+        quality: float | None = None,
         negative_prompt: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_invariant: bool = True,
@@ -107,6 +114,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
+            quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes its start values.
             negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
             generator: one per image, or a single one; see `JanusImagePipeline`.
             batch_invariant: images are drawn one after the other, so that not even rounding depends on the batch;
@@ -123,7 +131,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         target = self._target
         scale = target.default_law.guidance_scale if guidance_scale is None else float(guidance_scale)
         law = TokenLaw(scale, float(temperature), top_k, top_p)
-        rule = build_rule(acceptance, target) if isinstance(acceptance, str) else acceptance
+        rule = self._rule(acceptance, quality)
         generators = one_per_image(generator, len(prompts))
         if tree != "auto":
             self._source(tree, sampled, law, rule).check(target, law, rule)
@@ -160,9 +168,18 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         }
         return TokenImageOutput(images=images, tokens=tokens, stats=result)
 
+    def _rule(self, acceptance: str | AcceptanceRule, quality: float | None) -> AcceptanceRule:
+        if quality is None:
+            return build_rule(acceptance, self._target) if isinstance(acceptance, str) else acceptance
+        if acceptance != "cascade":
+            raise ValueError('quality: is a knob of acceptance "cascade"')
+        if self.calibration is None:
+            raise ValueError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
+        return build_rule("cascade", self._target, **asdict(self.calibration.config(quality)))
+
     def _choose(self, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
         """The fastest source, measured once."""
-        key = (rule.name, law, str(self._target.device), self._target.dtype)
+        key = (rule.name, getattr(rule, "config", None), law, str(self._target.device), self._target.dtype)
         if key not in self._chosen:
             with phase("auto"):
                 prefix = self._target.prefix(prompts[:1], law.guided)

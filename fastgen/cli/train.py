@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+CALIBRATE = "cascade-calibrate"
+
 app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
 
 
@@ -15,7 +17,9 @@ app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="vae, vq, detector, z-image, janus, drafter, dc, dc-dense, dc-graft or dc-finetune."),
+        typer.Argument(
+            help="vae, vq, detector, z-image, janus, drafter, dc, dc-dense, dc-graft, dc-finetune, cascade-calibrate."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
     part: Annotated[
@@ -47,9 +51,13 @@ def train(
 ) -> None:
     """Train one of the embedded models by its recipe.
 
-    vae and vq and detector stand alone; z-image needs the trained vae and janus the trained vq as --part. Run the
+    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init). vae and vq
+    and detector stand alone; z-image needs the trained vae and janus the trained vq as --part. Run the
     same command again to go on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
     """
+    if recipe == CALIBRATE:
+        _calibrate(part, init, output, samples, prompts_file, seed, as_json)
+        return
     from fastgen.training.recipes import build_recipe, train_config
 
     config = train_config(
@@ -77,6 +85,39 @@ def train(
     torch.set_flush_denormal(True)
     record = _with_progress(lambda report: Trainer(built, config, report), config.steps)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+
+
+def _calibrate(
+    part: Path | None,
+    drafter: Path | None,
+    output: Path,
+    pictures: int,
+    prompts_file: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Thresholds of CASCADE-R."""
+    from dataclasses import asdict
+
+    from fastgen.errors import FastgenError
+
+    if part is None or drafter is None:
+        raise FastgenError(
+            f"{CALIBRATE}: needs --part, a model that draws tokens, and --init, the folder of its drafter"
+        )
+    if pictures < 0:
+        raise FastgenError(f"--samples: {pictures} is not allowed, needs an integer >= 0")
+    prompts = None if prompts_file is None else _prompts(prompts_file, pictures or 50)
+    from fastgen.training.cascade_calibration import calibrate_cascade
+
+    def say(done: int, total: int) -> None:
+        typer.echo(f"pictures: {done} of {total}", err=True)
+
+    made = calibrate_cascade(
+        str(part), drafter, output, pictures=pictures or 50, prompts=prompts, seed=seed, report=say
+    )
+    levels = [asdict(level) for level in made.levels]
+    typer.echo(json.dumps({"levels": levels}) if as_json else f"{output / 'calibration.json'}: {json.dumps(levels)}")
 
 
 def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts_file: str | None, seed: int) -> None:

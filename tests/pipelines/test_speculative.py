@@ -10,6 +10,7 @@ import pytest
 import torch
 from micro_models import JANUS_TOKENS, PROMPTS
 
+from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.names import RULES
@@ -132,6 +133,25 @@ def test_auto_is_measured_once(plain: JanusImagePipeline, monkeypatch: pytest.Mo
     assert torch.equal(fixed.tokens, first.tokens)
     pipe("a ring", acceptance="lantern", **arguments)
     assert calls == ["exact", "lantern"]
+
+
+def test_quality_is_a_knob_of_cascade(pipe: SpeculativeImagePipeline) -> None:
+    """Quality 0 draws what the exact rule draws; 1 takes the loosest level."""
+    levels = (Level(0.5, 0.1, 0.9, 0.9, 0.0, (9, 9, 9)), Level(1.0, 0.3, -1.0, -1.0, 0.0, (9, 9, 9)))
+    tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, calibration=Calibration(levels))
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "4-4", "output_type": "tokens"}
+    off = tuned("a ring", acceptance="cascade", quality=0.0, generator=seeded(1), **arguments)
+    assert off.stats["acceptance"]["stolen"] == 0
+    loose = tuned("a ring", acceptance="cascade", quality=1.0, generator=seeded(1), **arguments)
+    assert loose.stats["acceptance"].keys() == {"rule", "stolen", "relaxed", "rerouted"}
+    for arguments_, word in (
+        ({"acceptance": "exact", "quality": 0.5}, "knob"),
+        ({"acceptance": "cascade", "quality": 2.0}, "quality"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            tuned("a ring", **arguments_)
+    with pytest.raises(ValueError, match="cascade-calibrate"):
+        pipe("a ring", acceptance="cascade", quality=0.5)
 
 
 def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:

@@ -149,3 +149,29 @@ def test_convergence_is_high_in_flat_regions() -> None:
     busy = torch.eye(3)[[0, 1, 2, 0, 1]] * 3
     along = convergence_along(torch.cat([flat, busy])[None])[0]
     assert float(along[0]) == 0 and float(along[1:5].min()) > 0.99 and float(along[6:].max()) < 0.7
+
+
+def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real rounds of a micro model with an untrained drafter; thresholds that keep their limits, and what is wrong."""
+    import json
+
+    from fastgen.cli.main import run
+    from fastgen.drafters.calibration import Calibration
+
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2).save_pretrained(tmp_path / "drafter")
+    command = ["train", "cascade-calibrate", "-o", str(tmp_path / "out"), "--part", str(micro_janus)]
+    assert run([*command, "--init", str(tmp_path / "drafter"), "--samples", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["levels"]
+    levels = Calibration.load(tmp_path / "out").levels
+    assert [level.quality for level in levels] == [row["quality"] for row in printed] == [0.25, 0.5, 0.75, 1.0]
+    about = json.loads((tmp_path / "out" / "calibration.json").read_text())["about"]
+    assert about["pictures"] == 3 and about["pairs"] > 50
+    for wrong in (
+        command,
+        [*command, "--init", str(tmp_path)],
+        [*command, "--init", str(tmp_path), "--samples", "-1"],
+    ):
+        assert run(wrong) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1

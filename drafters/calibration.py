@@ -1,0 +1,177 @@
+"""One knob for CASCADE-R: quality 0 is exact, 1 the fastest; what lies between comes from a calibration, not by hand.
+
+A calibration (`fastgen train cascade-calibrate`) is made for a target with its drafter. Each of its levels allows so
+much total variation between the laws that follow two tokens which are taken for one: at its thresholds 90 % of the
+pairs that were seen lie below that limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
+from fastgen.drafters.cascade import Cascade, CascadeConfig, sibling_pairs
+from fastgen.drafters.redundancy import convergence, similarity, total_variation
+from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
+
+__all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels"]
+
+FILE = "calibration.json"
+#: Quality and the total variation that it allows.
+LIMITS = ((0.25, 0.05), (0.5, 0.10), (0.75, 0.15), (1.0, 0.25))
+_SHARE = 0.9
+_FEWEST_PAIRS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Thresholds of one quality.
+
+    Attributes:
+        quality: in (0, 1].
+        limit: total variation that 90 % of the related pairs stay below.
+        breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold keeps the limit.
+        pairs: related pairs at these thresholds by breadth, depth and radius.
+        score_drop: measured loss of score against the exact rule, where it was measured.
+    """
+
+    quality: float
+    limit: float
+    breadth: float
+    depth: float
+    radius: float
+    pairs: tuple[int, int, int]
+    score_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Levels in the order of their quality."""
+
+    levels: tuple[Level, ...]
+
+    def config(self, quality: float, **settings: Any) -> CascadeConfig:
+        """Thresholds of the highest level that is not above `quality`; nothing is relaxed below the first.
+
+        Raises:
+            ValueError: quality outside [0, 1].
+        """
+        if isinstance(quality, bool) or not 0 <= quality <= 1:
+            raise ValueError(f"quality: {quality} is not allowed, needs 0 (exact) to 1 (fastest)")
+        fitting = [level for level in self.levels if level.quality <= quality]
+        if not fitting:
+            return CascadeConfig.off()
+        level = fitting[-1]
+        return CascadeConfig(breadth=level.breadth, depth=level.depth, radius=level.radius, **settings)
+
+    def save(self, folder: str | os.PathLike[str], about: dict[str, Any]) -> Path:
+        """Write `calibration.json` with what it was made with."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"about": about, "levels": [asdict(level) for level in self.levels]}
+        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        path = Path(folder) / FILE
+        try:
+            levels = json.loads(path.read_text(encoding="utf-8"))["levels"]
+            made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in levels]
+        except FileNotFoundError:
+            raise ValueError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"quality: {path} cannot be read: {error}") from error
+        return cls(tuple(sorted(made, key=lambda level: level.quality)))
+
+
+class PairRecorder(AcceptanceRule):
+    """The exact rule, which remembers how alike siblings were and how far apart the laws behind them.
+
+    Args:
+        config: which similarity, entropy gate and horizon.
+        neighbours: for the radius.
+    """
+
+    name, loss = "exact", "distribution"
+    needs_hidden = True
+
+    def __init__(self, config: CascadeConfig, neighbours: Neighbours) -> None:
+        self.config, self._cascade = config, Cascade(config, neighbours)
+        self.neighbours = neighbours
+        self._seen: list[Tensor] = []
+
+    def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        children, tokens = drafted.inner_children(), drafted.child_tokens()
+        alike = similarity(drafted, self.config.similarity)
+        codes = self.neighbours.codebook[tokens]
+        apart = torch.cdist(codes, codes) * self._cascade.sensitivity(drafted)[..., None, None]
+        values = (
+            sibling_pairs(alike, children),
+            sibling_pairs(convergence(alike, drafted.tree, self.config.horizon), children),
+            apart,
+            sibling_pairs(total_variation(drafted.target), children),
+        )
+        exists = children >= 0
+        pairs = (exists[..., :, None] & exists[..., None, :]).triu(1)
+        pairs &= self._cascade.may_relax(drafted, torch.zeros_like(spent))[..., None, None]
+        self._seen.append(torch.stack([value[pairs] for value in values], dim=1).cpu())
+        return strict(drafted, noise)
+
+    @property
+    def pairs(self) -> Tensor:
+        """[n, 4]: similarity, convergence, predicted distance, total variation of each sibling pair."""
+        return torch.cat(self._seen) if self._seen else torch.empty(0, 4)
+
+
+def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMITS) -> Calibration:
+    """Thresholds for each limit.
+
+    Args:
+        pairs: of a `PairRecorder`.
+        limits: (quality, total variation).
+
+    Raises:
+        ValueError: too few pairs to tell a 90th percentile.
+    """
+    if len(pairs) < _FEWEST_PAIRS:
+        raise ValueError(f"pairs: {len(pairs)} sibling pairs are too few, needs {_FEWEST_PAIRS}; draw more pictures")
+    alike, met, apart, variation = pairs.unbind(dim=1)
+    levels = []
+    for quality, limit in limits:
+        breadth, wide = _smallest(alike, variation, limit)
+        depth, deep = _smallest(met, variation, limit)
+        negative, near = _smallest(-apart, variation, limit)
+        radius = 0.0 if near == 0 else max(0.0, -negative)
+        levels.append(Level(quality, limit, breadth, depth, radius, (wide, deep, near if radius > 0 else 0)))
+    return Calibration(tuple(levels))
+
+
+def _smallest(value: Tensor, variation: Tensor, limit: float) -> tuple[float, int]:
+    """The smallest threshold such that of the pairs at or above it 90 % vary by at most `limit`, and their number;
+    2 and 0 where there is none."""
+    finite = torch.isfinite(value)
+    order = value[finite].argsort(descending=True)
+    ordered, below = value[finite][order], variation[finite][order] <= limit
+    count = torch.arange(1, len(ordered) + 1)
+    good = below.cumsum(0) >= _SHARE * count
+    good &= count >= min(_FEWEST_PAIRS, len(ordered))
+    # Equal values cannot be told apart by a threshold: only the last of a run may end the set.
+    good &= torch.cat([ordered[1:] < ordered[:-1], torch.ones(1, dtype=torch.bool)]) if len(ordered) else good
+    if not bool(good.any()):
+        return 2.0, 0
+    last = int(good.nonzero().max())
+    return float(ordered[last]), last + 1

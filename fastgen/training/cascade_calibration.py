@@ -1,0 +1,87 @@
+"""`fastgen train cascade-calibrate`: thresholds of CASCADE-R for a target with its drafter.
+
+Pictures are drawn with the exact rule; at every uncertain node of their trees the target tells how alike siblings are
+to it and how far apart the laws behind them really lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.drafters.acceptance import Neighbours
+from fastgen.drafters.calibration import Calibration, PairRecorder, calibrate_levels
+from fastgen.drafters.cascade import CascadeConfig
+from fastgen.drafters.decode import decode_speculative
+from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.loading import load_drafter
+from fastgen.drafters.sources import TreeSource
+from fastgen.drafters.targets import target_of
+from fastgen.drafters.tree import named_tree
+from fastgen.environment import commit, environment
+from fastgen.errors import FastgenError
+from fastgen.pipelines.loading import load_pipeline
+
+__all__ = ["calibrate_cascade"]
+
+TREE = "lantern-25"  # bushy: what is wanted are siblings
+
+
+@torch.no_grad()
+def calibrate_cascade(
+    model: str,
+    drafter: Path,
+    output: Path,
+    *,
+    pictures: int = 50,
+    prompts: Sequence[str] | None = None,
+    tree: str = TREE,
+    seed: int = 0,
+    device: str = "cpu",
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Calibrate and write `output/calibration.json`.
+
+    Args:
+        model: name, folder or Hub id of a model that draws tokens.
+        drafter: folder of its drafter.
+        output: folder to write to; the drafter's own makes it the default there.
+        pictures: to draw.
+        prompts: what to draw, in turn; None takes ShapesWorld captions.
+        tree: static tree that is drafted.
+        seed: of prompts and pictures.
+        device: where.
+        report: told of every picture.
+
+    Raises:
+        FastgenError: fewer pictures than 1, or no prompt.
+        ValueError: a drafter that does not fit, or too few sibling pairs.
+    """
+    if pictures < 1:
+        raise FastgenError(f"pictures: {pictures} is not allowed, needs an integer >= 1")
+    texts = list(ShapesWorld(seed + 909).batch(pictures).texts) if prompts is None else list(prompts)
+    if not texts:
+        raise FastgenError("prompts: needs at least one")
+    made = load_drafter(drafter)  # before the model: it may not be one
+    pipe: Any = load_pipeline(model, device=device, dtype="float32" if device == "cpu" else "auto")
+    target = target_of(pipe.model, pipe.tokenizer)
+    source = TreeSource(made.to(target.device, target.dtype), named_tree(tree), sampled=True)
+    scale = float(pipe.model.generation_config.guidance_scale or target.default_law.guidance_scale)
+    law = TokenLaw(guidance_scale=scale)
+    config = CascadeConfig()
+    near = min(config.near, len(target.codebook) - 1)
+    recorder = PairRecorder(config, Neighbours.of(target.codebook, near))
+    for number in range(pictures):
+        prefix = target.prefix([texts[number % len(texts)]], law.guided)
+        generator = torch.Generator().manual_seed(seed + number)
+        decode_speculative(target, source, recorder, prefix, law, [generator])
+        report(number + 1, pictures)
+    calibration = calibrate_levels(recorder.pairs)
+    about = {"model": model, "drafter": Path(drafter).name, "tree": tree, "pictures": pictures, "seed": seed}
+    about |= {"guidance_scale": scale, "pairs": len(recorder.pairs), "commit": commit(), "environment": environment()}
+    calibration.save(output, about)
+    return calibration
