@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache
+from fastgen.models.rotary import rotate_halves, rotate_pairs
 
-__all__ = ["DecoderLayer", "Rotary", "layers_of", "rotate_halves", "run_layers"]
+__all__ = ["DecoderLayer", "Rotary", "layers_of", "run_layers"]
 
 RotaryStyle = Literal["halves", "pairs"]
 Rotary = tuple[Tensor, Tensor]
@@ -131,7 +131,7 @@ def _attend(
         query = layer.query_norm(query.flatten(0, 1)).view(shape)
         key = layer.key_norm(key.flatten(0, 1)).view(shape)
     if rotary is not None:
-        turn = rotate_halves if layer.rotary == "halves" else _rotate_pairs
+        turn = rotate_halves if layer.rotary == "halves" else rotate_pairs
         query, key = turn(query, rotary), turn(key, rotary)
     cache.write(index, slots, key, value)
     keys, values = cache.read(index, mask.shape[-1])
@@ -140,17 +140,3 @@ def _attend(
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
     output: Tensor = layer.output(mixed.transpose(1, 2).flatten(2))
     return output
-
-
-def rotate_halves(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate features i and i + d / 2 of [R, n, heads, d]."""
-    cos, sin = (factor[:, :, None] for factor in rotary)
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
-
-
-def _rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
-    cos, sin = (factor[:, :, None] for factor in rotary)
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

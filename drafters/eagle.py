@@ -15,10 +15,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, tree_attention_mask
-from fastgen.drafters.decoder import Rotary, rotate_halves
+from fastgen.drafters.decoder import Rotary
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
 from fastgen.models.feed_forward import GatedMLP
+from fastgen.models.rotary import rotate_halves
 
 __all__ = ["EagleDrafter"]
 

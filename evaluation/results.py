@@ -250,6 +250,20 @@ def speculative_markdown(data: dict[str, Any]) -> str:
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
 
 
+def speculative_cost_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench speculative-cost`."""
+    rows = []
+    for row in data["rows"]:
+        times = (1e3 * row[name]["p50"] for name in ("verify", "draft", "left"))
+        rows.append([row["size"], str(row["nodes"]), *(f"{ms:.2f}" for ms in times), f"{row['break_even']:.2f}"])
+    note = (
+        "Medians in milliseconds of a pass over so many tokens, of a drafter's level, and of the rest of a round, one "
+        "picture with guidance; a chain of so many tokens pays from that accepted length on (the bonus counted).\n\n"
+    )
+    header = ["size", "tokens", "verify", "draft", "rest", "pays from"]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
 def speculative_plot(data: dict[str, Any], path: Path) -> None:
     """Score with its standard error against the speed-up, one series a rule.
 
@@ -350,6 +364,7 @@ def results_page(folder: Path) -> str:
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
         ("bench-dc-ablations", "Dynamic chunking: ablations", dc_ablations_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
+        ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:

@@ -239,6 +239,39 @@ def speculative(
     _publish(result, out, as_json, speculative_markdown(result))
 
 
+@app.command("speculative-cost")
+def speculative_cost(
+    size: Annotated[
+        list[str] | None, typer.Option(help="janus-pro-1b, janus-pro-7b, llamagen-xl; repeat. Default: all.")
+    ] = None,
+    nodes: Annotated[list[int] | None, typer.Option(help="Tokens of a pass; repeat. Default: 1, 2, 4 … 64.")] = None,
+    runs: Annotated[int, typer.Option(help="Measured rounds.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names
+
+    check_names(device, dtype)
+    if out is not None:
+        check_writable(out.parent)
+    from fastgen.evaluation.benchmarks.speculative_cost import NODES, SIZES, benchmark_speculative_cost
+    from fastgen.evaluation.results import speculative_cost_markdown
+
+    result = benchmark_speculative_cost(
+        size or SIZES,
+        nodes or NODES,
+        runs=runs,
+        device=device,
+        dtype=dtype,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    _publish(result, out, as_json, speculative_cost_markdown(result))
+
+
 @app.command("dc-speed")
 def dc_speed(
     size: Annotated[

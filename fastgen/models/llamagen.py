@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from fastgen.models.feed_forward import GatedMLP
+from fastgen.models.rotary import rotate_pairs
 
 __all__ = ["PRESETS", "LlamaGen", "LlamaGenTransformer", "convert_llamagen", "convert_vq"]
 
@@ -58,13 +59,6 @@ class LlamaGenLayer(nn.Module):
         hidden = hidden + self.o_proj(mixed.transpose(1, 2).flatten(2))
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
-
-
-def rotate_pairs(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate features 2 i and 2 i + 1 of [..., T, heads, d] by factors [..., T, d / 2]."""
-    cos, sin = (factor[..., None, :] for factor in rotary)
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def rotary_table(grid: int, head_dim: int, base: float, condition: int, spare: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from fastgen.drafters.targets import target_of
 from fastgen.drafters.verify import Decisions
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative, parse_variant
+from fastgen.evaluation.benchmarks.speculative_cost import measure_target
 from fastgen.pipelines.janus import JanusImagePipeline
 
 NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2"]
@@ -96,3 +97,22 @@ def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:
         benchmark_speculative(str(micro_janus), tmp_path, runs=0)
     with pytest.raises(FastgenError, match="does not draw tokens"):
         benchmark_speculative(str(micro_z), tmp_path)
+
+
+def test_costs_of_a_micro_model(micro_janus: Path) -> None:
+    """Real passes: rows for every size, and the break-even of the plain step is 1."""
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    rows = measure_target(target_of(pipe.model.requires_grad_(False), pipe.tokenizer), (1, 2, 5), runs=2)
+    assert [row["nodes"] for row in rows] == [1, 2, 5]
+    assert rows[0]["break_even"] == pytest.approx(1.0)
+    for row in rows:
+        assert min(row[name]["p50"] for name in ("verify", "draft", "left")) > 0
+        plain = rows[0]["verify"]["p50"] + rows[0]["left"]["p50"]
+        whole = row["verify"]["p50"] + row["left"]["p50"] + (row["nodes"] - 1) * row["draft"]["p50"]
+        assert row["break_even"] == pytest.approx(whole / plain)
+
+
+@pytest.mark.parametrize(("options", "word"), [(["--size", "huge"], "size"), (["--runs", "0"], "runs")])
+def test_bad_options_of_the_cost_benchmark(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "speculative-cost", *options]) == 2
+    assert word in capsys.readouterr().err
