@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache
 from fastgen.models.rotary import rotate_halves, rotate_pairs
 
-__all__ = ["DecoderLayer", "Rotary", "layers_of", "run_layers"]
+__all__ = ["DecoderLayer", "Rotary", "RotaryTable", "layers_of", "run_layers"]
 
 RotaryStyle = Literal["halves", "pairs"]
 Rotary = tuple[Tensor, Tensor]
@@ -79,6 +80,33 @@ def layers_of(model: Any) -> list[DecoderLayer]:
             )
         )
     return views
+
+
+class RotaryTable:
+    """Rotary factors of a transformers decoder by position, computed once where they do not depend on the length.
+
+    Args:
+        embedding: its `rotary_emb`.
+        length: positions; those beyond take the last, which only nodes behind the end of a picture have.
+    """
+
+    def __init__(self, embedding: Any, length: int) -> None:
+        self.embedding, self.length = embedding, length
+        self._table: Rotary | None = None
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """Cosines and sines [R, n, head_dim] of positions [R, n]."""
+        anything = torch.empty(0, dtype=dtype, device=positions.device)
+        if self.embedding.rope_type != "default":  # some types look at the longest position
+            cos, sin = self.embedding(anything, positions)
+            return cos, sin
+        table = self._table
+        if table is None or table[0].device != positions.device or table[0].dtype != dtype:
+            everywhere = torch.arange(self.length, device=positions.device)[None]
+            cos, sin = self.embedding(anything, everywhere)
+            table = self._table = (cos[0], sin[0])
+        positions = positions.clamp_max(self.length - 1)
+        return table[0][positions], table[1][positions]
 
 
 def run_layers(

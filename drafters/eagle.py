@@ -97,7 +97,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         length = prefix.mask.shape[1]
         heads, dtype = self.config.heads, features.dtype
         cache = KVCache.allocate(1, prefix.mask, target.num_tokens + room, heads, self.head_dim, dtype)
-        embeds = torch.cat([prefix.embeds[:, 1:], target.embed(_rows(first[:, None], prefix))], dim=1)
+        embeds = torch.cat([prefix.embeds[:, 1:], _rows(target.embed(first[:, None]), prefix)], dim=1)
         order = torch.arange(length, device=features.device)
         mask = (order[:, None] >= order) & prefix.mask[:, None]
         mask = (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
@@ -135,7 +135,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
     ) -> Tensor:
         """Tokens [B, k] behind the committed ones, `ahead` positions on."""
         prefix, cache, k = state.prefix, state.cache, tokens.shape[1]
-        embeds = state.target.embed(_rows(tokens, prefix))
+        embeds = _rows(state.target.embed(tokens), prefix)
         committed = cache.lengths - prefix.mask.shape[1]
         ahead = ahead.expand(len(tokens), -1) if ahead.ndim == 1 or len(ahead) == 1 else ahead
         positions = (prefix.offset + committed)[:, None] + _rows(ahead, prefix)

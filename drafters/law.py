@@ -82,7 +82,7 @@ def mix(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor
     if law.guided:
         base = uncond.float()
         logits = base + law.guidance_scale * (logits - base)
-    return logits / law.temperature if law.temperature > 0 else logits
+    return logits if law.temperature in (0, 1) else logits / law.temperature
 
 
 def restrict(logits: torch.Tensor, law: TokenLaw) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

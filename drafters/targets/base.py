@@ -182,7 +182,7 @@ class Target(ABC):
         Returns:
             the pass over [R, P + N], and its input vectors.
         """
-        whole = prefix.followed_by(self.embed(self.both_rows(tokens, prefix)))
+        whole = prefix.followed_by(self.both_rows(self.embed(tokens), prefix))
         return self.prefill(whole, cache, taps), whole.embeds
 
     def verify(
@@ -199,14 +199,14 @@ class Target(ABC):
             taps: see `run_layers`.
         """
         rows, n = len(prefix.mask), tokens.shape[1]
-        both = self.both_rows(tokens, prefix)
         depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self._both_trees(mask, prefix)
         committed = cache.lengths - prefix.mask.shape[1]
         positions = prefix.offset[:, None] + committed[:, None] + depth
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
         limit = min(cache.bound + n, cache.capacity) if tokens.device.type == "cpu" else cache.capacity
         visible = tree_attention_mask(cache, mask, limit)
-        return self.run(self.embed(both), positions, cache, slots.expand(rows, -1), visible, taps)
+        embeds = self.both_rows(self.embed(tokens), prefix)
+        return self.run(embeds, positions, cache, slots.expand(rows, -1), visible, taps)
 
     def run(
         self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor, taps: tuple[int, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.drafters.decoder import Rotary, layers_of
+from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.targets.base import Prefix, Target
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, unconditional_ids
@@ -29,6 +29,8 @@ class JanusTarget(Target):
         self.model, self.tokenizer, self.inner = model, tokenizer, inner
         self.layers = layers_of(inner.language_model)
         self.final_norm = inner.language_model.norm
+        config = inner.language_model.config
+        self._table = RotaryTable(inner.language_model.rotary_emb, config.max_position_embeddings)
         self.num_tokens = int(model.config.vision_config.num_image_tokens)
         codes: Tensor = inner.vqmodel.quantize.embedding.weight
         self.num_codes = self.vocab_size = len(codes)
@@ -48,9 +50,7 @@ class JanusTarget(Target):
         return embeds
 
     def rotary(self, positions: Tensor) -> Rotary:
-        anything = torch.empty(0, dtype=self.dtype, device=positions.device)
-        cos, sin = self.inner.language_model.rotary_emb(anything, positions)
-        return cos, sin
+        return self._table(positions, self.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.inner.generation_head(hidden)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.drafters.decoder import Rotary, layers_of
+from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.targets.base import Prefix, Target
 
@@ -34,6 +34,7 @@ class VocabularyTarget(Target):
     ) -> None:
         self.model, self.decoder = model, decoder
         self.layers, self.final_norm = layers_of(decoder), decoder.norm
+        self._table = RotaryTable(decoder.rotary_emb, decoder.config.max_position_embeddings)
         self.ids = torch.tensor(ids)
         self.num_codes, self.vocab_size = num_codes, len(ids)
         self.forced, self.num_tokens = forced, len(forced)
@@ -45,9 +46,7 @@ class VocabularyTarget(Target):
         return embeds
 
     def rotary(self, positions: Tensor) -> Rotary:
-        anything = torch.empty(0, dtype=self.dtype, device=positions.device)
-        cos, sin = self.decoder.rotary_emb(anything, positions)
-        return cos, sin
+        return self._table(positions, self.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         ids = self.ids.to(hidden.device)
