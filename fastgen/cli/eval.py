@@ -58,6 +58,15 @@ def shapes(
     token_budget: Annotated[
         int | None, typer.Option("--token-budget", help="Exact number of image tokens (dynamic chunking).")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="speculative (decoding of image tokens); else what the model is.")
+    ] = None,
+    tree: Annotated[
+        str | None, typer.Option("--tree", help="What a round drafts, e.g. jacobi-12 (speculative).")
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option("--acceptance", help="What is accepted, e.g. exact (speculative).")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")] = 32,
     batch_invariant: Annotated[
         bool,
@@ -89,9 +98,11 @@ def shapes(
     _check_options(images_per_prompt, steps, guidance_scale, batch_size, seed, limit, sheet)
     budget = {"--tail-drop": tail_drop, "--uncond-tail-drop": uncond_tail_drop, "--token-budget": token_budget}
     _check_budget(budget)
+    decoding = {"--method": method, "--tree": tree, "--acceptance": acceptance}
+    _check_decoding(decoding)
     if images is not None:
         given = {"--model": model, "--steps": steps, "--guidance-scale": guidance_scale, "--limit": limit}
-        _refuse_with_images({**given, **budget})
+        _refuse_with_images({**given, **budget, **decoding})
     _check_device(device, dtype)
     model = model or "tiny"
 
@@ -119,6 +130,9 @@ def shapes(
                 "tail_drop": tail_drop,
                 "uncond_tail_drop": uncond_tail_drop,
                 "token_budget": token_budget,
+                "method": method,
+                "tree": tree,
+                "acceptance": acceptance,
             }
             run = _open_run(model, settings, limit, out)
             folder = target = run.folder
@@ -241,6 +255,19 @@ def _check_options(
         raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
 
 
+def _check_decoding(options: dict[str, str | None]) -> None:
+    """Options of speculative decoding."""
+    from fastgen.pipelines.arguments import check_value
+
+    if options["--method"] not in (None, "speculative"):
+        raise FastgenError(f"--method: {options['--method']!r} is not allowed, needs speculative")
+    for label, value in options.items():
+        if value is not None and label != "--method":
+            if options["--method"] is None:
+                raise FastgenError(f"{label}: needs --method speculative")
+            check_value(label, label.removeprefix("--"), value)
+
+
 def _check_budget(budget: dict[str, Any]) -> None:
     """Refuse a budget that no model can take."""
     from fastgen.pipelines.arguments import check_value
@@ -287,7 +314,8 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
         from fastgen.pipelines.loading import generate_images, load_pipeline
 
-        pipe = load_pipeline(model, device=run.settings.device, dtype=run.settings.dtype)
+        settings = run.settings
+        pipe = load_pipeline(model, device=settings.device, dtype=settings.dtype, method=settings.method)
         pictures = generate_images(
             pipe,
             prompts,
@@ -297,6 +325,8 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
             tail_drop=run.settings.tail_drop,
             uncond_tail_drop=run.settings.uncond_tail_drop,
             token_budget=run.settings.token_budget,
+            tree=run.settings.tree,
+            acceptance=run.settings.acceptance,
             batch_size=batch_size,
             batch_invariant=run.settings.batch_size is None,
         )

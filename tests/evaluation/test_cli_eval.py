@@ -170,3 +170,31 @@ def test_checker_refuses_bad_options(tmp_path: Path, capsys, args: list[str]) ->
     (tmp_path / "file").write_text("")
     assert run(["eval", "checker", *args]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--method", "faster"], "--method"),
+        (["--tree", "jacobi-4"], "needs --method speculative"),
+        (["--method", "speculative", "--tree", "tall"], "--tree"),
+        (["--method", "speculative", "--acceptance", "loose"], "--acceptance"),
+    ],
+)
+def test_bad_options_of_speculative_decoding(
+    options: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["eval", "shapes", "--model", "tiny-janus", *options]) == 2
+    error = capsys.readouterr().err
+    assert word in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_model_is_scored_through_speculative_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six pictures of the embedded model; the settings are in the report."""
+    options = ["--model", "tiny-janus", "--method", "speculative", "--tree", "jacobi-8", "--fast-batches"]
+    counts = ["--limit", "1", "--images-per-prompt", "1", "--json", "--out", str(tmp_path / "run")]
+    assert run(["eval", "shapes", *options, *counts]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["n_images"] == 6
+    assert (report["settings"]["method"], report["settings"]["tree"]) == ("speculative", "jacobi-8")
+    assert report["stats"]["passes"]["target"] < 256
