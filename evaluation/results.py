@@ -358,6 +358,14 @@ def results_page(folder: Path) -> str:
             distance = scores["fd_shapes"]
             parts.append(f"## {model} ({kind})\n\n`{command}`\n\n{scores_markdown(scores)}")
             parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
+    if (scores := read("recipe-z-image")) is not None:
+        distance = scores["fd_shapes"]
+        parts.append(
+            "## Recipe z-image, in one go\n\nFrom random weights with its defaults, beside the committed `tiny`, which was "
+            "trained in stages: `fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
+            f"`fastgen eval shapes --model RUNS/z-image/model`.\n\n{scores_markdown(scores)}"
+        )
+        parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),
