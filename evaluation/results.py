@@ -361,8 +361,9 @@ def results_page(folder: Path) -> str:
     if (scores := read("recipe-z-image")) is not None:
         distance = scores["fd_shapes"]
         parts.append(
-            "## Recipe z-image, in one go\n\nFrom random weights with its defaults, beside the committed `tiny`, which "
-            "was trained in stages: `fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
+            "## Recipe z-image, in one go\n\n"
+            "From random weights with its defaults, beside the committed `tiny`, which was trained in stages: "
+            "`fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
             f"`fastgen eval shapes --model RUNS/z-image/model`.\n\n{scores_markdown(scores)}"
         )
         parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
