@@ -170,7 +170,7 @@ def test_ctrl_c_leaves_whole_files_and_a_restart_goes_on(
     prompts = tmp_path / "prompts.txt"
     colours = ("red", "green", "blue", "white", "black")
     prompts.write_text("".join(f"a {c} {s}\n" for c in colours for s in ("ring", "star", "cross", "heart")))
-    options = ["--prompts-file", str(prompts), "--model", str(micro_z), "--steps", "12", "--json"]
+    options = ["--prompts-file", str(prompts), "--model", str(micro_z), "--steps", "40", "--json"]
     broken = tmp_path / "broken"
     process = subprocess.Popen(
         [*COMMAND, *options, "-o", str(broken)],
