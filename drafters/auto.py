@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.accounting import wait_for
+from fastgen.drafters.acceptance import AcceptanceRule, Exact
 from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.tree import Tree, chain, static_tree, widths_tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reject_in_turn, strict
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reject_in_turn, strict, turns
 
 __all__ = ["Costs", "Planner", "best_tree", "choose_source"]
 
@@ -62,8 +63,7 @@ class _Recorder(AcceptanceRule):
         outcome = reject_in_turn(drafted, noise.coins, Rejection())
         children, depth = drafted.inner_children(), drafted.inner_depth()
         reach = torch.ones_like(drafted.tokens, dtype=torch.float32)
-        before = torch.cat([torch.ones_like(outcome.chance[..., :1]), 1 - outcome.chance[..., :-1]], dim=-1)
-        turn = before.cumprod(dim=-1)
+        turn = turns(outcome.chance)
         for place, node in enumerate(drafted.tree.internal.tolist()):  # parents come first
             exists = children[0, place] >= 0
             here = turn[:, place] * reach[:, node, None]
@@ -177,8 +177,7 @@ def choose_source(
             generators = [torch.Generator().manual_seed(repeat) for _ in range(prefix.images)]
             start = time.perf_counter()
             decoded = decode_speculative(target, source, judge, prefix, warm, generators)
-            if prefix.embeds.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(prefix.embeds.device)
             elapsed = time.perf_counter() - start
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
         return min(speeds[1:])
@@ -186,9 +185,10 @@ def choose_source(
     if drafter is None:
         tried = {}
         for window in WINDOWS:
-            tried[window] = seconds_a_token(JacobiSource(window, coupled=not rule.looks_ahead), rule)[0]
-        best = min(tried, key=lambda window: tried[window])
-        return JacobiSource(best, coupled=not rule.looks_ahead), f"jacobi-{best}"
+            name = f"jacobi-{window}"
+            tried[name] = seconds_a_token(JacobiSource.of_name(name, rule), rule)[0]
+        best = min(tried, key=lambda name: tried[name])
+        return JacobiSource.of_name(best, rule), best
     tree = best_tree(*_measure(drafter, seconds_a_token))
     widths = "-".join(str(len(level)) for level in tree.levels[1:])
     return TreeSource(drafter, tree, sampled=law.temperature > 0), f"auto {widths}"
@@ -201,17 +201,12 @@ def _measure(
     depth = min(len(_PROBE_WIDTHS), drafter.max_depth or len(_PROBE_WIDTHS))
     probe = widths_tree(_PROBE_WIDTHS[:depth])
     recorder = _Recorder(depth, probe.max_children)
+    seconds_a_token(TreeSource(drafter, probe, sampled=True), recorder)  # its time is not a round's: it takes notes
     rows, seconds = [], []
     for tree in (probe, *(chain(length) for length in _PROBE_CHAINS if length <= (drafter.max_depth or length))):
-        _, of_round = seconds_a_token(TreeSource(drafter, tree, sampled=True), recorder if tree is probe else _plain())
+        _, of_round = seconds_a_token(TreeSource(drafter, tree, sampled=True), Exact())
         rows.append([1.0, float(tree.n), float(tree.max_depth)])
         seconds.append(of_round)
     fitted = torch.linalg.lstsq(torch.tensor(rows), torch.tensor(seconds)[:, None], driver="gelsd").solution[:, 0]
     fixed, per_node, per_level = (max(float(value), 1e-9) for value in fitted)
     return recorder.rates, Costs(fixed, per_node, per_level)
-
-
-def _plain() -> AcceptanceRule:
-    from fastgen.drafters.acceptance import Exact
-
-    return Exact()

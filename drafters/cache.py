@@ -84,15 +84,17 @@ class KVCache:
         self.bound = min(self.bound + most, self.capacity)
 
 
-def tree_attention_mask(cache: KVCache, tree: Tensor, limit: int) -> Tensor:
+def tree_attention_mask(cache: KVCache, tree: Tensor) -> Tensor:
     """Who sees what, [R, 1, m, limit] bool: every node the committed slots of its row, its ancestors and itself.
 
     Args:
         cache: its lengths are the slot of node 0.
         tree: [R or 1, m, n] bool, a row for each of the m nodes that look: which of n nodes they see.
-        limit: slots looked at.
+
+    The slots looked at are those in use; on a GPU all of them, so that shapes do not change from round to round.
     """
     rows, m, n = len(cache.lengths), *tree.shape[-2:]
+    limit = min(cache.bound + n, cache.capacity) if tree.device.type == "cpu" else cache.capacity
     slot = torch.arange(limit, device=tree.device)
     committed = (slot < cache.lengths[:, None]) & cache.visible[:, :limit]
     node = slot - cache.lengths[:, None]

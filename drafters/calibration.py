@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
-from fastgen.drafters.cascade import Cascade, CascadeConfig, sibling_pairs
-from fastgen.drafters.redundancy import convergence, similarity, total_variation
+from fastgen.drafters.cascade import Cascade, CascadeConfig
+from fastgen.drafters.redundancy import (
+    are_siblings,
+    convergence,
+    sensitivity,
+    sibling_pairs,
+    similarity,
+    total_variation,
+)
 from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
 
 __all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels"]
@@ -110,23 +117,21 @@ class PairRecorder(AcceptanceRule):
     needs_hidden = True
 
     def __init__(self, config: CascadeConfig, neighbours: Neighbours) -> None:
-        self.config, self._cascade = config, Cascade(config, neighbours)
-        self.neighbours = neighbours
+        self.config, self._cascade, self.codebook = config, Cascade(config, neighbours), neighbours.codebook
         self._seen: list[Tensor] = []
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        children, tokens = drafted.inner_children(), drafted.child_tokens()
+        children = drafted.inner_children()
         alike = similarity(drafted, self.config.similarity)
-        codes = self.neighbours.codebook[tokens]
-        apart = torch.cdist(codes, codes) * self._cascade.sensitivity(drafted)[..., None, None]
+        codes = self.codebook[drafted.child_tokens()]
+        apart = torch.cdist(codes, codes) * sensitivity(drafted, self.codebook)[..., None, None]
         values = (
             sibling_pairs(alike, children),
             sibling_pairs(convergence(alike, drafted.tree, self.config.horizon), children),
             apart,
             sibling_pairs(total_variation(drafted.target), children),
         )
-        exists = children >= 0
-        pairs = (exists[..., :, None] & exists[..., None, :]).triu(1)
+        pairs = are_siblings(children).triu(1)
         pairs &= self._cascade.may_relax(drafted, torch.zeros_like(spent))[..., None, None]
         self._seen.append(torch.stack([value[pairs] for value in values], dim=1).cpu())
         return strict(drafted, noise)

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
-from fastgen.drafters.redundancy import Similarity, convergence, similarity
+from fastgen.drafters.redundancy import (
+    Similarity,
+    are_siblings,
+    convergence,
+    sensitivity,
+    sibling_pairs,
+    similarity,
+)
 from fastgen.drafters.verify import (
     Decisions,
     Drafted,
@@ -191,71 +198,53 @@ class Cascade(AcceptanceRule):
 
     def may_relax(self, drafted: Drafted, spent: Tensor) -> Tensor:
         """[B, A]: nodes that are uncertain enough, in images with budget left."""
-        p = drafted.target.index_select(1, drafted.tree.internal)
+        p = drafted.inner_target()
         entropy = -torch.special.xlogy(p, p).sum(dim=-1)
         return (entropy >= self.config.min_entropy) & (spent <= self.config.image_budget)[:, None]
 
     def classes(self, drafted: Drafted, alike: Tensor, spent: Tensor) -> Classes:
         """Classes of siblings, and of the codes that join them."""
         config, children = self.config, drafted.inner_children()
-        p = drafted.target.index_select(1, drafted.tree.internal)
-        mass = p.gather(-1, drafted.child_tokens()) * (children >= 0)
+        p, exists, may = drafted.inner_target(), children >= 0, self.may_relax(drafted, spent)
+        mass = p.gather(-1, drafted.child_tokens()) * exists
         linked = sibling_pairs(alike, children) >= config.breadth
         if config.horizon > 0:
             met = convergence(alike, drafted.tree, config.horizon)
             linked |= sibling_pairs(met, children) >= config.depth
-        exists = children >= 0
-        linked &= (exists[..., :, None] & exists[..., None, :]) & self.may_relax(drafted, spent)[..., None, None]
+        linked &= are_siblings(children) & may[..., None, None]
         factor = (config.factor - 1) * torch.exp(-config.decay * drafted.inner_depth().float())
         caps = (factor[..., None] * mass).clamp_max(config.delta)
         first, lent = form_classes(linked, mass, caps)
         count, vocabulary = children.shape[-1], p.shape[-1]
         of_token = (count + torch.arange(vocabulary, device=p.device)).expand(p.shape).clone()
-        if config.radius > 0:
-            self._extend(of_token, drafted, first, caps - lent, spent)
+        if config.radius > 0 and self.neighbours is not None:
+            self._extend(of_token, drafted, first, caps - lent, may, self.neighbours)
         # Children last: a drafted token is in its own class whatever its neighbours say.
         tokens = torch.where(exists, drafted.child_tokens(), vocabulary)
         of_token = torch.cat([of_token, of_token[..., :1]], dim=-1)
         of_token = of_token.scatter(-1, tokens, first)[..., :vocabulary]
         return Classes(first, of_token)
 
-    def _extend(self, of_token: Tensor, drafted: Drafted, first: Tensor, room: Tensor, spent: Tensor) -> None:
+    def _extend(
+        self, of_token: Tensor, drafted: Drafted, first: Tensor, room: Tensor, may: Tensor, neighbours: Neighbours
+    ) -> None:
         """Section 6.6: write undrafted codes near a child into its class, as far as the class has room."""
-        assert self.neighbours is not None
-        children, tokens = drafted.inner_children(), drafted.child_tokens()
-        book = self.neighbours.codebook
-        reach = self.config.radius / self.sensitivity(drafted)
-        near = self.neighbours.codes[:, : self.config.near][tokens]
-        apart = self.neighbours.distances[:, : self.config.near][tokens]
-        inside = (apart <= reach[..., None, None]) & (children >= 0)[..., None]
-        inside &= self.may_relax(drafted, spent)[..., None, None]
+        children, tokens, book = drafted.inner_children(), drafted.child_tokens(), neighbours.codebook
+        reach = self.config.radius / sensitivity(drafted, book)
+        near = neighbours.codes[:, : self.config.near][tokens]
+        apart = neighbours.distances[:, : self.config.near][tokens]
+        inside = (apart <= reach[..., None, None]) & (children >= 0)[..., None] & may[..., None, None]
         # A code belongs to the nearest child only; among equally near ones to the first.
         spots = book[tokens].where((children >= 0)[..., None], torch.inf)
         to_each = (book[near][..., None, :] - spots[:, :, None, None]).square().sum(dim=-1).nan_to_num(nan=torch.inf)
         inside &= to_each.argmin(dim=-1) == torch.arange(children.shape[-1], device=children.device)[:, None]
-        p = drafted.target.index_select(1, drafted.tree.internal)
+        p = drafted.inner_target()
         for slot in range(children.shape[-1]):
             head, codes, wanted = first[..., slot : slot + 1], near[..., slot, :], inside[..., slot, :]
             mass = p.gather(-1, codes) * wanted
             fits = wanted & (mass.cumsum(dim=-1) <= room.gather(-1, head))
             room.scatter_add_(-1, head, -(mass * fits).sum(dim=-1, keepdim=True))
             of_token.scatter_(-1, codes, torch.where(fits, head, of_token.gather(-1, codes)))
-
-    def sensitivity(self, drafted: Drafted) -> Tensor:
-        """[B, A]: how far the hidden state moves with the code: the median over sibling pairs of the distance of their
-        hidden states (in units of the mean norm) over that of their codes; infinite where there is no pair."""
-        assert drafted.hidden is not None and self.neighbours is not None
-        children, tokens = drafted.inner_children(), drafted.child_tokens()
-        batch = torch.arange(len(children), device=children.device)[:, None, None]
-        states = drafted.hidden[batch, children.clamp_min(0)].float()
-        scale = drafted.hidden.float().norm(dim=-1).mean(dim=-1).clamp_min(1e-12)
-        moved = torch.cdist(states, states) / scale[:, None, None, None]
-        codes = self.neighbours.codebook[tokens]
-        apart = torch.cdist(codes, codes)
-        exists = children >= 0
-        pairs = (exists[..., :, None] & exists[..., None, :]).triu(1) & (apart > 0)
-        ratio = torch.where(pairs, moved / apart, torch.nan).flatten(2)
-        return ratio.nanmedian(dim=-1).values.nan_to_num(nan=torch.inf)
 
     # ---- mode S ----
 
@@ -278,7 +267,7 @@ class Cascade(AcceptanceRule):
             # Of equally good mates the accepted one itself.
             own = pick(value.view_as(children), slot.clamp_min(0))
             best = torch.where(own >= pick(value.view_as(children), best), slot, best).where(slot >= 0, -1)
-        p = drafted.target.index_select(1, inner)
+        p = drafted.inner_target()
         chosen = pick(drafted.child_tokens(), best.clamp_min(0))
         lent = pick(classes.mass(p), chosen) - pick(p, chosen)
         rerouted = (best != slot) & ~substituted
@@ -293,20 +282,12 @@ class Cascade(AcceptanceRule):
     def _boost(self, drafted: Drafted, alike: Tensor, spent: Tensor) -> Tensor:
         """omega [B, A] of mode W: 1 + beta times the mean similarity of siblings above that of all nodes."""
         children = drafted.inner_children()
-        exists = children >= 0
-        pairs = (exists[..., :, None] & exists[..., None, :]).triu(1)
+        pairs = are_siblings(children).triu(1)
         between = torch.where(pairs, sibling_pairs(alike, children), 0.0).sum(dim=(-1, -2))
         count = pairs.sum(dim=(-1, -2))
         everywhere = alike.mean(dim=(-1, -2))[:, None]
         above = (between / count.clamp_min(1) - everywhere).clamp_min(0) * (count > 0)
         return 1 + self.config.boost * above * self.may_relax(drafted, spent)
-
-
-def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:
-    """Values [B, n, n] of node pairs as [B, A, C, C] of the children's pairs."""
-    safe = children.clamp_min(0)
-    batch = torch.arange(len(values), device=values.device)[:, None, None, None]
-    return values[batch, safe[..., :, None], safe[..., None, :]]
 
 
 class _Quotient(Rejection):

@@ -52,17 +52,18 @@ class DecoderLayer:
     norm_after: bool = False
 
 
-def layers_of(model: Any) -> list[DecoderLayer]:
-    """Views of the layers of a transformers decoder (`LlamaModel`, `Emu3TextModel`, `ChameleonModel` …).
+def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
+    """Views of the layers of a transformers decoder (`LlamaModel`, `Emu3TextModel`, `ChameleonModel` …), or of our
+    LlamaGen, whose layers hold the attention themselves.
 
     Raises:
         ValueError: a layer lacks a part that we know of.
     """
     views = []
     for layer in model.layers:
-        attention = getattr(layer, "self_attn", None)
+        attention = getattr(layer, "self_attn", layer)
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        if attention is None or any(not hasattr(attention, name) for name in names) or not hasattr(layer, "mlp"):
+        if any(not hasattr(attention, name) for name in names) or not hasattr(layer, "mlp"):
             raise ValueError(f"target: layers of {type(model).__name__} are not known to us")
         views.append(
             DecoderLayer(
@@ -76,6 +77,7 @@ def layers_of(model: Any) -> list[DecoderLayer]:
                 head_dim=attention.head_dim,
                 query_norm=getattr(attention, "q_norm", None),
                 key_norm=getattr(attention, "k_norm", None),
+                rotary=rotary,
                 norm_after=type(layer).__name__ == "ChameleonSwinDecoderLayer",
             )
         )

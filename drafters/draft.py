@@ -173,14 +173,10 @@ def draft_dynamic(
         grown_tokens = tokens.gather(1, place)
         owner = drafted + place
         drafted += tokens.shape[1]
-        rows = _both(source, state)
+        rows = target.both_rows(source, state.prefix)
         parents_state = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
         seen = _grow_mask(seen, source, width, depth)
     return _keep_best(shape, torch.cat(all_tokens, 1), torch.cat(all_scores, 1), torch.cat(all_parents, 1))
-
-
-def _both(values: Tensor, state: DraftState) -> Tensor:
-    return torch.cat([values, values]) if state.prefix.guided else values
 
 
 def _grow_mask(seen: Tensor, source: Tensor, width: int, depth: int) -> Tensor:

@@ -18,6 +18,7 @@ from fastgen.drafters.cache import KVCache, tree_attention_mask
 from fastgen.drafters.decoder import Rotary
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+from fastgen.models.attention import padded_causal_mask
 from fastgen.models.feed_forward import GatedMLP
 from fastgen.models.rotary import rotate_halves
 
@@ -97,11 +98,9 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         length = prefix.mask.shape[1]
         heads, dtype = self.config.heads, features.dtype
         cache = KVCache.allocate(1, prefix.mask, target.num_tokens + room, heads, self.head_dim, dtype)
-        embeds = torch.cat([prefix.embeds[:, 1:], _rows(target.embed(first[:, None]), prefix)], dim=1)
-        order = torch.arange(length, device=features.device)
-        mask = (order[:, None] >= order) & prefix.mask[:, None]
-        mask = (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
-        slots = order.expand(len(embeds), -1)
+        embeds = torch.cat([prefix.embeds[:, 1:], target.both_rows(target.embed(first[:, None]), prefix)], dim=1)
+        slots = torch.arange(length, device=features.device).expand(len(embeds), -1)
+        mask = padded_causal_mask(prefix.mask)
         hidden = self.layer(embeds, self.read(features), prefix.positions, cache, slots, mask)
         cache.advance(length, length)
         return DraftState(target, prefix, cache, hidden[:, -1:])
@@ -111,7 +110,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         causal = torch.ones(1, m, m, dtype=torch.bool, device=tokens.device).tril()
         depth = torch.arange(m, device=tokens.device)
         hidden = self._step(state, tokens, self.read(features), depth, causal, 0)
-        rows = _rows(count, state.prefix)
+        rows = state.target.both_rows(count, state.prefix)
         state.root = hidden.gather(1, (rows - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1]))
         state.cache.advance(rows, m)
 
@@ -123,10 +122,11 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         return self._step(state, tokens, hidden, depth - 1, mask, first)
 
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
-        if self.config.variant == 3:
-            output: Tensor = self.head(self.norm_out(hidden))
-            return output
-        return state.target.head(hidden)
+        return self.speak(state.target, hidden)
+
+    def speak(self, target: Target, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of states: by the drafter's own head (variant 3), or by the target's."""
+        return self.head(self.norm_out(hidden)) if self.config.variant == 3 else target.head(hidden)
 
     # ---- the layer ----
 
@@ -134,16 +134,14 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         self, state: DraftState, tokens: Tensor, hidden: Tensor, ahead: Tensor, mask: Tensor, first: int
     ) -> Tensor:
         """Tokens [B, k] behind the committed ones, `ahead` positions on."""
-        prefix, cache, k = state.prefix, state.cache, tokens.shape[1]
-        embeds = _rows(state.target.embed(tokens), prefix)
+        target, prefix, cache, k = state.target, state.prefix, state.cache, tokens.shape[1]
+        embeds = target.both_rows(target.embed(tokens), prefix)
         committed = cache.lengths - prefix.mask.shape[1]
-        ahead = ahead.expand(len(tokens), -1) if ahead.ndim == 1 or len(ahead) == 1 else ahead
-        positions = (prefix.offset + committed)[:, None] + _rows(ahead, prefix)
+        ahead = target.both_rows(ahead.expand(len(tokens), k), prefix)
+        positions = (prefix.offset + committed)[:, None] + ahead
         slots = cache.lengths[:, None] + first + torch.arange(k, device=tokens.device)
-        on_cpu = tokens.device.type == "cpu"
-        limit = min(cache.bound + first + k, cache.capacity) if on_cpu else cache.capacity
-        mask = mask if len(mask) == 1 else _rows(mask, prefix)
-        return self.layer(embeds, hidden, positions, cache, slots, tree_attention_mask(cache, mask, limit))
+        visible = tree_attention_mask(cache, target.both_trees(mask, prefix))
+        return self.layer(embeds, hidden, positions, cache, slots, visible)
 
     def layer(
         self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor
@@ -189,8 +187,3 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         angles = positions[..., None].float() * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _rows(values: Tensor, prefix: Prefix) -> Tensor:
-    """[B, …] for both rows of guidance."""
-    return torch.cat([values, values]) if prefix.guided else values

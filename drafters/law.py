@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TokenLaw", "gumbel_noise", "mix", "restrict", "token_logits"]
+__all__ = ["TokenLaw", "gumbel_noise", "guide", "mix", "restrict", "token_logits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,15 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
     return torch.stack(rows)
 
 
+def guide(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
+    """Classifier-free guidance, u + s (c - u), in float32."""
+    base = uncond.float()
+    return base + law.guidance_scale * (cond.float() - base)
+
+
 def mix(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
     """Guidance and temperature, [B, V] float32."""
-    logits = cond.float()
-    if law.guided:
-        base = uncond.float()
-        logits = base + law.guidance_scale * (logits - base)
+    logits = guide(cond, uncond, law) if law.guided else cond.float()
     return logits if law.temperature in (0, 1) else logits / law.temperature
 
 

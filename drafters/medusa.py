@@ -65,7 +65,7 @@ class MedusaDrafter(ModelMixin, ConfigMixin, Drafter):
 
     def start(self, target: Target, prefix: Prefix, features: Tensor, first: Tensor, room: int) -> DraftState:
         nothing = KVCache.allocate(0, prefix.mask[:, :0], 0, 1, 1, features.dtype)
-        embeds = target.embed(target.both_rows(first[:, None], prefix))
+        embeds = target.both_rows(target.embed(first[:, None]), prefix)
         return DraftState(target, prefix, nothing, torch.cat([features[:, -1:], embeds], dim=-1))
 
     def absorb(self, state: DraftState, tokens: Tensor, features: Tensor, count: Tensor) -> None:

@@ -10,7 +10,16 @@ from torch import Tensor
 from fastgen.drafters.tree import Tree
 from fastgen.drafters.verify import Drafted
 
-__all__ = ["Similarity", "convergence", "law_distance_bound", "similarity", "total_variation"]
+__all__ = [
+    "Similarity",
+    "are_siblings",
+    "convergence",
+    "law_distance_bound",
+    "sensitivity",
+    "sibling_pairs",
+    "similarity",
+    "total_variation",
+]
 
 Similarity = Literal["cosine", "l2", "tv"]
 
@@ -35,6 +44,39 @@ def similarity(drafted: Drafted, kind: Similarity) -> Tensor:
     norms = states.norm(dim=-1)
     largest = torch.maximum(norms[:, :, None], norms[:, None, :]).clamp_min(1e-12)
     return 1 - torch.cdist(states, states) / largest
+
+
+def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:
+    """Values [B, n, n] of node pairs as [B, A, C, C] of the children's pairs."""
+    safe = children.clamp_min(0)
+    batch = torch.arange(len(values), device=values.device)[:, None, None, None]
+    return values[batch, safe[..., :, None], safe[..., None, :]]
+
+
+def are_siblings(children: Tensor) -> Tensor:
+    """[B, A, C, C] bool: both places of a pair hold a child."""
+    exists = children >= 0
+    return exists[..., :, None] & exists[..., None, :]
+
+
+def sensitivity(drafted: Drafted, codebook: Tensor) -> Tensor:
+    """[B, A]: how far the hidden state moves with the code: the median over sibling pairs of the distance of their
+    hidden states (in units of the mean norm) over that of their codes; infinite where there is no pair.
+
+    Raises:
+        ValueError: the drafted tree has no hidden states.
+    """
+    if drafted.hidden is None:
+        raise ValueError("sensitivity: needs the target's hidden states")
+    children, codes = drafted.inner_children(), codebook[drafted.child_tokens()]
+    batch = torch.arange(len(children), device=children.device)[:, None, None]
+    states = drafted.hidden[batch, children.clamp_min(0)].float()
+    scale = drafted.hidden.float().norm(dim=-1).mean(dim=-1).clamp_min(1e-12)
+    moved = torch.cdist(states, states) / scale[:, None, None, None]
+    apart = torch.cdist(codes, codes)
+    pairs = are_siblings(children).triu(1) & (apart > 0)
+    ratio = torch.where(pairs, moved / apart, torch.nan).flatten(2)
+    return ratio.nanmedian(dim=-1).values.nan_to_num(nan=torch.inf)
 
 
 def total_variation(laws: Tensor) -> Tensor:

@@ -93,15 +93,16 @@ class TreeSource(DraftSource):
 
     def __init__(self, drafter: Drafter, tree: Tree | DynamicShape, sampled: bool) -> None:
         self.drafter, self.tree, self.sampled, self.taps = drafter, tree, sampled, drafter.taps
-        self.plan: StaticPlan | None = None
-        if isinstance(tree, DynamicShape):
+        self.plan = tree if isinstance(tree, DynamicShape) else StaticPlan(tree)
+        if isinstance(self.plan, DynamicShape):
             if sampled:
                 raise ValueError("tree: a dynamic tree takes the most likely tokens; sampled=True is not possible")
-            self.nodes, self.max_depth, self.grown = tree.nodes + 1, tree.depth, (tree.depth - 1) * tree.top_k
+            shape = self.plan
+            self.nodes, self.max_depth, self.grown = shape.nodes + 1, shape.depth, (shape.depth - 1) * shape.top_k
             self.draws = 0
         else:
-            self.plan = StaticPlan(tree)
-            self.nodes, self.max_depth, self.grown = tree.n, tree.max_depth, self.plan.grown
+            static = self.plan.tree
+            self.nodes, self.max_depth, self.grown = static.n, static.max_depth, self.plan.grown
             self.draws = self.grown + 1 if sampled else 0
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
@@ -114,7 +115,7 @@ class TreeSource(DraftSource):
     def start(
         self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
     ) -> None:
-        if self.plan is not None:
+        if isinstance(self.plan, StaticPlan):
             self.plan = StaticPlan(self.plan.tree.to(first.device))
         self.law = law
         features, room = self.drafter.features(output), self.grown + self.max_depth + 1
@@ -123,9 +124,8 @@ class TreeSource(DraftSource):
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         add_passes("drafter", self.max_depth - 1)
-        if self.plan is None:
-            assert isinstance(self.tree, DynamicShape)
-            tree, tokens = draft_dynamic(self.drafter, self.state, self.tree, root, self.law, index)
+        if isinstance(self.plan, DynamicShape):
+            tree, tokens = draft_dynamic(self.drafter, self.state, self.plan, root, self.law, index)
             return Proposal(tree, tokens, None)
         tokens, q = draft_static(self.drafter, self.state, self.plan, root, self.law, index, gumbel)
         return Proposal(self.plan.tree, tokens, q if self.sampled else None)
@@ -165,6 +165,18 @@ class JacobiSource(DraftSource):
         self.nodes, self.max_depth = self.tree.n, window
         self.draws = 0 if coupled else window
 
+    @classmethod
+    def of_name(cls, name: str, rule: AcceptanceRule) -> JacobiSource:
+        """The window "jacobi-12", coupled where the rule allows it.
+
+        Raises:
+            ValueError: no such name.
+        """
+        length = name.removeprefix("jacobi-")
+        if not length.isdecimal() or int(length) < 1:
+            raise ValueError(f"tree: {name!r} is no window; needs e.g. jacobi-12")
+        return cls(int(length), coupled=not rule.looks_ahead)
+
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         if self.coupled and rule.looks_ahead:
             # A place that the rule has looked at, and then not passed, would keep noise of which something is known.
@@ -184,8 +196,8 @@ class JacobiSource(DraftSource):
         self.noise: Tensor | None = None
         if self.coupled and law.temperature > 0:
             places = target.num_tokens + self.window + 1
-            rows = [gumbel_noise([g], places * target.vocab_size, device) for g in generators]
-            self.noise = torch.cat(rows).unflatten(1, (places, target.vocab_size))
+            noise = gumbel_noise(generators, places * target.vocab_size, device)
+            self.noise = noise.unflatten(1, (places, target.vocab_size))
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         scores = self.laws.log()

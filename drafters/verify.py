@@ -57,6 +57,10 @@ class Drafted:
         """Children [B, A, C] of the A nodes that have some."""
         return self.tree.children.index_select(1, self.tree.internal).expand(len(self.tokens), -1, -1)
 
+    def inner_target(self) -> Tensor:
+        """p [B, A, V] at the nodes that have children."""
+        return self.target.index_select(1, self.tree.internal)
+
     def inner_depth(self) -> Tensor:
         """Depth [B, A] of the nodes that have children."""
         return self.tree.depth.index_select(1, self.tree.internal).expand(len(self.tokens), -1)
@@ -180,7 +184,7 @@ def reject_in_turn(drafted: Drafted, coins: Tensor, rule: Rejection) -> Outcome:
     """
     inner = drafted.tree.internal
     children, tokens, depth = drafted.inner_children(), drafted.child_tokens(), drafted.inner_depth() + 1
-    left = drafted.target.index_select(1, inner)
+    left = drafted.inner_target()
     draft = None if drafted.draft is None else drafted.draft.index_select(1, inner)
     chances, lent = [], []
     last = children.shape[-1] - 1
@@ -204,13 +208,18 @@ def reject_in_turn(drafted: Drafted, coins: Tensor, rule: Rejection) -> Outcome:
     return Outcome(first, left, chance.clamp_max(1.0), stolen)
 
 
+def turns(chance: Tensor) -> Tensor:
+    """Probability [..., C] that it comes to each child: all before it are refused."""
+    return torch.cat([torch.ones_like(chance[..., :1]), 1 - chance[..., :-1]], dim=-1).cumprod(dim=-1)
+
+
 def expected_length(drafted: Drafted, chance: Tensor) -> Tensor:
     """How many tokens below each node will be accepted on average, [B, n], from p, q and the drawn tokens alone.
 
     V(v) = sum_j prod_{i<j} (1 - chance_i) chance_j (1 + V(c_j)).
     """
     children = drafted.inner_children()
-    first = torch.cat([torch.ones_like(chance[..., :1]), (1 - chance)[..., :-1]], dim=-1).cumprod(dim=-1) * chance
+    first = turns(chance) * chance
     value = torch.zeros_like(drafted.tokens, dtype=chance.dtype)
     for _ in range(drafted.tree.max_depth):
         below = value.gather(1, children.clamp_min(0).flatten(1)).view_as(children)

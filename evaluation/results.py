@@ -349,24 +349,28 @@ def results_page(folder: Path) -> str:
         "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld: they compare with each other and "
         "with nothing else.\n"
     ]
+
+    def scored(title: str, text: str, scores: dict[str, Any]) -> list[str]:
+        distance = scores["fd_shapes"]
+        return [
+            f"## {title}\n\n{text}\n\n{scores_markdown(scores)}",
+            f"{distance['protocol']}: **{distance['value']:.2f}**\n",
+        ]
+
     for model, kind in _MODELS:
         if (scores := read(f"shapesworld-{model}")) is not None:
             settings = scores["settings"]
             command = f"fastgen eval shapes --model {model} --images-per-prompt {settings['images_per_prompt']}"
             if settings["batch_size"] is not None:
                 command += f" --fast-batches --batch-size {settings['batch_size']}"
-            distance = scores["fd_shapes"]
-            parts.append(f"## {model} ({kind})\n\n`{command}`\n\n{scores_markdown(scores)}")
-            parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
+            parts += scored(f"{model} ({kind})", f"`{command}`", scores)
     if (scores := read("recipe-z-image")) is not None:
-        distance = scores["fd_shapes"]
-        parts.append(
-            "## Recipe z-image, in one go\n\n"
+        story = (
             "From random weights with its defaults, beside the committed `tiny`, which was trained in stages: "
             "`fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
-            f"`fastgen eval shapes --model RUNS/z-image/model`.\n\n{scores_markdown(scores)}"
+            "`fastgen eval shapes --model RUNS/z-image/model`."
         )
-        parts.append(f"{distance['protocol']}: **{distance['value']:.2f}**\n")
+        parts += scored("Recipe z-image, in one go", story, scores)
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),

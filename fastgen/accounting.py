@@ -327,6 +327,12 @@ def _synchronize() -> None:
         cuda.synchronize()
 
 
+def wait_for(device: Any) -> None:
+    """Wait until a `torch.device` has done its work; only a GPU has to be waited for."""
+    if device.type == "cuda":
+        sys.modules["torch"].cuda.synchronize(device)
+
+
 def _fold_peaks(*, reset: bool) -> None:
     """Give the peaks since the last call to every open account, so that a reset loses nothing for an outer one."""
     peaks = {}

@@ -21,6 +21,7 @@ from transformers import LogitsProcessorList
 from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.targets import unit_range
 from fastgen.errors import FastgenError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids
 from fastgen.pipelines.sampling import GuidedGumbelSampler
@@ -242,9 +243,8 @@ class JanusImagePipeline(DiffusionPipeline):
         """Pictures of tokens [B, N]."""
         # Convolutions round differently for different batch sizes.
         chunks = tokens.split(1 if one_by_one else max(1, len(tokens)))
-        decoded = [self.model.decode_image_tokens(chunk).float() for chunk in chunks]
-        # The tokenizer network draws in [-1, 1], channels last.
-        return as_output(torch.cat(decoded).add(1).div(2).clamp(0, 1), output_type)
+        decoded = [unit_range(self.model.decode_image_tokens(chunk)) for chunk in chunks]
+        return as_output(torch.cat(decoded), output_type)
 
 
 _HUB_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir", "force_download")

@@ -32,8 +32,8 @@ DEFAULT_TREE, DEFAULT_WINDOW = "chain-4", "jacobi-12"
 class SpeculativeImagePipeline(DiffusionPipeline):
     """Wraps a transformers image model that the user has loaded.
 
-    Loss contract: `distribution` with acceptance "exact" (at temperature 0 `exact`: the plain loop's tokens, up to
-    rounding); `lossy` with any other.
+    Loss contract: `distribution` with acceptance "exact" or "block" (at temperature 0 `exact`: the plain loop's
+    tokens, up to rounding); `lossy` with any other.
 
     Args:
         model: e.g. `transformers.JanusForConditionalGeneration`; see `fastgen.drafters.targets`.
@@ -113,7 +113,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
                 or more). None takes "chain-4" with a drafter and "jacobi-12" without.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
-            acceptance: "exact", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
+            acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
             quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes its start values.
             negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
             generator: one per image, or a single one; see `JanusImagePipeline`.
@@ -133,11 +133,13 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         law = TokenLaw(scale, float(temperature), top_k, top_p)
         rule = self._rule(acceptance, quality)
         generators = one_per_image(generator, len(prompts))
-        if tree != "auto":
-            self._source(tree, sampled, law, rule).check(target, law, rule)
+        source = None if tree == "auto" else self._source(tree, sampled, law, rule)
+        if source is not None:
+            source.check(target, law, rule)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
         with account() as stats:
-            source = self._choose(prompts, rule, law) if tree == "auto" else self._source(tree, sampled, law, rule)
+            if source is None:
+                source = self._choose(prompts, rule, law)
             note_path("acceptance", rule.name)
             note_path("draft", type(source).__name__)
             decoded = [
@@ -194,11 +196,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         """What drafts, by the arguments of `__call__`."""
         if tree is None:
             tree = DEFAULT_TREE if self.drafter is not None else DEFAULT_WINDOW
-        window = tree.removeprefix("jacobi-") if isinstance(tree, str) and tree.startswith("jacobi-") else None
-        if window is not None:
-            if not window.isdecimal() or int(window) < 1:
-                raise ValueError(f"tree: {tree!r} is unknown; a window of tokens is jacobi-12")
-            return JacobiSource(int(window), coupled=not rule.looks_ahead)
+        if isinstance(tree, str) and tree.startswith("jacobi-"):
+            return JacobiSource.of_name(tree, rule)
         if self.drafter is None:
             raise ValueError(f"tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         topology = named_tree(tree) if isinstance(tree, str) else tree

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from fastgen.accounting import add_passes
 from fastgen.drafters.cache import KVCache, tree_attention_mask
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
-from fastgen.drafters.law import TokenLaw, mix, restrict
+from fastgen.drafters.law import TokenLaw, guide, mix, restrict
+from fastgen.models.attention import padded_causal_mask
 
-__all__ = ["Prefix", "Target", "TargetPass"]
+__all__ = ["Prefix", "Target", "TargetPass", "unit_range"]
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32."""
+    return pixels.float().add(1).div(2).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,9 @@ class Prefix:
     @property
     def offset(self) -> Tensor:
         """[R], position of the first image token."""
-        return (
-            torch.full_like(self.mask[:, 0], self.mask.shape[1], dtype=torch.int64)
-            if self.counts_pads
-            else (self.mask.sum(dim=1))
-        )
+        if self.counts_pads:
+            return torch.full_like(self.mask[:, 0], self.mask.shape[1], dtype=torch.int64)
+        return self.mask.sum(dim=1)
 
     @property
     def positions(self) -> Tensor:
@@ -160,11 +164,8 @@ class Target(ABC):
     def prefill(self, prefix: Prefix, cache: KVCache, taps: tuple[int, ...] = ()) -> TargetPass:
         """Read the prompts. A pad sees itself alone, so that nothing in the batch is undefined."""
         rows, length = prefix.mask.shape
-        device = prefix.mask.device
-        order = torch.arange(length, device=device)
-        causal = (order[:, None] >= order) & prefix.mask[:, None]
-        causal = causal | torch.eye(length, dtype=torch.bool, device=device)
-        output = self.run(prefix.embeds, prefix.positions, cache, order.expand(rows, -1), causal[:, None], taps)
+        slots = torch.arange(length, device=prefix.mask.device).expand(rows, -1)
+        output = self.run(prefix.embeds, prefix.positions, cache, slots, padded_causal_mask(prefix.mask), taps)
         cache.advance(length, length)
         return output
 
@@ -199,12 +200,11 @@ class Target(ABC):
             taps: see `run_layers`.
         """
         rows, n = len(prefix.mask), tokens.shape[1]
-        depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self._both_trees(mask, prefix)
+        depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self.both_trees(mask, prefix)
         committed = cache.lengths - prefix.mask.shape[1]
         positions = prefix.offset[:, None] + committed[:, None] + depth
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
-        limit = min(cache.bound + n, cache.capacity) if tokens.device.type == "cpu" else cache.capacity
-        visible = tree_attention_mask(cache, mask, limit)
+        visible = tree_attention_mask(cache, mask)
         embeds = self.both_rows(self.embed(tokens), prefix)
         return self.run(embeds, positions, cache, slots.expand(rows, -1), visible, taps)
 
@@ -222,15 +222,16 @@ class Target(ABC):
         return torch.cat([values, values]) if prefix.guided else values
 
     @classmethod
-    def _both_trees(cls, mask: Tensor, prefix: Prefix) -> Tensor:
+    def both_trees(cls, mask: Tensor, prefix: Prefix) -> Tensor:
+        """Masks [b, …] for every row; a single one serves all."""
         return mask if len(mask) == 1 else cls.both_rows(mask, prefix)
 
     def guided(self, values: Tensor, prefix: Prefix, law: TokenLaw) -> Tensor:
         """Rows [R, …] of something linear in the logits, mixed as guidance mixes logits: [B, …] float32."""
         if not prefix.guided:
             return values.float()
-        cond, uncond = values.float().chunk(2)
-        return uncond + law.guidance_scale * (cond - uncond)
+        cond, uncond = values.chunk(2)
+        return guide(cond, uncond, law)
 
     def token_law(self, logits: Tensor, prefix: Prefix, law: TokenLaw, index: Tensor) -> Tensor:
         """Probabilities [B, n, V] float32: guidance, grammar, temperature, top-k, top-p.

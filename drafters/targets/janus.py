@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target
+from fastgen.drafters.targets.base import Prefix, Target, unit_range
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, unconditional_ids
 
 __all__ = ["JanusTarget"]
@@ -63,7 +63,7 @@ class JanusTarget(Target):
         return feature
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        return self.model.decode_image_tokens(tokens).float().add(1).div(2).clamp(0, 1)
+        return unit_range(self.model.decode_image_tokens(tokens))
 
     @property
     def image_size(self) -> int:

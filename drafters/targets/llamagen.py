@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.drafters.decoder import DecoderLayer, Rotary
+from fastgen.drafters.decoder import Rotary, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target
+from fastgen.drafters.targets.base import Prefix, Target, unit_range
 from fastgen.models.llamagen import LlamaGen
 
 __all__ = ["LlamaGenTarget"]
@@ -35,20 +35,8 @@ class LlamaGenTarget(Target):
         if transformer.config.num_classes is not None:
             raise ValueError("model: a class-conditional LlamaGen takes no prompts")
         self.model, self.tokenizer, self.transformer, self.vq = model, tokenizer, transformer, vq
-        self.layers = [
-            DecoderLayer(
-                layer.q_proj,
-                layer.k_proj,
-                layer.v_proj,
-                layer.o_proj,
-                feed_forward=layer.mlp,
-                norm1=layer.input_layernorm,
-                norm2=layer.post_attention_layernorm,
-                head_dim=layer.head_dim,
-                rotary="pairs",
-            )
-            for layer in transformer.layers
-        ]
+        self.layers = layers_of(transformer, rotary="pairs")
+        self._table = transformer.rotary(_SPARE)
         self.final_norm = transformer.norm
         self.num_tokens = transformer.config.grid**2
         self.num_codes = self.vocab_size = transformer.config.vocab_size
@@ -79,8 +67,9 @@ class LlamaGenTarget(Target):
         return embeds
 
     def rotary(self, positions: Tensor) -> Rotary:
-        table = self.transformer.rotary(_SPARE).to(self.dtype)
-        cos, sin = table[positions.clamp_max(len(table) - 1)].unbind(-1)
+        if self._table.device != positions.device or self._table.dtype != self.dtype:
+            self._table = self.transformer.rotary(_SPARE).to(positions.device, self.dtype)
+        cos, sin = self._table[positions.clamp_max(len(self._table) - 1)].unbind(-1)
         return cos, sin
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -89,7 +78,7 @@ class LlamaGenTarget(Target):
 
     def pixels(self, tokens: Tensor) -> Tensor:
         decoded: Tensor = self.vq.decode(tokens)
-        return decoded.permute(0, 2, 3, 1).float().add(1).div(2).clamp(0, 1)
+        return unit_range(decoded.permute(0, 2, 3, 1))
 
     @property
     def default_law(self) -> TokenLaw:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target
+from fastgen.drafters.targets.base import Prefix, Target, unit_range
 
 __all__ = ["ChameleonTarget", "Emu3Target", "VocabularyTarget"]
 
@@ -104,7 +104,7 @@ class Emu3Target(VocabularyTarget):
         height, width = self.size
         codes = tokens.view(-1, height, width + 1)[..., :-1]
         decoded: Tensor = self.model.model.vqmodel.decode(codes)
-        return decoded.permute(0, 2, 3, 1).float().add(1).div(2).clamp(0, 1)
+        return unit_range(decoded.permute(0, 2, 3, 1))
 
     @property
     def default_law(self) -> TokenLaw:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastgen.accounting import account, count_flops
+from fastgen.accounting import account, count_flops, wait_for
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
@@ -213,10 +213,8 @@ def _flops(work: Callable[[], Any]) -> int:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start

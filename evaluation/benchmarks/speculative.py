@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
@@ -87,10 +88,8 @@ def parse_variant(text: str, target: Target, drafter: Any = None) -> Variant:
             raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
     rule, tree = build_rule(words[0], target, **settings), words[1]
     if tree.startswith("jacobi-"):
-        window = tree.removeprefix("jacobi-")
-        if not window.isdecimal() or int(window) < 1:
-            raise ValueError(f"variant: {tree!r} is no window; needs e.g. jacobi-12")
-        return Variant(text, rule, partial(JacobiSource, int(window), 1, not rule.looks_ahead), "none (Jacobi)", tree)
+        JacobiSource.of_name(tree, rule)  # a name that cannot be read is refused here
+        return Variant(text, rule, partial(JacobiSource.of_name, tree, rule), "none (Jacobi)", tree)
     if drafter is None:
         raise ValueError(f"variant: {text!r} needs a drafter")
     return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), type(drafter).__name__, tree)
@@ -267,8 +266,7 @@ def _timed(
             for place, call in enumerate(calls):
                 start = time.perf_counter()
                 result = call()
-                if target.device.type == "cuda":
-                    torch.cuda.synchronize()
+                wait_for(target.device)
                 elapsed = time.perf_counter() - start
                 if run:
                     seconds[place].append(elapsed)

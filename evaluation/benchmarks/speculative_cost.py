@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
@@ -156,11 +157,11 @@ def measure_target(target: Target, nodes: Sequence[int], runs: int) -> list[dict
         hidden = drafter.grow(state, first[:, None], state.root, places, level.mask, 0)
         target.token_law(drafter.logits(state, hidden, 1), prefix, law, places)
 
-    def verify(count: int) -> Callable[[], None]:
+    def verify(count: int) -> Callable[[], Any]:
         tokens = torch.zeros(1, count, dtype=torch.int64, device=device)
         depth = torch.arange(count, device=device)[None]
         mask = torch.ones(1, count, count, dtype=torch.bool, device=device).tril()
-        return lambda: _discard(target.head(target.verify(tokens, depth, mask, cache, prefix).hidden))
+        return lambda: target.head(target.verify(tokens, depth, mask, cache, prefix).hidden)
 
     calls = {("verify", count): verify(count) for count in nodes}
     calls |= {("left", count): _left(target, prefix, law, count) for count in nodes}
@@ -168,10 +169,10 @@ def measure_target(target: Target, nodes: Sequence[int], runs: int) -> list[dict
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     for run in range(runs + 3):
         for key, call in calls.items():
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             call()
-            _wait(device)
+            wait_for(device)
             if run >= 3:
                 seconds[key].append(time.perf_counter() - start)
     times = {key: percentiles(values) for key, values in seconds.items()}
@@ -205,12 +206,3 @@ def _left(target: Target, prefix: Prefix, law: TokenLaw, count: int) -> Callable
 
     tree = chain(count - 1).to(device) if count > 1 else chain(1)
     return run
-
-
-def _discard(value: Any) -> None:
-    """A callable's result that nobody reads."""
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -20,3 +20,11 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
         weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
         return weights.to(value.dtype) @ value
     return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def padded_causal_mask(visible: torch.Tensor) -> torch.Tensor:
+    """Who sees what, [n, 1, L, L] bool: what is visible [n, L] and not later; a pad itself alone, so that nothing is
+    undefined."""
+    order = torch.arange(visible.shape[1], device=visible.device)
+    own = order[:, None] == order
+    return (((order[:, None] >= order) & visible[:, None]) | own)[:, None]

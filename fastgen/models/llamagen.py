@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from fastgen.models.attention import padded_causal_mask
 from fastgen.models.feed_forward import GatedMLP
 from fastgen.models.rotary import rotate_pairs
 
@@ -175,12 +176,10 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         """
         hidden = torch.cat([condition, self.tok_embeddings(tokens)], dim=1)
         n, length = hidden.shape[:2]
-        order = torch.arange(length, device=hidden.device)
         visible = torch.ones(n, length, dtype=torch.bool, device=hidden.device)
         if condition_mask is not None:
             visible[:, : condition.shape[1]] = condition_mask.bool()
-        mask = (order[:, None] >= order) & visible[:, None]
-        mask = (mask | torch.eye(length, dtype=torch.bool, device=hidden.device))[:, None]
+        mask = padded_causal_mask(visible)
         cos, sin = self.rotary()[:length].to(hidden.dtype).unbind(-1)
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:

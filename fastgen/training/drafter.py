@@ -32,7 +32,7 @@ from fastgen.training.redundancy_terms import (
     probe_siblings,
     soft_targets,
 )
-from fastgen.training.vae import to_pixels
+from fastgen.training.vq import image_tokens
 
 __all__ = ["DrafterRecipe", "DrafterTerms"]
 
@@ -143,20 +143,13 @@ class DrafterRecipe:
         data = self.data.batch(size, start)
         return {"images": torch.from_numpy(data.images), "prompts": list(data.texts)}
 
-    @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """Codes [n, N] of uint8 images, in float32 (see `JanusRecipe.encode`)."""
-        vq = self.target.model.model.vqmodel.to(images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            return vq.encode(to_pixels(images), return_dict=True).image_tokens.view(len(images), -1)
-
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the guided laws over all steps, plus the feature's error, plus redundancy terms."""
         target, terms, drafter = self.target, self.terms, self.drafter
         target.model.to(batch["images"].device)
-        tokens = self.tokens(batch["images"])
+        tokens = image_tokens(self.target.model.model.vqmodel, batch["images"])
         with torch.no_grad():
             prefix = target.prefix(batch["prompts"], self.law.guided)
             length = prefix.mask.shape[1]
@@ -222,9 +215,8 @@ class DrafterRecipe:
 
     def _log_law(self, state: Tensor, prefix: Prefix, index: Tensor) -> Tensor:
         """Logarithm of the drafter's guided law, [B, n, V]; finite."""
-        drafter = self.drafter
-        own_head = isinstance(drafter, EagleDrafter) and drafter.config.variant == 3
-        logits = drafter.head(drafter.norm_out(state)) if own_head else self.target.head(state)
+        drafter, target = self.drafter, self.target
+        logits = drafter.speak(target, state) if isinstance(drafter, EagleDrafter) else target.head(state)
         mixed = self.target.guided(logits, prefix, self.law)
         return self.target.apply_grammar(mixed, index).log_softmax(dim=-1).clamp_min(-80.0)
 

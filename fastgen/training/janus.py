@@ -16,7 +16,7 @@ from fastgen.models.tokenizers import build_janus_tokenizer
 from fastgen.training.caption_state import CaptionHead, CaptionReader
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.vae import to_pixels
+from fastgen.training.vq import image_tokens
 
 # A picture without a caption should hold about one object: were it as crowded as the average picture, guidance away
 # from it would leave pictures of a single object empty. One caption in ten is dropped all the same.
@@ -142,19 +142,11 @@ class JanusRecipe:
             **patch_labels(data, 4, upcoming=True),
         }
 
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Image tokens [n, 256] of uint8 images, in float32 whatever the precision of training: in bfloat16 three of
-        four tokens of the embedded VQ tokenizer come out as another code."""
-        vq = self.model.model.vqmodel.to(images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            return vq.encode(to_pixels(images), return_dict=True).image_tokens.view(len(images), -1)
-
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean cross-entropy in nats a token, plus the losses of layout and caption."""
-        tokens = self.encode(batch["images"])
+        tokens = image_tokens(self.model.model.vqmodel, batch["images"])
         labels = {name: batch[name] for name in (*_PATCH_LABELS, *_NEXT_LABELS, "early", "caption")}
         logits, layout, caption = module(batch["input_ids"], batch["attention_mask"], tokens, labels)
         cross = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
@@ -188,7 +180,7 @@ class JanusRecipe:
         data = self.data.batch(images, 20_000_000)
         texts = [text + self.tokenizer.boi_token for text in data.texts]
         prompt = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        tokens = self.encode(torch.from_numpy(data.images).to(device))
+        tokens = image_tokens(self.model.model.vqmodel, torch.from_numpy(data.images).to(device))
         labels = {"caption": self.reader.labels(prompt.input_ids.cpu()), **patch_labels(data, 4, upcoming=True)}
         labels = {name: value.to(device) for name, value in labels.items()}
         module.eval()

@@ -63,7 +63,7 @@ def probe_siblings(
     visible = ((slot < before[..., None]) & cache.visible[:, None]) | own
     positions = prefix.offset[:, None] + before - length
     slots = (first + torch.arange(n, device=places.device)).expand(len(before), -1)
-    embeds = target.embed(target.both_rows(tokens.flatten(1), prefix))
+    embeds = target.both_rows(target.embed(tokens.flatten(1)), prefix)
     output = target.run(embeds, positions, cache, slots, visible[:, None], ())
     states = target.guided(target.redundancy(output.hidden), prefix, law).unflatten(1, (probes, count))
     centred = torch.nn.functional.normalize(states - states.mean(dim=2, keepdim=True), dim=-1)

@@ -152,3 +152,12 @@ class VqRecipe:
         }
         module.model.save_pretrained(folder / "vq")
         write_record(folder, "vq", record)
+
+
+@torch.no_grad()
+def image_tokens(vq: Any, images: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, N] of uint8 images by a trained `JanusVQVAE`, in float32 whatever the precision of training: in
+    bfloat16 three of four tokens of the embedded VQ tokenizer come out as another code."""
+    with torch.autocast(images.device.type, enabled=False):
+        tokens: torch.Tensor = vq.to(images.device).encode(to_pixels(images), return_dict=True).image_tokens
+    return tokens.view(len(images), -1)
