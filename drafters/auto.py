@@ -154,6 +154,7 @@ def choose_source(
     prefix: Prefix,
     law: TokenLaw,
     repeats: int = 2,
+    compile: bool = False,
 ) -> tuple[DraftSource, str]:
     """What drafts fastest here.
 
@@ -164,6 +165,7 @@ def choose_source(
         prefix: prompts of a typical batch; whole pictures are drawn to measure, with generators of its own.
         law: the sampler's settings; temperature 0 is measured like 1.
         repeats: pictures of each measurement.
+        compile: measure compiled rounds.
 
     Returns:
         a source, and its name.
@@ -176,7 +178,9 @@ def choose_source(
         for repeat in range(repeats + 1):
             generators = [torch.Generator().manual_seed(repeat) for _ in range(prefix.images)]
             start = time.perf_counter()
-            decoded = decode_speculative(target, source, judge, prefix, warm, generators)
+            decoded = decode_speculative(
+                target, source, judge, prefix, warm, generators, compile=compile and not isinstance(judge, _Recorder)
+            )
             wait_for(prefix.embeds.device)
             elapsed = time.perf_counter() - start
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgen.kernels.cached_attention import cached_attention
+
 __all__ = ["KVCache", "tree_attention_mask"]
 
 
@@ -24,7 +26,7 @@ class KVCache:
         store: [layers, 2, R, capacity, heads, head_dim]; index 0 of the second axis are keys.
         visible: [R, capacity] bool: slots that may be looked at as far as they are committed (not the prompt's pads).
         lengths: [R] int64, committed slots, the prompt counted.
-        bound: at least the largest length; known without asking the device.
+        bound: at least the largest length; known without asking the device. The capacity, where shapes are static.
     """
 
     store: Tensor
@@ -34,35 +36,38 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, layers: int, prefix_mask: Tensor, room: int, heads: int, head_dim: int, dtype: torch.dtype
+        cls,
+        layers: int,
+        prefix_mask: Tensor,
+        room: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        static: bool = False,
     ) -> KVCache:
         """An empty cache.
 
         Args:
+            layers, heads, head_dim, dtype: of the store.
             prefix_mask: [R, P] bool, real tokens of the prompts.
             room: slots beyond the prompt: image tokens and one tree.
+            static: every pass looks at all slots, so that shapes do not change from round to round; on a GPU always.
         """
         rows, prompt = prefix_mask.shape
         device = prefix_mask.device
         store = torch.zeros(layers, 2, rows, prompt + room, heads, head_dim, dtype=dtype, device=device)
         visible = torch.ones(rows, prompt + room, dtype=torch.bool, device=device)
         visible[:, :prompt] = prefix_mask
-        return cls(store, visible, torch.zeros(rows, dtype=torch.int64, device=device), 0)
+        bound = prompt + room if static or device.type != "cpu" else 0
+        return cls(store, visible, torch.zeros(rows, dtype=torch.int64, device=device), bound)
 
     @property
     def capacity(self) -> int:
         return int(self.store.shape[3])
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put keys and values [R, n, heads, head_dim] into slots [R, n] of a layer."""
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        self.store[layer, 0, rows, slots] = key.to(self.store.dtype)  # under autocast they have another
-        self.store[layer, 1, rows, slots] = value.to(self.store.dtype)
-
-    def read(self, layer: int, limit: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, heads, limit, head_dim] of the first `limit` slots; views."""
-        both = self.store[layer, :, :, :limit].transpose(2, 3)
-        return both[0], both[1]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        """Write new tokens to `slots` [R, n] of a layer, then attend from them: see `cached_attention`."""
+        return cached_attention(query, key, value, self.store, layer, slots, mask)
 
     def commit(self, nodes: Tensor, count: Tensor) -> None:
         """Keep the nodes of an accepted path and forget the rest of the tree.
@@ -91,10 +96,10 @@ def tree_attention_mask(cache: KVCache, tree: Tensor) -> Tensor:
         cache: its lengths are the slot of node 0.
         tree: [R or 1, m, n] bool, a row for each of the m nodes that look: which of n nodes they see.
 
-    The slots looked at are those in use; on a GPU all of them, so that shapes do not change from round to round.
+    The slots looked at are those in use; in a static cache all.
     """
     rows, m, n = len(cache.lengths), *tree.shape[-2:]
-    limit = min(cache.bound + n, cache.capacity) if tree.device.type == "cpu" else cache.capacity
+    limit = min(cache.bound + n, cache.capacity)
     slot = torch.arange(limit, device=tree.device)
     committed = (slot < cache.lengths[:, None]) & cache.visible[:, :limit]
     node = slot - cache.lengths[:, None]

@@ -1,7 +1,8 @@
 """The loops: plain autoregressive decoding, and rounds of draft, verify, commit.
 
 Random numbers come from one generator per image and in an order that nothing else has a say in, so an image does not
-depend on the batch around it.
+depend on the batch around it. They are drawn outside the step; what is left of it takes no decision on the host and
+can be compiled as one graph.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastgen.accounting import add_accepted
+from fastgen.accounting import add_accepted, add_passes
 from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.compiled import compiled, many_graphs
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import DraftSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
@@ -22,6 +24,8 @@ from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, draw, greed
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 
 OnToken = Callable[[int], None]
+#: Compiled steps pad prompts to a multiple of so many tokens, or every length would be compiled anew.
+PROMPT_MULTIPLE = 16
 
 
 @dataclass
@@ -48,6 +52,7 @@ def decode_plain(
     law: TokenLaw,
     generators: Sequence[torch.Generator],
     on_token: OnToken | None = None,
+    compile: bool = False,
 ) -> Decoded:
     """One token after the other.
 
@@ -57,30 +62,55 @@ def decode_plain(
         law: the sampler's settings.
         generators: one per image; each step takes V numbers of each (none at temperature 0).
         on_token: called after each token with its index.
+        compile: compile the step, see `fastgen.drafters.compiled`.
     """
-    cache = target.new_cache(prefix, 1)
-    hidden = target.prefill(prefix, cache).hidden[:, -1:]
-    device, batch = hidden.device, prefix.images
-    depth = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    alone = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
-    tokens = torch.empty(batch, target.num_tokens, dtype=torch.int64, device=device)
-    for i in range(target.num_tokens):
-        if i:
-            hidden = target.verify(tokens[:, i - 1 : i], depth, alone, cache, prefix).hidden
-            cache.advance(1, 1)
-        index = torch.full((batch, 1), i, device=device)
-        p = target.token_law(target.head(hidden), prefix, law, index)[:, 0]
-        tokens[:, i] = _sample(p, law, generators)
-        if on_token is not None:
-            on_token(i)
-    return Decoded(tokens, target.num_tokens)
+    if compile:
+        prefix = prefix.padded(PROMPT_MULTIPLE)
+    with many_graphs(compile):
+        return _Plain(target, prefix, law, list(generators), compile).decode(on_token)
 
 
-def _sample(p: Tensor, law: TokenLaw, generators: Sequence[torch.Generator]) -> Tensor:
-    """A token [B] of laws [B, V]."""
-    if law.temperature == 0:
-        return p.argmax(dim=-1)
-    return draw(p, gumbel_noise(generators, p.shape[-1], p.device))
+class _Plain:
+    """State of one batch."""
+
+    def __init__(
+        self, target: Target, prefix: Prefix, law: TokenLaw, generators: list[torch.Generator], compile: bool
+    ) -> None:
+        self.target, self.prefix, self.law, self.generators = target, prefix, law, generators
+        self.advance = compiled(_Plain.step) if compile else _Plain.step
+        device = prefix.mask.device
+        self.cache = target.new_cache(prefix, 1)
+        self.depth = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.alone = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
+        self.index = torch.zeros(prefix.images, 1, dtype=torch.int64, device=device)
+
+    def decode(self, on_token: OnToken | None) -> Decoded:
+        output, tokens = self.target.prefill(self.prefix, self.cache), list[Tensor]()
+        token = self._choose(output.hidden[:, -1:], self._noise())
+        for i in range(self.target.num_tokens):
+            if i:
+                token = self.advance(self, token, self._noise())
+            tokens.append(token)
+            if on_token is not None:
+                on_token(i)
+        add_passes("target", self.target.num_tokens)
+        return Decoded(torch.stack(tokens, dim=1), self.target.num_tokens)
+
+    def step(self, token: Tensor, gumbel: Tensor | None) -> Tensor:
+        """The next token [B]."""
+        output = self.target.verify(token[:, None], self.depth, self.alone, self.cache, self.prefix)
+        self.cache.advance(1, 1)
+        self.index = self.index + 1
+        return self._choose(output.hidden, gumbel)
+
+    def _choose(self, hidden: Tensor, gumbel: Tensor | None) -> Tensor:
+        p = self.target.token_law(self.target.head(hidden), self.prefix, self.law, self.index)[:, 0]
+        return p.argmax(dim=-1) if gumbel is None else draw(p, gumbel)
+
+    def _noise(self) -> Tensor | None:
+        if self.law.temperature == 0:
+            return None
+        return gumbel_noise(self.generators, self.target.vocab_size, self.index.device)
 
 
 @torch.no_grad()
@@ -92,6 +122,7 @@ def decode_speculative(
     law: TokenLaw,
     generators: Sequence[torch.Generator],
     on_token: OnToken | None = None,
+    compile: bool = False,
 ) -> Decoded:
     """Rounds of drafting, one target pass over what was drafted, and committing the accepted path and one token more.
 
@@ -103,12 +134,16 @@ def decode_speculative(
         law: the sampler's settings.
         generators: one per image.
         on_token: called after each round with the index of the last token that all images have.
+        compile: compile the round, see `fastgen.drafters.compiled`.
 
     Raises:
         ValueError: the source cannot draft for this target or law.
     """
     source.check(target, law, rule)
-    return _Rounds(target, source, rule, prefix, law, list(generators)).decode(on_token)
+    if compile:
+        prefix = prefix.padded(PROMPT_MULTIPLE)
+    with many_graphs(compile):
+        return _Rounds(target, source, rule, prefix, law, list(generators), compile).decode(on_token)
 
 
 class _Rounds:
@@ -122,9 +157,11 @@ class _Rounds:
         prefix: Prefix,
         law: TokenLaw,
         generators: list[torch.Generator],
+        compile: bool = False,
     ) -> None:
         self.target, self.source, self.rule, self.prefix, self.law = target, source, rule, prefix, law
         self.generators = generators
+        self.advance = compiled(_Rounds.step) if compile else _Rounds.step
         device, batch = prefix.embeds.device, prefix.images
         self.path = source.max_depth + 1
         self.cache = target.new_cache(prefix, source.nodes + self.path)
@@ -135,7 +172,10 @@ class _Rounds:
         self.lengths: list[Tensor] = []
         output = target.prefill(prefix, self.cache, source.taps)
         p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(self.count)[:, None])
-        self.tokens[:, 0] = _sample(p[:, 0], law, generators)
+        if law.temperature == 0:
+            self.tokens[:, 0] = p[:, 0].argmax(dim=-1)
+        else:
+            self.tokens[:, 0] = draw(p[:, 0], gumbel_noise(generators, p.shape[-1], device))
         source.start(target, prefix, law, output, self.tokens[:, 0], generators)
 
     def decode(self, on_token: OnToken | None) -> Decoded:
@@ -154,21 +194,37 @@ class _Rounds:
         lengths = torch.stack(self.lengths).flatten().tolist() if self.lengths else []
         accepted = [length for length in lengths if length >= 0]
         add_accepted(accepted)
+        add_passes("target", rounds + 1)
+        each, first = self.source.passes
+        if first:
+            add_passes("drafter", first + rounds * each)
         return Decoded(self.tokens[:, :total], rounds + 1, accepted, self.counts)
 
     def round(self) -> None:
-        """Draft, verify, commit: no decision of it is taken on the host."""
+        """Draft, verify, commit; then what has only to be kept."""
+        active = self.count < self.target.num_tokens
+        length, counts = self.advance(self, *self._noise())
+        self.lengths.append(torch.where(active, length, -1))
+        for name, value in counts.items():
+            value = value * active
+            self.counts[name] = self.counts[name] + value if name in self.counts else value
+        if "stolen" in counts:
+            self.spent = self.counts["stolen"].float()
+
+    def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """A round without decisions on the host: accepted lengths [B], and the rule's counts."""
         remaining = self.target.num_tokens - self.count
         index = self.count - 1
         root = self.tokens.gather(1, index[:, None])[:, 0]
-        noise, gumbel = self._noise()
         proposal = self.source.propose(root, index, gumbel)
         drafted, output = self._verify(proposal, index)
         if self.law.temperature == 0:
             decisions: Decisions = greedy(drafted)
         else:
             decisions = self.rule.verify(drafted, noise, self.spent)
-        self._commit(drafted, walk(drafted, decisions, noise, remaining), output, remaining)
+        way = walk(drafted, decisions, noise, remaining)
+        self._commit(drafted, way, output, remaining)
+        return way.length, way.counts
 
     def _verify(self, proposal: Proposal, index: Tensor) -> tuple[Drafted, TargetPass]:
         target, tree = self.target, proposal.tree
@@ -197,8 +253,7 @@ class _Rounds:
         return Noise(coins, gumbel[:, :own]), gumbel[:, own:] if draws else None
 
     def _commit(self, drafted: Drafted, way: Walk, output: TargetPass, remaining: Tensor) -> None:
-        active = remaining > 0
-        kept = torch.where(active, way.length + 1, 0)
+        kept = torch.where(remaining > 0, way.length + 1, 0)
         tokens = torch.cat([drafted.tokens.gather(1, way.nodes[:, 1:]), way.bonus[:, None]], dim=1)
         tokens = tokens.scatter(1, way.length[:, None], way.bonus[:, None])
         places = self.count[:, None] + torch.arange(self.path, device=tokens.device)
@@ -207,9 +262,3 @@ class _Rounds:
         self.count = self.count + kept
         self.cache.commit(self.target.both_rows(way.nodes, self.prefix), self.target.both_rows(kept, self.prefix))
         self.source.absorb(drafted, way, tokens, kept, output)
-        self.lengths.append(torch.where(active, way.length, -1))
-        for name, value in way.counts.items():
-            value = value * active
-            self.counts[name] = self.counts[name] + value if name in self.counts else value
-        if "stolen" in way.counts:
-            self.spent = self.counts["stolen"].float()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache
@@ -163,10 +162,5 @@ def _attend(
     if rotary is not None:
         turn = rotate_halves if layer.rotary == "halves" else rotate_pairs
         query, key = turn(query, rotary), turn(key, rotary)
-    cache.write(index, slots, key, value)
-    keys, values = cache.read(index, mask.shape[-1])
-    grouped = keys.shape[1] != query.shape[2]
-    query = query.to(keys.dtype).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
-    output: Tensor = layer.output(mixed.transpose(1, 2).flatten(2))
+    output: Tensor = layer.output(cache.attend(index, query, key, value, slots, mask).flatten(2))
     return output

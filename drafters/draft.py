@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,14 +41,20 @@ class Level:
 
 @dataclass(frozen=True)
 class StaticPlan:
-    """What the rounds of a static tree share."""
+    """What the rounds of a static tree share.
+
+    Attributes:
+        tree: the topology.
+        levels: depths 0 to max_depth - 1.
+    """
 
     tree: Tree
+    levels: list[Level]
 
-    @cached_property
-    def levels(self) -> list[Level]:
-        """Depths 0 to max_depth - 1."""
-        tree, levels, grown = self.tree, list[Level](), list[int]()
+    @classmethod
+    def of(cls, tree: Tree) -> StaticPlan:
+        """The plan of a static tree."""
+        levels, grown, device = list[Level](), list[int](), tree.parents.device
         above: list[int] = []
         for depth, members in enumerate(tree.levels[:-1]):
             nodes = [node for node in members.tolist() if int(tree.children[0, node, 0]) >= 0]
@@ -62,20 +67,27 @@ class StaticPlan:
             seen = grown + nodes if depth else nodes
             levels.append(
                 Level(
-                    nodes=torch.tensor(nodes),
-                    children=torch.tensor([edge[0] for edge in edges]),
-                    source=torch.tensor([edge[1] for edge in edges]),
-                    slot=torch.tensor([edge[2] for edge in edges]),
+                    nodes=torch.tensor(nodes, device=device),
+                    children=torch.tensor([edge[0] for edge in edges], device=device),
+                    source=torch.tensor([edge[1] for edge in edges], device=device),
+                    slot=torch.tensor([edge[2] for edge in edges], device=device),
                     most=max(edge[2] for edge in edges) + 1,
                     first=len(grown),
                     mask=tree.mask[:, nodes][:, :, seen],
-                    parents=torch.tensor([above.index(int(tree.parents[0, node])) for node in nodes] if depth else []),
+                    parents=torch.tensor(
+                        [above.index(int(tree.parents[0, node])) for node in nodes] if depth else [], device=device
+                    ),
                 )
             )
             if depth:
                 grown = seen
             above = nodes
-        return levels
+        return cls(tree, levels)
+
+    def to(self, device: torch.device) -> StaticPlan:
+        """The same on another device."""
+        tree = self.tree.to(device)
+        return self if tree is self.tree else StaticPlan.of(tree)
 
     @property
     def grown(self) -> int:

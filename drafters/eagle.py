@@ -97,13 +97,14 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
     def start(self, target: Target, prefix: Prefix, features: Tensor, first: Tensor, room: int) -> DraftState:
         length = prefix.mask.shape[1]
         heads, dtype = self.config.heads, features.dtype
-        cache = KVCache.allocate(1, prefix.mask, target.num_tokens + room, heads, self.head_dim, dtype)
+        slots_behind = target.num_tokens + room
+        cache = KVCache.allocate(1, prefix.mask, slots_behind, heads, self.head_dim, dtype, prefix.static)
         embeds = torch.cat([prefix.embeds[:, 1:], target.both_rows(target.embed(first[:, None]), prefix)], dim=1)
         slots = torch.arange(length, device=features.device).expand(len(embeds), -1)
         mask = padded_causal_mask(prefix.mask)
         hidden = self.layer(embeds, self.read(features), prefix.positions, cache, slots, mask)
         cache.advance(length, length)
-        return DraftState(target, prefix, cache, hidden[:, -1:])
+        return DraftState(target, prefix, cache, hidden[:, -1:].contiguous())
 
     def absorb(self, state: DraftState, tokens: Tensor, features: Tensor, count: Tensor) -> None:
         m = tokens.shape[1]
@@ -159,10 +160,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
             [R, k, hidden_size] the predicted feature (variant 1), or [R, k, width] (variant 3).
         """
         stream, query, key, value = self.project(embeds, hidden, self.rotary(positions, hidden.dtype))
-        cache.write(0, slots, key, value)
-        keys, values = cache.read(0, mask.shape[-1])
-        mixed = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
-        return self.finish(stream, mixed.transpose(1, 2))
+        return self.finish(stream, cache.attend(0, query, key, value, slots, mask))
 
     def project(self, embeds: Tensor, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream [R, k, width], and query, key and value [R, k, heads, head_dim], rotated."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen.accounting import add_passes
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
 from fastgen.drafters.drafter import Drafter, DraftState
@@ -44,12 +43,14 @@ class DraftSource(ABC):
         nodes: tokens of a target pass, root included.
         max_depth: the longest path.
         draws: rows of Gumbel noise that a round takes.
+        passes: of a drafter, in a round and before the first.
         taps: layers of the target whose inputs it reads.
     """
 
     nodes: int
     max_depth: int
     draws: int
+    passes: tuple[int, int] = (0, 0)
     taps: tuple[int, ...] = ()
 
     @abstractmethod
@@ -93,7 +94,7 @@ class TreeSource(DraftSource):
 
     def __init__(self, drafter: Drafter, tree: Tree | DynamicShape, sampled: bool) -> None:
         self.drafter, self.tree, self.sampled, self.taps = drafter, tree, sampled, drafter.taps
-        self.plan = tree if isinstance(tree, DynamicShape) else StaticPlan(tree)
+        self.plan = tree if isinstance(tree, DynamicShape) else StaticPlan.of(tree)
         if isinstance(self.plan, DynamicShape):
             if sampled:
                 raise ValueError("tree: a dynamic tree takes the most likely tokens; sampled=True is not possible")
@@ -104,6 +105,8 @@ class TreeSource(DraftSource):
             static = self.plan.tree
             self.nodes, self.max_depth, self.grown = static.n, static.max_depth, self.plan.grown
             self.draws = self.grown + 1 if sampled else 0
+        # A level each, the root's being what was absorbed; before the first round the prompts.
+        self.passes = (self.max_depth, 1)
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         self.drafter.check(target)
@@ -116,14 +119,12 @@ class TreeSource(DraftSource):
         self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators
     ) -> None:
         if isinstance(self.plan, StaticPlan):
-            self.plan = StaticPlan(self.plan.tree.to(first.device))
+            self.plan = self.plan.to(first.device)
         self.law = law
         features, room = self.drafter.features(output), self.grown + self.max_depth + 1
         self.state: DraftState = self.drafter.start(target, prefix, features, first, room)
-        add_passes("drafter")
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
-        add_passes("drafter", self.max_depth - 1)
         if isinstance(self.plan, DynamicShape):
             tree, tokens = draft_dynamic(self.drafter, self.state, self.plan, root, self.law, index)
             return Proposal(tree, tokens, None)
@@ -135,7 +136,6 @@ class TreeSource(DraftSource):
         nodes = Target.both_rows(way.nodes, self.state.prefix)
         features = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[-1]))
         self.drafter.absorb(self.state, tokens, features, kept)
-        add_passes("drafter")
 
 
 class JacobiSource(DraftSource):
@@ -192,7 +192,7 @@ class JacobiSource(DraftSource):
         # The first candidate of each depth, behind the root.
         self.spine = torch.cat([first.new_zeros(1), 1 + self.width * torch.arange(self.window, device=device)])
         p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(first)[:, None])
-        self.laws = p.expand(-1, self.window, -1)
+        self.laws = p.expand(-1, self.window, -1).contiguous()  # strides as in later rounds
         self.noise: Tensor | None = None
         if self.coupled and law.temperature > 0:
             places = target.num_tokens + self.window + 1

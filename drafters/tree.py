@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ class Tree:
         depth: [b, n] int64, 0 at the root.
         mask: [b, n, n] bool, row i: node i, its ancestors and the root.
         max_depth: the largest depth (a bound for dynamic trees).
+        internal: [A] int64, the nodes that have children; the verifier looks at no other. In dynamic trees all.
     """
 
     parents: Tensor
@@ -36,6 +36,7 @@ class Tree:
     depth: Tensor
     mask: Tensor
     max_depth: int
+    internal: Tensor
 
     @property
     def n(self) -> int:
@@ -46,31 +47,28 @@ class Tree:
     def max_children(self) -> int:
         return int(self.children.shape[2])
 
-    @cached_property
+    @property
     def levels(self) -> list[Tensor]:
         """Node indices of each depth, for a static tree; level 0 is the root."""
         return [(self.depth[0] == depth).nonzero().flatten() for depth in range(self.max_depth + 1)]
 
-    @cached_property
-    def internal(self) -> Tensor:
-        """Indices of the nodes that have children in any image, [A]; the verifier looks at no other."""
-        if self.parents.shape[0] > 1:  # a dynamic tree: reading it would stop the GPU
-            return torch.arange(self.n, device=self.parents.device)
-        return (self.children[0, :, 0] >= 0).nonzero().flatten()
-
     def to(self, device: torch.device | str) -> Tree:
         """The same tree on another device."""
-        parents, children, depth, mask = (t.to(device) for t in (self.parents, self.children, self.depth, self.mask))
-        return Tree(parents, children, depth, mask, self.max_depth)
+        if self.parents.device == torch.device(device):
+            return self
+        tensors = (self.parents, self.children, self.depth, self.mask, self.internal)
+        parents, children, depth, mask, internal = (tensor.to(device) for tensor in tensors)
+        return Tree(parents, children, depth, mask, self.max_depth, internal)
 
     @classmethod
-    def of_parents(cls, parents: Tensor, max_depth: int, max_children: int) -> Tree:
+    def of_parents(cls, parents: Tensor, max_depth: int, max_children: int, static: bool = False) -> Tree:
         """Fill in the rest.
 
         Args:
             parents: [b, n], every parent before its children; children are verified in the order of their indices.
             max_depth: no node is deeper.
             max_children: no node has more.
+            static: one topology for all images, b = 1, which is read here; a dynamic one is not, a GPU would stop.
         """
         b, n = parents.shape
         device = parents.device
@@ -88,7 +86,9 @@ class Tree:
         target = torch.where(is_child, parents * max_children + slot, n * max_children)
         flat.scatter_(1, target, torch.arange(n, device=device).expand(b, n))
         children = flat[:, :-1].unflatten(1, (n, max_children))
-        return cls(parents, children, depth, reach, max_depth)
+        numbers = torch.arange(n, device=device)
+        internal = numbers[children[0, :, 0] >= 0] if static else numbers
+        return cls(parents, children, depth, reach, max_depth, internal)
 
 
 def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
@@ -113,7 +113,7 @@ def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
     index = {node: i for i, node in enumerate(order)}
     parents = torch.tensor([[index[node[:-1]] for node in order]])
     most = max(node[-1] for node in nodes) + 1
-    return Tree.of_parents(parents, max_depth=max(map(len, nodes)), max_children=most)
+    return Tree.of_parents(parents, max_depth=max(map(len, nodes)), max_children=most, static=True)
 
 
 def chain(length: int) -> Tree:

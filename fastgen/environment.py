@@ -52,6 +52,15 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def native_bfloat16(device: Any) -> bool:
+    """Whether a `torch.device` multiplies bfloat16 natively; elsewhere it is emulated, slower than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def commit() -> str | None:
     """The commit of the source tree this package runs from, with "+" when files differ from it; None outside one."""
     root = Path(__file__).resolve().parent.parent

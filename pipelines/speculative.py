@@ -58,6 +58,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
         self._target: Target = target_of(model, tokenizer)
         self.calibration = calibration
+        self._compile = False
         self._chosen: dict[Any, tuple[DraftSource, str]] = {}
         if drafter is not None:
             drafter.check(self._target)
@@ -77,6 +78,14 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Tokens of a picture."""
         return self._target.num_tokens
+
+    def compile(self, enabled: bool = True) -> None:
+        """Run every round as one compiled graph (or, with False, no longer): see `fastgen.drafters.compiled`.
+
+        The first picture waits for the compiler, up to a minute. Rounding differs from the rounds that are not
+        compiled, so that a picture may.
+        """
+        self._compile = enabled
 
     @torch.no_grad()
     def __call__(
@@ -181,11 +190,12 @@ class SpeculativeImagePipeline(DiffusionPipeline):
 
     def _choose(self, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
         """The fastest source, measured once."""
-        key = (rule.name, getattr(rule, "config", None), law, str(self._target.device), self._target.dtype)
+        device, dtype = str(self._target.device), self._target.dtype
+        key = (rule.name, getattr(rule, "config", None), law, device, dtype, self._compile)
         if key not in self._chosen:
             with phase("auto"):
                 prefix = self._target.prefix(prompts[:1], law.guided)
-                self._chosen[key] = choose_source(self._target, self.drafter, rule, prefix, law)
+                self._chosen[key] = choose_source(self._target, self.drafter, rule, prefix, law, compile=self._compile)
         source, name = self._chosen[key]
         note_path("tree", name)
         return source
@@ -216,7 +226,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         with phase("text"):
             prefix = self._target.prefix(prompts, law.guided)
         with phase("tokens"):
-            return decode_speculative(self._target, source, rule, prefix, law, generators, on_token)
+            return decode_speculative(self._target, source, rule, prefix, law, generators, on_token, self._compile)
 
     def _reporter(self, callback: Callable[..., Any] | None, number: int, groups: int) -> Callable[[int], None] | None:
         if callback is None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.accounting import add_passes
 from fastgen.drafters.cache import KVCache, tree_attention_mask
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, guide, mix, restrict
@@ -37,12 +36,14 @@ class Prefix:
         mask: [R, P] bool, real tokens.
         guided: whether there are unconditional rows.
         counts_pads: positions count every slot, pads too (LlamaGen); else real tokens only.
+        static: caches of this batch have static shapes, see `KVCache.allocate`.
     """
 
     embeds: Tensor
     mask: Tensor
     guided: bool
     counts_pads: bool = False
+    static: bool = False
 
     @property
     def images(self) -> int:
@@ -62,6 +63,16 @@ class Prefix:
         if self.counts_pads:
             return torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
         return (self.mask.cumsum(dim=1) - 1).clamp_min(0)
+
+    def padded(self, multiple: int) -> Prefix:
+        """The same with static shapes, in which prompts of many lengths share one: pads on the left, up to a multiple.
+
+        Where positions count pads the length stays: there it is one for all prompts.
+        """
+        pads = 0 if self.counts_pads else -self.mask.shape[1] % multiple
+        embeds = torch.nn.functional.pad(self.embeds, (0, 0, pads, 0))
+        mask = torch.nn.functional.pad(self.mask, (pads, 0), value=False)
+        return replace(self, embeds=embeds, mask=mask, static=True)
 
     def followed_by(self, embeds: Tensor) -> Prefix:
         """The same with vectors [R, m, D] behind."""
@@ -159,7 +170,9 @@ class Target(ABC):
         layer = self.layers[0]
         heads = int(layer.key.out_features) // layer.head_dim  # type: ignore[arg-type]
         slots = self.num_tokens + room
-        return KVCache.allocate(len(self.layers), prefix.mask, slots, heads, layer.head_dim, prefix.embeds.dtype)
+        return KVCache.allocate(
+            len(self.layers), prefix.mask, slots, heads, layer.head_dim, prefix.embeds.dtype, prefix.static
+        )
 
     def prefill(self, prefix: Prefix, cache: KVCache, taps: tuple[int, ...] = ()) -> TargetPass:
         """Read the prompts. A pad sees itself alone, so that nothing in the batch is undefined."""
@@ -212,7 +225,6 @@ class Target(ABC):
         self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor, taps: tuple[int, ...]
     ) -> TargetPass:
         """A pass over vectors [R, n, D] at `positions`, written to `slots` of the cache, that see what `mask` says."""
-        add_passes("target")
         hidden, tapped = run_layers(self.layers, embeds, self.rotary(positions), cache, slots, mask, taps)
         return TargetPass(self.final_norm(hidden), tapped)
 

@@ -1,8 +1,8 @@
 """Speculative decoding: accepted length, passes and seconds, beside quality, for rules, drafts and trees.
 
 Seconds are those of one picture at a time, measured in one run in which all variants take turns, against the fastest
-plain loop that we can write and against stock `generate`. Before anything is timed, every lossless variant has to draw
-the plain loop's very tokens at temperature 0.
+of our plain loops (in float32 and in the variants' precision, compiled and not) and the fastest stock `generate`.
+Before anything is timed, every lossless variant has to draw the plain loop's very tokens at temperature 0, in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
-from fastgen.environment import environment
+from fastgen.environment import environment, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.quality import score_row
@@ -109,6 +109,8 @@ def benchmark_speculative(
     runs: int = 3,
     guidance_scale: float | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
+    compile: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -125,12 +127,15 @@ def benchmark_speculative(
         runs: timed rounds, after one of warm-up.
         guidance_scale: None takes the model's.
         device: where.
+        dtype: of the variants; "auto" is bfloat16 where the device multiplies it natively. The plain loops and stock
+            `generate` run in float32 as well.
+        compile: compile the rounds; the plain loop runs both ways.
         report: told what is going on.
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with variant, rule, drafter, tree, target_pass_ratio,
         seconds a picture, speedup_vs_fastest_plain, speedup_vs_stock, accepted_length (the bonus counted) and
-        accepted_without_bonus, stolen (mass a picture), score, stderr and fd. The first rows are the plain loop and
+        accepted_without_bonus, stolen (mass a picture), score, stderr and fd. The first rows are the plain loops and
         stock `generate`.
 
     Raises:
@@ -143,20 +148,29 @@ def benchmark_speculative(
     checkpoint = find_checkpoint(model)
     if checkpoint.kind != "janus":
         raise FastgenError(f"model: {model} does not draw tokens")
-    pipe: Any = load_checkpoint(checkpoint, device=device, dtype="float32" if device == "cpu" else "auto")
-    target = target_of(pipe.model, pipe.tokenizer)
-    made = None if drafter is None else load_drafter(drafter, target.dtype).to(target.device)
-    rows_of = [parse_variant(text, target, made) for text in variants]
+    if dtype == "auto":
+        dtype = "bfloat16" if native_bfloat16(torch.device(device)) else "float32"
+    pipes: dict[str, Any] = {}
+    parsed: dict[str, list[Variant]] = {}
+    for kind in dict.fromkeys(("float32", dtype)):
+        pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
+        target = target_of(pipe.model, pipe.tokenizer)
+        made = None if drafter is None else load_drafter(drafter, target.dtype).to(target.device)
+        pipes[kind], parsed[kind] = pipe, [parse_variant(text, target, made) for text in variants]
+    targets = {kind: target_of(pipe.model, pipe.tokenizer) for kind, pipe in pipes.items()}
+    target = targets[dtype]
     scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
     law = TokenLaw(scale)
     prompts = shapes_prompts(limit)
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     report("gate")
-    _gate(target, law, chosen[:2], rows_of)
+    _gate(targets["float32"], law, chosen[:2], parsed["float32"])
+    rows_of = parsed[dtype]
     scored = _scores(target, law, rows_of, prompts, folder, images_per_prompt, batch_size, checkpoint, report, quality)
     report("time")
-    rows = _timed(pipe, target, law, chosen, rows_of, runs)
-    for row, scores in zip([rows[0], *rows[2:]], scored, strict=True):
+    rows = _timed(pipes, targets, law, chosen, rows_of, dtype, runs, compile)
+    unspeculated = next(row for row in rows if row["variant"] == f"plain loop, {dtype}")
+    for row, scores in zip([unspeculated, *rows[len(rows) - len(rows_of) :]], scored, strict=True):
         row |= scores
     return {
         "benchmark": "speculative",
@@ -171,6 +185,8 @@ def benchmark_speculative(
             "timed_prompts": len(chosen),
             "runs": runs,
             "device": device,
+            "dtype": dtype,
+            "compile": compile,
             "threads": torch.get_num_threads(),
         },
         "rows": rows,
@@ -179,14 +195,19 @@ def benchmark_speculative(
 
 @torch.no_grad()
 def _draw(
-    target: Target, law: TokenLaw, variant: Variant | None, prompts: Sequence[str], seeds: Sequence[int]
+    target: Target,
+    law: TokenLaw,
+    variant: Variant | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    compile: bool = False,
 ) -> Decoded:
     """Tokens of a batch; without a variant by the plain loop."""
     prefix = target.prefix(prompts, law.guided)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if variant is None:
-        return decode_plain(target, prefix, law, generators)
-    return decode_speculative(target, variant.source(), variant.rule, prefix, law, generators)
+        return decode_plain(target, prefix, law, generators, compile=compile)
+    return decode_speculative(target, variant.source(), variant.rule, prefix, law, generators, compile=compile)
 
 
 def _gate(target: Target, law: TokenLaw, prompts: Sequence[str], variants: Sequence[Variant]) -> None:
@@ -248,62 +269,79 @@ def _pictures(
 
 
 def _timed(
-    pipe: Any, target: Target, law: TokenLaw, prompts: Sequence[str], variants: Sequence[Variant], runs: int
+    pipes: dict[str, Any],
+    targets: dict[str, Target],
+    law: TokenLaw,
+    prompts: Sequence[str],
+    variants: Sequence[Variant],
+    dtype: str,
+    runs: int,
+    compile: bool,
 ) -> list[dict[str, Any]]:
-    """Seconds, passes and accepted lengths of single pictures; all variants in turn, one round of warm-up."""
+    """Seconds, passes and accepted lengths of single pictures; all in turn, after one round of warm-up."""
 
-    def stock(prompt: str, seed: int) -> None:
+    def stock(pipe: Any, prompt: str, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         pipe(prompt, guidance_scale=law.guidance_scale, generator=generator, output_type="tokens")
 
-    seconds: list[list[float]] = [[] for _ in range(2 + len(variants))]
-    made: list[list[Decoded]] = [[] for _ in variants]
+    def ours(kind: str, variant: Variant | None, compiled: bool, prompt: str, seed: int) -> Decoded:
+        return _draw(targets[kind], law, variant, [prompt], [seed], compiled)
+
+    calls: dict[str, Callable[[str, int], Any]] = {}
+    for kind in pipes:
+        calls[f"plain loop, {kind}"] = partial(ours, kind, None, False)
+        if compile:
+            calls[f"plain loop, {kind}, compiled"] = partial(ours, kind, None, True)
+    calls |= {f"stock generate, {kind}": partial(stock, pipe) for kind, pipe in pipes.items()}
+    calls |= {variant.name: partial(ours, dtype, variant, compile) for variant in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    made: dict[str, list[Decoded]] = {variant.name: [] for variant in variants}
     for run in range(runs + 1):
         for seed, prompt in enumerate(prompts):
-            calls: list[Callable[[], Any]] = [partial(_draw, target, law, None, [prompt], [seed])]
-            calls.append(partial(stock, prompt, seed))
-            calls += [partial(_draw, target, law, variant, [prompt], [seed]) for variant in variants]
-            for place, call in enumerate(calls):
+            for name, call in calls.items():
                 start = time.perf_counter()
-                result = call()
-                wait_for(target.device)
+                result = call(prompt, seed)
+                wait_for(targets[dtype].device)
                 elapsed = time.perf_counter() - start
                 if run:
-                    seconds[place].append(elapsed)
-                elif place >= 2:
-                    made[place - 2].append(result)
-    times = [percentiles(values) for values in seconds]
-    rows = [_row("plain loop", times, 0), _row("stock generate", times, 1)]
-    for place, (variant, decoded) in enumerate(zip(variants, made, strict=True), start=2):
-        accepted = [length for one in decoded for length in one.accepted]
-        mean = sum(accepted) / len(accepted)
-        passes = sum(one.target_passes for one in decoded) / len(decoded)
-        stolen = sum(float(one.counts["stolen"].sum()) for one in decoded if "stolen" in one.counts) / len(decoded)
-        rows.append(
-            {
-                **_row(variant.name, times, place),
-                "rule": variant.rule.name,
-                "drafter": variant.drafter,
-                "tree": variant.tree,
-                "target_pass_ratio": passes / target.num_tokens,
-                "accepted_length": mean + 1,
-                "accepted_without_bonus": mean,
-                "stolen": stolen,
-            }
-        )
-    return rows
+                    seconds[name].append(elapsed)
+                elif name in made:
+                    made[name].append(result)
+    times = {name: percentiles(values) for name, values in seconds.items()}
+    rows = [_row(name, times) for name in calls if name not in made]
+    return rows + [_row(variant.name, times) | _decoded(variant, made[variant.name]) for variant in variants]
 
 
-def _row(name: str, times: list[dict[str, float]], place: int) -> dict[str, Any]:
+def _decoded(variant: Variant, decoded: list[Decoded]) -> dict[str, Any]:
+    """What a variant's pictures say of it."""
+    accepted = [length for one in decoded for length in one.accepted]
+    mean = sum(accepted) / len(accepted)
+    passes = sum(one.target_passes for one in decoded)
+    stolen = sum(float(one.counts["stolen"].sum()) for one in decoded if "stolen" in one.counts)
+    return {
+        "rule": variant.rule.name,
+        "drafter": variant.drafter,
+        "tree": variant.tree,
+        "target_pass_ratio": passes / sum(one.tokens.shape[1] for one in decoded),
+        "accepted_length": mean + 1,
+        "accepted_without_bonus": mean,
+        "stolen": stolen / len(decoded),
+    }
+
+
+def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def fastest(start: str) -> float:
+        return min(values["p50"] for other, values in times.items() if other.startswith(start))
+
     return {
         "variant": name,
         "rule": None,
         "drafter": None,
         "tree": None,
         "target_pass_ratio": 1.0,
-        "seconds": times[place],
-        "speedup_vs_fastest_plain": times[0]["p50"] / times[place]["p50"],
-        "speedup_vs_stock": times[1]["p50"] / times[place]["p50"],
+        "seconds": times[name],
+        "speedup_vs_fastest_plain": fastest("plain loop") / times[name]["p50"],
+        "speedup_vs_stock": fastest("stock generate") / times[name]["p50"],
         "accepted_length": 1.0,
         "accepted_without_bonus": 0.0,
         "stolen": 0.0,

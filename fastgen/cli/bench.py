@@ -203,6 +203,8 @@ def speculative(
     timed_prompts: Annotated[int, typer.Option(help="Pictures of a timed round, drawn one by one.")] = 6,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the variants; auto: bfloat16 where it is native.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the rounds.")] = True,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
@@ -211,7 +213,7 @@ def speculative(
     from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
-    check_names(device, "auto")
+    check_names(device, dtype)
     find_checkpoint(model)
     for path in (out, plot):
         if path is not None:
@@ -232,6 +234,8 @@ def speculative(
             timed_prompts=timed_prompts,
             runs=runs,
             device=device,
+            dtype=dtype,
+            compile=compile,
             report=lambda line: typer.echo(line, err=True),
         )
         if plot is not None:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from fastgen.environment import commit, cpu_name
+from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.training.muon import Muon
 
@@ -121,11 +121,8 @@ def resolve_precision(name: str) -> str:
     """ "fp32" or "bf16": what "auto" means on this machine, anything else as it is."""
     if name != "auto":
         return name
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Without native units bfloat16 is emulated, slower than float32.
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if native_bfloat16(device) else "fp32"
 
 
 def build_optimizers(module: torch.nn.Module, lr: float, precision: str = "fp32") -> list[torch.optim.Optimizer]:

@@ -28,7 +28,7 @@ def test_topology_of_parents(parents: list[int]) -> None:
         assert [set(torch.where(line)[0].tolist()) for line in tree.mask[row]] == ancestors
         assert tree.depth[row].tolist() == [len(line) - 1 for line in ancestors]
         assert [[c for c in line.tolist() if c >= 0] for line in tree.children[row]] == children
-    single = Tree.of_parents(torch.tensor([parents]), depth, most)
+    single = Tree.of_parents(torch.tensor([parents]), depth, most, static=True)
     assert single.internal.tolist() == [i for i in range(n) if children[i]]
     assert [node for level in single.levels for node in sorted(level.tolist())] == sorted(
         range(n), key=lambda i: (len(ancestors[i]), i)

@@ -37,11 +37,12 @@ def test_rows_without_scores(
     options = [word for name in NAMES for word in ("--variant", name)]
     command = ["bench", "speculative", "--model", str(micro_janus), "--drafter", str(drafter), *options]
     out = tmp_path / "r.json"
-    code = run([*command, "--no-quality", "--timed-prompts", "2", "--runs", "1", "--json", "--out", str(out)])
+    fixed = ["--no-quality", "--dtype", "float32", "--no-compile", "--json", "--out", str(out)]
+    code = run([*command, *fixed, "--timed-prompts", "2", "--runs", "1"])
     printed = json.loads(capsys.readouterr().out)
     assert code == 0 and printed == json.loads(out.read_text())
     rows = printed["rows"]
-    assert [row["variant"] for row in rows] == ["plain loop", "stock generate", *NAMES]
+    assert [row["variant"] for row in rows] == ["plain loop, float32", "stock generate, float32", *NAMES]
     for row in rows:
         assert row["seconds"]["p50"] > 0 and row["score"] is None
         ratio = rows[0]["seconds"]["p50"] / row["seconds"]["p50"]

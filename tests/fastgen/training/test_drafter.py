@@ -49,7 +49,7 @@ def test_the_unrolled_pass_is_what_decoding_does(target: Target, variant: Any) -
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     states = unroll(drafter, features[:, :-1], embeds[:, 1:], positions, mask, 5)
 
-    plan = StaticPlan(chain(5))
+    plan = StaticPlan.of(chain(5))
     state = drafter.start(target, prefix, features[:, :length], tokens[:, 0], 8)
     for root in range(0, 6, 2):
         if root:
