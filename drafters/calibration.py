@@ -88,6 +88,11 @@ class Calibration:
         return path
 
     @classmethod
+    def beside(cls, folder: str | os.PathLike[str]) -> Calibration | None:
+        """The calibration in a drafter's folder, if there is one."""
+        return cls.load(folder) if (Path(folder) / FILE).is_file() else None
+
+    @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Calibration:
         """Read what `save` wrote.
 

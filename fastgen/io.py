@@ -139,6 +139,18 @@ def read_json(path: _PathLike) -> Any:
         raise FastgenError(f"{path} is not valid JSON: {error}") from error
 
 
+def read_object(path: _PathLike) -> dict[str, Any]:
+    """Parse a UTF-8 JSON file that holds an object.
+
+    Raises:
+        FastgenError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FastgenError(f"{path} is not a JSON object")
+    return value
+
+
 def check_writable(folder: _PathLike) -> Path:
     """Make sure that files can be written into `folder`; it is created, with its parents, when missing.
 

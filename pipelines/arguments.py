@@ -24,6 +24,7 @@ SETTINGS = (
     "token_budget",
     "tree",
     "acceptance",
+    "quality",
 )
 
 
@@ -67,6 +68,9 @@ def check_value(label: str, name: str, value: object) -> None:
         # Lists and functions of the step are checked by the pipeline.
         if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < 1):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number in [0, 1)")
+    elif name == "quality":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number from 0 (exact) to 1 (fastest)")
     elif name == "acceptance":
         if value not in RULES:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs one of {', '.join(RULES)}")

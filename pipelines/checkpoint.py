@@ -7,12 +7,9 @@ and which picture sizes it can draw; the headers of its weight files say whether
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgen.errors import FastgenError
-from fastgen.io import read_json
+from fastgen.io import read_json, read_object
+from fastgen.pipelines.weight_files import check_weight_folder
 
 __all__ = [
     "DTYPES",
@@ -30,6 +28,7 @@ __all__ = [
     "check_weights",
     "embedded_folder",
     "find_checkpoint",
+    "find_drafter",
 ]
 
 logger = logging.getLogger(__name__)
@@ -68,6 +67,7 @@ class Checkpoint:
         size_multiple: height and width must be multiples of it (0: not known from the configuration).
         fixed_size: the only height and width in pixels, if the model can draw no other.
         max_size: the largest height and width in pixels, if the configuration tells one.
+        drafter: folder of its drafter for speculative decoding ("drafter" in fastgen.json: a folder relative to it).
         base: folder of the model whose components and defaults stand in for those that `folder` does not hold
             ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
     """
@@ -81,6 +81,7 @@ class Checkpoint:
     size_multiple: int = 0
     fixed_size: int | None = None
     max_size: int | None = None
+    drafter: Path | None = None
     base: Path | None = None
 
     @property
@@ -160,6 +161,29 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
+def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) -> Path | None:
+    """Folder of a drafter for speculative decoding; from the Hub it is downloaded if need be.
+
+    Args:
+        checkpoint: of the model.
+        name: a folder or a Hub id; "none" for decoding without a drafter; None for the model's own, if it has one.
+
+    Raises:
+        FastgenError: there is no such drafter, or its weights are not whole.
+    """
+    if name is None:
+        folder = checkpoint.drafter
+    elif os.fspath(name) == "none":
+        folder = None
+    elif not Path(name).is_dir() and _HUB_ID.fullmatch(os.fspath(name)):
+        folder = _drafter_folder(download_janus(os.fspath(name)))
+    else:
+        folder = _drafter_folder(Path(name))
+    if folder is not None and (checkpoint.hub_id is None or folder != checkpoint.drafter):
+        check_weight_folder(folder)
+    return folder
+
+
 def check_names(device: str, dtype: str) -> None:
     """Refuse a device or a type that cannot exist, whatever this machine has.
 
@@ -178,7 +202,7 @@ def check_names(device: str, dtype: str) -> None:
 def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
     defaults = _defaults(folder)
     if (folder / "model_index.json").is_file():
-        index = _read_object(folder / "model_index.json")
+        index = read_object(folder / "model_index.json")
         pipeline_class = index.get("_class_name")
         if not isinstance(pipeline_class, str):
             raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
@@ -207,11 +231,20 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
             base=base,
         )
     if (folder / "config.json").is_file():
-        config = _read_object(folder / "config.json")
+        config = read_object(folder / "config.json")
         if config.get("model_type") == "janus":
             _check_json_files(folder)
-            fixed = _janus_size(folder, config)
-            return Checkpoint(model, folder, "janus", hub_id, "JanusImagePipeline", defaults, fixed_size=fixed)
+            drafter = defaults.pop("drafter", None)
+            return Checkpoint(
+                model,
+                folder,
+                "janus",
+                hub_id,
+                "JanusImagePipeline",
+                defaults,
+                fixed_size=_janus_size(folder, config),
+                drafter=None if drafter is None else _drafter_folder(folder / str(drafter)),
+            )
         raise FastgenError(
             f"model {model!r} is a transformers {config.get('model_type', 'model of unknown type')!r}; "
             "needs a diffusers pipeline or a Janus model"
@@ -221,7 +254,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
 
 def _defaults(folder: Path) -> dict[str, Any]:
     path = folder / "fastgen.json"
-    return _read_object(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _base_folder(folder: Path, base: Any) -> Path | None:
@@ -234,6 +267,12 @@ def _base_folder(folder: Path, base: Any) -> Path | None:
     if not (found / "model_index.json").is_file() or "base" in _defaults(found):
         raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no whole pipeline")
     return found
+
+
+def _drafter_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise FastgenError(f"drafter {os.fspath(folder)!r}: there is no config.json in such a folder")
+    return folder
 
 
 def _component_folder(folder: Path, base: Path | None, name: str) -> Path:
@@ -255,19 +294,12 @@ def _check_json_files(folder: Path) -> None:
                 read_json(file)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise FastgenError(f"{path} is not a JSON object")
-    return value
-
-
 def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:
     """Multiple and largest size of height and width; (0, None) where the configuration does not tell."""
     vae = component("vae") / "config.json"
     if not vae.is_file():
         return 0, None
-    vae_config = _read_object(vae)
+    vae_config = read_object(vae)
     channels = vae_config.get("block_out_channels")
     if vae_config.get("_class_name") != "AutoencoderKL" or not isinstance(channels, list):
         return 0, None
@@ -275,7 +307,7 @@ def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tup
     transformer = component("transformer") / "config.json"
     if not transformer.is_file():
         return multiple, None  # a UNet works on single latents
-    config = _read_object(transformer)
+    config = read_object(transformer)
     largest = None
     if config.get("_class_name") in ("ZImageTransformer2DModel", "DCZImageTransformer2DModel"):
         multiple *= 2  # the pipeline always uses patch size 2
@@ -310,62 +342,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     """
     folder = checkpoint.folder
     if checkpoint.kind == "janus":
-        _check_weight_folder(folder, "model")
+        check_weight_folder(folder, "model")
         return
-    for component in map(checkpoint.component, _components(_read_object(folder / "model_index.json"))):
+    for component in map(checkpoint.component, _components(read_object(folder / "model_index.json"))):
         # Schedulers and processors have configuration files of other names and no weights.
         if (component / "config.json").is_file():
-            _check_weight_folder(component)
-
-
-def _check_weight_folder(folder: Path, stem: str | None = None) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = _read_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise FastgenError(f"{index} has no weight_map")
-        for shard in sorted(set(map(str, shards.values()))):
-            if not (folder / shard).is_file():
-                raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
-    if not files and not any(folder.glob("*.bin")):
-        expected = f"{stem}.safetensors" if stem else "*.safetensors"
-        raise FastgenError(f"weight file {folder / expected} is missing")
-    for file in files:
-        check_safetensors(file)
-
-
-def check_safetensors(path: Path) -> dict[str, Any]:
-    """Check a safetensors file by its header and its length.
-
-    Returns:
-        the header: tensor name -> {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        FastgenError: the file is truncated or is something else.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            if start.startswith(b"version "):
-                raise FastgenError(f"weight file {path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
-            header_bytes = file.read(int(length)) if length <= min(size - 8, 100 * 2**20) else b""
-    except OSError as error:
-        raise FastgenError(f"cannot read weight file {path}: {error.strerror or error}") from error
-    if not header_bytes:
-        raise FastgenError(f"weight file {path} is truncated or not in safetensors format ({size} bytes)")
-    try:
-        header = json.loads(header_bytes)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        needed = 8 + len(header_bytes) + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise FastgenError(f"weight file {path} is corrupt: its header cannot be read") from error
-    if size < needed:
-        raise FastgenError(f"weight file {path} is truncated: it has {size} of {needed} bytes")
-    if size > needed:
-        raise FastgenError(f"weight file {path} is corrupt: it has {size} bytes, its header accounts for {needed}")
-    return tensors
+            check_weight_folder(component)
 
 
 # ---- Hub ----

@@ -117,7 +117,7 @@ def generate_images(
             negative_prompt: for all pictures.
             temperature, top_k, top_p: sampling of image tokens (autoregressive only).
             tail_drop, uncond_tail_drop, token_budget: compute budget (dynamic chunking only).
-            tree, acceptance: what is drafted in a round, and what is accepted (speculative decoding only).
+            tree, acceptance, quality: what is drafted in a round, and what is accepted (speculative decoding only).
 
     Raises:
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
@@ -219,6 +219,8 @@ def resolve_settings(
         settings[name] = value
     if checkpoint is not None:
         checkpoint.check_size(settings.get("height"), settings.get("width"))
+    if "quality" in settings and settings.get("acceptance") != "cascade":
+        raise FastgenError("quality: is a knob of acceptance cascade")
     if "token_budget" in settings and (settings.get("tail_drop") or "uncond_tail_drop" in settings):
         raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
     guidance = settings.get("guidance_scale")

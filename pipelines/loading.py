@@ -24,6 +24,7 @@ from fastgen.pipelines.checkpoint import (
     download_janus,
     explain_hub_error,
     find_checkpoint,
+    find_drafter,
 )
 from fastgen.pipelines.generation import (
     GeneratedImage,
@@ -47,7 +48,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_pipeline(
-    model: str, *, device: str = "cpu", dtype: str = "auto", method: str | None = None
+    model: str, *, device: str = "cpu", dtype: str = "auto", method: str | None = None, drafter: str | None = None
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
@@ -58,6 +59,7 @@ def load_pipeline(
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
             float16.
         method: "speculative" for a `SpeculativeImagePipeline` around a model that draws tokens.
+        drafter: of that pipeline: a folder or a Hub id, "none", or None for the one that comes with the model.
 
     Returns:
         the pipeline class that the model names, or a `JanusImagePipeline`.
@@ -67,15 +69,22 @@ def load_pipeline(
             had; told in one line.
     """
     check_names(device, dtype)
-    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype, method=method)
+    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype, method=method, drafter=drafter)
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "auto", method: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    method: str | None = None,
+    drafter: str | None = None,
 ) -> DiffusionPipeline:
     """`load_pipeline` for a model that was found before."""
     check_names(device, dtype)
     kind_of_pipeline = pipeline_class(checkpoint, method)
+    if drafter is not None and method != "speculative":
+        raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)
     with phase("load"):
         if checkpoint.hub_id is not None:
@@ -83,7 +92,7 @@ def load_checkpoint(
         check_weights(checkpoint)
         pipe = _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_diffusers(checkpoint, kind)
         if method == "speculative":
-            pipe = kind_of_pipeline(pipe.model, pipe.tokenizer)
+            pipe = _with_drafter(kind_of_pipeline, pipe, find_drafter(checkpoint, drafter), kind)
         try:
             pipe.to(where)
         except torch.OutOfMemoryError as error:
@@ -160,6 +169,23 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
         pipe, info = JanusImagePipeline.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
         _check_keys(folder, info)
         return pipe
+
+    return _explained(folder, load)
+
+
+def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+    """Speculative decoding of a pipeline's model."""
+    from fastgen.drafters.calibration import Calibration
+    from fastgen.drafters.loading import load_drafter
+
+    if folder is None:
+        plain: DiffusionPipeline = kind(pipe.model, pipe.tokenizer)
+        return plain
+
+    def load() -> DiffusionPipeline:
+        drafter = load_drafter(folder, dtype)
+        made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder))
+        return made
 
     return _explained(folder, load)
 

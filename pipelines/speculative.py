@@ -27,6 +27,7 @@ __all__ = ["SpeculativeImagePipeline"]
 
 #: With a drafter, and without one.
 DEFAULT_TREE, DEFAULT_WINDOW = "chain-4", "jacobi-12"
+DEFAULT_QUALITY = 0.5
 
 
 class SpeculativeImagePipeline(DiffusionPipeline):
@@ -123,7 +124,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
-            quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes its start values.
+            quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes 0.5, or start values that
+                nobody calibrated where there is no calibration.
             negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
             generator: one per image, or a single one; see `JanusImagePipeline`.
             batch_invariant: images are drawn one after the other, so that not even rounding depends on the batch;
@@ -180,6 +182,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         return TokenImageOutput(images=images, tokens=tokens, stats=result)
 
     def _rule(self, acceptance: str | AcceptanceRule, quality: float | None) -> AcceptanceRule:
+        if quality is None and acceptance == "cascade" and self.calibration is not None:
+            quality = DEFAULT_QUALITY
         if quality is None:
             return build_rule(acceptance, self._target) if isinstance(acceptance, str) else acceptance
         if acceptance != "cascade":

@@ -67,6 +67,12 @@ def shapes(
     acceptance: Annotated[
         str | None, typer.Option("--acceptance", help="What is accepted, e.g. exact (speculative).")
     ] = None,
+    quality: Annotated[
+        float | None, typer.Option("--quality", help="Of acceptance cascade, 0 to 1 (speculative).")
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")] = 32,
     batch_invariant: Annotated[
         bool,
@@ -98,7 +104,8 @@ def shapes(
     _check_options(images_per_prompt, steps, guidance_scale, batch_size, seed, limit, sheet)
     budget = {"--tail-drop": tail_drop, "--uncond-tail-drop": uncond_tail_drop, "--token-budget": token_budget}
     _check_budget(budget)
-    decoding = {"--method": method, "--tree": tree, "--acceptance": acceptance}
+    decoding = {"--method": method, "--tree": tree, "--acceptance": acceptance, "--quality": quality}
+    decoding |= {"--drafter": drafter}
     _check_decoding(decoding)
     if images is not None:
         given = {"--model": model, "--steps": steps, "--guidance-scale": guidance_scale, "--limit": limit}
@@ -133,6 +140,8 @@ def shapes(
                 "method": method,
                 "tree": tree,
                 "acceptance": acceptance,
+                "quality": quality,
+                "drafter": drafter,
             }
             run = _open_run(model, settings, limit, out)
             folder = target = run.folder
@@ -255,7 +264,7 @@ def _check_options(
         raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
 
 
-def _check_decoding(options: dict[str, str | None]) -> None:
+def _check_decoding(options: dict[str, Any]) -> None:
     """Options of speculative decoding."""
     from fastgen.pipelines.arguments import check_value
 
@@ -265,7 +274,8 @@ def _check_decoding(options: dict[str, str | None]) -> None:
         if value is not None and label != "--method":
             if options["--method"] is None:
                 raise FastgenError(f"{label}: needs --method speculative")
-            check_value(label, label.removeprefix("--"), value)
+            if label != "--drafter":  # it is looked for with the model
+                check_value(label, label.removeprefix("--"), value)
 
 
 def _check_budget(budget: dict[str, Any]) -> None:
@@ -285,9 +295,14 @@ def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path
 
     from fastgen.evaluation.runner import EvaluationRun, RunSettings
     from fastgen.evaluation.shapesworld import RENDERS, shapes_prompts
-    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
 
-    identity = RENDERS if model == RENDERS else _identity(find_checkpoint(model))
+    identity = RENDERS
+    if model != RENDERS:
+        checkpoint = find_checkpoint(model)
+        own = settings["drafter"] is None
+        drafter = None if own or settings["method"] is None else find_drafter(checkpoint, settings["drafter"])
+        identity = _identity(checkpoint, drafter)
     run = RunSettings(model=model, model_fingerprint=identity, **settings)
     if out is None:
         key = hashlib.sha256(json.dumps([asdict(run), limit]).encode()).hexdigest()[:8]
@@ -295,13 +310,16 @@ def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path
     return EvaluationRun(out, shapes_prompts(limit), run)
 
 
-def _identity(checkpoint: Checkpoint) -> str:
-    """What tells two versions of a model apart: its files, or the commit of a Hub model (the name of its folder)."""
+def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
+    """What tells two versions of a model apart: its files, or the commit of a Hub model (the name of its folder); and
+    the files of a drafter that is not its own."""
     from fastgen.evaluation.runner import model_fingerprint
 
+    others = () if drafter is None else (drafter,)
     if checkpoint.hub_id is not None:
-        return f"{checkpoint.hub_id}@{checkpoint.folder.name}"
-    return model_fingerprint(*checkpoint.folders)
+        name = f"{checkpoint.hub_id}@{checkpoint.folder.name}"
+        return f"{name} {model_fingerprint(*others)}" if others else name
+    return model_fingerprint(*checkpoint.folders, *others)
 
 
 def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
@@ -315,7 +333,13 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
         from fastgen.pipelines.loading import generate_images, load_pipeline
 
         settings = run.settings
-        pipe = load_pipeline(model, device=settings.device, dtype=settings.dtype, method=settings.method)
+        pipe = load_pipeline(
+            model,
+            device=settings.device,
+            dtype=settings.dtype,
+            method=settings.method,
+            drafter=settings.drafter,
+        )
         pictures = generate_images(
             pipe,
             prompts,
@@ -327,6 +351,7 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
             token_budget=run.settings.token_budget,
             tree=run.settings.tree,
             acceptance=run.settings.acceptance,
+            quality=run.settings.quality,
             batch_size=batch_size,
             batch_invariant=run.settings.batch_size is None,
         )

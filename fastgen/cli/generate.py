@@ -81,7 +81,15 @@ def generate(
     tree: Annotated[
         str | None,
         typer.Option(
-            help="What a round drafts: jacobi-12, a window of 12 tokens; auto measures (speculative).",
+            help="What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; auto measures "
+            "(speculative).",
+            show_default=False,
+        ),
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or a Hub id; none decodes without one. Default: the model's own (speculative).",
             show_default=False,
         ),
     ] = None,
@@ -89,6 +97,13 @@ def generate(
         str | None,
         typer.Option(help="What is accepted: exact, lantern, lantern++, gsd, cool-sd, cascade … (speculative)."),
     ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="Of acceptance cascade: 0 (exact) to 1 (fastest), as calibrated (speculative)."),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the rounds: pays for many pictures (speculative).")
+    ] = False,
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
     ] = False,
@@ -136,7 +151,7 @@ def generate(
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
+    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint, find_drafter
 
     check_names("cpu" if device == "auto" else device, dtype)
     model = model if model is not None else METHODS[method or "base"]
@@ -150,28 +165,36 @@ def generate(
         checkpoint.check_size(height, width)
     if checkpoint.hub_id is None:
         check_weights(checkpoint)
+    if method != "speculative" and (drafter is not None or compile):
+        raise FastgenError(f"--{'compile' if drafter is None else 'drafter'}: needs --method speculative")
+    drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
     check_writable(target if is_folder else target.parent)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
         from fastgen.pipelines.generation import pipeline_class, resolve_settings
         from fastgen.pipelines.loading import resolve_device
 
         call = resolve_settings(pipeline_class(checkpoint, method), checkpoint, asked)
-        if not call.get("tree", "auto").startswith(("jacobi-", "auto")):
+        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "auto")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
+        if quality is not None and (drafts is None or not (drafts / "calibration.json").is_file()):
+            raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         weight_type = str(weights).removeprefix("torch.")
         settings: dict[str, Any] = {
             "model": model,
-            "weights": _digest(checkpoint),
+            "weights": _digest(checkpoint, drafts),
             "method": method or ("dc" if is_chunked else "base"),
             **{name: call.get(name) for name in asked},
+            **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
+            **({"compile": True} if compile else {}),
             "device": where.type,
             "dtype": weight_type,
             "batch_invariant": batch_invariant,
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        stats = _make(todo, checkpoint, method, str(where), weight_type, call, batch_size, batch_invariant, save_map)
+        loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": drafter}
+        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map)
 
     made = {job.image for job in todo}
     kept = [job.image for job in jobs if job.image not in made]
@@ -214,9 +237,8 @@ def _best_device() -> str:
 def _make(
     jobs: list[Job],
     checkpoint: Checkpoint,
-    method: str | None,
-    device: str,
-    dtype: str,
+    loading: dict[str, Any],
+    compile: bool,
     call: dict[str, Any],
     batch_size: int,
     batch_invariant: bool,
@@ -238,7 +260,9 @@ def _make(
         library.utils.logging.disable_progress_bar()
     made_with = versions()
     with account() as stats:
-        pipe = load_checkpoint(checkpoint, device=device, dtype=dtype, method=method)
+        pipe: Any = load_checkpoint(checkpoint, **loading)
+        if compile:
+            pipe.compile()
         prompts = [job.prompt for job in jobs]
         if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
             shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
@@ -251,7 +275,7 @@ def _make(
                 **call,
                 batch_size=batch_size,
                 batch_invariant=batch_invariant,
-                flops=True,
+                flops=not compile,  # the counter does not see into compiled graphs
                 callback=report,
                 record_steps=save_map,
             )
@@ -289,7 +313,7 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
     atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def _digest(checkpoint: Checkpoint, drafter: Path | None) -> str:
     """Tells which weights these are: the Hub revision, or a digest of samples of the weight files.
 
     Samples, because reading all bytes of a large model would take longer than a picture; training changes every
@@ -298,7 +322,7 @@ def _digest(checkpoint: Checkpoint) -> str:
     if checkpoint.hub_id is not None:
         return checkpoint.folder.name
     digest = hashlib.sha256()
-    for folder in checkpoint.folders:
+    for folder in (*checkpoint.folders, *([drafter] if drafter not in (None, checkpoint.drafter) else [])):
         for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())

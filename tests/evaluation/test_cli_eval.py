@@ -179,6 +179,9 @@ def test_checker_refuses_bad_options(tmp_path: Path, capsys, args: list[str]) ->
         (["--tree", "jacobi-4"], "needs --method speculative"),
         (["--method", "speculative", "--tree", "tall"], "--tree"),
         (["--method", "speculative", "--acceptance", "loose"], "--acceptance"),
+        (["--method", "speculative", "--acceptance", "cascade", "--quality", "-1"], "--quality"),
+        (["--drafter", "none"], "needs --method speculative"),
+        (["--model", "tiny-janus", "--method", "speculative", "--drafter", "/nowhere/at/all"], "config.json"),
     ],
 )
 def test_bad_options_of_speculative_decoding(

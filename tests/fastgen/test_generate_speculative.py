@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from micro_models import JANUS_TOKENS
 from PIL import Image
 
 from fastgen.cli.main import run
+from fastgen.drafters.calibration import Calibration, Level
+from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.targets import target_of
+from fastgen.pipelines.janus import JanusImagePipeline
+
+
+@pytest.fixture(scope="module")
+def with_drafter(micro_janus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro Janus with a drafter and its calibration in its folder."""
+    model = Path(shutil.copytree(micro_janus, tmp_path_factory.mktemp("model") / "janus"))
+    pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2).save_pretrained(model / "drafter")
+    Calibration((Level(0.5, 0.1, 0.2, 2.0, 0.0, (9, 0, 0)),)).save(model / "drafter", {})
+    defaults = json.loads(path.read_text()) if (path := model / "fastgen.json").exists() else {}
+    path.write_text(json.dumps({**defaults, "drafter": "drafter"}))
+    return model
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -60,6 +79,12 @@ def test_knobs_reach_the_sidecar(
         (["--method", "speculative", "--model", "tiny"], "method speculative: model 'tiny' does not draw tokens"),
         (["--method", "faster"], "--method: 'faster' is not allowed"),
         (["--tree", "jacobi-4"], "tree: JanusImagePipeline does not take it"),
+        (["--drafter", "none"], "--drafter: needs --method speculative"),
+        (["--compile"], "--compile: needs --method speculative"),
+        (["--method", "speculative", "--drafter", "/nowhere/at/all"], "there is no config.json"),
+        (["--method", "speculative", "--quality", "2"], "--quality: 2.0 is not allowed"),
+        (["--method", "speculative", "--quality", "0.5"], "quality: is a knob of acceptance cascade"),
+        (["--method", "speculative", "--acceptance", "cascade", "--quality", "1"], "--quality: needs a drafter"),
         (["--method", "speculative", "--steps", "4"], "steps: SpeculativeImagePipeline does not take it"),
     ],
 )
@@ -70,3 +95,39 @@ def test_bad_knobs_end_in_one_line(
     code, out, err = call(capsys, "a ring", *model, "-o", tmp_path / "x.png", *knobs)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_models_own_drafter(with_drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is taken without being named, and its calibration with it; another one and none can be asked for."""
+    common = ["a red circle", "--model", with_drafter, "--method", "speculative", "--json"]
+    code, out, err = call(capsys, *common, "--acceptance", "cascade", "--quality", 0.5, "-o", tmp_path / "a.png")
+    assert code == 0, err
+    own = json.loads(out)
+    assert own["settings"]["drafter"] == "own" and own["settings"]["quality"] == 0.5
+    assert own["stats"]["passes"]["drafter"] > 0 and own["stats"]["paths"]["draft"] == {"TreeSource": None}
+    code, out, err = call(
+        capsys, *common, "--drafter", with_drafter / "drafter", "--tree", "2-1", "-o", tmp_path / "b.png"
+    )
+    assert code == 0, err
+    named = json.loads(out)
+    # Its files are the model's own: other ones would give another digest.
+    assert named["settings"]["weights"] == own["settings"]["weights"] and named["stats"]["passes"]["drafter"] > 0
+    code, out, err = call(capsys, *common, "--drafter", "none", "-o", tmp_path / "c.png")
+    assert code == 0, err
+    assert "drafter" not in json.loads(out)["stats"]["passes"]
+
+
+def test_a_broken_drafter_is_refused_first(
+    with_drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(with_drafter, tmp_path / "model"))
+    weights = next((model / "drafter").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    code, _, err = call(
+        capsys, "a ring", "--model", model, "--method", "speculative", "-o", tmp_path / "out" / "x.png"
+    )
+    assert code == 2 and "truncated" in err and len(err.strip().splitlines()) == 1
+    assert call(capsys, "a ring", "--model", model, "-o", tmp_path / "plain.png")[0] == 0  # it needs none
+    shutil.rmtree(model / "drafter")
+    code, _, err = call(capsys, "a ring", "--model", model, "-o", tmp_path / "y.png")
+    assert code == 2 and "drafter" in err

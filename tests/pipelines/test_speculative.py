@@ -117,9 +117,9 @@ def test_auto_is_measured_once(plain: JanusImagePipeline, monkeypatch: pytest.Mo
     calls: list[str] = []
     real = speculative.choose_source
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **settings: Any) -> Any:
         calls.append(arguments[2].name)
-        return real(*arguments, repeats=1)
+        return real(*arguments, repeats=1, **settings)
 
     monkeypatch.setattr(speculative, "choose_source", counted)
     pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
@@ -174,3 +174,22 @@ def test_a_loaded_drafter_draws_the_same(pipe: SpeculativeImagePipeline, tmp_pat
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
     first, second = (p("a ring", generator=seeded(2), **arguments).tokens for p in (pipe, again))
     assert torch.equal(first, second)
+
+
+def test_compile_is_a_switch(plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen.drafters import decode
+
+    steps: list[str] = []
+
+    def capture(step: Any) -> Any:
+        steps.append(step.__qualname__)
+        return torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(decode, "compiled", capture)
+    pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
+    results = []
+    for enabled in (False, True, False):
+        pipe.compile(enabled)
+        results.append(pipe("a ring", tree="jacobi-3", generator=seeded(4), output_type="tokens").tokens)
+        assert len(steps) == (0, 1, 1)[len(results) - 1]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
