@@ -51,9 +51,10 @@ def train(
 ) -> None:
     """Train one of the embedded models by its recipe.
 
-    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init). vae and vq
-    and detector stand alone; z-image needs the trained vae and janus the trained vq as --part. Run the
-    same command again to go on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
+    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init). vae, vq and
+    detector stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
+    of ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go
+    on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
     """
     if recipe == CALIBRATE:
         _calibrate(part, init, output, samples, prompts_file, seed, as_json)
@@ -125,8 +126,9 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     from fastgen.errors import FastgenError
     from fastgen.training.recipes import RECIPES
 
-    if recipe not in RECIPES or not RECIPES[recipe].upcycles or part is None or data is None:
-        raise FastgenError("--samples: needs recipe dc-graft or dc-finetune, --part and --data")
+    drawing = [name for name, entry in RECIPES.items() if entry.draws]
+    if recipe not in drawing or part is None or data is None:
+        raise FastgenError(f"--samples: needs recipe {' or '.join(drawing)}, --part and --data")
     if count < 0:
         raise FastgenError(f"--samples: {count} is not allowed, needs an integer >= 0")
     prompts = None if prompts_file is None else _prompts(prompts_file, count)
@@ -140,6 +142,8 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
 
     checkpoint = find_checkpoint(str(part))
     settings = {"num_inference_steps" if key == "steps" else key: value for key, value in checkpoint.defaults.items()}
+    if checkpoint.kind == "janus":  # it draws one size, and takes no other word for it
+        settings = {key: value for key, value in settings.items() if key not in ("height", "width")}
     draws_classes = checkpoint.pipeline_class == "DiTPipeline"
     if prompts is not None and draws_classes:
         raise FastgenError("--prompts-file: a DiT draws classes and takes no prompts")

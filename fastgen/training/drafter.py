@@ -32,6 +32,7 @@ from fastgen.training.redundancy_terms import (
     probe_siblings,
     soft_targets,
 )
+from fastgen.training.samples import Samples
 from fastgen.training.vq import image_tokens
 
 __all__ = ["DrafterRecipe", "DrafterTerms"]
@@ -100,6 +101,7 @@ class DrafterRecipe:
         init: folder of a drafter to go on from.
         terms: of the loss.
         guidance_scale: at which the drafter's law has to meet the target's.
+        samples: tokens that the target drew, with their prompts; None learns from renders of ShapesWorld.
         kind: of a new one, "eagle" or "medusa".
         drafter: configuration of a new one.
     """
@@ -113,6 +115,7 @@ class DrafterRecipe:
         init: Path | None = None,
         terms: DrafterTerms | None = None,
         guidance_scale: float | None = None,
+        samples: Samples | None = None,
         kind: Literal["eagle", "medusa"] = "eagle",
         **drafter: Any,
     ) -> None:
@@ -124,7 +127,7 @@ class DrafterRecipe:
         self.target = target_of(pipe.model, pipe.tokenizer)
         scale = guidance_scale or float(pipe.model.generation_config.guidance_scale or 1.0)
         self.law = TokenLaw(guidance_scale=scale)
-        self.data = ShapesWorld(seed + 808, crossed=False)
+        self.data, self.samples = ShapesWorld(seed + 808, crossed=False), samples
         torch.manual_seed(seed)
         if init is not None:
             self.drafter: EagleDrafter | MedusaDrafter = load_drafter(init, torch.float32)
@@ -139,7 +142,10 @@ class DrafterRecipe:
         return DrafterModule(self.drafter.train(), self.terms.steps)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders and their captions."""
+        """Renders and their captions, or tokens and their prompts."""
+        if self.samples is not None:
+            tokens, prompts = self.samples.batch(start, size)
+            return {"tokens": tokens, "prompts": prompts}
         data = self.data.batch(size, start)
         return {"images": torch.from_numpy(data.images), "prompts": list(data.texts)}
 
@@ -148,8 +154,9 @@ class DrafterRecipe:
     ) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the guided laws over all steps, plus the feature's error, plus redundancy terms."""
         target, terms, drafter = self.target, self.terms, self.drafter
-        target.model.to(batch["images"].device)
-        tokens = image_tokens(self.target.model.model.vqmodel, batch["images"])
+        given = batch["images"] if self.samples is None else batch["tokens"]
+        target.model.to(given.device)
+        tokens = given if self.samples is not None else image_tokens(target.model.model.vqmodel, given)
         with torch.no_grad():
             prefix = target.prefix(batch["prompts"], self.law.guided)
             length = prefix.mask.shape[1]

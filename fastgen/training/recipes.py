@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder, find_checkpoint
+from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, download_janus, embedded_folder, find_checkpoint
 
 if TYPE_CHECKING:
     from fastgen.training.engine import Recipe, TrainConfig
@@ -25,6 +25,7 @@ class RecipeEntry:
         part: where that result lies below its output folder.
         continues: whether `--init` is understood.
         upcycles: whether it starts from a whole pipeline (name, folder or Hub id) and its own samples.
+        draws: whether it can learn from that pipeline's own samples.
     """
 
     summary: str
@@ -33,6 +34,7 @@ class RecipeEntry:
     part: str = ""
     continues: bool = False
     upcycles: bool = False
+    draws: bool = False
 
 
 RECIPES: dict[str, RecipeEntry] = {
@@ -71,11 +73,12 @@ RECIPES: dict[str, RecipeEntry] = {
         continues=True,
     ),
     "drafter": RecipeEntry(
-        "an EAGLE drafter of the tiny Janus",
+        "an EAGLE drafter of a Janus (name, folder or Hub id)",
         {"steps": 3000, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
         needs="janus",
         part="model",
         continues=True,
+        draws=True,
     ),
     "dc": RecipeEntry(
         "a small Z-Image transformer with dynamic chunking, for many compute budgets",
@@ -89,12 +92,14 @@ RECIPES: dict[str, RecipeEntry] = {
         {"steps": 5000, "batch_size": 64, "accumulate": 4, "lr": 1e-3},
         continues=True,
         upcycles=True,
+        draws=True,
     ),
     "dc-finetune": RecipeEntry(
         "stage 2 of upcycling: everything but the embeddings, for many compute budgets",
         {"steps": 10000, "batch_size": 64, "accumulate": 4, "lr": 5e-4},
         continues=True,
         upcycles=True,
+        draws=True,
     ),
     "dc-dense": RecipeEntry(
         "the same transformer without dynamic chunking, its baseline",
@@ -131,7 +136,8 @@ def build_recipe(
         seed: seed of weights and data.
         part: folder of the trained part that the recipe needs (VAE, VQ, or a pipeline), or name of an embedded model.
         init: folder of a model to go on from.
-        data: folder of the samples that upcycling learns from (`fastgen.training.samples`).
+        data: folder of samples to learn from (`fastgen.training.samples`): upcycling, and the drafter where it is not
+            to learn from renders.
 
     Raises:
         FastgenError: unknown recipe, or a folder that is missing, absent or not understood.
@@ -139,6 +145,8 @@ def build_recipe(
     entry = _entry(name)
     if entry.upcycles:
         return _upcycling(name, seed, part, init, data)
+    if name == "drafter" and part is not None:
+        return _drafter(seed, part, init, data)
     if data is not None:
         raise FastgenError(f"recipe {name} renders its data and takes no --data")
     if entry.needs and part is None and (init is None or entry.needs in ("z-image", "janus")):
@@ -193,10 +201,15 @@ def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return JanusRecipe(seed, part, init)
 
 
-def _drafter(seed: int, part: Path | None, init: Path | None) -> Recipe:
+def _drafter(seed: int, part: Path, init: Path | None, data: Path | None) -> Recipe:
     from fastgen.training.drafter import DrafterRecipe
+    from fastgen.training.samples import Samples
 
-    return DrafterRecipe(seed, part or Path(), init)
+    checkpoint = find_checkpoint(str(part))
+    if checkpoint.kind != "janus":
+        raise FastgenError(f"recipe drafter: {part} is no Janus model")
+    folder = checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
+    return DrafterRecipe(seed, folder, init, samples=None if data is None else Samples(data, seed))
 
 
 def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:
@@ -233,7 +246,6 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "detector": _detector,
     "z-image": _z_image,
     "janus": _janus,
-    "drafter": _drafter,
     "dc": _dc,
     "dc-dense": _dc_dense,
 }

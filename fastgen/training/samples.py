@@ -1,7 +1,7 @@
-"""A trained pipeline's own samples as training data: latents with their prompts or classes, in a folder of shards.
+"""A trained pipeline's own samples as training data, with their prompts or classes, in a folder of shards.
 
     <folder>/samples.json             what was asked; a folder never continues under other settings
-    <folder>/00000.safetensors        up to 64 samples: latents as the transformer sees them, float16
+    <folder>/00000.safetensors        up to 64 samples: latents as the transformer sees them (float16), or tokens
 
 Shards are written atomically and every sample has a seed of its own, so an interrupted run goes on where it stopped
 and ends with the files of an uninterrupted one.
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
+from fastgen.pipelines.generation import draws_tokens
 from fastgen.training.families import Family, family_of
 
 _SHARD = 64
+_Draw = Callable[[list[Any], list[torch.Generator], dict[str, Any]], Tensor]
 
 
 class Samples:
@@ -50,10 +52,10 @@ class Samples:
         self._labels: dict[int, list[Any]] = {}
 
     def batch(self, start: int, size: int) -> tuple[Tensor, list[Any]]:
-        """Latents float32 [size, C, h, w] and labels of items start … start + size - 1; item i of pass k is a random
-        sample that the pass has not shown yet."""
+        """Latents float32 [size, C, h, w], or tokens int64 [size, N], and labels of items start … start + size - 1;
+        item i of pass k is a random sample that the pass has not shown yet."""
         pairs = [self._item(index) for index in range(start, start + size)]
-        return torch.stack([latents for latents, _ in pairs]), [label for _, label in pairs]
+        return torch.stack([sample for sample, _ in pairs]), [label for _, label in pairs]
 
     def _item(self, index: int) -> tuple[Tensor, Any]:
         turn, place = divmod(index, self.count)
@@ -62,10 +64,10 @@ class Samples:
             self._order = turn, torch.randperm(self.count, generator=generator)
         shard, row = divmod(int(self._order[1][place]), _SHARD)
         with safe_open(_shard(self.folder, shard), "pt") as file:  # mapped: only the one row is read
-            latents = file.get_slice("latents")[row : row + 1][0]
+            sample = file.get_slice("samples")[row : row + 1][0]
             if shard not in self._labels:
                 self._labels[shard] = json.loads(file.metadata()["labels"])
-        return latents.float(), self._labels[shard][row]
+        return sample.float() if sample.is_floating_point() else sample.long(), self._labels[shard][row]
 
 
 def draw_samples(
@@ -82,14 +84,14 @@ def draw_samples(
     """Draw what is missing of `count` samples; label k mod len(labels) belongs to sample k.
 
     Args:
-        pipe: a `ZImagePipeline` (labels are prompts) or a `DiTPipeline` (labels are classes).
+        pipe: a `ZImagePipeline` or one that draws tokens (labels are prompts), or a `DiTPipeline` (classes).
         folder: created when missing.
         labels: prompts or classes.
         count: samples in all.
         seed: sample k is drawn from a generator seeded with seed + k.
         batch_size: samples a call.
         report: told (done, total).
-        settings: further arguments of the pipeline, `num_inference_steps`, `guidance_scale`, `height`, `width`.
+        settings: further arguments of the pipeline, `num_inference_steps`, `guidance_scale`, `height`, `width` …
 
     Raises:
         FastgenError: the folder holds other samples, or is not writable.
@@ -97,7 +99,7 @@ def draw_samples(
     """
     if not labels or count < 1 or batch_size < 1:
         raise ValueError(f"need labels, count >= 1 and batch_size >= 1; got {len(labels)}, {count}, {batch_size}")
-    family = family_of(pipe)
+    draw = _draw_tokens(pipe) if draws_tokens(type(pipe)) else _draw_latents(family_of(pipe))
     check_writable(folder)
     digest = hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()
     asked = {"count": count, "seed": seed, "labels_sha256": digest, "settings": settings}
@@ -108,13 +110,13 @@ def draw_samples(
     for index in range(-(-count // _SHARD)):
         numbers = range(index * _SHARD, min(count, (index + 1) * _SHARD))
         if not _shard(folder, index).is_file():
-            _write_shard(family, _shard(folder, index), labels, numbers, seed, batch_size, settings)
+            _write_shard(draw, _shard(folder, index), labels, numbers, seed, batch_size, settings)
         report(numbers.stop, count)
     return Samples(folder, seed)
 
 
 def _write_shard(
-    family: Family,
+    draw: _Draw,
     path: Path,
     labels: Sequence[str | int],
     numbers: range,
@@ -126,8 +128,21 @@ def _write_shard(
     for first in range(0, len(own), batch_size):
         part = own[first : first + batch_size]
         generators = [torch.Generator().manual_seed(seed + numbers[first + i]) for i in range(len(part))]
-        parts.append(family.draw(part, generators, settings))
-    atomic_write_bytes(path, save({"latents": torch.cat(parts).half().contiguous()}, {"labels": json.dumps(own)}))
+        parts.append(draw(part, generators, settings))
+    atomic_write_bytes(path, save({"samples": torch.cat(parts).contiguous()}, {"labels": json.dumps(own)}))
+
+
+def _draw_latents(family: Family) -> _Draw:
+    return lambda labels, generators, settings: family.draw(labels, generators, settings).half()
+
+
+def _draw_tokens(pipe: Any) -> _Draw:
+    def draw(labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
+        drawn = pipe(labels, generator=generators, output_type="tokens", batch_invariant=False, **settings)
+        tokens: Tensor = drawn.tokens.to("cpu", torch.int32)
+        return tokens
+
+    return draw
 
 
 def _shard(folder: Path, index: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro_models import PROMPTS
+from micro_models import JANUS_TOKENS, PROMPTS
 
+from fastgen.cli.main import run
+from fastgen.data.shapes import ShapesWorld
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -20,6 +23,7 @@ from fastgen.drafters.tree import chain
 from fastgen.pipelines.janus import JanusImagePipeline
 from fastgen.training.drafter import DrafterModule
 from fastgen.training.eagle_unroll import unroll
+from fastgen.training.recipes import build_recipe
 from fastgen.training.redundancy_terms import (
     Siblings,
     class_cross_entropy,
@@ -27,6 +31,7 @@ from fastgen.training.redundancy_terms import (
     probe_siblings,
     soft_targets,
 )
+from fastgen.training.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,6 @@ def test_convergence_is_high_in_flat_regions() -> None:
 
 def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real rounds of a micro model with an untrained drafter; thresholds that keep their limits, and what is wrong."""
-    import json
 
     from fastgen.cli.main import run
     from fastgen.drafters.calibration import Calibration
@@ -175,3 +179,37 @@ def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytes
     ):
         assert run(wrong) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_drafter_learns_from_what_its_target_draws(
+    micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    command = [
+        "train",
+        "drafter",
+        "--part",
+        str(micro_janus),
+        "--data",
+        str(data),
+        "--steps",
+        "2",
+        "--precision",
+        "fp32",
+    ]
+    command += ["--batch-size", "2", "--accumulate", "1", "-o", str(tmp_path / "run"), "--json"]
+    assert run([*command, "--samples", "5", "--prompts-file", "shapesworld"]) == 0, capsys.readouterr().err
+    samples = Samples(data, 0)
+    tokens, prompts = samples.batch(0, 5)
+    assert tokens.dtype == torch.int64 and tokens.shape == (5, JANUS_TOKENS) and len(set(prompts)) > 1
+    # Sample 3 is what the model draws for its prompt with seed 3.
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    third = list(ShapesWorld(707).batch(5).texts)[3]
+    scale = json.loads((micro_janus / "fastgen.json").read_text())["guidance_scale"]
+    again = pipe(third, generator=torch.Generator().manual_seed(3), guidance_scale=scale, output_type="tokens").tokens
+    assert any(prompt == third and torch.equal(row, again[0]) for prompt, row in zip(prompts, tokens, strict=True))
+    assert run(command) == 0  # they are there: nothing is drawn, and the run is over
+    recipe = build_recipe("drafter", 0, micro_janus, data=data)
+    assert set(recipe.batch(0, 2, torch.Generator())) == {"tokens", "prompts"}
+    assert run(["train", "drafter", "--part", "tiny", "-o", str(tmp_path / "x")]) == 2
+    assert "no Janus" in capsys.readouterr().err
