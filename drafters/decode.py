@@ -35,12 +35,14 @@ class Decoded:
     Attributes:
         tokens: [B, N].
         target_passes: of the batch.
+        rounds: [B], how many each image took after its first token; the plain loop's are its tokens.
         accepted: accepted lengths of all rounds of all images, the bonus not counted.
         counts: what the rule counted ("stolen", "relaxed" …), [B] each.
     """
 
     tokens: Tensor
     target_passes: int
+    rounds: Tensor
     accepted: list[int] = field(default_factory=list)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -94,7 +96,8 @@ class _Plain:
             if on_token is not None:
                 on_token(i)
         add_passes("target", self.target.num_tokens)
-        return Decoded(torch.stack(tokens, dim=1), self.target.num_tokens)
+        total = self.target.num_tokens
+        return Decoded(torch.stack(tokens, dim=1), total, torch.full_like(token, total - 1))
 
     def step(self, token: Tensor, gumbel: Tensor | None) -> Tensor:
         """The next token [B]."""
@@ -191,14 +194,14 @@ class _Rounds:
                     break
             self.round()
             rounds += 1
-        lengths = torch.stack(self.lengths).flatten().tolist() if self.lengths else []
-        accepted = [length for length in lengths if length >= 0]
+        lengths = torch.stack(self.lengths) if self.lengths else self.count.new_empty(0, len(self.count))
+        accepted = [length for length in lengths.flatten().tolist() if length >= 0]
         add_accepted(accepted)
         add_passes("target", rounds + 1)
         each, first = self.source.passes
         if first:
             add_passes("drafter", first + rounds * each)
-        return Decoded(self.tokens[:, :total], rounds + 1, accepted, self.counts)
+        return Decoded(self.tokens[:, :total], rounds + 1, (lengths >= 0).sum(dim=0), accepted, self.counts)
 
     def round(self) -> None:
         """Draft, verify, commit; then what has only to be kept."""

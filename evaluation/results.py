@@ -190,6 +190,24 @@ def dc_ablations_markdown(data: dict[str, Any]) -> str:
     )
 
 
+def drafter_ablations_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench drafter-ablations`: one term changed at a time."""
+    trees = list(data["rows"][0]["trees"])
+    rows = []
+    for row in data["rows"]:
+        cells = (row["trees"][tree] for tree in trees)
+        shown = [f"{c['accepted_length']:.3f} ({c['difference']:+.3f} ± {c['stderr']:.3f})" for c in cells]
+        rows.append([row["variant"], f"{row['parameters'] / 1e6:.2f}", *shown])
+    settings = data["settings"]
+    note = (
+        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; tokens a round (the bonus "
+        f"counted) with the exact rule over {settings['pictures']} pictures, with the paired difference to the first "
+        "row and its standard error over pictures (training noise is not in it).\n\n"
+    )
+    header = ["variant", "M parameters", *(f"accepted length, {tree}" for tree in trees)]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
 def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
     """Score with its standard error against FLOPs and against seconds, one series a method.
 
@@ -377,6 +395,7 @@ def results_page(folder: Path) -> str:
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
         ("bench-dc-ablations", "Dynamic chunking: ablations", dc_ablations_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
+        ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):

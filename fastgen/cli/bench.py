@@ -185,6 +185,46 @@ def dc_ablations(
     _publish(result, out, as_json, dc_ablations_markdown(result))
 
 
+@app.command("drafter-ablations")
+def drafter_ablations(
+    part: Annotated[str, typer.Option(help="Janus model: name or folder.")] = "tiny-janus",
+    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
+        "fastgen-bench-drafter-ablations"
+    ),
+    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
+    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures to judge by.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Train a drafter with one term of its loss changed at a time, and compare what the target accepts."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(part)
+    if checkpoint.kind != "janus":
+        raise FastgenError(f"--part: {part} is no Janus model")
+    if out is not None:
+        check_writable(out.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.results import drafter_ablations_markdown
+        from fastgen.training.drafter_ablations import benchmark_drafter_ablations
+
+        result = benchmark_drafter_ablations(
+            checkpoint.folder,
+            folder,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            variants=variant,
+            pictures=pictures,
+            report=lambda line: typer.echo(line, err=True),
+        )
+    _publish(result, out, as_json, drafter_ablations_markdown(result))
+
+
 @app.command("speculative")
 def speculative(
     model: Annotated[str, typer.Option(help="A model that draws tokens.")] = "tiny-janus",

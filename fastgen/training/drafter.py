@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.data.shapes import ShapesWorld
+from fastgen.data.shapes import IMAGE_SIZE, ShapesWorld
 from fastgen.drafters.cache import KVCache
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -104,6 +104,9 @@ class DrafterRecipe:
         samples: tokens that the target drew, with their prompts; None learns from renders of ShapesWorld.
         kind: of a new one, "eagle" or "medusa".
         drafter: configuration of a new one.
+
+    Raises:
+        ValueError: renders for a model that draws another size, or an `init` that was made for another model.
     """
 
     name = "drafter"
@@ -125,6 +128,11 @@ class DrafterRecipe:
         pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
         pipe.model.requires_grad_(False)
         self.target = target_of(pipe.model, pipe.tokenizer)
+        if samples is None and self.target.image_size != IMAGE_SIZE:
+            raise ValueError(
+                f"model: draws {self.target.image_size} pixels, renders of ShapesWorld have {IMAGE_SIZE}; let the "
+                "drafter learn from what it draws (--samples, --prompts-file, --data)"
+            )
         scale = guidance_scale or float(pipe.model.generation_config.guidance_scale or 1.0)
         self.law = TokenLaw(guidance_scale=scale)
         self.data, self.samples = ShapesWorld(seed + 808, crossed=False), samples

@@ -67,7 +67,7 @@ def probe_siblings(
     output = target.run(embeds, positions, cache, slots, visible[:, None], ())
     states = target.guided(target.redundancy(output.hidden), prefix, law).unflatten(1, (probes, count))
     centred = torch.nn.functional.normalize(states - states.mean(dim=2, keepdim=True), dim=-1)
-    alike = centred @ centred.mT
+    alike = (centred @ centred.mT).float()  # autocast would leave it in half precision
     off = ~torch.eye(count, dtype=torch.bool, device=places.device)
     # Centred states of m equal ones have a mean cosine of -1 / (m - 1): that is where "not alike" lies.
     level = (alike[..., off].mean(dim=-1) * (count - 1) + 1) / count

@@ -194,6 +194,8 @@ def test_accounting(target: Target) -> None:
     # What an image emits: its first token, and accepted + 1 a round.
     assert sum(result.accepted) + len(result.accepted) + 2 == 2 * JANUS_TOKENS
     assert float(result.counts["stolen"].sum()) == 0
+    assert int(result.rounds.sum()) == len(result.accepted) and int(result.rounds.max()) + 1 == result.target_passes
+    assert stats.passes == {"target": result.target_passes, "drafter": 1 + 3 * (result.target_passes - 1)}
 
 
 @pytest.mark.parametrize(
