@@ -8,8 +8,8 @@ Before anything is timed, every lossless variant has to draw the plain loop's ve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule, load_drafter
@@ -38,7 +39,7 @@ from fastgen.pipelines.token_images import as_output
 
 __all__ = ["VARIANTS", "Variant", "benchmark_speculative", "parse_variant"]
 
-#: "RULE DRAFT", the draft a window or a tree; settings of the rule behind it.
+#: "RULE DRAFT", the draft a window or a tree ("TREE@DRAFTER" with several drafters); settings of the rule behind it.
 VARIANTS = (
     "exact jacobi-6",
     "exact jacobi-12",
@@ -70,8 +71,13 @@ class Variant:
     tree: str
 
 
-def parse_variant(text: str, target: Target, drafter: Any = None) -> Variant:
-    """ "RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1".
+def parse_variant(text: str, target: Target, drafters: Mapping[str, Any] | None = None) -> Variant:
+    """ "RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
+
+    Args:
+        text: to be read. "quality" is a setting of "cascade", by the calibration of the drafter.
+        target: the model.
+        drafters: by name, each with its calibration or None; a tree takes the first where none is named.
 
     Raises:
         ValueError: it cannot be read, or needs a drafter that is not there.
@@ -86,20 +92,28 @@ def parse_variant(text: str, target: Target, drafter: Any = None) -> Variant:
             settings[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
         except ValueError:
             raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
-    rule, tree = build_rule(words[0], target, **settings), words[1]
+    tree, _, name = words[1].partition("@")
+    given = drafters or {}
+    name = name or next(iter(given), "")
+    drafter, calibration = given.get(name, (None, None))
+    if "quality" in settings:
+        if words[0] != "cascade" or calibration is None:
+            raise ValueError(f"variant: {text!r}: quality needs acceptance cascade and a calibrated drafter")
+        settings = {**asdict(calibration.config(settings.pop("quality"))), **settings}
+    rule = build_rule(words[0], target, **settings)
     if tree.startswith("jacobi-"):
         JacobiSource.of_name(tree, rule)  # a name that cannot be read is refused here
         return Variant(text, rule, partial(JacobiSource.of_name, tree, rule), "none (Jacobi)", tree)
     if drafter is None:
-        raise ValueError(f"variant: {text!r} needs a drafter")
-    return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), type(drafter).__name__, tree)
+        raise ValueError(f"variant: {text!r} needs a drafter, there is {', '.join(given) or 'none'}")
+    return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), name, tree)
 
 
 def benchmark_speculative(
     model: str,
     folder: Path,
     *,
-    drafter: Path | None = None,
+    drafters: Mapping[str, Path] | None = None,
     variants: Sequence[str] = VARIANTS,
     quality: bool = True,
     images_per_prompt: int = 4,
@@ -118,7 +132,7 @@ def benchmark_speculative(
     Args:
         model: one that draws tokens.
         folder: of the pictures; a killed run continues there.
-        drafter: folder of a drafter, for variants with trees.
+        drafters: folders of drafters by name, for variants with trees; None takes the model's own.
         variants: see `parse_variant`.
         quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
@@ -150,12 +164,17 @@ def benchmark_speculative(
         raise FastgenError(f"model: {model} does not draw tokens")
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16(torch.device(device)) else "float32"
+    own = {} if checkpoint.drafter is None else {"own": checkpoint.drafter}
+    folders = own if drafters is None else dict(drafters)
     pipes: dict[str, Any] = {}
     parsed: dict[str, list[Variant]] = {}
     for kind in dict.fromkeys(("float32", dtype)):
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
         target = target_of(pipe.model, pipe.tokenizer)
-        made = None if drafter is None else load_drafter(drafter, target.dtype).to(target.device)
+        made = {
+            name: (load_drafter(place, target.dtype).to(target.device), Calibration.beside(place))
+            for name, place in folders.items()
+        }
         pipes[kind], parsed[kind] = pipe, [parse_variant(text, target, made) for text in variants]
     targets = {kind: target_of(pipe.model, pipe.tokenizer) for kind, pipe in pipes.items()}
     target = targets[dtype]
@@ -177,7 +196,7 @@ def benchmark_speculative(
         "environment": environment(),
         "settings": {
             "model": model,
-            "drafter": None if drafter is None else drafter.name,
+            "drafters": list(folders),
             "guidance_scale": scale,
             "images_per_prompt": images_per_prompt,
             "prompts": len(prompts) if quality else 0,

@@ -228,10 +228,15 @@ def drafter_ablations(
 @app.command("speculative")
 def speculative(
     model: Annotated[str, typer.Option(help="A model that draws tokens.")] = "tiny-janus",
-    drafter: Annotated[Path | None, typer.Option(help="Folder of a drafter, for variants with trees.")] = None,
+    drafter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a drafter, for variants with trees; repeat. Default: the model's own."),
+    ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help='"RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2"; repeat.'),
+        typer.Option(
+            help='"RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1@FOLDER"; repeat.'
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
         "fastgen-bench-speculative"
@@ -265,7 +270,7 @@ def speculative(
         result = benchmark_speculative(
             model,
             folder,
-            drafter=drafter,
+            drafters=None if drafter is None else {path.name: path for path in drafter},
             variants=variant or VARIANTS,
             quality=quality,
             images_per_prompt=images_per_prompt,

@@ -11,6 +11,7 @@ import torch
 
 from fastgen.cli.main import run
 from fastgen.drafters.acceptance import Exact
+from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.verify import Decisions
@@ -51,7 +52,23 @@ def test_rows_without_scores(
     assert 1 / 4 < exact["target_pass_ratio"] < 1 and exact["accepted_length"] > 1 and exact["stolen"] == 0
     assert lantern["stolen"] > 0 and lantern["accepted_length"] > exact["accepted_length"]
     assert exact["accepted_length"] == pytest.approx(exact["accepted_without_bonus"] + 1)
-    assert tree["drafter"] == "EagleDrafter" and tree["tree"] == "2-2" and exact["drafter"] == "none (Jacobi)"
+    assert tree["drafter"] == drafter.name and tree["tree"] == "2-2" and exact["drafter"] == "none (Jacobi)"
+
+
+def test_variants_name_their_drafter_and_quality(micro_janus: Path) -> None:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    target = target_of(pipe.model, pipe.tokenizer)
+    first, second = (EagleDrafter.for_target(target, heads=2) for _ in range(2))
+    levels = Calibration((Level(0.5, 0.1, 0.7, 2.0, 0.0, (9, 0, 0)),))
+    given = {"a": (first, None), "b": (second, levels)}
+    for text, drafter in (("exact 2-1", first), ("exact 2-1@a", first), ("exact 2-1@b", second)):
+        variant = parse_variant(text, target, given)
+        assert variant.source().drafter is drafter and variant.tree == "2-1"  # type: ignore[attr-defined]
+    relaxed = parse_variant("cascade 2-1@b quality=0.5 delta=0.3", target, given).rule
+    assert relaxed.config.breadth == 0.7 and relaxed.config.delta == 0.3  # type: ignore[attr-defined]
+    for text in ("exact 2-1@c", "cascade 2-1@a quality=0.5", "exact 2-1@b quality=0.5"):
+        with pytest.raises(ValueError, match="drafter|quality"):
+            parse_variant(text, target, given)
 
 
 def test_a_wrong_decoder_is_not_timed(micro_janus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
