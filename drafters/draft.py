@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class Level:
     mask: Tensor
     parents: Tensor
 
+    def to(self, device: torch.device) -> Level:
+        """The same on another device."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
 
 @dataclass(frozen=True)
 class StaticPlan:
@@ -53,8 +61,8 @@ class StaticPlan:
 
     @classmethod
     def of(cls, tree: Tree) -> StaticPlan:
-        """The plan of a static tree."""
-        levels, grown, device = list[Level](), list[int](), tree.parents.device
+        """The plan of a static tree on the CPU."""
+        levels, grown = list[Level](), list[int]()
         above: list[int] = []
         for depth, members in enumerate(tree.levels[:-1]):
             nodes = [node for node in members.tolist() if int(tree.children[0, node, 0]) >= 0]
@@ -67,16 +75,14 @@ class StaticPlan:
             seen = grown + nodes if depth else nodes
             levels.append(
                 Level(
-                    nodes=torch.tensor(nodes, device=device),
-                    children=torch.tensor([edge[0] for edge in edges], device=device),
-                    source=torch.tensor([edge[1] for edge in edges], device=device),
-                    slot=torch.tensor([edge[2] for edge in edges], device=device),
+                    nodes=torch.tensor(nodes),
+                    children=torch.tensor([edge[0] for edge in edges]),
+                    source=torch.tensor([edge[1] for edge in edges]),
+                    slot=torch.tensor([edge[2] for edge in edges]),
                     most=max(edge[2] for edge in edges) + 1,
                     first=len(grown),
                     mask=tree.mask[:, nodes][:, :, seen],
-                    parents=torch.tensor(
-                        [above.index(int(tree.parents[0, node])) for node in nodes] if depth else [], device=device
-                    ),
+                    parents=torch.tensor([above.index(int(tree.parents[0, node])) for node in nodes] if depth else []),
                 )
             )
             if depth:
@@ -87,7 +93,7 @@ class StaticPlan:
     def to(self, device: torch.device) -> StaticPlan:
         """The same on another device."""
         tree = self.tree.to(device)
-        return self if tree is self.tree else StaticPlan.of(tree)
+        return self if tree is self.tree else StaticPlan(tree, [level.to(device) for level in self.levels])
 
     @property
     def grown(self) -> int:

@@ -149,7 +149,7 @@ def measure_target(target: Target, nodes: Sequence[int], runs: int) -> list[dict
     first = torch.zeros(1, dtype=torch.int64, device=device)
     state = drafter.start(target, prefix, drafter.features(output), first, 2)
     state.cache.advance(half, half)
-    plan = StaticPlan.of(chain(2).to(device))
+    plan = StaticPlan.of(chain(2)).to(device)
 
     def draft() -> None:
         level = plan.levels[1]
