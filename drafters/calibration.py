@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Level:
         limit: total variation that 90 % of the related pairs stay below.
         breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold keeps the limit.
         pairs: related pairs at these thresholds by breadth, depth and radius.
-        score_drop: measured loss of score against the exact rule, where it was measured.
+        score_drop, score_drop_stderr: measured loss of score against the exact rule, where it was measured.
     """
 
     quality: float
@@ -57,13 +57,20 @@ class Level:
     radius: float
     pairs: tuple[int, int, int]
     score_drop: float | None = None
+    score_drop_stderr: float | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Levels in the order of their quality."""
+    """Levels in the order of their quality.
+
+    Attributes:
+        levels: in the order of their quality.
+        about: what it was made with.
+    """
 
     levels: tuple[Level, ...]
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
         """Thresholds of the highest level that is not above `quality`; nothing is relaxed below the first.
@@ -79,11 +86,35 @@ class Calibration:
         level = fitting[-1]
         return CascadeConfig(breadth=level.breadth, depth=level.depth, radius=level.radius, **settings)
 
-    def save(self, folder: str | os.PathLike[str], about: dict[str, Any]) -> Path:
-        """Write `calibration.json` with what it was made with."""
+    def with_scores(self, rows: Sequence[Mapping[str, Any]]) -> Calibration:
+        """The same with the drops of score that a benchmark measured.
+
+        Args:
+            rows: of `fastgen bench speculative`, with variants "cascade TREE quality=Q" beside "exact TREE".
+
+        Raises:
+            ValueError: no row tells the score of one of our levels.
+        """
+        scored = {row["variant"]: row for row in rows if row.get("score") is not None}
+        levels, found = [], 0
+        for level in self.levels:
+            for name, row in scored.items():
+                words = name.split()
+                exact = scored.get(f"exact {words[1]}") if len(words) == 3 else None
+                if exact is not None and words[0] == "cascade" and words[2] == f"quality={level.quality:g}":
+                    stderr = (row["stderr"] ** 2 + exact["stderr"] ** 2) ** 0.5
+                    level = replace(level, score_drop=exact["score"] - row["score"], score_drop_stderr=stderr)
+                    found += 1
+            levels.append(level)
+        if not found:
+            raise ValueError('rows: none has a score of "cascade TREE quality=Q" beside one of "exact TREE"')
+        return replace(self, levels=tuple(levels))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `calibration.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = {"about": about, "levels": [asdict(level) for level in self.levels]}
+        data = {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
         path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return path
 
@@ -101,13 +132,14 @@ class Calibration:
         """
         path = Path(folder) / FILE
         try:
-            levels = json.loads(path.read_text(encoding="utf-8"))["levels"]
+            data = json.loads(path.read_text(encoding="utf-8"))
+            levels, about = data["levels"], data.get("about", {})
             made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in levels]
         except FileNotFoundError:
             raise ValueError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`") from None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"quality: {path} cannot be read: {error}") from error
-        return cls(tuple(sorted(made, key=lambda level: level.quality)))
+        return cls(tuple(sorted(made, key=lambda level: level.quality)), about)
 
 
 class PairRecorder(AcceptanceRule):

@@ -51,13 +51,14 @@ def train(
 ) -> None:
     """Train one of the embedded models by its recipe.
 
-    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init). vae, vq and
-    detector stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
-    of ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go
-    on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
+    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
+    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. vae, vq and detector
+    stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders of
+    ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go on
+    from the checkpoint; Ctrl-C stops after the step with a checkpoint.
     """
     if recipe == CALIBRATE:
-        _calibrate(part, init, output, samples, prompts_file, seed, as_json)
+        _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)
         return
     from fastgen.training.recipes import build_recipe, train_config
 
@@ -92,15 +93,17 @@ def _calibrate(
     part: Path | None,
     drafter: Path | None,
     output: Path,
+    data: Path | None,
     pictures: int,
     prompts_file: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Thresholds of CASCADE-R."""
+    """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores that it measured."""
     from dataclasses import asdict
 
     from fastgen.errors import FastgenError
+    from fastgen.io import read_object
 
     if part is None or drafter is None:
         raise FastgenError(
@@ -109,14 +112,20 @@ def _calibrate(
     if pictures < 0:
         raise FastgenError(f"--samples: {pictures} is not allowed, needs an integer >= 0")
     prompts = None if prompts_file is None else _prompts(prompts_file, pictures or 50)
-    from fastgen.training.cascade_calibration import calibrate_cascade
+    if data is not None:
+        from fastgen.drafters.calibration import Calibration
 
-    def say(done: int, total: int) -> None:
-        typer.echo(f"pictures: {done} of {total}", err=True)
+        made = Calibration.load(drafter).with_scores(read_object(data).get("rows", []))
+        made.save(output)
+    else:
+        from fastgen.training.cascade_calibration import calibrate_cascade
 
-    made = calibrate_cascade(
-        str(part), drafter, output, pictures=pictures or 50, prompts=prompts, seed=seed, report=say
-    )
+        def say(done: int, total: int) -> None:
+            typer.echo(f"pictures: {done} of {total}", err=True)
+
+        made = calibrate_cascade(
+            str(part), drafter, output, pictures=pictures or 50, prompts=prompts, seed=seed, report=say
+        )
     levels = [asdict(level) for level in made.levels]
     typer.echo(json.dumps({"levels": levels}) if as_json else f"{output / 'calibration.json'}: {json.dumps(levels)}")
 

@@ -80,8 +80,9 @@ def calibrate_cascade(
         generator = torch.Generator().manual_seed(seed + number)
         decode_speculative(target, source, recorder, prefix, law, [generator])
         report(number + 1, pictures)
-    calibration = calibrate_levels(recorder.pairs)
+    levels = calibrate_levels(recorder.pairs).levels
     about = {"model": model, "drafter": Path(drafter).name, "tree": tree, "pictures": pictures, "seed": seed}
     about |= {"guidance_scale": scale, "pairs": len(recorder.pairs), "commit": commit(), "environment": environment()}
-    calibration.save(output, about)
+    calibration = Calibration(levels, about)
+    calibration.save(output)
     return calibration

@@ -26,7 +26,7 @@ def with_drafter(micro_janus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
     torch.manual_seed(0)
     EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2).save_pretrained(model / "drafter")
-    Calibration((Level(0.5, 0.1, 0.2, 2.0, 0.0, (9, 0, 0)),)).save(model / "drafter", {})
+    Calibration((Level(0.5, 0.1, 0.2, 2.0, 0.0, (9, 0, 0)),)).save(model / "drafter")
     defaults = json.loads(path.read_text()) if (path := model / "fastgen.json").exists() else {}
     path.write_text(json.dumps({**defaults, "drafter": "drafter"}))
     return model

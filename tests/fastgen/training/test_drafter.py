@@ -14,6 +14,7 @@ from micro_models import JANUS_TOKENS, PROMPTS
 
 from fastgen.cli.main import run
 from fastgen.data.shapes import ShapesWorld
+from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -158,10 +159,6 @@ def test_convergence_is_high_in_flat_regions() -> None:
 
 def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real rounds of a micro model with an untrained drafter; thresholds that keep their limits, and what is wrong."""
-
-    from fastgen.cli.main import run
-    from fastgen.drafters.calibration import Calibration
-
     pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
     torch.manual_seed(0)
     EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2).save_pretrained(tmp_path / "drafter")
@@ -172,8 +169,18 @@ def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytes
     assert [level.quality for level in levels] == [row["quality"] for row in printed] == [0.25, 0.5, 0.75, 1.0]
     about = json.loads((tmp_path / "out" / "calibration.json").read_text())["about"]
     assert about["pictures"] == 3 and about["pairs"] > 50
+    scores = {
+        "rows": [{"variant": name, "score": 0.5, "stderr": 0.1} for name in ("exact 2-1", "cascade 2-1 quality=1")]
+    }
+    (tmp_path / "bench.json").write_text(json.dumps(scores))
+    measured = ["--init", str(tmp_path / "out"), "--data", str(tmp_path / "bench.json")]
+    assert run([*command, *measured, "--json"]) == 0
+    capsys.readouterr()
+    after = Calibration.load(tmp_path / "out")
+    assert [level.score_drop for level in after.levels] == [None, None, None, 0.0] and after.about == about
     for wrong in (
         command,
+        [*command, "--init", str(tmp_path / "out"), "--data", str(tmp_path / "drafter" / "config.json")],
         [*command, "--init", str(tmp_path)],
         [*command, "--init", str(tmp_path), "--samples", "-1"],
     ):
@@ -185,18 +192,8 @@ def test_a_drafter_learns_from_what_its_target_draws(
     micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
-    command = [
-        "train",
-        "drafter",
-        "--part",
-        str(micro_janus),
-        "--data",
-        str(data),
-        "--steps",
-        "2",
-        "--precision",
-        "fp32",
-    ]
+    command = ["train", "drafter", "--part", str(micro_janus), "--data", str(data)]
+    command += ["--steps", "2", "--precision", "fp32"]
     command += ["--batch-size", "2", "--accumulate", "1", "-o", str(tmp_path / "run"), "--json"]
     assert run([*command, "--samples", "5", "--prompts-file", "shapesworld"]) == 0, capsys.readouterr().err
     samples = Samples(data, 0)
