@@ -77,8 +77,10 @@ def check_budget(
             raise ValueError(
                 f"token_budget: needs an integer from 1 to {length} (all positions), got {token_budget!r}"
             )
+    if tail_drop is None:
+        return torch.zeros(samples, dtype=torch.float64, device="cpu"), token_budget
     try:
-        rho = torch.as_tensor(0.0 if tail_drop is None else tail_drop, dtype=torch.float64).cpu()
+        rho = torch.as_tensor(tail_drop, dtype=torch.float64).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"tail_drop: needs a number in [0, 1) or one per sample, got {tail_drop!r}") from error
     if rho.ndim == 0:

@@ -30,7 +30,7 @@ class Segments:
         """Segments of sequences whose lengths are known on the host: nothing is asked of the device."""
         counts = torch.tensor(lengths)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        ids = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=sum(lengths))
         equal = lengths[0] if len(set(lengths)) == 1 else None
         return Segments(ids.to(device, non_blocking=True), starts.to(device, non_blocking=True), max(lengths), equal)
 
