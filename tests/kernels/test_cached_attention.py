@@ -14,7 +14,7 @@ from fastgen.kernels.cached_attention import cached_attention
 def case(
     rows: int, n: int, heads: int, groups: int, slots: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, store of 2 layers, slots (others in every row), and a mask in which every token sees itself."""
+    """Query, key, value, store of 2 layers, slots (others in every row), and a mask: every token sees itself."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, n, heads * groups, 8, generator=generator, dtype=dtype)
     key, value = torch.randn(2, rows, n, heads, 8, generator=generator, dtype=dtype)
