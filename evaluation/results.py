@@ -18,6 +18,7 @@ _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
     ("tiny-dc", "diffusion, dynamic chunking"),
+    ("tiny-dc-dense", "diffusion, the baseline of tiny-dc"),
 )
 
 

@@ -53,7 +53,7 @@ def load_pipeline(
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
-        model: "tiny", "tiny-janus" or "tiny-dc" (embedded), a folder of a diffusers pipeline or of a transformers
+        model: "tiny", "tiny-janus", "tiny-dc" … (embedded), a folder of a diffusers pipeline or of a transformers
             Janus model, or the Hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else

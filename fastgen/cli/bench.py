@@ -96,7 +96,7 @@ def dc(
     model: Annotated[
         str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
     ] = "tiny-dc",
-    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny",
+    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
         "fastgen-bench-dc"
     ),

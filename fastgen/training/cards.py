@@ -17,6 +17,7 @@ _TITLES = {
     "tiny": "fastgen tiny: a ZImagePipeline for ShapesWorld",
     "tiny-janus": "fastgen tiny-janus: a JanusForConditionalGeneration for ShapesWorld",
     "tiny-dc": "fastgen tiny-dc: a Z-Image transformer with dynamic chunking for ShapesWorld",
+    "tiny-dc-dense": "fastgen tiny-dc-dense: the baseline of tiny-dc",
     "shapes-detector": "fastgen shapes-detector: finds ShapesWorld objects",
 }
 _TEXTS = {
@@ -55,8 +56,8 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
     "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
-budgets; VAE, text encoder, tokenizer and scheduler are those of `tiny`. Each of the 16 x 16 latent positions is one
-token, and the router keeps about three tenths of them.
+budgets, on the velocity that `tiny` predicts; VAE, text encoder, tokenizer and scheduler are those of `tiny`. Each of
+the 16 x 16 latent positions is one token, and the router keeps about a quarter of them.
 
 ```python
 import fastgen
@@ -67,8 +68,11 @@ pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny", transformer=transfo
 image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw about a third of its images. Loss
-contract: lossy.""",
+Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw half as many images. Loss contract:
+lossy.""",
+    "tiny-dc-dense": """A stock `diffusers.ZImageTransformer2DModel` (width 96, 7 layers, patches of 2 x 2): the
+backbone of `tiny-dc` without dynamic chunking, trained from random weights by the same recipe on the same data for the
+same FLOPs. It exists to be compared with; the other components are those of `tiny`.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
@@ -81,6 +85,7 @@ _LIBRARIES = {
     "tiny": "diffusers",
     "tiny-janus": "transformers",
     "tiny-dc": "fastgen",
+    "tiny-dc-dense": "diffusers",
     "shapes-detector": "fastgen",
 }
 _PARTS = {

@@ -82,7 +82,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "dc": RecipeEntry(
         "a small Z-Image transformer with dynamic chunking, for many compute budgets",
-        {"steps": 4400, "batch_size": 64, "lr": 2e-3, "warmup": 400, "decay": 0.5},
+        {"steps": 10000, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
         needs="z-image",
         part="model",
         continues=True,
@@ -105,7 +105,7 @@ RECIPES: dict[str, RecipeEntry] = {
         "the same transformer without dynamic chunking, its baseline",
         # As many as take the compute of the steps of `dc`: over its tail drops, with 23 to 30 % of the tokens kept
         # before them, its forward passes take 1.17 times as many FLOPs.
-        {"steps": 5140, "batch_size": 64, "lr": 2e-3, "warmup": 400, "decay": 0.5},
+        {"steps": 11700, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
         needs="z-image",
         part="model",
         continues=True,

@@ -67,7 +67,7 @@ def test_a_scheduler_beside_a_base_is_not_silently_ignored(micro_z: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["tiny", "tiny-janus", "tiny-dc"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-janus", "tiny-dc", "tiny-dc-dense"])
 def test_embedded_models_give_the_same_pixels_for_any_batch_size(model: str) -> None:
     """Trained weights are the hard case: large logits, and decisions closer to each other than in a random model."""
     pipe, seeds = load_pipeline(model), list(range(8))
