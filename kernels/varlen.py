@@ -39,7 +39,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: needs int32 [n + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # normalised queries and keys arrive in float32, values do not
+    # Under autocast normalised queries and keys arrive in float32, values do not. (The meta device knows none.)
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key, value: need one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")

@@ -84,8 +84,11 @@ def train(
 
     if threads > 0:
         torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    record = _with_progress(lambda report: Trainer(built, config, report), config.steps)
+    torch.set_flush_denormal(True)  # for the run alone: it holds for the whole process
+    try:
+        record = _with_progress(lambda report: Trainer(built, config, report), config.steps)
+    finally:
+        torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
 
 

@@ -1,5 +1,5 @@
-"""Models with dynamic chunking on a GPU that is not there: fake tensors carry the device and no values, so whatever
-would stop the GPU raises."""
+"""Models with dynamic chunking on the meta device, which has shapes and no values, in place of a GPU: whatever would
+stop a GPU raises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
@@ -20,14 +19,13 @@ LENGTHS = [5, 1, 9]
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        yield torch.device("cuda", 0)
+    with torch.no_grad():
+        yield torch.device("meta")
 
 
 def models() -> dict[str, Any]:
-    """Made where they are used: fake parameters cannot be moved. In float32, because torch's flash attention asks the
-    driver."""
-    with torch.device("cuda", 0):
+    """Made where they are used."""
+    with torch.device("meta"):
         dit = DCDiTTransformer2DModel(
             num_layers=2, num_attention_heads=2, attention_head_dim=16, num_classes=10, sample_size=8
         )
@@ -47,7 +45,7 @@ def test_the_blocks_of_ragged_sequences_ask_nothing(gpu: torch.device) -> None:
         hidden = block(hidden, conditioning, segments)
     for block in made["z-image"].layers:
         hidden = block(hidden, rotary, segments, conditioning)
-    assert hidden.device.type == "cuda"
+    assert hidden.device.type == "meta"
 
 
 def forward(model: Any, name: str, **knobs: Any) -> Tensor:
@@ -64,7 +62,7 @@ def forward(model: Any, name: str, **knobs: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["dit", "z-image"])
 def test_a_token_budget_asks_nothing_at_all(gpu: torch.device, name: str) -> None:
-    assert forward(models()[name], name, token_budget=7).device.type == "cuda"
+    assert forward(models()[name], name, token_budget=7).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["dit", "z-image"])
@@ -73,6 +71,6 @@ def test_the_natural_set_asks_once(gpu: torch.device, name: str) -> None:
     model, seen = models()[name], list[str]()
     blocks = model.transformer_blocks if name == "dit" else model.layers
     blocks[0].register_forward_pre_hook(lambda *arguments: seen.append("block"))
-    with pytest.raises(DataDependentOutputException):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         forward(model, name)
     assert not seen
