@@ -167,6 +167,7 @@ def benchmark_speculative(
     own = {} if checkpoint.drafter is None else {"own": checkpoint.drafter}
     folders = own if drafters is None else dict(drafters)
     pipes: dict[str, Any] = {}
+    targets: dict[str, Target] = {}
     parsed: dict[str, list[Variant]] = {}
     for kind in dict.fromkeys(("float32", dtype)):
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
@@ -175,8 +176,8 @@ def benchmark_speculative(
             name: (load_drafter(place, target.dtype).to(target.device), Calibration.beside(place))
             for name, place in folders.items()
         }
-        pipes[kind], parsed[kind] = pipe, [parse_variant(text, target, made) for text in variants]
-    targets = {kind: target_of(pipe.model, pipe.tokenizer) for kind, pipe in pipes.items()}
+        pipes[kind], targets[kind] = pipe, target
+        parsed[kind] = [parse_variant(text, target, made) for text in variants]
     target = targets[dtype]
     scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
     law = TokenLaw(scale)

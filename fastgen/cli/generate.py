@@ -170,13 +170,14 @@ def generate(
     drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
     check_writable(target if is_folder else target.parent)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
+        from fastgen.drafters.calibration import FILE as CALIBRATION
         from fastgen.pipelines.generation import pipeline_class, resolve_settings
         from fastgen.pipelines.loading import resolve_device
 
         call = resolve_settings(pipeline_class(checkpoint, method), checkpoint, asked)
         if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "auto")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
-        if quality is not None and (drafts is None or not (drafts / "calibration.json").is_file()):
+        if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
             raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         weight_type = str(weights).removeprefix("torch.")
