@@ -108,12 +108,22 @@ class _Plain:
 
     def _choose(self, hidden: Tensor, gumbel: Tensor | None) -> Tensor:
         p = self.target.token_law(self.target.head(hidden), self.prefix, self.law, self.index)[:, 0]
-        return p.argmax(dim=-1) if gumbel is None else draw(p, gumbel)
+        return _sample(p, gumbel)
 
     def _noise(self) -> Tensor | None:
-        if self.law.temperature == 0:
-            return None
-        return gumbel_noise(self.generators, self.target.vocab_size, self.index.device)
+        return _noise_of_a_token(self.law, self.generators, self.target.vocab_size, self.index.device)
+
+
+def _noise_of_a_token(
+    law: TokenLaw, generators: Sequence[torch.Generator], vocabulary: int, device: torch.device
+) -> Tensor | None:
+    """Gumbel noise [B, V]; None at temperature 0."""
+    return None if law.temperature == 0 else gumbel_noise(generators, vocabulary, device)
+
+
+def _sample(p: Tensor, gumbel: Tensor | None) -> Tensor:
+    """Tokens [B] of laws [B, V]; without noise the most likely ones."""
+    return p.argmax(dim=-1) if gumbel is None else draw(p, gumbel)
 
 
 @torch.no_grad()
@@ -175,10 +185,7 @@ class _Rounds:
         self.lengths: list[Tensor] = []
         output = target.prefill(prefix, self.cache, source.taps)
         p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(self.count)[:, None])
-        if law.temperature == 0:
-            self.tokens[:, 0] = p[:, 0].argmax(dim=-1)
-        else:
-            self.tokens[:, 0] = draw(p[:, 0], gumbel_noise(generators, p.shape[-1], device))
+        self.tokens[:, 0] = _sample(p[:, 0], _noise_of_a_token(law, generators, target.vocab_size, device))
         source.start(target, prefix, law, output, self.tokens[:, 0], generators)
 
     def decode(self, on_token: OnToken | None) -> Decoded:
