@@ -3,7 +3,7 @@
 A round costs one target pass over n nodes, one drafter step a level, and what is left; it yields the accepted path and
 one token more. Costs are measured, and so is how often the j-th child at depth d is accepted; of the best trees of
 every size and depth the one with the most tokens a second wins. A window of Jacobi has no such law (its guesses get
-better the longer they stay in it), so windows are tried.
+better the longer they stay in it), so windows are tried, and the tree beside them.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def choose_source(
 
     Args:
         target: the model.
-        drafter: made for it; None chooses a window of Jacobi.
+        drafter: made for it; None leaves the windows of Jacobi.
         rule: with which it will be used.
         prefix: prompts of a typical batch; whole pictures are drawn to measure, with generators of its own.
         law: the sampler's settings; temperature 0 is measured like 1.
@@ -186,16 +186,16 @@ def choose_source(
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
         return min(speeds[1:])
 
-    if drafter is None:
-        tried = {}
-        for window in WINDOWS:
-            name = f"jacobi-{window}"
-            tried[name] = seconds_a_token(JacobiSource.of_name(name, rule), rule)[0]
-        best = min(tried, key=lambda name: tried[name])
-        return JacobiSource.of_name(best, rule), best
-    tree = best_tree(*_measure(drafter, seconds_a_token))
-    widths = "-".join(str(len(level)) for level in tree.levels[1:])
-    return TreeSource(drafter, tree, sampled=law.temperature > 0), f"auto {widths}"
+    sources: dict[str, DraftSource] = {
+        f"jacobi-{window}": JacobiSource.of_name(f"jacobi-{window}", rule) for window in WINDOWS
+    }
+    if drafter is not None:
+        tree = best_tree(*_measure(drafter, seconds_a_token))
+        widths = "-".join(str(len(level)) for level in tree.levels[1:])
+        sources[f"auto {widths}"] = TreeSource(drafter, tree, sampled=law.temperature > 0)
+    tried = {name: seconds_a_token(source, rule)[0] for name, source in sources.items()}
+    best = min(tried, key=lambda name: tried[name])
+    return sources[best], best
 
 
 def _measure(

@@ -36,8 +36,10 @@ class Decoded:
         tokens: [B, N].
         target_passes: of the batch.
         rounds: [B], how many each image took after its first token; the plain loop's are its tokens.
-        accepted: accepted lengths of all rounds of all images, the bonus not counted.
-        counts: what the rule counted ("stolen", "relaxed" …), [B] each.
+        accepted: accepted lengths of all rounds of all images; neither the bonus nor tokens that the grammar forces
+            (ends of lines), which any draft gets right, are counted.
+        counts: [B] each: what the rule counted ("stolen", "relaxed" …), and "forced", accepted tokens that the grammar
+            forces, where there are some.
     """
 
     tokens: Tensor
@@ -222,7 +224,7 @@ class _Rounds:
             self.spent = self.counts["stolen"].float()
 
     def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """A round without decisions on the host: accepted lengths [B], and the rule's counts."""
+        """A round without decisions on the host: accepted lengths [B] without forced tokens, and counts."""
         remaining = self.target.num_tokens - self.count
         index = self.count - 1
         root = self.tokens.gather(1, index[:, None])[:, 0]
@@ -234,7 +236,11 @@ class _Rounds:
             decisions = self.rule.verify(drafted, noise, self.spent)
         way = walk(drafted, decisions, noise, remaining)
         self._commit(drafted, way, output, remaining)
-        return way.length, way.counts
+        if self.target.vocab_size == self.target.num_codes:
+            return way.length, way.counts
+        forced = (drafted.tokens.gather(1, way.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
+        forced = torch.nn.functional.pad(forced, (1, 0)).gather(1, way.length[:, None])[:, 0]
+        return way.length - forced, way.counts | {"forced": forced}
 
     def _verify(self, proposal: Proposal, index: Tensor) -> tuple[Drafted, TargetPass]:
         target, tree = self.target, proposal.tree

@@ -44,6 +44,12 @@ def train(
     compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile what the recipe names.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32; auto is bf16 where it is native.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    choose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE of the drafter recipe (redundancy=class, width=128, kind=medusa …); repeat."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
     max_minutes: Annotated[float, typer.Option(help="Stop with a checkpoint after so long; 0 = never.")] = 0.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 = torch's default.")] = 0,
@@ -74,9 +80,10 @@ def train(
         seed=seed,
         max_seconds=60.0 * max_minutes,
     )
+    choices = _choices(choose or [])
     if samples:
         _draw(recipe, part, data, samples, prompts_file, seed)
-    built = build_recipe(recipe, seed, part, init, data)
+    built = build_recipe(recipe, seed, part, init, data, choices)
 
     import torch
 
@@ -90,6 +97,22 @@ def train(
     finally:
         torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+
+
+def _choices(texts: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, the value read as JSON where it is some, else as a word."""
+    from fastgen.errors import FastgenError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or key in found:
+            raise FastgenError(f"--set: {text!r} is not allowed, needs KEY=VALUE, each key once")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _calibrate(

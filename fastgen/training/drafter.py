@@ -8,7 +8,7 @@ the target's redundancy (`fastgen.training.redundancy_terms`) can be switched on
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,4 +239,4 @@ class DrafterRecipe:
         """Save the drafter in half precision."""
         half: Any = copy.deepcopy(self.drafter).to(torch.float16)
         half.save_pretrained(folder)
-        write_record(folder, self.name, record)
+        write_record(folder, self.name, record | {"terms": asdict(self.terms)})

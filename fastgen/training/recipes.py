@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,12 @@ def train_config(name: str, output_dir: Path, **overrides: Any) -> TrainConfig:
 
 
 def build_recipe(
-    name: str, seed: int, part: Path | None = None, init: Path | None = None, data: Path | None = None
+    name: str,
+    seed: int,
+    part: Path | None = None,
+    init: Path | None = None,
+    data: Path | None = None,
+    choices: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Build a recipe.
 
@@ -138,15 +143,20 @@ def build_recipe(
         init: folder of a model to go on from.
         data: folder of samples to learn from (`fastgen.training.samples`): upcycling, and the drafter where it is not
             to learn from renders.
+        choices: what else the recipe lets one choose: of `drafter` the fields of `DrafterTerms`, `kind`, and the
+            configuration of a new drafter.
 
     Raises:
-        FastgenError: unknown recipe, or a folder that is missing, absent or not understood.
+        FastgenError: unknown recipe, a folder that is missing, absent or not understood, or a choice it does not have.
+        ValueError: a choice out of range.
     """
     entry = _entry(name)
+    if choices and name != "drafter":
+        raise FastgenError(f"recipe {name} lets nothing be chosen, got {', '.join(choices)}")
     if entry.upcycles:
         return _upcycling(name, seed, part, init, data)
     if name == "drafter" and part is not None:
-        return _drafter(seed, part, init, data)
+        return _drafter(seed, part, init, data, choices or {})
     if data is not None:
         raise FastgenError(f"recipe {name} renders its data and takes no --data")
     if entry.needs and part is None and (init is None or entry.needs in ("z-image", "janus")):
@@ -201,15 +211,25 @@ def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return JanusRecipe(seed, part, init)
 
 
-def _drafter(seed: int, part: Path, init: Path | None, data: Path | None) -> Recipe:
-    from fastgen.training.drafter import DrafterRecipe
+def _drafter(seed: int, part: Path, init: Path | None, data: Path | None, choices: Mapping[str, Any]) -> Recipe:
+    from fastgen.training.drafter import DrafterRecipe, DrafterTerms
     from fastgen.training.samples import Samples
+
+    ours = {field.name for field in fields(DrafterTerms)}
+    terms = DrafterTerms(**{key: value for key, value in choices.items() if key in ours})
+    drafter = {key: value for key, value in choices.items() if key not in ours}
+    if init is not None and drafter:
+        raise FastgenError(f"recipe drafter: {', '.join(drafter)} belong to a new drafter, not to one of --init")
 
     checkpoint = find_checkpoint(str(part))
     if checkpoint.kind != "janus":
         raise FastgenError(f"recipe drafter: {part} is no Janus model")
     folder = checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
-    return DrafterRecipe(seed, folder, init, samples=None if data is None else Samples(data, seed))
+    drawn = None if data is None else Samples(data, seed)
+    try:
+        return DrafterRecipe(seed, folder, init, terms, samples=drawn, **drafter)
+    except TypeError as error:
+        raise FastgenError(f"recipe drafter: {error}") from error
 
 
 def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:

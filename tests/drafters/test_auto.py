@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from micro_models import PROMPTS
 from oracle_drafter import OracleDrafter
 from toy_speculation import Toy
 
+from fastgen.drafters import auto
 from fastgen.drafters.acceptance import Block, Exact
 from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_source
+from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target
@@ -104,7 +108,28 @@ def test_a_choice_for_a_real_target(target: Target) -> None:
     assert isinstance(source, JacobiSource) and name == f"jacobi-{source.window}" and source.coupled
     source, _ = choose_source(target, None, Block(), prefix, TokenLaw(3.0), repeats=1)
     assert isinstance(source, JacobiSource) and not source.coupled
-    tree, name = choose_source(target, OracleDrafter(0.5), Exact(), prefix, TokenLaw(3.0), repeats=1)
-    assert isinstance(tree, TreeSource) and tree.sampled and name.startswith("auto ")
-    greedy, _ = choose_source(target, OracleDrafter(0.5), Exact(), prefix, TokenLaw(3.0, 0.0), repeats=1)
-    assert isinstance(greedy, TreeSource) and not greedy.sampled
+
+
+@pytest.mark.parametrize("dear", ["trees", "windows"])
+def test_windows_are_tried_beside_the_tree(target: Target, dear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which a pass of one kind of source takes a hundred times as long as one of the other."""
+    now = [0.0]
+
+    def decode(target: Target, source: Any, *args: Any, **kwargs: Any) -> Any:
+        decoded = decode_speculative(target, source, *args, **kwargs)
+        kind = "trees" if isinstance(source, TreeSource) else "windows"
+        now[0] += decoded.target_passes * (100.0 if kind == dear else 1.0)
+        return decoded
+
+    monkeypatch.setattr(auto, "decode_speculative", decode)
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(auto, "WINDOWS", (2, 4))
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:1], True)
+    for law in (TokenLaw(3.0), TokenLaw(3.0, 0.0)):
+        source, name = choose_source(target, OracleDrafter(0.5), Exact(), prefix, law, repeats=1)
+        if dear == "windows":
+            assert isinstance(source, TreeSource) and name.startswith("auto ")
+            assert source.sampled == (law.temperature > 0)
+        else:
+            assert isinstance(source, JacobiSource) and name in ("jacobi-2", "jacobi-4")

@@ -18,6 +18,7 @@ from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import chain
@@ -212,3 +213,30 @@ def test_a_drafter_learns_from_what_its_target_draws(
     for model, word in (("tiny", "no Janus"), (str(micro_janus), "renders of ShapesWorld have 64")):
         assert run(["train", "drafter", "--part", model, "-o", str(tmp_path / "x")]) == 2
         assert word in capsys.readouterr().err
+
+
+def test_the_terms_and_the_drafter_are_chosen_on_the_command_line(
+    micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "drafter", "--part", str(micro_janus), "--data", str(tmp_path / "data"), "--steps", "1"]
+    command += ["--batch-size", "2", "--accumulate", "1", "--precision", "fp32", "-o", str(tmp_path / "run")]
+    draw = ["--samples", "2", "--prompts-file", "shapesworld"]
+    chosen = ["--set", "redundancy=class", "--set", "probes=3", "--set", "width=16", "--set", "variant=3"]
+    assert run([*command, *draw, *chosen, "--set", "heads=2"]) == 0, capsys.readouterr().err
+    made = load_drafter(tmp_path / "run" / "model", torch.float32)
+    assert made.config.variant == 3 and made.config.width == 16 and made.config.heads == 2
+    terms = json.loads((tmp_path / "run" / "model" / "training.json").read_text())["drafter"]["terms"]
+    assert terms["redundancy"] == "class" and terms["probes"] == 3 and terms["steps"] == 4
+    for wrong, word in (
+        (["--set", "width"], "KEY=VALUE"),
+        (["--set", "probes=0"], "probes"),
+        (["--set", "redundancy=both"], "redundancy"),
+        (["--set", "depth=3"], "depth"),
+        (["--set", "width=16", "--set", "width=32"], "once"),
+        (["--set", "width=16", "--init", str(tmp_path / "run" / "model")], "width"),
+    ):
+        assert run([*command[:-1], str(tmp_path / "other"), *wrong]) == 2
+        assert word in capsys.readouterr().err
+    assert run(["train", "vq", "--set", "width=16", "-o", str(tmp_path / "vq")]) == 2
+    assert "width" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
