@@ -1,0 +1,251 @@
+"""Text to image with a search: candidates are scored by a verifier while they are drawn, and the good ones go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from fastgen.accounting import account, note_path
+from fastgen.contracts import Loss
+from fastgen.pipelines.search.budget import Budget, Pool
+from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
+from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
+from fastgen.pipelines.search.names import named_policy
+from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.report import SearchReport, report_of
+from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
+from fastgen.pipelines.token_images import as_output, one_per_image
+
+__all__ = ["NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
+
+SamplerName = Literal["ancestral", "euler-maruyama", "rollover"]
+
+
+@dataclass
+class NoiseSearchOutput(BaseOutput):
+    """Output of the pipeline.
+
+    Attributes:
+        images: one for each prompt, as `output_type` says.
+        reports: what each prompt's search did.
+        stats: what the call cost, see `fastgen.accounting.Stats.as_dict`.
+    """
+
+    images: Any
+    reports: list[SearchReport]
+    stats: dict[str, Any]
+
+
+class SearchInterrupted(Exception):
+    """The search was cut short; `__cause__` says by what.
+
+    Attributes:
+        output: the best of every prompt until then; None where nothing had been evaluated.
+    """
+
+    def __init__(self, message: str, output: NoiseSearchOutput | None) -> None:
+        super().__init__(message)
+        self.output = output
+
+
+class NoiseSearchPipeline:
+    """Wraps a diffusers pipeline that the user has loaded; its attributes are those of the pipeline.
+
+    Loss contract: `exact` with policy None (the stock call); `lossy` else: the pictures are others.
+
+    Args:
+        pipe: the pipeline; it is not changed.
+        verifier: scores pictures: an object with `score(images, prompts) -> tensor`, or such a function; images are
+            [k, 3, H, W] uint8.
+        policy: a name ("threshold", "rbf", "svdd", "code", "smc", "best-of-n", "random", "zero-order",
+            "search-over-paths"), a `Policy`, or None: no search.
+
+    Raises:
+        ValueError: a pipeline without an adapter, no verifier, or an unknown policy.
+    """
+
+    def __init__(self, pipe: Any, verifier: Any = None, policy: str | Policy | None = "threshold") -> None:
+        self.pipe = pipe
+        self.policy = named_policy(policy) if isinstance(policy, str) else policy
+        if self.policy is None:
+            return
+        self._denoiser = denoiser_of(pipe)
+        score = getattr(verifier, "score", verifier)
+        if not callable(score):
+            raise ValueError(f"verifier: {type(verifier).__name__} has no score(images, prompts)")
+        self.verifier = verifier
+        self._score: Callable[[Tensor, list[str]], Tensor] = score
+
+    @property
+    def loss(self) -> Loss:
+        """The loss contract."""
+        return "exact" if self.policy is None else self.policy.loss
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "pipe":
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw images; see `search`. Without a policy this is the pipeline's own call."""
+        return self.pipe(*args, **kwargs) if self.policy is None else self.search(*args, **kwargs)
+
+    @torch.no_grad()
+    def search(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        max_nfe: int | None = None,
+        max_seconds: float | None = None,
+        target_score: float | None = None,
+        sampler: SamplerName | Sampler = "ancestral",
+        batch_size: int = 32,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+        on_round: Callable[[int], None] | None = None,
+        **extra: Any,
+    ) -> NoiseSearchOutput | tuple[Any]:
+        """Draw one image of each prompt.
+
+        Args:
+            prompt: text or list of texts.
+            height, width, num_inference_steps, guidance_scale, negative_prompt: of the pipeline; None takes its own
+                defaults.
+            generator: one per prompt, or a single one. The first candidate starts from what the pipeline itself would
+                draw with it.
+            max_nfe: forward passes of the model on one sample for each prompt; with classifier-free guidance an
+                evaluation takes two.
+            max_seconds: of the whole call; trajectories that are begun then are still finished.
+            target_score: a prompt is done when a finished picture scores so much.
+            sampler: of stochastic transitions: "ancestral" (stochastic DDIM on the pipeline's own times),
+                "euler-maruyama" (g = 3 t^2 on them), "rollover" (RBF's: variance-preserving, on a grid of its own
+                with as many times, at whose last the preview is the picture), or a `Sampler`.
+            batch_size: rows of a forward pass.
+            output_type: "pil", "np" or "pt".
+            return_dict: False gives ``(images,)``.
+            on_round: called after each round of evaluations with how many chains are still running.
+            extra: what the adapter of the pipeline takes beside.
+
+        Raises:
+            ValueError: an argument out of range, or a budget smaller than one picture takes.
+            SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
+        """
+        assert self.policy is not None
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt: needs at least one")
+        if isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is not allowed, needs an integer >= 1")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type: {output_type!r} is not allowed, needs pil, np or pt")
+        budget = Budget(max_nfe, max_seconds, target_score)
+        generators = one_per_image(generator, len(prompts))
+        started = time.perf_counter()
+        with account() as stats:
+            settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
+            denoiser = self._denoiser(self.pipe, prompts, settings)
+            path = self._sampler(sampler, denoiser)
+            note_path("policy", self.policy.description)
+            chains = self._chains(denoiser, path, budget, generators, started)
+            cause: BaseException | None = None
+            ends: Sequence[Node | None]
+            try:
+                ends = run_chains(chains, self.policy.program, self._score, prompts, batch_size, on_round)
+            except SearchStopped as error:
+                cause = error.__cause__
+                ends = [chain.furthest for chain in chains]
+                found = {chain.prompt for chain in chains if chain.furthest is not None}
+                if len(found) < len(prompts):
+                    raise SearchInterrupted(str(error), None) from cause
+            reports, winners = self._reports(prompts, chains, ends, started, cause is not None)
+            pictures = torch.cat([denoiser.pictures(node.prediction) for node in winners])
+        images = as_output(pictures.float().div(255).permute(0, 2, 3, 1), output_type)
+        output = NoiseSearchOutput(images=images, reports=reports, stats=stats.as_dict())
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self.pipe.maybe_free_model_hooks()
+        if cause is not None:
+            raise SearchInterrupted(f"search: {type(cause).__name__}: {cause}", output) from cause
+        return output if return_dict else (images,)
+
+    def _sampler(self, sampler: SamplerName | Sampler, denoiser: Denoiser) -> Sampler:
+        if isinstance(sampler, Sampler):
+            return sampler
+        if sampler == "rollover":
+            return EulerMaruyama.rollover(len(denoiser.times))
+        kinds: dict[str, type[Sampler]] = {"ancestral": Ancestral, "euler-maruyama": EulerMaruyama}
+        if sampler not in kinds:
+            raise ValueError(f"sampler: {sampler!r} is unknown, there are ancestral, euler-maruyama and rollover")
+        return kinds[sampler](denoiser.interpolant, denoiser.times)
+
+    def _chains(
+        self,
+        denoiser: Denoiser,
+        path: Sampler,
+        budget: Budget,
+        generators: Sequence[torch.Generator],
+        started: float,
+    ) -> list[Chain]:
+        assert self.policy is not None
+        transitions = (path if self.policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
+        self.policy.check(budget, transitions, denoiser.forwards)
+        chains = []
+        for prompt, generator in enumerate(generators):
+            start = denoiser.noise(generator)
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+            pool = Pool(budget, denoiser.forwards, started)
+            chains += [
+                Chain(denoiser, path, prompt, number, seed, start, pool) for number in range(self.policy.chains)
+            ]
+        return chains
+
+    def _reports(
+        self,
+        prompts: Sequence[str],
+        chains: Sequence[Chain],
+        ends: Sequence[Node | None],
+        started: float,
+        interrupted: bool,
+    ) -> tuple[list[SearchReport], list[Node]]:
+        assert self.policy is not None
+        reports, winners = [], []
+        for number, prompt in enumerate(prompts):
+            places = [
+                place for place, chain in enumerate(chains) if chain.prompt == number and ends[place] is not None
+            ]
+            best: int = max(places, key=lambda place: (_finished(ends[place]), -place))
+            winner = ends[best]
+            assert winner is not None
+            pool = chains[best].pool
+            stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
+            own = [chain for chain in chains if chain.prompt == number]
+            reports.append(
+                report_of(
+                    prompt,
+                    self.policy.description,
+                    own,
+                    winner,
+                    chains[best].number,
+                    stopped,
+                    time.perf_counter() - started,
+                )
+            )
+            winners.append(winner)
+        return reports, winners
+
+
+def _finished(node: Node | None) -> tuple[bool, float]:
+    """Ends of trajectories before previews, then by score."""
+    assert node is not None
+    return node.last, -math.inf if math.isnan(node.score) else node.score

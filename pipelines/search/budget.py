@@ -1,0 +1,81 @@
+"""What a search may spend on a prompt, and what it has spent."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+__all__ = ["Budget", "Pool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits in units that users think in; None: no limit.
+
+    Attributes:
+        max_nfe: forward passes of the model on one sample, for each prompt; with classifier-free guidance an
+            evaluation takes two. Decoding and the verifier do not count.
+        max_seconds: of the whole call; what is begun then is still finished.
+        target_score: a prompt is done when a finished picture scores so much.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    max_nfe: int | None = None
+    max_seconds: float | None = None
+    target_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_nfe is not None and (isinstance(self.max_nfe, bool) or self.max_nfe < 1):
+            raise ValueError(f"max_nfe: {self.max_nfe} is not allowed, needs an integer >= 1")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds: {self.max_seconds} is not allowed, needs a number > 0")
+        if self.target_score is not None and not math.isfinite(self.target_score):
+            raise ValueError(f"target_score: {self.target_score} is not allowed, needs a finite number")
+
+
+@dataclass
+class Pool:
+    """Evaluations of one prompt, shared by its chains.
+
+    Attributes:
+        budget: of the prompt.
+        cost: forward passes of an evaluation.
+        started: seconds, of `time.perf_counter`.
+        spent: evaluations so far.
+        owed: by chain, evaluations that it still needs to finish its trajectory: kept back from all others.
+        done: a picture is good enough, no chain need go on.
+    """
+
+    budget: Budget
+    cost: int = 1
+    started: float = field(default_factory=time.perf_counter)
+    spent: int = 0
+    owed: dict[int, int] = field(default_factory=dict)
+    done: bool = False
+
+    @property
+    def nfe(self) -> int:
+        """Forward passes so far."""
+        return self.spent * self.cost
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        limit = self.budget.max_seconds
+        return limit is not None and time.perf_counter() - self.started >= limit
+
+    def left(self, chain: int) -> float:
+        """Evaluations that a chain may spend beyond what all chains, itself included, need to finish; `inf` without
+        a limit, and none once the time is over."""
+        if self.late or self.done:
+            return 0
+        if self.budget.max_nfe is None:
+            return math.inf
+        return self.budget.max_nfe // self.cost - self.spent - sum(self.owed.values())
+
+    def spend(self, count: int) -> None:
+        """Count evaluations."""
+        self.spent += count

@@ -1,0 +1,1 @@
+"""Diffusers pipelines as a search sees them, one evaluation at a time."""

@@ -1,0 +1,182 @@
+"""The protocol of a denoiser: the model of a diffusers pipeline, one evaluation at a time.
+
+A search needs four things of a pipeline that its `__call__` does not give: the noise that it starts from, the model's
+prediction for samples at any place of their trajectories, the pictures that latents decode to, and the noise levels
+between. An adapter gives them for one kind of pipeline; `register_denoiser` makes it known.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.accounting import add_nfe, phase
+from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
+
+__all__ = ["Denoiser", "FlowDenoiser", "Settings", "denoiser_of", "register_denoiser"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may ask of the pipeline; None takes what the pipeline takes.
+
+    Attributes:
+        num_inference_steps, guidance_scale, height, width, negative_prompt: as the pipeline's own.
+        extra: further arguments of the adapter.
+    """
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Denoiser(ABC):
+    """The prompts of one call with their pipeline.
+
+    An adapter fills the attributes in `prepare`. Rows of latents are samples; `which` says whose prompt each has, so
+    that candidates of several prompts, at different times, share a forward pass.
+
+    Args:
+        pipe: the pipeline; it is not changed.
+        prompts: P texts (of a class-conditional model: classes).
+        settings: what the user asks for.
+
+    Attributes:
+        interpolant: of the model.
+        times: N noise levels of the pipeline's own schedule in it, falling.
+        final: the level at which the pipeline decodes.
+        forwards: rows of the model that one evaluation takes: 2 with classifier-free guidance.
+
+    Raises:
+        ValueError: a setting that the pipeline cannot do.
+    """
+
+    interpolant: Interpolant
+    times: list[float]
+    forwards: int = 1
+    final: ClassVar[Level] = Level(1.0, 0.0)
+
+    def __init__(self, pipe: Any, prompts: Sequence[Any], settings: Settings) -> None:
+        self.pipe, self.prompts, self.settings = pipe, list(prompts), settings
+        with phase("text"), torch.no_grad():
+            self.prepare()
+
+    # ---- what an adapter tells ----
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Encode the prompts, and set `interpolant`, `times` and `forwards`."""
+
+    @abstractmethod
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """Latents [1, …] of pure noise as the pipeline draws them with this generator."""
+
+    @abstractmethod
+    def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+        """One evaluation of the model.
+
+        Args:
+            latents: [k, …].
+            times: [k] float64, in the model's own interpolant.
+            which: [k] int64, prompts.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [k, 3, H, W] in [0, 1] of latents [k, …]."""
+
+    # ---- derived ----
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self.pipe._execution_device
+        return device
+
+    @torch.no_grad()
+    def predict(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+        """See `evaluate`; accounted."""
+        with phase("denoise"):
+            add_nfe(self.forwards * len(latents))
+            return self.evaluate(latents, times, which)
+
+    @torch.no_grad()
+    def pictures(self, prediction: Prediction) -> Tensor:
+        """Pictures [k, 3, H, W] uint8 of the clean samples."""
+        with phase("decode"):
+            return self.decode(prediction.at(self.final)).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+    def restless(self, generator: torch.Generator) -> Tensor:
+        """Standard normal noise [1, …] for a transition."""
+        return torch.randn(self.shape, generator=generator, device=generator.device).to(self.device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample, [1, …]."""
+        if not hasattr(self, "_shape"):
+            self._shape = tuple(self.noise(torch.Generator().manual_seed(0)).shape)
+        return self._shape
+
+
+class FlowDenoiser(Denoiser):
+    """A flow-matching model: x = (1 - t) x_0 + t eps, velocity eps - x_0.
+
+    An adapter gives `velocity` in place of `evaluate`.
+    """
+
+    interpolant = Linear()
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
+        """u [k, …] of latents [k, …] at times [k] float64."""
+
+    def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+        u = self.velocity(latents, times, which)
+        t = times.to(latents).view(-1, *[1] * (latents.ndim - 1))
+        return Prediction(latents - t * u, latents + (1 - t) * u)
+
+    def schedule(self, steps: int, **kwargs: Any) -> list[float]:
+        """Times of the pipeline's own scheduler after `set_timesteps(steps, **kwargs)`, the last one (0) left out."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(None if "sigmas" in kwargs else steps, device="cpu", **kwargs)
+        return [float(sigma) for sigma in scheduler.sigmas[:-1]]
+
+
+_DENOISERS: dict[str, type[Denoiser]] = {}
+
+
+def register_denoiser(*pipelines: str) -> Any:
+    """Class decorator: this adapter serves pipelines of these class names, and what is derived from them."""
+
+    def register(adapter: type[Denoiser]) -> type[Denoiser]:
+        _DENOISERS.update(dict.fromkeys(pipelines, adapter))
+        return adapter
+
+    return register
+
+
+def denoiser_of(pipe: Any) -> type[Denoiser]:
+    """The adapter of a pipeline.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from fastgen.pipelines.search.denoisers import adapters
+
+    adapters.load()
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in _DENOISERS:
+            return _DENOISERS[kind.__name__]
+    raise ValueError(
+        f"pipe: {type(pipe).__name__} has no denoiser; there are some for {', '.join(sorted(_DENOISERS))}, and "
+        "fastgen.pipelines.search.denoisers.base.register_denoiser takes yours"
+    )

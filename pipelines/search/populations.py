@@ -1,0 +1,371 @@
+"""Policies that search among whole trajectories or populations: best-of-n, random and zero-order search over the
+starting noise (arXiv 2501.09732), search over paths (ibid.), sequential Monte Carlo (arXiv 2306.17775), and blockwise
+value sampling (CoDe, arXiv 2502.00968)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of, better
+from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.samplers import Sampler
+
+__all__ = ["BestOfN", "Blockwise", "MonteCarlo", "RandomSearch", "SearchOverPaths", "ZeroOrder"]
+
+
+def _ode(chain: Chain) -> Sampler:
+    """The pipeline's own trajectory."""
+    return Sampler(chain.denoiser.interpolant, chain.denoiser.times)
+
+
+def _trajectories(chain: Chain, starts: list[Tensor], sampler: Sampler) -> Generator[Ask, list[Node], list[Node]]:
+    """The ODE from several noises side by side; only its ends are scored."""
+    nodes = yield chain.ask(starts, 0, sampler=sampler, scored=sampler.transitions == 0)
+    for index in range(sampler.transitions):
+        last = index + 1 == sampler.transitions
+        nodes = yield chain.ask([node.step(None) for node in nodes], index + 1, nodes, sampler=sampler, scored=last)
+    return nodes
+
+
+def _affordable(chain: Chain, wanted: int, each: int) -> int:
+    """How many trajectories of `each` evaluations the budget still has, up to `wanted`."""
+    left = chain.pool.left(chain.number)
+    return wanted if left == math.inf else min(wanted, int(left // each))
+
+
+def _good(chain: Chain, node: Node | None) -> bool:
+    target = chain.pool.budget.target_score
+    return node is not None and target is not None and node.score >= target
+
+
+def _positive(policy: Policy, *names: str) -> None:
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
+
+
+@dataclass
+class BestOfN(Policy):
+    """N pictures of the pipeline itself, the best one is returned.
+
+    Attributes:
+        n: None: as many as the budget has.
+        wave: trajectories side by side.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "best-of-n"
+    stochastic: ClassVar[bool] = False
+    n: int | None = None
+    wave: int = 4
+
+    def __post_init__(self) -> None:
+        _positive(self, "wave", *(() if self.n is None else ("n",)))
+
+    @property
+    def endless(self) -> bool:
+        return self.n is None
+
+    def program(self, chain: Chain) -> Program:
+        sampler, best, drawn = _ode(chain), None, 0
+        limit = math.inf if self.n is None else self.n
+        while drawn < limit and not _good(chain, best):
+            count = _affordable(chain, int(min(self.wave, limit - drawn)), sampler.transitions + 1)
+            if count < 1 and drawn:
+                break
+            starts = [chain.first(drawn + i) for i in range(max(count, 1))]
+            for node in (yield from _trajectories(chain, starts, sampler)):
+                best = better(best, node)
+            drawn += len(starts)
+        assert best is not None
+        return best
+
+
+@dataclass
+class RandomSearch(Policy):
+    """Rounds of 2, 4, 8 … fresh noises, each round's best kept; the best of all is returned.
+
+    Attributes:
+        rounds: None: as many as the budget has.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "random"
+    stochastic: ClassVar[bool] = False
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None:
+            _positive(self, "rounds")
+
+    def least(self, transitions: int) -> int:
+        return 2 * (transitions + 1)
+
+    @property
+    def endless(self) -> bool:
+        return self.rounds is None
+
+    def program(self, chain: Chain) -> Program:
+        sampler, best, drawn, number = _ode(chain), None, 0, 1
+        limit = math.inf if self.rounds is None else self.rounds
+        while number <= limit and not _good(chain, best):
+            count = 2**number
+            if drawn and _affordable(chain, count, sampler.transitions + 1) < count:
+                break
+            for node in (yield from _trajectories(chain, [chain.first(drawn + i) for i in range(count)], sampler)):
+                best = better(best, node)
+            drawn, number = drawn + count, number + 1
+        assert best is not None
+        return best
+
+
+@dataclass
+class ZeroOrder(Policy):
+    """Neighbours of a pivot noise; a better one becomes the pivot, else a fresh one is drawn.
+
+    Attributes:
+        neighbours: M of a round.
+        cosine: between a neighbour and its pivot; neighbours have the pivot's norm.
+        rounds: None: as many as the budget has.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "zero-order"
+    stochastic: ClassVar[bool] = False
+    neighbours: int = 4
+    cosine: float = 0.95
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "neighbours", *(() if self.rounds is None else ("rounds",)))
+        if not -1 < self.cosine < 1:
+            raise ValueError(f"cosine: {self.cosine} is not allowed, needs a number between -1 and 1")
+
+    def least(self, transitions: int) -> int:
+        return (self.neighbours + 1) * (transitions + 1)
+
+    @property
+    def endless(self) -> bool:
+        return self.rounds is None
+
+    def program(self, chain: Chain) -> Program:
+        sampler, best, done, fresh = _ode(chain), None, 0, 0
+        limit = math.inf if self.rounds is None else self.rounds
+        pivot = chain.first(0)
+        count = self.neighbours + 1
+        while done < limit and not _good(chain, best):
+            if done and _affordable(chain, count, sampler.transitions + 1) < count:
+                break
+            around = [neighbour(pivot, chain.noise(done, i), self.cosine) for i in range(self.neighbours)]
+            nodes = yield from _trajectories(chain, [pivot, *around], sampler)
+            winner = 0
+            for place, node in enumerate(nodes):
+                best = better(best, node)
+                winner = place if node.score > nodes[winner].score else winner
+            done += 1
+            fresh += winner == 0
+            pivot = chain.first(fresh) if winner == 0 else around[winner - 1]
+        assert best is not None
+        return best
+
+
+def neighbour(pivot: Tensor, noise: Tensor, cosine: float) -> Tensor:
+    """A point of the pivot's norm at that cosine from it, in the direction of the noise."""
+    unit = pivot / pivot.norm()
+    across = noise - (noise * unit).sum() * unit
+    return pivot.norm() * (cosine * unit + math.sqrt(1 - cosine**2) * across / across.norm())
+
+
+@dataclass
+class SearchOverPaths(Policy):
+    """Seeds are taken to a low noise level; there, copies are noised again and denoised, and each seed's best is kept.
+
+    Attributes:
+        seeds, copies: N and K.
+        start: the noise level t_0 at which the search begins.
+        up, down: how far a copy is noised, and denoised then; `down` is the larger one.
+        steps: evaluations of a way down.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "search-over-paths"
+    seeds: int = 2
+    copies: int = 5
+    start: float = 0.12
+    up: float = 0.78
+    down: float = 0.81
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        _positive(self, "seeds", "copies", "steps")
+        if not (0 < self.up < self.down <= 1 and 0 < self.start < 1 and self.start + self.up <= 1):
+            raise ValueError(
+                f"start, up, down: {self.start}, {self.up}, {self.down} are not allowed, "
+                "need 0 < up < down <= 1 and start + up <= 1"
+            )
+
+    @property
+    def rounds(self) -> int:
+        """Ways up and down until the noise is gone."""
+        return math.ceil(self.start / (self.down - self.up) - 1e-9)
+
+    def least(self, transitions: int) -> int:
+        return self.steps * self.seeds * (1 + self.copies * self.rounds)
+
+    def program(self, chain: Chain) -> Program:
+        path = chain.denoiser.interpolant
+        level = self.start
+        starts = [chain.first(i) for i in range(self.seeds)]
+        nodes = yield from self._down(chain, starts, 1.0, level, [None] * self.seeds)
+        best = best_of(nodes)
+        kept = [node.prediction.at(path.level(level)) for node in nodes]
+        parents = nodes
+        for number in range(self.rounds):
+            if _good(chain, best) or chain.pool.late:
+                break
+            after = max(level + self.up - self.down, 0.0)
+            low, high = path.level(level), path.level(level + self.up)
+            scale = high.alpha / low.alpha
+            deviation = math.sqrt(high.sigma**2 - scale**2 * low.sigma**2)
+            raised = [
+                scale * latents + deviation * chain.noise(number, seed * self.copies + copy)
+                for seed, latents in enumerate(kept)
+                for copy in range(self.copies)
+            ]
+            owners = [parent for parent in parents for _ in range(self.copies)]
+            nodes = yield from self._down(chain, raised, level + self.up, after, owners)
+            groups = [nodes[seed * self.copies : (seed + 1) * self.copies] for seed in range(self.seeds)]
+            parents = [best_of(group) for group in groups]
+            best = best_of([best, *parents])
+            level = after
+            kept = [node.prediction.at(path.level(level)) for node in parents]
+        return best
+
+    def _down(
+        self, chain: Chain, latents: list[Tensor], begin: float, end: float, parents: Sequence[Node | None]
+    ) -> Generator[Ask, list[Node], list[Node]]:
+        """The ODE from level `begin` towards `end`: the prediction of the last evaluation is scored."""
+        times = [begin + (end - begin) * i / self.steps for i in range(self.steps)]
+        sampler = Sampler(chain.denoiser.interpolant, times)
+        nodes = yield chain.ask(latents, 0, parents, sampler=sampler, scored=self.steps == 1)
+        for index in range(1, self.steps):
+            proposals = [node.step(None) for node in nodes]
+            nodes = yield chain.ask(proposals, index, nodes, sampler=sampler, scored=index + 1 == self.steps)
+        return nodes
+
+
+@dataclass
+class MonteCarlo(Policy):
+    """Sequential Monte Carlo: particles weighted by exp(score / temperature), resampled where few carry the weight.
+
+    Attributes:
+        particles: N.
+        temperature: lambda of the weights.
+        threshold: resample when the effective number of particles is below this share; 1: after every step.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "smc"
+    particles: int = 50
+    temperature: float = 0.5
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "particles")
+        if not self.temperature > 0 or not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f"temperature, threshold: {self.temperature}, {self.threshold} are not allowed, "
+                "need a temperature > 0 and a threshold in [0, 1]"
+            )
+
+    def least(self, transitions: int) -> int:
+        return self.particles * (transitions + 1)
+
+    def program(self, chain: Chain) -> Program:
+        n = self.particles
+        nodes = yield chain.ask([chain.first(i) for i in range(n)], 0)
+        weights = self._log_weights([node.score for node in nodes])
+        for step in range(chain.sampler.transitions):
+            # At equal weights the effective number is n itself, and nothing is gained by resampling.
+            if self._effective(weights) < self.threshold * n - 1e-9:
+                coins = torch.multinomial(weights.exp(), n, replacement=True, generator=chain.generator(2, step))
+                nodes, weights = [nodes[i] for i in coins.tolist()], torch.zeros(n, dtype=torch.float64)
+            before = [node.score for node in nodes]
+            nodes = yield chain.ask([node.step(chain.noise(step, i)) for i, node in enumerate(nodes)], step + 1, nodes)
+            gained = [self._gain(node.score, old) for node, old in zip(nodes, before, strict=True)]
+            weights = self._log_weights(gained, weights)
+        return nodes[int(weights.argmax())]
+
+    @staticmethod
+    def _gain(score: float, before: float) -> float:
+        """What a step brought; a picture that had no score had nothing to lose."""
+        return score if before == -math.inf else score - before
+
+    def _log_weights(self, gains: list[float], before: Tensor | None = None) -> Tensor:
+        """Normalised so that the largest is 0; all alike where nobody has a score."""
+        raw = torch.tensor(gains, dtype=torch.float64) / self.temperature
+        raw = raw if before is None else before + raw
+        top = raw.max()
+        return torch.zeros_like(raw) if top == -math.inf else raw - top
+
+    @staticmethod
+    def _effective(weights: Tensor) -> float:
+        share = weights.softmax(dim=0)
+        return float(1 / share.square().sum())
+
+
+@dataclass
+class Blockwise(Policy):
+    """CoDe: K trajectories of L transitions from each beam; the best end is gone on with.
+
+    Attributes:
+        chains: beams.
+        candidates: K.
+        block: L.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: ClassVar[str] = "code"
+    chains: int = 2
+    candidates: int = 25
+    block: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "chains", "candidates", "block")
+
+    def least(self, transitions: int) -> int:
+        return self.chains * self.candidates * (transitions + 1)
+
+    def program(self, chain: Chain) -> Program:
+        last = chain.sampler.transitions
+        starts = [chain.first(i) for i in range(self.candidates)]
+        nodes = yield chain.ask(starts, 0, scored=self._selects(0, last))
+        for step in range(last):
+            if self._selects(step, last):
+                nodes = [best_of(nodes)] * self.candidates
+            proposals = [node.step(chain.noise(step, i)) for i, node in enumerate(nodes)]
+            nodes = yield chain.ask(proposals, step + 1, nodes, scored=self._selects(step + 1, last))
+        return best_of(nodes)
+
+    def _selects(self, index: int, last: int) -> bool:
+        """Whether the beam is chosen at that time: after every L evaluations, and at the end."""
+        return (index + 1) % self.block == 0 or index == last

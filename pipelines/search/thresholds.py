@@ -1,0 +1,131 @@
+"""Thresholds of Verifier-Threshold search (arXiv 2512.08985; its update rule is not published, so these are ours).
+
+A threshold says which score a candidate at a time must exceed to be gone on with. Every result has to name it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["BestSoFar", "Fixed", "OnlineQuantile", "PreviousPlus", "Scheduled", "Threshold", "quantile"]
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The smallest value that at least a share q of them does not exceed; -inf of none."""
+    if not values:
+        return -math.inf
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+
+
+class Threshold(ABC):
+    """tau at each time of a trajectory."""
+
+    @abstractmethod
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        """The score to exceed.
+
+        Args:
+            index: of the time that the candidate is at.
+            scores: all scores of this chain so far.
+            accepted: score of the node that the candidate is proposed from; -inf at the start.
+            best: the best score of this chain so far.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For the report, with its numbers."""
+
+
+@dataclass(frozen=True)
+class Fixed(Threshold):
+    """The same for all times."""
+
+    tau: float
+
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        return self.tau
+
+    @property
+    def name(self) -> str:
+        return f"fixed({self.tau:g})"
+
+
+@dataclass(frozen=True)
+class Scheduled(Threshold):
+    """One for each time, as `fastgen train search-calibrate` measures them: early previews score lower.
+
+    Attributes:
+        taus: for shares of the trajectory, evenly spaced from its first to its last time; between them
+            interpolated.
+
+    Raises:
+        ValueError: none.
+    """
+
+    taus: tuple[float, ...]
+    times: int
+
+    def __post_init__(self) -> None:
+        if not self.taus or self.times < 1:
+            raise ValueError("taus: needs at least one, and times at least 1")
+
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        if len(self.taus) == 1 or self.times == 1:
+            return self.taus[-1]
+        place = index / (self.times - 1) * (len(self.taus) - 1)
+        low = min(int(place), len(self.taus) - 2)
+        share = place - low
+        return (1 - share) * self.taus[low] + share * self.taus[low + 1]
+
+    @property
+    def name(self) -> str:
+        return f"schedule({', '.join(f'{tau:.3g}' for tau in self.taus)})"
+
+
+@dataclass(frozen=True)
+class OnlineQuantile(Threshold):
+    """The q-quantile of all scores of this chain so far; the starts seed it."""
+
+    q: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.q <= 1:
+            raise ValueError(f"q: {self.q} is not allowed, needs a number in [0, 1]")
+
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        return quantile(scores, self.q)
+
+    @property
+    def name(self) -> str:
+        return f"online-quantile({self.q:g})"
+
+
+@dataclass(frozen=True)
+class PreviousPlus(Threshold):
+    """The accepted score of the step before, and delta."""
+
+    delta: float = 0.0
+
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        return accepted + self.delta
+
+    @property
+    def name(self) -> str:
+        return f"previous{self.delta:+g}"
+
+
+@dataclass(frozen=True)
+class BestSoFar(Threshold):
+    """The best score of the chain: what rollover budget forcing asks."""
+
+    def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
+        return best
+
+    @property
+    def name(self) -> str:
+        return "best-so-far"
