@@ -140,6 +140,16 @@ def sample_training_caption(rng: random.Random, held_out: bool = True, crossed: 
         return caption
 
 
+def caption_of(tag: str, spec: SceneSpec, rng: random.Random) -> Caption:
+    """A caption of given content, in words drawn at random."""
+    phrase = ""
+    if spec.relation is not None:
+        phrase = rng.choice(_RELATION_PHRASES[spec.relation])
+    elif tag in ("two_object", "color_attr"):
+        phrase = rng.choice(_JOINERS)
+    return Caption(rng.choice(FRAMES).format(_content(tag, spec, phrase)), tag, spec)
+
+
 def _sample_content(tag: str, rng: random.Random) -> tuple[SceneSpec, str]:
     if tag == "single_object":
         return SceneSpec((ObjectSpec(rng.choice(SHAPES)),)), ""

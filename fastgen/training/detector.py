@@ -71,6 +71,23 @@ def detection_targets(batch: ShapesBatch) -> dict[str, torch.Tensor]:
     }
 
 
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur a quarter of the batch; give every image its own noise, gain, offset and channel gains."""
+    n = len(pixels)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        values = torch.rand(n, *shape, generator=generator) * (high - low) + low
+        return values.to(pixels.device)
+
+    quarter = n // 4
+    sigma = float(torch.rand((), generator=generator)) * 1.2
+    pixels = torch.cat([blur(pixels[:quarter], sigma), pixels[quarter:]])
+    pixels = pixels * uniform(0.85, 1.15, 1, 1, 1) * uniform(0.93, 1.07, 3, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
+    # Squared, so that most images carry little noise.
+    return (pixels + noise * 0.25 * uniform(0.0, 1.0, 1, 1, 1).square()).clamp(-1, 1)
+
+
 class DetectorRecipe:
     """Objectness, class, colour, box and mask losses on augmented renders.
 
@@ -93,27 +110,11 @@ class DetectorRecipe:
         data = with_distractors(self.data.batch(size, start), rng, empty=_EMPTY, mixed=_MIXED)
         return {"images": torch.from_numpy(data.images), **detection_targets(data)}
 
-    def augment(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Blur a quarter of the batch; give every image its own noise, gain, offset and channel gains."""
-        n = len(pixels)
-
-        def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-            values = torch.rand(n, *shape, generator=generator) * (high - low) + low
-            return values.to(pixels.device)
-
-        quarter = n // 4
-        sigma = float(torch.rand((), generator=generator)) * 1.2
-        pixels = torch.cat([blur(pixels[:quarter], sigma), pixels[quarter:]])
-        pixels = pixels * uniform(0.85, 1.15, 1, 1, 1) * uniform(0.93, 1.07, 3, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
-        noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
-        # Squared, so that most images carry little noise.
-        return (pixels + noise * 0.25 * uniform(0.0, 1.0, 1, 1, 1).square()).clamp(-1, 1)
-
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum of the five losses."""
-        output = module(self.augment(to_pixels(batch["images"]), generator))
+        output = module(augment(to_pixels(batch["images"]), generator))
         owner = batch["owner"]
         positive, counted = owner >= 0, owner != -2
         objectness = F.binary_cross_entropy_with_logits(output.objectness[counted], positive[counted].float())

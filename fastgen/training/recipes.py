@@ -58,6 +58,10 @@ RECIPES: dict[str, RecipeEntry] = {
         "the ShapesWorld detector (checker and FD-shapes features)",
         {"steps": 1350, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
     ),
+    "verifier": RecipeEntry(
+        "the yes/no model of ShapesWorld that a search asks",
+        {"steps": 4000, "batch_size": 32, "lr": 2e-3, "decay": 0.4, "ema_decay": 0.998},
+    ),
     "z-image": RecipeEntry(
         "transformer and text encoder of the tiny Z-Image pipeline",
         {"steps": 10000, "batch_size": 64, "accumulate": 2, "lr": 2e-3, "decay": 0.4},
@@ -199,6 +203,14 @@ def _detector(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return DetectorRecipe(seed)
 
 
+def _verifier(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from diffusers import AutoencoderKL
+
+    from fastgen.training.verifier import VerifierRecipe
+
+    return VerifierRecipe(seed, AutoencoderKL.from_pretrained(embedded_folder("tiny") / "vae").float())
+
+
 def _z_image(seed: int, part: Path | None, init: Path | None) -> Recipe:
     from fastgen.training.z_image import ZImageRecipe
 
@@ -264,6 +276,7 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "vae": _vae,
     "vq": _vq,
     "detector": _detector,
+    "verifier": _verifier,
     "z-image": _z_image,
     "janus": _janus,
     "dc": _dc,
