@@ -18,7 +18,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="vae, vq, detector, verifier, z-image, janus, drafter, dc, dc-dense, dc-graft, dc-finetune, cascade-calibrate."
+            help="vae, vq, detector, verifier, z-image, janus, drafter, dc, dc-dense, dc-graft, dc-finetune, "
+            "cascade-calibrate."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
@@ -58,10 +59,10 @@ def train(
     """Train one of the embedded models by its recipe.
 
     cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
-    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. vae, vq, detector
-    and verifier stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders of
-    ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go on
-    from the checkpoint; Ctrl-C stops after the step with a checkpoint.
+    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. vae, vq, detector and
+    verifier stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
+    of ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go
+    on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
     """
     if recipe == CALIBRATE:
         _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)

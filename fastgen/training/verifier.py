@@ -43,7 +43,7 @@ class VerifierRecipe:
 
     def __init__(self, seed: int = 0, vae: torch.nn.Module | None = None) -> None:
         self.data = ShapesWorld(seed + 606, held_out=False)
-        self.vae = None if vae is None else vae.eval().requires_grad_(False)
+        self.vae: Any = None if vae is None else vae.eval().requires_grad_(False)
         self.words = ShapesVerifier(vocabulary())
 
     def build(self) -> ShapesVerifier:
