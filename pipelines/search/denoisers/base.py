@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Denoiser(ABC):
         times: N noise levels of the pipeline's own schedule in it, falling.
         final: the level at which the pipeline decodes.
         forwards: rows of the model that one evaluation takes: 2 with classifier-free guidance.
+        effort: knobs of the model's compute for the evaluations that follow; empty, the default: as the settings say.
 
     Raises:
         ValueError: a setting that the pipeline cannot do.
@@ -63,10 +64,11 @@ class Denoiser(ABC):
     interpolant: Interpolant
     times: list[float]
     forwards: int = 1
-    final: ClassVar[Level] = Level(1.0, 0.0)
+    final: Level = Level(1.0, 0.0)
 
     def __init__(self, pipe: Any, prompts: Sequence[Any], settings: Settings) -> None:
         self.pipe, self.prompts, self.settings = pipe, list(prompts), settings
+        self._effort: dict[str, Any] = {}
         with phase("text"), torch.no_grad():
             self.prepare()
 
@@ -94,7 +96,26 @@ class Denoiser(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [k, 3, H, W] in [0, 1] of latents [k, …]."""
 
+    def use_effort(self, effort: dict[str, Any]) -> None:
+        """Take these knobs; an adapter of a model that has some overrides this.
+
+        Raises:
+            ValueError: a knob that there is not, or a value out of range.
+        """
+        if effort:
+            raise ValueError(f"{', '.join(effort)}: {type(self.pipe).__name__} has no such knob")
+
     # ---- derived ----
+
+    @property
+    def effort(self) -> dict[str, Any]:
+        """See the class; put another dict to change it."""
+        return dict(self._effort)
+
+    @effort.setter
+    def effort(self, effort: dict[str, Any]) -> None:
+        self.use_effort(effort)
+        self._effort = dict(effort)
 
     @property
     def device(self) -> torch.device:

@@ -1,16 +1,17 @@
-"""Z-Image, with and without dynamic chunking."""
+"""Z-Image, with and without dynamic chunking (`DCZImagePipeline`)."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import Tensor
 
+from fastgen.pipelines.dc_z_image import DCZImagePipeline
 from fastgen.pipelines.search.denoisers.base import FlowDenoiser, register_denoiser
+from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
 
 __all__ = ["ZImageDenoiser"]
 
@@ -18,18 +19,18 @@ _DEFAULTS = {name: value.default for name, value in inspect.signature(ZImagePipe
 
 
 @register_denoiser("ZImagePipeline")
-class ZImageDenoiser(FlowDenoiser):
-    """`ZImagePipeline`, true CFG in one forward pass."""
+class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
+    """`ZImagePipeline`, true CFG in one forward pass; with dynamic chunking its knobs are in `settings.extra`."""
 
     def prepare(self) -> None:
         pipe, settings = self.pipe, self.settings
-        if settings.extra:
-            raise ValueError(f"{', '.join(settings.extra)}: a search of Z-Image takes no such argument")
         self.height, self.width = settings.height or 1024, settings.width or 1024
         multiple = pipe.vae_scale_factor * 2
         for name, size in (("height", self.height), ("width", self.width)):
             if size % multiple:
                 raise ValueError(f"{name}: {size} is not allowed, needs a multiple of {multiple}")
+        sides = self.height // pipe.vae_scale_factor, self.width // pipe.vae_scale_factor
+        self.prepare_knobs(sides[0] * sides[1], overrides=isinstance(pipe, DCZImagePipeline))
         self.scale = _DEFAULTS["guidance_scale"] if settings.guidance_scale is None else settings.guidance_scale
         guided = self.scale > 0
         self.forwards = 2 if guided else 1
@@ -60,7 +61,7 @@ class ZImageDenoiser(FlowDenoiser):
         # The model's time is 1 at the data, and so is the sign of what it predicts.
         clock = (1 - times).to(latents)
         rows = which.tolist()
-        given: Any = list(latents.to(self.pipe.transformer.dtype).unsqueeze(2))
+        given = list(latents.to(self.pipe.transformer.dtype).unsqueeze(2))
         embeds = [self.cond[row] for row in rows]
         if not self.uncond:
             return -self._forward(given, clock, embeds)
@@ -69,7 +70,8 @@ class ZImageDenoiser(FlowDenoiser):
         return -(cond + self.scale * (cond - uncond))
 
     def _forward(self, latents: list[Tensor], clock: Tensor, embeds: list[Tensor]) -> Tensor:
-        out = self.pipe.transformer(latents, clock, embeds, return_dict=False)[0]
+        samples = len(latents) // self.forwards
+        out = self.pipe.transformer(latents, clock, embeds, return_dict=False, **self.budget(samples))[0]
         return torch.stack([row.float() for row in out]).squeeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:

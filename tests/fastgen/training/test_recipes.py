@@ -285,7 +285,7 @@ def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="unknown recipe"):
         train_config("mystery", tmp_path)
     assert set(RECIPES) == {
-        *("vae", "vq", "detector", "z-image", "janus"),
+        *("vae", "vq", "detector", "verifier", "z-image", "janus"),
         *("drafter", "dc", "dc-dense", "dc-graft", "dc-finetune"),
     }
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from search_paths import deterministic
 
 from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
 from fastgen.pipelines.search.interpolants import Prediction
-from fastgen.pipelines.search.samplers import Sampler
 
 
 @pytest.fixture(scope="session")
@@ -20,21 +19,6 @@ def tiny() -> ZImagePipeline:
     pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def deterministic(pipe: Any, prompts: list[Any], seeds: list[int], settings: Settings) -> torch.Tensor:
-    """Pictures [B, 3, H, W] of the ODE by the adapter, all prompts together."""
-    denoiser = denoiser_of(pipe)(pipe, prompts, settings)
-    sampler = Sampler(denoiser.interpolant, denoiser.times)
-    latents = torch.cat([denoiser.noise(torch.Generator().manual_seed(seed)) for seed in seeds])
-    which = torch.arange(len(prompts))
-    for index in range(len(denoiser.times)):
-        times = torch.full((len(prompts),), denoiser.times[index], dtype=torch.float64)
-        said = denoiser.predict(latents, times, which)
-        if index < sampler.transitions:
-            latents = sampler.step(latents, said, index, None)
-    with torch.no_grad():
-        return denoiser.decode(said.at(denoiser.final))
 
 
 @pytest.mark.parametrize(("guidance_scale", "negative"), [(3.0, None), (2.0, "blue"), (0.0, None)])
