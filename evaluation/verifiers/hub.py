@@ -1,0 +1,131 @@
+"""Weights by folder, file or Hub id, with one line for the user when they cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.errors import FastgenError
+from fastgen.pipelines.checkpoint import check_names, explain_hub_error
+
+__all__ = ["check_loaded", "explained", "find_file", "part", "place", "snapshot"]
+
+
+@contextmanager
+def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[None]:
+    """Turn what a stock loader raises into one line that names the verifier, the weights and the way to get them.
+
+    Args:
+        verifier: its name.
+        weights: a file, a folder or a Hub id.
+        use: what to do with the downloaded folder; "": load the verifier with it.
+
+    Raises:
+        FastgenError: for every error that a user can act on; others pass unchanged.
+    """
+    try:
+        yield
+    except FastgenError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise FastgenError(f"verifier {verifier}: {weights} does not fit into memory") from error
+    except Exception as error:
+        if Path(weights).exists():
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines)[:300] or type(error).__name__
+            raise FastgenError(f"verifier {verifier}: {weights} cannot be loaded: {reason}") from error
+        from huggingface_hub.errors import HFValidationError
+
+        # Loaders wrap the Hub's error in their own; the innermost one says what happened.
+        for cause in reversed(_causes(error)):
+            if isinstance(cause, HFValidationError):
+                raise FastgenError(
+                    f"verifier {verifier}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
+                ) from error
+            told = explain_hub_error(str(weights), cause)
+            if isinstance(told, FastgenError):
+                line = str(told).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
+                raise FastgenError(f"verifier {verifier}: {line}") from error
+        raise
+
+
+def _causes(error: BaseException) -> list[Exception]:
+    found: list[Exception] = []
+    link: BaseException | None = error
+    while isinstance(link, Exception) and link not in found:
+        found.append(link)
+        link = link.__cause__ or link.__context__
+    return found
+
+
+def snapshot(verifier: str, weights: str, patterns: Sequence[str]) -> Path:
+    """The folder `weights`, or the files of that Hub repository that match."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    from huggingface_hub import snapshot_download
+
+    with explained(verifier, weights):
+        return Path(snapshot_download(weights, allow_patterns=list(patterns)))
+
+
+def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") -> Path:
+    """The file `weights`, or the first of `names` that the folder or Hub repository `weights` holds.
+
+    Asked for one small file before a stock loader runs, it also tells a missing repository better than those do.
+
+    Raises:
+        FastgenError: there is none; `use` as in `explained`.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise FastgenError(f"verifier {verifier}: {path} holds no {' or '.join(names)}")
+        return found[0]
+    from huggingface_hub import errors, hf_hub_download
+
+    with explained(verifier, weights, use):
+        for name in names[:-1]:
+            try:
+                return Path(hf_hub_download(weights, name))
+            except errors.EntryNotFoundError:
+                continue  # under another name, or not there: the last one says
+        return Path(hf_hub_download(weights, names[-1]))
+
+
+def part(weights: str, folder: str, fallback: str) -> str:
+    """Where a component lies that another repository publishes: in `weights`/`folder` if there is one."""
+    inside = Path(weights) / folder
+    return str(inside) if inside.is_dir() else fallback
+
+
+def check_loaded(verifier: str, weights: str | Path, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that leaves a weight unset, which transformers only logs.
+
+    Raises:
+        FastgenError: names the first such weight.
+    """
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise FastgenError(f"verifier {verifier}: {weights} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    if mismatched := sorted(map(str, info.get("mismatched_keys") or ())):
+        raise FastgenError(
+            f"verifier {verifier}: {weights} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}"
+        )
+
+
+def place(device: str, dtype: str, auto: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Device and weight type; `auto` is what the type "auto" stands for.
+
+    Raises:
+        FastgenError: this machine has no such device, or it cannot compute in this type.
+    """
+    from fastgen.pipelines.loading import resolve_device
+
+    check_names(device, dtype)
+    return resolve_device(device, auto if dtype == "auto" else dtype)

@@ -1,0 +1,82 @@
+"""Verifiers by name. The networks' libraries are imported when one is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.errors import FastgenError
+from fastgen.io import read_object
+
+if TYPE_CHECKING:
+    from fastgen.evaluation.verifiers.base import Verifier
+
+__all__ = ["VERIFIERS", "load_verifier"]
+
+#: Name -> module of this package and class in it; `Class.load(weights, device=…, dtype=…)` makes one.
+VERIFIERS = {
+    "aesthetic": "clip:Aesthetic",
+    "clip-score": "clip:CLIPScore",
+    "hps-v2.1": "hps:HPS",
+    "image-reward": "image_reward:ImageReward",
+    "pick-score": "clip:PickScore",
+    "qwen-vl": "yes_no:YesNo",
+    "shapes-verifier": "shapes:ShapesVerifier",
+    "vqa-score": "vqa:VQAScore",
+}
+
+# Which verifier a folder without a name is for, by the model_type in its config.json.
+_OF_MODEL_TYPE = {
+    "clip": "clip-score",
+    "clip_t5": "vqa-score",
+    "qwen2_5_vl": "qwen-vl",
+    "qwen3_vl": "qwen-vl",
+    "qwen3_vl_moe": "qwen-vl",
+}
+
+
+def load_verifier(
+    name_or_path: str | os.PathLike[str], device: str = "cpu", dtype: str = "auto", **options: Any
+) -> Verifier:
+    """A verifier, ready to score.
+
+    Args:
+        name_or_path: a name from `VERIFIERS`, which takes the published weights; NAME:HUB_ID or NAME:FOLDER for other
+            ones; or a folder whose config.json tells what it is for.
+        device: "cpu", "cuda", "cuda:1", "mps" …
+        dtype: of the weights: "float32", "bfloat16", "float16" or "auto": float32 for the cosines and the aesthetic
+            score; for the others float32 on the CPU and the GPU's best half type there.
+        options: `batch_size` and `cache_size` of the verifiers with a network.
+
+    Raises:
+        FastgenError: no such name, or weights, a package or the device cannot be had; told in one line.
+    """
+    text = os.fspath(name_or_path)
+    name, _, weights = (_name_of(Path(text)), ":", text) if os.path.isdir(text) else text.partition(":")
+    if name not in VERIFIERS:
+        raise FastgenError(f"verifier: {name!r} is unknown, needs one of {', '.join(VERIFIERS)}, or a folder")
+    if ":" in text and not weights:
+        raise FastgenError(f"verifier: {text!r} names no weights after the colon")
+    module, _, attribute = VERIFIERS[name].partition(":")
+    module = f"{__package__}.{module}"
+    if importlib.util.find_spec(module) is None:
+        raise FastgenError(f"verifier: {name!r} does not come with this version of fastgen")
+    made: Verifier = getattr(importlib.import_module(module), attribute).load(
+        weights or None, device=device, dtype=dtype, **options
+    )
+    return made
+
+
+def _name_of(folder: Path) -> str:
+    """The verifier that the weights in a folder are for."""
+    config = folder / "config.json"
+    model_type = read_object(config).get("model_type") if config.is_file() else None
+    if model_type not in _OF_MODEL_TYPE:
+        raise FastgenError(
+            f"verifier: {folder} does not say which verifier its weights are for; write NAME:{folder} with one of "
+            f"{', '.join(VERIFIERS)}"
+        )
+    return _OF_MODEL_TYPE[model_type]
