@@ -1,0 +1,78 @@
+"""FLUX.1: schnell, dev, and models without guidance distillation with true guidance."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from fastgen.pipelines.search.denoisers.base import register_denoiser
+from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser, defaults_of
+
+__all__ = ["FluxDenoiser"]
+
+_DEFAULTS = defaults_of(FluxPipeline)
+
+
+@register_denoiser("FluxPipeline")
+class FluxDenoiser(GuidedFlowDenoiser):
+    """`FluxPipeline`; latents are packed, [k, tokens, 4 channels].
+
+    As in the pipeline, `guidance_scale` is the number that guidance-distilled models read (others do not), and
+    `extra` may have `true_cfg_scale`, which with a negative prompt turns true guidance on, and `max_sequence_length`.
+    """
+
+    def prepare(self) -> None:
+        pipe = self.pipe
+        asked = self.ask(_DEFAULTS, "true_cfg_scale", "max_sequence_length", longest=512)
+        self.size(asked, pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor * 2)
+        self.true_guidance(asked)
+        self.distilled = asked["guidance_scale"] if pipe.transformer.config.guidance_embeds else None
+        negative = [asked["negative_prompt"]] * (self.forwards - 1)
+        self.embeds, self.pooled, self.text_ids = pipe.encode_prompt(
+            [*self.prompts, *negative],
+            device=self.device,
+            max_sequence_length=asked["max_sequence_length"],
+        )
+        self.image_ids = self._latents(None, torch.empty(0))[1]
+        steps = asked["num_inference_steps"]
+        mu = self.shift(len(self.image_ids))
+        if pipe.scheduler.config.get("use_flow_sigmas"):
+            self.times = self.schedule(steps, mu=mu)
+        else:
+            self.times = self.schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def _latents(self, generator: torch.Generator | None, latents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Noise [1, tokens, 4 channels] or the given latents, and the positions [tokens, 3] of the tokens."""
+        channels = self.pipe.transformer.config.in_channels // 4
+        latents, ids = self.pipe.prepare_latents(
+            1, channels, self.height, self.width, self.embeds.dtype, self.device, generator, latents
+        )
+        return latents, ids
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        return self._latents(generator, None)[0].float()
+
+    def forward(self, latents: Tensor, times: Tensor, rows: Tensor) -> Tensor:
+        guidance = None
+        if self.distilled is not None:
+            guidance = torch.full((len(latents),), float(self.distilled), device=latents.device)
+        out: Tensor = self.pipe.transformer(
+            hidden_states=latents.to(self.dtype),
+            timestep=self.clock(times).to(self.dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=self.pooled[rows],
+            encoder_hidden_states=self.embeds[rows],
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        return out.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pipe, vae = self.pipe, self.pipe.vae
+        latents = pipe._unpack_latents(latents.to(vae.dtype), self.height, self.width, pipe.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+        return pixels.float().add(1).div(2).clamp(0, 1)

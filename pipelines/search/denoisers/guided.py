@@ -1,0 +1,125 @@
+"""What adapters of flow-matching pipelines share: the pipeline's own defaults, and guidance in one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from fastgen.pipelines.search.denoisers.base import FlowDenoiser
+
+__all__ = ["GuidedFlowDenoiser", "defaults_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def defaults_of(pipeline: type) -> dict[str, Any]:
+    """What `pipeline.__call__` takes where nothing is given, by argument."""
+    call: Any = pipeline.__call__
+    return {name: value.default for name, value in inspect.signature(call).parameters.items()}
+
+
+class GuidedFlowDenoiser(FlowDenoiser):
+    """A flow-matching model with classifier-free guidance, the prompts and the negative prompt in one batch.
+
+    An adapter gives `forward` in place of `velocity`; row P of its texts, one past the prompts, is the negative one.
+    Between evaluations latents are float32, whatever the model's dtype.
+
+    Attributes:
+        height, width: of a picture.
+        scale: of the guidance; read where `forwards` is 2.
+    """
+
+    height: int
+    width: int
+    scale: float = 1.0
+
+    @abstractmethod
+    def forward(self, latents: Tensor, times: Tensor, rows: Tensor) -> Tensor:
+        """The model's velocity [k, …], float32, of latents [k, …] at times [k] with texts `rows` [k]."""
+
+    def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
+        if self.forwards == 1:
+            return self.forward(latents, times, which)
+        rows = torch.cat([which, torch.full_like(which, len(self.prompts))])
+        cond, uncond = self.forward(torch.cat([latents, latents]), times.repeat(2), rows).chunk(2)
+        return self.guide(cond, uncond)
+
+    def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Both velocities [k, …] put together."""
+        return uncond + self.scale * (cond - uncond)
+
+    # ---- for `prepare` ----
+
+    def ask(self, defaults: dict[str, Any], *extra: str, longest: int | None = None) -> dict[str, Any]:
+        """The pipeline's arguments, the user's in place of its defaults.
+
+        Args:
+            defaults: of the pipeline.
+            extra: what `Settings.extra` may have.
+            longest: the greatest `max_sequence_length`.
+
+        Raises:
+            ValueError: an unknown extra argument, no step, a text too long.
+        """
+        settings = self.settings
+        if unknown := sorted(set(settings.extra) - set(extra)):
+            name = type(self.pipe).__name__
+            raise ValueError(f"{', '.join(unknown)}: a search of {name} takes none such, but {', '.join(extra)}")
+        own = {name: value for name, value in vars(settings).items() if name != "extra" and value is not None}
+        asked = {**defaults, **settings.extra, **own}
+        steps, length = asked["num_inference_steps"], asked["max_sequence_length"]
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: {steps} is not allowed, needs an integer >= 1")
+        if length < 1 or (longest and length > longest):
+            raise ValueError(f"max_sequence_length: {length} is not allowed, needs 1 to {longest or 'any number'}")
+        return asked
+
+    def size(self, asked: dict[str, Any], default: int, multiple: int) -> None:
+        """Set `height` and `width`.
+
+        Raises:
+            ValueError: one that is not a multiple.
+        """
+        self.height, self.width = (
+            default if asked[name] is None else int(asked[name]) for name in ("height", "width")
+        )
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value < 1 or value % multiple:
+                raise ValueError(f"{name}: {value} is not allowed, needs a multiple of {multiple}")
+
+    def true_guidance(self, asked: dict[str, Any]) -> None:
+        """Set `scale` and `forwards` as pipelines with `true_cfg_scale` do: it also needs a negative prompt."""
+        self.scale, negative = asked["true_cfg_scale"], asked["negative_prompt"]
+        self.forwards = 2 if self.scale > 1 and negative is not None else 1
+        if self.forwards == 1 and (negative is not None or self.settings.extra.get("true_cfg_scale", 1) > 1):
+            logger.warning("no true guidance: that takes both true_cfg_scale > 1 and a negative_prompt")
+
+    def shift(self, tokens: int, max_shift: float = 1.15) -> float:
+        """The pipeline's `mu` for pictures of so many tokens."""
+        config = self.pipe.scheduler.config
+        mu: float = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", max_shift),
+        )
+        return mu
+
+    # ---- for `forward` ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        dtype: torch.dtype = self.pipe.transformer.dtype
+        return dtype
+
+    def clock(self, times: Tensor) -> Tensor:
+        """Training timesteps [k], float32, of times [k]."""
+        return (times * self.pipe.scheduler.config.num_train_timesteps).to(self.device, torch.float32)

@@ -1,0 +1,144 @@
+"""Adapters of models that were trained on discrete timesteps and predict noise, v or the clean sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastgen.accounting import note_path
+from fastgen.pipelines.arguments import check_value
+from fastgen.pipelines.search.denoisers.base import Denoiser
+from fastgen.pipelines.search.interpolants import Level, Prediction, Tabulated
+
+__all__ = ["NoiseDenoiser", "checked"]
+
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def checked(name: str, value: Any, default: Any, kind: str | None = None) -> Any:
+    """The value, or the default where it is None.
+
+    Args:
+        name: of the argument.
+        kind: by which name `check_value` knows it; None: the same.
+
+    Raises:
+        ValueError: a value that no pipeline can take.
+    """
+    if value is None:
+        return default
+    check_value(name, kind or name, value)
+    return value
+
+
+class NoiseDenoiser(Denoiser):
+    """A model of discrete timesteps; an adapter gives `output` in place of `evaluate`.
+
+    With a `DDIMScheduler` or a `DDPMScheduler` samples are in variance-preserving coordinates, with an
+    `EulerDiscreteScheduler` in variance-exploding ones (alpha = 1). Other schedulers keep a history or draw noise of
+    their own, which a search cannot branch: a `DDIMScheduler` of the same configuration takes their place. Times are
+    the model's timesteps. Where these are unevenly spaced (`timestep_spacing` "linspace", say), diffusers' DDIM steps
+    to levels a little beside those at which it evaluates next; a search steps to these.
+
+    Attributes:
+        drawn: in which type the pipeline draws its noise; samples are float32.
+    """
+
+    drawn: torch.dtype
+    _shape: tuple[int, ...]
+
+    def schedule(self, steps: int) -> None:
+        """Set `interpolant`, `times` and `final` after the pipeline's scheduler.
+
+        Raises:
+            ValueError: a scheduler of no noise model, or too many steps.
+        """
+        scheduler = _searchable(self.pipe.scheduler)
+        scheduler.set_timesteps(steps, device="cpu")
+        self.scheduler, self.clock = scheduler, scheduler.timesteps.dtype
+        self.kind = scheduler.config.prediction_type
+        if self.kind not in _PREDICTIONS:
+            raise ValueError(f"prediction_type: {self.kind!r} is not supported, there are {', '.join(_PREDICTIONS)}")
+        self.times = [float(t) for t in scheduler.timesteps]
+        self.start = float(scheduler.init_noise_sigma)
+        if isinstance(scheduler, EulerDiscreteScheduler):
+            sigmas = [float(sigma) for sigma in scheduler.sigmas]
+            self.interpolant = Tabulated.of(self.times, [1.0] * steps, sigmas[:steps])
+            self.final = Level(1.0, sigmas[steps])
+            return
+        levels = [_preserving(float(product)) for product in scheduler.alphas_cumprod]
+        if self.times[0] >= len(levels):
+            raise ValueError(f"num_inference_steps: {steps} is not allowed, the model has {len(levels)} timesteps")
+        self.interpolant = Tabulated({float(t): level for t, level in enumerate(levels)})
+        if isinstance(scheduler, DDIMScheduler):
+            before = int(self.times[-1]) - len(levels) // steps
+            self.final = levels[before] if before >= 0 else _preserving(float(scheduler.final_alpha_cumprod))
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        latents: Tensor = randn_tensor(self._shape, generator=generator, device=self.device, dtype=self.drawn)
+        return latents.float() * self.start
+
+    @abstractmethod
+    def output(self, latents: Tensor, clock: Tensor, which: Tensor) -> Tensor:
+        """What the model says [k, C, H, W], guided, of variance-preserving latents at timesteps [k]."""
+
+    def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+        levels = [self.interpolant.level(t) for t in times.tolist()]
+        # The model reads samples of unit variance, whatever the sampler's coordinates are.
+        scales = [math.hypot(level.alpha, level.sigma) for level in levels]
+        scale = _column(scales, latents)
+        alpha = _column([level.alpha / size for level, size in zip(levels, scales, strict=True)], latents)
+        sigma = _column([level.sigma / size for level, size in zip(levels, scales, strict=True)], latents)
+        given = latents / scale
+        said = self.output(given, times.to(self.clock), which).to(latents)
+        if self.kind == "epsilon":
+            clean, noise = (given - sigma * said) / alpha, said
+        elif self.kind == "v_prediction":
+            clean, noise = alpha * given - sigma * said, sigma * given + alpha * said
+        else:
+            clean, noise = said, (given - alpha * said) / sigma
+        return self._clipped(given, Prediction(clean, noise), alpha, sigma)
+
+    def _clipped(self, given: Tensor, said: Prediction, alpha: Tensor, sigma: Tensor) -> Prediction:
+        config = self.scheduler.config
+        if isinstance(self.scheduler, EulerDiscreteScheduler):
+            return said
+        if config.thresholding:
+            clean = self.scheduler._threshold_sample(said.clean)
+        elif config.clip_sample:
+            clean = said.clean.clamp(-config.clip_sample_range, config.clip_sample_range)
+        else:
+            return said
+        # DDIM keeps the noise that the model told; DDPM's posterior holds what is left beside the clipped sample.
+        ddpm = isinstance(self.scheduler, DDPMScheduler)
+        return Prediction(clean, (given - alpha * clean) / sigma if ddpm else said.noise)
+
+
+def _searchable(scheduler: Any) -> Any:
+    """A copy of a scheduler, or the DDIM scheduler that takes its place."""
+    if isinstance(scheduler, DDIMScheduler | DDPMScheduler | EulerDiscreteScheduler):
+        return copy.deepcopy(scheduler)
+    name = type(scheduler).__name__
+    if "beta_start" not in scheduler.config:
+        raise ValueError(f"scheduler: {name} is not one of a model with discrete noise levels")
+    note_path("scheduler", "DDIM", f"a search branches, and {name} has a history or noise of its own, which cannot")
+    # Clipping is DDIM's default and no other scheduler's; latents are not meant to be clipped.
+    clip = scheduler.config.get("clip_sample", False)
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=clip)
+
+
+def _preserving(product: float) -> Level:
+    """The level of a cumulative product of alphas."""
+    return Level(math.sqrt(product), math.sqrt(1.0 - product))
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    """[k, 1, …] beside latents [k, …]."""
+    return torch.tensor(values, dtype=torch.float64).to(like).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,85 @@
+"""Parts of diffusers pipelines: the real classes with random weights, so small that a picture takes milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def tokenizer(length: int, side: str = "right") -> Any:
+    """Lower-cased words of the embedded models, and an end mark, on which CLIP pools; `length` tokens at most."""
+    from tokenizers import processors
+
+    from fastgen.models.tokenizers import build_text_tokenizer
+
+    words = build_text_tokenizer()
+    end = words.eos_token
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, words.eos_token_id)]
+    )
+    words.model_max_length, words.padding_side = length, side
+    return words
+
+
+def shaken(model: Any, seed: int) -> Any:
+    """Random weights in place of the library's, of which many are zero, so that everything depends on everything."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def quiet(pipe: Any) -> Any:
+    """The pipeline without a progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def clip(words: Any, seed: int, projected: bool = False) -> Any:
+    """A CLIP text model, 16 channels."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=words.model_max_length,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+    return shaken((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
+
+
+def t5(words: Any, seed: int, channels: int = 16) -> Any:
+    """A T5 encoder."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=len(words), d_model=channels, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return shaken(T5EncoderModel(config), seed)
+
+
+def vae(seed: int, channels: int = 4) -> Any:
+    """A VAE that makes pictures four times as large as latents."""
+    from diffusers import AutoencoderKL
+
+    return shaken(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 8),
+            layers_per_block=1,
+            latent_channels=channels,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.7,
+            shift_factor=0.1,
+        ),
+        seed,
+    )
