@@ -15,6 +15,7 @@ tokens; in sampled trees only as far as the classes do not depend on which token
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -51,7 +52,10 @@ Mode = Literal["substitute", "quotient", "lantern", "scale"]
 
 @dataclass(frozen=True, slots=True)
 class CascadeConfig:
-    """Thresholds of CASCADE-R (section 6.8 of our specification; to be calibrated, not the paper's).
+    """Thresholds of CASCADE-R (section 6.8 of our specification; not the paper's).
+
+    Breadth, depth and radius come from a calibration. What decides beside them is how much mass a class may lend: a
+    little of it (delta) is what most rejections of flat laws lack, and much of it is what spoils pictures.
 
     Attributes:
         mode: see the module.
@@ -61,7 +65,7 @@ class CascadeConfig:
         depth: siblings whose descendants are at least so similar converge; above 1 none do.
         horizon: levels of descendants looked at.
         delta: a class lends at most this mass ...
-        factor: ... and at most (factor_d - 1) times its first member's, with
+        factor: ... and at most (factor_d - 1) times its first member's (None: whatever that is), with
         decay: factor_d = 1 + (factor - 1) exp(-decay (d - 1)) at depth d.
         min_entropy: nats; below it a node relaxes nothing.
         image_budget: mass that may be stolen in an image; then the exact rule holds.
@@ -75,16 +79,16 @@ class CascadeConfig:
         ValueError: a number out of range.
     """
 
-    mode: Mode = "substitute"
+    mode: Mode = "lantern"
     similarity: Similarity = "cosine"
     breadth: float = 0.9
     depth: float = 0.95
     horizon: int = 2
-    delta: float = 0.2
-    factor: float = 3.0
+    delta: float = 0.02
+    factor: float | None = None
     decay: float = 0.7
-    min_entropy: float = 3.0
-    image_budget: float = 4.0
+    min_entropy: float = 0.0
+    image_budget: float = math.inf
     radius: float = 0.0
     near: int = 64
     routing: bool = True
@@ -98,7 +102,7 @@ class CascadeConfig:
                 f"similarity: {self.similarity!r} is unknown; there are {', '.join(get_args(Similarity))}"
             )
         for name, least in (("horizon", 0), ("delta", 0), ("factor", 1), ("decay", 0), ("min_entropy", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed, needs >= {least}")
         for name, least in (("image_budget", 0), ("radius", 0), ("near", 1), ("boost", 0)):
             if getattr(self, name) < least:
@@ -212,8 +216,10 @@ class Cascade(AcceptanceRule):
             met = convergence(alike, drafted.tree, config.horizon)
             linked |= sibling_pairs(met, children) >= config.depth
         linked &= are_siblings(children) & may[..., None, None]
-        factor = (config.factor - 1) * torch.exp(-config.decay * drafted.inner_depth().float())
-        caps = (factor[..., None] * mass).clamp_max(config.delta)
+        caps = torch.full_like(mass, config.delta)
+        if config.factor is not None:
+            factor = (config.factor - 1) * torch.exp(-config.decay * drafted.inner_depth().float())
+            caps = (factor[..., None] * mass).clamp_max(config.delta)
         first, lent = form_classes(linked, mass, caps)
         count, vocabulary = children.shape[-1], p.shape[-1]
         of_token = (count + torch.arange(vocabulary, device=p.device)).expand(p.shape).clone()

@@ -61,7 +61,8 @@ def are_siblings(children: Tensor) -> Tensor:
 
 def sensitivity(drafted: Drafted, codebook: Tensor) -> Tensor:
     """[B, A]: how far the hidden state moves with the code: the median over sibling pairs of the distance of their
-    hidden states (in units of the mean norm) over that of their codes; infinite where there is no pair.
+    hidden states (in units of the mean norm) over that of their codes. Where a node has no pair it is the median over
+    all pairs of the tree, and infinite where there is none at all.
 
     Raises:
         ValueError: the drafted tree has no hidden states.
@@ -76,7 +77,8 @@ def sensitivity(drafted: Drafted, codebook: Tensor) -> Tensor:
     apart = torch.cdist(codes, codes)
     pairs = are_siblings(children).triu(1) & (apart > 0)
     ratio = torch.where(pairs, moved / apart, torch.nan).flatten(2)
-    return ratio.nanmedian(dim=-1).values.nan_to_num(nan=torch.inf)
+    own, everywhere = ratio.nanmedian(dim=-1).values, ratio.flatten(1).nanmedian(dim=-1, keepdim=True).values
+    return torch.where(own.isnan(), everywhere, own).nan_to_num(nan=torch.inf)
 
 
 def total_variation(laws: Tensor) -> Tensor:

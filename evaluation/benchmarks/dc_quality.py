@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 
@@ -88,7 +89,8 @@ def benchmark_dc_quality(
         report: told what is going on.
 
     Returns:
-        a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`) and "rows" with variant,
+        a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text
+        encoder and decoder, a picture: no method here touches them) and "rows" with variant,
         tail_drop, uncond_tail_drop, flops and seconds a picture, kept share of the tokens (of all, and of the first to
         the last step), score, stderr and fd.
 
@@ -141,6 +143,7 @@ def benchmark_dc_quality(
             "device": device,
         },
         "router": router,
+        "flops_beside": _flops_beside(chunked, find_checkpoint(model).defaults, chosen[:1]),
         "rows": rows,
     }
 
@@ -196,6 +199,16 @@ def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[d
             _draw(variant, prompts, seeds)
             seconds[place].append((time.perf_counter() - start) / len(prompts))
     return [{**count, "n": runs, "seconds": percentiles(times)} for count, times in zip(counts, seconds, strict=True)]
+
+
+def _flops_beside(pipe: Any, defaults: dict[str, Any], prompts: list[str]) -> int:
+    """FLOPs of a picture outside the denoiser: the prompt and the empty one are read, and latents decoded."""
+    height, width = (int(defaults[side]) // pipe.vae_scale_factor for side in ("height", "width"))
+    latents = torch.zeros(1, pipe.vae.config.latent_channels, height, width, device=pipe.device, dtype=pipe.vae.dtype)
+    with torch.no_grad(), account() as stats, count_flops():
+        pipe.encode_prompt(prompts, do_classifier_free_guidance=True, device=pipe.device)
+        pipe.vae.decode(latents)
+    return stats.flops
 
 
 def _draw(variant: Variant, prompts: list[str], seeds: list[int]) -> None:

@@ -72,7 +72,7 @@ class Variant:
 
 
 def parse_variant(text: str, target: Target, drafters: Mapping[str, Any] | None = None) -> Variant:
-    """ "RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
+    """ "RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
 
     Args:
         text: to be read. "quality" is a setting of "cascade", by the calibration of the drafter.
@@ -84,14 +84,16 @@ def parse_variant(text: str, target: Target, drafters: Mapping[str, Any] | None 
     """
     words = text.split()
     if len(words) < 2 or any("=" not in word for word in words[2:]):
-        raise ValueError(f'variant: {text!r} is not of the form "RULE DRAFT [SETTING=NUMBER …]"')
+        raise ValueError(f'variant: {text!r} is not of the form "RULE DRAFT [SETTING=VALUE …]"')
     settings: dict[str, Any] = {}
     for word in words[2:]:
         key, _, value = word.partition("=")
         try:
             settings[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
         except ValueError:
-            raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
+            if key not in ("mode", "similarity"):
+                raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
+            settings[key] = value
     tree, _, name = words[1].partition("@")
     given = drafters or {}
     name = name or next(iter(given), "")

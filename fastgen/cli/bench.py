@@ -235,7 +235,7 @@ def speculative(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help='"RULE DRAFT [SETTING=NUMBER …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1@FOLDER"; repeat.'
+            help='"RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1@FOLDER"; repeat.'
         ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(

@@ -118,6 +118,7 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     assert rows["dense"]["kept_by_step"] is None and len(rows["dc 0"]["kept_by_step"]) == 2
     assert [row["sigma"] for row in printed["router"]["rows"]] == sorted(SIGMAS, reverse=True)
     assert all(0 < row["boundary"] < 1 for row in printed["router"]["rows"])
+    assert 0 < printed["flops_beside"] < min(row["flops"] for row in rows.values())
     # The pictures are there: a second run draws none, and its table and plot can be made.
     pytest.importorskip("matplotlib")
     assert run([*arguments, "--plot", str(tmp_path / "dc.png")]) == 0
