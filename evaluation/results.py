@@ -148,7 +148,8 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
         "touches; the ratio of the denoiser leaves them out.\n\n"
     )
     header = ["variant", "kept %", "GFLOPs", "ratio", "denoiser's", "s/picture", "ratio", "score", "± s.e."]
-    return note + markdown_table([*header, "FD-shapes"], rows) + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
+    table = markdown_table([*header, "FD-shapes"], rows)
+    return note + table + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
 
 
 def _router_markdown(data: dict[str, Any]) -> str:

@@ -73,26 +73,24 @@ def _with(caption: Caption, objects: tuple[ObjectSpec, ...], rng: random.Random)
     return caption_of(caption.tag, replace(caption.spec, objects=objects), rng)
 
 
-def _other_shape(caption: Caption, rng: random.Random) -> Caption | None:
+def _changed(caption: Caption, rng: random.Random, **change: str) -> Caption:
+    """With one object changed, or where they are counted all of them."""
     items = caption.spec.objects
-    taken = {item.shape for item in items}
-    shape = rng.choice([name for name in SHAPES if name not in taken])
-    if caption.tag == "counting":
-        return _with(caption, tuple(replace(item, shape=shape) for item in items), rng)
-    place = rng.randrange(len(items))
-    return _with(caption, (*items[:place], replace(items[place], shape=shape), *items[place + 1 :]), rng)
+    chosen = range(len(items)) if caption.tag == "counting" else [rng.randrange(len(items))]
+    objects = tuple(replace(item, **change) if place in chosen else item for place, item in enumerate(items))
+    return _with(caption, objects, rng)
+
+
+def _other_shape(caption: Caption, rng: random.Random) -> Caption | None:
+    taken = {item.shape for item in caption.spec.objects}
+    return _changed(caption, rng, shape=rng.choice([name for name in SHAPES if name not in taken]))
 
 
 def _other_color(caption: Caption, rng: random.Random) -> Caption | None:
-    items = caption.spec.objects
-    taken = {item.color for item in items}
+    taken = {item.color for item in caption.spec.objects}
     if None in taken:
         return None
-    color = rng.choice([name for name in COLORS if name not in taken])
-    if caption.tag == "counting":
-        return _with(caption, tuple(replace(item, color=color) for item in items), rng)
-    place = rng.randrange(len(items))
-    return _with(caption, (*items[:place], replace(items[place], color=color), *items[place + 1 :]), rng)
+    return _changed(caption, rng, color=rng.choice([name for name in COLORS if name not in taken]))
 
 
 def _other_number(caption: Caption, rng: random.Random) -> Caption | None:
