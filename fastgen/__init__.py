@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgen.pipelines.dc_z_image import DCZImagePipeline
     from fastgen.pipelines.elastic import disable_dc, enable_dc
     from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
+    from fastgen.pipelines.noise_search import NoiseSearchPipeline
     from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _EXPORTS = {
     "DCZImageTransformer2DModel": "fastgen.models.dc_z_image",
     "FastgenError": "fastgen.errors",
     "GeneratedImage": "fastgen.pipelines.loading",
+    "NoiseSearchPipeline": "fastgen.pipelines.noise_search",
     "SpeculativeImagePipeline": "fastgen.pipelines.speculative",
     "Stats": "fastgen.accounting",
     "account": "fastgen.accounting",
@@ -49,6 +51,7 @@ __all__ = [
     "DCZImageTransformer2DModel",
     "FastgenError",
     "GeneratedImage",
+    "NoiseSearchPipeline",
     "SpeculativeImagePipeline",
     "Stats",
     "__version__",

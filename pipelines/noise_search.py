@@ -17,6 +17,7 @@ from fastgen.contracts import Loss
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
 from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
+from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import named_policy
 from fastgen.pipelines.search.policies import Policy
 from fastgen.pipelines.search.report import SearchReport, report_of
@@ -198,6 +199,11 @@ class NoiseSearchPipeline:
         started: float,
     ) -> list[Chain]:
         assert self.policy is not None
+        if self.policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
+            raise ValueError(f"policy: {self.policy.name} needs a model with levels at any time, a flow")
+        if self.policy.stochastic:
+            for index in range(len(path.times)):
+                path.model_level(index, denoiser.interpolant)  # raises where the model has no such level
         transitions = (path if self.policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
         self.policy.check(budget, transitions, denoiser.forwards)
         chains = []

@@ -26,7 +26,7 @@ from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_outp
 __all__ = ["SpeculativeImagePipeline"]
 
 #: With a drafter, and without one.
-DEFAULT_TREE, DEFAULT_WINDOW = "chain-4", "jacobi-12"
+DEFAULT_TREE, DEFAULT_WINDOW = "4-4-2-2-1-1", "jacobi-12"
 DEFAULT_QUALITY = 0.5
 
 
@@ -120,7 +120,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
                 or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens. "auto"
                 measures which is fastest here, once for each acceptance rule and law (that takes a dozen pictures
-                or more). None takes "chain-4" with a drafter and "jacobi-12" without.
+                or more). None takes "4-4-2-2-1-1" with a drafter and "jacobi-12" without.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.

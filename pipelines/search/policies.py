@@ -31,11 +31,13 @@ class Policy(ABC):
         name: of the method.
         chains: of every prompt; the best end of them is returned.
         stochastic: whether transitions need noise.
+        anywhere: whether the model is asked at levels that are not on its own schedule.
     """
 
     name: ClassVar[str]
     loss: ClassVar[Loss] = "lossy"
     stochastic: ClassVar[bool] = True
+    anywhere: ClassVar[bool] = False
     chains: int = 1
 
     @abstractmethod

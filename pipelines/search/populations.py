@@ -204,6 +204,7 @@ class SearchOverPaths(Policy):
     """
 
     name: ClassVar[str] = "search-over-paths"
+    anywhere: ClassVar[bool] = True
     seeds: int = 2
     copies: int = 5
     start: float = 0.12

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
 
 from fastgen.pipelines.checkpoint import embedded_folder
@@ -164,3 +165,22 @@ def test_bad_parts(tiny: ZImagePipeline) -> None:
         NoiseSearchPipeline(tiny, None)
     with pytest.raises(ValueError, match="policy"):
         NoiseSearchPipeline(tiny, redness, "luck")
+
+
+def test_a_model_of_discrete_times() -> None:
+    """Stable Diffusion with DDIM: a search runs, and what needs levels between its timesteps is refused at once."""
+    pipe = with_scheduler(tiny_sd, ddim())
+
+    def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.float().mean(dim=(1, 2, 3)) / 255
+
+    settings: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3, "max_nfe": 40}
+    for policy in ("svdd", "threshold"):
+        chosen = ValueSampling(chains=1, candidates=3) if policy == "svdd" else Threshold(0.4)
+        report = NoiseSearchPipeline(pipe, brightness, chosen)("a cat", generator=seeded(0)[0], **settings).reports[0]
+        assert report.finished and report.nfe <= 40
+    with pytest.raises(ValueError, match="search-over-paths needs a model with levels at any time"):
+        NoiseSearchPipeline(pipe, brightness, "search-over-paths")("a cat", **settings)
+    for sampler, word in (("rollover", "signal-to-noise"), ("euler-maruyama", "no derivatives")):
+        with pytest.raises(ValueError, match=word):
+            NoiseSearchPipeline(pipe, brightness, Threshold(0.4))("a cat", sampler=sampler, **settings)
