@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
@@ -39,7 +41,7 @@ from fastgen.pipelines.token_images import as_output
 
 __all__ = ["VARIANTS", "Variant", "benchmark_speculative", "parse_variant"]
 
-#: "RULE DRAFT", the draft a window or a tree ("TREE@DRAFTER" with several drafters); settings of the rule behind it.
+#: "RULE DRAFT", the draft a window, a tree ("TREE@DRAFTER" with several drafters) or "auto"; settings behind it.
 VARIANTS = (
     "exact jacobi-6",
     "exact jacobi-12",
@@ -51,6 +53,9 @@ VARIANTS = (
     "gsd jacobi-12",
     "cool-sd jacobi-12 delta=1.1",
 )
+
+
+_NONE = "none (Jacobi)"
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,19 @@ class Variant:
     tree: str
 
 
-def parse_variant(text: str, target: Target, drafters: Mapping[str, Any] | None = None) -> Variant:
+Choose = Callable[[AcceptanceRule, Any], tuple[DraftSource, str]]
+
+
+def parse_variant(
+    text: str, target: Target, drafters: Mapping[str, Any] | None = None, choose: Choose | None = None
+) -> Variant:
     """ "RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
 
     Args:
         text: to be read. "quality" is a setting of "cascade", by the calibration of the drafter.
         target: the model.
         drafters: by name, each with its calibration or None; a tree takes the first where none is named.
+        choose: what "auto" drafts with, for a rule and a drafter.
 
     Raises:
         ValueError: it cannot be read, or needs a drafter that is not there.
@@ -103,9 +114,12 @@ def parse_variant(text: str, target: Target, drafters: Mapping[str, Any] | None 
             raise ValueError(f"variant: {text!r}: quality needs acceptance cascade and a calibrated drafter")
         settings = {**asdict(calibration.config(settings.pop("quality"))), **settings}
     rule = build_rule(words[0], target, **settings)
+    if tree == "auto" and choose is not None:
+        source, found = choose(rule, drafter)
+        return Variant(text, rule, partial(copy, source), name if isinstance(source, TreeSource) else _NONE, found)
     if tree.startswith("jacobi-"):
         JacobiSource.of_name(tree, rule)  # a name that cannot be read is refused here
-        return Variant(text, rule, partial(JacobiSource.of_name, tree, rule), "none (Jacobi)", tree)
+        return Variant(text, rule, partial(JacobiSource.of_name, tree, rule), _NONE, tree)
     if drafter is None:
         raise ValueError(f"variant: {text!r} needs a drafter, there is {', '.join(given) or 'none'}")
     return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), name, tree)
@@ -170,24 +184,33 @@ def benchmark_speculative(
     folders = own if drafters is None else dict(drafters)
     pipes: dict[str, Any] = {}
     targets: dict[str, Target] = {}
-    parsed: dict[str, list[Variant]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(("float32", dtype)):
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
         target = target_of(pipe.model, pipe.tokenizer)
-        made = {
+        known[kind] = {
             name: (load_drafter(place, target.dtype).to(target.device), Calibration.beside(place))
             for name, place in folders.items()
         }
         pipes[kind], targets[kind] = pipe, target
-        parsed[kind] = [parse_variant(text, target, made) for text in variants]
+    # What "auto" takes is one of the kinds that the others are.
+    fixed = [text for text in variants if text.split()[1:2] != ["auto"]]
+    gated = [parse_variant(text, targets["float32"], known["float32"]) for text in fixed]
     target = targets[dtype]
     scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
     law = TokenLaw(scale)
     prompts = shapes_prompts(limit)
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     report("gate")
-    _gate(targets["float32"], law, chosen[:2], parsed["float32"])
-    rows_of = parsed[dtype]
+    _gate(targets["float32"], law, chosen[:2], gated)
+
+    def choose(rule: AcceptanceRule, drafter: Any) -> tuple[DraftSource, str]:
+        report(f"auto {rule.name}")
+        with torch.no_grad():
+            prefix = target.prefix(chosen[:1], law.guided)
+        return choose_source(target, drafter, rule, prefix, law, compile=compile)
+
+    rows_of = [parse_variant(text, target, known[dtype], choose) for text in variants]
     scored = _scores(target, law, rows_of, prompts, folder, images_per_prompt, batch_size, checkpoint, report, quality)
     report("time")
     rows = _timed(pipes, targets, law, chosen, rows_of, dtype, runs, compile)

@@ -20,7 +20,7 @@ from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_specul
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
 from fastgen.pipelines.janus import JanusImagePipeline
 
-NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2"]
+NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_rows_without_scores(
         assert row["seconds"]["p50"] > 0 and row["score"] is None
         ratio = rows[0]["seconds"]["p50"] / row["seconds"]["p50"]
         assert row["speedup_vs_fastest_plain"] == pytest.approx(ratio)
-    exact, lantern, tree = rows[2:]
+    exact, lantern, tree, auto = rows[2:]
+    assert auto["tree"].startswith(("jacobi-", "auto ")) and auto["target_pass_ratio"] < 1
     assert 1 / 4 < exact["target_pass_ratio"] < 1 and exact["accepted_length"] > 1 and exact["stolen"] == 0
     assert lantern["stolen"] > 0 and lantern["accepted_length"] > exact["accepted_length"]
     assert exact["accepted_length"] == pytest.approx(exact["accepted_without_bonus"] + 1)
