@@ -53,6 +53,9 @@ tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guida
 pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 ```
 
+In `drafter` lies its drafter for speculative decoding, a `fastgen.drafters.eagle.EagleDrafter` of width 128 with the
+thresholds of CASCADE-R for both of them (`fastgen generate --model tiny-janus --method speculative`).
+
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
     "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
@@ -93,6 +96,7 @@ _PARTS = {
     "janus": "RUNS/vq/model/vq",
     "dc": "tiny",
     "dc-dense": "tiny",
+    "drafter": "tiny-janus",
 }
 _REMARKS = {
     "held_out_psnr": "PSNR on fresh renders (dB)",
@@ -182,6 +186,7 @@ def _training_line(part: str, record: dict[str, Any]) -> str:
     options = [
         f"--{key.replace('_', '-')} {config[key]}" for key in ("steps", "batch_size", "accumulate", "lr", "seed")
     ]
+    options += [f"--set {key}={value}" for key, value in record.get("choices", {}).items()]
     made_from = f" --part {_PARTS[part]}" if part in _PARTS else ""
     remarks = "; ".join(f"{_REMARKS[key]}: {record[key]}" for key in _REMARKS if key in record)
     stages = "".join(f" {text}" for text in record.get("notes", []))
@@ -210,7 +215,10 @@ def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[
     written = []
     for name in _assets.names(root):
         forget_paths(root / name)
-        records = json.loads((root / name / "training.json").read_text(encoding="utf-8"))
+        records: dict[str, Any] = {}
+        for folder in (root / name, root / name / "drafter"):
+            if (folder / "training.json").is_file():
+                records |= json.loads((folder / "training.json").read_text(encoding="utf-8"))
         path = results / f"shapesworld-{name}.json"
         scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         target = root / name / "README.md"

@@ -125,6 +125,9 @@ class DrafterRecipe:
         from fastgen.pipelines.janus import JanusImagePipeline
 
         self.terms = terms or DrafterTerms()
+        usual = asdict(DrafterTerms())
+        self.choices = {key: value for key, value in asdict(self.terms).items() if value != usual[key]}
+        self.choices |= {**drafter, **({} if kind == "eagle" else {"kind": kind})}
         pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
         pipe.model.requires_grad_(False)
         self.target = target_of(pipe.model, pipe.tokenizer)
@@ -239,4 +242,4 @@ class DrafterRecipe:
         """Save the drafter in half precision."""
         half: Any = copy.deepcopy(self.drafter).to(torch.float16)
         half.save_pretrained(folder)
-        write_record(folder, self.name, record | {"terms": asdict(self.terms)})
+        write_record(folder, self.name, record | {"choices": self.choices})

@@ -78,7 +78,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "drafter": RecipeEntry(
         "an EAGLE drafter of a Janus (name, folder or Hub id)",
-        {"steps": 3000, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
+        {"steps": 2400, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
         needs="janus",
         part="model",
         continues=True,

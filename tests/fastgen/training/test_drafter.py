@@ -225,8 +225,8 @@ def test_the_terms_and_the_drafter_are_chosen_on_the_command_line(
     assert run([*command, *draw, *chosen, "--set", "heads=2"]) == 0, capsys.readouterr().err
     made = load_drafter(tmp_path / "run" / "model", torch.float32)
     assert made.config.variant == 3 and made.config.width == 16 and made.config.heads == 2
-    terms = json.loads((tmp_path / "run" / "model" / "training.json").read_text())["drafter"]["terms"]
-    assert terms["redundancy"] == "class" and terms["probes"] == 3 and terms["steps"] == 4
+    record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())["drafter"]
+    assert record["choices"] == {"redundancy": "class", "probes": 3, "width": 16, "variant": 3, "heads": 2}
     for wrong, word in (
         (["--set", "width"], "KEY=VALUE"),
         (["--set", "probes=0"], "probes"),
