@@ -31,3 +31,21 @@ def test_dynamic_chunking_against_its_dense_baseline() -> None:
         if row["kept_by_step"] is not None:
             assert row["kept_by_step"][-1] > 4 * row["kept_by_step"][1], name
     assert data["router"]["boundary_to_background"] >= 2
+
+
+def test_speculative_decoding_against_the_plain_loop() -> None:
+    """Exact rules keep the score and take at most 0.55 of the passes; CASCADE-R by default a third of them."""
+    _, rows = rows_of("bench-speculative")
+    plain = next(row for row in rows.values() if row["rule"] is None and row["score"] is not None)
+    exact = [row for row in rows.values() if row["rule"] == "exact"]
+    assert len(exact) >= 3 and all(row["target_pass_ratio"] <= 0.55 for row in exact)
+    for row in exact:
+        assert abs(row["score"] - plain["score"]) < 3 * (row["stderr"] ** 2 + plain["stderr"] ** 2) ** 0.5
+        assert row["stolen"] == 0
+    tree = "4-4-2-2-1-1"
+    cascade = rows[f"cascade {tree} quality=0.5"]
+    assert cascade["target_pass_ratio"] <= 0.33
+    assert rows[f"exact {tree}"]["score"] - cascade["score"] <= 0.015
+    # The knob: more quality asked for (a smaller number), more passes.
+    passes = [rows[f"cascade {tree} quality={q}"]["target_pass_ratio"] for q in ("0.25", "0.5", "0.75", "1")]
+    assert passes == sorted(passes, reverse=True)
