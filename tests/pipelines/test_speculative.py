@@ -143,7 +143,7 @@ def test_quality_is_a_knob_of_cascade(pipe: SpeculativeImagePipeline) -> None:
     off = tuned("a ring", acceptance="cascade", quality=0.0, generator=seeded(1), **arguments)
     assert off.stats["acceptance"]["stolen"] == 0
     loose = tuned("a ring", acceptance="cascade", quality=1.0, generator=seeded(1), **arguments)
-    assert loose.stats["acceptance"].keys() == {"rule", "stolen", "relaxed", "rerouted"}
+    assert loose.stats["acceptance"].keys() == {"rule", "stolen"} and loose.stats["acceptance"]["stolen"] > 0
     for arguments_, word in (
         ({"acceptance": "exact", "quality": 0.5}, "knob"),
         ({"acceptance": "cascade", "quality": 2.0}, "quality"),

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from tiny_verifiers import PROMPTS, save_clip
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
-from transformers.models.clip.image_processing_clip import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastgen.errors import FastgenError
