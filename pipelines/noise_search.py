@@ -143,7 +143,9 @@ class NoiseSearchPipeline:
             ValueError: an argument out of range, or a budget smaller than one picture takes.
             SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
         """
-        assert self.policy is not None
+        policy = self.policy
+        if policy is None:
+            raise ValueError("policy: None does not search; call the pipeline itself")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("prompt: needs at least one")
@@ -158,19 +160,19 @@ class NoiseSearchPipeline:
             settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
             denoiser = self._denoiser(self.pipe, prompts, settings)
             path = self._sampler(sampler, denoiser)
-            note_path("policy", self.policy.description)
-            chains = self._chains(denoiser, path, budget, generators, started)
+            note_path("policy", policy.description)
+            chains = self._chains(policy, denoiser, path, budget, generators, started)
             cause: BaseException | None = None
             ends: Sequence[Node | None]
             try:
-                ends = run_chains(chains, self.policy.program, self._score, prompts, batch_size, on_round)
+                ends = run_chains(chains, policy.program, self._score, prompts, batch_size, on_round)
             except SearchStopped as error:
                 cause = error.__cause__
                 ends = [chain.furthest for chain in chains]
                 found = {chain.prompt for chain in chains if chain.furthest is not None}
                 if len(found) < len(prompts):
                     raise SearchInterrupted(str(error), None) from cause
-            reports, winners = self._reports(prompts, chains, ends, started, cause is not None)
+            reports, winners = _reports(policy, prompts, chains, ends, started, cause is not None)
             pictures = torch.cat([denoiser.pictures(node.prediction) for node in winners])
         images = as_output(pictures.float().div(255).permute(0, 2, 3, 1), output_type)
         output = NoiseSearchOutput(images=images, reports=reports, stats=stats.as_dict())
@@ -190,68 +192,55 @@ class NoiseSearchPipeline:
             raise ValueError(f"sampler: {sampler!r} is unknown, there are ancestral, euler-maruyama and rollover")
         return kinds[sampler](denoiser.interpolant, denoiser.times)
 
+    @staticmethod
     def _chains(
-        self,
+        policy: Policy,
         denoiser: Denoiser,
         path: Sampler,
         budget: Budget,
         generators: Sequence[torch.Generator],
         started: float,
     ) -> list[Chain]:
-        assert self.policy is not None
-        if self.policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
-            raise ValueError(f"policy: {self.policy.name} needs a model with levels at any time, a flow")
-        if self.policy.stochastic:
+        if policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
+            raise ValueError(f"policy: {policy.name} needs a model with levels at any time, a flow")
+        if policy.stochastic:
             for index in range(len(path.times)):
                 path.model_level(index, denoiser.interpolant)  # raises where the model has no such level
-        transitions = (path if self.policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
-        self.policy.check(budget, transitions, denoiser.forwards)
+        transitions = (path if policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
+        policy.check(budget, transitions, denoiser.forwards)
         chains = []
         for prompt, generator in enumerate(generators):
             start = denoiser.noise(generator)
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             pool = Pool(budget, denoiser.forwards, started)
-            chains += [
-                Chain(denoiser, path, prompt, number, seed, start, pool) for number in range(self.policy.chains)
-            ]
+            chains += [Chain(denoiser, path, prompt, number, seed, start, pool) for number in range(policy.chains)]
         return chains
 
-    def _reports(
-        self,
-        prompts: Sequence[str],
-        chains: Sequence[Chain],
-        ends: Sequence[Node | None],
-        started: float,
-        interrupted: bool,
-    ) -> tuple[list[SearchReport], list[Node]]:
-        assert self.policy is not None
-        reports, winners = [], []
-        for number, prompt in enumerate(prompts):
-            places = [
-                place for place, chain in enumerate(chains) if chain.prompt == number and ends[place] is not None
-            ]
-            best: int = max(places, key=lambda place: (_finished(ends[place]), -place))
-            winner = ends[best]
-            assert winner is not None
-            pool = chains[best].pool
-            stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
-            own = [chain for chain in chains if chain.prompt == number]
-            reports.append(
-                report_of(
-                    prompt,
-                    self.policy.description,
-                    own,
-                    winner,
-                    chains[best].number,
-                    stopped,
-                    time.perf_counter() - started,
-                )
-            )
-            winners.append(winner)
-        return reports, winners
+
+def _reports(
+    policy: Policy,
+    prompts: Sequence[str],
+    chains: Sequence[Chain],
+    ends: Sequence[Node | None],
+    started: float,
+    interrupted: bool,
+) -> tuple[list[SearchReport], list[Node]]:
+    """Of each prompt its report and the node whose picture is returned."""
+    reports, winners = [], []
+    for number, prompt in enumerate(prompts):
+        own = [chain for chain in chains if chain.prompt == number]
+        found = [
+            (chain, end) for chain, end in zip(chains, ends, strict=True) if chain.prompt == number and end is not None
+        ]
+        owner, winner = max(found, key=lambda pair: _finished(pair[1]))  # of equal ones the first chain's
+        pool = owner.pool
+        stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
+        seconds = time.perf_counter() - started
+        reports.append(report_of(prompt, policy.description, own, winner, owner.number, stopped, seconds))
+        winners.append(winner)
+    return reports, winners
 
 
-def _finished(node: Node | None) -> tuple[bool, float]:
+def _finished(node: Node) -> tuple[bool, float]:
     """Ends of trajectories before previews, then by score."""
-    assert node is not None
     return node.last, -math.inf if math.isnan(node.score) else node.score

@@ -62,7 +62,7 @@ class DetectorOutput:
     features: torch.Tensor
 
 
-class _Residual(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width)
@@ -100,7 +100,7 @@ class ShapesDetector(ModelMixin, ConfigMixin):
         self.stem = nn.Conv2d(3, width // 2, 4, stride=2, padding=1)
         self.down = nn.Conv2d(width // 2, width, 4, stride=2, padding=1)
         # Dilation 2 in every other block: the field of view then spans the image.
-        self.blocks = nn.ModuleList(_Residual(width, 1 + index % 2) for index in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width, 1 + index % 2) for index in range(depth))
         self.norm = nn.GroupNorm(8, width)
         self.penultimate = nn.Conv2d(width, feature_dim, 3, padding=1)
         self.head = nn.Conv2d(feature_dim, 1 + len(shapes) + len(colors) + 4, 1)

@@ -14,11 +14,27 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgen.models.shapes_detector import _Residual as ResidualBlock
+from fastgen.models.shapes_detector import ResidualBlock
 
-__all__ = ["ShapesVerifier"]
+__all__ = ["LONGEST", "ShapesVerifier", "numbered", "word_ids"]
 
+LONGEST = 24
 _PAD, _ASK, _UNKNOWN = 0, 1, 2  # ids before those of the words
+
+
+def numbered(words: Sequence[str]) -> dict[str, int]:
+    """The id of each word."""
+    return {word: index + 3 for index, word in enumerate(words)}
+
+
+def word_ids(prompts: Sequence[str], ids: dict[str, int], longest: int = LONGEST) -> Tensor:
+    """Word ids [n, longest], the asking token first; unknown words share one id."""
+    rows = []
+    for prompt in prompts:
+        found = [ids.get(word, _UNKNOWN) for word in prompt.lower().replace(",", " ").split()]
+        row = [_ASK, *found][:longest]
+        rows.append(row + [_PAD] * (longest - len(row)))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, longest)
 
 
 class _Attention(nn.Module):
@@ -93,11 +109,11 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         heads: int = 4,
         text_layers: int = 1,
         fusion_layers: int = 3,
-        longest: int = 24,
+        longest: int = LONGEST,
         grid: int = 16,
     ) -> None:
         super().__init__()
-        self.ids = {word: index + 3 for index, word in enumerate(words)}
+        self.ids = numbered(words)
         self.stem = nn.Conv2d(3, channels // 2, 4, stride=2, padding=1)
         self.down = nn.Conv2d(channels // 2, channels, 4, stride=2, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(channels, 1 + index % 2) for index in range(depth))
@@ -113,14 +129,8 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(width, 1)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Word ids [n, longest], the asking token first; unknown words share one id."""
-        longest = self.config.longest
-        rows = []
-        for prompt in prompts:
-            found = [self.ids.get(word, _UNKNOWN) for word in prompt.lower().replace(",", " ").split()]
-            row = [_ASK, *found][:longest]
-            rows.append(row + [_PAD] * (longest - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).view(-1, longest)
+        """See `word_ids`."""
+        return word_ids(prompts, self.ids, self.config.longest)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Words [n, longest, D] and the mask [n, 1, 1, longest] of those that are there."""

@@ -21,7 +21,7 @@ from fastgen.data.captions import vocabulary
 from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import ShapesWorld
 from fastgen.data.statements import false_caption, is_true, true_caption
-from fastgen.models.shapes_verifier import ShapesVerifier
+from fastgen.models.shapes_verifier import ShapesVerifier, numbered, word_ids
 from fastgen.training.cards import write_record
 from fastgen.training.detector import augment
 from fastgen.training.vae import to_pixels
@@ -44,7 +44,7 @@ class VerifierRecipe:
     def __init__(self, seed: int = 0, vae: torch.nn.Module | None = None) -> None:
         self.data = ShapesWorld(seed + 606, held_out=False)
         self.vae: Any = None if vae is None else vae.eval().requires_grad_(False)
-        self.words = ShapesVerifier(vocabulary())
+        self.ids = numbered(vocabulary())
 
     def build(self) -> ShapesVerifier:
         """The verifier with fresh weights."""
@@ -66,7 +66,7 @@ class VerifierRecipe:
             right = [float(len(scene) > 0), *[0.0] * FALSE, float("nan") if known is None else float(known)]
             texts += [one.text for one in (*captions, other)]
             truth.append(right)
-        tokens = self.words.tokens(texts).unflatten(0, (size, -1))
+        tokens = word_ids(texts, self.ids).unflatten(0, (size, -1))
         return {"images": torch.from_numpy(data.images), "tokens": tokens, "truth": torch.tensor(truth)}
 
     def loss(

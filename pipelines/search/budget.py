@@ -35,6 +35,10 @@ class Budget:
         if self.target_score is not None and not math.isfinite(self.target_score):
             raise ValueError(f"target_score: {self.target_score} is not allowed, needs a finite number")
 
+    def met_by(self, score: float) -> bool:
+        """Whether a finished picture of that score ends the search."""
+        return self.target_score is not None and score >= self.target_score
+
 
 @dataclass
 class Pool:

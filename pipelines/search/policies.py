@@ -21,7 +21,7 @@ from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, better
 from fastgen.pipelines.search.thresholds import BestSoFar, Fixed
 from fastgen.pipelines.search.thresholds import Threshold as Tau
 
-__all__ = ["Policy", "Rollover", "StepPolicy", "Threshold", "ValueSampling"]
+__all__ = ["Policy", "Rollover", "StepPolicy", "Threshold", "ValueSampling", "check_counts"]
 
 
 class Policy(ABC):
@@ -76,6 +76,18 @@ class Policy(ABC):
     def description(self) -> str:
         """Name and settings, for the report."""
         return self.name
+
+
+def check_counts(policy: Policy, *names: str) -> None:
+    """Refuse attributes that are no whole numbers above 0.
+
+    Raises:
+        ValueError: names the attribute.
+    """
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
 
 
 @dataclass
@@ -207,8 +219,7 @@ class StepPolicy(Policy):
 
     def _good(self, node: Node, chain: Chain) -> bool:
         """Whether a finished picture is good enough: then all chains of the prompt are done."""
-        target = chain.pool.budget.target_score
-        if node.last and target is not None and node.score >= target:
+        if node.last and chain.pool.budget.met_by(node.score):
             chain.pool.done = True
         return chain.pool.done
 
@@ -238,11 +249,7 @@ class Threshold(StepPolicy):
     returns: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
-        _check(self)
-        if isinstance(self.tau, int | float):
-            self.tau = Fixed(float(self.tau))
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience: {self.patience} is not allowed, needs an integer >= 1")
+        check_counts(self, "chains", "starts", "wave", *(() if self.patience is None else ("patience",)))
         if self.init not in ("best", "threshold"):
             raise ValueError(f"init: {self.init!r} is not allowed, needs best or threshold")
         if self.returns not in ("last", "best"):
@@ -251,14 +258,17 @@ class Threshold(StepPolicy):
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
         return self.patience is None or tries < self.patience
 
+    @property
+    def rule(self) -> Tau:
+        """The threshold; a number is the same one for all times."""
+        return self.tau if isinstance(self.tau, Tau) else Fixed(float(self.tau))
+
     def accept(self, step: int, score: float, before: float, state: _State) -> bool:
-        assert isinstance(self.tau, Tau)
-        return score > self.tau.at(step + 1, state.scores[:-1], state.accepted, before)
+        return score > self.rule.at(step + 1, state.scores[:-1], state.accepted, before)
 
     def enough(self, score: float, state: _State) -> bool:
-        assert isinstance(self.tau, Tau)
         before = state.scores[:-1]
-        return self.init == "threshold" and score > self.tau.at(0, before, -math.inf, max(before, default=-math.inf))
+        return self.init == "threshold" and score > self.rule.at(0, before, -math.inf, max(before, default=-math.inf))
 
     def end(self, best: Node, step_best: Node) -> Node:
         return best if self.returns == "best" else step_best
@@ -269,8 +279,7 @@ class Threshold(StepPolicy):
 
     @property
     def description(self) -> str:
-        assert isinstance(self.tau, Tau)
-        return f"{self.name}, tau {self.tau.name}"
+        return f"{self.name}, tau {self.rule.name}"
 
 
 @dataclass
@@ -294,9 +303,7 @@ class Rollover(StepPolicy):
     reserve: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        _check(self)
-        if self.quota is not None and self.quota < 1:
-            raise ValueError(f"quota: {self.quota} is not allowed, needs an integer >= 1")
+        check_counts(self, "chains", "starts", "wave", *(() if self.quota is None else ("quota",)))
 
     def least(self, transitions: int) -> int:
         return self.chains * (self.starts + transitions + 1)
@@ -351,10 +358,8 @@ class ValueSampling(StepPolicy):
     candidates: int = 25
 
     def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise ValueError(f"candidates: {self.candidates} is not allowed, needs an integer >= 1")
+        check_counts(self, "chains", "candidates")
         self.starts = self.wave = self.candidates
-        _check(self)
 
     def least(self, transitions: int) -> int:
         return self.chains * self.candidates * (transitions + 1)
@@ -364,10 +369,3 @@ class ValueSampling(StepPolicy):
 
     def accept(self, step: int, score: float, before: float, state: _State) -> bool:
         return False
-
-
-def _check(policy: StepPolicy) -> None:
-    for name in ("chains", "starts", "wave"):
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of, better
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policies import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
 
 __all__ = ["BestOfN", "Blockwise", "MonteCarlo", "RandomSearch", "SearchOverPaths", "ZeroOrder"]
@@ -40,15 +40,7 @@ def _affordable(chain: Chain, wanted: int, each: int) -> int:
 
 
 def _good(chain: Chain, node: Node | None) -> bool:
-    target = chain.pool.budget.target_score
-    return node is not None and target is not None and node.score >= target
-
-
-def _positive(policy: Policy, *names: str) -> None:
-    for name in names:
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
+    return node is not None and chain.pool.budget.met_by(node.score)
 
 
 @dataclass
@@ -69,7 +61,7 @@ class BestOfN(Policy):
     wave: int = 4
 
     def __post_init__(self) -> None:
-        _positive(self, "wave", *(() if self.n is None else ("n",)))
+        check_counts(self, "wave", *(() if self.n is None else ("n",)))
 
     @property
     def endless(self) -> bool:
@@ -107,7 +99,7 @@ class RandomSearch(Policy):
 
     def __post_init__(self) -> None:
         if self.rounds is not None:
-            _positive(self, "rounds")
+            check_counts(self, "rounds")
 
     def least(self, transitions: int) -> int:
         return 2 * (transitions + 1)
@@ -150,7 +142,7 @@ class ZeroOrder(Policy):
     rounds: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "neighbours", *(() if self.rounds is None else ("rounds",)))
+        check_counts(self, "neighbours", *(() if self.rounds is None else ("rounds",)))
         if not -1 < self.cosine < 1:
             raise ValueError(f"cosine: {self.cosine} is not allowed, needs a number between -1 and 1")
 
@@ -213,7 +205,7 @@ class SearchOverPaths(Policy):
     steps: int = 10
 
     def __post_init__(self) -> None:
-        _positive(self, "seeds", "copies", "steps")
+        check_counts(self, "seeds", "copies", "steps")
         if not (0 < self.up < self.down <= 1 and 0 < self.start < 1 and self.start + self.up <= 1):
             raise ValueError(
                 f"start, up, down: {self.start}, {self.up}, {self.down} are not allowed, "
@@ -289,7 +281,7 @@ class MonteCarlo(Policy):
     threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "particles")
+        check_counts(self, "particles")
         if not self.temperature > 0 or not 0 <= self.threshold <= 1:
             raise ValueError(
                 f"temperature, threshold: {self.temperature}, {self.threshold} are not allowed, "
@@ -351,7 +343,7 @@ class Blockwise(Policy):
     block: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "chains", "candidates", "block")
+        check_counts(self, "chains", "candidates", "block")
 
     def least(self, transitions: int) -> int:
         return self.chains * self.candidates * (transitions + 1)

@@ -64,7 +64,7 @@ class Scheduled(Threshold):
             interpolated.
 
     Raises:
-        ValueError: none.
+        ValueError: no tau, or no time.
     """
 
     taus: tuple[float, ...]

@@ -8,6 +8,7 @@ between. An adapter gives them for one kind of pipeline; `register_denoiser` mak
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastgen.accounting import add_nfe, phase
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
 
-__all__ = ["Denoiser", "FlowDenoiser", "Settings", "denoiser_of", "register_denoiser"]
+__all__ = ["Denoiser", "FlowDenoiser", "Settings", "defaults_of", "denoiser_of", "register_denoiser"]
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,26 @@ class FlowDenoiser(Denoiser):
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(None if "sigmas" in kwargs else steps, device="cpu", **kwargs)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
+
+    def shift(self, tokens: int, max_shift: float = 1.15) -> float:
+        """The pipeline's `mu` for pictures of so many tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipe.scheduler.config
+        mu: float = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", max_shift),
+        )
+        return mu
+
+
+def defaults_of(pipeline: type) -> dict[str, Any]:
+    """What `pipeline.__call__` takes where nothing is given, by argument."""
+    call: Any = pipeline.__call__
+    return {name: value.default for name, value in inspect.signature(call).parameters.items()}
 
 
 _DENOISERS: dict[str, type[Denoiser]] = {}

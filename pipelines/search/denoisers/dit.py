@@ -9,9 +9,8 @@ from diffusers import DiTPipeline
 from torch import Tensor
 
 from fastgen.pipelines.dc_dit import DCDiTPipeline
-from fastgen.pipelines.search.denoisers.base import register_denoiser
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
-from fastgen.pipelines.search.denoisers.guided import defaults_of
 from fastgen.pipelines.search.denoisers.noise_model import NoiseDenoiser, checked
 
 __all__ = ["DiTDenoiser"]

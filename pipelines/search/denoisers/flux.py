@@ -7,8 +7,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.base import register_denoiser
-from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser, defaults_of
+from fastgen.drafters.targets.base import unit_range
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser
 
 __all__ = ["FluxDenoiser"]
 
@@ -75,4 +76,4 @@ class FluxDenoiser(GuidedFlowDenoiser):
         latents = pipe._unpack_latents(latents.to(vae.dtype), self.height, self.width, pipe.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels.float().add(1).div(2).clamp(0, 1)
+        return unit_range(pixels)

@@ -1,27 +1,19 @@
-"""What adapters of flow-matching pipelines share: the pipeline's own defaults, and guidance in one forward pass."""
+"""What adapters of flow-matching pipelines share: the user's arguments, and guidance in one forward pass."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 from abc import abstractmethod
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from fastgen.pipelines.search.denoisers.base import FlowDenoiser
 
-__all__ = ["GuidedFlowDenoiser", "defaults_of"]
+__all__ = ["GuidedFlowDenoiser"]
 
 logger = logging.getLogger(__name__)
-
-
-def defaults_of(pipeline: type) -> dict[str, Any]:
-    """What `pipeline.__call__` takes where nothing is given, by argument."""
-    call: Any = pipeline.__call__
-    return {name: value.default for name, value in inspect.signature(call).parameters.items()}
 
 
 class GuidedFlowDenoiser(FlowDenoiser):
@@ -99,18 +91,6 @@ class GuidedFlowDenoiser(FlowDenoiser):
         self.forwards = 2 if self.scale > 1 and negative is not None else 1
         if self.forwards == 1 and (negative is not None or self.settings.extra.get("true_cfg_scale", 1) > 1):
             logger.warning("no true guidance: that takes both true_cfg_scale > 1 and a negative_prompt")
-
-    def shift(self, tokens: int, max_shift: float = 1.15) -> float:
-        """The pipeline's `mu` for pictures of so many tokens."""
-        config = self.pipe.scheduler.config
-        mu: float = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", max_shift),
-        )
-        return mu
 
     # ---- for `forward` ----
 

@@ -9,8 +9,9 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.base import register_denoiser
-from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser, defaults_of
+from fastgen.drafters.targets.base import unit_range
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser
 
 __all__ = ["QwenImageDenoiser"]
 
@@ -101,4 +102,4 @@ class QwenImageDenoiser(GuidedFlowDenoiser):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         pixels: Tensor = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
-        return pixels.float().add(1).div(2).clamp(0, 1)
+        return unit_range(pixels)

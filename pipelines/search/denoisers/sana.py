@@ -12,8 +12,9 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.base import register_denoiser
-from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser, defaults_of
+from fastgen.drafters.targets.base import unit_range
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser
 
 __all__ = ["SanaDenoiser"]
 
@@ -121,4 +122,4 @@ class SanaDenoiser(GuidedFlowDenoiser):
         if self.cut:
             height, width = self.cut
             pixels = self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)
-        return pixels.float().add(1).div(2).clamp(0, 1)
+        return unit_range(pixels)

@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.base import register_denoiser
-from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser, defaults_of
+from fastgen.drafters.targets.base import unit_range
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser
 
 __all__ = ["StableDiffusion3Denoiser"]
 
@@ -66,4 +67,4 @@ class StableDiffusion3Denoiser(GuidedFlowDenoiser):
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels.float().add(1).div(2).clamp(0, 1)
+        return unit_range(pixels)

@@ -10,8 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.base import register_denoiser
-from fastgen.pipelines.search.denoisers.guided import defaults_of
+from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.noise_model import NoiseDenoiser, checked
 
 __all__ = ["StableDiffusionDenoiser", "StableDiffusionXLDenoiser"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from diffusers import ZImagePipeline
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 
+from fastgen.drafters.targets.base import unit_range
 from fastgen.pipelines.dc_z_image import DCZImagePipeline
-from fastgen.pipelines.search.denoisers.base import FlowDenoiser, register_denoiser
+from fastgen.pipelines.search.denoisers.base import FlowDenoiser, defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
 
 __all__ = ["ZImageDenoiser"]
 
-_DEFAULTS = {name: value.default for name, value in inspect.signature(ZImagePipeline.__call__).parameters.items()}
+_DEFAULTS = defaults_of(ZImagePipeline)
 
 
 @register_denoiser("ZImagePipeline")
@@ -40,14 +39,7 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         )
         self.uncond: list[Tensor] = uncond or []
         steps = settings.num_inference_steps or _DEFAULTS["num_inference_steps"]
-        config = pipe.scheduler.config
-        mu = calculate_shift(
-            (self.height // multiple) * (self.width // multiple),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        mu = self.shift((self.height // multiple) * (self.width // multiple))
         self.times = self.schedule(steps, sigmas=get_default_z_image_sigmas(steps), mu=mu)
 
     def noise(self, generator: torch.Generator) -> Tensor:
@@ -78,4 +70,4 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels.float().add(1).div(2).clamp(0, 1)
+        return unit_range(pixels)
