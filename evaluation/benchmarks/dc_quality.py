@@ -35,6 +35,10 @@ from fastgen.pipelines.loading import load_checkpoint
 
 TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 LITE_CFG = 0.9
+# Steps near the data keep most tokens and decide least: nothing is dropped before the last three steps.
+LATE = (0.7, 0.95, 0.99)
+LATE_LITE_CFG = 0.98
+GUIDANCE_SCALES = (2.6, 3.2)
 THRESHOLDS = (0.1, 0.3)
 MERGED = (0.25, 0.5)
 
@@ -64,6 +68,7 @@ def benchmark_dc_quality(
     folder: Path,
     *,
     tail_drops: Sequence[float] = TAIL_DROPS,
+    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
     peers: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
@@ -80,6 +85,7 @@ def benchmark_dc_quality(
         dense: its baseline, a stock Z-Image pipeline.
         folder: of the pictures; a killed run continues there.
         tail_drops: rho of the rows without Lite-CFG; its rows take 0.9 for the unconditional branch.
+        guidance_scales: beside the models' own, for the baseline, all tokens, and the schedule of late drops.
         peers: measure first-block cache and token merging on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures at once.
@@ -91,7 +97,7 @@ def benchmark_dc_quality(
     Returns:
         a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text
         encoder and decoder, a picture: no method here touches them) and "rows" with variant,
-        tail_drop, uncond_tail_drop, flops and seconds a picture, kept share of the tokens (of all, and of the first to
+        tail_drop (a list: one a step), uncond_tail_drop, guidance_scale (None: the model's own), flops and seconds a picture, kept share of the tokens (of all, and of the first to
         the last step), score, stderr and fd.
 
     Raises:
@@ -102,7 +108,9 @@ def benchmark_dc_quality(
             raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
     if not all(0 <= rho < 1 for rho in tail_drops):
         raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
-    variants = list(_variants(model, dense, tail_drops, peers, device))
+    if not all(0 <= scale < float("inf") for scale in guidance_scales):
+        raise FastgenError(f"guidance_scales: {list(guidance_scales)} is not allowed, needs numbers >= 0")
+    variants = list(_variants(model, dense, tail_drops, guidance_scales, peers, device))
     prompts = shapes_prompts(limit)
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
@@ -118,6 +126,7 @@ def benchmark_dc_quality(
                 "variant": variant.name,
                 "tail_drop": variant.settings.get("tail_drop"),
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
+                "guidance_scale": variant.settings.get("guidance_scale"),
                 **scores,
             }
         )
@@ -148,7 +157,9 @@ def benchmark_dc_quality(
     }
 
 
-def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, device: str) -> Iterator[Variant]:
+def _variants(
+    model: str, dense: str, tail_drops: Sequence[float], scales: Sequence[float], peers: bool, device: str
+) -> Iterator[Variant]:
     checkpoints = [find_checkpoint(name) for name in (model, dense)]
     chunked, baseline = (load_checkpoint(found, device=device, dtype="float32") for found in checkpoints)
     if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
@@ -173,6 +184,15 @@ def _variants(model: str, dense: str, tail_drops: Sequence[float], peers: bool, 
     for rho in tail_drops:
         settings = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
         yield Variant(f"dc {rho:g} lite-cfg {LITE_CFG:g}", chunked, ours, settings)
+    steps = int(checkpoints[0].defaults["steps"])
+    late = {"tail_drop": [0.0] * (steps - len(LATE)) + list(LATE)[-steps:], "uncond_tail_drop": LATE_LITE_CFG}
+    name = f"dc late lite-cfg {LATE_LITE_CFG:g}"
+    yield Variant(name, chunked, ours, late)
+    for scale in scales:
+        guided = {"guidance_scale": scale}
+        yield Variant(f"dense guidance {scale:g}", baseline, theirs, guided)
+        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, **guided})
+        yield Variant(f"{name} guidance {scale:g}", chunked, ours, {**late, **guided})
 
 
 def _pictures(variant: Variant, batch_size: int, prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:

@@ -101,6 +101,7 @@ def test_first_block_cache_skips_steps(z: ZImagePipeline) -> None:
 def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc", "--model", str(micro_dc), "--dense", str(micro_z), "--folder", str(tmp_path / "f")]
     arguments += ["--tail-drop", "0", "--tail-drop", "0.5", "--limit", "1", "--images-per-prompt", "1", "--runs", "1"]
+    arguments += ["--guidance-scale", "3"]
     assert run([*arguments, "--json", "--out", str(tmp_path / "dc.json")]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "dc.json").read_text())
@@ -108,7 +109,10 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     assert list(rows) == [
         "dense", "dense first-block-cache 0.1", "dense first-block-cache 0.3", "dense token-merging 0.25",
         "dense token-merging 0.5", "dc 0", "dc 0.5", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9",
+        "dc late lite-cfg 0.98", "dense guidance 3", "dc 0 guidance 3", "dc late lite-cfg 0.98 guidance 3",
     ]  # fmt: skip
+    assert rows["dc late lite-cfg 0.98"]["tail_drop"] == [0.95, 0.99]  # of two steps
+    assert rows["dc 0 guidance 3"]["guidance_scale"] == 3 and rows["dc 0"]["guidance_scale"] is None
     for row in rows.values():
         assert 0 <= row["score"] <= 1 and row["flops"] > 0 and 0 < row["seconds"]["p20"] <= row["seconds"]["p80"]
     assert rows["dense"]["kept"] is None and rows["dc 0"]["kept"] > rows["dc 0.5"]["kept"] > 0
@@ -131,6 +135,7 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     [
         (["--tail-drop", "1"], "tail_drops"),
         (["--runs", "0"], "runs"),
+        (["--guidance-scale", "-1"], "guidance_scales"),
         (["--images-per-prompt", "0"], "images_per_prompt"),
         (["--model", "DENSE"], "no dynamic chunking"),
         (["--dense", "DC"], "no stock Z-Image"),

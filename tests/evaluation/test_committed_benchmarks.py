@@ -15,7 +15,7 @@ def rows_of(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def test_dynamic_chunking_against_its_dense_baseline() -> None:
-    """Far better at equal training compute, and at equal cost; a quarter of the denoiser's work is saved within two
+    """Far better at equal training compute, and at equal cost; 30 % of the denoiser's work is saved within two
     points."""
     data, rows = rows_of("bench-dc")
     dense, full, lite = rows["dense"], rows["dc 0"], rows["dc 0 lite-cfg 0.9"]
@@ -23,13 +23,22 @@ def test_dynamic_chunking_against_its_dense_baseline() -> None:
         assert row["score"] - dense["score"] > 10 * (row["stderr"] ** 2 + dense["stderr"] ** 2) ** 0.5
         assert row["fd"] < dense["fd"]
     assert lite["flops"] < dense["flops"] and lite["score"] > full["score"] - 2 * full["stderr"]
-    near = [row for name, row in rows.items() if name.startswith("dc ") and row["score"] >= full["score"] - 0.02]
-    cheapest = min(row["flops"] for row in near) - data["flops_beside"]
-    assert 1 - cheapest / (full["flops"] - data["flops_beside"]) > 0.24
-    # Kept tokens grow from noise to data, whatever the budget.
-    for name, row in rows.items():
-        if row["kept_by_step"] is not None:
-            assert row["kept_by_step"][-1] > 4 * row["kept_by_step"][1], name
+
+    def saved(less: dict[str, Any], more: dict[str, Any]) -> float:
+        """Share of the denoiser's FLOPs."""
+        return float(1 - (less["flops"] - data["flops_beside"]) / (more["flops"] - data["flops_beside"]))
+
+    # The same drop at all steps: a quarter. Drops in the last steps: 30 %, at the same guidance on both sides.
+    same = [row for name, row in rows.items() if name.startswith("dc ") and isinstance(row["tail_drop"], float)]
+    near = [row for row in same if row["guidance_scale"] is None and row["score"] >= full["score"] - 0.02]
+    assert max(saved(row, full) for row in near) > 0.24
+    for scale in ("2.6", "3.2"):
+        late, all_tokens = rows[f"dc late lite-cfg 0.98 guidance {scale}"], rows[f"dc 0 guidance {scale}"]
+        assert late["score"] >= all_tokens["score"] - 0.02 and late["fd"] < all_tokens["fd"]
+        assert saved(late, all_tokens) >= 0.3 and late["seconds"]["p50"] < 0.85 * all_tokens["seconds"]["p50"]
+    # Kept tokens grow from noise to data, whatever the budget, as long as it is one.
+    for row in same:
+        assert row["kept_by_step"][-1] > 4 * row["kept_by_step"][1], row["variant"]
     assert data["router"]["boundary_to_background"] >= 2
 
 
