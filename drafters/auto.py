@@ -28,6 +28,7 @@ from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reject
 __all__ = ["Costs", "Planner", "best_tree", "choose_source"]
 
 WINDOWS = (4, 6, 8, 12, 16, 24, 32)
+WIDE_WINDOWS = ("jacobi-8x4", "jacobi-12x2", "jacobi-12x4")
 _PROBE_WIDTHS = (4, 4, 4, 3, 2, 2)  # the tree whose acceptance is measured
 _PROBE_CHAINS = (1, 3, 7, 15)
 _MOST_NODES = 64
@@ -186,9 +187,9 @@ def choose_source(
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
         return min(speeds[1:])
 
-    sources: dict[str, DraftSource] = {
-        f"jacobi-{window}": JacobiSource.of_name(f"jacobi-{window}", rule) for window in WINDOWS
-    }
+    # A rule that compares the hidden states of a place's candidates needs several.
+    names = [*(f"jacobi-{window}" for window in WINDOWS), *(WIDE_WINDOWS if rule.needs_hidden else ())]
+    sources: dict[str, DraftSource] = {name: JacobiSource.of_name(name, rule) for name in names}
     if drafter is not None:
         tree = best_tree(*_measure(drafter, seconds_a_token))
         widths = "-".join(str(len(level)) for level in tree.levels[1:])

@@ -12,6 +12,7 @@ from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
 from fastgen.drafters.drafter import Drafter, DraftState
 from fastgen.drafters.law import TokenLaw, gumbel_noise
+from fastgen.drafters.names import window_of
 from fastgen.drafters.targets import Prefix, Target, TargetPass
 from fastgen.drafters.tree import DynamicShape, Tree, static_tree
 from fastgen.drafters.verify import Drafted, Walk
@@ -167,15 +168,13 @@ class JacobiSource(DraftSource):
 
     @classmethod
     def of_name(cls, name: str, rule: AcceptanceRule) -> JacobiSource:
-        """The window "jacobi-12", coupled where the rule allows it.
+        """The window "jacobi-12", or "jacobi-12x4" with 4 candidates a place, coupled where the rule allows it.
 
         Raises:
             ValueError: no such name.
         """
-        length = name.removeprefix("jacobi-")
-        if not length.isdecimal() or int(length) < 1:
-            raise ValueError(f"tree: {name!r} is no window; needs e.g. jacobi-12")
-        return cls(int(length), coupled=not rule.looks_ahead)
+        window, width = window_of(name)
+        return cls(window, width, coupled=not rule.looks_ahead)
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         if self.coupled and rule.looks_ahead:

@@ -17,8 +17,10 @@ from toy_speculation import Toy
 from fastgen.drafters import auto
 from fastgen.drafters.acceptance import Block, Exact
 from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_source
+from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.names import is_tree_name
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
@@ -108,6 +110,38 @@ def test_a_choice_for_a_real_target(target: Target) -> None:
     assert isinstance(source, JacobiSource) and name == f"jacobi-{source.window}" and source.coupled
     source, _ = choose_source(target, None, Block(), prefix, TokenLaw(3.0), repeats=1)
     assert isinstance(source, JacobiSource) and not source.coupled
+
+
+def test_wide_windows_for_a_rule_that_compares_candidates(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a pass costs as much as it is narrow: the wide ones win where they are tried at all."""
+    now = [0.0]
+
+    def decode(target: Target, source: Any, *args: Any, **kwargs: Any) -> Any:
+        decoded = decode_speculative(target, source, *args, **kwargs)
+        now[0] += decoded.target_passes / source.width**4
+        return decoded
+
+    monkeypatch.setattr(auto, "decode_speculative", decode)
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(auto, "WINDOWS", (2, 4))
+    monkeypatch.setattr(auto, "WIDE_WINDOWS", ("jacobi-2x3",))
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:1], True)
+    source, name = choose_source(target, None, Cascade(CascadeConfig()), prefix, TokenLaw(3.0), repeats=1)
+    assert isinstance(source, JacobiSource) and name == "jacobi-2x3" and source.width == 3 and not source.coupled
+    _, name = choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1)
+    assert name in ("jacobi-2", "jacobi-4")
+
+
+def test_names_of_windows() -> None:
+    wide = JacobiSource.of_name("jacobi-12x4", Exact())
+    assert (wide.window, wide.width, wide.coupled, wide.nodes) == (12, 4, True, 49)
+    assert JacobiSource.of_name("jacobi-7", Exact()).width == 1
+    assert is_tree_name("jacobi-12x4") and is_tree_name("jacobi-12")
+    for name in ("jacobi-12x0", "jacobi-0", "jacobi-12x", "jacobi-x4", "12x4", "jacobi-3-2"):
+        assert not is_tree_name(name)
+        with pytest.raises(ValueError, match="no window"):
+            JacobiSource.of_name(name, Exact())
 
 
 @pytest.mark.parametrize("dear", ["trees", "windows"])
