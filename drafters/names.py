@@ -30,7 +30,5 @@ def window_of(name: str) -> tuple[int, int]:
     """
     found = _WINDOW.fullmatch(name)
     if found is None:
-        raise ValueError(
-            f"tree: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4"
-        )
+        raise ValueError(f"tree: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4")
     return int(found[1]), int(found[2] or 1)

@@ -1,4 +1,4 @@
-"""Pieces of reports: percentages, Markdown tables and contact sheets."""
+"""Pieces of reports: percentages, Markdown tables, provenance, figures and contact sheets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from fastgen.errors import FastgenError
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -17,6 +19,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns after the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def provenance(data: dict[str, Any]) -> str:
+    """Device, versions, commit and date of a result, and the detector that judged it, in one line."""
+    where = data["environment"]
+    threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
+    parts = [", ".join(where["gpus"]) or f"{where['cpu']}, {threads}"]
+    parts.append(", ".join(f"{name} {number}" for name, number in where["versions"].items()))
+    parts.append(f"commit {where['commit']}")
+    if data.get("detector"):
+        parts.append(f"detector {data['detector'][:8]}")
+    return "; ".join([*parts, where["date"]])
+
+
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FastgenError("--plot: needs matplotlib; install fastgen[report]") from error
+    figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
+    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 
 
 _GAP, _LINES = 6, 3

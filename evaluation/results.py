@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.report import markdown_table, percent
+from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
+from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 
 _MARK = "<!-- scores -->"
 _MODELS = (
@@ -20,18 +21,6 @@ _MODELS = (
     ("tiny-dc", "diffusion, dynamic chunking"),
     ("tiny-dc-dense", "diffusion, the baseline of tiny-dc"),
 )
-
-
-def provenance(data: dict[str, Any]) -> str:
-    """Device, versions, commit and date of a result, and the detector that judged it, in one line."""
-    where = data["environment"]
-    threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
-    parts = [", ".join(where["gpus"]) or f"{where['cpu']}, {threads}"]
-    parts.append(", ".join(f"{name} {number}" for name, number in where["versions"].items()))
-    parts.append(f"commit {where['commit']}")
-    if data.get("detector"):
-        parts.append(f"detector {data['detector'][:8]}")
-    return "; ".join([*parts, where["date"]])
 
 
 def checker_markdown(data: dict[str, Any]) -> str:
@@ -221,11 +210,12 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
     Raises:
         FastgenError: matplotlib is not installed.
     """
-    figure, panels = _figure(2)
+    figure, panels = figure_of(2)
     series: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         words = row["variant"].split()
-        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[:2])
+        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if "guidance" in words else 2])
+        name += ", late drops" if "late" in words else ", more guidance" if "guidance" in words else ""
         series.setdefault(name + (" + Lite-CFG" if "lite-cfg" in words else ""), []).append(row)
     for panel, label, value in zip(
         panels,
@@ -239,7 +229,7 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ShapesWorld-GenEval (%)")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -248,12 +238,13 @@ def speculative_markdown(data: dict[str, Any]) -> str:
     rows = []
     for row in data["rows"]:
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
+        judged = "" if row.get("verifier") is None else percent(row["verifier"])
         score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
         rows.append(
             [
                 *(row["variant"], f"{row['target_pass_ratio']:.3f}", f"{row['accepted_length']:.2f}"),
                 *(f"{row['seconds']['p50']:.3f}", f"{row['speedup_vs_fastest_plain']:.2f}"),
-                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, distance),
+                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, distance, judged),
             ]
         )
     header = [
@@ -267,10 +258,12 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         "score",
         "± s.e.",
         "FD-shapes",
+        "verifier",
     ]
     note = (
         "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
-        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture.\n\n"
+        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; mean "
+        "score by the embedded verifier.\n\n"
     )
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
 
@@ -298,7 +291,7 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     rows = [row for row in data["rows"] if row["score"] is not None]
     if not rows:
         raise FastgenError("--plot: the result has no scores")
-    figure, (panel,) = _figure(1)
+    figure, (panel,) = figure_of(1)
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["rule"] or "plain loop", []).append(row)
@@ -311,16 +304,6 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FastgenError("--plot: needs matplotlib; install fastgen[report]") from error
-    figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 
 
 def _three(values: dict[str, float], digits: int = 3) -> list[str]:
@@ -404,6 +387,8 @@ def results_page(folder: Path) -> str:
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
         ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
+        ("bench-search", "Noise search: score against compute and seconds", search_markdown),
+        ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:

@@ -106,8 +106,8 @@ def model_fingerprint(*folders: Path) -> str:
     digest = hashlib.sha256()
     files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     for folder, path in files:
-        if path.suffix in (".md", ".png"):
-            continue
+        if path.suffix in (".md", ".png") or path.name == "training.json":
+            continue  # told of the model; no picture depends on it
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

@@ -124,7 +124,7 @@ class account:
 
     def __enter__(self) -> Stats:
         _fold_peaks(reset=True)
-        stats = Stats()
+        stats = Stats(flops_counted=getattr(_thread, "counting", False))  # by a counter that an outer account opened
         with _open_lock:
             _open.append(stats)
         self._entered.append(stats)

@@ -7,7 +7,7 @@ import math
 from fastgen.drafters.names import RULES, is_tree_name
 from fastgen.errors import FastgenError
 
-__all__ = ["SETTINGS", "check_prompt", "check_value"]
+__all__ = ["SEARCH_SETTINGS", "SETTINGS", "check_prompt", "check_value"]
 
 #: What a picture depends on beside prompt, seed and model, by the names of `generate_images` and of the command line.
 SETTINGS = (
@@ -26,6 +26,25 @@ SETTINGS = (
     "acceptance",
     "quality",
 )
+
+#: What the picture of a search depends on beside those, by the names of the command line.
+SEARCH_SETTINGS = (
+    "policy",
+    "verifier",
+    "max_nfe",
+    "max_seconds",
+    "target_score",
+    "sampler",
+    "tau",
+    "starts",
+    "chains",
+    "explore",
+    "explore_uncond",
+    "preview",
+)
+
+_COUNTS = ("steps", "height", "width", "top_k", "token_budget", "max_nfe", "starts", "chains")
+_NUMBERS = ("guidance_scale", "temperature", "top_p", "max_seconds", "target_score", "tau")
 
 
 def check_prompt(prompt: object, label: str = "prompt") -> str:
@@ -49,22 +68,24 @@ def check_value(label: str, name: str, value: object) -> None:
 
     Args:
         label: how the message calls it.
-        name: one of `SETTINGS`.
+        name: one of `SETTINGS` or of `SEARCH_SETTINGS`.
 
     Raises:
         FastgenError: `label`, the value and what is allowed.
     """
-    if name in ("steps", "height", "width", "top_k", "token_budget"):
+    if name in _COUNTS:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs an integer >= 1")
-    elif name in ("guidance_scale", "temperature", "top_p"):
+    elif name in _NUMBERS:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a finite number")
         if name == "temperature" and value < 0:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number >= 0")
+        if name == "max_seconds" and value <= 0:
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number > 0")
         if name == "top_p" and not 0 < value <= 1:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs 0 < top_p <= 1")
-    elif name in ("tail_drop", "uncond_tail_drop"):
+    elif name in ("tail_drop", "uncond_tail_drop", "explore", "explore_uncond"):
         # Lists and functions of the step are checked by the pipeline.
         if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < 1):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number in [0, 1)")
@@ -78,5 +99,8 @@ def check_value(label: str, name: str, value: object) -> None:
         # Trees themselves, not their names, are checked by the pipeline.
         if isinstance(value, str) and not is_tree_name(value):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs auto, or e.g. jacobi-12, chain-4 or 4-2-1")
+    elif name == "preview":
+        if value not in ("full", "pooled"):
+            raise FastgenError(f"{label}: {value!r} is not allowed, needs full or pooled")
     else:
         check_prompt(value, label)

@@ -31,6 +31,7 @@ from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
 __all__ = [
     "GeneratedImage",
     "Progress",
+    "check_prompt_lengths",
     "generate_images",
     "pipeline_class",
     "resolve_settings",
@@ -52,6 +53,8 @@ class GeneratedImage:
         loss: what the picture is to the one that the stock model makes of the same seed and settings.
         steps: latents and kept tokens of every step, if they were recorded; the picture is sample `sample` of them.
         sample: see `steps`.
+        search: what the search for it did (`fastgen.pipelines.search.report.SearchReport.as_dict`), if there was one.
+        interrupted: something ended that search before its time.
     """
 
     image: Image.Image
@@ -61,6 +64,8 @@ class GeneratedImage:
     loss: Loss
     steps: Sequence[StepRecord] | None = None
     sample: int = 0
+    search: dict[str, Any] | None = None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,7 @@ def generate_images(
             raise FastgenError(f"record_steps: {type(pipe).__name__} has no dynamic chunking to record")
         resolved["output_chunks"] = True
     negative_prompt = settings.get("negative_prompt")
-    _check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
+    check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
 
 
@@ -264,8 +269,12 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
     return found
 
 
-def _check_prompt_lengths(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
-    """Refuse prompts that a Z-Image model would cut off, or has no positions for, without a word."""
+def check_prompt_lengths(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
+    """Refuse prompts that a Z-Image model would cut off, or has no positions for, without a word.
+
+    Raises:
+        FastgenError: names the prompt and the limit.
+    """
     transformer = getattr(pipe, "transformer", None)
     lengths = getattr(getattr(transformer, "config", None), "axes_lens", None)
     if type(pipe).__name__ != "ZImagePipeline" or not lengths:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from fastgen.accounting import account, note_path
 from fastgen.contracts import Loss
 from fastgen.pipelines.search.budget import Budget, Pool
+from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
 from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
 from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import named_policy
 from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.previews import PreviewOption, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
 from fastgen.pipelines.token_images import as_output, one_per_image
@@ -67,12 +70,21 @@ class NoiseSearchPipeline:
             [k, 3, H, W] uint8.
         policy: a name ("threshold", "rbf", "svdd", "code", "smc", "best-of-n", "random", "zero-order",
             "search-over-paths"), a `Policy`, or None: no search.
+        thresholds: for policy "threshold" without a tau: what `fastgen train search-calibrate` measured, or its file;
+            None takes what the verifier has in `thresholds` for this model.
 
     Raises:
-        ValueError: a pipeline without an adapter, no verifier, or an unknown policy.
+        ValueError: a pipeline without an adapter, no verifier, an unknown policy, a tau that is no score of the
+            verifier, or thresholds that are of another verifier or model, or not asked for.
     """
 
-    def __init__(self, pipe: Any, verifier: Any = None, policy: str | Policy | None = "threshold") -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        verifier: Any = None,
+        policy: str | Policy | None = "threshold",
+        thresholds: Calibration | str | os.PathLike[str] | None = None,
+    ) -> None:
         self.pipe = pipe
         self.policy = named_policy(policy) if isinstance(policy, str) else policy
         if self.policy is None:
@@ -81,6 +93,10 @@ class NoiseSearchPipeline:
         score = getattr(verifier, "score", verifier)
         if not callable(score):
             raise ValueError(f"verifier: {type(verifier).__name__} has no score(images, prompts)")
+        self.policy.check_scores(verifier)
+        if thresholds is not None and not self.policy.calibrated:
+            raise ValueError(f"thresholds: policy {self.policy.description} takes none")
+        self.thresholds = calibration_for(pipe, verifier, thresholds) if self.policy.calibrated else None
         self.verifier = verifier
         self._score: Callable[[Tensor, list[str]], Tensor] = score
 
@@ -112,6 +128,8 @@ class NoiseSearchPipeline:
         max_seconds: float | None = None,
         target_score: float | None = None,
         sampler: SamplerName | Sampler = "ancestral",
+        explore: Mapping[str, Any] | None = None,
+        preview: PreviewOption = "full",
         batch_size: int = 32,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -133,6 +151,12 @@ class NoiseSearchPipeline:
             sampler: of stochastic transitions: "ancestral" (stochastic DDIM on the pipeline's own times),
                 "euler-maruyama" (g = 3 t^2 on them), "rollover" (RBF's: variance-preserving, on a grid of its own
                 with as many times, at whose last the preview is the picture), or a `Sampler`.
+            explore: knobs of a model with dynamic chunking (`tail_drop`, `uncond_tail_drop`, `token_budget`) for
+                candidates: these are evaluated so, and what is kept is evaluated anew as the call says, which is one
+                more evaluation. Ends of trajectories and single candidates are never explored. Policies that draw
+                whole pictures explore with all of them and draw the best one anew from the same noise.
+            preview: how candidates that are not at the last time are decoded for the verifier: "full", "pooled", or a
+                decoder such as `AutoencoderTiny`; see `fastgen.pipelines.search.previews.PreviewOption`.
             batch_size: rows of a forward pass.
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
@@ -140,7 +164,8 @@ class NoiseSearchPipeline:
             extra: what the adapter of the pipeline takes beside.
 
         Raises:
-            ValueError: an argument out of range, or a budget smaller than one picture takes.
+            ValueError: an argument out of range, a budget smaller than one picture takes, or a model or policy that
+                cannot explore.
             SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
         """
         policy = self.policy
@@ -160,12 +185,14 @@ class NoiseSearchPipeline:
             settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
             denoiser = self._denoiser(self.pipe, prompts, settings)
             path = self._sampler(sampler, denoiser)
+            policy = self._resolved(policy, denoiser, path, budget)
             note_path("policy", policy.description)
-            chains = self._chains(policy, denoiser, path, budget, generators, started)
+            effort, shown = _checked_effort(explore, denoiser), preview_of(preview, denoiser)
+            chains = self._chains(policy, denoiser, path, budget, generators, started, effort)
             cause: BaseException | None = None
             ends: Sequence[Node | None]
             try:
-                ends = run_chains(chains, policy.program, self._score, prompts, batch_size, on_round)
+                ends = run_chains(chains, policy.program, self._score, prompts, batch_size, on_round, shown)
             except SearchStopped as error:
                 cause = error.__cause__
                 ends = [chain.furthest for chain in chains]
@@ -173,7 +200,7 @@ class NoiseSearchPipeline:
                 if len(found) < len(prompts):
                     raise SearchInterrupted(str(error), None) from cause
             reports, winners = _reports(policy, prompts, chains, ends, started, cause is not None)
-            pictures = torch.cat([denoiser.pictures(node.prediction) for node in winners])
+            pictures = torch.cat([_picture(denoiser, node) for node in winners])
         images = as_output(pictures.float().div(255).permute(0, 2, 3, 1), output_type)
         output = NoiseSearchOutput(images=images, reports=reports, stats=stats.as_dict())
         if hasattr(self.pipe, "maybe_free_model_hooks"):
@@ -192,6 +219,14 @@ class NoiseSearchPipeline:
             raise ValueError(f"sampler: {sampler!r} is unknown, there are ancestral, euler-maruyama and rollover")
         return kinds[sampler](denoiser.interpolant, denoiser.times)
 
+    def _resolved(self, policy: Policy, denoiser: Denoiser, path: Sampler, budget: Budget) -> Policy:
+        """The policy with the thresholds for these times and this budget."""
+        if self.thresholds is None:
+            return policy
+        times = [path.model_level(index, denoiser.interpolant)[0] for index in range(len(path.times))]
+        limit = math.inf if budget.max_nfe is None else budget.max_nfe / denoiser.forwards
+        return policy.resolved(self.thresholds, times, limit)
+
     @staticmethod
     def _chains(
         policy: Policy,
@@ -200,6 +235,7 @@ class NoiseSearchPipeline:
         budget: Budget,
         generators: Sequence[torch.Generator],
         started: float,
+        explore: dict[str, Any],
     ) -> list[Chain]:
         if policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
             raise ValueError(f"policy: {policy.name} needs a model with levels at any time, a flow")
@@ -207,14 +243,36 @@ class NoiseSearchPipeline:
             for index in range(len(path.times)):
                 path.model_level(index, denoiser.interpolant)  # raises where the model has no such level
         transitions = (path if policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
-        policy.check(budget, transitions, denoiser.forwards)
+        policy.check(budget, transitions, denoiser.forwards, bool(explore))
         chains = []
         for prompt, generator in enumerate(generators):
             start = denoiser.noise(generator)
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             pool = Pool(budget, denoiser.forwards, started)
-            chains += [Chain(denoiser, path, prompt, number, seed, start, pool) for number in range(policy.chains)]
+            place = (seed, start, pool, explore)
+            chains += [Chain(denoiser, path, prompt, number, *place) for number in range(policy.chains)]
         return chains
+
+
+def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:
+    """The exploring effort, which the model can do; empty: none."""
+    if explore is not None and not isinstance(explore, Mapping):
+        raise ValueError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
+    effort = dict(explore or {})
+    try:
+        denoiser.effort = effort
+    except ValueError as error:
+        raise ValueError(f"explore: {error}") from error
+    finally:
+        denoiser.effort = {}
+    if effort:
+        note_path("explore", ", ".join(f"{name} {value}" for name, value in effort.items()))
+    return effort
+
+
+def _picture(denoiser: Denoiser, node: Node) -> Tensor:
+    """[1, 3, H, W] uint8; what was scored at the end of a trajectory is at hand."""
+    return denoiser.pictures(node.prediction) if node.picture is None else node.picture
 
 
 def _reports(
@@ -236,11 +294,11 @@ def _reports(
         pool = owner.pool
         stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
         seconds = time.perf_counter() - started
-        reports.append(report_of(prompt, policy.description, own, winner, owner.number, stopped, seconds))
+        reports.append(report_of(prompt, policy, own, winner, owner.number, stopped, seconds))
         winners.append(winner)
     return reports, winners
 
 
-def _finished(node: Node) -> tuple[bool, float]:
-    """Ends of trajectories before previews, then by score."""
-    return node.last, -math.inf if math.isnan(node.score) else node.score
+def _finished(node: Node) -> tuple[bool, bool, float]:
+    """Full effort first, ends of trajectories before previews, then by score."""
+    return not node.explored, node.last, -math.inf if math.isnan(node.score) else node.score

@@ -96,9 +96,9 @@ def benchmark_dc_quality(
 
     Returns:
         a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text
-        encoder and decoder, a picture: no method here touches them) and "rows" with variant,
-        tail_drop (a list: one a step), uncond_tail_drop, guidance_scale (None: the model's own), flops and seconds a picture, kept share of the tokens (of all, and of the first to
-        the last step), score, stderr and fd.
+        encoder and decoder, a picture: no method here touches them) and "rows" with variant, tail_drop (a list: one a
+        step), uncond_tail_drop, guidance_scale (None: the model's own), flops and seconds a picture, kept share of the
+        tokens (of all, and of the first to the last step), score, stderr and fd.
 
     Raises:
         FastgenError: a number out of range, or a model that does not fit.

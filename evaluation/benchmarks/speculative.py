@@ -35,6 +35,7 @@ from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.geneval.shapes import load_detector
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
+from fastgen.evaluation.verifiers.shapes import ShapesVerifier
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.token_images import as_output
@@ -165,7 +166,8 @@ def benchmark_speculative(
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with variant, rule, drafter, tree, target_pass_ratio,
         seconds a picture, speedup_vs_fastest_plain, speedup_vs_stock, accepted_length (the bonus counted) and
-        accepted_without_bonus, stolen (mass a picture), score, stderr and fd. The first rows are the plain loops and
+        accepted_without_bonus, stolen (mass a picture), score, stderr, fd and verifier
+        (mean score by shapes-verifier). The first rows are the plain loops and
         stock `generate`.
 
     Raises:
@@ -291,13 +293,16 @@ def _scores(
         return [{} for _ in range(1 + len(variants))]
     device = str(target.device)
     detector, fingerprint = load_detector(device=device), model_fingerprint(*checkpoint.folders)
+    verifier = ShapesVerifier.load(device=device)
     scored = []
     for variant in (None, *variants):
         name = "plain" if variant is None else variant.name
         report(name)
         settings = RunSettings(name, fingerprint, images_per_prompt, device=device, batch_size=batch_size)
         scored.append(
-            score_row(folder, prompts, settings, partial(_pictures, target, law, variant, batch_size), detector)
+            score_row(
+                folder, prompts, settings, partial(_pictures, target, law, variant, batch_size), detector, verifier
+            )
         )
     return scored
 
@@ -393,4 +398,5 @@ def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
         "score": None,
         "stderr": None,
         "fd": None,
+        "verifier": None,
     }

@@ -58,7 +58,7 @@ def load_detector(folder: str | Path | None = None, *, device: str | torch.devic
     return model.to(device).eval()
 
 
-def fingerprint(model: ShapesModel) -> str:
+def fingerprint(model: ShapesModel | torch.nn.Module) -> str:
     """sha256 over the names, dtypes, shapes and bytes of the weights: equal weights give equal features."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -6,7 +6,6 @@ numbers) is made once and kept for the prompts used last.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,6 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from fastgen.pipelines.search.calibration import Calibration
+from fastgen.pipelines.search.thresholds import check_in_range
 
 __all__ = ["ModelVerifier", "Verifier", "check_images"]
 
@@ -48,11 +50,13 @@ class Verifier(ABC):
         name: as `load_verifier` knows it; results quote it.
         weights: Hub id or folder that the weights come from.
         range: the least and the largest score there can be; None: no bounds are known.
+        thresholds: that were measured for it, one a model.
     """
 
     name: str = ""
     weights: str = ""
     range: tuple[float, float] | None = None
+    thresholds: tuple[Calibration, ...] = ()
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -85,12 +89,7 @@ class Verifier(ABC):
         Raises:
             ValueError: not a number, or outside `range`.
         """
-        if math.isnan(value):
-            raise ValueError(f"threshold: {value} is no number")
-        if self.range is not None and not self.range[0] <= value <= self.range[1]:
-            low, high = self.range
-            raise ValueError(f"threshold: {value} is outside the scores of {self.name}, which are {low:g} to {high:g}")
-        return float(value)
+        return check_in_range("threshold", value, self)
 
 
 class ModelVerifier(Verifier):

@@ -14,7 +14,7 @@ from fastgen.io import read_object
 if TYPE_CHECKING:
     from fastgen.evaluation.verifiers.base import Verifier
 
-__all__ = ["VERIFIERS", "load_verifier"]
+__all__ = ["VERIFIERS", "load_verifier", "verifier_class"]
 
 #: Name -> module of this package and class in it; `Class.load(weights, device=…, dtype=…)` makes one.
 VERIFIERS = {
@@ -36,6 +36,8 @@ _OF_MODEL_TYPE = {
     "qwen3_vl": "qwen-vl",
     "qwen3_vl_moe": "qwen-vl",
 }
+# Our own networks, which are no transformers, name their class.
+_OF_CLASS = {"ShapesVerifier": "shapes-verifier"}
 
 
 def load_verifier(
@@ -54,6 +56,17 @@ def load_verifier(
     Raises:
         FastgenError: no such name, or weights, a package or the device cannot be had; told in one line.
     """
+    kind, weights = verifier_class(name_or_path)
+    made: Verifier = kind.load(weights, device=device, dtype=dtype, **options)
+    return made
+
+
+def verifier_class(name_or_path: str | os.PathLike[str]) -> tuple[Any, str | None]:
+    """The class that `load_verifier` makes one of, and its weights where they are not the published ones.
+
+    Raises:
+        FastgenError: no such name.
+    """
     text = os.fspath(name_or_path)
     name, _, weights = (_name_of(Path(text)), ":", text) if os.path.isdir(text) else text.partition(":")
     if name not in VERIFIERS:
@@ -64,19 +77,17 @@ def load_verifier(
     module = f"{__package__}.{module}"
     if importlib.util.find_spec(module) is None:
         raise FastgenError(f"verifier: {name!r} does not come with this version of fastgen")
-    made: Verifier = getattr(importlib.import_module(module), attribute).load(
-        weights or None, device=device, dtype=dtype, **options
-    )
-    return made
+    return getattr(importlib.import_module(module), attribute), weights or None
 
 
 def _name_of(folder: Path) -> str:
     """The verifier that the weights in a folder are for."""
     config = folder / "config.json"
-    model_type = read_object(config).get("model_type") if config.is_file() else None
-    if model_type not in _OF_MODEL_TYPE:
+    found = read_object(config) if config.is_file() else {}
+    name = _OF_MODEL_TYPE.get(found.get("model_type", "")) or _OF_CLASS.get(found.get("_class_name", ""))
+    if name is None:
         raise FastgenError(
             f"verifier: {folder} does not say which verifier its weights are for; write NAME:{folder} with one of "
             f"{', '.join(VERIFIERS)}"
         )
-    return _OF_MODEL_TYPE[model_type]
+    return name

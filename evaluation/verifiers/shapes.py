@@ -18,6 +18,7 @@ from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, place
 from fastgen.models.shapes_verifier import ShapesVerifier as Network
 from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.search.calibration import read_calibrations
 
 __all__ = ["ShapesVerifier"]
 
@@ -41,7 +42,8 @@ class ShapesVerifier(ModelVerifier):
     def load(
         cls, weights: str | None = None, *, device: str = "cpu", dtype: str = "auto", **kwargs: int
     ) -> ShapesVerifier:
-        """The embedded one, or that of a folder written by `fastgen train verifier`.
+        """The embedded one, or that of a folder written by `fastgen train verifier`; with the thresholds for models
+        that lie in `thresholds/` there.
 
         Raises:
             FastgenError: something is missing or broken; the line says what.
@@ -54,6 +56,7 @@ class ShapesVerifier(ModelVerifier):
         check_loaded(cls.name, folder, info)
         made = cls(network.to(where), **kwargs)
         made.weights = str(folder) if weights else cls.name
+        made.thresholds = read_calibrations(folder / "thresholds")
         return made
 
     def _encode(self, prompts: list[str]) -> Sequence[tuple[Tensor, Tensor]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from fastgen.cli.bench_search import search, search_overhead
+from fastgen.cli.publish import publish
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help=True)
@@ -18,6 +19,10 @@ app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help
 @app.callback()
 def _group() -> None:
     """Measure speed and memory; writes JSON."""
+
+
+app.command("search")(search)
+app.command("search-overhead")(search_overhead)
 
 
 @app.command("generate")
@@ -69,7 +74,7 @@ def generate(
             dtype=dtype,
             report=lambda line: typer.echo(line, err=True),
         )
-    _publish(result, out, as_json, generate_markdown(result))
+    publish(result, out, as_json, generate_markdown(result))
 
 
 @app.command("data")
@@ -88,7 +93,7 @@ def data(
     if out is not None:
         check_writable(out.parent)
     result = benchmark_data(images, runs, processes or (1, 2))
-    _publish(result, out, as_json, data_markdown(result))
+    publish(result, out, as_json, data_markdown(result))
 
 
 @app.command("dc")
@@ -102,6 +107,9 @@ def dc(
     ),
     tail_drop: Annotated[
         list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
+    ] = None,
+    guidance_scale: Annotated[
+        list[float] | None, typer.Option(help="Beside the models' own; repeat for several. Default: 2.6, 3.2.")
     ] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="First-block cache and token merging.")] = True,
     images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
@@ -124,7 +132,7 @@ def dc(
         if path is not None:
             check_writable(path.parent)
     with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.benchmarks.dc_quality import TAIL_DROPS, benchmark_dc_quality
+        from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
         from fastgen.evaluation.results import dc_quality_markdown, dc_quality_plot
 
         result = benchmark_dc_quality(
@@ -132,6 +140,7 @@ def dc(
             dense,
             folder,
             tail_drops=tail_drop or TAIL_DROPS,
+            guidance_scales=guidance_scale or GUIDANCE_SCALES,
             peers=peers,
             images_per_prompt=images_per_prompt,
             limit=limit,
@@ -142,7 +151,7 @@ def dc(
         )
         if plot is not None:
             dc_quality_plot(result, plot)
-    _publish(result, out, as_json, dc_quality_markdown(result))
+    publish(result, out, as_json, dc_quality_markdown(result))
 
 
 @app.command("dc-ablations")
@@ -182,7 +191,7 @@ def dc_ablations(
             renders=renders,
             report=lambda line: typer.echo(line, err=True),
         )
-    _publish(result, out, as_json, dc_ablations_markdown(result))
+    publish(result, out, as_json, dc_ablations_markdown(result))
 
 
 @app.command("drafter-ablations")
@@ -222,7 +231,7 @@ def drafter_ablations(
             pictures=pictures,
             report=lambda line: typer.echo(line, err=True),
         )
-    _publish(result, out, as_json, drafter_ablations_markdown(result))
+    publish(result, out, as_json, drafter_ablations_markdown(result))
 
 
 @app.command("speculative")
@@ -285,7 +294,7 @@ def speculative(
         )
         if plot is not None:
             speculative_plot(result, plot)
-    _publish(result, out, as_json, speculative_markdown(result))
+    publish(result, out, as_json, speculative_markdown(result))
 
 
 @app.command("speculative-cost")
@@ -318,7 +327,7 @@ def speculative_cost(
         dtype=dtype,
         report=lambda line: typer.echo(line, err=True),
     )
-    _publish(result, out, as_json, speculative_cost_markdown(result))
+    publish(result, out, as_json, speculative_cost_markdown(result))
 
 
 @app.command("dc-speed")
@@ -361,13 +370,4 @@ def dc_speed(
         dtype=dtype,
         report=lambda line: typer.echo(line, err=True),
     )
-    _publish(result, out, as_json, dc_markdown(result))
-
-
-def _publish(result: dict[str, Any], out: Path | None, as_json: bool, table: str) -> None:
-    """Write the JSON file, and print JSON or the table."""
-    from fastgen.io import atomic_write_json
-
-    if out is not None:
-        atomic_write_json(out, result)
-    typer.echo(json.dumps(result) if as_json else table)
+    publish(result, out, as_json, dc_markdown(result))

@@ -368,7 +368,7 @@ def _settings(run: EvaluationRun) -> dict[str, Any]:
 
 def _scores_text(report: dict[str, Any]) -> str:
     """The scores for people."""
-    from fastgen.evaluation.results import provenance
+    from fastgen.evaluation.report import provenance
 
     lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli import search as searching
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 
-# Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
-_SAMPLE = 2**16
-
 #: Methods, each with the embedded model that it takes by default.
-METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus"}
+METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}
 
 
 @app.command()
@@ -52,7 +49,8 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="base, dc (dynamic chunking) or speculative (decoding of image tokens). Default: what the model is.",
+            help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for noise that a "
+            "verifier likes the picture of). Default: what the model is.",
             show_default=False,
         ),
     ] = None,
@@ -104,6 +102,19 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the rounds: pays for many pictures (speculative).")
     ] = False,
+    policy: searching.PolicyOption = None,
+    verifier: searching.VerifierOption = None,
+    max_nfe: searching.MaxNfeOption = None,
+    max_seconds: searching.MaxSecondsOption = None,
+    target_score: searching.TargetScoreOption = None,
+    sampler: searching.SamplerOption = None,
+    tau: searching.TauOption = None,
+    starts: searching.StartsOption = None,
+    chains: searching.ChainsOption = None,
+    explore: searching.ExploreOption = None,
+    explore_uncond: searching.ExploreUncondOption = None,
+    preview: searching.PreviewOption = None,
+    save_tree: searching.SaveTreeOption = False,
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
     ] = False,
@@ -126,9 +137,9 @@ def generate(
     that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
     command goes on from there.
     """
-    from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, unfinished_jobs
+    from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
     from fastgen.io import check_writable
-    from fastgen.pipelines.arguments import SETTINGS, check_prompt, check_value
+    from fastgen.pipelines.arguments import SEARCH_SETTINGS, SETTINGS, check_prompt, check_value
 
     # 1. What needs neither torch nor the model.
     if (prompt is None) == (prompts_file is None):
@@ -145,6 +156,8 @@ def generate(
     for name, value in asked.items():
         if value is not None:
             check_value(f"--{name.replace('_', '-')}", name, value)
+    sought = {name: context.params[name] for name in SEARCH_SETTINGS}
+    searching.check_options(method, sought, save_tree)
     prompts = [prompt] if prompt is not None else read_prompts_file(prompts_file or Path())
     for text in prompts:
         check_prompt(text)
@@ -159,6 +172,10 @@ def generate(
     is_chunked = checkpoint.has_dynamic_chunking
     if method in ("base", "dc") and (method == "dc") != is_chunked:
         raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
+    if method == "search" and checkpoint.kind == "janus":
+        raise FastgenError(f"--method search: model {model!r} draws tokens, there is no noise to search")
+    if save_map and method == "search":
+        raise FastgenError("--save-map: not with --method search")
     if save_map and not is_chunked:
         raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
     if checkpoint.fixed_size is None:
@@ -174,7 +191,11 @@ def generate(
         from fastgen.pipelines.generation import pipeline_class, resolve_settings
         from fastgen.pipelines.loading import resolve_device
 
-        call = resolve_settings(pipeline_class(checkpoint, method), checkpoint, asked)
+        kind = pipeline_class(checkpoint, method)
+        call = resolve_settings(kind, checkpoint, asked)
+        search = None
+        if method == "search":
+            search = searching.plan_search(checkpoint, kind, call, sought, save_tree)
         if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "auto")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
@@ -188,6 +209,7 @@ def generate(
             **{name: call.get(name) for name in asked},
             **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
             **({"compile": True} if compile else {}),
+            **({} if search is None else search.settings),
             "device": where.type,
             "dtype": weight_type,
             "batch_invariant": batch_invariant,
@@ -195,10 +217,12 @@ def generate(
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
         loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": drafter}
-        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map)
+        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search)
 
     made = {job.image for job in todo}
-    kept = [job.image for job in jobs if job.image not in made]
+    kept = [job for job in jobs if job.image not in made]
+    if save_tree:
+        searching.write_missing_trees(kept)
     if kept:
         typer.echo(f"kept {len(kept)} finished pictures (--overwrite makes them again)", err=True)
     if as_json:
@@ -209,6 +233,7 @@ def generate(
             "seeds": [job.seed for job in jobs],
             "kept": len(kept),
             "settings": settings,
+            **({} if search is None else {"scores": [read_sidecar(job)["search"]["score"] for job in jobs]}),
             "stats": {"images": len(todo), **stats},
         }
         typer.echo(json.dumps(result))
@@ -244,6 +269,7 @@ def _make(
     batch_size: int,
     batch_invariant: bool,
     save_map: bool,
+    search: searching.Search | None,
 ) -> dict[str, Any]:
     """Make and write the pictures; what the run did."""
     if not jobs:
@@ -261,6 +287,7 @@ def _make(
         library.utils.logging.disable_progress_bar()
     made_with = versions()
     with account() as stats:
+        verifier = None if search is None else search.load_verifier(loading["device"])
         pipe: Any = load_checkpoint(checkpoint, **loading)
         if compile:
             pipe.compile()
@@ -269,21 +296,26 @@ def _make(
             shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
             typer.echo(f"note: the model has no token for: {shown}", err=True)
         with _progress_bar(len(jobs)) as report:
-            pictures = generate_images(
-                pipe,
-                prompts,
-                [job.seed for job in jobs],
+            common: dict[str, Any] = {
                 **call,
-                batch_size=batch_size,
-                batch_invariant=batch_invariant,
-                flops=not compile,  # the counter does not see into compiled graphs
-                callback=report,
-                record_steps=save_map,
-            )
+                "batch_size": batch_size,
+                "batch_invariant": batch_invariant,
+                "flops": not compile,  # the counter does not see into compiled graphs
+                "callback": report,
+            }
+            seeds = [job.seed for job in jobs]
+            if search is None:
+                pictures = generate_images(pipe, prompts, seeds, **common, record_steps=save_map)
+            else:
+                pictures = searching.searched_pictures(pipe, verifier, search, prompts, seeds, **common)
             for job, picture in zip(jobs, pictures, strict=True):
                 with phase("save"):
                     extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
+                    if search is not None and search.save_tree:
+                        extra.append(searching.tree_file(job.image, picture.search or {}, picture.image))
                     _save(job, picture, made_with, extra)
+                if search is not None:
+                    typer.echo(searching.summary(job.image, picture), err=True)
     return stats.as_dict()
 
 
@@ -308,6 +340,9 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
         "versions": versions,
         "stats": picture.stats,
     }
+    if picture.search is not None:
+        sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}
+        sidecar["search"] = picture.search
     # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
     text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
     image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
@@ -315,23 +350,13 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
 
 
 def _digest(checkpoint: Checkpoint, drafter: Path | None) -> str:
-    """Tells which weights these are: the Hub revision, or a digest of samples of the weight files.
-
-    Samples, because reading all bytes of a large model would take longer than a picture; training changes every
-    tensor, and the samples with it.
-    """
+    """Tells which weights these are: the Hub revision, or a digest of the weight files."""
     if checkpoint.hub_id is not None:
         return checkpoint.folder.name
-    digest = hashlib.sha256()
-    for folder in (*checkpoint.folders, *([drafter] if drafter not in (None, checkpoint.drafter) else [])):
-        for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-            with path.open("rb") as file:
-                for start in (0, size // 2, max(0, size - _SAMPLE)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]
+    from fastgen.cli.plan import weights_digest
+
+    own = [] if drafter is None or drafter == checkpoint.drafter else [drafter]
+    return weights_digest([*checkpoint.folders, *own])
 
 
 @contextlib.contextmanager

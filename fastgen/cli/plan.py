@@ -6,20 +6,33 @@ line of the prompts file, picture of that line. Beside each picture stands a sid
 Finished pictures. A picture counts as finished when it is whole and its sidecar holds the very settings that this run
 has for it; then it is kept. A picture that was made otherwise is replaced if it was named by ``-o``, as any tool
 replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a mistake.
+The picture of a search that was interrupted is not finished: it is made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
 
-__all__ = ["Job", "image_paths", "is_finished", "plan_jobs", "read_prompts_file", "unfinished_jobs"]
+__all__ = [
+    "Job",
+    "image_paths",
+    "is_finished",
+    "plan_jobs",
+    "read_prompts_file",
+    "read_sidecar",
+    "unfinished_jobs",
+    "weights_digest",
+]
 
+# Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
+_SAMPLE = 2**16
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -107,14 +120,16 @@ def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
     for job in jobs:
         if is_finished(job):
             continue
-        if strict and job.image.exists() and is_whole_png(job.image):
+        same = _recorded_settings(job) == job.settings  # then the picture is of a search that was interrupted
+        if strict and not same and job.image.exists() and is_whole_png(job.image):
             raise FastgenError(f"{job.image} is in the way: {_difference(job)}; use --overwrite or another folder")
         yield job
 
 
 def is_finished(job: Job) -> bool:
-    """The picture is whole and was made with these settings."""
-    return is_whole_png(job.image) and _recorded_settings(job) == job.settings
+    """The picture is whole, was made with these settings, and nothing interrupted the search for it."""
+    whole = is_whole_png(job.image) and _recorded_settings(job) == job.settings
+    return whole and not read_sidecar(job).get("interrupted")
 
 
 def is_whole_png(path: Path) -> bool:
@@ -127,11 +142,17 @@ def is_whole_png(path: Path) -> bool:
         return False
 
 
-def _recorded_settings(job: Job) -> dict[str, Any] | None:
+def read_sidecar(job: Job) -> dict[str, Any]:
+    """What stands beside the picture; empty where there is nothing, or no JSON object."""
     try:
-        settings = json.loads(job.sidecar.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sidecar if isinstance(sidecar, dict) else {}
+
+
+def _recorded_settings(job: Job) -> dict[str, Any] | None:
+    settings = read_sidecar(job).get("settings")
     return settings if isinstance(settings, dict) else None
 
 
@@ -145,3 +166,21 @@ def _difference(job: Job) -> str:
         if there != here:
             return f"it was made with {name} {there!r}, this run has {here!r}"
     return "its settings differ"
+
+
+def weights_digest(folders: Iterable[Path], *others: str) -> str:
+    """Tells one training state from another by a digest of samples of the weight files, and of others' patterns.
+
+    Samples, because reading all bytes of a large model would take longer than a picture; training changes every
+    tensor, and the samples with it.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for pattern in ("*.safetensors", "*.bin", *others) for path in folder.rglob(pattern)):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 2, max(0, size - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 CALIBRATE = "cascade-calibrate"
+SEARCH = "search-calibrate"
 
 app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
 
@@ -19,7 +21,7 @@ def train(
         str,
         typer.Argument(
             help="vae, vq, detector, verifier, z-image, janus, drafter, dc, dc-dense, dc-graft, dc-finetune, "
-            "cascade-calibrate."
+            "cascade-calibrate, search-calibrate."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
@@ -27,14 +29,23 @@ def train(
         Path | None,
         typer.Option(
             help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (dc, dc-dense), a Janus "
-            "(drafter), or any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune)."
+            "(drafter), any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune), or the model "
+            "that a calibration is for."
         ),
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Model folder to go on from.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder to go on from; the drafter (cascade-calibrate) or the verifier by name or folder "
+            "(search-calibrate)."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the pipeline's own samples (dc-graft, dc-finetune).")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Draw so many into --data first; 0 = they are there.")] = 0,
+    samples: Annotated[
+        int, typer.Option(help="Draw so many into --data first; 0 = they are there. Of a calibration: pictures.")
+    ] = 0,
     prompts_file: Annotated[
         str | None,
         typer.Option(help="Prompts of the samples, one a line, or 'shapesworld'; a DiT draws every class in turn."),
@@ -48,7 +59,9 @@ def train(
     choose: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="KEY=VALUE of the drafter recipe (redundancy=class, width=128, kind=medusa …); repeat."
+            "--set",
+            help="KEY=VALUE of the drafter recipe (redundancy=class, width=128, kind=medusa …) or of search-calibrate "
+            "(steps, guidance_scale, height, width, sampler, branches); repeat.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
@@ -59,13 +72,21 @@ def train(
     """Train one of the embedded models by its recipe.
 
     cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
-    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. vae, vq, detector and
+    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. search-calibrate
+    measures thresholds of noise search for a model (--part) with a verifier (--init) on ShapesWorld captions, or on
+    --prompts-file, where nobody checks the pictures and their scores stand in for that. vae, vq, detector and
     verifier stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
     of ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go
     on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
     """
     if recipe == CALIBRATE:
         _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)
+        return
+    if recipe == SEARCH:
+        trained: dict[str, Any] = {"--data": data, "--steps": steps, "--accumulate": accumulate, "--lr": lr}
+        trained |= {"--compile": compile, "--precision": precision, "--max-minutes": max_minutes or None}
+        _refuse(recipe, trained)
+        _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return
     from fastgen.training.recipes import build_recipe, train_config
 
@@ -127,8 +148,6 @@ def _calibrate(
     as_json: bool,
 ) -> None:
     """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores that it measured."""
-    from dataclasses import asdict
-
     from fastgen.errors import FastgenError
     from fastgen.io import read_object
 
@@ -155,6 +174,69 @@ def _calibrate(
         )
     levels = [asdict(level) for level in made.levels]
     typer.echo(json.dumps({"levels": levels}) if as_json else f"{output / 'calibration.json'}: {json.dumps(levels)}")
+
+
+def _refuse(recipe: str, options: dict[str, Any]) -> None:
+    """Refuse options that were given to a recipe that knows nothing of them."""
+    from fastgen.errors import FastgenError
+
+    for name, value in options.items():
+        if value is not None:
+            raise FastgenError(f"{name}: recipe {recipe} takes none")
+
+
+def _calibrate_search(
+    part: Path | None,
+    verifier: Path | None,
+    output: Path,
+    samples: int,
+    prompts_file: str | None,
+    batch_size: int | None,
+    choose: list[str],
+    seed: int,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Thresholds of noise search."""
+    from fastgen.errors import FastgenError
+    from fastgen.evaluation.verifiers.names import verifier_class
+
+    if part is None or verifier is None:
+        raise FastgenError(f"{SEARCH}: needs --part, a diffusion pipeline, and --init, a verifier by name or folder")
+    kind, _ = verifier_class(str(verifier))
+    if prompts_file is None and kind.name != "shapes-verifier":
+        raise FastgenError(f"--prompts-file: {SEARCH} with verifier {kind.name} needs one, or 'shapesworld'")
+    if samples < 0:
+        raise FastgenError(f"--samples: {samples} is not allowed, needs an integer >= 0")
+    if batch_size is not None and batch_size < 1:
+        raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
+    settings = _choices(choose)
+    prompts = None if prompts_file in (None, "shapesworld") else _prompts(str(prompts_file), 0)
+
+    import torch
+
+    from fastgen.training.search_calibrate import calibrate_search
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+    def say(done: int, total: int) -> None:
+        typer.echo(f"trajectories: {done} of {total}", err=True)
+
+    made = calibrate_search(
+        str(part),
+        str(verifier),
+        output,
+        trajectories=samples or 1000,
+        prompts=prompts,
+        seed=seed,
+        batch_size=batch_size or 32,
+        settings=settings,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        report=say,
+    )
+    found = {"fixed": made.fixed, "schedules": [asdict(schedule) for schedule in made.schedules]}
+    typer.echo(json.dumps(found) if as_json else f"{output / 'thresholds.json'}: {json.dumps(found)}")
 
 
 def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts_file: str | None, seed: int) -> None:

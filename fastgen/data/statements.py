@@ -1,8 +1,8 @@
 """Captions that are true or false of a scene: what a verifier learns to tell apart.
 
 A false caption differs from a true one in one thing: a shape, a colour, a number, which colour belongs to which shape,
-which object stands where. As in GenEval, "a red circle" is true of a scene that holds more beside it, and only numbers
-are exact.
+which object stands where; or it names one object in the colour of another. As in GenEval, "a red circle" is true of a
+scene that holds more beside it, and only numbers are exact.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def false_caption(caption: Caption, scene: Sequence[SceneObject], rng: random.Ra
         "position": [_other_place] * 3,
         "color_attr": [_swapped_colors] * 3,
     }.get(caption.tag, [])
+    if len({thing.shape for thing in scene}) > 1:
+        changes += [lambda caption, rng: _mixed(scene, rng)] * 2
     while True:
         changed = rng.choice(changes)(caption, rng)
         if changed is None:
@@ -91,6 +93,14 @@ def _other_color(caption: Caption, rng: random.Random) -> Caption | None:
     if None in taken:
         return None
     return _changed(caption, rng, color=rng.choice([name for name in COLORS if name not in taken]))
+
+
+def _mixed(scene: Sequence[SceneObject], rng: random.Random) -> Caption | None:
+    """One object of the scene in the colour of another: to be seen through, shape and colour have to be bound."""
+    first, second = rng.sample(list(scene), 2)
+    if first.color == second.color:
+        return None
+    return caption_of("colors", SceneSpec((ObjectSpec(first.shape, second.color),)), rng)
 
 
 def _other_number(caption: Caption, rng: random.Random) -> Caption | None:

@@ -6,6 +6,7 @@ pictures, so that a prompt that is asked about many pictures is encoded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from fastgen.models.shapes_detector import ResidualBlock
 __all__ = ["LONGEST", "ShapesVerifier", "numbered", "word_ids"]
 
 LONGEST = 24
+_FREQUENCIES = 3
 _PAD, _ASK, _UNKNOWN = 0, 1, 2  # ids before those of the words
 
 
@@ -35,6 +37,15 @@ def word_ids(prompts: Sequence[str], ids: dict[str, int], longest: int = LONGEST
         row = [_ASK, *found][:longest]
         rows.append(row + [_PAD] * (longest - len(row)))
     return torch.tensor(rows, dtype=torch.int64).view(-1, longest)
+
+
+def _coordinates(grid: int) -> Tensor:
+    """[1, grid^2, 2 + 4 frequencies]: x and y of each place in [-1, 1], and their sines and cosines."""
+    axis = (2 * torch.arange(grid) + 1) / grid - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    both = torch.stack([x, y], dim=-1).flatten(0, 1)
+    angles = [math.pi * 2**k / 2 * both for k in range(_FREQUENCIES)]
+    return torch.cat([both, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))], dim=-1)[None]
 
 
 class _Attention(nn.Module):
@@ -79,8 +90,9 @@ class _Layer(nn.Module):
 
     def forward(self, words: Tensor, mask: Tensor, picture: Tensor | None = None) -> Tensor:
         words = self.own(words, mask=mask)
-        if self.crossed is not None:
-            words = self.crossed(words, picture)
+        if self.crossed is not None and picture is not None:
+            # Prompts of one picture look at it side by side: its keys and values are made once.
+            words = self.crossed(words.view(len(picture), -1, words.shape[-1]), picture).view_as(words)
         out: Tensor = self.feed(words)
         return out
 
@@ -119,8 +131,10 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(ResidualBlock(channels, 1 + index % 2) for index in range(depth))
         self.norm = nn.GroupNorm(8, channels)
         self.to_width = nn.Conv2d(channels, width, 1)
-        self.places = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
         self.norm_picture = nn.LayerNorm(width)
+        # Behind the norm and from fixed coordinates: learnt ones come too late to tell left from right.
+        self.where = nn.Linear(2 + 4 * _FREQUENCIES, width)
+        self.register_buffer("coordinates", _coordinates(grid), persistent=False)
         self.embed = nn.Embedding(len(words) + 3, width)
         self.order = nn.Parameter(torch.randn(1, longest, width) * 0.02)
         self.text = nn.ModuleList(_Layer(width, heads, False) for _ in range(text_layers))
@@ -133,9 +147,9 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         return word_ids(prompts, self.ids, self.config.longest)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Words [n, longest, D] and the mask [n, 1, 1, longest] of those that are there."""
+        """Words [n, length, D] and the mask [n, 1, 1, length] of those that are there, of tokens [n, length]."""
         mask = (tokens != _PAD)[:, None, None]
-        words = self.embed(tokens) + self.order
+        words = self.embed(tokens) + self.order[:, : tokens.shape[1]]
         for layer in self.text:
             words = layer(words, mask)
         return words, mask
@@ -146,19 +160,17 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         for block in self.blocks:
             hidden = block(hidden)
         hidden = self.to_width(F.silu(self.norm(hidden)))
-        places: Tensor = self.norm_picture(hidden.flatten(2).mT + self.places)
+        places: Tensor = self.norm_picture(hidden.flatten(2).mT) + self.where(self.coordinates)
         return places
 
     def answer(self, words: Tensor, mask: Tensor, picture: Tensor) -> Tensor:
-        """Logits [n] of "yes"."""
+        """Logits [n k] of "yes" for k prompts of each of n pictures, those of one picture in a row."""
         for layer in self.fusion:
             words = layer(words, mask, picture)
         logits: Tensor = self.head(self.norm_out(words[:, 0]))[:, 0]
         return logits
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [n, k] of k prompts [n, k, longest] for each picture [n, 3, 64, 64]."""
-        each = tokens.shape[1]
+        """Logits [n, k] of k prompts [n, k, length] for each picture [n, 3, 64, 64]."""
         words, mask = self.encode_text(tokens.flatten(0, 1))
-        picture = self.encode_picture(pixels).repeat_interleave(each, dim=0)
-        return self.answer(words, mask, picture).unflatten(0, (-1, each))
+        return self.answer(words, mask, self.encode_picture(pixels)).unflatten(0, (-1, tokens.shape[1]))

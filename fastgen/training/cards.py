@@ -7,9 +7,13 @@ and from the committed scores in ``docs/results``.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from fastgen import _assets
 
@@ -19,6 +23,7 @@ _TITLES = {
     "tiny-dc": "fastgen tiny-dc: a Z-Image transformer with dynamic chunking for ShapesWorld",
     "tiny-dc-dense": "fastgen tiny-dc-dense: the baseline of tiny-dc",
     "shapes-detector": "fastgen shapes-detector: finds ShapesWorld objects",
+    "shapes-verifier": "fastgen shapes-verifier: does this picture show that ShapesWorld caption?",
 }
 _TEXTS = {
     "tiny": """A `diffusers.ZImagePipeline` of stock classes: `AutoencoderKL` (f=4, 16 latent channels), a small
@@ -83,6 +88,26 @@ features are the extractor of FD-shapes. Validation and calibration: `docs/resul
 Limits: it was trained on renders, and on blobs and textures that are no object, so that the mush of a weak generator
 does not count; a generated object between two shapes still gets the nearer of the two when its confidence passes the
 threshold.""",
+    "shapes-verifier": """`fastgen.models.shapes_verifier.ShapesVerifier`: the probability that a 64x64 picture shows a
+ShapesWorld caption. Noise search asks it; the ShapesWorld checker, which scores evaluation sets, is another network
+that learned another task, so a search does not grade itself.
+
+```python
+from fastgen.evaluation.verifiers.names import load_verifier
+
+verifier = load_verifier("shapes-verifier")
+scores = verifier.score(images, ["a red circle"])  # images uint8 [1, 3, 64, 64]; scores [1] in [0, 1]
+```
+
+Data: renders of ShapesWorld from the whole grammar, each with one true caption, false ones that differ from it in one
+thing, and another picture's; blurred, noisy, with blobs in the place of objects, or two at once. Beside the answers it
+learned which shape and colour each place of a render has. It saw no picture of a generator and no verdict of the
+checker, but both learned what the shapes are from renders of the same kind. `thresholds`, where there are some, holds
+what `fastgen train search-calibrate` measured for the embedded models.
+
+Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token) and nothing of natural
+images; pictures of another size are scaled to 64x64. It does not tell left from right or above from below: with the
+right objects in the wrong places it says yes. A score is a probability on renders, not on what a model draws.""",
 }
 _LIBRARIES = {
     "tiny": "diffusers",
@@ -90,7 +115,9 @@ _LIBRARIES = {
     "tiny-dc": "fastgen",
     "tiny-dc-dense": "diffusers",
     "shapes-detector": "fastgen",
+    "shapes-verifier": "fastgen",
 }
+_SIZED = ("shapes-verifier",)
 _PARTS = {
     "z-image": "RUNS/vae/model/vae",
     "janus": "RUNS/vq/model/vq",
@@ -164,20 +191,32 @@ def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def card(name: str, records: dict[str, Any], scores: dict[str, Any] | None = None) -> str:
+def card(
+    name: str,
+    records: dict[str, Any],
+    scores: dict[str, Any] | None = None,
+    calibrations: Sequence[Mapping[str, Any]] = (),
+    size: str = "",
+) -> str:
     """The model card of an embedded checkpoint as Markdown with Hub front matter.
 
     Args:
         name: of a checkpoint.
         records: its training.json.
         scores: a result of `fastgen eval shapes --json`, if there is one.
+        calibrations: of a verifier, as `fastgen train search-calibrate` writes them.
+        size: of its weights, in words.
     """
     lines = ["---", "license: apache-2.0", f"library_name: {_LIBRARIES[name]}", "---", f"# {_TITLES[name]}", ""]
-    lines += [_TEXTS[name], "", "## Training", ""]
+    lines += [_TEXTS[name], "", *([size, ""] if size else []), "## Training", ""]
     for part, record in records.items():
         lines += [_training_line(part, record), ""]
     if scores is not None:
         lines += ["## Scores", "", *_score_lines(scores), ""]
+    if calibrations:
+        lines += ["## Agreement with the checker", ""]
+        for calibration in calibrations:
+            lines += [*_agreement_lines(calibration), ""]
     return "\n".join(lines)
 
 
@@ -209,6 +248,43 @@ def _score_lines(scores: dict[str, Any]) -> list[str]:
     return [line, *([f"{distance['protocol']}: **{distance['value']:.2f}**."] if distance else [])]
 
 
+def _agreement_lines(calibration: Mapping[str, Any]) -> list[str]:
+    """A calibration in words: agreement at the end, at each time, and the thresholds."""
+    about, steps = calibration["about"], calibration["report"]["agreement"]
+    final = steps[-1]
+    tasks = ", ".join(f"{tag} {_told(task['auroc'])}" for tag, task in final["tasks"].items())
+    times = ", ".join(f"{t:.2f}: {_told(step['auroc'])}" for t, step in zip(calibration["times"], steps, strict=True))
+    fixed, level = calibration["fixed"], 100 * about["level"]
+    if fixed is None:
+        reached = f"There is no threshold above which {level:.0f} % of the pictures are correct"
+    else:
+        reached = f"Of the pictures above the threshold {fixed:.3g} at least {level:.0f} % are correct"
+    return [
+        f"On {final['n']:,} pictures of `{calibration['model']}` (sampler {about['settings']['sampler']}, captions "
+        f"outside the evaluation set), of which the checker finds {100 * final['correct']:.1f} % correct: AUROC "
+        f"**{_told(final['auroc'])}** ({tasks}), as a verdict at 0.5 right on {100 * final['accuracy']:.1f} %, Brier "
+        f"score {final['brier']:.3f}, expected calibration error {final['calibration_error']:.3f}.",
+        "",
+        f"AUROC of previews by noise level: {times}.",
+        "",
+        f"{reached} (commit {about['commit']}).",
+    ]
+
+
+def _size(folder: Path) -> str:
+    """Parameters and bytes of the weights in a folder."""
+    count = bytes_ = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        bytes_ += path.stat().st_size
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return f"Size: {count:,} parameters, {bytes_ / 1e6:.1f} MB."
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[Path]:
     """Write README.md of every embedded checkpoint, then the checksums; returns the cards."""
     results = results or root.parent.parent / "docs" / "results"
@@ -222,7 +298,10 @@ def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[
         path = results / f"shapesworld-{name}.json"
         scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         target = root / name / "README.md"
-        target.write_text(card(name, records, scores), encoding="utf-8")
+        paths = sorted((root / name / "thresholds").glob("*.json"))
+        calibrations = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        size = _size(root / name) if name in _SIZED else ""
+        target.write_text(card(name, records, scores, calibrations, size), encoding="utf-8")
         written.append(target)
     _assets.write_checksums(root)
     return written

@@ -2,7 +2,8 @@
 
 It sees neither the checker that scores pictures nor anything that a generator drew. What it has to expect of generated
 pictures and of previews is made from renders: blur, noise, colour shifts, the autoencoder's losses, blobs and strong
-texture in the place of objects, and two scenes at once.
+texture in the place of objects, and two scenes at once. Beside the answers it learns what is where: from answers alone
+it takes ten times as many steps to see objects at all.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgen.data.captions import vocabulary
+from fastgen.data.captions import TASKS, vocabulary
 from fastgen.data.distractors import with_distractors
-from fastgen.data.shapes import ShapesWorld
+from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
 from fastgen.data.statements import false_caption, is_true, true_caption
 from fastgen.models.shapes_verifier import ShapesVerifier, numbered, word_ids
 from fastgen.training.cards import write_record
-from fastgen.training.detector import augment
+from fastgen.training.detector import augment, detection_targets
 from fastgen.training.vae import to_pixels
 
 _EMPTY, _MIXED = 0.12, 0.3  # shares of pictures without objects, and with blobs beside their objects
@@ -31,8 +32,26 @@ _DOUBLE = 0.12  # share of pictures that are two scenes at once: neither caption
 FALSE = 3  # false captions of a picture, beside a true one
 
 
+class _Supervised(nn.Module):
+    """The verifier with a head for what is at each place of the picture, which only training needs."""
+
+    def __init__(self, verifier: ShapesVerifier) -> None:
+        super().__init__()
+        self.verifier = verifier
+        self.what = nn.Linear(verifier.config.width, 1 + len(SHAPES) + len(COLORS))
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [n, k] of the prompts, [n, places, 1 + shapes] of background and shapes, [n, places, colours]."""
+        picture = self.verifier.encode_picture(pixels)
+        words, mask = self.verifier.encode_text(tokens.flatten(0, 1))
+        answers = self.verifier.answer(words, mask, picture).unflatten(0, tokens.shape[:2])
+        shapes, colors = self.what(picture).split((1 + len(SHAPES), len(COLORS)), dim=-1)
+        return answers, shapes, colors
+
+
 class VerifierRecipe:
-    """Binary cross-entropy over one true caption, false ones that differ in one thing, and another picture's.
+    """Binary cross-entropy over one true caption, false ones that differ in one thing, and another picture's; beside
+    it cross-entropies of shape and colour at each place.
 
     Args:
         seed: seed of weights and data.
@@ -46,12 +65,13 @@ class VerifierRecipe:
         self.vae: Any = None if vae is None else vae.eval().requires_grad_(False)
         self.ids = numbered(vocabulary())
 
-    def build(self) -> ShapesVerifier:
-        """The verifier with fresh weights."""
-        return ShapesVerifier(vocabulary()).to(memory_format=torch.channels_last)
+    def build(self) -> nn.Module:
+        """The verifier with fresh weights, and what its training needs beside."""
+        return _Supervised(ShapesVerifier(vocabulary())).to(memory_format=torch.channels_last)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Pictures, captions [n, FALSE + 2, words], and which of them are true [n, FALSE + 2]; NaN: nobody knows."""
+        """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: nobody knows), and at
+        each place the shape [n, places] (0: none, -2: not asked) and the colour."""
         seed = int(torch.randint(2**62, (), generator=generator))
         rng, chance = np.random.default_rng(seed), random.Random(seed)
         drawn = self.data.batch(size, start)
@@ -66,24 +86,60 @@ class VerifierRecipe:
             right = [float(len(scene) > 0), *[0.0] * FALSE, float("nan") if known is None else float(known)]
             texts += [one.text for one in (*captions, other)]
             truth.append(right)
-        tokens = word_ids(texts, self.ids).unflatten(0, (size, -1))
-        return {"images": torch.from_numpy(data.images), "tokens": tokens, "truth": torch.tensor(truth)}
+        tokens = word_ids(texts, self.ids)
+        tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())].unflatten(0, (size, -1))
+        places = detection_targets(data)
+        owner = places["owner"]
+        shapes = torch.where(owner < 0, torch.where(owner == -1, 0, owner), places["shapes"] + 1)
+        return {
+            "images": torch.from_numpy(data.images),
+            "tokens": tokens,
+            "truth": torch.tensor(truth),
+            "shapes": shapes.flatten(1),
+            "colors": places["colors"].flatten(1),
+            "task": torch.tensor([TASKS.index(caption.tag) for caption in data.captions]),
+        }
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy; the true caption counts as much as the false ones together."""
-        pixels, truth = self._spoil(to_pixels(batch["images"]), batch["truth"], generator)
-        logits = module(pixels, batch["tokens"]).float()
+        """Sum of the cross-entropies; the true caption counts as much as the false ones together."""
+        pixels, truth, single = self._spoil(to_pixels(batch["images"]), batch["truth"], generator)
+        logits, shapes, colors = (out.float() for out in module(pixels, batch["tokens"]))
         known = ~truth.isnan()
         weight = torch.where(truth == 1, float(FALSE), 1.0)[known]
         each = F.binary_cross_entropy_with_logits(logits[known], truth[known], reduction="none")
         right = ((logits[known] > 0) == (truth[known] == 1)).float()
-        numbers = {"accuracy": float((right * weight).sum() / weight.sum())}
-        return (each * weight).sum() / weight.sum(), numbers
+        answer = (each * weight).sum() / weight.sum()
+        asked = (batch["shapes"] >= 0) & single[:, None]
+        thing = asked & (batch["shapes"] > 0)
+        # Most places are background; sums over places with an object, because a small batch may have none.
+        what = F.cross_entropy(shapes[asked & ~thing], batch["shapes"][asked & ~thing], reduction="sum") / max(
+            1, int((asked & ~thing).sum())
+        )
+        objects = max(1, int(thing.sum()))
+        what = what + F.cross_entropy(shapes[thing], batch["shapes"][thing], reduction="sum") / objects
+        what = what + 0.5 * F.cross_entropy(colors[thing], batch["colors"][thing], reduction="sum") / objects
+        numbers = {
+            "accuracy": float((right * weight).sum() / weight.sum()),
+            "answer": float(answer.detach()),
+            **self._hard(logits, truth, batch["task"]),
+            "shape_accuracy": float((shapes[thing].argmax(-1) == batch["shapes"][thing]).sum()) / objects,
+        }
+        return answer + 0.5 * what, numbers
 
-    def _spoil(self, pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pictures as generators and previews make them."""
+    @staticmethod
+    def _hard(logits: Tensor, truth: Tensor, task: Tensor) -> dict[str, float]:
+        """How often the true caption beats the false ones, where names alone do not tell."""
+        numbers = {}
+        for name in ("position", "color_attr"):
+            chosen = (task == TASKS.index(name)) & (truth[:, 0] == 1)
+            beaten = logits[chosen, :1] > logits[chosen, 1 : 1 + FALSE]
+            numbers[f"order_{name}"] = float(beaten.float().mean()) if len(beaten) else 0.5
+        return numbers
+
+    def _spoil(self, pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures as generators and previews make them, what is true of them, and which show one scene [n]."""
         n = len(pixels)
         double = (torch.rand(n, generator=generator) < _DOUBLE).to(pixels.device)
         share = (0.35 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator)).to(pixels)
@@ -101,9 +157,9 @@ class VerifierRecipe:
             pixels = torch.cat([lossy, pixels[half:]])
         order = torch.randperm(n, generator=generator).to(pixels.device)  # blur falls on any of them
         pixels = torch.empty_like(pixels).index_copy(0, order, augment(pixels[order], generator))
-        return pixels, truth
+        return pixels, truth, ~double
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the verifier to `folder` in half precision."""
-        copy.deepcopy(module).to(torch.float16).save_pretrained(folder)  # type: ignore[operator]
+        copy.deepcopy(module.verifier).to(torch.float16).save_pretrained(folder)  # type: ignore[operator,union-attr]
         write_record(folder, self.name, record)

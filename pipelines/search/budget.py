@@ -51,6 +51,7 @@ class Pool:
         spent: evaluations so far.
         owed: by chain, evaluations that it still needs to finish its trajectory: kept back from all others.
         done: a picture is good enough, no chain need go on.
+        flops: of its evaluations and their pictures, where they are counted (`fastgen.accounting.count_flops`).
     """
 
     budget: Budget
@@ -59,6 +60,7 @@ class Pool:
     spent: int = 0
     owed: dict[int, int] = field(default_factory=dict)
     done: bool = False
+    flops: float = 0.0
 
     @property
     def nfe(self) -> int:
@@ -79,6 +81,10 @@ class Pool:
         if self.budget.max_nfe is None:
             return math.inf
         return self.budget.max_nfe // self.cost - self.spent - sum(self.owed.values())
+
+    def affords(self, count: int) -> bool:
+        """Whether the passes are there, whatever they are kept for and whatever the time is."""
+        return self.budget.max_nfe is None or self.spent + count <= self.budget.max_nfe // self.cost
 
     def spend(self, count: int) -> None:
         """Count evaluations."""

@@ -18,6 +18,9 @@ from torch import Tensor
 
 __all__ = ["Interpolant", "Level", "Linear", "Prediction", "Tabulated", "VariancePreserving"]
 
+#: A factor of the samples: the same for all, or [k, 1, …].
+Factor = float | Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -47,21 +50,34 @@ class Prediction:
     noise: Tensor
 
     @classmethod
-    def of_velocity(cls, latents: Tensor, velocity: Tensor, level: Level) -> Prediction:
-        """From u = alpha' x_0 + sigma' eps."""
-        det = level.d_alpha * level.sigma - level.d_sigma * level.alpha
-        clean = (level.sigma * velocity - level.d_sigma * latents) / det
-        return cls(clean, (level.d_alpha * latents - level.alpha * velocity) / det)
+    def of_velocity(
+        cls,
+        latents: Tensor,
+        velocity: Tensor,
+        alpha: Factor,
+        sigma: Factor,
+        d_alpha: Factor = -1.0,
+        d_sigma: Factor = 1.0,
+    ) -> Prediction:
+        """From u = alpha' x_0 + sigma' eps; the derivatives are those of the linear interpolant if not given."""
+        det = d_alpha * sigma - d_sigma * alpha
+        clean = (sigma * velocity - d_sigma * latents) / det
+        return cls(clean, (d_alpha * latents - alpha * velocity) / det)
 
     @classmethod
-    def of_noise(cls, latents: Tensor, noise: Tensor, level: Level) -> Prediction:
+    def of_noise(cls, latents: Tensor, noise: Tensor, alpha: Factor, sigma: Factor) -> Prediction:
         """From eps."""
-        return cls((latents - level.sigma * noise) / level.alpha, noise)
+        return cls((latents - sigma * noise) / alpha, noise)
 
     @classmethod
-    def of_v(cls, latents: Tensor, v: Tensor, level: Level) -> Prediction:
+    def of_v(cls, latents: Tensor, v: Tensor, alpha: Factor, sigma: Factor) -> Prediction:
         """From v = alpha eps - sigma x_0 of a variance-preserving interpolant."""
-        return cls(level.alpha * latents - level.sigma * v, level.sigma * latents + level.alpha * v)
+        return cls(alpha * latents - sigma * v, sigma * latents + alpha * v)
+
+    @classmethod
+    def of_clean(cls, latents: Tensor, clean: Tensor, alpha: Factor, sigma: Factor) -> Prediction:
+        """From x_0."""
+        return cls(clean, (latents - alpha * clean) / sigma)
 
     def at(self, level: Level) -> Tensor:
         """The sample that this clean sample and this noise make at another level."""

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastgen.pipelines.search.policies import Policy, Rollover, Threshold, ValueSampling
-from fastgen.pipelines.search.populations import (
-    BestOfN,
-    Blockwise,
-    MonteCarlo,
-    RandomSearch,
-    SearchOverPaths,
-    ZeroOrder,
-)
+from fastgen.pipelines.search.populations import Blockwise, MonteCarlo, SearchOverPaths
+from fastgen.pipelines.search.starts import BestOfN, RandomSearch, ZeroOrder
 
 __all__ = ["POLICIES", "named_policy"]
 

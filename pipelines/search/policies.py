@@ -10,84 +10,19 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-from fastgen.contracts import Loss
 from fastgen.pipelines.search.budget import Budget
-from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, better
-from fastgen.pipelines.search.thresholds import BestSoFar, Fixed
+from fastgen.pipelines.search.calibration import Calibration
+from fastgen.pipelines.search.engine import Ask, Chain, Effort, Node, Program, better
+from fastgen.pipelines.search.policy import Policy, check_counts
+from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, check_in_range
 from fastgen.pipelines.search.thresholds import Threshold as Tau
 
 __all__ = ["Policy", "Rollover", "StepPolicy", "Threshold", "ValueSampling", "check_counts"]
-
-
-class Policy(ABC):
-    """A way to search. One object serves all prompts; what a chain remembers lives in its program.
-
-    Attributes:
-        name: of the method.
-        chains: of every prompt; the best end of them is returned.
-        stochastic: whether transitions need noise.
-        anywhere: whether the model is asked at levels that are not on its own schedule.
-    """
-
-    name: ClassVar[str]
-    loss: ClassVar[Loss] = "lossy"
-    stochastic: ClassVar[bool] = True
-    anywhere: ClassVar[bool] = False
-    chains: int = 1
-
-    @abstractmethod
-    def program(self, chain: Chain) -> Program:
-        """A chain's search: yields what it wants evaluated, returns the node whose picture it ends with."""
-
-    def least(self, transitions: int) -> int:
-        """Evaluations of one prompt without which there is no picture."""
-        return self.chains * (transitions + 1)
-
-    @property
-    def endless(self) -> bool:
-        """Whether nothing but a budget ends the search."""
-        return False
-
-    def check(self, budget: Budget, transitions: int, cost: int) -> None:
-        """Refuse a budget before anything is evaluated.
-
-        Args:
-            budget: of each prompt.
-            transitions: of a trajectory.
-            cost: forward passes of an evaluation.
-
-        Raises:
-            ValueError: it is smaller than a picture takes, or does not end the search.
-        """
-        least = self.least(transitions) * cost
-        if budget.max_nfe is not None and budget.max_nfe < least:
-            raise ValueError(
-                f"max_nfe: {budget.max_nfe} is not allowed, policy {self.name} needs at least {least} here"
-            )
-        if self.endless and budget.max_nfe is None and budget.max_seconds is None:
-            raise ValueError(f"max_nfe, max_seconds: policy {self.name} needs one of them, or it would not end")
-
-    @property
-    def description(self) -> str:
-        """Name and settings, for the report."""
-        return self.name
-
-
-def check_counts(policy: Policy, *names: str) -> None:
-    """Refuse attributes that are no whole numbers above 0.
-
-    Raises:
-        ValueError: names the attribute.
-    """
-    for name in names:
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
 
 
 @dataclass
@@ -115,14 +50,22 @@ class StepPolicy(Policy):
         wave: candidates that are tried together. It changes what a search costs, not what it finds: what comes behind
             the accepted one of a wave is paid for and forgotten.
         reserve: a trajectory that was begun can always be finished.
+        previews: what is returned may be another node than the last one that was gone on with.
     """
 
     starts: int = 1
     wave: int = 1
     reserve: bool = True
 
+    @property
+    def previews(self) -> bool:
+        return False
+
     def least(self, transitions: int) -> int:
         return self.chains * (self.starts + transitions)
+
+    def anew(self, transitions: int) -> int | None:
+        return self.chains * ((self.starts > 1) + self.previews) if transitions else 0
 
     @abstractmethod
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
@@ -151,16 +94,16 @@ class StepPolicy(Policy):
     def program(self, chain: Chain) -> Program:
         state, memory, pool = _State(chain), self.remember(chain), chain.pool
         last = chain.sampler.transitions
-        self._owe(chain, last)
         node = yield from self._start(state)
         step_best = node
         for step in range(last):
             found: Node | None = None
             tries, accepted = 0, False
-            while not accepted and (width := self._width(step, tries, chain, memory)) > 0:
+            effort = self._effort(step, chain, memory)
+            while not accepted and (width := self._width(step, tries, chain, memory, effort)) > 0:
                 proposals = [node.step(chain.noise(step, tries + i)) for i in range(width)]
-                self._owe(chain, last - step - 1)
-                answers = yield chain.ask(proposals, step + 1, [node] * width)
+                self._owe(chain, last - step - 1, effort)
+                answers = yield chain.ask(proposals, step + 1, [node] * width, effort=effort)
                 for candidate in answers:
                     tries += 1
                     before = state.see(candidate)
@@ -176,7 +119,7 @@ class StepPolicy(Policy):
                     break
             if found is None and pool.done:
                 break
-            if found is None and (self.reserve or pool.late):  # the one try that finishing takes
+            if found is None and (self.reserve or (pool.late and pool.affords(1))):  # what finishing takes
                 (found,) = yield chain.ask([node.step(chain.noise(step, 0))], step + 1, [node])
                 state.see(found)
                 tries = 1
@@ -184,38 +127,58 @@ class StepPolicy(Policy):
                 break
             chain.tries.append((tries, accepted))
             self.on_advance(step, tries, accepted, memory)
-            node = step_best = found
-            state.accepted = node.score
+            state.accepted = found.score
+            node = step_best = found if pool.done else (yield from chain.anew(found))
         pool.owed.pop(chain.number, None)
-        return self.end(state.best or node, step_best)
+        end = self.end(state.best or node, step_best)
+        if not end.explored or pool.done:
+            return end
+        # Without a reserve the budget may end here, and then the last one that was gone on with is the picture.
+        return (yield from chain.anew(end, scored=True)) if pool.affords(1) else node
 
     def _start(self, state: _State) -> Generator[Ask, list[Node], Node]:
-        chain, best = state.chain, None
+        chain, best, last = state.chain, None, state.chain.sampler.transitions
+        effort: Effort = "exploring" if chain.explore and last and self.starts > 1 else "full"
+        self._owe(chain, last, effort)
         for first in range(0, self.starts, self.wave):
             count = min(self.wave, self.starts - first)
             if first and chain.pool.left(chain.number) < count:
                 break
-            for node in (yield chain.ask([chain.first(first + i) for i in range(count)], 0)):
+            for node in (yield chain.ask([chain.first(first + i) for i in range(count)], 0, effort=effort)):
                 state.see(node)
                 best = better(best, node)
                 if self.enough(node.score, state):
                     state.accepted = node.score
-                    return node
+                    return (yield from chain.anew(node))
         assert best is not None
         state.accepted = best.score
-        return best
+        return (yield from chain.anew(best))
 
-    def _width(self, step: int, tries: int, chain: Chain, memory: dict[str, float]) -> int:
+    def _effort(self, step: int, chain: Chain, memory: dict[str, float]) -> Effort:
+        """Of a transition's candidates, with what they owe kept back: ends of trajectories are pictures and evaluated
+        in full, and so is a candidate that has no rival, which would only be evaluated twice."""
+        last = chain.sampler.transitions
+        self._owe(chain, last - step)
+        left = chain.pool.left(chain.number) + (1 if self.reserve else 0)
+        if not chain.explore or step + 1 == last or left < 3 or not self.may_try(step, 1, left - 1, memory):
+            return "full"
+        self._owe(chain, last - step - 1, "exploring")
+        return "exploring"
+
+    def _width(self, step: int, tries: int, chain: Chain, memory: dict[str, float], effort: Effort) -> int:
         """How many candidates to try now: as many of a wave as may be tried one after the other."""
-        # Of what the chain keeps back for itself, one evaluation is for this transition.
-        left = chain.pool.left(chain.number) + (1 if self.reserve and tries == 0 else 0)
+        # Of what the chain keeps back for itself, one evaluation is for this transition, or for its kept one anew.
+        own = self.reserve and tries == 0 and effort == "full"
+        left = chain.pool.left(chain.number) + (1 if own else 0)
         width = 0
         while width < self.wave and left - width >= 1 and self.may_try(step, tries + width, left - width, memory):
             width += 1
         return width
 
-    def _owe(self, chain: Chain, transitions: int) -> None:
-        chain.pool.owed[chain.number] = transitions if self.reserve else 0
+    def _owe(self, chain: Chain, transitions: int, effort: Effort = "full") -> None:
+        """Keep back what finishing takes, and what is explored for an evaluation anew."""
+        again = (effort == "exploring") + (bool(chain.explore) and self.previews)
+        chain.pool.owed[chain.number] = (transitions if self.reserve else 0) + again
 
     def _good(self, node: Node, chain: Chain) -> bool:
         """Whether a finished picture is good enough: then all chains of the prompt are done."""
@@ -229,7 +192,8 @@ class Threshold(StepPolicy):
     """Verifier-Threshold, our reconstruction.
 
     Attributes:
-        tau: what a candidate has to exceed.
+        tau: what a candidate has to exceed; a number is the same for all times. None takes what was measured for the
+            verifier with this model, and where nothing was, the 0.8-quantile of the scores that the chain has seen.
         starts, wave, chains: see `StepPolicy` and `Policy`.
         init: "best" of all starts, or "threshold": the first start above tau, of so many at most.
         patience: tries of a transition at most; None: as many as the budget has.
@@ -240,7 +204,7 @@ class Threshold(StepPolicy):
     """
 
     name: ClassVar[str] = "threshold"
-    tau: Tau | float = 0.5
+    tau: Tau | float | None = None
     starts: int = 1
     wave: int = 1
     chains: int = 1
@@ -250,6 +214,10 @@ class Threshold(StepPolicy):
 
     def __post_init__(self) -> None:
         check_counts(self, "chains", "starts", "wave", *(() if self.patience is None else ("patience",)))
+        tau = self.tau
+        number = isinstance(tau, int | float) and not isinstance(tau, bool) and not math.isnan(tau)
+        if not (tau is None or isinstance(tau, Tau) or number):
+            raise ValueError(f"tau: {tau!r} is not allowed, needs a number, a threshold or None")
         if self.init not in ("best", "threshold"):
             raise ValueError(f"init: {self.init!r} is not allowed, needs best or threshold")
         if self.returns not in ("last", "best"):
@@ -260,8 +228,24 @@ class Threshold(StepPolicy):
 
     @property
     def rule(self) -> Tau:
-        """The threshold; a number is the same one for all times."""
+        """The threshold."""
+        if self.tau is None:
+            return OnlineQuantile(0.8)
         return self.tau if isinstance(self.tau, Tau) else Fixed(float(self.tau))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.tau is None
+
+    def check_scores(self, verifier: Any) -> None:
+        for score in self.rule.scores:
+            if math.isfinite(score):  # with infinities one asks for all or nothing, and means it
+                check_in_range("tau", score, verifier)
+
+    def resolved(self, calibration: Calibration | None, times: Sequence[float], evaluations: float) -> Policy:
+        if not self.calibrated or calibration is None:
+            return self
+        return replace(self, tau=calibration.threshold(times, evaluations / self.chains))
 
     def accept(self, step: int, score: float, before: float, state: _State) -> bool:
         return score > self.rule.at(step + 1, state.scores[:-1], state.accepted, before)
@@ -272,6 +256,10 @@ class Threshold(StepPolicy):
 
     def end(self, best: Node, step_best: Node) -> Node:
         return best if self.returns == "best" else step_best
+
+    @property
+    def previews(self) -> bool:
+        return self.returns == "best"
 
     @property
     def endless(self) -> bool:
@@ -308,8 +296,11 @@ class Rollover(StepPolicy):
     def least(self, transitions: int) -> int:
         return self.chains * (self.starts + transitions + 1)
 
-    def check(self, budget: Budget, transitions: int, cost: int) -> None:
-        super().check(budget, transitions, cost)
+    def anew(self, transitions: int) -> int | None:
+        return self.chains * transitions
+
+    def check(self, budget: Budget, transitions: int, cost: int, exploring: bool = False) -> None:
+        super().check(budget, transitions, cost, exploring)
         if self.quota is None and budget.max_nfe is None:
             raise ValueError("max_nfe: policy rbf needs it, or a quota")
 
@@ -318,7 +309,8 @@ class Rollover(StepPolicy):
         quota = self.quota
         if quota is None:
             assert limit is not None  # as `check` saw to
-            quota = (limit // chain.pool.cost - self.starts * self.chains) // (times * self.chains)
+            once = self.starts + (chain.sampler.transitions if chain.explore else 0)
+            quota = (limit // chain.pool.cost - once * self.chains) // (times * self.chains)
         return {"base": quota, "quota": quota, "last": chain.sampler.transitions - 1}
 
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
@@ -363,6 +355,9 @@ class ValueSampling(StepPolicy):
 
     def least(self, transitions: int) -> int:
         return self.chains * self.candidates * (transitions + 1)
+
+    def anew(self, transitions: int) -> int | None:
+        return self.chains * transitions if self.candidates > 1 else 0
 
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
         return tries < self.candidates

@@ -1,6 +1,5 @@
-"""Policies that search among whole trajectories or populations: best-of-n, random and zero-order search over the
-starting noise (arXiv 2501.09732), search over paths (ibid.), sequential Monte Carlo (arXiv 2306.17775), and blockwise
-value sampling (CoDe, arXiv 2502.00968)."""
+"""Policies that search among populations: search over paths (arXiv 2501.09732), sequential Monte Carlo
+(arXiv 2306.17775), and blockwise value sampling (CoDe, arXiv 2502.00968)."""
 
 from __future__ import annotations
 
@@ -12,173 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of, better
-from fastgen.pipelines.search.policies import Policy, check_counts
+from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of
+from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
 
-__all__ = ["BestOfN", "Blockwise", "MonteCarlo", "RandomSearch", "SearchOverPaths", "ZeroOrder"]
-
-
-def _ode(chain: Chain) -> Sampler:
-    """The pipeline's own trajectory."""
-    return Sampler(chain.denoiser.interpolant, chain.denoiser.times)
-
-
-def _trajectories(chain: Chain, starts: list[Tensor], sampler: Sampler) -> Generator[Ask, list[Node], list[Node]]:
-    """The ODE from several noises side by side; only its ends are scored."""
-    nodes = yield chain.ask(starts, 0, sampler=sampler, scored=sampler.transitions == 0)
-    for index in range(sampler.transitions):
-        last = index + 1 == sampler.transitions
-        nodes = yield chain.ask([node.step(None) for node in nodes], index + 1, nodes, sampler=sampler, scored=last)
-    return nodes
-
-
-def _affordable(chain: Chain, wanted: int, each: int) -> int:
-    """How many trajectories of `each` evaluations the budget still has, up to `wanted`."""
-    left = chain.pool.left(chain.number)
-    return wanted if left == math.inf else min(wanted, int(left // each))
-
-
-def _good(chain: Chain, node: Node | None) -> bool:
-    return node is not None and chain.pool.budget.met_by(node.score)
-
-
-@dataclass
-class BestOfN(Policy):
-    """N pictures of the pipeline itself, the best one is returned.
-
-    Attributes:
-        n: None: as many as the budget has.
-        wave: trajectories side by side.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    name: ClassVar[str] = "best-of-n"
-    stochastic: ClassVar[bool] = False
-    n: int | None = None
-    wave: int = 4
-
-    def __post_init__(self) -> None:
-        check_counts(self, "wave", *(() if self.n is None else ("n",)))
-
-    @property
-    def endless(self) -> bool:
-        return self.n is None
-
-    def program(self, chain: Chain) -> Program:
-        sampler, best, drawn = _ode(chain), None, 0
-        limit = math.inf if self.n is None else self.n
-        while drawn < limit and not _good(chain, best):
-            count = _affordable(chain, int(min(self.wave, limit - drawn)), sampler.transitions + 1)
-            if count < 1 and drawn:
-                break
-            starts = [chain.first(drawn + i) for i in range(max(count, 1))]
-            for node in (yield from _trajectories(chain, starts, sampler)):
-                best = better(best, node)
-            drawn += len(starts)
-        assert best is not None
-        return best
-
-
-@dataclass
-class RandomSearch(Policy):
-    """Rounds of 2, 4, 8 … fresh noises, each round's best kept; the best of all is returned.
-
-    Attributes:
-        rounds: None: as many as the budget has.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    name: ClassVar[str] = "random"
-    stochastic: ClassVar[bool] = False
-    rounds: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.rounds is not None:
-            check_counts(self, "rounds")
-
-    def least(self, transitions: int) -> int:
-        return 2 * (transitions + 1)
-
-    @property
-    def endless(self) -> bool:
-        return self.rounds is None
-
-    def program(self, chain: Chain) -> Program:
-        sampler, best, drawn, number = _ode(chain), None, 0, 1
-        limit = math.inf if self.rounds is None else self.rounds
-        while number <= limit and not _good(chain, best):
-            count = 2**number
-            if drawn and _affordable(chain, count, sampler.transitions + 1) < count:
-                break
-            for node in (yield from _trajectories(chain, [chain.first(drawn + i) for i in range(count)], sampler)):
-                best = better(best, node)
-            drawn, number = drawn + count, number + 1
-        assert best is not None
-        return best
-
-
-@dataclass
-class ZeroOrder(Policy):
-    """Neighbours of a pivot noise; a better one becomes the pivot, else a fresh one is drawn.
-
-    Attributes:
-        neighbours: M of a round.
-        cosine: between a neighbour and its pivot; neighbours have the pivot's norm.
-        rounds: None: as many as the budget has.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    name: ClassVar[str] = "zero-order"
-    stochastic: ClassVar[bool] = False
-    neighbours: int = 4
-    cosine: float = 0.95
-    rounds: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "neighbours", *(() if self.rounds is None else ("rounds",)))
-        if not -1 < self.cosine < 1:
-            raise ValueError(f"cosine: {self.cosine} is not allowed, needs a number between -1 and 1")
-
-    def least(self, transitions: int) -> int:
-        return (self.neighbours + 1) * (transitions + 1)
-
-    @property
-    def endless(self) -> bool:
-        return self.rounds is None
-
-    def program(self, chain: Chain) -> Program:
-        sampler, best, done, fresh = _ode(chain), None, 0, 0
-        limit = math.inf if self.rounds is None else self.rounds
-        pivot = chain.first(0)
-        count = self.neighbours + 1
-        while done < limit and not _good(chain, best):
-            if done and _affordable(chain, count, sampler.transitions + 1) < count:
-                break
-            around = [neighbour(pivot, chain.noise(done, i), self.cosine) for i in range(self.neighbours)]
-            nodes = yield from _trajectories(chain, [pivot, *around], sampler)
-            winner = 0
-            for place, node in enumerate(nodes):
-                best = better(best, node)
-                winner = place if node.score > nodes[winner].score else winner
-            done += 1
-            fresh += winner == 0
-            pivot = chain.first(fresh) if winner == 0 else around[winner - 1]
-        assert best is not None
-        return best
-
-
-def neighbour(pivot: Tensor, noise: Tensor, cosine: float) -> Tensor:
-    """A point of the pivot's norm at that cosine from it, in the direction of the noise."""
-    unit = pivot / pivot.norm()
-    across = noise - (noise * unit).sum() * unit
-    return pivot.norm() * (cosine * unit + math.sqrt(1 - cosine**2) * across / across.norm())
+__all__ = ["Blockwise", "MonteCarlo", "SearchOverPaths"]
 
 
 @dataclass
@@ -229,7 +66,7 @@ class SearchOverPaths(Policy):
         kept = [node.prediction.at(path.level(level)) for node in nodes]
         parents = nodes
         for number in range(self.rounds):
-            if _good(chain, best) or chain.pool.late:
+            if chain.meets(best) or chain.pool.late:
                 break
             after = max(level + self.up - self.down, 0.0)
             low, high = path.level(level), path.level(level + self.up)

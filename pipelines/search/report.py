@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastgen.pipelines.search.engine import Chain, Node
+from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.thresholds import Threshold
 
-__all__ = ["SearchReport", "report_of"]
+__all__ = ["SearchReport", "report_of", "taus_of"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class SearchReport:
     Attributes:
         prompt: what was drawn.
         policy: with its threshold.
+        taus: the threshold at each time; None where there is none, or one that depends on what was seen before.
         score: of the returned picture by the verifier; None where it had none.
         nfe: forward passes of the model on one sample.
         evaluations: of samples; with classifier-free guidance an evaluation takes two forward passes.
         starts: evaluations at the first time.
         tries: by chain, evaluations of each transition.
+        accepted: by chain, whether each transition was gone on from with a candidate that was accepted.
         forced: transitions that were gone on from with a candidate that was not accepted.
         tries_by_time: histogram over all chains: evaluations at each time.
         finished: whether the picture is the end of a trajectory (else a preview of one that was cut short).
@@ -32,15 +36,21 @@ class SearchReport:
         trees: by chain, rows of [number, parent, time, score] of all evaluations, for the picture of the search.
         path: numbers of the nodes that led to the picture, in chain `chain`.
         chain: that the picture comes from.
+        explored: evaluations at the exploring effort.
+        draft: the picture is of that effort: an interrupted search had nothing else to show.
+        flops: of its evaluations and scored pictures, a shared forward pass in equal parts; None where
+            nothing counted them (`fastgen.accounting.count_flops`).
     """
 
     prompt: str
     policy: str
+    taus: list[float | None]
     score: float | None
     nfe: int
     evaluations: int
     starts: int
     tries: list[list[int]]
+    accepted: list[list[bool]]
     forced: int
     tries_by_time: list[int]
     finished: bool
@@ -49,6 +59,9 @@ class SearchReport:
     trees: list[list[list[float | None]]]
     path: list[int]
     chain: int
+    explored: int = 0
+    draft: bool = False
+    flops: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -56,7 +69,7 @@ class SearchReport:
 
 
 def report_of(
-    prompt: Any, policy: str, chains: Sequence[Chain], winner: Node, owner: int, stopped: str, seconds: float
+    prompt: Any, policy: Policy, chains: Sequence[Chain], winner: Node, owner: int, stopped: str, seconds: float
 ) -> SearchReport:
     """The report of one prompt's chains, of which `owner` made the picture."""
     pool = chains[0].pool
@@ -72,12 +85,14 @@ def report_of(
         node = node.parent
     return SearchReport(
         prompt=str(prompt),
-        policy=policy,
+        policy=policy.description,
+        taus=taus_of(policy, len(histogram)),
         score=winner.score if math.isfinite(winner.score) else None,
         nfe=pool.nfe,
         evaluations=pool.spent,
-        starts=sum(visit.parent < 0 for chain in chains for visit in chain.trace),
+        starts=sum(visit.parent < 0 and visit.effort != "anew" for chain in chains for visit in chain.trace),
         tries=[[tries for tries, _ in chain.tries] for chain in chains],
+        accepted=[[accepted for _, accepted in chain.tries] for chain in chains],
         forced=sum(not accepted for chain in chains for _, accepted in chain.tries),
         tries_by_time=histogram,
         finished=winner.last,
@@ -89,4 +104,17 @@ def report_of(
         ],
         path=path,
         chain=owner,
+        explored=sum(visit.effort == "exploring" for chain in chains for visit in chain.trace),
+        draft=winner.explored,
+        flops=round(pool.flops) if pool.flops else None,
     )
+
+
+def taus_of(policy: Policy, times: int) -> list[float | None]:
+    """The policy's threshold at each time; None where it has none, or one that depends on what was seen before."""
+    rule = getattr(policy, "rule", None)
+    if not isinstance(rule, Threshold):
+        return [None] * times
+    # Of a chain that has seen nothing, rules that look back say that anything is good enough.
+    taus = [rule.at(index, (), -math.inf, -math.inf) for index in range(times)]
+    return [tau if math.isfinite(tau) else None for tau in taus]

@@ -9,8 +9,40 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["BestSoFar", "Fixed", "OnlineQuantile", "PreviousPlus", "Scheduled", "Threshold", "quantile"]
+__all__ = [
+    "BestSoFar",
+    "Fixed",
+    "OnlineQuantile",
+    "PreviousPlus",
+    "Scheduled",
+    "Threshold",
+    "check_in_range",
+    "quantile",
+]
+
+
+def check_in_range(name: str, value: float, verifier: Any) -> float:
+    """A score, when the verifier can give one above or below it.
+
+    Args:
+        name: of the argument.
+        value: of it.
+        verifier: may declare `range`, the least and the largest score there can be.
+
+    Raises:
+        ValueError: no number, or outside the range.
+    """
+    if math.isnan(value):
+        raise ValueError(f"{name}: {value} is no number")
+    bounds = getattr(verifier, "range", None)
+    if bounds is not None and not bounds[0] <= value <= bounds[1]:
+        label = getattr(verifier, "name", "") or type(verifier).__name__
+        raise ValueError(
+            f"{name}: {value:g} is outside the scores of {label}, which are {bounds[0]:g} to {bounds[1]:g}"
+        )
+    return float(value)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -40,6 +72,11 @@ class Threshold(ABC):
     def name(self) -> str:
         """For the report, with its numbers."""
 
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """The numbers in it that are scores of a verifier."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Fixed(Threshold):
@@ -54,6 +91,10 @@ class Fixed(Threshold):
     def name(self) -> str:
         return f"fixed({self.tau:g})"
 
+    @property
+    def scores(self) -> tuple[float, ...]:
+        return (self.tau,)
+
 
 @dataclass(frozen=True)
 class Scheduled(Threshold):
@@ -62,6 +103,8 @@ class Scheduled(Threshold):
     Attributes:
         taus: for shares of the trajectory, evenly spaced from its first to its last time; between them
             interpolated.
+        times: of the trajectory.
+        source: what they were measured for.
 
     Raises:
         ValueError: no tau, or no time.
@@ -69,6 +112,7 @@ class Scheduled(Threshold):
 
     taus: tuple[float, ...]
     times: int
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.taus or self.times < 1:
@@ -84,7 +128,12 @@ class Scheduled(Threshold):
 
     @property
     def name(self) -> str:
-        return f"schedule({', '.join(f'{tau:.3g}' for tau in self.taus)})"
+        source = f"; {self.source}" if self.source else ""
+        return f"schedule({', '.join(f'{tau:.3g}' for tau in self.taus)}{source})"
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        return self.taus
 
 
 @dataclass(frozen=True)

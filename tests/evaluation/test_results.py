@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastgen.evaluation import results
+from fastgen.evaluation import report, results
 
 WHERE: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -55,14 +55,14 @@ DATA: dict[str, Any] = {
 
 
 def test_provenance_names_the_device() -> None:
-    line = results.provenance(SCORES)
+    line = report.provenance(SCORES)
     assert line == (
         "Some CPU, 2 threads; python 3.11.7, torch 2.13.0; commit 0123456789ab; detector 01234567; "
         "2026-01-02T03:04:05+00:00"
     )
     gpu = copy.deepcopy(DATA)
     gpu["environment"]["gpus"] = ["GPU A", "GPU A"]
-    assert results.provenance(gpu).startswith("GPU A, GPU A; python")
+    assert report.provenance(gpu).startswith("GPU A, GPU A; python")
 
 
 def test_tables_have_every_row() -> None:

@@ -223,6 +223,7 @@ def test_model_fingerprint_sees_content_not_cards(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     first = model_fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("card")
+    (tmp_path / "training.json").write_text("{}")
     assert model_fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"abd")
     assert model_fingerprint(tmp_path) != first

@@ -22,4 +22,4 @@ def deterministic(pipe: Any, prompts: list[Any], seeds: list[int], settings: Set
         if index < sampler.transitions:
             latents = sampler.step(latents, said, index, None)
     with torch.no_grad():
-        return denoiser.decode(said.at(denoiser.final))
+        return denoiser.decode(denoiser.unpacked(said.at(denoiser.final)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,25 @@ from fastgen.pipelines.search.denoisers.base import FlowDenoiser, Settings
 from fastgen.pipelines.search.engine import Chain, Node, run_chains
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.previews import Preview
 from fastgen.pipelines.search.samplers import Ancestral, Sampler
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
 class ToyDenoiser(FlowDenoiser):
-    """Data N(prompt number, 0.5^2) in [1, 1, 1, 2] latents. "Pictures" are the clean samples themselves, as float."""
+    """Data N(prompt number, 0.5^2) in [1, 1, 1, 2] latents. "Pictures" are the clean samples themselves, as float.
+
+    It has a knob `bias`, which is added to its velocity. `rows` has the size of each forward pass, `cheap` of those
+    with a bias, and `asked` the times of all rows with their bias.
+    """
 
     def __init__(self, times: Sequence[float], prompts: int = 1, forwards: int = 1) -> None:
         self.times_given, self.forwards_given = list(times), forwards
         self.rows: list[int] = []
+        self.cheap: list[int] = []
+        self.asked: list[tuple[float, float]] = []
+        self.bias = 0.0
         super().__init__(None, [f"prompt {i}" for i in range(prompts)], Settings())
 
     def prepare(self) -> None:
@@ -34,16 +44,23 @@ class ToyDenoiser(FlowDenoiser):
     def noise(self, generator: torch.Generator) -> Tensor:
         return torch.randn(1, 1, 1, 2, generator=generator)
 
+    def use_effort(self, effort: dict[str, Any]) -> None:
+        super().use_effort({name: value for name, value in effort.items() if name != "bias"})
+        self.bias = effort.get("bias", 0.0)
+
     def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
         self.rows.append(len(latents))
+        if self.bias:
+            self.cheap.append(len(latents))
+        self.asked += [(time, self.bias) for time in times.tolist()]
         t = times.to(latents).view(-1, 1, 1, 1)
         mean = which.to(latents).view(-1, 1, 1, 1)
         variance = ((1 - t) * 0.5) ** 2 + t**2
         rest = latents - (1 - t) * mean
-        return t / variance * rest - (mean + (1 - t) * 0.25 / variance * rest)
+        return t / variance * rest - (mean + (1 - t) * 0.25 / variance * rest) + self.bias
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
+    def decode(self, grid: Tensor) -> Tensor:
+        return grid
 
     def pictures(self, prediction: Prediction) -> Tensor:
         return prediction.at(self.final)
@@ -54,9 +71,19 @@ def sum_of(pictures: Tensor, prompts: list[str]) -> Tensor:
     return pictures.flatten(1).sum(dim=1)
 
 
+class Script:
+    """A verifier that gives the scores of a list in turn."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores: Iterator[float] = iter(scores)
+
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        return torch.tensor([next(self.scores, 0.0) for _ in prompts])
+
+
 def run_policy(
     policy: Policy,
-    times: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+    times: Sequence[float] = TIMES,
     verifier: Callable[[Tensor, list[str]], Any] = sum_of,
     max_nfe: int | None = None,
     target_score: float | None = None,
@@ -65,16 +92,19 @@ def run_policy(
     seed: int = 0,
     forwards: int = 1,
     sampler: Sampler | None = None,
+    explore: dict[str, Any] | None = None,
+    preview: Preview | None = None,
 ) -> tuple[list[Node], list[Chain], ToyDenoiser]:
     """Run it as the pipeline does."""
     denoiser = ToyDenoiser(times, prompts, forwards)
     path = sampler or Ancestral(denoiser.interpolant, denoiser.times)
     budget = Budget(max_nfe, None, target_score)
-    policy.check(budget, path.transitions, forwards)
+    policy.check(budget, path.transitions, forwards, bool(explore))
     chains = []
     for prompt in range(prompts):
         pool = Pool(budget, forwards)
         start = denoiser.noise(torch.Generator().manual_seed(seed + prompt))
-        chains += [Chain(denoiser, path, prompt, i, seed + prompt, start, pool) for i in range(policy.chains)]
-    ends = run_chains(chains, policy.program, verifier, denoiser.prompts, batch_size)
+        place = (seed + prompt, start, pool, explore or {})
+        chains += [Chain(denoiser, path, prompt, i, *place) for i in range(policy.chains)]
+    ends = run_chains(chains, policy.program, verifier, denoiser.prompts, batch_size, preview=preview)
     return ends, chains, denoiser

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.policies import Threshold, ValueSampling
-from fastgen.pipelines.search.populations import BestOfN
+from fastgen.pipelines.search.starts import BestOfN
 
 CALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 2.0}
 

@@ -12,7 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgen.accounting import add_nfe, phase
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
 
-__all__ = ["Denoiser", "FlowDenoiser", "Settings", "defaults_of", "denoiser_of", "register_denoiser"]
+__all__ = ["Denoiser", "FlowDenoiser", "Settings", "as_bytes", "defaults_of", "denoiser_of", "register_denoiser"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Denoiser(ABC):
         final: the level at which the pipeline decodes.
         forwards: rows of the model that one evaluation takes: 2 with classifier-free guidance.
         effort: knobs of the model's compute for the evaluations that follow; empty, the default: as the settings say.
+        guided_above: the guidance scale above which an evaluation takes two forward passes; None where the scale alone
+            does not tell.
 
     Raises:
         ValueError: a setting that the pipeline cannot do.
@@ -66,6 +68,7 @@ class Denoiser(ABC):
     times: list[float]
     forwards: int = 1
     final: Level = Level(1.0, 0.0)
+    guided_above: ClassVar[float | None] = None
 
     def __init__(self, pipe: Any, prompts: Sequence[Any], settings: Settings) -> None:
         self.pipe, self.prompts, self.settings = pipe, list(prompts), settings
@@ -94,8 +97,12 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [k, 3, H, W] in [0, 1] of latents [k, …]."""
+    def decode(self, grid: Tensor) -> Tensor:
+        """Pictures [k, 3, H, W] in [0, 1] of latents as `unpacked` gives them, of any height and width."""
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents [k, …, h, w] of samples [k, …]: the same, where the model does not read them as tokens."""
+        return latents
 
     def use_effort(self, effort: dict[str, Any]) -> None:
         """Take these knobs; an adapter of a model that has some overrides this.
@@ -127,7 +134,7 @@ class Denoiser(ABC):
     @torch.no_grad()
     def predict(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
         """See `evaluate`; accounted."""
-        with phase("denoise"):
+        with phase("explore" if self._effort else "denoise"):
             add_nfe(self.forwards * len(latents))
             return self.evaluate(latents, times, which)
 
@@ -135,7 +142,7 @@ class Denoiser(ABC):
     def pictures(self, prediction: Prediction) -> Tensor:
         """Pictures [k, 3, H, W] uint8 of the clean samples."""
         with phase("decode"):
-            return self.decode(prediction.at(self.final)).mul(255).round().clamp(0, 255).to(torch.uint8)
+            return as_bytes(self.decode(self.unpacked(prediction.at(self.final))))
 
     def restless(self, generator: torch.Generator) -> Tensor:
         """Standard normal noise [1, …] for a transition."""
@@ -164,7 +171,7 @@ class FlowDenoiser(Denoiser):
     def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
         u = self.velocity(latents, times, which)
         t = times.to(latents).view(-1, *[1] * (latents.ndim - 1))
-        return Prediction(latents - t * u, latents + (1 - t) * u)
+        return Prediction.of_velocity(latents, u, 1 - t, t)
 
     def schedule(self, steps: int, **kwargs: Any) -> list[float]:
         """Times of the pipeline's own scheduler after `set_timesteps(steps, **kwargs)`, the last one (0) left out."""
@@ -187,6 +194,11 @@ class FlowDenoiser(Denoiser):
         return mu
 
 
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Pictures in [0, 1] as uint8."""
+    return pictures.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
 def defaults_of(pipeline: type) -> dict[str, Any]:
     """What `pipeline.__call__` takes where nothing is given, by argument."""
     call: Any = pipeline.__call__
@@ -207,7 +219,7 @@ def register_denoiser(*pipelines: str) -> Any:
 
 
 def denoiser_of(pipe: Any) -> type[Denoiser]:
-    """The adapter of a pipeline.
+    """The adapter of a pipeline, or of a class of pipelines.
 
     Raises:
         ValueError: there is none.
@@ -215,10 +227,11 @@ def denoiser_of(pipe: Any) -> type[Denoiser]:
     from fastgen.pipelines.search.denoisers import adapters
 
     adapters.load()
-    for kind in type(pipe).__mro__:
+    found = pipe if isinstance(pipe, type) else type(pipe)
+    for kind in found.__mro__:
         if kind.__name__ in _DENOISERS:
             return _DENOISERS[kind.__name__]
     raise ValueError(
-        f"pipe: {type(pipe).__name__} has no denoiser; there are some for {', '.join(sorted(_DENOISERS))}, and "
+        f"pipe: {found.__name__} has no denoiser; there are some for {', '.join(sorted(_DENOISERS))}, and "
         "fastgen.pipelines.search.denoisers.base.register_denoiser takes yours"
     )

@@ -25,6 +25,8 @@ class DiTDenoiser(ElasticDenoiser, NoiseDenoiser):
     Guidance is on all latent channels, as in the pipeline. With dynamic chunking its knobs are in `settings.extra`.
     """
 
+    guided_above = 1.0
+
     def prepare(self) -> None:
         pipe, settings = self.pipe, self.settings
         config = pipe.transformer.config
@@ -37,7 +39,7 @@ class DiTDenoiser(ElasticDenoiser, NoiseDenoiser):
             raise ValueError("negative_prompt: a class-conditional model takes none")
         self.prepare_knobs(side * side, overrides=isinstance(pipe, DCDiTPipeline))
         self.scale = checked("guidance_scale", settings.guidance_scale, _DEFAULTS["guidance_scale"])
-        self.forwards = 2 if self.scale > 1 else 1
+        self.forwards = 2 if self.scale > self.guided_above else 1
         steps = checked("num_inference_steps", settings.num_inference_steps, _DEFAULTS["num_inference_steps"], "steps")
         self.schedule(steps)
         self._shape, self.drawn = (1, self.channels, side, side), pipe.transformer.dtype
@@ -71,7 +73,7 @@ class DiTDenoiser(ElasticDenoiser, NoiseDenoiser):
         cond, uncond = said.float().chunk(2)
         return uncond + self.scale * (cond - uncond)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         vae = self.pipe.vae
-        pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        pixels: Tensor = vae.decode(grid.to(vae.dtype) / vae.config.scaling_factor).sample
         return pixels.float().div(2).add(0.5).clamp(0, 1)

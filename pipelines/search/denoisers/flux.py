@@ -71,9 +71,12 @@ class FluxDenoiser(GuidedFlowDenoiser):
         )[0]
         return out.float()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        pipe, vae = self.pipe, self.pipe.vae
-        latents = pipe._unpack_latents(latents.to(vae.dtype), self.height, self.width, pipe.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    def unpacked(self, latents: Tensor) -> Tensor:
+        grid: Tensor = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
+        return grid
+
+    def decode(self, grid: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = grid.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return unit_range(pixels)

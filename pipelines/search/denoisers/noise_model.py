@@ -19,7 +19,11 @@ from fastgen.pipelines.search.interpolants import Level, Prediction, Tabulated
 
 __all__ = ["NoiseDenoiser", "checked"]
 
-_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+_PREDICTIONS = {
+    "epsilon": Prediction.of_noise,
+    "v_prediction": Prediction.of_v,
+    "sample": Prediction.of_clean,
+}
 
 
 def checked(name: str, value: Any, default: Any, kind: str | None = None) -> Any:
@@ -98,13 +102,7 @@ class NoiseDenoiser(Denoiser):
         sigma = _column([level.sigma / size for level, size in zip(levels, scales, strict=True)], latents)
         given = latents / scale
         said = self.output(given, times.to(self.clock), which).to(latents)
-        if self.kind == "epsilon":
-            clean, noise = (given - sigma * said) / alpha, said
-        elif self.kind == "v_prediction":
-            clean, noise = alpha * given - sigma * said, sigma * given + alpha * said
-        else:
-            clean, noise = said, (given - alpha * said) / sigma
-        return self._clipped(given, Prediction(clean, noise), alpha, sigma)
+        return self._clipped(given, _PREDICTIONS[self.kind](given, said, alpha, sigma), alpha, sigma)
 
     def _clipped(self, given: Tensor, said: Prediction, alpha: Tensor, sigma: Tensor) -> Prediction:
         config = self.scheduler.config
@@ -117,8 +115,9 @@ class NoiseDenoiser(Denoiser):
         else:
             return said
         # DDIM keeps the noise that the model told; DDPM's posterior holds what is left beside the clipped sample.
-        ddpm = isinstance(self.scheduler, DDPMScheduler)
-        return Prediction(clean, (given - alpha * clean) / sigma if ddpm else said.noise)
+        if isinstance(self.scheduler, DDPMScheduler):
+            return Prediction.of_clean(given, clean, alpha, sigma)
+        return Prediction(clean, said.noise)
 
 
 def _searchable(scheduler: Any) -> Any:

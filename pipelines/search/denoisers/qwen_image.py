@@ -94,9 +94,13 @@ class QwenImageDenoiser(GuidedFlowDenoiser):
         guided = super().guide(cond, uncond)
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        pipe, vae = self.pipe, self.pipe.vae
-        latents = pipe._unpack_latents(latents.to(vae.dtype), self.height, self.width, pipe.vae_scale_factor)
+    def unpacked(self, latents: Tensor) -> Tensor:
+        grid: Tensor = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
+        return grid
+
+    def decode(self, grid: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = grid.to(vae.dtype)
         mean, std = (
             torch.tensor(values).to(latents).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -38,12 +38,14 @@ class SanaDenoiser(GuidedFlowDenoiser):
     deterministic path is then Euler's on the same sigmas, not the solver's.
     """
 
+    guided_above = 1.0
+
     def prepare(self) -> None:
         pipe = self.pipe
         asked = self.ask(_DEFAULTS, *_EXTRA)
         self._resize(asked)
         self.scale = asked["guidance_scale"]
-        self.forwards = 2 if self.scale > 1 else 1
+        self.forwards = 2 if self.scale > self.guided_above else 1
         self.embeds, self.mask = self._encode(self.prompts, asked, asked["complex_human_instruction"])
         if self.forwards == 2:
             embeds, mask = self._encode([asked["negative_prompt"]], asked, None)
@@ -116,10 +118,11 @@ class SanaDenoiser(GuidedFlowDenoiser):
             out = out.chunk(2, dim=1)[0]  # the rest is a variance
         return out.float()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         vae = self.pipe.vae
-        pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels: Tensor = vae.decode(grid.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         if self.cut:
-            height, width = self.cut
+            share = pixels.shape[-2] / self.height
+            height, width = (round(side * share) for side in self.cut)
             pixels = self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)
         return unit_range(pixels)

@@ -24,13 +24,15 @@ class StableDiffusion3Denoiser(GuidedFlowDenoiser):
     Guidance that skips layers is left out: it depends on the step, and samples here are at different ones.
     """
 
+    guided_above = 1.0
+
     def prepare(self) -> None:
         pipe = self.pipe
         asked = self.ask(_DEFAULTS, "max_sequence_length", longest=512)
         multiple = pipe.vae_scale_factor * pipe.patch_size
         self.size(asked, pipe.default_sample_size * pipe.vae_scale_factor, multiple)
         self.scale = asked["guidance_scale"]
-        self.forwards = 2 if self.scale > 1 else 1
+        self.forwards = 2 if self.scale > self.guided_above else 1
         negative = [asked["negative_prompt"] or ""] * (self.forwards - 1)
         self.embeds, _, self.pooled, _ = pipe.encode_prompt(
             [*self.prompts, *negative],
@@ -63,8 +65,8 @@ class StableDiffusion3Denoiser(GuidedFlowDenoiser):
         )[0]
         return out.float()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        latents = grid.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return unit_range(pixels)

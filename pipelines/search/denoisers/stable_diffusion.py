@@ -100,9 +100,9 @@ class StableDiffusionDenoiser(NoiseDenoiser):
         embedding: Tensor = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=size)
         return embedding.to(given)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         pipe, vae = self.pipe, self.pipe.vae
-        pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels: Tensor = vae.decode(grid.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         pixels, flagged = pipe.run_safety_checker(pixels, self.device, self.drawn)
         shown = [True] * len(pixels) if flagged is None else [not unsafe for unsafe in flagged]
         pixels = pipe.image_processor.postprocess(pixels, output_type="pt", do_denormalize=shown)
@@ -143,7 +143,7 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
             pooled = torch.cat([self.uncond_pooled[which], pooled])
         return {"text_embeds": pooled, "time_ids": self.ids.repeat(len(pooled), 1)}
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         pipe, vae = self.pipe, self.pipe.vae
         config = vae.config
         # In half precision this VAE overflows; like the pipeline, decode in single precision and put it back.
@@ -151,7 +151,7 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         if upcast:
             vae.to(dtype=torch.float32)
         try:
-            latents = latents.to(vae.dtype)
+            latents = grid.to(vae.dtype)
             mean, std = config.get("latents_mean"), config.get("latents_std")
             if mean is None or std is None:
                 latents = latents / config.scaling_factor

@@ -21,6 +21,8 @@ _DEFAULTS = defaults_of(ZImagePipeline)
 class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
     """`ZImagePipeline`, true CFG in one forward pass; with dynamic chunking its knobs are in `settings.extra`."""
 
+    guided_above = 0.0
+
     def prepare(self) -> None:
         pipe, settings = self.pipe, self.settings
         self.height, self.width = settings.height or 1024, settings.width or 1024
@@ -31,7 +33,7 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         sides = self.height // pipe.vae_scale_factor, self.width // pipe.vae_scale_factor
         self.prepare_knobs(sides[0] * sides[1], overrides=isinstance(pipe, DCZImagePipeline))
         self.scale = _DEFAULTS["guidance_scale"] if settings.guidance_scale is None else settings.guidance_scale
-        guided = self.scale > 0
+        guided = self.scale > self.guided_above
         self.forwards = 2 if guided else 1
         negative = None if settings.negative_prompt is None else [settings.negative_prompt] * len(self.prompts)
         self.cond, uncond = pipe.encode_prompt(
@@ -66,8 +68,8 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         out = self.pipe.transformer(latents, clock, embeds, return_dict=False, **self.budget(samples))[0]
         return torch.stack([row.float() for row in out]).squeeze(2)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, grid: Tensor) -> Tensor:
         vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        latents = grid.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return unit_range(pixels)

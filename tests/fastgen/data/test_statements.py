@@ -80,3 +80,21 @@ def test_drawn_captions_are_true_and_false(seed: int) -> None:
         assert truth is False or (truth is None and not stands(wrong, scene))
         assert (wrong.tag, wrong.spec) != (caption.tag, caption.spec)
     assert true_caption(caption, (), rng).spec == caption.spec
+
+
+def test_one_object_in_the_colour_of_another() -> None:
+    """Scenes of several shapes give captions that only a look at shape and colour together refuses, often enough."""
+    rng, mixed = random.Random(0), 0
+    scene = (thing("circle", "red"), thing("star", "blue"))
+    caption = says("color_attr", ("circle", "red"), ("star", "blue"))
+    for _ in range(200):
+        wrong = false_caption(caption, scene, rng)
+        mixed += wrong.spec.objects in (
+            (ObjectSpec("circle", "blue"),),
+            (ObjectSpec("star", "red"),),
+        )
+    assert 40 <= mixed <= 90  # 2 changes of 7: 57 of 200, and what is lost to refused draws of others
+    alone = (thing("circle", "red"), thing("circle", "red"))
+    for _ in range(50):
+        wrong = false_caption(says("counting", ("circle", "red"), ("circle", "red")), alone, rng)
+        assert is_true(wrong, alone) is False

@@ -10,6 +10,7 @@ import torch
 from fastgen.data.captions import vocabulary
 from fastgen.models.shapes_verifier import ShapesVerifier
 from fastgen.training.recipes import build_recipe
+from fastgen.training.verifier import _Supervised
 
 PROMPTS = ["a red circle", "two green stars", "a photo of a heart above a ring", "zebra"]
 
@@ -51,6 +52,16 @@ def test_words(model: ShapesVerifier) -> None:
     assert torch.allclose(model.answer(words, mask, picture), model.answer(changed, mask, picture), atol=1e-6)
 
 
+@torch.no_grad()
+def test_prompts_of_one_picture_side_by_side(model: ShapesVerifier) -> None:
+    """As many prompts a picture as one likes; a row as long as its words gives what a padded one gives."""
+    pixels, tokens = torch.rand(2, 3, 64, 64) * 2 - 1, model.tokens(PROMPTS)
+    together = model(pixels, tokens[:, :9].expand(2, -1, -1))
+    for k in range(4):
+        alone = model(pixels, tokens[k, None].expand(2, 1, -1))[:, 0]
+        assert torch.allclose(alone, together[:, k], atol=1e-5)
+
+
 def test_a_saved_verifier_is_the_same(model: ShapesVerifier, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = ShapesVerifier.from_pretrained(tmp_path).eval()
@@ -68,11 +79,14 @@ def test_the_recipe_learns_and_labels() -> None:
     assert truth.shape == (24, 5) and bool((truth[:, 1:4] == 0).all()) and 10 < float(truth[:, 0].sum()) < 24
     assert torch.equal(recipe.batch(0, 24, torch.Generator().manual_seed(0))["tokens"], batch["tokens"])
     pixels = torch.rand(24, 3, 64, 64) * 2 - 1
-    spoiled, after = recipe._spoil(pixels, truth, generator)  # type: ignore[attr-defined]
+    spoiled, after, single = recipe._spoil(pixels, truth, generator)  # type: ignore[attr-defined]
     double = (truth[:, 0] == 1) & (after[:, 0] == 0)
+    assert bool((double & single).sum() == 0) and bool(single.any())
+    assert batch["shapes"].shape == (24, 256) and bool((batch["shapes"] > 0).any())
     assert spoiled.shape == pixels.shape and 0 < int(double.sum()) < 12
     assert bool(((after == truth) | truth.isnan() | double[:, None]).all())
-    module = ShapesVerifier(vocabulary(), width=32, channels=16, depth=1, fusion_layers=1, text_layers=1)
+    small = ShapesVerifier(vocabulary(), width=32, channels=16, depth=1, fusion_layers=1, text_layers=1)
+    module = _Supervised(small)
     optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
     losses = []
     for _ in range(25):
@@ -82,3 +96,6 @@ def test_the_recipe_learns_and_labels() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0] and 0 <= numbers["accuracy"] <= 1
+    # Without an object there is nothing to sum over, and still a loss.
+    empty = {**batch, "shapes": torch.zeros_like(batch["shapes"])}
+    assert bool(recipe.loss(module, empty, generator)[0].isfinite())

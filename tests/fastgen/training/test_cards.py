@@ -45,6 +45,43 @@ def test_card_tells_command_hardware_and_scores() -> None:
     assert "Scores" not in card("tiny", {"vae": _RECORD})
 
 
+_CALIBRATION = {
+    "model": "tiny",
+    "times": [1.0, 0.25],
+    "fixed": 0.625,
+    "about": {"level": 0.9, "commit": "abc", "settings": {"sampler": "ancestral"}},
+    "report": {
+        "agreement": [
+            {"n": 800, "correct": 0.8, "auroc": 0.5125, "tasks": {}},
+            {
+                "n": 800,
+                "correct": 0.8,
+                "auroc": 0.9375,
+                "accuracy": 0.875,
+                "brier": 0.11,
+                "calibration_error": 0.05,
+                "tasks": {"colors": {"auroc": None}, "counting": {"auroc": 0.75}},
+            },
+        ]
+    },
+}
+
+
+def test_the_card_of_a_verifier_tells_how_far_it_agrees_with_the_checker() -> None:
+    text = card("shapes-verifier", {"verifier": _RECORD}, None, [_CALIBRATION], "Size: 5 parameters.")
+    for part in (
+        "On 800 pictures of `tiny`",
+        "80.0 % correct: AUROC **0.938** (colors -, counting 0.750)",
+        "right on 87.5 %",
+        "1.00: 0.512, 0.25: 0.938",
+        "above the threshold 0.625 at least 90 % are correct (commit abc)",
+        "Size: 5 parameters.",
+    ):
+        assert part in text, part
+    nothing = card("shapes-verifier", {"verifier": _RECORD}, None, [{**_CALIBRATION, "fixed": None}])
+    assert "There is no threshold above which 90 %" in nothing and "Size" not in nothing
+
+
 def test_records_add_up(tmp_path: Path) -> None:
     write_record(tmp_path / "run" / "model", "vae", _RECORD)
     write_record(tmp_path / "next", "z-image", {**_RECORD, "recipe": "z-image"})
@@ -70,6 +107,7 @@ def test_embedded_checkpoints_are_whole_and_small() -> None:
     sizes = {name: _assets.size(_assets.ROOT / name) for name in _assets.names()}
     assert list(sizes) == ["shapes-detector", "tiny", "tiny-dc", "tiny-dc-dense", "tiny-janus"]
     assert [_assets.problem(name) for name in sizes] == [None] * len(sizes)
+    assert sizes.pop("shapes-verifier", 0) <= 4_000_000
     assert sizes.pop("tiny-dc") + sizes.pop("tiny-dc-dense") <= 8_000_000 and sum(sizes.values()) <= 22_000_000
 
 

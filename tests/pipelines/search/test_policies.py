@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,32 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy_search import run_policy, sum_of
+from toy_search import TIMES, Script, run_policy, sum_of
 
 from fastgen.pipelines.search.engine import Chain, Node, SearchStopped
 from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policies import Rollover, Threshold, ValueSampling
-from fastgen.pipelines.search.populations import (
-    BestOfN,
-    Blockwise,
-    MonteCarlo,
-    RandomSearch,
-    SearchOverPaths,
-    ZeroOrder,
-)
+from fastgen.pipelines.search.populations import Blockwise, MonteCarlo, SearchOverPaths
+from fastgen.pipelines.search.starts import BestOfN, RandomSearch, ZeroOrder
 from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, PreviousPlus, Scheduled, quantile
-
-TIMES = (1.0, 0.75, 0.5, 0.25)
-
-
-class Script:
-    """A verifier that gives the scores of a list in turn."""
-
-    def __init__(self, scores: list[float]) -> None:
-        self.scores: Iterator[float] = iter(scores)
-
-    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
-        return torch.tensor([next(self.scores, 0.0) for _ in prompts])
 
 
 def trace(chain: Chain) -> list[tuple[int, int, float]]:
@@ -258,7 +239,7 @@ def test_a_start_above_the_threshold_is_enough() -> None:
 
 
 def test_zero_order_neighbours_keep_norm_and_cosine() -> None:
-    from fastgen.pipelines.search.populations import neighbour
+    from fastgen.pipelines.search.starts import neighbour
 
     pivot, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for cosine in (0.95, 0.0, -0.5):

@@ -52,13 +52,14 @@ def test_velocity_noise_and_v_say_the_same(interpolant: Interpolant, t: float, s
     truth = Prediction(clean, noise)
     latents = truth.at(level)
     for other in (
-        Prediction.of_velocity(latents, truth.velocity(level), level),
-        Prediction.of_noise(latents, noise, level),
+        Prediction.of_velocity(latents, truth.velocity(level), level.alpha, level.sigma, level.d_alpha, level.d_sigma),
+        Prediction.of_noise(latents, noise, level.alpha, level.sigma),
+        Prediction.of_clean(latents, clean, level.alpha, level.sigma),
     ):
         assert torch.allclose(other.clean, clean, atol=1e-9) and torch.allclose(other.noise, noise, atol=1e-9)
     if isinstance(interpolant, VariancePreserving):
         v = level.alpha * noise - level.sigma * clean
-        assert torch.allclose(Prediction.of_v(latents, v, level).clean, clean, atol=1e-9)
+        assert torch.allclose(Prediction.of_v(latents, v, level.alpha, level.sigma).clean, clean, atol=1e-9)
 
 
 @given(interpolant=INTERPOLANTS, t=TIMES)
@@ -81,7 +82,7 @@ def test_score_and_clean_sample_of_a_gaussian(interpolant: Interpolant, t: float
     score = (q * u - latents) / (level.sigma**2 - q * level.d_sigma * level.sigma)
     assert float(score) == pytest.approx(float(-(latents - level.alpha * MEAN) / variance), abs=1e-9)
     assert float(exact.score(level)) == pytest.approx(float(score), abs=1e-9)
-    found = Prediction.of_velocity(latents, u, level)
+    found = Prediction.of_velocity(latents, u, level.alpha, level.sigma, level.d_alpha, level.d_sigma)
     assert float(found.clean) == pytest.approx(float(exact.clean), abs=1e-9)
     if isinstance(interpolant, Linear):
         assert float(score) == pytest.approx(float(-(latents + (1 - t) * u) / t), abs=1e-9)

@@ -1,0 +1,102 @@
+"""`fastgen bench search` and `fastgen bench search-overhead`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgen.cli.publish import publish
+
+__all__ = ["search", "search_overhead"]
+
+
+def search(
+    model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
+    verifier: Annotated[
+        str, typer.Option(help="That is searched: a name, NAME:FOLDER, or a folder.")
+    ] = "shapes-verifier",
+    heldout: Annotated[str | None, typer.Option(help="Another verifier, which scores what was found.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='"POLICY [SETTING=VALUE …]", e.g. "threshold tau=0.7 starts=4" or "svdd chains=1"; repeat. '
+            "Default: all; the pipeline without a search is always measured."
+        ),
+    ] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(help="NFE for each prompt; repeat. Default: 48, 100, 200, 350, 500.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Searches of each prompt.")] = 3,
+    limit: Annotated[int, typer.Option(help="Only the first N prompts of each task; 60 are all.")] = 2,
+    sampler: Annotated[str, typer.Option(help="ancestral, euler-maruyama or rollover.")] = "ancestral",
+    batch_size: Annotated[int, typer.Option(help="Samples of a forward pass.")] = 32,
+    folder: Annotated[Path, typer.Option(help="Folder of pictures and records; a killed run continues there.")] = Path(
+        "fastgen-bench-search"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="PNG of score against NFE and seconds (extra: report).")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Noise search: ShapesWorld-GenEval against NFE and seconds for all policies, with paired tests."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+
+    check_names(device, dtype)
+    find_checkpoint(model)
+    for path in (out, plot):
+        if path is not None:
+            check_writable(path.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
+        from fastgen.evaluation.search_results import search_markdown, search_plot
+
+        result = benchmark_search(
+            model,
+            folder,
+            verifier=verifier,
+            heldout=heldout,
+            policies=policy or VARIANTS,
+            budgets=budget or BUDGETS,
+            seeds=seeds,
+            limit=limit,
+            sampler=sampler,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            report=lambda line: typer.echo(line, err=True),
+        )
+        if plot is not None:
+            search_plot(result, plot)
+    publish(result, out, as_json, search_markdown(result))
+
+
+def search_overhead(
+    model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
+    runs: Annotated[int, typer.Option(help="Measured rounds.")] = 30,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """What wrapping a pipeline for noise search costs while its search is off."""
+    from fastgen.io import check_writable
+    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+
+    check_names(device, dtype)
+    find_checkpoint(model)
+    if out is not None:
+        check_writable(out.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.search_overhead import benchmark_search_overhead
+        from fastgen.evaluation.search_results import search_overhead_markdown
+
+        result = benchmark_search_overhead(
+            model, runs=runs, device=device, dtype=dtype, report=lambda line: typer.echo(line, err=True)
+        )
+    publish(result, out, as_json, search_overhead_markdown(result))

@@ -1,0 +1,337 @@
+"""What `fastgen generate --method search` adds: its options, its pictures, and what is said of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.cli.plan import Job
+    from fastgen.evaluation.verifiers.base import Verifier
+    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.generation import GeneratedImage
+    from fastgen.pipelines.search.budget import Budget
+    from fastgen.pipelines.search.policies import Policy
+
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="threshold, rbf, svdd, code, smc, best-of-n, random, zero-order or search-over-paths. Default: threshold "
+        "(search).",
+        show_default=False,
+    ),
+]
+VerifierOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What scores: shapes-verifier, pick-score, clip-score, vqa-score …, NAME:WEIGHTS, or a folder. Default: "
+        "shapes-verifier, for the models that come with fastgen (search).",
+        show_default=False,
+    ),
+]
+MaxNfeOption = Annotated[
+    int | None, typer.Option(help="Forward passes for a picture, at most; guidance takes two an evaluation (search).")
+]
+MaxSecondsOption = Annotated[float | None, typer.Option(help="Seconds of search for a picture (search).")]
+TargetScoreOption = Annotated[float | None, typer.Option(help="A picture of that score ends its search (search).")]
+SamplerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of noisy steps: ancestral, euler-maruyama or rollover. Default: ancestral (search).", show_default=False
+    ),
+]
+TauOption = Annotated[
+    float | None, typer.Option(help="Score to exceed, of policy threshold (search).", show_default=False)
+]
+StartsOption = Annotated[int | None, typer.Option(help="Starting noises of a trajectory (search).")]
+ChainsOption = Annotated[int | None, typer.Option(help="Trajectories of a picture, the best is kept (search).")]
+ExploreOption = Annotated[
+    float | None,
+    typer.Option(
+        "--explore",
+        help="Tail drop at which candidates are evaluated; what is kept is evaluated anew in full (search with "
+        "dynamic chunking).",
+        show_default=False,
+    ),
+]
+ExploreUncondOption = Annotated[
+    float | None,
+    typer.Option(
+        "--explore-uncond", help="The same for the unconditional branch. Default: as --explore.", show_default=False
+    ),
+]
+PreviewOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the verifier sees of candidates under way: full, or pooled for a quarter of the decoder's cost. "
+        "Default: full (search).",
+        show_default=False,
+    ),
+]
+SaveTreeOption = Annotated[
+    bool, typer.Option("--save-tree", help="Also write NAME.tree.png: what was tried, and its scores (search).")
+]
+
+
+#: Of the models that come with fastgen.
+DEFAULT_VERIFIER = "shapes-verifier"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that was asked for, checked.
+
+    Attributes:
+        policy: with its settings.
+        budget: of each picture.
+        sampler: of noisy steps; None: the policy has none.
+        verifier: for `load_verifier`.
+        cheap: `explore` and `preview` of the search, as far as they are asked for.
+        save_tree: whether trees are written too.
+        settings: for the sidecar.
+    """
+
+    policy: Policy
+    budget: Budget
+    sampler: str | None
+    verifier: str
+    cheap: dict[str, Any]
+    save_tree: bool
+    settings: dict[str, Any]
+
+    def load_verifier(self, device: str) -> Verifier:
+        """The verifier, ready to score on that device."""
+        from fastgen.accounting import phase
+        from fastgen.evaluation.verifiers.names import load_verifier
+
+        with phase("load"):
+            return load_verifier(self.verifier, device)
+
+
+# ---- options ----
+
+
+def check_options(method: str | None, asked: dict[str, Any], save_tree: bool) -> None:
+    """Check what needs neither torch nor the model.
+
+    Raises:
+        FastgenError: a value out of range, an option without its method, or no library for the trees.
+    """
+    from fastgen.pipelines.arguments import check_value
+
+    given = [name for name, value in asked.items() if value is not None] + ["save_tree"] * save_tree
+    if given and method != "search":
+        raise FastgenError(f"{_option(given[0])}: needs --method search")
+    for name, value in asked.items():
+        if value is not None:
+            check_value(_option(name), name, value)
+    if save_tree and importlib.util.find_spec("matplotlib") is None:
+        raise FastgenError("--save-tree: needs matplotlib; install fastgen[report]")
+
+
+def plan_search(
+    checkpoint: Checkpoint, pipeline: type, call: dict[str, Any], asked: dict[str, Any], save_tree: bool
+) -> Search:
+    """Check what needs the model's configuration, but not its weights.
+
+    Args:
+        checkpoint: of the model.
+        pipeline: its class.
+        call: resolved settings of the pictures.
+        asked: of `SEARCH_SETTINGS`, None where the user gave none.
+        save_tree: whether trees are written too.
+
+    Raises:
+        ValueError: a model, a policy, a verifier or a sampler that there is not, a setting that the policy does not
+            have, or a budget smaller than one picture takes.
+    """
+    from fastgen.pipelines.search.budget import Budget
+    from fastgen.pipelines.search.denoisers.base import defaults_of, denoiser_of
+
+    adapter = denoiser_of(pipeline)
+    policy = _policy(asked)
+    sampler = _sampler(policy, asked["sampler"])
+    budget = Budget(asked["max_nfe"], asked["max_seconds"], asked["target_score"])
+    defaults = defaults_of(pipeline)
+    steps, scale = (
+        call.get(name, defaults.get(theirs))
+        for name, theirs in (("steps", "num_inference_steps"), ("guidance_scale", "guidance_scale"))
+    )
+    guided = adapter.guided_above is not None and scale is not None and scale > adapter.guided_above
+    cheap = _cheap(checkpoint, asked)
+    # The pipeline checks again with what the loaded model tells; here less may be known, but never too much.
+    policy.check(budget, (steps or 1) - 1, 2 if guided else 1, "explore" in cheap)
+    verifier, files = _verifier(checkpoint, asked)
+    values: dict[str, Any] = {
+        name: getattr(policy, name) for name in ("starts", "chains") if name in _settings_of(policy)
+    }
+    settings = {**asked, "policy": policy.name, "verifier": verifier, "verifier_files": files, "sampler": sampler}
+    return Search(policy, budget, sampler, verifier, cheap, save_tree, {**settings, **values})
+
+
+def _cheap(checkpoint: Checkpoint, asked: dict[str, Any]) -> dict[str, Any]:
+    """`explore` and `preview` of the pipeline, where they are asked for."""
+    cheap: dict[str, Any] = {} if asked["preview"] is None else {"preview": asked["preview"]}
+    given = {"tail_drop": asked["explore"], "uncond_tail_drop": asked["explore_uncond"]}
+    explore = {name: value for name, value in given.items() if value is not None}
+    if explore and not checkpoint.has_dynamic_chunking:
+        raise FastgenError(f"--explore: model {checkpoint.model!r} has no dynamic chunking")
+    return cheap | ({"explore": explore} if explore else {})
+
+
+def _policy(asked: dict[str, Any]) -> Policy:
+    from fastgen.pipelines.search.names import POLICIES, named_policy
+
+    name = asked["policy"] or "threshold"
+    given = {setting: asked[setting] for setting in ("tau", "starts", "chains") if asked[setting] is not None}
+    for setting in given if name in POLICIES else ():
+        if setting not in _settings_of(POLICIES[name]):
+            having = [other for other, kind in POLICIES.items() if setting in _settings_of(kind)]
+            raise FastgenError(f"{_option(setting)}: policy {name} has none, but {', '.join(having)}")
+    return named_policy(name, **given)
+
+
+def _settings_of(policy: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(policy)]
+
+
+def _sampler(policy: Policy, asked: str | None) -> str | None:
+    from typing import get_args
+
+    from fastgen.pipelines.noise_search import SamplerName
+
+    if asked is not None and asked not in get_args(SamplerName):
+        raise FastgenError(f"--sampler: {asked!r} is not allowed, needs one of {', '.join(get_args(SamplerName))}")
+    if asked is not None and not policy.stochastic:
+        raise FastgenError(f"--sampler: policy {policy.name} adds no noise between the steps")
+    return (asked or "ancestral") if policy.stochastic else None
+
+
+def _verifier(checkpoint: Checkpoint, asked: dict[str, Any]) -> tuple[str, str | None]:
+    """Its name, and a digest of its weights and thresholds where they are in a folder."""
+    from fastgen.cli.plan import weights_digest
+    from fastgen.evaluation.verifiers.names import verifier_class
+    from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
+    from fastgen.pipelines.search.thresholds import check_in_range
+
+    name = asked["verifier"]
+    if name is None and checkpoint.model not in EMBEDDED_MODELS:
+        raise FastgenError(f"--verifier: needs one for model {checkpoint.model!r}; there is no default that fits it")
+    name = name or DEFAULT_VERIFIER
+    kind, weights = verifier_class(name)
+    for option in ("tau", "target_score"):
+        if asked[option] is not None:
+            check_in_range(_option(option), asked[option], kind)
+    if weights is None and name == DEFAULT_VERIFIER:
+        weights = str(embedded_folder(name))
+    local = weights is not None and Path(weights).is_dir()
+    return name, weights_digest([Path(weights or "")], "thresholds/*.json") if local else None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- pictures ----
+
+
+def searched_pictures(
+    pipe: Any, verifier: Any, search: Search, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any
+) -> Iterator[GeneratedImage]:
+    """`search_images`; what ends it is told as the command line does, after the pictures until then.
+
+    Raises:
+        FastgenError: the model or the verifier failed.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM.
+    """
+    from fastgen.pipelines.noise_search import SearchInterrupted
+    from fastgen.pipelines.search.images import search_images
+
+    try:
+        with _terminable():
+            limits: dict[str, Any] = {"budget": search.budget, "sampler": search.sampler, **search.cheap}
+            yield from search_images(pipe, verifier, search.policy, prompts, seeds, **limits, **arguments)
+    except SearchInterrupted as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise FastgenError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which `timeout` and batch systems send, ends a search as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def summary(image: Path, picture: GeneratedImage) -> str:
+    """One line on the search for a picture."""
+    found, stats = picture.search or {}, picture.stats
+    score = "none" if found["score"] is None else f"{found['score']:.4g}"
+    shown = "" if found["finished"] else f" of a preview at time {_time(found)} of {len(found['tries_by_time']) - 1}"
+    tries = " | ".join(" ".join(map(str, row)) for row in found["tries"] if row)
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats["seconds"].items())
+    together = f" for {stats['images']} pictures" if stats["images"] > 1 else ""
+    parts = [
+        *(["interrupted, a rerun searches again"] if picture.interrupted else []),
+        f"score {score}{shown}",
+        *([f"tries {tries}", f"{found['forced']} forced"] if tries else []),
+        f"{found['evaluations']} evaluations",
+        f"{found['nfe']} NFE",
+        f"{stats['wall_seconds']:.1f} s{together} ({phases})",
+    ]
+    return f"{image}: {', '.join(parts)}"
+
+
+def _time(found: dict[str, Any]) -> int:
+    """Of the node whose picture it is."""
+    number = found["path"][-1]
+    return int(next(row[2] for row in found["trees"][found["chain"]] if row[0] == number))
+
+
+# ---- trees ----
+
+
+def tree_file(image: Path, search: dict[str, Any], picture: Any = None) -> tuple[Path, bytes]:
+    """Name and bytes of the picture of a search.
+
+    Args:
+        image: the picture's own file.
+        search: the report in its sidecar.
+        picture: the picture, shown beside the tree.
+    """
+    from fastgen.evaluation.search_trees import search_tree
+    from fastgen.io import encode_png
+
+    return image.with_suffix(".tree.png"), encode_png(search_tree(search, picture=picture), {})
+
+
+def write_missing_trees(jobs: Sequence[Job]) -> None:
+    """Trees of pictures that were found before."""
+    from PIL import Image
+
+    from fastgen.cli.plan import read_sidecar
+    from fastgen.io import atomic_write_many
+
+    for job in jobs:
+        search = read_sidecar(job).get("search")
+        if search and not job.image.with_suffix(".tree.png").exists():
+            with Image.open(job.image) as picture:
+                atomic_write_many([tree_file(job.image, search, picture)])

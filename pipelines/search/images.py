@@ -1,0 +1,129 @@
+"""One call for many prompts and seeds, as `generate_images` is, with a search for each picture."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fastgen.accounting import account, count_flops, current, note_path
+from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths
+from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.search.budget import Budget
+from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.samplers import Sampler
+
+__all__ = ["search_images"]
+
+_PARTS = 1000  # of which `Progress` tells how many are done
+
+
+def search_images(
+    pipe: Any,
+    verifier: Any,
+    policy: Policy,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    budget: Budget,
+    sampler: str | Sampler | None = None,
+    batch_size: int = 8,
+    batch_invariant: bool = True,
+    flops: bool = False,
+    callback: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> Iterator[GeneratedImage]:
+    """Search for picture i with prompts[i] and seeds[i]; pictures are yielded in order, as soon as they are found.
+
+    Where a search is cut short, the best pictures until then are yielded, marked as interrupted, before the error is
+    raised.
+
+    Args:
+        pipe: a diffusers pipeline with an adapter.
+        verifier, policy, sampler: see `NoiseSearchPipeline`; no sampler stands for its default.
+        prompts, seeds: of equal length.
+        budget: of each picture; pictures that are searched for together share their seconds.
+        batch_size: pictures that are searched for together, and rows of a forward pass, at most.
+        batch_invariant: the same prompt, seed and settings give the same pixels for every batch size and whatever the
+            other pictures are (same machine, same number of threads; no limit of seconds): one picture at a time, one
+            row at a time. False finds the same only up to rounding, and faster where a policy tries several at once.
+        flops: count FLOPs as well; takes some time.
+        callback: called after every round of evaluations.
+        settings: `steps`, `guidance_scale`, `height`, `width`, `negative_prompt`, and what the adapter takes beside.
+
+    Raises:
+        ValueError: an argument out of range, or a budget smaller than one picture takes.
+        SearchInterrupted: the model, the verifier or the user ended the search.
+    """
+    check_prompt_lengths(pipe, [*prompts, *([settings["negative_prompt"]] if settings.get("negative_prompt") else [])])
+    search = NoiseSearchPipeline(pipe, verifier, policy)
+    arguments = {"num_inference_steps" if name == "steps" else name: value for name, value in settings.items()}
+    arguments |= {"max_nfe": budget.max_nfe, "target_score": budget.target_score}
+    arguments |= {"sampler": sampler or "ancestral", "batch_size": 1 if batch_invariant else batch_size}
+    size = 1 if batch_invariant else batch_size
+    for start in range(0, len(prompts), size):
+        texts, own = prompts[start : start + size], seeds[start : start + size]
+        seconds = None if budget.max_seconds is None else budget.max_seconds * len(texts)
+        output: Any
+        cause: SearchInterrupted | None = None
+        with account() as stats, count_flops() if flops else contextlib.nullcontext():
+            note_path(
+                "batch",
+                "one row at a time" if batch_invariant else f"up to {batch_size} rows and pictures together",
+                "batch_invariant: rounding depends on the batch shape" if batch_invariant and batch_size > 1 else None,
+            )
+            try:
+                output = search.search(
+                    list(texts),
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in own],
+                    max_seconds=seconds,
+                    on_round=_reporter(callback, start, len(prompts), len(texts), budget, seconds),
+                    **arguments,
+                )
+            except SearchInterrupted as error:
+                output, cause = error.output, error
+        if output is not None:
+            summary = {"images": len(texts), **stats.as_dict()}
+            told = {"verifier": _name(verifier), "sampler": _name(sampler)}
+            for i, (image, report) in enumerate(zip(output.images, output.reports, strict=True)):
+                found = {**told, **report.as_dict()}
+                yield GeneratedImage(
+                    image, texts[i], own[i], summary, search.loss, search=found, interrupted=cause is not None
+                )
+        if cause is not None:
+            raise cause
+
+
+def _name(thing: Any) -> str | None:
+    """What results call a verifier or a sampler."""
+    if thing is None or isinstance(thing, str):
+        return thing
+    return getattr(thing, "name", None) or getattr(thing, "__name__", type(thing).__name__)
+
+
+def _reporter(
+    callback: Callable[[Progress], None] | None,
+    done: int,
+    total: int,
+    count: int,
+    budget: Budget,
+    seconds: float | None,
+) -> Callable[[int], None] | None:
+    """Tells a callback which part of the budget is spent."""
+    if callback is None:
+        return None
+    started = time.perf_counter()
+
+    def report(running: int) -> None:
+        stats = current()
+        parts = [0.0 if running else 1.0]
+        if budget.max_nfe is not None and stats is not None:
+            parts.append(stats.nfe / (budget.max_nfe * count))
+        if seconds is not None:
+            parts.append((time.perf_counter() - started) / seconds)
+        callback(Progress(done, total, count, round(_PARTS * min(max(parts), 1.0)), _PARTS))
+
+    return report

@@ -1,0 +1,111 @@
+"""What a policy of a noise search is to the pipeline: a program for each chain, and what it needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from fastgen.contracts import Loss
+from fastgen.pipelines.search.budget import Budget
+from fastgen.pipelines.search.calibration import Calibration
+from fastgen.pipelines.search.engine import Chain, Program
+
+__all__ = ["Policy", "check_counts"]
+
+
+class Policy(ABC):
+    """A way to search. One object serves all prompts; what a chain remembers lives in its program.
+
+    Attributes:
+        name: of the method.
+        chains: of every prompt; the best end of them is returned.
+        stochastic: whether transitions need noise.
+        anywhere: whether the model is asked at levels that are not on its own schedule.
+    """
+
+    name: ClassVar[str]
+    loss: ClassVar[Loss] = "lossy"
+    stochastic: ClassVar[bool] = True
+    anywhere: ClassVar[bool] = False
+    chains: int = 1
+
+    @abstractmethod
+    def program(self, chain: Chain) -> Program:
+        """A chain's search: yields what it wants evaluated, returns the node whose picture it ends with."""
+
+    def least(self, transitions: int) -> int:
+        """Evaluations of one prompt without which there is no picture."""
+        return self.chains * (transitions + 1)
+
+    @property
+    def endless(self) -> bool:
+        """Whether nothing but a budget ends the search."""
+        return False
+
+    def anew(self, transitions: int) -> int | None:
+        """Evaluations beside `least` when candidates are explored and what is kept is evaluated anew; None: the policy
+        goes on with all that it draws, and there is nothing to explore."""
+        return None
+
+    def check(self, budget: Budget, transitions: int, cost: int, exploring: bool = False) -> None:
+        """Refuse a budget before anything is evaluated.
+
+        Args:
+            budget: of each prompt.
+            transitions: of a trajectory.
+            cost: forward passes of an evaluation.
+            exploring: whether candidates are evaluated at an effort of their own.
+
+        Raises:
+            ValueError: it is smaller than a picture takes, or does not end the search; or the policy cannot explore.
+        """
+        anew = self.anew(transitions) if exploring else 0
+        if anew is None:
+            raise ValueError(f"explore: policy {self.name} goes on with all that it draws and cannot explore")
+        least = (self.least(transitions) + anew) * cost
+        if budget.max_nfe is not None and budget.max_nfe < least:
+            raise ValueError(
+                f"max_nfe: {budget.max_nfe} is not allowed, policy {self.name} needs at least {least} here"
+            )
+        if self.endless and budget.max_nfe is None and budget.max_seconds is None:
+            raise ValueError(f"max_nfe, max_seconds: policy {self.name} needs one of them, or it would not end")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes thresholds that were measured for the verifier."""
+        return False
+
+    def check_scores(self, verifier: Any) -> None:  # noqa: B027
+        """Refuse numbers that are no scores of this verifier.
+
+        Raises:
+            ValueError: names the number and the verifier's range.
+        """
+
+    def resolved(self, calibration: Calibration | None, times: Sequence[float], evaluations: float) -> Policy:
+        """The policy of a call.
+
+        Args:
+            calibration: of the verifier for the model, if there is one.
+            times: of stochastic trajectories, as noise levels in the model's own interpolant.
+            evaluations: that a prompt may take; infinite without a limit.
+        """
+        return self
+
+    @property
+    def description(self) -> str:
+        """Name and settings, for the report."""
+        return self.name
+
+
+def check_counts(policy: Policy, *names: str) -> None:
+    """Refuse attributes that are no whole numbers above 0.
+
+    Raises:
+        ValueError: names the attribute.
+    """
+    for name in names:
+        value = getattr(policy, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
