@@ -238,7 +238,7 @@ def speculative_markdown(data: dict[str, Any]) -> str:
     rows = []
     for row in data["rows"]:
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
-        judged = "" if row.get("verifier") is None else percent(row["verifier"])
+        judged = "" if row["verifier"] is None else percent(row["verifier"])
         score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
         rows.append(
             [
