@@ -67,7 +67,7 @@ class VerifierRecipe:
 
     def build(self) -> nn.Module:
         """The verifier with fresh weights, and what its training needs beside."""
-        return _Supervised(ShapesVerifier(vocabulary())).to(memory_format=torch.channels_last)
+        return _Supervised(ShapesVerifier(vocabulary()).to(memory_format=torch.channels_last))
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: nobody knows), and at
