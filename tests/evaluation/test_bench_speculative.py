@@ -119,14 +119,14 @@ def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:
 
 
 def test_costs_of_a_micro_model(micro_janus: Path) -> None:
-    """Real passes: rows for every size, and the break-even of the plain step is 1."""
+    """Real passes: rows for every size, measured against the fastest pass, padded or not."""
     pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
     rows = measure_target(target_of(pipe.model.requires_grad_(False), pipe.tokenizer), (1, 2, 5), runs=2)
     assert [row["nodes"] for row in rows] == [1, 2, 5]
-    assert rows[0]["break_even"] == pytest.approx(1.0)
+    plain = min(row["verify"]["p50"] for row in rows) + rows[0]["left"]["p50"]
+    assert rows[0]["break_even"] >= 1.0
     for row in rows:
         assert min(row[name]["p50"] for name in ("verify", "draft", "left")) > 0
-        plain = rows[0]["verify"]["p50"] + rows[0]["left"]["p50"]
         whole = row["verify"]["p50"] + row["left"]["p50"] + (row["nodes"] - 1) * row["draft"]["p50"]
         assert row["break_even"] == pytest.approx(whole / plain)
 
