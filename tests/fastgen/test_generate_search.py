@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -213,7 +214,8 @@ def test_ctrl_c_keeps_the_best_until_then_and_a_rerun_searches_again(
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
-    lines = stderr.strip().splitlines()
+    # Without torchvision a library says so, in a line of its own.
+    lines = [line for line in stderr.strip().splitlines() if not line.startswith("[transformers]")]
     assert stdout == "" and lines[-1] == "error: interrupted" and len(lines) == 3, stderr
     assert lines[1].startswith(f"{second}: interrupted, a rerun searches again, score ")
     assert "of a preview at time 1 of" in lines[1]
@@ -267,14 +269,15 @@ def test_a_verifier_that_crashes_leaves_the_best_until_then(
 
     failing(9, crash)
     options = ["a ring", *search, "--num-images", 2, "--policy", "best-of-n", "--max-nfe", 48]
-    code, stdout, stderr = call(capsys, *options, "-o", tmp_path / "o.png", "--save-tree")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    code, stdout, stderr = call(capsys, *options, "-o", tmp_path / "o.png", *["--save-tree"] * drawn)
     assert code == 2 and stdout == "" and "Traceback" not in stderr
     lines = stderr.splitlines()
     # 48 passes are 6 trajectories of which each end is scored: the fourth of the second picture is not.
     assert lines[-1] == "error: search: RuntimeError: the verifier fell over" and len(lines) == 3
     assert "interrupted" not in lines[0] and "interrupted, a rerun searches again, score" in lines[1]
     assert not sidecar(tmp_path / "o-0.png")["interrupted"] and sidecar(tmp_path / "o-1.png")["interrupted"]
-    assert (tmp_path / "o-1.tree.png").is_file()
+    assert (tmp_path / "o-1.tree.png").is_file() == drawn
 
 
 def test_a_verifier_that_crashes_at_once_leaves_nothing(
