@@ -56,6 +56,7 @@ def train(
     compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile what the recipe names.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32; auto is bf16 where it is native.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that draw batches ahead; 0 = none.")] = None,
     choose: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,7 +85,7 @@ def train(
         return
     if recipe == SEARCH:
         trained: dict[str, Any] = {"--data": data, "--steps": steps, "--accumulate": accumulate, "--lr": lr}
-        trained |= {"--compile": compile, "--precision": precision, "--max-minutes": max_minutes or None}
+        trained |= {"--workers": workers, "--compile": compile, "--precision": precision, "--max-minutes": max_minutes or None}
         _refuse(recipe, trained)
         _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return
@@ -99,6 +100,7 @@ def train(
         compile=compile,
         precision=precision,
         lr=lr,
+        workers=workers,
         seed=seed,
         max_seconds=60.0 * max_minutes,
     )

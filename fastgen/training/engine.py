@@ -24,6 +24,7 @@ from diffusers.training_utils import EMAModel
 
 from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
+from fastgen.training.ahead import Ahead, Draw
 from fastgen.training.muon import Muon
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -52,6 +53,8 @@ class TrainConfig:
         max_seconds: stop (with a checkpoint, resumable) after so much wall time; 0 = never.
         precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 where the
             device multiplies it natively.
+        workers: processes that draw the batches of the next steps, the same batches; 0 = this one draws them. Needs
+            accumulate 1, because a part's batch begins where the loss of the one before left the random numbers.
 
     Raises:
         ValueError: a number is out of range.
@@ -72,6 +75,7 @@ class TrainConfig:
     accumulate: int = 1
     compile: bool = False
     precision: str = "auto"
+    workers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
@@ -79,6 +83,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
+        if self.workers < 0 or (self.workers and self.accumulate > 1):
+            raise ValueError(f"workers must be >= 0, and 0 with accumulate > 1, got {self.workers}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number, got {self.lr}")
         if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1:
@@ -148,10 +154,25 @@ def build_optimizers(module: torch.nn.Module, lr: float, precision: str = "fp32"
     return optimizers
 
 
-def _seeded(seed: int, step: int, process: int) -> torch.Generator:
-    generator = torch.Generator()
-    generator.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
-    return generator
+@dataclass(frozen=True)
+class _Batches:
+    """The first (or only) batch of each step of one process."""
+
+    recipe: Recipe
+    seed: int
+    process: int
+    processes: int
+    batch_size: int
+    accumulate: int
+
+    def start(self, step: int) -> int:
+        return (step * self.processes + self.process) * self.batch_size
+
+    def __call__(self, step: int) -> tuple[dict[str, Any], torch.Generator]:
+        """The batch, and the generator behind it."""
+        numbers = np.random.SeedSequence((self.seed, step, self.process)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(numbers[0]))
+        return self.recipe.batch(self.start(step), self.batch_size // self.accumulate, generator), generator
 
 
 @contextmanager
@@ -208,6 +229,8 @@ class Trainer:
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = 0, 0.0
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = _Batches(recipe, config.seed, process, processes, config.batch_size, config.accumulate)
         self.checkpoint = config.output_dir / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load()
@@ -218,9 +241,9 @@ class Trainer:
         before = self.seconds
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
         self.module.train()
-        with _stop_on_signal() as stop:
+        with self._drawing() as draw, _stop_on_signal() as stop:
             while self.step < config.steps:
-                logs = self._train_step()
+                logs = self._train_step(draw)
                 self.step += 1
                 self.seconds = before + time.monotonic() - begin
                 if self.step % config.log_every == 0 or self.step == config.steps:
@@ -260,15 +283,15 @@ class Trainer:
             "last": {key: round(value, 5) for key, value in logs.items()},
         }
 
-    def _train_step(self) -> dict[str, float]:
+    def _train_step(self, draw: Draw) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
-        process, processes = accelerator.process_index, accelerator.num_processes
-        generator = _seeded(config.seed, self.step, process)
-        start = (self.step * processes + process) * config.batch_size
-        size = config.batch_size // config.accumulate
+        drawn, generator = draw(self.step)
+        start, size = self.batches.start(self.step), config.batch_size // config.accumulate
         totals: dict[str, float] = {}
         for part in range(config.accumulate):
-            batch = _move(self.recipe.batch(start + part * size, size, generator), accelerator.device)
+            if part:
+                drawn = self.recipe.batch(start + part * size, size, generator)
+            batch = _move(drawn, accelerator.device)
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss, logs = self.recipe.loss(self.module, batch, generator)
             if not torch.isfinite(loss):
@@ -289,6 +312,18 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.trained)
         return {**totals, "grad_norm": float(norm), "lr": rate}
+
+    @contextmanager
+    def _drawing(self) -> Iterator[Draw]:
+        """What draws the batches from this step on."""
+        if not self.config.workers:
+            yield self.batches
+            return
+        ahead = Ahead(self.batches, self.config.workers, self.step, self.config.steps)
+        try:
+            yield ahead
+        finally:
+            ahead.close()
 
     def _any_process(self, flag: bool) -> bool:
         """Whether any process says so: all of them must stop after the same step."""

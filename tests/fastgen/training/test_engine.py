@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from fastgen.errors import FastgenError
 from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
+from fastgen.training.recipes import build_recipe
 
 
 class LineRecipe:
@@ -143,6 +146,24 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(value, results[1].exported[name], rtol=1e-4, atol=1e-5)
 
 
+def test_batches_drawn_ahead_are_the_same(tmp_path: Path) -> None:
+    """Also what the loss draws behind them, and in a run that was stopped."""
+    sizes: dict[str, Any] = {"steps": 5, "batch_size": 4, "lr": 1e-3, "precision": "fp32"}
+    Trainer(build_recipe("detector", 0), TrainConfig(tmp_path / "alone", **sizes)).run()
+    ahead = TrainConfig(tmp_path / "ahead", **sizes, workers=2)
+    Trainer(build_recipe("detector", 0), replace(ahead, max_seconds=1e-9)).run()
+    again = Trainer(build_recipe("detector", 0), ahead)
+    assert again.step == 1
+    again.run()
+    alone, together = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("alone", "ahead")
+    )
+    assert together["step"] == 5
+    for name, value in alone["module"].items():
+        assert torch.equal(value, together["module"][name]), name
+    assert not multiprocessing.active_children()
+
+
 def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     _run(tmp_path)
@@ -223,6 +244,8 @@ def test_learning_rate_stays_in_range_and_ends_low(steps: int, warmup: int, deca
         {"accumulate": 0},
         {"accumulate": 3},
         {"precision": "fp8"},
+        {"workers": -1},
+        {"workers": 1, "accumulate": 2},
     ],
 )
 def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:

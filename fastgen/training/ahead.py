@@ -1,0 +1,69 @@
+"""Batches of the next steps, drawn by other processes while this one trains.
+
+A batch is a function of (seed, step, process), so it does not matter who draws it; what the loss draws afterwards goes
+on from the generator's state behind the batch, which comes along.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ahead", "Draw"]
+
+Draw = Callable[[int], tuple[dict[str, Any], torch.Generator]]
+_PER_WORKER = 2  # batches under way for each: one in the making, one that waits
+_draw: Draw | None = None  # of a worker process
+
+
+def _begin(draw: Draw) -> None:
+    global _draw
+    # Everybody's cores are taken by the workers' number, and a renderer has no GPU to look for.
+    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer ends its own
+    _draw = draw
+
+
+def _work(step: int) -> tuple[dict[str, Any], Tensor]:
+    if _draw is None:
+        raise RuntimeError("a worker that was not begun")
+    batch, generator = _draw(step)
+    return batch, generator.get_state()
+
+
+class Ahead:
+    """Draws the batches of steps first, first + 1, … last - 1; to be closed.
+
+    Args:
+        draw: (batch, generator behind it) of a step; picklable.
+        workers: processes, >= 1.
+        first, last: steps.
+    """
+
+    def __init__(self, draw: Draw, workers: int, first: int, last: int) -> None:
+        self.last, self.next = last, first
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (draw,))
+        self.waiting: dict[int, Future[tuple[dict[str, Any], Tensor]]] = {}
+        self.depth = _PER_WORKER * workers
+
+    def __call__(self, step: int) -> tuple[dict[str, Any], torch.Generator]:
+        """The batch of a step; steps are asked for in turn."""
+        while self.next < min(self.last, step + self.depth):
+            self.waiting[self.next] = self.pool.submit(_work, self.next)
+            self.next += 1
+        batch, state = self.waiting.pop(step).result()
+        generator = torch.Generator()
+        generator.set_state(state)
+        return batch, generator
+
+    def close(self) -> None:
+        """End the processes; what they have in hand is thrown away."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
