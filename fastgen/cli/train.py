@@ -85,7 +85,12 @@ def train(
         return
     if recipe == SEARCH:
         trained: dict[str, Any] = {"--data": data, "--steps": steps, "--accumulate": accumulate, "--lr": lr}
-        trained |= {"--workers": workers, "--compile": compile, "--precision": precision, "--max-minutes": max_minutes or None}
+        trained |= {
+            "--workers": workers,
+            "--compile": compile,
+            "--precision": precision,
+            "--max-minutes": max_minutes or None,
+        }
         _refuse(recipe, trained)
         _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return

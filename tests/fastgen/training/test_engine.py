@@ -155,9 +155,7 @@ def test_batches_drawn_ahead_are_the_same(tmp_path: Path) -> None:
     again = Trainer(build_recipe("detector", 0), ahead)
     assert again.step == 1
     again.run()
-    alone, together = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("alone", "ahead")
-    )
+    alone, together = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("alone", "ahead"))
     assert together["step"] == 5
     for name, value in alone["module"].items():
         assert torch.equal(value, together["module"][name]), name
