@@ -116,9 +116,8 @@ def _compared(
     times, which = torch.full((len(latents),), time, dtype=torch.float64), which.to(latents.device)
     said = cheap = denoiser.predict(latents, times, which)
     if explore:
-        denoiser.effort = explore
-        cheap = denoiser.predict(latents, times, which)
-        denoiser.effort = {}
+        with denoiser.at_effort(explore):
+            cheap = denoiser.predict(latents, times, which)
     return said, denoiser.pictures(said), denoiser.pictures(cheap) if shown is None else shown(denoiser, cheap)
 
 

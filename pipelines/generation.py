@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,11 @@ def draws_tokens(pipe_class: type) -> bool:
 _PIPELINE_NAMES = {"steps": "num_inference_steps"}
 
 
+def pipeline_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings under the names that diffusers pipelines have for them."""
+    return {_PIPELINE_NAMES.get(name, name): value for name, value in settings.items()}
+
+
 def resolve_settings(
     pipe_class: type, checkpoint: Checkpoint | None, asked: dict[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
@@ -318,7 +323,7 @@ def _generate(
             def report(step: int, steps: int, start: int = start, count: int = count) -> None:
                 callback(Progress(start, len(prompts), count, step, steps))
 
-        arguments = {_PIPELINE_NAMES.get(name, name): value for name, value in settings.items()}
+        arguments = pipeline_arguments(settings)
         if janus:
             arguments["batch_invariant"] = batch_invariant
         if "negative_prompt" in arguments:

@@ -21,7 +21,7 @@ from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser
 from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
 from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import named_policy
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import PreviewOption, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
@@ -260,11 +260,10 @@ def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> di
         raise ValueError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
     effort = dict(explore or {})
     try:
-        denoiser.effort = effort
+        with denoiser.at_effort(effort):
+            pass
     except ValueError as error:
         raise ValueError(f"explore: {error}") from error
-    finally:
-        denoiser.effort = {}
     if effort:
         note_path("explore", ", ".join(f"{name} {value}" for name, value in effort.items()))
     return effort

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.shapes import ShapesModel
-from fastgen.evaluation.runner import EvaluationRun, RunSettings, Sample
+from fastgen.evaluation.runner import EvaluationRun, RunSettings
 from fastgen.evaluation.shapesworld import score_folder
-from fastgen.evaluation.verifiers.base import Verifier
+from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 
 __all__ = ["score_row"]
 
@@ -46,21 +45,16 @@ def score_row(
     EvaluationRun(place, list(prompts), settings).generate(draw)
     scored = score_folder(place, detector, device=settings.device)
     scores = scored.data
+    judged: dict[str, float] = {}
+    if verifier is not None:
+        asked = [sample.metadata.prompt for sample in scored.samples]
+        found = picture_scores(verifier, (sample.load() for sample in scored.samples), asked)
+        judged["verifier"] = float(found.mean())
     return {
         "score": scores["overall"],
         "stderr": scores["overall_stderr"],
         "tasks": {tag: task["score"] for tag, task in scores["tasks"].items()},
         "fd": scores["fd_shapes"]["value"],
         "detector": scores["detector"],
-        **({} if verifier is None else {"verifier": _mean_score(verifier, scored.samples)}),
+        **judged,
     }
-
-
-def _mean_score(verifier: Verifier, samples: Sequence[Sample], batch: int = 64) -> float:
-    """The verifier's score of pictures for their own prompts, over all of them."""
-    total = 0.0
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        images = torch.stack([torch.from_numpy(sample.load().copy()).permute(2, 0, 1) for sample in part])
-        total += float(verifier.score(images, [sample.metadata.prompt for sample in part]).double().sum())
-    return total / len(samples)

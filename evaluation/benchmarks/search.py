@@ -181,14 +181,8 @@ def _bench(checkpoint: Checkpoint, verifier: Verifier, search: dict[str, Any], d
     pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     call = call_of(checkpoint)
-    settings = Settings(
-        num_inference_steps=call.get("num_inference_steps"),
-        guidance_scale=call.get("guidance_scale"),
-        height=call.get("height"),
-        width=call.get("width"),
-    )
     with torch.no_grad():
-        denoiser = denoiser_of(pipe)(pipe, [""], settings)
+        denoiser = denoiser_of(pipe)(pipe, [""], Settings(**call))
     return Bench(pipe, verifier, call, search, denoiser.forwards, len(denoiser.times))
 
 

@@ -17,7 +17,7 @@ from fastgen.evaluation.fid.shapes import ShapesFeatures
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel
 from fastgen.evaluation.runner import Sample, judge_samples
-from fastgen.evaluation.verifiers.base import Verifier
+from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 from fastgen.io import read_object
 
 __all__ = ["OURS", "Row", "rows_of", "statistics_of"]
@@ -157,12 +157,8 @@ def _verified(
     """The mean score of a verifier, with its interval."""
     if verifier is None:
         return {name: None, f"{name}_ci": None}
-    scores = []
-    for first in range(0, len(pictures), _BATCH):
-        part = slice(first, first + _BATCH)
-        asked = [sample.metadata.prompt for sample in pictures[part]]
-        scores.append(verifier.score(images[part].permute(0, 3, 1, 2).contiguous(), asked).cpu())
-    values = torch.cat(scores).double().numpy().reshape(shape).mean(axis=1)
+    prompts = [sample.metadata.prompt for sample in pictures]
+    values = picture_scores(verifier, images.numpy(), prompts, _BATCH).reshape(shape).mean(axis=1)
     return {name: by.mean(values), f"{name}_ci": by.interval(values)}
 
 

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.generation import pipeline_arguments
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.names import POLICIES, named_policy
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.populations import SearchOverPaths
 from fastgen.pipelines.search.thresholds import BestSoFar, OnlineQuantile, PreviousPlus, Threshold
 
@@ -139,8 +140,8 @@ def parse_variant(text: str) -> Variant:
 
 def call_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The model's own settings as arguments of a diffusers pipeline."""
-    names = {"height": "height", "width": "width", "steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
-    return {argument: checkpoint.defaults[name] for name, argument in names.items() if name in checkpoint.defaults}
+    own = pipeline_arguments(checkpoint.defaults)
+    return {name: own[name] for name in ("height", "width", "num_inference_steps", "guidance_scale") if name in own}
 
 
 def _value(text: str) -> Any:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
 from fastgen.evaluation.geneval.shapes import ShapesChecker
 from fastgen.evaluation.runner import judge_samples, read_samples
-from fastgen.evaluation.verifiers.base import Verifier
+from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 
 __all__ = ["agreement", "auroc", "folder_agreement"]
 
@@ -91,13 +90,10 @@ def folder_agreement(
     """
     samples = read_samples(folder, checker)
     verdicts = judge_samples(samples, checker)
-    scores: list[float] = []
-    for first in range(0, len(samples), batch):
-        part = samples[first : first + batch]
-        images = torch.from_numpy(np.stack([sample.load() for sample in part])).permute(0, 3, 1, 2)
-        scores += verifier.score(images, [sample.metadata.prompt for sample in part]).tolist()
+    prompts = [sample.metadata.prompt for sample in samples]
+    scores = picture_scores(verifier, (sample.load() for sample in samples), prompts, batch)
     return agreement(
-        scores,
+        scores.tolist(),
         [verdict.correct for verdict in verdicts],
         [sample.metadata.tag for sample in samples],
         probabilities=verifier.range == (0.0, 1.0),

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.thresholds import check_in_range
 
-__all__ = ["ModelVerifier", "Verifier", "check_images"]
+__all__ = ["ModelVerifier", "Verifier", "check_images", "picture_scores"]
 
 Own = TypeVar("Own", bound="Verifier")
 OwnModel = TypeVar("OwnModel", bound="ModelVerifier")
@@ -90,6 +92,28 @@ class Verifier(ABC):
             ValueError: not a number, or outside `range`.
         """
         return check_in_range("threshold", value, self)
+
+
+def picture_scores(
+    verifier: Verifier, pictures: Iterable[np.ndarray], prompts: Sequence[str], batch: int = 64
+) -> np.ndarray:
+    """Scores of many pictures, of which no more than a batch are held at a time.
+
+    Args:
+        verifier: scores them.
+        pictures: uint8 [H, W, 3] each, all of one size; may be loaded as they are taken.
+        prompts: n texts, one for each.
+        batch: pictures at a time.
+
+    Returns:
+        float64 [n].
+    """
+    rows, scores = iter(pictures), list[float]()
+    for first in range(0, len(prompts), batch):
+        asked = prompts[first : first + batch]
+        images = torch.from_numpy(np.stack(list(islice(rows, len(asked))))).permute(0, 3, 1, 2).contiguous()
+        scores += verifier.score(images, asked).tolist()
+    return np.array(scores, dtype=np.float64)
 
 
 class ModelVerifier(Verifier):

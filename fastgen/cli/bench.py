@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastgen.cli.bench_search import search, search_overhead
-from fastgen.cli.publish import publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help=True)
@@ -28,18 +28,17 @@ app.command("search-overhead")(search_overhead)
 @app.command("generate")
 def generate(
     model: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: tiny and tiny-janus.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: OutOption = None,
     runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
     batch: Annotated[list[int] | None, typer.Option(help="Pictures per call; repeat. Default: 1 and 8.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion).")] = 8,
     cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Measure cold starts.")] = True,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
@@ -52,8 +51,7 @@ def generate(
     check_names(device, dtype)
     for name in models:
         find_checkpoint(name)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
         import diffusers
         import transformers
@@ -82,16 +80,14 @@ def data(
     images: Annotated[int, typer.Option(help="Pictures of one run.")] = 4096,
     runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
     processes: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 1 and 2.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Pictures a second of the ShapesWorld renderer."""
     from fastgen.evaluation.benchmarks.data import benchmark_data
     from fastgen.evaluation.results import data_markdown
-    from fastgen.io import check_writable
 
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     result = benchmark_data(images, runs, processes or (1, 2))
     publish(result, out, as_json, data_markdown(result))
 
@@ -116,21 +112,18 @@ def dc(
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against FLOPs and seconds (extra: report).")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking, its baseline, and peers."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     check_names(device, "auto")
     for name in (model, dense):
         find_checkpoint(name)
-    for path in (out, plot):
-        if path is not None:
-            check_writable(path.parent)
+    check_files(out, plot)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
         from fastgen.evaluation.results import dc_quality_markdown, dc_quality_plot
@@ -167,16 +160,14 @@ def dc_ablations(
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
     renders: Annotated[int, typer.Option(help="Held-out pictures to judge by.")] = 256,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train the small model with one part of dynamic chunking changed at a time, and compare on held-out renders."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import find_checkpoint
 
     base = find_checkpoint(part)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.results import dc_ablations_markdown
         from fastgen.training.dc_ablations import benchmark_dc_ablations
@@ -205,18 +196,16 @@ def drafter_ablations(
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
     pictures: Annotated[int, typer.Option(help="Pictures to judge by.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a drafter with one term of its loss changed at a time, and compare what the target accepts."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(part)
     if checkpoint.kind != "janus":
         raise FastgenError(f"--part: {part} is no Janus model")
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.results import drafter_ablations_markdown
         from fastgen.training.drafter_ablations import benchmark_drafter_ablations
@@ -256,22 +245,19 @@ def speculative(
     batch_size: Annotated[int, typer.Option(help="Images of the evaluation set at once.")] = 32,
     timed_prompts: Annotated[int, typer.Option(help="Pictures of a timed round, drawn one by one.")] = 6,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the variants; auto: bfloat16 where it is native.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the rounds.")] = True,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     check_names(device, dtype)
     find_checkpoint(model)
-    for path in (out, plot):
-        if path is not None:
-            check_writable(path.parent)
+    check_files(out, plot)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
         from fastgen.evaluation.results import speculative_markdown, speculative_plot
@@ -304,18 +290,16 @@ def speculative_cost(
     ] = None,
     nodes: Annotated[list[int] | None, typer.Option(help="Tokens of a pass; repeat. Default: 1, 2, 4 … 64.")] = None,
     runs: Annotated[int, typer.Option(help="Measured rounds.")] = 20,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "bfloat16",
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names
 
     check_names(device, dtype)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     from fastgen.evaluation.benchmarks.speculative_cost import NODES, SIZES, benchmark_speculative_cost
     from fastgen.evaluation.results import speculative_cost_markdown
 
@@ -344,18 +328,16 @@ def dc_speed(
     image_size: Annotated[int, typer.Option(help="Pixels.")] = 256,
     runs: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile all blocks.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names
 
     check_names(device, dtype)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
     from fastgen.evaluation.results import dc_markdown
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.publish import publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 
 __all__ = ["search", "search_overhead"]
 
@@ -37,21 +37,18 @@ def search(
     folder: Annotated[Path, typer.Option(help="Folder of pictures and records; a killed run continues there.")] = Path(
         "fastgen-bench-search"
     ),
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against NFE and seconds (extra: report).")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Noise search: ShapesWorld-GenEval against NFE and seconds for all policies, with paired tests."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     check_names(device, dtype)
     find_checkpoint(model)
-    for path in (out, plot):
-        if path is not None:
-            check_writable(path.parent)
+    check_files(out, plot)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
         from fastgen.evaluation.search_results import search_markdown, search_plot
@@ -79,19 +76,17 @@ def search(
 def search_overhead(
     model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
     runs: Annotated[int, typer.Option(help="Measured rounds.")] = 30,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What wrapping a pipeline for noise search costs while its search is off."""
-    from fastgen.io import check_writable
     from fastgen.pipelines.checkpoint import check_names, find_checkpoint
 
     check_names(device, dtype)
     find_checkpoint(model)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.search_overhead import benchmark_search_overhead
         from fastgen.evaluation.search_results import search_overhead_markdown

@@ -120,16 +120,18 @@ def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
     for job in jobs:
         if is_finished(job):
             continue
-        same = _recorded_settings(job) == job.settings  # then the picture is of a search that was interrupted
-        if strict and not same and job.image.exists() and is_whole_png(job.image):
+        # With the same settings it is the picture of a search that was interrupted.
+        if strict and is_whole_png(job.image) and _recorded_settings(job) != job.settings:
             raise FastgenError(f"{job.image} is in the way: {_difference(job)}; use --overwrite or another folder")
         yield job
 
 
 def is_finished(job: Job) -> bool:
     """The picture is whole, was made with these settings, and nothing interrupted the search for it."""
-    whole = is_whole_png(job.image) and _recorded_settings(job) == job.settings
-    return whole and not read_sidecar(job).get("interrupted")
+    if not is_whole_png(job.image):
+        return False
+    sidecar = read_sidecar(job)
+    return sidecar.get("settings") == job.settings and not sidecar.get("interrupted")
 
 
 def is_whole_png(path: Path) -> bool:

@@ -1,12 +1,30 @@
-"""How a benchmark tells its result."""
+"""What the commands of `fastgen bench` share: options, and how a result is told."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+OutOption = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+
+
+def check_files(*files: Path | None) -> None:
+    """Refuse files that cannot be written, before anything is measured.
+
+    Raises:
+        FastgenError: of the first folder that is not writable.
+    """
+    from fastgen.io import check_writable
+
+    for file in files:
+        if file is not None:
+            check_writable(file.parent)
 
 
 def publish(result: dict[str, Any], out: Path | None, as_json: bool, table: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage
     from fastgen.pipelines.search.budget import Budget
-    from fastgen.pipelines.search.policies import Policy
+    from fastgen.pipelines.search.policy import Policy
 
 PolicyOption = Annotated[
     str | None,
@@ -156,6 +156,7 @@ def plan_search(
         ValueError: a model, a policy, a verifier or a sampler that there is not, a setting that the policy does not
             have, or a budget smaller than one picture takes.
     """
+    from fastgen.pipelines.generation import pipeline_arguments
     from fastgen.pipelines.search.budget import Budget
     from fastgen.pipelines.search.denoisers.base import defaults_of, denoiser_of
 
@@ -163,11 +164,8 @@ def plan_search(
     policy = _policy(asked)
     sampler = _sampler(policy, asked["sampler"])
     budget = Budget(asked["max_nfe"], asked["max_seconds"], asked["target_score"])
-    defaults = defaults_of(pipeline)
-    steps, scale = (
-        call.get(name, defaults.get(theirs))
-        for name, theirs in (("steps", "num_inference_steps"), ("guidance_scale", "guidance_scale"))
-    )
+    arguments = defaults_of(pipeline) | pipeline_arguments(call)
+    steps, scale = arguments.get("num_inference_steps"), arguments.get("guidance_scale")
     guided = adapter.guided_above is not None and scale is not None and scale > adapter.guided_above
     cheap = _cheap(checkpoint, asked)
     # The pipeline checks again with what the loaded model tells; here less may be known, but never too much.

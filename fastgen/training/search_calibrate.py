@@ -32,18 +32,19 @@ from fastgen.evaluation.verifiers.base import ModelVerifier, Verifier
 from fastgen.evaluation.verifiers.names import load_verifier, verifier_class
 from fastgen.io import atomic_write_json, check_writable, read_json
 from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
-from fastgen.pipelines.generation import pipeline_class
+from fastgen.pipelines.generation import pipeline_arguments, pipeline_class
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.calibration import FILE, Calibration, model_signature
 from fastgen.pipelines.search.denoisers.base import denoiser_of
 from fastgen.pipelines.search.engine import Chain, Program
-from fastgen.pipelines.search.policies import Policy, check_counts
+from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.training.threshold_rules import (
     FEWEST,
     LEVEL,
     PRICES,
     precision_curve,
+    prospects,
     quantile_rows,
     schedule_at,
     smallest_threshold,
@@ -197,6 +198,7 @@ def measure(
         branches=scores.shape[2],
         wanted="correct" if judged else "score",
         fixed=smallest_threshold(final, correct) if judged else None,
+        prospects=prospects(scores, correct) if judged else None,
         quantiles=quantile_rows(scores),
         report=found,
         about=about,
@@ -214,10 +216,8 @@ def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
 
 def _settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of the search's call: the model's own, the user's over them."""
-    found = {"sampler": "ancestral", "branches": 4, **checkpoint.defaults, **given}
-    if "steps" in found:
-        found["num_inference_steps"] = found.pop("steps")
-    return found
+    own = {"sampler": "ancestral", "branches": 4, **pipeline_arguments(checkpoint.defaults)}
+    return own | pipeline_arguments(given)
 
 
 def _open(

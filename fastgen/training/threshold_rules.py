@@ -19,12 +19,14 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from fastgen.pipelines.search.calibration import Schedule
+from fastgen.pipelines.search.prospects import Prospects
 
 __all__ = [
     "FEWEST",
     "LEVEL",
     "PRICES",
     "precision_curve",
+    "prospects",
     "quantile_rows",
     "schedule_at",
     "smallest_threshold",
@@ -78,6 +80,16 @@ def quantile_rows(scores: np.ndarray) -> dict[str, tuple[float, ...]]:
     return {f"{q:g}": tuple(map(float, row)) for q, row in zip(QUANTILES, rows, strict=True)}
 
 
+def prospects(scores: np.ndarray, correct: np.ndarray) -> Prospects | None:
+    """Chances of a correct picture by time and score, of trajectories [n] whose first candidates score [n, N, …]; None
+    where no picture is correct."""
+    if not correct.any():
+        return None
+    rows = [_curve(scores[:, time, 0], correct.astype(np.float64)) for time in range(scores.shape[1])]
+    places, chances = (tuple(tuple(map(float, row[i])) for row in rows) for i in range(2))
+    return Prospects(float(correct.mean()), places, chances)
+
+
 def worths(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     """Expected outcome given the score at a time: rises with it, fitted over groups of like scores.
 
@@ -88,12 +100,16 @@ def worths(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     Returns:
         [n, K].
     """
-    order = np.argsort(scores[:, 0], kind="stable")
+    return np.interp(scores, *_curve(scores[:, 0], outcome))
+
+
+def _curve(scores: np.ndarray, outcome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores that rise, and the outcomes expected of them."""
+    order = np.argsort(scores, kind="stable")
     groups = np.array_split(order, min(_GROUPS, max(1, len(order) // FEWEST)))
-    places = np.array([scores[group, 0].mean() for group in groups])
+    places = np.array([scores[group].mean() for group in groups])
     sizes = np.array([len(group) for group in groups], dtype=np.float64)
-    fitted = isotonic_regression([outcome[group].mean() for group in groups], weights=sizes).x
-    return np.interp(scores, places, fitted)
+    return places, isotonic_regression([outcome[group].mean() for group in groups], weights=sizes).x
 
 
 def schedule_at(price: float, scores: np.ndarray, outcome: np.ndarray, lowest: float | None = None) -> Schedule:

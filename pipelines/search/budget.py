@@ -68,6 +68,11 @@ class Pool:
         return self.spent * self.cost
 
     @property
+    def limit(self) -> float:
+        """Evaluations that the prompt may take; `inf` without a limit."""
+        return math.inf if self.budget.max_nfe is None else self.budget.max_nfe // self.cost
+
+    @property
     def late(self) -> bool:
         """Whether the time is over."""
         limit = self.budget.max_seconds
@@ -78,13 +83,11 @@ class Pool:
         a limit, and none once the time is over."""
         if self.late or self.done:
             return 0
-        if self.budget.max_nfe is None:
-            return math.inf
-        return self.budget.max_nfe // self.cost - self.spent - sum(self.owed.values())
+        return self.limit - self.spent - sum(self.owed.values())
 
     def affords(self, count: int) -> bool:
         """Whether the passes are there, whatever they are kept for and whatever the time is."""
-        return self.budget.max_nfe is None or self.spent + count <= self.budget.max_nfe // self.cost
+        return self.spent + count <= self.limit
 
     def spend(self, count: int) -> None:
         """Count evaluations."""

@@ -18,11 +18,13 @@ import numpy as np
 
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_json, read_object
+from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.thresholds import Scheduled
 
 __all__ = ["FILE", "Calibration", "Schedule", "calibration_for", "model_signature", "read_calibrations"]
 
 FILE = "thresholds.json"
+_HIGH = "0.9"  # of the quantiles
 _NETWORKS = ("transformer", "unet")
 
 
@@ -69,6 +71,7 @@ class Calibration:
         quantiles: of the scores at each time, by q.
         report: what else was measured.
         about: what it was made with.
+        prospects: what became of previews of which scores; None: nobody judged.
 
     Raises:
         ValueError: lengths or numbers that do not fit.
@@ -85,6 +88,7 @@ class Calibration:
     quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict, compare=False)
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    prospects: Prospects | None = None
 
     def __post_init__(self) -> None:
         falling = all(after < before for before, after in zip(self.times, self.times[1:], strict=False))
@@ -95,6 +99,8 @@ class Calibration:
         rows = [*(schedule.taus for schedule in self.schedules), *self.quantiles.values()]
         if any(len(row) != len(self.times) or not all(map(math.isfinite, row)) for row in rows):
             raise ValueError(f"schedules, quantiles: need {len(self.times)} finite numbers each, one for each time")
+        if self.prospects is not None and len(self.prospects.scores) != len(self.times):
+            raise ValueError(f"prospects: need {len(self.times)} rows, one for each time")
 
     def fits(self, pipe: Any) -> bool:
         """Whether it was made for this model. Settings that only one side knows (a library gained some) do not
@@ -115,18 +121,47 @@ class Calibration:
         paid = [schedule for schedule in ordered if schedule.evaluations <= evaluations]
         return paid[-1] if paid else ordered[0]
 
-    def threshold(self, times: Sequence[float], evaluations: float = math.inf) -> Scheduled:
+    @property
+    def goal(self) -> float | None:
+        """The score of a picture that is good enough: `fixed`, and where it is not known one that few have."""
+        if self.fixed is not None:
+            return self.fixed
+        return self.quantiles[_HIGH][-1] if _HIGH in self.quantiles else None
+
+    @property
+    def worth_of_anew(self) -> float | None:
+        """What an evaluation brings that is spent on a new trajectory, as `Schedule.price`: where one can begin anew,
+        a try of a transition has to bring as much. None: it is not known."""
+        if self.prospects is None or self.prospects.chance == 1:
+            return None
+        chance = self.prospects.chance
+        return chance / len(self.times) / math.sqrt(chance * (1 - chance))
+
+    def prospects_at(self, times: Sequence[float]) -> Prospects | None:
+        """The prospects at the times of a search (see `threshold`), each those of the nearest of ours."""
+        if self.prospects is None:
+            return None
+        ours = np.array(self.times)
+        return self.prospects.at([int(np.abs(ours - time).argmin()) for time in times])
+
+    def threshold(
+        self, times: Sequence[float], evaluations: float = math.inf, price: float | None = None
+    ) -> Scheduled:
         """The thresholds of a search.
 
         Args:
             times: of its trajectories, as noise levels in the model's own interpolant; between ours and beyond them
                 thresholds are interpolated and held.
             evaluations: that it may take for a picture.
+            price: that a try has to bring in place of that: the schedule of the nearest price is taken.
         """
-        chosen = self.schedule(evaluations)
+        chosen = self.schedule(evaluations) if price is None else self._priced(price)
         taus = np.interp(times, self.times[::-1], chosen.taus[::-1])
         source = f"{self.model}, price {chosen.price:g}"
         return Scheduled(tuple(float(tau) for tau in taus), len(taus), source)
+
+    def _priced(self, price: float) -> Schedule:
+        return min(self.schedules, key=lambda schedule: abs(math.log(schedule.price / price)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a JSON file."""
@@ -145,7 +180,12 @@ class Calibration:
         try:
             rows = [Schedule(**{**row, "taus": tuple(row["taus"])}) for row in data.pop("schedules")]
             quantiles = {key: tuple(row) for key, row in data.pop("quantiles").items()}
-            return cls(**{**data, "times": tuple(data["times"])}, schedules=tuple(rows), quantiles=quantiles)
+            seen = data.pop("prospects", None)
+            if seen is not None:
+                curves = {key: tuple(tuple(row) for row in seen[key]) for key in ("scores", "chances")}
+                seen = Prospects(seen["chance"], **curves)
+            fixed = {**data, "times": tuple(data["times"])}
+            return cls(**fixed, schedules=tuple(rows), quantiles=quantiles, prospects=seen)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FastgenError(f"thresholds: {place} cannot be read: {type(error).__name__} {error}") from error
 

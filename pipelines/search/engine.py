@@ -30,7 +30,19 @@ from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.previews import Preview
 from fastgen.pipelines.search.samplers import Sampler
 
-__all__ = ["Ask", "Chain", "Effort", "Node", "Program", "SearchStopped", "Visit", "best_of", "better", "run_chains"]
+__all__ = [
+    "Ask",
+    "Chain",
+    "Effort",
+    "Node",
+    "Program",
+    "SearchStopped",
+    "Visit",
+    "best_of",
+    "better",
+    "rank",
+    "run_chains",
+]
 
 #: Scores pictures [k, 3, H, W] uint8 of k prompts: [k].
 Verifier = Callable[[Tensor, list[str]], Tensor]
@@ -166,7 +178,7 @@ class Chain:
         """Note an evaluated node."""
         parent = -1 if node.parent is None else node.parent.number
         self.trace.append(Visit(node.number, parent, node.index, node.score, node.effort))
-        if self.furthest is None or _rank(node) > _rank(self.furthest):
+        if self.furthest is None or rank(node) > rank(self.furthest):
             self.furthest = node
 
     def generator(self, *place: int) -> torch.Generator:
@@ -181,9 +193,10 @@ class Chain:
             return self.start
         return self.denoiser.noise(self.generator(0, number))
 
-    def noise(self, step: int, number: int) -> Tensor:
-        """Noise [1, …] of try `number` at transition `step`."""
-        return self.denoiser.restless(self.generator(1, step, number))
+    def noise(self, step: int, number: int, trajectory: int = 0) -> Tensor:
+        """Noise [1, …] of try `number` at transition `step` of a trajectory."""
+        later = (trajectory,) if trajectory else ()
+        return self.denoiser.restless(self.generator(1, step, number, *later))
 
     def ask(
         self,
@@ -209,8 +222,9 @@ class Chain:
         return node
 
 
-def _rank(node: Node) -> tuple[bool, int, float]:
-    """What is shown of a search that is cut short."""
+def rank(node: Node) -> tuple[bool, int, float]:
+    """The order in which nodes are shown as what a search found: full effort before exploring, late times before early
+    ones, then scores."""
     return not node.explored, node.index, -math.inf if math.isnan(node.score) else node.score
 
 
@@ -324,12 +338,8 @@ def _predict(part: Sequence[_Row]) -> Prediction:
     times = torch.tensor([time for time, _ in places], dtype=torch.float64, device=latents.device)
     scale = torch.tensor([scale for _, scale in places]).to(latents).view(-1, *[1] * (latents.ndim - 1))
     which = torch.tensor([chain.prompt for chain, _, _ in part], device=latents.device)
-    denoiser.effort = chain.explore if ask.effort == "exploring" else {}
-    try:
-        with _billed(part):
-            return denoiser.predict(latents / scale, times, which)
-    finally:
-        denoiser.effort = {}
+    with denoiser.at_effort(chain.explore if ask.effort == "exploring" else {}), _billed(part):
+        return denoiser.predict(latents / scale, times, which)
 
 
 def _shown(part: Sequence[_Row], said: Prediction, preview: Preview | None) -> Tensor:

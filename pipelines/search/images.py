@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
-from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths
+from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths, pipeline_arguments
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.budget import Budget
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.samplers import Sampler
 
 __all__ = ["search_images"]
@@ -60,8 +60,7 @@ def search_images(
     """
     check_prompt_lengths(pipe, [*prompts, *([settings["negative_prompt"]] if settings.get("negative_prompt") else [])])
     search = NoiseSearchPipeline(pipe, verifier, policy)
-    arguments = {"num_inference_steps" if name == "steps" else name: value for name, value in settings.items()}
-    arguments |= {"max_nfe": budget.max_nfe, "target_score": budget.target_score}
+    arguments = pipeline_arguments(settings) | {"max_nfe": budget.max_nfe, "target_score": budget.target_score}
     arguments |= {"sampler": sampler or "ancestral", "batch_size": 1 if batch_invariant else batch_size}
     size = 1 if batch_invariant else batch_size
     for start in range(0, len(prompts), size):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgen.pipelines.search.policies import Policy, Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policies import Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.populations import Blockwise, MonteCarlo, SearchOverPaths
 from fastgen.pipelines.search.starts import BestOfN, RandomSearch, ZeroOrder
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
+from fastgen.pipelines.search.starts import trajectories
 
 __all__ = ["Blockwise", "MonteCarlo", "SearchOverPaths"]
 
@@ -92,11 +93,7 @@ class SearchOverPaths(Policy):
         """The ODE from level `begin` towards `end`: the prediction of the last evaluation is scored."""
         times = [begin + (end - begin) * i / self.steps for i in range(self.steps)]
         sampler = Sampler(chain.denoiser.interpolant, times)
-        nodes = yield chain.ask(latents, 0, parents, sampler=sampler, scored=self.steps == 1)
-        for index in range(1, self.steps):
-            proposals = [node.step(None) for node in nodes]
-            nodes = yield chain.ask(proposals, index, nodes, sampler=sampler, scored=index + 1 == self.steps)
-        return nodes
+        return (yield from trajectories(chain, latents, sampler, parents=parents))
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastgen.pipelines.search.engine import Chain, Node
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.thresholds import Threshold
 
 __all__ = ["SearchReport", "report_of", "taus_of"]

@@ -16,7 +16,7 @@ from fastgen.pipelines.search.engine import Ask, Chain, Effort, Node, Program, b
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
 
-__all__ = ["BestOfN", "RandomSearch", "StartSearch", "ZeroOrder", "neighbour"]
+__all__ = ["BestOfN", "RandomSearch", "StartSearch", "ZeroOrder", "neighbour", "trajectories"]
 
 
 def _ode(chain: Chain) -> Sampler:
@@ -24,14 +24,18 @@ def _ode(chain: Chain) -> Sampler:
     return Sampler(chain.denoiser.interpolant, chain.denoiser.times)
 
 
-def _trajectories(
-    chain: Chain, starts: Sequence[Tensor], sampler: Sampler, effort: Effort = "full"
+def trajectories(
+    chain: Chain,
+    starts: Sequence[Tensor],
+    sampler: Sampler,
+    effort: Effort = "full",
+    parents: Sequence[Node | None] = (),
 ) -> Generator[Ask, list[Node], list[Node]]:
-    """The ODE from several noises side by side; only its ends are scored."""
+    """The ODE from several samples side by side; only its ends are scored."""
     nodes: list[Node] = []
     latents, last = list(starts), sampler.transitions
     for index in range(last + 1):
-        nodes = yield chain.ask(latents, index, nodes, sampler, scored=index == last, effort=effort)
+        nodes = yield chain.ask(latents, index, nodes or parents, sampler, scored=index == last, effort=effort)
         latents = [node.step(None) for node in nodes] if index < last else []
     return nodes
 
@@ -81,12 +85,12 @@ class StartSearch(Policy):
                 count = max(count, self.smallest)  # `check` saw to it
             elif count < (len(starts) if self.whole else 1):
                 break
-            nodes = yield from _trajectories(chain, starts[:count], sampler, effort)
+            nodes = yield from trajectories(chain, starts[:count], sampler, effort)
             draft = best_of([node for node in (draft, *nodes) if node is not None])
             if not chain.explore:
                 best = draft
             elif chain.meets(draft):
-                (end,) = yield from _trajectories(chain, [_start(draft)], sampler, "anew")
+                (end,) = yield from trajectories(chain, [_start(draft)], sampler, "anew")
                 best, draft = better(best, end), None
             try:
                 starts = rounds.send(nodes)
@@ -94,7 +98,7 @@ class StartSearch(Policy):
                 break
         pool.owed.pop(chain.number, None)
         if draft is not None and draft is not best:
-            (end,) = yield from _trajectories(chain, [_start(draft)], sampler, "anew")
+            (end,) = yield from trajectories(chain, [_start(draft)], sampler, "anew")
             best = better(best, end)
         assert best is not None
         return best

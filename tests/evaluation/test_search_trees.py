@@ -13,7 +13,8 @@ from PIL import Image
 from toy_search import run_policy, sum_of
 
 from fastgen.evaluation.search_trees import _FORCED, _PATH, _TAU, _forced, _places, search_tree
-from fastgen.pipelines.search.policies import Policy, Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policies import Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.populations import MonteCarlo, SearchOverPaths
 from fastgen.pipelines.search.report import report_of
 from fastgen.pipelines.search.starts import BestOfN

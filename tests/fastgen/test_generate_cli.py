@@ -15,19 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from generate_command import call
 from PIL import Image
 
 import fastgen.io
-from fastgen.cli.main import run
 
 COMMAND = [sys.executable, "-m", "fastgen.cli.main", "generate"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = run(["generate", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def environment() -> dict[str, str]:

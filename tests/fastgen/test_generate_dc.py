@@ -7,15 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from generate_command import call
 from PIL import Image
-
-from fastgen.cli.main import run
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = run(["generate", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_budget_reaches_the_model_and_the_sidecar(

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generate_command import call
 from PIL import Image
 
 import fastgen.pipelines.loading as loading
-from fastgen.cli.main import run
 from fastgen.data.captions import vocabulary
 from fastgen.evaluation.verifiers.names import load_verifier
 from fastgen.evaluation.verifiers.shapes import ShapesVerifier
@@ -27,12 +27,6 @@ from fastgen.models.shapes_verifier import ShapesVerifier as Network
 
 COMMAND = [sys.executable, "-m", "fastgen.cli.main", "generate"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = run(["generate", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def sidecar(picture: Path) -> dict[str, Any]:

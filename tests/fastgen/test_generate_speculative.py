@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from generate_command import call
 from micro_models import JANUS_TOKENS
 from PIL import Image
 
-from fastgen.cli.main import run
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.targets import target_of
@@ -30,12 +30,6 @@ def with_drafter(micro_janus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     defaults = json.loads(path.read_text()) if (path := model / "fastgen.json").exists() else {}
     path.write_text(json.dumps({**defaults, "drafter": "drafter"}))
     return model
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = run(["generate", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_greedy_pictures_are_the_plain_ones_in_fewer_passes(

@@ -12,7 +12,7 @@ from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.denoisers.base import FlowDenoiser, Settings
 from fastgen.pipelines.search.engine import Chain, Node, run_chains
 from fastgen.pipelines.search.interpolants import Prediction
-from fastgen.pipelines.search.policies import Policy
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import Preview
 from fastgen.pipelines.search.samplers import Ancestral, Sampler
 

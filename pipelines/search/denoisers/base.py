@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -124,6 +125,15 @@ class Denoiser(ABC):
     def effort(self, effort: dict[str, Any]) -> None:
         self.use_effort(effort)
         self._effort = dict(effort)
+
+    @contextmanager
+    def at_effort(self, effort: dict[str, Any]) -> Iterator[None]:
+        """These knobs inside, and the settings' own behind."""
+        try:
+            self.effort = effort
+            yield
+        finally:
+            self.effort = {}
 
     @property
     def device(self) -> torch.device:

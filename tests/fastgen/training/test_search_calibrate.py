@@ -16,11 +16,12 @@ from fastgen.data.captions import TASKS, vocabulary
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.names import load_verifier
 from fastgen.models.shapes_verifier import ShapesVerifier
+from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.policies import Threshold
-from fastgen.training.search_calibrate import Branching, calibrate_search, calibration_captions
+from fastgen.training.search_calibrate import Branching, _settings, calibrate_search, calibration_captions
 
 COUNT = 40  # three chunks, the last one not full
 ASKED: dict[str, Any] = {"trajectories": COUNT, "settings": {"branches": 2, "steps": 3}}
@@ -207,3 +208,10 @@ def test_bad_commands_end_in_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["steps", "num_inference_steps"])
+def test_the_steps_that_are_asked_for_go_before_the_models_own(name: str) -> None:
+    found = _settings(find_checkpoint("tiny"), {name: 4})
+    assert found["num_inference_steps"] == 4 and "steps" not in found
+    assert _settings(find_checkpoint("tiny"), {})["num_inference_steps"] == 12

@@ -18,7 +18,8 @@ from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.engine import Chain, Node
 from fastgen.pipelines.search.names import named_policy
-from fastgen.pipelines.search.policies import Policy, Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policies import Rollover, Threshold, ValueSampling
+from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.report import report_of
 from fastgen.pipelines.search.starts import BestOfN, RandomSearch, ZeroOrder
 from fastgen.pipelines.search.thresholds import OnlineQuantile

@@ -1,0 +1,59 @@
+"""What becomes of a trajectory, given the verifier's score of a preview: whether to go on with it or begin another.
+
+A search that may begin anew has a second choice beside trying a transition again. Going on from a preview costs the
+evaluations that are left of the trajectory and succeeds with a chance p; a new one costs a whole trajectory and
+succeeds with a chance p_0. A trajectory is worth its cost as long as p / left >= p_0 / whole. How likely a new one is
+to succeed depends on the prompt, and every failure tells that it is a hard one: after k of them the chance is taken
+as 1 / (1 / p_0 + k), the posterior mean of a Beta(1, 1 / p_0 - 1) law of the prompts' chances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Prospects"]
+
+
+@dataclass(frozen=True)
+class Prospects:
+    """Measured by `fastgen train search-calibrate`.
+
+    Attributes:
+        chance: p_0, the share of all trajectories that ended in a correct picture.
+        scores: for each time, scores that rise.
+        chances: of a correct picture from a preview of such a score; between the scores interpolated.
+
+    Raises:
+        ValueError: a chance outside (0, 1], or lengths that do not fit.
+    """
+
+    chance: float
+    scores: tuple[tuple[float, ...], ...]
+    chances: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.chance <= 1:
+            raise ValueError(f"chance: {self.chance} is not allowed, needs a number in (0, 1]")
+        lengths = [(len(scores), len(chances)) for scores, chances in zip(self.scores, self.chances, strict=True)]
+        if not lengths or any(one != other or not one for one, other in lengths):
+            raise ValueError("scores, chances: need as many numbers each, and at least one time")
+
+    def at(self, places: list[int]) -> Prospects:
+        """Those of other times, which stand nearest to ours at `places`."""
+        return Prospects(self.chance, tuple(self.scores[i] for i in places), tuple(self.chances[i] for i in places))
+
+    def of(self, index: int, score: float) -> float:
+        """The chance of a trajectory whose preview at a time scores so much."""
+        return float(np.interp(score, self.scores[index], self.chances[index]))
+
+    def fresh(self, failures: int) -> float:
+        """The chance of a new trajectory of a prompt of which so many failed."""
+        return 1 / (1 / self.chance + failures)
+
+    def hopeless(self, index: int, score: float, failures: int) -> bool:
+        """Whether a new trajectory promises more for its cost than going on from time `index`."""
+        whole = len(self.scores)
+        left = whole - 1 - index
+        return self.of(index, score) * whole < self.fresh(failures) * left

@@ -1,0 +1,206 @@
+"""The loop of policies that search transition by transition: it asks a policy how often to try and what to accept."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+from fastgen.pipelines.search.engine import Ask, Chain, Effort, Node, Program, better, rank
+from fastgen.pipelines.search.policy import Policy
+
+__all__ = ["State", "StepPolicy"]
+
+
+@dataclass
+class State:
+    """What the loop knows of a chain."""
+
+    chain: Chain
+    scores: list[float] = field(default_factory=list)
+    best: Node | None = None
+    accepted: float = -math.inf
+    trajectory: int = 0  # that it is at
+
+    def see(self, node: Node) -> float:
+        """Take a node in; the best score before it."""
+        before = -math.inf if self.best is None else self.best.score
+        self.scores.append(node.score)
+        self.best = better(self.best, node)
+        return before
+
+
+class StepPolicy(Policy):
+    """The loop over transitions (section 3.2 of our specification).
+
+    Attributes:
+        starts: noises that are drawn and scored before the first transition; the best is gone on with.
+        wave: candidates that are tried together. It changes what a search costs, not what it finds: what comes behind
+            the accepted one of a wave is paid for and forgotten.
+        reserve: a trajectory that was begun can always be finished.
+        previews: what is returned may be another node than the last one that was gone on with.
+    """
+
+    starts: int = 1
+    wave: int = 1
+    reserve: bool = True
+
+    @property
+    def previews(self) -> bool:
+        return False
+
+    def least(self, transitions: int) -> int:
+        return self.chains * (self.starts + transitions)
+
+    def anew(self, transitions: int) -> int | None:
+        return self.chains * ((self.starts > 1) + self.previews) if transitions else 0
+
+    @abstractmethod
+    def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
+        """Whether transition `step` may be tried once more after `tries`, with so many evaluations left beyond what
+        finishing takes."""
+
+    @abstractmethod
+    def accept(self, step: int, score: float, before: float, state: State) -> bool:
+        """Whether a candidate is gone on with; `before` is the best score before it."""
+
+    def on_advance(self, step: int, tries: int, accepted: bool, memory: dict[str, float]) -> None:
+        """After a transition."""
+
+    def enough(self, score: float, state: State) -> bool:
+        """Whether no further start is drawn after one of that score."""
+        return False
+
+    def end(self, best: Node, step_best: Node) -> Node:
+        """What is returned of the best node of all and the best one at the last time that was reached."""
+        return step_best
+
+    def again(self, end: Node, state: State) -> bool:
+        """Whether another trajectory is begun after one that came to `end`, if the budget pays for it."""
+        return False
+
+    def hopeless(self, node: Node, state: State) -> bool:
+        """Whether another trajectory is begun rather than going on from a candidate, if the budget pays for it."""
+        return False
+
+    def remember(self, chain: Chain) -> dict[str, float]:
+        """What the policy keeps of a chain from transition to transition."""
+        return {}
+
+    def program(self, chain: Chain) -> Program:
+        state, found = State(chain), None
+        while True:
+            end = yield from self._trajectory(state)
+            if end is not None and (found is None or rank(end) > rank(found)):
+                found = end
+            # One that was given up was so for another one.
+            if found is None or end is None or (self.again(end, state) and self._another(chain)):
+                state.trajectory += 1
+                continue
+            return found
+
+    def _another(self, chain: Chain) -> bool:
+        """Whether the budget pays for a whole trajectory more, beside what other chains need."""
+        transitions, pool = chain.sampler.transitions, chain.pool
+        anew = (self.anew(transitions) or 0) // self.chains if chain.explore else 0
+        left = pool.left(chain.number)
+        return left > 0 and left + pool.owed.get(chain.number, 0) >= self.starts + transitions + anew
+
+    def _trajectory(self, state: State) -> Generator[Ask, list[Node], Node | None]:
+        """From a start to its end; None: it was given up."""
+        chain, memory, pool = state.chain, self.remember(state.chain), state.chain.pool
+        last = chain.sampler.transitions
+        node = yield from self._start(state)
+        step_best = node
+        for step in range(last):
+            found: Node | None = None
+            tries, accepted = 0, False
+            effort = self._effort(step, chain, memory)
+            while not accepted and (width := self._width(step, tries, chain, memory, effort)) > 0:
+                proposals = [node.step(chain.noise(step, tries + i, state.trajectory)) for i in range(width)]
+                self._owe(chain, last - step - 1, effort)
+                answers = yield chain.ask(proposals, step + 1, [node] * width, effort=effort)
+                for candidate in answers:
+                    tries += 1
+                    before = state.see(candidate)
+                    found = better(found, candidate)
+                    if self.accept(step, candidate.score, before, state):
+                        found, accepted = candidate, True
+                        self._good(candidate, chain)
+                        break
+                    if self._good(candidate, chain):
+                        found = candidate
+                        break
+                if pool.done:
+                    break
+            if found is None and pool.done:
+                break
+            if found is None and (self.reserve or (pool.late and pool.affords(1))):  # what finishing takes
+                (found,) = yield chain.ask([node.step(chain.noise(step, 0, state.trajectory))], step + 1, [node])
+                state.see(found)
+                tries = 1
+            if found is None:
+                break
+            chain.tries.append((tries, accepted))
+            self.on_advance(step, tries, accepted, memory)
+            state.accepted = found.score
+            if not (found.last or pool.done) and self.hopeless(found, state) and self._another(chain):
+                return None
+            node = step_best = found if pool.done else (yield from chain.anew(found))
+        pool.owed.pop(chain.number, None)
+        end = self.end(state.best or node, step_best)
+        if not end.explored or pool.done:
+            return end
+        # Without a reserve the budget may end here, and then the last one that was gone on with is the picture.
+        return (yield from chain.anew(end, scored=True)) if pool.affords(1) else node
+
+    def _start(self, state: State) -> Generator[Ask, list[Node], Node]:
+        chain, last = state.chain, state.chain.sampler.transitions
+        effort: Effort = "exploring" if chain.explore and last and self.starts > 1 else "full"
+        self._owe(chain, last, effort)
+        drawn = state.trajectory * self.starts
+        for first in range(0, self.starts, self.wave):
+            count = min(self.wave, self.starts - first)
+            if first and chain.pool.left(chain.number) < count:
+                break
+            for node in (yield chain.ask([chain.first(drawn + first + i) for i in range(count)], 0, effort=effort)):
+                state.see(node)
+                if self.enough(node.score, state):
+                    state.accepted = node.score
+                    return (yield from chain.anew(node))
+        best = state.best or node  # all that was seen so far are starts
+        state.accepted = best.score
+        return (yield from chain.anew(best))
+
+    def _effort(self, step: int, chain: Chain, memory: dict[str, float]) -> Effort:
+        """Of a transition's candidates, with what they owe kept back: ends of trajectories are pictures and evaluated
+        in full, and so is a candidate that has no rival, which would only be evaluated twice."""
+        last = chain.sampler.transitions
+        self._owe(chain, last - step)
+        left = chain.pool.left(chain.number) + (1 if self.reserve else 0)
+        if not chain.explore or step + 1 == last or left < 3 or not self.may_try(step, 1, left - 1, memory):
+            return "full"
+        self._owe(chain, last - step - 1, "exploring")
+        return "exploring"
+
+    def _width(self, step: int, tries: int, chain: Chain, memory: dict[str, float], effort: Effort) -> int:
+        """How many candidates to try now: as many of a wave as may be tried one after the other."""
+        # Of what the chain keeps back for itself, one evaluation is for this transition, or for its kept one anew.
+        own = self.reserve and tries == 0 and effort == "full"
+        left = chain.pool.left(chain.number) + (1 if own else 0)
+        width = 0
+        while width < self.wave and left - width >= 1 and self.may_try(step, tries + width, left - width, memory):
+            width += 1
+        return width
+
+    def _owe(self, chain: Chain, transitions: int, effort: Effort = "full") -> None:
+        """Keep back what finishing takes, and what is explored for an evaluation anew."""
+        again = (effort == "exploring") + (bool(chain.explore) and self.previews)
+        chain.pool.owed[chain.number] = (transitions if self.reserve else 0) + again
+
+    def _good(self, node: Node, chain: Chain) -> bool:
+        """Whether a finished picture is good enough: then all chains of the prompt are done."""
+        if node.last and chain.pool.budget.met_by(node.score):
+            chain.pool.done = True
+        return chain.pool.done
