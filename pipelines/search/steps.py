@@ -114,6 +114,8 @@ class StepPolicy(Policy):
         node = yield from self._start(state)
         step_best = node
         for step in range(last):
+            if pool.done:  # another chain's picture is good enough
+                break
             found: Node | None = None
             tries, accepted = 0, False
             effort = self._effort(step, chain, memory)

@@ -22,6 +22,7 @@ from fastgen.pipelines.search.calibration import (
     read_calibrations,
 )
 from fastgen.pipelines.search.names import named_policy
+from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.thresholds import Fixed, check_in_range
 
 SETTINGS: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 2.0}
@@ -151,6 +152,34 @@ def test_a_search_without_a_tau_takes_what_was_measured(pipe: Any, measured: Cal
         "ice 0.05)",
         "ice 0.01)",
     ]
+
+
+def test_where_it_is_known_what_becomes_of_trajectories_a_search_begins_anew(
+    pipe: Any, measured: Calibration, tmp_path: Path
+) -> None:
+    rows = ((0.0, 1.0),) * 3
+    judged = replace(measured, prospects=Prospects(0.6, rows, rows))
+    judged.save(tmp_path / "thresholds.json")
+    assert Calibration.load(tmp_path) == judged
+    # A new trajectory of three evaluations brings 0.6 / 3 / sqrt(0.6 * 0.4) = 0.41 each: the nearest price is 0.1.
+    assert judged.worth_of_anew == pytest.approx(0.408, abs=1e-3)
+    search = NoiseSearchPipeline(pipe, Brightness(judged), named_policy("threshold", goal=0.99))
+    report = search("a circle", max_nfe=60, generator=torch.Generator().manual_seed(0), **SETTINGS).reports[0]
+    assert report.policy.endswith("; micro, price 0.1), restarts to 0.99") and report.starts > 1
+    assert max(report.tries[0]) <= 4 and report.nfe <= 60  # patience is the calibration's branches
+    search = NoiseSearchPipeline(pipe, Brightness(judged), "threshold")
+    report = search("a circle", max_nfe=16, generator=torch.Generator().manual_seed(0), **SETTINGS).reports[0]
+    assert report.policy.endswith("restarts to 0.7")
+    search = NoiseSearchPipeline(pipe, Brightness(judged), named_policy("threshold", restarts=False))
+    assert search("a circle", max_nfe=24, **SETTINGS).reports[0].policy.endswith("price 0.01)")
+    certain = replace(judged, prospects=Prospects(1.0, rows, rows), fixed=None)
+    assert certain.worth_of_anew is None and certain.goal is None
+    with pytest.raises(ValueError, match="goal: .* outside the scores of brightness"):
+        NoiseSearchPipeline(pipe, Brightness(), named_policy("threshold", tau=0.5, restarts=True, goal=3.0))
+    with pytest.raises(ValueError, match="goal: .* is not allowed"):
+        named_policy("threshold", goal=math.nan)
+    with pytest.raises(ValueError, match="prospects: need 3 rows"):
+        replace(measured, prospects=Prospects(0.6, rows[:2], rows[:2]))
 
 
 def test_chains_share_the_budget(pipe: Any, measured: Calibration) -> None:
