@@ -62,10 +62,11 @@ def native_bfloat16(device: Any) -> bool:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, with "+" when files differ from it; None outside one."""
+    """The commit of the source tree this package runs from, with "+" when files differ from it; outside one what
+    FASTGEN_COMMIT says, which is for images and wheels that are built from a known commit, else None."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTGEN_COMMIT") or None
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")

@@ -50,11 +50,11 @@ def false_caption(caption: Caption, scene: Sequence[SceneObject], rng: random.Ra
     changes: list[Callable[[Caption, random.Random], Caption | None]] = [_other_shape, _other_color]
     changes += {
         "counting": [_other_number] * 3,
-        "position": [_other_place] * 3,
-        "color_attr": [_swapped_colors] * 3,
+        "position": [_other_place] * 6,
+        "color_attr": [_swapped_colors] * 6,
     }.get(caption.tag, [])
     if len({thing.shape for thing in scene}) > 1:
-        changes += [lambda caption, rng: _mixed(scene, rng)] * 2
+        changes += [lambda caption, rng: _mixed(scene, rng)] * 3
     while True:
         changed = rng.choice(changes)(caption, rng)
         if changed is None:

@@ -21,6 +21,7 @@ __all__ = ["LONGEST", "ShapesVerifier", "numbered", "word_ids"]
 
 LONGEST = 24
 _FREQUENCIES = 3
+_TALLY_SCALE = 8.0  # of places: about those of one object
 _PAD, _ASK, _UNKNOWN = 0, 1, 2  # ids before those of the words
 
 
@@ -69,6 +70,26 @@ class _Attention(nn.Module):
         return out
 
 
+class _Tally(nn.Module):
+    """Queries [n, q, D] sum over keys [n, k, D]: the mean that attention takes does not tell how much there is."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.bias = nn.Parameter(torch.full((heads, 1, 1), -3.0))  # at first hardly a place counts
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query, key, value = (
+            layer(given).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, given in ((self.query, self.norm(x)), (self.key, context), (self.value, context))
+        )
+        counts = torch.sigmoid(query @ key.mT * query.shape[-1] ** -0.5 + self.bias)
+        out: Tensor = x + self.out((counts @ value).transpose(1, 2).flatten(2) / _TALLY_SCALE)
+        return out
+
+
 class _FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,19 +101,21 @@ class _FeedForward(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Words look at each other, and with `crossed` at the picture."""
+    """Words look at each other, and with `crossed` at the picture: what is there, and how much of it."""
 
     def __init__(self, width: int, heads: int, crossed: bool) -> None:
         super().__init__()
         self.own = _Attention(width, heads)
         self.crossed = _Attention(width, heads) if crossed else None
+        self.tally = _Tally(width, heads) if crossed else None
         self.feed = _FeedForward(width)
 
     def forward(self, words: Tensor, mask: Tensor, picture: Tensor | None = None) -> Tensor:
         words = self.own(words, mask=mask)
-        if self.crossed is not None and picture is not None:
+        if self.crossed is not None and self.tally is not None and picture is not None:
             # Prompts of one picture look at it side by side: its keys and values are made once.
-            words = self.crossed(words.view(len(picture), -1, words.shape[-1]), picture).view_as(words)
+            together = words.view(len(picture), -1, words.shape[-1])
+            words = self.tally(self.crossed(together, picture), picture).view_as(words)
         out: Tensor = self.feed(words)
         return out
 
@@ -163,12 +186,23 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         places: Tensor = self.norm_picture(hidden.flatten(2).mT) + self.where(self.coordinates)
         return places
 
-    def answer(self, words: Tensor, mask: Tensor, picture: Tensor) -> Tensor:
-        """Logits [n k] of "yes" for k prompts of each of n pictures, those of one picture in a row."""
+    def fuse(self, words: Tensor, mask: Tensor, picture: Tensor) -> list[Tensor]:
+        """Words [n k, length, D] behind each layer that looks at the picture; k prompts of each of n pictures, those
+        of one picture in a row."""
+        states = []
         for layer in self.fusion:
             words = layer(words, mask, picture)
+            states.append(words)
+        return states
+
+    def conclude(self, words: Tensor) -> Tensor:
+        """Logits [n k] of "yes" from words behind the last layer."""
         logits: Tensor = self.head(self.norm_out(words[:, 0]))[:, 0]
         return logits
+
+    def answer(self, words: Tensor, mask: Tensor, picture: Tensor) -> Tensor:
+        """Logits [n k] of "yes"; see `fuse`."""
+        return self.conclude(self.fuse(words, mask, picture)[-1])
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """Logits [n, k] of k prompts [n, k, length] for each picture [n, 3, 64, 64]."""

@@ -2,16 +2,18 @@
 
 It sees neither the checker that scores pictures nor anything that a generator drew. What it has to expect of generated
 pictures and of previews is made from renders: blur, noise, colour shifts, the autoencoder's losses, blobs and strong
-texture in the place of objects, and two scenes at once. Beside the answers it learns what is where: from answers alone
-it takes ten times as many steps to see objects at all.
+texture in the place of objects, and two scenes at once. Beside the answers it learns what is where, for each word
+that names an object where that object is and how many of them there are, and how two named objects stand to each
+other: from answers alone it learns late what is there, and left and right not at all.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from fastgen.data.captions import TASKS, vocabulary
 from fastgen.data.distractors import with_distractors
+from fastgen.data.scenes import IMAGE_SIZE, MAX_OBJECTS, SceneObject
 from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
 from fastgen.data.statements import false_caption, is_true, true_caption
 from fastgen.models.shapes_verifier import ShapesVerifier, numbered, word_ids
@@ -32,21 +35,63 @@ _DOUBLE = 0.12  # share of pictures that are two scenes at once: neither caption
 FALSE = 3  # false captions of a picture, beside a true one
 
 
+_NOUNS = {name + ending: name for name in SHAPES for ending in ("", "s", "es")}
+
+
+class Read(NamedTuple):
+    """What the network says of pictures [n] and k prompts each."""
+
+    answers: Tensor  # [n, k] logits of "yes"
+    shapes: Tensor  # [n, places, 1 + shapes] logits of background and shapes
+    colors: Tensor  # [n, places, colours]
+    centres: Tensor  # [n, k, words, 2] x and y of the object that a word names, in [-1, 1]
+    counts: Tensor  # [n, k, words, 1 + MAX_OBJECTS] logits of how many there are
+    offsets: Tensor  # [n, k, 2] from the second to the first object that a prompt names
+
+
 class _Supervised(nn.Module):
-    """The verifier with a head for what is at each place of the picture, which only training needs."""
+    """The verifier with heads that only training needs."""
 
     def __init__(self, verifier: ShapesVerifier) -> None:
         super().__init__()
         self.verifier = verifier
-        self.what = nn.Linear(verifier.config.width, 1 + len(SHAPES) + len(COLORS))
+        width = verifier.config.width
+        self.what = nn.Linear(width, 1 + len(SHAPES) + len(COLORS))
+        self.named = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 + 1 + MAX_OBJECTS))
+        self.apart = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [n, k] of the prompts, [n, places, 1 + shapes] of background and shapes, [n, places, colours]."""
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Read:
         picture = self.verifier.encode_picture(pixels)
         words, mask = self.verifier.encode_text(tokens.flatten(0, 1))
-        answers = self.verifier.answer(words, mask, picture).unflatten(0, tokens.shape[:2])
+        states = self.verifier.fuse(words, mask, picture)
+        answers = self.verifier.conclude(states[-1]).unflatten(0, tokens.shape[:2])
         shapes, colors = self.what(picture).split((1 + len(SHAPES), len(COLORS)), dim=-1)
-        return answers, shapes, colors
+        # A layer each: words find their objects, the asking word reads the words, and concludes.
+        named = self.named(states[0]).unflatten(0, tokens.shape[:2])
+        offsets = self.apart(states[min(1, len(states) - 1)][:, 0]).unflatten(0, tokens.shape[:2])
+        return Read(answers, shapes, colors, *named.split((2, 1 + MAX_OBJECTS), dim=-1), offsets)
+
+
+def _named(text: str, scene: Sequence[SceneObject], length: int) -> tuple[Tensor, Tensor]:
+    """For each word of a tokenised text: the centre [length, 2] in [-1, 1] of the one object that it names (NaN: not
+    one), and how many there are [length] (-1: the word names none)."""
+    centres, counts = torch.full((length, 2), float("nan")), torch.full((length,), -1)
+    words = text.split()
+    for place, word in enumerate(words):
+        if word not in _NOUNS:
+            continue
+        color = words[place - 1] if place and words[place - 1] in COLORS else None
+        fitting = [thing for thing in scene if thing.shape == _NOUNS[word] and color in (None, thing.color)]
+        counts[place + 1] = len(fitting)  # the asking token is first
+        if len(fitting) == 1:
+            centres[place + 1] = torch.tensor([fitting[0].cx, fitting[0].cy]) * 2 / IMAGE_SIZE - 1
+    return centres, counts
+
+
+def _offset(centres: Tensor, counts: Tensor) -> Tensor:
+    """From the second to the first named object [2], of what `_named` returns; NaN: not two single ones."""
+    places = (counts >= 0).nonzero()[:, 0]
+    return centres[places[0]] - centres[places[1]] if len(places) == 2 else torch.full((2,), float("nan"))
 
 
 class VerifierRecipe:
@@ -71,7 +116,7 @@ class VerifierRecipe:
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: nobody knows), and at
-        each place the shape [n, places] (0: none, -2: not asked) and the colour."""
+        each place the shape [n, places] (0: none, -2: not asked) and the colour; see `_named` for the rest."""
         seed = int(torch.randint(2**62, (), generator=generator))
         rng, chance = np.random.default_rng(seed), random.Random(seed)
         drawn = self.data.batch(size, start)
@@ -88,6 +133,10 @@ class VerifierRecipe:
             truth.append(right)
         tokens = word_ids(texts, self.ids)
         tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())].unflatten(0, (size, -1))
+        scenes = [scene for scene in data.scenes for _ in range(tokens.shape[1])]
+        named = [_named(text, scene, tokens.shape[2]) for text, scene in zip(texts, scenes, strict=True)]
+        offsets = torch.stack([_offset(*pair) for pair in named]).unflatten(0, tokens.shape[:2])
+        centres, counts = (torch.stack(part).unflatten(0, tokens.shape[:2]) for part in zip(*named, strict=True))
         places = detection_targets(data)
         owner = places["owner"]
         shapes = torch.where(owner < 0, torch.where(owner == -1, 0, owner), places["shapes"] + 1)
@@ -97,6 +146,9 @@ class VerifierRecipe:
             "truth": torch.tensor(truth),
             "shapes": shapes.flatten(1),
             "colors": places["colors"].flatten(1),
+            "centres": centres,
+            "counts": counts,
+            "offsets": offsets,
             "task": torch.tensor([TASKS.index(caption.tag) for caption in data.captions]),
         }
 
@@ -105,7 +157,8 @@ class VerifierRecipe:
     ) -> tuple[Tensor, dict[str, float]]:
         """Sum of the cross-entropies; the true caption counts as much as the false ones together."""
         pixels, truth, single = self._spoil(to_pixels(batch["images"]), batch["truth"], generator)
-        logits, shapes, colors = (out.float() for out in module(pixels, batch["tokens"]))
+        read = Read(*(out.float() for out in module(pixels, batch["tokens"])))
+        logits, shapes, colors = read.answers, read.shapes, read.colors
         known = ~truth.isnan()
         weight = torch.where(truth == 1, float(FALSE), 1.0)[known]
         each = F.binary_cross_entropy_with_logits(logits[known], truth[known], reduction="none")
@@ -120,13 +173,30 @@ class VerifierRecipe:
         objects = max(1, int(thing.sum()))
         what = what + F.cross_entropy(shapes[thing], batch["shapes"][thing], reduction="sum") / objects
         what = what + 0.5 * F.cross_entropy(colors[thing], batch["colors"][thing], reduction="sum") / objects
+        where, count, apart = self._words(read, batch, single)
         numbers = {
             "accuracy": float((right * weight).sum() / weight.sum()),
             "answer": float(answer.detach()),
             **self._hard(logits, truth, batch["task"]),
+            "where": float(where.detach()),
+            "count": float(count.detach()),
+            "apart": float(apart.detach()),
             "shape_accuracy": float((shapes[thing].argmax(-1) == batch["shapes"][thing]).sum()) / objects,
         }
-        return answer + 0.5 * what, numbers
+        return answer + 0.5 * (what + where + count + apart), numbers
+
+    @staticmethod
+    def _words(read: Read, batch: dict[str, Any], single: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean error of the centres of named objects, cross-entropy of their numbers, mean error of offsets; pictures
+        of two scenes are not asked."""
+
+        def error(found: Tensor, wanted: Tensor) -> Tensor:
+            known = ~wanted.isnan().any(dim=-1) & single.view(-1, *[1] * (wanted.ndim - 2))
+            return (found[known] - wanted[known]).abs().sum() / max(1, int(known.sum()))
+
+        asked = (batch["counts"] >= 0) & single[:, None, None]
+        wrong = F.cross_entropy(read.counts[asked], batch["counts"][asked], reduction="sum") / max(1, int(asked.sum()))
+        return error(read.centres, batch["centres"]), wrong, error(read.offsets, batch["offsets"])
 
     @staticmethod
     def _hard(logits: Tensor, truth: Tensor, task: Tensor) -> dict[str, float]:

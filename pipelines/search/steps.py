@@ -161,19 +161,20 @@ class StepPolicy(Policy):
         chain, last = state.chain, state.chain.sampler.transitions
         effort: Effort = "exploring" if chain.explore and last and self.starts > 1 else "full"
         self._owe(chain, last, effort)
-        drawn = state.trajectory * self.starts
+        drawn, best = state.trajectory * self.starts, None
         for first in range(0, self.starts, self.wave):
             count = min(self.wave, self.starts - first)
             if first and chain.pool.left(chain.number) < count:
                 break
             for node in (yield chain.ask([chain.first(drawn + first + i) for i in range(count)], 0, effort=effort)):
                 state.see(node)
+                best = better(best, node)
                 if self.enough(node.score, state):
                     state.accepted = node.score
                     return (yield from chain.anew(node))
-        best = state.best or node  # all that was seen so far are starts
-        state.accepted = best.score
-        return (yield from chain.anew(best))
+        kept = best or node
+        state.accepted = kept.score
+        return (yield from chain.anew(kept))
 
     def _effort(self, step: int, chain: Chain, memory: dict[str, float]) -> Effort:
         """Of a transition's candidates, with what they owe kept back: ends of trajectories are pictures and evaluated
