@@ -37,6 +37,10 @@ def search(
     folder: Annotated[Path, typer.Option(help="Folder of pictures and records; a killed run continues there.")] = Path(
         "fastgen-bench-search"
     ),
+    share: Annotated[
+        str | None,
+        typer.Option(help="I/N: do the I-th of N shares of the searches, each in a process and on a core of its own."),
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against NFE and seconds (extra: report).")] = None,
@@ -49,6 +53,7 @@ def search(
     check_names(device, dtype)
     find_checkpoint(model)
     check_files(out, plot)
+    part = None if share is None else _share(share)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
         from fastgen.evaluation.search_results import search_markdown, search_plot
@@ -66,11 +71,23 @@ def search(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            share=part,
             report=lambda line: typer.echo(line, err=True),
         )
+        if result is None:
+            return
         if plot is not None:
             search_plot(result, plot)
     publish(result, out, as_json, search_markdown(result))
+
+
+def _share(text: str) -> tuple[int, int]:
+    from fastgen.errors import FastgenError
+
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal()):
+        raise FastgenError(f"--share: {text!r} is not allowed, needs I/N, e.g. 1/8")
+    return int(first), int(count)
 
 
 def search_overhead(

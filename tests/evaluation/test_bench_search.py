@@ -90,6 +90,23 @@ def test_rows_and_statistics(
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
+def test_shares_do_together_what_one_process_does(
+    micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command(micro_z, verifiers, tmp_path / "f")
+    for number in (2, 1, 3):
+        assert run([*words, "--share", f"{number}/3"]) == 0
+        assert capsys.readouterr().out == ""
+    drawn = [path for path in (tmp_path / "f").glob("*/*.png")]
+    assert len(drawn) == 6 * 2 * 6  # prompts, seeds, rows
+    monkeypatch.setattr(bench, "_search", None)  # nothing is left to do
+    assert run([*words, "--json"]) == 0
+    assert all(row["n"] == 12 for row in json.loads(capsys.readouterr().out)["rows"])
+    for bad in ("4/3", "0/3", "1", "a/b"):
+        assert run([*words, "--share", bad]) == 2
+        assert "share" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
