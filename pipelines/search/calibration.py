@@ -183,7 +183,8 @@ class Calibration:
             seen = data.pop("prospects", None)
             if seen is not None:
                 curves = {key: tuple(tuple(row) for row in seen[key]) for key in ("scores", "chances")}
-                seen = Prospects(seen["chance"], **curves)
+                looks = None if seen["looks"] is None else tuple(seen["looks"])
+                seen = Prospects(seen["chance"], **curves, looks=looks, lowest=seen["lowest"])
             fixed = {**data, "times": tuple(data["times"])}
             return cls(**fixed, schedules=tuple(rows), quantiles=quantiles, prospects=seen)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,7 +20,7 @@ from fastgen.pipelines.search.engine import Chain, Node
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.steps import State, StepPolicy
-from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, check_in_range
+from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, Scheduled, check_in_range
 from fastgen.pipelines.search.thresholds import Threshold as Tau
 
 __all__ = ["Rollover", "Threshold", "ValueSampling"]
@@ -126,6 +126,12 @@ class Threshold(StepPolicy):
         if end.score > goal:
             state.chain.pool.done = True  # for the other chains of the prompt as well
         return not state.chain.pool.done
+
+    def looks(self, index: int) -> bool:
+        known = self.prospects
+        if not self.restarts or known is None or known.looked_at(index) or known.lowest is None:
+            return True
+        return not (isinstance(self.rule, Scheduled) and self.rule.at(index, (), 0.0, 0.0) <= known.lowest)
 
     def hopeless(self, node: Node, state: State) -> bool:
         if not self.restarts or self.prospects is None:

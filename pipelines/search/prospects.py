@@ -5,11 +5,14 @@ evaluations that are left of the trajectory and succeeds with a chance p; a new 
 succeeds with a chance p_0. A trajectory is worth its cost as long as p / left >= p_0 / whole. How likely a new one is
 to succeed depends on the prompt, and every failure tells that it is a hard one: after k of them the chance is taken
 as 1 / (1 / p_0 + k), the posterior mean of a Beta(1, 1 / p_0 - 1) law of the prompts' chances.
+
+A look at a preview costs a decode and a verification, often more than an evaluation, so there are few of them: at the
+times at which they save most.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +27,8 @@ class Prospects:
         chance: p_0, the share of all trajectories that ended in a correct picture.
         scores: for each time, scores that rise.
         chances: of a correct picture from a preview of such a score; between the scores interpolated.
+        looks: times at which a trajectory is looked at before its end; None: at all of them.
+        lowest: a tau that every score exceeds; None: there is none.
 
     Raises:
         ValueError: a chance outside (0, 1], or lengths that do not fit.
@@ -32,6 +37,8 @@ class Prospects:
     chance: float
     scores: tuple[tuple[float, ...], ...]
     chances: tuple[tuple[float, ...], ...]
+    looks: tuple[int, ...] | None = None
+    lowest: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.chance <= 1:
@@ -42,7 +49,12 @@ class Prospects:
 
     def at(self, places: list[int]) -> Prospects:
         """Those of other times, which stand nearest to ours at `places`."""
-        return Prospects(self.chance, tuple(self.scores[i] for i in places), tuple(self.chances[i] for i in places))
+        scores, chances = (tuple(row[place] for place in places) for row in (self.scores, self.chances))
+        looks = self.looks
+        if looks is not None:
+            # Where several times stand nearest to the same one of ours, one look is enough.
+            looks = tuple(i for i, place in enumerate(places) if place in looks and place not in places[:i])
+        return replace(self, scores=scores, chances=chances, looks=looks)
 
     def of(self, index: int, score: float) -> float:
         """The chance of a trajectory whose preview at a time scores so much."""
@@ -51,6 +63,10 @@ class Prospects:
     def fresh(self, failures: int) -> float:
         """The chance of a new trajectory of a prompt of which so many failed."""
         return 1 / (1 / self.chance + failures)
+
+    def looked_at(self, index: int) -> bool:
+        """Whether a trajectory is looked at at a time."""
+        return self.looks is None or index in self.looks or index == len(self.scores) - 1
 
     def hopeless(self, index: int, score: float, failures: int) -> bool:
         """Whether a new trajectory promises more for its cost than going on from time `index`."""

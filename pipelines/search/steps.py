@@ -84,6 +84,11 @@ class StepPolicy(Policy):
         """Whether another trajectory is begun rather than going on from a candidate, if the budget pays for it."""
         return False
 
+    def looks(self, index: int) -> bool:
+        """Whether what is evaluated at a time before the last is scored; if not, the first candidate is gone on
+        with."""
+        return True
+
     def remember(self, chain: Chain) -> dict[str, float]:
         """What the policy keeps of a chain from transition to transition."""
         return {}
@@ -116,6 +121,14 @@ class StepPolicy(Policy):
         for step in range(last):
             if pool.done:  # another chain's picture is good enough
                 break
+            if step + 1 < last and not self.looks(step + 1):
+                self._owe(chain, last - step - 1)
+                (node,) = yield chain.ask(
+                    [node.step(chain.noise(step, 0, state.trajectory))], step + 1, [node], scored=False
+                )
+                step_best = node
+                chain.tries.append((1, True))
+                continue
             found: Node | None = None
             tries, accepted = 0, False
             effort = self._effort(step, chain, memory)
@@ -166,7 +179,11 @@ class StepPolicy(Policy):
             count = min(self.wave, self.starts - first)
             if first and chain.pool.left(chain.number) < count:
                 break
-            for node in (yield chain.ask([chain.first(drawn + first + i) for i in range(count)], 0, effort=effort)):
+            scored = not last or self.starts > 1 or self.looks(0)
+            latents = [chain.first(drawn + first + i) for i in range(count)]
+            for node in (yield chain.ask(latents, 0, scored=scored, effort=effort)):
+                if not scored:
+                    return node
                 state.see(node)
                 best = better(best, node)
                 if self.enough(node.score, state):

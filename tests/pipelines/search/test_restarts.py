@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from toy_search import TIMES, Script, run_policy
 
 from fastgen.pipelines.search.policies import Threshold
 from fastgen.pipelines.search.prospects import Prospects
-from fastgen.training.threshold_rules import prospects
+from fastgen.pipelines.search.thresholds import Scheduled
+from fastgen.training.threshold_rules import cost_of_correct, prospects
 
 RISING = Prospects(0.5, ((0.0, 1.0),) * 4, ((0.0, 1.0),) * 4)  # a score is its own chance
 
@@ -107,6 +109,42 @@ def test_chances() -> None:
     ):
         with pytest.raises(ValueError, match="chance|scores"):
             Prospects(*bad)
+
+
+def test_only_what_may_change_something_is_looked_at() -> None:
+    """A look at time 1, thresholds that everything exceeds but for one at time 2: two previews and the end."""
+    careful = replace(RISING, looks=(1,), lowest=0.0)
+    accepting = Scheduled((0.0, 0.0, 0.0, 0.0), 4)
+    policy = restarting(tau=accepting, prospects=careful)
+    (end,), (chain,), _ = run_policy(policy, verifier=Script([0.8, 0.2, 0.1, 0.9, 0.7]), max_nfe=40)
+    seen = [(visit.index, None if math.isnan(visit.score) else round(visit.score, 3)) for visit in chain.trace]
+    first = [(0, None), (1, 0.8), (2, None), (3, 0.2)]
+    assert seen == [*first, (0, None), (1, 0.1), (0, None), (1, 0.9), (2, None), (3, 0.7)]
+    assert end.score == pytest.approx(0.7) and chain.pool.nfe == 10
+    # Looks change what is known, not what is drawn.
+    everything = run_policy(replace(policy, prospects=None), verifier=Script([0.9] * 4), max_nfe=40)[0][0]
+    alone = run_policy(policy, verifier=Script([0.9] * 2), max_nfe=40)[0][0]
+    assert torch.equal(everything.latents, alone.latents)
+    strict = replace(policy, tau=Scheduled((0.0, 0.0, 0.5, 0.0), 4), patience=2)
+    (end,), (chain,), _ = run_policy(strict, verifier=Script([0.8, 0.1, 0.6, 0.9]), max_nfe=40)
+    assert [visit.index for visit in chain.trace] == [0, 1, 2, 2, 3] and end.score == pytest.approx(0.9)
+
+
+def test_looks_are_taken_where_they_save_most() -> None:
+    """Outcomes are clear from time 2 of 6 on: one look there, because a second one would tell nothing new."""
+    rng = np.random.default_rng(1)
+    correct = rng.random(3000) < 0.3
+    scores = rng.random((3000, 6, 1))
+    scores[:, 2:, 0] = np.where(correct, 0.9, 0.1)[:, None] + 0.05 * rng.random((3000, 4))
+    found = prospects(scores, correct, 0.0)
+    assert found is not None and found.looks == (2,) and found.lowest == 0.0
+    # All go three evaluations and a look far, three in ten to the end and the look there.
+    share = correct.mean()
+    assert cost_of_correct(found, scores[..., 0], correct) == pytest.approx((4 + share * 4) / share)
+    assert cost_of_correct(replace(found, looks=()), scores[..., 0], correct) == pytest.approx(7 / share)
+    hidden = prospects(rng.random((3000, 6, 1)), correct, 0.0)  # nothing tells before the end
+    assert hidden is not None and hidden.looks == ()
+    assert found.at([0, 0, 2, 2, 5]).looks == (2,)
 
 
 @settings(deadline=None, max_examples=60)
