@@ -198,7 +198,7 @@ def measure(
         branches=scores.shape[2],
         wanted="correct" if judged else "score",
         fixed=smallest_threshold(final, correct) if judged else None,
-        prospects=prospects(scores, correct, lowest) if judged else None,
+        prospects=prospects(scores, correct) if judged else None,
         quantiles=quantile_rows(scores),
         report=found,
         about=about,

@@ -44,6 +44,8 @@ LEVEL = 0.9
 PRICES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 #: What a decode and a verification cost, in evaluations.
 LOOK = 1.0
+#: Failures of a prompt for which looks are chosen one by one.
+FAILURES = 4
 QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _GRID = 65
 _GROUPS = 20
@@ -85,44 +87,51 @@ def quantile_rows(scores: np.ndarray) -> dict[str, tuple[float, ...]]:
     return {f"{q:g}": tuple(map(float, row)) for q, row in zip(QUANTILES, rows, strict=True)}
 
 
-def prospects(scores: np.ndarray, correct: np.ndarray, lowest: float | None = None) -> Prospects | None:
-    """Chances of a correct picture by time and score; None where no picture is correct.
+def prospects(scores: np.ndarray, correct: np.ndarray) -> Prospects | None:
+    """Chances of a correct picture by time and score, and when to look; None where no picture is correct.
 
     Args:
         scores: [n, N, K] of n trajectories at N times; of K candidates the first was gone on with.
         correct: bool [n].
-        lowest: see `Prospects`.
     """
     if not correct.any():
         return None
     rows = [_curve(scores[:, time, 0], correct.astype(np.float64)) for time in range(scores.shape[1])]
     places, chances = (tuple(tuple(map(float, row[i])) for row in rows) for i in range(2))
-    found = Prospects(float(correct.mean()), places, chances, (), lowest)
-    return replace(found, looks=_looks(found, scores[..., 0], correct))
+    found = Prospects(float(correct.mean()), places, chances, ((),))
+    looks = tuple(_looks(found, scores[..., 0], correct, failures) for failures in range(FAILURES))
+    return replace(found, looks=looks)
 
 
-def _looks(known: Prospects, scores: np.ndarray, correct: np.ndarray) -> tuple[int, ...]:
-    """The times to look at, chosen one after the other as long as a look saves something."""
+def _looks(known: Prospects, scores: np.ndarray, correct: np.ndarray, failures: int) -> tuple[int, ...]:
+    """The times to look at after so many failures, chosen one after the other as long as a look saves something."""
+
+    def cost(looks: tuple[int, ...]) -> float:
+        return cost_of_correct(known, scores, correct, failures, looks)
+
     chosen: tuple[int, ...] = ()
     while True:
         left = [time for time in range(scores.shape[1] - 1) if time not in chosen]
-        tried = {time: cost_of_correct(replace(known, looks=(*chosen, time)), scores, correct) for time in left}
-        best = min(left, key=lambda time: tried[time], default=None)
-        if best is None or tried[best] >= cost_of_correct(replace(known, looks=chosen), scores, correct):
+        best = min(left, key=lambda time: cost((*chosen, time)), default=None)
+        if best is None or cost((*chosen, best)) >= cost(chosen):
             return tuple(sorted(chosen))
         chosen += (best,)
 
 
-def cost_of_correct(known: Prospects, scores: np.ndarray, correct: np.ndarray) -> float:
+def cost_of_correct(
+    known: Prospects, scores: np.ndarray, correct: np.ndarray, failures: int, looks: Sequence[int]
+) -> float:
     """Evaluations, and looks at `LOOK` each, that a correct picture costs if trajectories [n, N] without hope are
-    given up."""
-    alive, cost = np.ones(len(scores), dtype=bool), 0.0
-    for time in range(scores.shape[1]):
-        cost += alive.sum()
-        if known.looked_at(time):
-            cost += LOOK * alive.sum()
-            alive = alive & ~np.array([known.hopeless(time, score, 0) for score in scores[:, time]])
-    return float(cost / max(1e-9, (alive & correct).sum()))
+    given up, of prompts of which so many failed: there fewer trajectories succeed, but scores of those that do and of
+    those that do not are the same."""
+    chance = known.fresh(failures)
+    weights = np.where(correct, chance / known.chance, (1 - chance) / max(1e-9, 1 - known.chance))
+    cost, last = 0.0, scores.shape[1] - 1
+    for time in range(last + 1):
+        cost += weights.sum() * (1 + LOOK * (time in looks or time == last))
+        if time in looks:
+            weights = weights * [not known.hopeless(time, score, failures) for score in scores[:, time]]
+    return float(cost / max(1e-9, weights[correct].sum()))
 
 
 def worths(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:

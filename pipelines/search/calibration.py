@@ -21,10 +21,11 @@ from fastgen.io import atomic_write_json, read_object
 from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.thresholds import Scheduled
 
-__all__ = ["FILE", "Calibration", "Schedule", "calibration_for", "model_signature", "read_calibrations"]
+__all__ = ["FILE", "GOOD", "Calibration", "Schedule", "calibration_for", "model_signature", "read_calibrations"]
 
 FILE = "thresholds.json"
-_HIGH = "0.9"  # of the quantiles
+#: The chance of being correct at which a picture is good enough.
+GOOD = 0.9
 _NETWORKS = ("transformer", "unet")
 
 
@@ -123,19 +124,8 @@ class Calibration:
 
     @property
     def goal(self) -> float | None:
-        """The score of a picture that is good enough: `fixed`, and where it is not known one that few have."""
-        if self.fixed is not None:
-            return self.fixed
-        return self.quantiles[_HIGH][-1] if _HIGH in self.quantiles else None
-
-    @property
-    def worth_of_anew(self) -> float | None:
-        """What an evaluation brings that is spent on a new trajectory, as `Schedule.price`: where one can begin anew,
-        a try of a transition has to bring as much. None: it is not known."""
-        if self.prospects is None or self.prospects.chance == 1:
-            return None
-        chance = self.prospects.chance
-        return chance / len(self.times) / math.sqrt(chance * (1 - chance))
+        """The score of a picture that is good enough; None: it is not known which pictures are."""
+        return None if self.prospects is None else self.prospects.good(GOOD)
 
     def prospects_at(self, times: Sequence[float]) -> Prospects | None:
         """The prospects at the times of a search (see `threshold`), each those of the nearest of ours."""
@@ -144,24 +134,18 @@ class Calibration:
         ours = np.array(self.times)
         return self.prospects.at([int(np.abs(ours - time).argmin()) for time in times])
 
-    def threshold(
-        self, times: Sequence[float], evaluations: float = math.inf, price: float | None = None
-    ) -> Scheduled:
+    def threshold(self, times: Sequence[float], evaluations: float = math.inf) -> Scheduled:
         """The thresholds of a search.
 
         Args:
             times: of its trajectories, as noise levels in the model's own interpolant; between ours and beyond them
                 thresholds are interpolated and held.
             evaluations: that it may take for a picture.
-            price: that a try has to bring in place of that: the schedule of the nearest price is taken.
         """
-        chosen = self.schedule(evaluations) if price is None else self._priced(price)
+        chosen = self.schedule(evaluations)
         taus = np.interp(times, self.times[::-1], chosen.taus[::-1])
         source = f"{self.model}, price {chosen.price:g}"
         return Scheduled(tuple(float(tau) for tau in taus), len(taus), source)
-
-    def _priced(self, price: float) -> Schedule:
-        return min(self.schedules, key=lambda schedule: abs(math.log(schedule.price / price)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a JSON file."""
@@ -183,8 +167,8 @@ class Calibration:
             seen = data.pop("prospects", None)
             if seen is not None:
                 curves = {key: tuple(tuple(row) for row in seen[key]) for key in ("scores", "chances")}
-                looks = None if seen["looks"] is None else tuple(seen["looks"])
-                seen = Prospects(seen["chance"], **curves, looks=looks, lowest=seen["lowest"])
+                looks = None if seen["looks"] is None else tuple(map(tuple, seen["looks"]))
+                seen = Prospects(seen["chance"], **curves, looks=looks)
             fixed = {**data, "times": tuple(data["times"])}
             return cls(**fixed, schedules=tuple(rows), quantiles=quantiles, prospects=seen)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,7 +20,7 @@ from fastgen.pipelines.search.engine import Chain, Node
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.steps import State, StepPolicy
-from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, Scheduled, check_in_range
+from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, check_in_range
 from fastgen.pipelines.search.thresholds import Threshold as Tau
 
 __all__ = ["Rollover", "Threshold", "ValueSampling"]
@@ -40,8 +40,8 @@ class Threshold(StepPolicy):
         restarts: whether another trajectory is begun when one has ended and its picture scores no more than `goal`;
             the best picture of all is returned. None: where it was measured what
             becomes of trajectories.
-        goal: see `restarts`; None takes the measured score above which 90 % of the pictures are correct, and where
-            nothing was measured the tau of the last time.
+        goal: see `restarts`; None takes the measured score of pictures that are correct with a chance of 0.9, and
+            where nothing was measured the tau of the last time.
         prospects: with restarts, a trajectory is given up when a new one promises more; None takes what was measured.
 
     Raises:
@@ -96,16 +96,11 @@ class Threshold(StepPolicy):
     def resolved(self, calibration: Calibration | None, times: Sequence[float], evaluations: float) -> Policy:
         if not self.calibrated or calibration is None:
             return self
-        if self.restarts is False or (self.restarts is None and calibration.prospects is None):
+        prospects = calibration.prospects_at(times)
+        if self.restarts is False or (self.restarts is None and prospects is None):
             return replace(self, tau=calibration.threshold(times, evaluations / self.chains))
-        return replace(
-            self,
-            tau=calibration.threshold(times, price=calibration.worth_of_anew),
-            patience=self.patience or calibration.branches,
-            restarts=True,
-            goal=calibration.goal if self.goal is None else self.goal,
-            prospects=self.prospects or calibration.prospects_at(times),
-        )
+        goal = calibration.goal if self.goal is None else self.goal
+        return replace(self, tau=-math.inf, restarts=True, goal=goal, prospects=self.prospects or prospects)
 
     def accept(self, step: int, score: float, before: float, state: State) -> bool:
         return score > self.rule.at(step + 1, state.scores[:-1], state.accepted, before)
@@ -127,11 +122,11 @@ class Threshold(StepPolicy):
             state.chain.pool.done = True  # for the other chains of the prompt as well
         return not state.chain.pool.done
 
-    def looks(self, index: int) -> bool:
+    def looks(self, index: int, state: State) -> bool:
         known = self.prospects
-        if not self.restarts or known is None or known.looked_at(index) or known.lowest is None:
+        if not self.restarts or known is None or self.rule != Fixed(-math.inf):
             return True
-        return not (isinstance(self.rule, Scheduled) and self.rule.at(index, (), 0.0, 0.0) <= known.lowest)
+        return known.looked_at(index, state.trajectory)
 
     def hopeless(self, node: Node, state: State) -> bool:
         if not self.restarts or self.prospects is None:
@@ -148,8 +143,11 @@ class Threshold(StepPolicy):
 
     @property
     def description(self) -> str:
-        anew = "" if not self.restarts else ", restarts" if self.goal is None else f", restarts to {self.goal:.3g}"
-        return f"{self.name}, tau {self.rule.name}{anew}"
+        if not self.restarts:
+            return f"{self.name}, tau {self.rule.name}"
+        goal = "the last tau" if self.goal is None else f"{self.goal:.3g}"
+        given_up = "" if self.prospects is None else ", given up by measured chances"
+        return f"{self.name}, tau {self.rule.name}{given_up}, anew until {goal}"
 
 
 @dataclass

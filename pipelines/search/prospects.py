@@ -1,10 +1,13 @@
 """What becomes of a trajectory, given the verifier's score of a preview: whether to go on with it or begin another.
 
-A search that may begin anew has a second choice beside trying a transition again. Going on from a preview costs the
-evaluations that are left of the trajectory and succeeds with a chance p; a new one costs a whole trajectory and
-succeeds with a chance p_0. A trajectory is worth its cost as long as p / left >= p_0 / whole. How likely a new one is
-to succeed depends on the prompt, and every failure tells that it is a hard one: after k of them the chance is taken
-as 1 / (1 / p_0 + k), the posterior mean of a Beta(1, 1 / p_0 - 1) law of the prompts' chances.
+Going on from a preview costs the evaluations that are left of the trajectory and succeeds with a chance p; a new one
+costs a whole trajectory and succeeds with a chance q. A trajectory is worth its cost as long as p / left >= q / whole:
+that is the threshold of its score.
+
+How likely a new one is to succeed depends on the prompt, and every failure tells that it is a hard one. After k of
+them q = 1 / (1 / q_0 + k), the posterior mean of a Beta(1, 1 / q_0 - 1) law of the prompts' chances, and what a score
+says is weighed with it: p / (1 - p) = L q / (1 - q), with the likelihood ratio L of the score from all prompts
+together.
 
 A look at a preview costs a decode and a verification, often more than an evaluation, so there are few of them: at the
 times at which they save most.
@@ -24,11 +27,11 @@ class Prospects:
     """Measured by `fastgen train search-calibrate`.
 
     Attributes:
-        chance: p_0, the share of all trajectories that ended in a correct picture.
+        chance: q_0, the share of all trajectories that ended in a correct picture.
         scores: for each time, scores that rise.
         chances: of a correct picture from a preview of such a score; between the scores interpolated.
-        looks: times at which a trajectory is looked at before its end; None: at all of them.
-        lowest: a tau that every score exceeds; None: there is none.
+        looks: after 0, 1, 2, … failures the times at which a trajectory is looked at before its end, the last entry
+            for all further ones; None: all times.
 
     Raises:
         ValueError: a chance outside (0, 1], or lengths that do not fit.
@@ -37,8 +40,7 @@ class Prospects:
     chance: float
     scores: tuple[tuple[float, ...], ...]
     chances: tuple[tuple[float, ...], ...]
-    looks: tuple[int, ...] | None = None
-    lowest: float | None = None
+    looks: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.chance <= 1:
@@ -53,23 +55,41 @@ class Prospects:
         looks = self.looks
         if looks is not None:
             # Where several times stand nearest to the same one of ours, one look is enough.
-            looks = tuple(i for i, place in enumerate(places) if place in looks and place not in places[:i])
+            firsts = {place: i for i, place in reversed(list(enumerate(places)))}
+            looks = tuple(tuple(firsts[time] for time in row if time in firsts) for row in looks)
         return replace(self, scores=scores, chances=chances, looks=looks)
 
-    def of(self, index: int, score: float) -> float:
-        """The chance of a trajectory whose preview at a time scores so much."""
-        return float(np.interp(score, self.scores[index], self.chances[index]))
-
     def fresh(self, failures: int) -> float:
-        """The chance of a new trajectory of a prompt of which so many failed."""
+        """q, the chance of a new trajectory of a prompt of which so many failed."""
         return 1 / (1 / self.chance + failures)
 
-    def looked_at(self, index: int) -> bool:
-        """Whether a trajectory is looked at at a time."""
-        return self.looks is None or index in self.looks or index == len(self.scores) - 1
+    def of(self, index: int, score: float, failures: int = 0) -> float:
+        """p, the chance of a trajectory whose preview at a time scores so much, of a prompt of which so many
+        failed."""
+        p = float(np.interp(score, self.scores[index], self.chances[index]))
+        q, before = self.fresh(failures), self.chance
+        if not failures or p in (0, 1) or before == 1:
+            return p
+        odds = p / (1 - p) * (q / (1 - q)) / (before / (1 - before))
+        return odds / (1 + odds)
+
+    def looked_at(self, index: int, failures: int) -> bool:
+        """Whether a trajectory is looked at at a time before its end."""
+        return self.looks is None or index in self.looks[min(failures, len(self.looks) - 1)]
 
     def hopeless(self, index: int, score: float, failures: int) -> bool:
         """Whether a new trajectory promises more for its cost than going on from time `index`."""
         whole = len(self.scores)
         left = whole - 1 - index
-        return self.of(index, score) * whole < self.fresh(failures) * left
+        return self.of(index, score, failures) * whole < self.fresh(failures) * left
+
+    def good(self, level: float) -> float:
+        """The score of a picture that is correct with a chance of `level`, or where none is, of `level` times the
+        largest chance."""
+        scores, chances = self.scores[-1], self.chances[-1]
+        wanted = level if chances[-1] >= level else level * chances[-1]
+        place = next(i for i, chance in enumerate(chances) if chance >= wanted)
+        if place == 0 or chances[place] == chances[place - 1]:
+            return scores[place]
+        share = (wanted - chances[place - 1]) / (chances[place] - chances[place - 1])
+        return scores[place - 1] + share * (scores[place] - scores[place - 1])

@@ -84,7 +84,7 @@ class StepPolicy(Policy):
         """Whether another trajectory is begun rather than going on from a candidate, if the budget pays for it."""
         return False
 
-    def looks(self, index: int) -> bool:
+    def looks(self, index: int, state: State) -> bool:
         """Whether what is evaluated at a time before the last is scored; if not, the first candidate is gone on
         with."""
         return True
@@ -121,7 +121,7 @@ class StepPolicy(Policy):
         for step in range(last):
             if pool.done:  # another chain's picture is good enough
                 break
-            if step + 1 < last and not self.looks(step + 1):
+            if step + 1 < last and not self.looks(step + 1, state):
                 self._owe(chain, last - step - 1)
                 (node,) = yield chain.ask(
                     [node.step(chain.noise(step, 0, state.trajectory))], step + 1, [node], scored=False
@@ -179,7 +179,7 @@ class StepPolicy(Policy):
             count = min(self.wave, self.starts - first)
             if first and chain.pool.left(chain.number) < count:
                 break
-            scored = not last or self.starts > 1 or self.looks(0)
+            scored = not last or self.starts > 1 or self.looks(0, state)
             latents = [chain.first(drawn + first + i) for i in range(count)]
             for node in (yield chain.ask(latents, 0, scored=scored, effort=effort)):
                 if not scored:

@@ -15,7 +15,7 @@ from toy_search import TIMES, Script, run_policy
 
 from fastgen.pipelines.search.policies import Threshold
 from fastgen.pipelines.search.prospects import Prospects
-from fastgen.pipelines.search.thresholds import Scheduled
+from fastgen.pipelines.search.thresholds import Fixed
 from fastgen.training.threshold_rules import cost_of_correct, prospects
 
 RISING = Prospects(0.5, ((0.0, 1.0),) * 4, ((0.0, 1.0),) * 4)  # a score is its own chance
@@ -74,13 +74,14 @@ def test_one_chain_that_is_good_enough_ends_the_others() -> None:
 
 
 def test_what_promises_less_than_a_new_one_is_given_up() -> None:
-    """By hand: at time 1 two evaluations are left of four. Going on pays where p * 4 >= 0.5 * 2, p >= 0.25; after one
-    failure where p * 4 >= 2 / 3, p >= 0.17."""
+    """By hand: at time 1 two evaluations are left of four. Going on pays where p * 4 >= 0.5 * 2, p >= 0.25. After one
+    failure q is 1 / 3 and the odds of every score are half as large; going on pays where p * 4 >= 2 / 3, p >= 1 / 6,
+    odds of 1 / 5, which were 2 / 5: a score of 2 / 7."""
     policy = restarting(prospects=RISING)
-    scores = [0.9, 0.24, 0.9, 0.18, 0.9, 0.9]
+    scores = [0.9, 0.24, 0.9, 0.29, 0.9, 0.9]
     (end,), (chain,), _ = run_policy(policy, verifier=Script(scores), max_nfe=40)
     assert [visit.index for visit in chain.trace] == [0, 1, 0, 1, 2, 3] and end.number == 5
-    scores[3] = 0.16
+    scores[3] = 0.28
     assert len(run_policy(policy, verifier=Script(scores), max_nfe=40)[1][0].trace) > 6
     # The budget pays for no other one: it is gone on with.
     scores = [0.9, 0.1, 0.1, 0.3, 0.9, 0.9, 0.9, 0.9]
@@ -97,36 +98,48 @@ def test_chances() -> None:
     for k in range(3):
         weight = (1 - draws) ** k
         assert float((draws * weight).sum() / weight.sum()) == pytest.approx(RISING.fresh(k), abs=3e-3)
-    assert RISING.of(2, 0.3) == pytest.approx(0.3) and RISING.of(0, -5.0) == 0 and RISING.of(0, 5.0) == 1
+    assert RISING.of(2, 0.3) == pytest.approx(0.3) and RISING.of(0, -5.0) == 0 and RISING.of(0, 5.0, 3) == 1
+    assert RISING.of(2, 0.5, 2) == pytest.approx(RISING.fresh(2))  # a score that tells nothing leaves the prompt's
     assert not RISING.hopeless(3, 0.0, 0)  # nothing is left to pay
     far = RISING.at([0, 3])
     assert len(far.scores) == 2 and far.hopeless(0, 0.2, 0) and not far.hopeless(0, 0.3, 0)
+    bad: tuple[Any, ...]
     for bad in (
         (0.0, ((0.0,),), ((0.0,),)),
         (1.5, ((0.0,),), ((0.0,),)),
         (0.5, (), ()),
-        (0.5, ((0.0, 1.0),), ((0.0,),)),
+        (0.5, ((0, 1.0),), ((0.0,),)),
     ):
         with pytest.raises(ValueError, match="chance|scores"):
             Prospects(*bad)
 
 
+def test_what_is_good_enough() -> None:
+    steep = Prospects(0.5, ((0.0, 1.0), (0.0, 0.5, 1.0)), ((0.0, 1.0), (0.2, 0.6, 1.0)))
+    assert steep.good(0.6) == pytest.approx(0.5) and steep.good(0.8) == pytest.approx(0.75)
+    assert steep.good(0.1) == 0.0
+    weak = replace(steep, chances=((0.0, 1.0), (0.2, 0.4, 0.5)))
+    assert weak.good(0.9) == pytest.approx(0.75)  # 0.9 of what there is at best
+    flat = replace(steep, chances=((0.0, 1.0), (0.4, 0.4, 0.4)))
+    assert flat.good(0.9) == 0.0
+
+
 def test_only_what_may_change_something_is_looked_at() -> None:
-    """A look at time 1, thresholds that everything exceeds but for one at time 2: two previews and the end."""
-    careful = replace(RISING, looks=(1,), lowest=0.0)
-    accepting = Scheduled((0.0, 0.0, 0.0, 0.0), 4)
-    policy = restarting(tau=accepting, prospects=careful)
-    (end,), (chain,), _ = run_policy(policy, verifier=Script([0.8, 0.2, 0.1, 0.9, 0.7]), max_nfe=40)
+    """No look in the first trajectory, one at time 1 in those after a failure, and at every end."""
+    careful = replace(RISING, looks=((), (1,)))
+    policy = restarting(prospects=careful)
+    (end,), (chain,), _ = run_policy(policy, verifier=Script([0.2, 0.1, 0.9, 0.7]), max_nfe=40)
     seen = [(visit.index, None if math.isnan(visit.score) else round(visit.score, 3)) for visit in chain.trace]
-    first = [(0, None), (1, 0.8), (2, None), (3, 0.2)]
+    first = [(0, None), (1, None), (2, None), (3, 0.2)]
     assert seen == [*first, (0, None), (1, 0.1), (0, None), (1, 0.9), (2, None), (3, 0.7)]
     assert end.score == pytest.approx(0.7) and chain.pool.nfe == 10
     # Looks change what is known, not what is drawn.
     everything = run_policy(replace(policy, prospects=None), verifier=Script([0.9] * 4), max_nfe=40)[0][0]
-    alone = run_policy(policy, verifier=Script([0.9] * 2), max_nfe=40)[0][0]
+    alone = run_policy(policy, verifier=Script([0.9]), max_nfe=40)[0][0]
     assert torch.equal(everything.latents, alone.latents)
-    strict = replace(policy, tau=Scheduled((0.0, 0.0, 0.5, 0.0), 4), patience=2)
-    (end,), (chain,), _ = run_policy(strict, verifier=Script([0.8, 0.1, 0.6, 0.9]), max_nfe=40)
+    # A threshold that something may miss is a look at every time.
+    strict = replace(policy, tau=Fixed(0.5), patience=2)
+    (end,), (chain,), _ = run_policy(strict, verifier=Script([0.8, 0.7, 0.1, 0.6, 0.9]), max_nfe=40)
     assert [visit.index for visit in chain.trace] == [0, 1, 2, 2, 3] and end.score == pytest.approx(0.9)
 
 
@@ -136,15 +149,19 @@ def test_looks_are_taken_where_they_save_most() -> None:
     correct = rng.random(3000) < 0.3
     scores = rng.random((3000, 6, 1))
     scores[:, 2:, 0] = np.where(correct, 0.9, 0.1)[:, None] + 0.05 * rng.random((3000, 4))
-    found = prospects(scores, correct, 0.0)
-    assert found is not None and found.looks == (2,) and found.lowest == 0.0
+    found = prospects(scores, correct)
+    assert found is not None and found.looks == ((2,),) * 4
     # All go three evaluations and a look far, three in ten to the end and the look there.
     share = correct.mean()
-    assert cost_of_correct(found, scores[..., 0], correct) == pytest.approx((4 + share * 4) / share)
-    assert cost_of_correct(replace(found, looks=()), scores[..., 0], correct) == pytest.approx(7 / share)
-    hidden = prospects(rng.random((3000, 6, 1)), correct, 0.0)  # nothing tells before the end
-    assert hidden is not None and hidden.looks == ()
-    assert found.at([0, 0, 2, 2, 5]).looks == (2,)
+    for failures in range(3):
+        q = 1 / (1 / share + failures)
+        costs = [cost_of_correct(found, scores[..., 0], correct, failures, looks) for looks in ((2,), ())]
+        assert costs == pytest.approx([(4 + q * 4) / q, 7 / q])
+    hidden = prospects(rng.random((3000, 6, 1)), correct)  # nothing tells before the end
+    assert hidden is not None and hidden.looks == ((),) * 4
+    often = prospects(scores, rng.random(3000) < 0.999)  # hardly one fails: a look costs more than it saves
+    assert often is not None and often.looks is not None and often.looks[0] == ()
+    assert found.at([0, 0, 2, 2, 5]).looks == ((2,),) * 4
 
 
 @settings(deadline=None, max_examples=60)
