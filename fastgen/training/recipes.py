@@ -60,7 +60,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "verifier": RecipeEntry(
         "the yes/no model of ShapesWorld that a search asks",
-        {"steps": 2800, "batch_size": 32, "lr": 1e-3, "decay": 0.4, "ema_decay": 0.998},
+        {"steps": 1900, "batch_size": 64, "lr": 1e-3, "decay": 0.4, "ema_decay": 0.998},
     ),
     "z-image": RecipeEntry(
         "transformer and text encoder of the tiny Z-Image pipeline",
