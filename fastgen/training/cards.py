@@ -101,10 +101,10 @@ scores = verifier.score(images, ["a red circle"])  # images uint8 [1, 3, 64, 64]
 
 Data: renders of ShapesWorld from the whole grammar, each with one true caption, false ones that differ from it in one
 thing, and another picture's; blurred, noisy, with blobs in the place of objects, or two at once. Beside the answers it
-learned which shape and colour each place of a render has, where each named object is and how many there are of it, and
-how two of them stand to each other. It saw no picture of a generator and no verdict of the checker, but both learned
-what the shapes are from renders of the same kind. `thresholds` holds what `fastgen train search-calibrate` measured for
-the embedded models.
+learned which shape and colour each place of a render has, where each named object is and how many there are of it,
+and how two of them stand to each other. It saw no picture of a generator and no verdict of the checker, but both
+learned what the shapes are from renders of the same kind. `thresholds` holds what `fastgen train search-calibrate`
+measured for the embedded models.
 
 Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token) and nothing of natural
 images; pictures of another size are scaled to 64x64. A score is a probability on renders, not on what a model draws:
