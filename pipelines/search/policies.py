@@ -112,13 +112,22 @@ class Threshold(StepPolicy):
     def end(self, best: Node, step_best: Node) -> Node:
         return best if self.returns == "best" else step_best
 
-    def again(self, end: Node, state: State) -> bool:
-        if not self.restarts or state.chain.pool.done:
-            return False
+    def wholly(self, chain: Chain) -> bool:
+        return bool(chain.explore) and bool(self.restarts)
+
+    def anew(self, transitions: int) -> int | None:
+        return self.chains * (transitions + 1) if self.restarts else super().anew(transitions)
+
+    def promising(self, end: Node, state: State) -> bool:
         goal = self.goal
         if goal is None:
             goal = self.rule.at(end.index, state.scores[:-1], state.accepted, -math.inf)
-        if end.score > goal:
+        return end.score > goal or state.chain.meets(end)
+
+    def again(self, end: Node, state: State) -> bool:
+        if not self.restarts or state.chain.pool.done:
+            return False
+        if not end.explored and self.promising(end, state):
             state.chain.pool.done = True  # for the other chains of the prompt as well
         return not state.chain.pool.done
 

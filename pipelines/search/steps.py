@@ -22,6 +22,7 @@ class State:
     best: Node | None = None
     accepted: float = -math.inf
     trajectory: int = 0  # that it is at
+    taken: list[int] = field(default_factory=list)  # of its transitions: which try was gone on with
 
     def see(self, node: Node) -> float:
         """Take a node in; the best score before it."""
@@ -29,6 +30,15 @@ class State:
         self.scores.append(node.score)
         self.best = better(self.best, node)
         return before
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A trajectory that was explored, with what it takes to draw it again."""
+
+    end: Node
+    trajectory: int
+    taken: list[int]
 
 
 class StepPolicy(Policy):
@@ -93,17 +103,56 @@ class StepPolicy(Policy):
         """What the policy keeps of a chain from transition to transition."""
         return {}
 
+    def wholly(self, chain: Chain) -> bool:
+        """Whether trajectories are explored from start to end, and only what was found good so is drawn anew."""
+        return False
+
+    def promising(self, end: Node, state: State) -> bool:
+        """Whether the explored end of a trajectory is drawn anew at once."""
+        return False
+
     def program(self, chain: Chain) -> Program:
-        state, found = State(chain), None
+        state, found, draft = State(chain), None, None
         while True:
+            state.taken = []
             end = yield from self._trajectory(state)
-            if end is not None and (found is None or rank(end) > rank(found)):
-                found = end
-            # One that was given up was so for another one.
-            if found is None or end is None or (self.again(end, state) and self._another(chain)):
+            if end is None:  # given up for another one
                 state.trajectory += 1
                 continue
-            return found
+            if self.wholly(chain) and end.last and end.explored:
+                drawn = _Draft(end, state.trajectory, state.taken)
+                if self.promising(end, state):
+                    end = yield from self._anew(drawn, chain)
+                elif draft is None or end.score > draft.end.score:
+                    draft = drawn
+            if found is None or rank(end) > rank(found):
+                found = end
+            if not (self.again(end, state) and self._another(chain)):
+                break
+            state.trajectory += 1
+        if (
+            draft is not None
+            and not chain.pool.done
+            and not draft.end.score < (-math.inf if found.explored else found.score)
+        ):
+            end = yield from self._anew(draft, chain)
+            found = end if rank(end) > rank(found) else found
+        chain.pool.owed.pop(chain.number, None)
+        return found
+
+    def _anew(self, draft: _Draft, chain: Chain) -> Program:
+        """A trajectory at full effort: the same start, the same noise."""
+        start = draft.end
+        while start.parent is not None:
+            start = start.parent
+        last, owed = chain.sampler.transitions, chain.pool.owed
+        owed[chain.number] = last
+        (node,) = yield chain.ask([start.latents], 0, scored=not last, effort="anew")
+        for step, number in enumerate(draft.taken):
+            owed[chain.number] = last - step - 1
+            latents = node.step(chain.noise(step, number, draft.trajectory))
+            (node,) = yield chain.ask([latents], step + 1, [node], scored=step + 1 == last, effort="anew")
+        return node
 
     def _another(self, chain: Chain) -> bool:
         """Whether the budget pays for a whole trajectory more, beside what other chains need."""
@@ -123,56 +172,59 @@ class StepPolicy(Policy):
                 break
             if step + 1 < last and not self.looks(step + 1, state):
                 self._owe(chain, last - step - 1)
-                (node,) = yield chain.ask(
-                    [node.step(chain.noise(step, 0, state.trajectory))], step + 1, [node], scored=False
-                )
+                blind: Effort = "exploring" if self.wholly(chain) else "full"
+                latents = node.step(chain.noise(step, 0, state.trajectory))
+                (node,) = yield chain.ask([latents], step + 1, [node], scored=False, effort=blind)
                 step_best = node
+                state.taken.append(0)
                 chain.tries.append((1, True))
                 continue
             found: Node | None = None
-            tries, accepted = 0, False
+            tries, accepted, taken = 0, False, 0
             effort = self._effort(step, chain, memory)
             while not accepted and (width := self._width(step, tries, chain, memory, effort)) > 0:
                 proposals = [node.step(chain.noise(step, tries + i, state.trajectory)) for i in range(width)]
                 self._owe(chain, last - step - 1, effort)
                 answers = yield chain.ask(proposals, step + 1, [node] * width, effort=effort)
                 for candidate in answers:
-                    tries += 1
                     before = state.see(candidate)
-                    found = better(found, candidate)
-                    if self.accept(step, candidate.score, before, state):
-                        found, accepted = candidate, True
-                        self._good(candidate, chain)
-                        break
-                    if self._good(candidate, chain):
-                        found = candidate
+                    accepted = self.accept(step, candidate.score, before, state)
+                    if self._good(candidate, chain) or accepted or better(found, candidate) is candidate:
+                        found, taken = candidate, tries
+                    tries += 1
+                    if accepted or pool.done:
                         break
                 if pool.done:
                     break
             if found is None and pool.done:
                 break
             if found is None and (self.reserve or (pool.late and pool.affords(1))):  # what finishing takes
-                (found,) = yield chain.ask([node.step(chain.noise(step, 0, state.trajectory))], step + 1, [node])
+                latents = node.step(chain.noise(step, 0, state.trajectory))
+                (found,) = yield chain.ask(
+                    [latents], step + 1, [node], effort=effort if self.wholly(chain) else "full"
+                )
                 state.see(found)
                 tries = 1
             if found is None:
                 break
+            state.taken.append(taken)
             chain.tries.append((tries, accepted))
             self.on_advance(step, tries, accepted, memory)
             state.accepted = found.score
             if not (found.last or pool.done) and self.hopeless(found, state) and self._another(chain):
                 return None
-            node = step_best = found if pool.done else (yield from chain.anew(found))
+            node = step_best = found if pool.done or self.wholly(chain) else (yield from chain.anew(found))
         pool.owed.pop(chain.number, None)
         end = self.end(state.best or node, step_best)
-        if not end.explored or pool.done:
+        if not end.explored or pool.done or self.wholly(chain):
             return end
         # Without a reserve the budget may end here, and then the last one that was gone on with is the picture.
         return (yield from chain.anew(end, scored=True)) if pool.affords(1) else node
 
     def _start(self, state: State) -> Generator[Ask, list[Node], Node]:
         chain, last = state.chain, state.chain.sampler.transitions
-        effort: Effort = "exploring" if chain.explore and last and self.starts > 1 else "full"
+        wholly = self.wholly(chain)
+        effort: Effort = "exploring" if wholly or (chain.explore and last and self.starts > 1) else "full"
         self._owe(chain, last, effort)
         drawn, best = state.trajectory * self.starts, None
         for first in range(0, self.starts, self.wave):
@@ -187,17 +239,21 @@ class StepPolicy(Policy):
                 state.see(node)
                 best = better(best, node)
                 if self.enough(node.score, state):
-                    state.accepted = node.score
-                    return (yield from chain.anew(node))
+                    break
+            else:
+                continue
+            break
         kept = best or node
         state.accepted = kept.score
-        return (yield from chain.anew(kept))
+        return kept if wholly else (yield from chain.anew(kept))
 
     def _effort(self, step: int, chain: Chain, memory: dict[str, float]) -> Effort:
         """Of a transition's candidates, with what they owe kept back: ends of trajectories are pictures and evaluated
         in full, and so is a candidate that has no rival, which would only be evaluated twice."""
         last = chain.sampler.transitions
         self._owe(chain, last - step)
+        if self.wholly(chain):
+            return "exploring"
         left = chain.pool.left(chain.number) + (1 if self.reserve else 0)
         if not chain.explore or step + 1 == last or left < 3 or not self.may_try(step, 1, left - 1, memory):
             return "full"
@@ -207,7 +263,7 @@ class StepPolicy(Policy):
     def _width(self, step: int, tries: int, chain: Chain, memory: dict[str, float], effort: Effort) -> int:
         """How many candidates to try now: as many of a wave as may be tried one after the other."""
         # Of what the chain keeps back for itself, one evaluation is for this transition, or for its kept one anew.
-        own = self.reserve and tries == 0 and effort == "full"
+        own = self.reserve and tries == 0 and (effort == "full" or self.wholly(chain))
         left = chain.pool.left(chain.number) + (1 if own else 0)
         width = 0
         while width < self.wave and left - width >= 1 and self.may_try(step, tries + width, left - width, memory):
@@ -217,10 +273,12 @@ class StepPolicy(Policy):
     def _owe(self, chain: Chain, transitions: int, effort: Effort = "full") -> None:
         """Keep back what finishing takes, and what is explored for an evaluation anew."""
         again = (effort == "exploring") + (bool(chain.explore) and self.previews)
+        if self.wholly(chain):
+            again = chain.sampler.transitions + 1
         chain.pool.owed[chain.number] = (transitions if self.reserve else 0) + again
 
     def _good(self, node: Node, chain: Chain) -> bool:
         """Whether a finished picture is good enough: then all chains of the prompt are done."""
-        if node.last and chain.pool.budget.met_by(node.score):
+        if node.last and not node.explored and chain.pool.budget.met_by(node.score):
             chain.pool.done = True
         return chain.pool.done
