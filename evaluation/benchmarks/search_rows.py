@@ -163,22 +163,22 @@ def _verified(
 
 
 def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
-    """What thresholds are worth against every other policy.
+    """What thresholds are worth against every other policy, and elastic searches against the same policy without.
 
     Returns:
         "comparisons": every threshold row against the row of every rival that takes as many seconds, or the least
         more (where all take fewer, the slowest one, and "slower" is False): see `compare`. "reach": what a threshold
-        pays for the score of every rival at its largest budget, in seconds and in forward passes: see `reach`.
+        pays for the score of every rival at its largest budget, in seconds and in forward passes: see `reach`. The
+        rivals of a policy that explores are rows of that policy which do not, as well.
     """
     curves: dict[str, list[Row]] = {}
     for row in rows:
         curves.setdefault(row.data["policy"], []).append(row)
-    rivals = {name: curve for name, curve in curves.items() if curve[0].method not in (OURS, NONE)}
     comparisons, reached = [], []
     for name, curve in curves.items():
-        if curve[0].method != OURS:
-            continue
-        for rival, others in rivals.items():
+        for rival, others in curves.items():
+            if not _rivals(curve[0], others[0]):
+                continue
             for row in curve:
                 other = _as_slow(row, others)
                 comparisons.append(
@@ -197,6 +197,13 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
                 target = {"target": goal.data["score"]}
                 reached.append({**named, **target, **reach(points, goal.outcomes, cost, by)})
     return {"comparisons": comparisons, "reach": reached}
+
+
+def _rivals(ours: Row, theirs: Row) -> bool:
+    """Whether a policy is compared with another."""
+    exploring, plain = ("explore" in row.data["settings"] for row in (ours, theirs))
+    elastic = exploring and not plain and ours.method == theirs.method
+    return elastic or (ours.method == OURS and theirs.method not in (OURS, NONE))
 
 
 def _as_slow(row: Row, others: Sequence[Row]) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -284,18 +285,24 @@ def summary(image: Path, picture: GeneratedImage) -> str:
     found, stats = picture.search or {}, picture.stats
     score = "none" if found["score"] is None else f"{found['score']:.4g}"
     shown = "" if found["finished"] else f" of a preview at time {_time(found)} of {len(found['tries_by_time']) - 1}"
-    tries = " | ".join(" ".join(map(str, row)) for row in found["tries"] if row)
+    tries = " | ".join(_runs(row) for row in found["tries"] if row)
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats["seconds"].items())
     together = f" for {stats['images']} pictures" if stats["images"] > 1 else ""
     parts = [
         *(["interrupted, a rerun searches again"] if picture.interrupted else []),
         f"score {score}{shown}",
-        *([f"tries {tries}", f"{found['forced']} forced"] if tries else []),
+        *([f"{found['starts']} starts", f"tries {tries}", f"{found['forced']} forced"] if tries else []),
         f"{found['evaluations']} evaluations",
         f"{found['nfe']} NFE",
         f"{stats['wall_seconds']:.1f} s{together} ({phases})",
     ]
     return f"{image}: {', '.join(parts)}"
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """ "4 1x3 2" of 4 1 1 1 2."""
+    runs = [(number, len(list(same))) for number, same in itertools.groupby(numbers)]
+    return " ".join(f"{number}x{count}" if count > 1 else str(number) for number, count in runs)
 
 
 def _time(found: dict[str, Any]) -> int:

@@ -90,6 +90,20 @@ def test_rows_and_statistics(
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
+def test_an_elastic_search_is_compared_with_the_plain_one(
+    micro_dc: Path, verifiers: tuple[str, str], tmp_path: Path
+) -> None:
+    plain, elastic = "best-of-n", "best-of-n explore=tail_drop:0.9,uncond_tail_drop:0.9"
+    found = benchmark_search(
+        str(micro_dc), tmp_path, verifier=verifiers[0], policies=[plain, elastic], budgets=[24, 40], limit=1, seeds=1
+    )
+    assert found is not None
+    assert {(entry["policy"], entry["rival"]) for entry in found["reach"]} == {(elastic, plain)}
+    assert {(entry["policy"], entry["rival"]) for entry in found["comparisons"]} == {(elastic, plain)}
+    rows = {(row["policy"], row["budget"]): row for row in found["rows"]}
+    assert found["reach"][0]["target"] == rows[plain, 40]["score"]
+
+
 def test_shares_do_together_what_one_process_does(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,9 @@ def test_the_sidecar_holds_the_search_and_one_line_tells_of_it(
     score = float(load_verifier(verifier).score(image, ["a red circle"]))
     assert found["score"] == pytest.approx(score, abs=1e-5) and result["scores"] == [found["score"]]
     (line,) = stderr.splitlines()
-    assert line.startswith(f"{out}: score {found['score']:.4g}, tries 16 1 1, 3 forced, 20 evaluations, 40 NFE, ")
+    assert line.startswith(
+        f"{out}: score {found['score']:.4g}, 2 starts, tries 16 1x2, 3 forced, 20 evaluations, 40 NFE, "
+    )
     assert "denoise" in line and "verifier" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
