@@ -25,7 +25,8 @@ def provenance(data: dict[str, Any]) -> str:
     """Device, versions, commit and date of a result, and the detector that judged it, in one line."""
     where = data["environment"]
     threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
-    parts = [", ".join(where["gpus"]) or f"{where['cpu']}, {threads}"]
+    on_cpu = str(data.get("settings", {}).get("device", "")).startswith("cpu")
+    parts = [("" if on_cpu else ", ".join(where["gpus"])) or f"{where['cpu']}, {threads}"]
     parts.append(", ".join(f"{name} {number}" for name, number in where["versions"].items()))
     parts.append(f"commit {where['commit']}")
     if data.get("detector"):

@@ -203,7 +203,7 @@ def _plan(
         if variant.policy == NONE:
             searches.append(Search(variant, None, NoiseSearchPipeline(bench.pipe, policy=None), folder / NONE))
             continue
-        for budget in budgets:
+        for budget in budgets if variant.max_nfe is None else [variant.max_nfe]:
             try:
                 policy = scaled(variant, budget, bench.forwards, bench.times)
             except ValueError as error:

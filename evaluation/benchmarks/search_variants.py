@@ -60,6 +60,7 @@ class Variant:
         settings: of the policy.
         arguments: of `NoiseSearchPipeline.search`.
         thresholds: of `NoiseSearchPipeline`.
+        max_nfe: the one budget that it is measured at; None: all of the benchmark.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     thresholds: str | None = None
+    max_nfe: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def _plain(value: Any) -> Any:
 def parse_variant(text: str) -> Variant:
     """ "POLICY [SETTING=VALUE …]", e.g. "threshold tau=0.7 starts=4" or "svdd chains=1 sampler=rollover".
 
-    A setting is one of the policy, an argument of `NoiseSearchPipeline.search`, or `thresholds`, the file of
-    calibrated ones. A tau is a number, "best-so-far", "online-quantile(Q)" or "previous(DELTA)"; knobs are written
+    A setting is one of the policy, an argument of `NoiseSearchPipeline.search`, `thresholds`, the file of calibrated
+    ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or "previous(DELTA)"; knobs are written
     "explore=tail_drop:0.9,uncond_tail_drop:0.95".
 
     Raises:
@@ -122,6 +124,8 @@ def parse_variant(text: str) -> Variant:
     beside = set() if name == NONE else set(inspect.signature(NoiseSearchPipeline.search).parameters) - _FIXED
     if name == "threshold":
         beside.add("thresholds")
+    if name != NONE:
+        beside.add("max_nfe")
     given: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -131,11 +135,14 @@ def parse_variant(text: str) -> Variant:
             known = ", ".join(sorted(own | beside)) or "none"
             raise ValueError(f"policy: {name} has no setting {key!r}, there are {known}")
         given[key] = value if key == "thresholds" else _value(value)
-    file = given.pop("thresholds", None)
+    file, own_budget = given.pop("thresholds", None), given.pop("max_nfe", None)
+    if own_budget is not None and (not isinstance(own_budget, int) or own_budget < 1):
+        raise ValueError(f"max_nfe: {own_budget} is not allowed, needs an integer >= 1")
     settings = {key: value for key, value in given.items() if key in own}
     if name != NONE:
         named_policy(name, **settings)
-    return Variant(text, name, settings, {key: value for key, value in given.items() if key not in own}, file)
+    arguments = {key: value for key, value in given.items() if key not in own}
+    return Variant(text, name, settings, arguments, file, own_budget)
 
 
 def call_of(checkpoint: Checkpoint) -> dict[str, Any]:

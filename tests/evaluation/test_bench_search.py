@@ -104,6 +104,22 @@ def test_an_elastic_search_is_compared_with_the_plain_one(
     assert found["reach"][0]["target"] == rows[plain, 40]["score"]
 
 
+def test_a_policy_may_have_a_budget_of_its_own(micro_z: Path, verifiers: tuple[str, str], tmp_path: Path) -> None:
+    names = ["best-of-n", "svdd max_nfe=24"]
+    found = benchmark_search(
+        str(micro_z), tmp_path, verifier=verifiers[0], policies=names, budgets=[8, 16], limit=1, seeds=1
+    )
+    assert found is not None
+    assert [(row["policy"], row["budget"]) for row in found["rows"][1:]] == [
+        (names[0], 8),
+        (names[0], 16),
+        (names[1], 24),
+    ]
+    for bad in ("svdd max_nfe=0", "svdd max_nfe=much"):
+        with pytest.raises(ValueError, match="max_nfe"):
+            parse_variant(bad)
+
+
 def test_shares_do_together_what_one_process_does(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
