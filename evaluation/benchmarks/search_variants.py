@@ -111,8 +111,8 @@ def parse_variant(text: str) -> Variant:
     """ "POLICY [SETTING=VALUE …]", e.g. "threshold tau=0.7 starts=4" or "svdd chains=1 sampler=rollover".
 
     A setting is one of the policy, an argument of `NoiseSearchPipeline.search`, `thresholds`, the file of calibrated
-    ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or "previous(DELTA)"; knobs are written
-    "explore=tail_drop:0.9,uncond_tail_drop:0.95".
+    ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or
+    "previous(DELTA)"; knobs are written "explore=tail_drop:0.9,uncond_tail_drop:0.95".
 
     Raises:
         ValueError: it cannot be read, there is no such policy or setting, or one is out of range.
