@@ -67,9 +67,9 @@ class _Supervised(nn.Module):
         answers = self.verifier.conclude(states[-1]).unflatten(0, tokens.shape[:2])
         shapes, colors = self.what(picture).split((1 + len(SHAPES), len(COLORS)), dim=-1)
         # A layer each: words find their objects, the asking word reads the words, and concludes.
-        named = self.named(states[0]).unflatten(0, tokens.shape[:2])
+        centres, counts = self.named(states[0]).unflatten(0, tokens.shape[:2]).split((2, 1 + MAX_OBJECTS), dim=-1)
         offsets = self.apart(states[min(1, len(states) - 1)][:, 0]).unflatten(0, tokens.shape[:2])
-        return Read(answers, shapes, colors, *named.split((2, 1 + MAX_OBJECTS), dim=-1), offsets)
+        return Read(answers, shapes, colors, centres, counts, offsets)
 
 
 def _named(text: str, scene: Sequence[SceneObject], length: int) -> tuple[Tensor, Tensor]:

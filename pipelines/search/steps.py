@@ -168,7 +168,7 @@ class StepPolicy(Policy):
         node = yield from self._start(state)
         step_best = node
         for step in range(last):
-            if pool.done:  # another chain's picture is good enough
+            if chain.pool.done:  # another chain's picture is good enough
                 break
             if step + 1 < last and not self.looks(step + 1, state):
                 self._owe(chain, last - step - 1)
