@@ -15,6 +15,8 @@ from fastgen.evaluation.report import figure_of, markdown_table, percent, proven
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 
 _MARK = "<!-- scores -->"
+# Of results whose name is not that of their command.
+_COMMANDS = {"bench-search-equal": "bench search", "bench-search-elastic": "bench search --model tiny-dc"}
 _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
@@ -388,12 +390,15 @@ def results_page(folder: Path) -> str:
         ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
+        ("bench-search-equal", "Noise search: thresholds against rivals of equal seconds", search_markdown),
+        ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
     ):
         if (data := read(name)) is not None:
+            command = _COMMANDS.get(name, name.replace("-", " ", 1))
             parts.append(
-                f"## {title}\n\n`fastgen {name.replace('-', ' ', 1)}`; seconds are wall-clock, n runs after "
+                f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"
             )
     if read("shapes-checker") is not None:
