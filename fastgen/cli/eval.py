@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli.eval_fid import fid
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ app = typer.Typer(help="Score images and models.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+
+
+app.command("fid")(fid)
 
 
 @app.callback()

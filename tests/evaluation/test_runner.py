@@ -397,7 +397,7 @@ def test_score_of_a_folder(finished: Path, tmp_path) -> None:
     assert "FD-shapes[64" in data["fd_shapes"]["protocol"]
     assert "ShapesWorld-GenEval" in scores_markdown(data)
     # Too few images: scores all the same, and a reason instead of a number.
-    fd.features.num_features = 100
+    fd.extractor.taps = {"pool": 100}
     small = score_folder(finished, model, fd=fd).data
     assert small["overall"] == data["overall"]
     assert small["fd_shapes"]["value"] is None and "too few" in small["fd_shapes"]["reason"]
