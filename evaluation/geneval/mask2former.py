@@ -35,7 +35,7 @@ _FACTOR = 1 / np.array([58.395, 57.12, 57.375])
 _TOP = 100
 _QUERIES_AT_ONCE = 10  # a mask of a 1024x1024 picture takes 4 MB in each of three sizes
 # Buffers and weights that no output depends on; published checkpoints lack some of them.
-_UNUSED = ("criterion.empty_weight", ".swin.layernorm.", "relative_position_index")
+UNUSED = ("criterion.empty_weight", ".swin.layernorm.", "relative_position_index")
 
 
 def input_size(height: int, width: int) -> tuple[int, int]:
@@ -178,9 +178,9 @@ class Mask2FormerDetector:
                 raise FastgenError(f"{who}: {weights} is a {config.model_type}, not a mask2former")
             config.backbone_config.drop_path_rate = 0.0
             model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-                weights, config=config, dtype=torch.float32, output_loading_info=True
+                weights, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        missing = [key for key in info["missing_keys"] if not any(part in key for part in _UNUSED)]
+        missing = [key for key in info["missing_keys"] if not any(part in key for part in UNUSED)]
         check_loaded(who, weights, {**info, "missing_keys": missing})
         converted = (Path(weights) / CONVERTED_FILE).is_file()
         source = "mmdet-converted" if converted else "hf"

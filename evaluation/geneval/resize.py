@@ -1,8 +1,8 @@
 """Bilinear resizing of 8-bit pictures bit for bit as OpenCV 4 does it, in numpy.
 
 The detector of GenEval sees pictures through `cv2.resize(..., INTER_LINEAR)` on uint8: no antialiasing, and
-fixed-point weights that round differently from every float implementation. Its scores near the 0.3 and 0.9 thresholds depend on
-such details, so they are kept; OpenCV itself is not needed.
+fixed-point weights that round differently from every float implementation. Its scores near the 0.3 and 0.9 thresholds
+depend on such details, so they are kept; OpenCV itself is not needed.
 """
 
 from __future__ import annotations

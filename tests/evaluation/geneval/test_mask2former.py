@@ -160,7 +160,7 @@ def test_boxes_of_single_pixels_at_the_corners() -> None:
         masks[row, y, x] = 90.0
     classes = torch.full((4, 81), -20.0)
     for row in range(4):
-        classes[row, row] = 3.0 - row
+        classes[row, row], classes[row, 80] = 3.0 - row, 0.0
     _, _, boxes, found = postprocess(classes, masks, (8, 8), (8, 8), (8, 8), top=4)
     assert found.sum((1, 2)).tolist() == [1, 1, 1, 1]
     assert boxes.tolist() == [[0, 0, 1, 1], [7, 0, 8, 1], [0, 7, 1, 8], [7, 7, 8, 8]]
