@@ -69,6 +69,7 @@ class ChunkStore:
         if self.folder is not None:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.folder)
+                self.folder.parent.rmdir()  # if it was the last
 
     def _path(self, index: int) -> Path:
         if self.folder is None:

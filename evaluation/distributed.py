@@ -21,9 +21,11 @@ from torch import Tensor
 
 from fastgen.errors import FastgenError
 
-__all__ = ["Group", "PeerFailed"]
+__all__ = ["Group", "OnProgress", "PeerFailed"]
 
 T = TypeVar("T")
+OnProgress = Callable[[str, int, int], None]
+"""(stage, done, total)"""
 
 _POLL = 0.02  # seconds between two looks at the store
 _PULSE = 2.0  # seconds between two signs of life
@@ -109,6 +111,7 @@ class Group:
         """What is raised inside is posted to the other processes, which then stop with `PeerFailed`."""
         try:
             yield
+            self.close()
         except PeerFailed:
             raise
         except BaseException as error:
@@ -239,6 +242,18 @@ class Group:
     def count(self, stage: str, done: int) -> int:
         """Report `done` further items of a stage and get the number that all processes have done."""
         return done if self.size == 1 else int(self._ask(lambda: self._store.add(f"done/{stage}", done)))
+
+    def counter(self, stage: str, total: int, on_progress: OnProgress | None) -> Callable[[int], None]:
+        """A function to be told how many items this process has just finished; the main one reports those of all."""
+        done = 0
+
+        def told(count: int) -> None:
+            nonlocal done
+            done = done + count if self.size == 1 else self.count(stage, count)
+            if on_progress is not None and self.is_main:
+                on_progress(stage, done, total)
+
+        return told
 
     def close(self) -> None:
         """Leave the group."""

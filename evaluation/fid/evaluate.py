@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastgen.accounting import phase
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore
-from fastgen.evaluation.distributed import Group
+from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.fid.extractors import Extractor, Inception, load_extractor
 from fastgen.evaluation.fid.features import Features, check_count, extract
 from fastgen.evaluation.fid.frechet import bootstrap_frechet, frechet_distance
@@ -35,7 +35,6 @@ from fastgen.evaluation.fid.reference import Reference, ReferenceStatistics, loa
 
 __all__ = ["FidSettings", "check_size", "evaluate_images"]
 
-OnProgress = Callable[[str, int, int], None]
 BENCHMARK = "FID family"
 
 
@@ -201,7 +200,7 @@ def evaluate_images(
                     batch_size=settings.batch_size,
                     workers=settings.workers,
                     mixed_sizes=settings.mixed_sizes,
-                    on_done=_progress(group, f"reference {name}", settings.reference_n or known, on_progress),
+                    on_done=group.counter(f"reference {name}", settings.reference_n or known, on_progress),
                 )
             described["reference"] = found.describe()
         with phase("features"):
@@ -217,7 +216,7 @@ def evaluate_images(
                 batch_size=settings.batch_size,
                 workers=settings.workers,
                 mixed_sizes=settings.mixed_sizes,
-                on_done=_progress(group, f"features {name}", n, on_progress),
+                on_done=group.counter(f"features {name}", n, on_progress),
             )
         stores.append(store)
         data["resolution"] = None if features.resolution is None else list(features.resolution)
@@ -260,18 +259,6 @@ def _check_job(job: _Work, images: ImageSource, n: int, reference: Reference | N
             else:
                 count = settings.reference_n or (None if reference.images is None else len(reference.images))
             check_size(reference.name, count, dims, settings.allow_small)
-
-
-def _progress(group: Group, stage: str, total: int, on_progress: OnProgress | None) -> Callable[[int], None] | None:
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done = done + count if group.size == 1 else group.count(stage, count)
-        if on_progress is not None and group.is_main:
-            on_progress(stage, done, total)
-
-    return report
 
 
 def _measure(

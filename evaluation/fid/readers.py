@@ -8,7 +8,6 @@ thread) are two steps. Nothing is ever loaded whole.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 import zipfile
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.types import check_image
+from fastgen.evaluation.images import decode_image
+from fastgen.evaluation.samples import prompt_folders, sample_files
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -30,14 +30,11 @@ __all__ = [
     "ImageSource",
     "TarSource",
     "ZipSource",
-    "decode_image",
     "open_images",
 ]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _CAPTION_KEYS = ("caption", "prompt", "text")
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow reports damage as any of these
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel or fewer
 
 
 class ImageSource(ABC):
@@ -92,23 +89,6 @@ class ImageSource(ABC):
         return self.decode(index, self.fetch(index))
 
 
-def decode_image(data: bytes, label: str) -> np.ndarray:
-    """The bytes of an image file as uint8 [H, W, 3]; transparency is dropped.
-
-    Raises:
-        FastgenError: no readable image, or one with more than 8 bits a channel; the message starts with `label`.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in _MODES:
-                raise FastgenError(f"{label}: has pixels of mode {image.mode}; needs 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
-    except FastgenError:
-        raise
-    except _DAMAGED as error:
-        raise FastgenError(f"{label}: not a readable image: {error}") from error
-
-
 def _is_image(name: str) -> bool:
     path = Path(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
@@ -133,6 +113,13 @@ def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list
     return found
 
 
+def _metadata_prompt(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8").splitlines()[0])["prompt"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None  # whoever needs prompts says that there are none
+
+
 class FolderSource(ImageSource):
     """All images below a folder, by the alphabet of their paths; hidden files are passed over.
 
@@ -149,11 +136,14 @@ class FolderSource(ImageSource):
         if not self.folder.is_dir():
             raise FastgenError(f"{folder}: no such folder of images")
         if any(self.folder.glob("[0-9]*/metadata.jsonl")):
-            from fastgen.evaluation.runner import read_samples
-
-            samples = read_samples(self.folder)
-            self.files = [sample.path.relative_to(self.folder).as_posix() for sample in samples]
-            self.prompts = [sample.metadata.prompt for sample in samples]
+            homes = prompt_folders(self.folder)
+            found = {home: [path.relative_to(self.folder).as_posix() for path in sample_files(home)] for home in homes}
+            self.files = [name for names in found.values() for name in names]
+            if not self.files:
+                raise FastgenError(f"{folder}: its prompt folders hold no image")
+            texts = {home: _metadata_prompt(home / "metadata.jsonl") for home in homes}
+            if all(text is not None for text in texts.values()):
+                self.prompts = [str(texts[home]) for home, names in found.items() for _ in names]
             return
         inside = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
         self.files = sorted(name for name in inside if _is_image(name) and (self.folder / name).is_file())

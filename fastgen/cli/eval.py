@@ -18,6 +18,7 @@ from fastgen.errors import FastgenError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from fastgen.evaluation.distributed import Group
     from fastgen.evaluation.runner import EvaluationRun, Generate, OnProgress
     from fastgen.pipelines.checkpoint import Checkpoint
 
@@ -118,6 +119,8 @@ def shapes(
     model = model or "tiny"
 
     from fastgen.accounting import account, phase
+    from fastgen.evaluation.distributed import Group
+    from fastgen.evaluation.fid.reference import user_cache_dir
     from fastgen.evaluation.geneval.shapes import load_detector
     from fastgen.evaluation.runner import results_jsonl
     from fastgen.evaluation.shapesworld import score_folder
@@ -126,9 +129,11 @@ def shapes(
     for place in (sheet.parent if sheet is not None else None, out):
         if place is not None:
             check_writable(place)
-    with account() as stats, _progress() as on_progress:
+    group = Group.from_environment(device)
+    with group.reporting(), account() as stats, _progress(group.is_main) as on_progress:
         report: dict[str, Any] = {}
         folder, target = images, out
+        where = group.device(device)
         if folder is None:
             settings = {
                 "images_per_prompt": images_per_prompt,
@@ -147,9 +152,9 @@ def shapes(
                 "quality": quality,
                 "drafter": drafter,
             }
-            run = _open_run(model, settings, limit, out)
+            run = _open_run(model, settings, limit, out, group)
             folder = target = run.folder
-            detector = load_detector(device=device)  # a missing checker must not cost a generation first
+            detector = load_detector(device=where)  # a missing checker must not cost a generation first
             with phase("generate"):
                 made = run.generate(_generator(model, run, batch_size), on_progress)
             count, seconds = run.timing()
@@ -161,8 +166,18 @@ def shapes(
         else:
             if not folder.is_dir():
                 raise FastgenError(f"--images: {folder}: no such folder")
-            detector = load_detector(device=device)
-        score = score_folder(folder, detector, device=device, allow_small=allow_small, on_progress=on_progress)
+            detector = load_detector(device=where)
+        score = score_folder(
+            folder,
+            detector,
+            device=where,
+            allow_small=allow_small,
+            group=group,
+            work=target / ".work" if target is not None else user_cache_dir(),
+            on_progress=on_progress,
+        )
+        if not group.is_main:
+            return
         report = {**score.data, **report, "images": str(folder)}
         if sheet is not None:
             save_png(sheet, score.sheet(captions=captions))
@@ -172,6 +187,7 @@ def shapes(
         atomic_write_bytes(target / "results.jsonl", results_jsonl(folder, score.samples, score.results))
         atomic_write_json(target / "scores.json", report)
         report["results"] = str(target / "scores.json")
+    score.discard()
     typer.echo(json.dumps(report) if as_json else _scores_text(report))
 
 
@@ -291,7 +307,9 @@ def _check_budget(budget: dict[str, Any]) -> None:
             check_value(option, option.removeprefix("--").replace("-", "_"), value)
 
 
-def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path | None) -> EvaluationRun:
+def _open_run(
+    model: str, settings: dict[str, Any], limit: int | None, out: Path | None, group: Group
+) -> EvaluationRun:
     """The run in `out`; without one, in a folder of the working directory that is named after its settings, so that
     the same command continues the same run and another one starts its own."""
     import hashlib
@@ -311,7 +329,7 @@ def _open_run(model: str, settings: dict[str, Any], limit: int | None, out: Path
     if out is None:
         key = hashlib.sha256(json.dumps([asdict(run), limit]).encode()).hexdigest()[:8]
         out = Path("fastgen-eval") / f"shapes-{Path(model).name}-{key}"
-    return EvaluationRun(out, shapes_prompts(limit), run)
+    return EvaluationRun(out, shapes_prompts(limit), run, group)
 
 
 def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
@@ -339,7 +357,7 @@ def _generator(model: str, run: EvaluationRun, batch_size: int) -> Generate:
         settings = run.settings
         pipe = load_pipeline(
             model,
-            device=settings.device,
+            device=run.group.device(settings.device),
             dtype=settings.dtype,
             method=settings.method,
             drafter=settings.drafter,
@@ -398,9 +416,9 @@ def _scores_text(report: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[OnProgress]:
+def _progress(shown: bool = True) -> Iterator[OnProgress]:
     """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
 

@@ -121,7 +121,7 @@ def fid(
         source = _images(images, prompts)
         against = _reference(reference, reference_protocol, settings)
         where = user_cache_dir() if cache is None else cache
-        with account() as stats, _progress() as on_progress:
+        with account() as stats, _progress(group.is_main) as on_progress:
             data, stores = evaluate_images(
                 source,
                 settings,
