@@ -134,8 +134,6 @@ class Mask2FormerDetector:
     """
 
     class_names: tuple[str, ...] = CLASSES
-    chunk = 1
-    """Pictures that are worth handing over together: they are worked off one by one."""
 
     def __init__(
         self,
