@@ -84,7 +84,7 @@ def fid(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """FID, KID, IS, sFID, precision, recall, CMMD, FD-DINOv2, CLIPScore or FD-shapes, each with its protocol."""
-    from fastgen.cli.eval import _check_device, _progress
+    from fastgen.cli.eval_run import check_device, progress
     from fastgen.evaluation.fid.evaluate import FidSettings, evaluate_images
     from fastgen.evaluation.fid.reference import user_cache_dir
 
@@ -107,7 +107,7 @@ def fid(
     for path, suffix in ((out, ".json"), (save_statistics, ".npz")):
         if path is not None and path.suffix != suffix:
             raise FastgenError(f"{path}: is not allowed, needs a name that ends in {suffix}")
-    _check_device(device)
+    check_device(device)
 
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
@@ -121,7 +121,7 @@ def fid(
         source = _images(images, prompts)
         against = _reference(reference, reference_protocol, settings)
         where = user_cache_dir() if cache is None else cache
-        with account() as stats, _progress(group.is_main) as on_progress:
+        with account() as stats, progress(group.is_main) as on_progress:
             data, stores = evaluate_images(
                 source,
                 settings,
