@@ -226,15 +226,15 @@ def evaluate_images(
                     data["metrics"][metric.name] = _measure(metric, job, features, found, settings, on_progress)
             if save_statistics is not None:
                 gaussians = {tap: features.moments[tap].gaussian() for tap in job.taps}
-                record = {**job.extractor.describe(), "protocol": _protocol_name(job.extractor, settings)}
+                record = {**job.extractor.describe(), "protocol": _protocol_name(job, settings)}
                 write_statistics(save_statistics, gaussians, record)
         group.meet()
     data["environment"] = environment()
     return data, stores
 
 
-def _protocol_name(extractor: Extractor, settings: FidSettings) -> str:
-    return settings.protocol if isinstance(extractor, Inception) else extractor.label
+def _protocol_name(job: _Work, settings: FidSettings) -> str:
+    return settings.protocol if job.metrics[0].extractor == "inception" else job.extractor.label
 
 
 def _check_job(job: _Work, images: ImageSource, n: int, reference: Reference | None, settings: FidSettings) -> None:
@@ -244,7 +244,7 @@ def _check_job(job: _Work, images: ImageSource, n: int, reference: Reference | N
     if job.frechet or job.compared:
         if reference is None:
             raise FastgenError(f"{job.metrics[0].name}: needs a reference; see --reference")
-        reference.check(extractor, job.frechet, _protocol_name(extractor, settings))
+        reference.check(extractor, job.frechet, _protocol_name(job, settings))
         if job.compared and reference.images is None:
             names = ", ".join(m.name for m in job.metrics if m.needs_features and m.needs_reference)
             raise FastgenError(f"{reference.name}: holds statistics only; {names} needs images")
