@@ -28,7 +28,7 @@ OnProgress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
 _POLL = 0.02  # seconds between two looks at the store
-_PULSE = 2.0  # seconds between two signs of life
+_PULSE = 1.0  # seconds between two signs of life
 _SILENCE = 120.0  # seconds without one after which a process counts as lost
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

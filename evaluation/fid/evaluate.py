@@ -33,7 +33,7 @@ from fastgen.evaluation.fid.protocols import (
 from fastgen.evaluation.fid.readers import ImageSource
 from fastgen.evaluation.fid.reference import Reference, ReferenceStatistics, load_reference
 
-__all__ = ["FidSettings", "check_size", "evaluate_images"]
+__all__ = ["FidSettings", "check_evaluation", "check_size", "evaluate_images", "load_extractors"]
 
 BENCHMARK = "FID family"
 
@@ -127,6 +127,38 @@ def check_size(what: str, n: int | None, dims: int, allow_small: bool) -> None:
         )
 
 
+def load_extractors(
+    settings: FidSettings, weights: Mapping[str, str] | None = None, group: Group | None = None
+) -> dict[str, Extractor]:
+    """The networks of the metrics.
+
+    Raises:
+        FastgenError: weights are missing or broken; the line says how to get them.
+    """
+    device = (group or Group()).device(settings.device)
+    protocol, given = find_protocol(settings.protocol), weights or {}
+    with phase("load"):
+        return {
+            name: load_extractor(name, protocol, weights=given.get(name), device=device)
+            for name in settings.by_extractor()
+        }
+
+
+def check_evaluation(
+    images: ImageSource, settings: FidSettings, reference: Reference | None, extractors: Mapping[str, Extractor]
+) -> list[_Work]:
+    """Everything that can be refused before an image is read (or drawn).
+
+    Raises:
+        FastgenError: as `evaluate_images`.
+    """
+    n = check_count(images, settings.n)
+    jobs = [_Work(extractors[name], metrics) for name, metrics in settings.by_extractor().items()]
+    for job in jobs:
+        _check_job(job, images, n, reference, settings)
+    return jobs
+
+
 def evaluate_images(
     images: ImageSource,
     settings: FidSettings,
@@ -160,18 +192,9 @@ def evaluate_images(
             are missing, features that are not finite.
     """
     group = group or Group()
-    protocol = find_protocol(settings.protocol)
-    device = group.device(settings.device)
+    networks = extractors or load_extractors(settings, weights, group)
+    jobs = check_evaluation(images, settings, reference, networks)
     n = check_count(images, settings.n)
-    jobs = []
-    for name, metrics in settings.by_extractor().items():
-        given = (extractors or {}).get(name)
-        with phase("load"):
-            network = given or load_extractor(name, protocol, weights=(weights or {}).get(name), device=device)
-        jobs.append(_Work(network, metrics))
-    for job in jobs:
-        _check_job(job, images, n, reference, settings)
-
     data: dict[str, Any] = {
         "benchmark": BENCHMARK,
         "metrics": {},

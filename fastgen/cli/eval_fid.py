@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli import eval_run as options
+from fastgen.cli.eval_run import Generation, progress
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
+    from fastgen.cli.eval_run import GenerationRun
+    from fastgen.evaluation.distributed import Group
     from fastgen.evaluation.fid.evaluate import FidSettings
     from fastgen.evaluation.fid.readers import ImageSource
     from fastgen.evaluation.fid.reference import Reference
@@ -26,8 +30,9 @@ _EXTRACTORS = {
 
 def fid(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="Folder, .zip, .tar (webdataset) or .npz (ADM) of images.")
-    ],
+        Path | None,
+        typer.Argument(metavar="[IMAGES]", help="Folder, .zip, .tar (webdataset) or .npz (ADM) of images."),
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -57,7 +62,11 @@ def fid(
         typer.Option("--weights", help="EXTRACTOR=FILE, folder or Hub id, e.g. inception=weights.pth; repeatable."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file with one prompt an image, in order, for clip-score.")
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="Text file: a prompt an image in order (clip-score), or what --model draws (also GenEval .jsonl).",
+        ),
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Exactly so many images; all if not set.")] = None,
     reference_n: Annotated[int | None, typer.Option("--reference-n", help="The same of the reference.")] = None,
@@ -73,7 +82,29 @@ def fid(
     subset_size: Annotated[int, typer.Option("--subset-size", help="Images in one of them.")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass of a network.")] = 64,
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and resize.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Draw the images first: tiny, a folder, a Hub id, or renders (ShapesWorld)."),
+    ] = None,
+    images_per_prompt: options.ImagesPerPrompt = 4,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    tail_drop: options.TailDrop = None,
+    uncond_tail_drop: options.UncondTailDrop = None,
+    token_budget: options.TokenBudget = None,
+    method: options.Method = None,
+    tree: options.Tree = None,
+    acceptance: options.Acceptance = None,
+    quality: options.Quality = None,
+    drafter: options.Drafter = None,
+    draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
+    batch_invariant: options.BatchInvariant = True,
+    limit: options.Limit = None,
+    dtype: options.Dtype = "auto",
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the drawn images; a killed run continues there.")
+    ] = None,
+    device: options.Device = "cpu",
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Folder of reference statistics and of unfinished work.")
     ] = None,
@@ -81,11 +112,17 @@ def fid(
         Path | None, typer.Option("--save-statistics", help="Write the statistics of IMAGES, a reference for later.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result here as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """FID, KID, IS, sFID, precision, recall, CMMD, FD-DINOv2, CLIPScore or FD-shapes, each with its protocol."""
-    from fastgen.cli.eval_run import check_device, progress
-    from fastgen.evaluation.fid.evaluate import FidSettings, evaluate_images
+    given = locals()
+    if (images is None) == (model is None):
+        raise FastgenError("needs IMAGES to score, or --model to draw them, and not both")
+    generation = Generation(
+        **{name: given[name] for name in Generation.__slots__ if name != "batch_size"}, batch_size=draw_batch
+    )
+    generation.check(images)
+    from fastgen.evaluation.fid.evaluate import FidSettings, check_evaluation, evaluate_images, load_extractors
     from fastgen.evaluation.fid.reference import user_cache_dir
 
     settings = FidSettings(
@@ -107,8 +144,6 @@ def fid(
     for path, suffix in ((out, ".json"), (save_statistics, ".npz")):
         if path is not None and path.suffix != suffix:
             raise FastgenError(f"{path}: is not allowed, needs a name that ends in {suffix}")
-    check_device(device)
-
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
     from fastgen.io import atomic_write_json, check_writable
@@ -118,15 +153,25 @@ def fid(
         for path in (out, save_statistics):
             if path is not None and group.is_main:
                 check_writable(path.parent)
-        source = _images(images, prompts)
         against = _reference(reference, reference_protocol, settings)
         where = user_cache_dir() if cache is None else cache
+        made: dict[str, Any] = {}
         with account() as stats, progress(group.is_main) as on_progress:
+            if images is not None:
+                source = _images(images, prompts)
+                networks = load_extractors(settings, named, group)
+            else:
+                drawn = _open(generation, prompts, settings, run, group)
+                networks = load_extractors(settings, named, group)
+                # What cannot be scored must not cost a generation first.
+                check_evaluation(_planned(drawn), settings, against, networks)
+                made = drawn.make(on_progress)
+                source = _images(drawn.run.folder, None)
             data, stores = evaluate_images(
                 source,
                 settings,
                 reference=against,
-                weights=named,
+                extractors=networks,
                 group=group,
                 cache=where,
                 work=where,
@@ -135,6 +180,9 @@ def fid(
             )
         if not group.is_main:
             return
+        if made:
+            data |= {"model": made["model"], "generation": made["settings"]}
+            data["seconds_per_image"] = made["seconds_per_image"]
         data["stats"] = stats.as_dict()
         if out is not None:
             atomic_write_json(out, data)
@@ -169,15 +217,54 @@ def _weights(options: list[str]) -> dict[str, str]:
     return found
 
 
+def _open(
+    generation: Generation, prompts: Path | None, settings: FidSettings, out: Path | None, group: Group
+) -> GenerationRun:
+    """The run that draws the images."""
+    from fastgen.evaluation.geneval.metadata import Metadata, read_metadata
+    from fastgen.evaluation.shapesworld import RENDERS, render_prompts, shapes_prompts
+
+    if prompts is None:
+        if any(extractor != "shapes" for extractor in settings.by_extractor()):
+            raise FastgenError("--model: needs --prompts, a text file of what to draw")
+        items = shapes_prompts()
+    elif prompts.suffix == ".jsonl":
+        items = read_metadata(prompts)
+    else:
+        items = [Metadata(tag="prompts", include=(), prompt=line) for line in _lines(prompts)]
+    return generation.open(
+        "fid", options.first_of_each_task(items, generation.limit), out, group, {RENDERS: render_prompts}
+    )
+
+
+def _planned(drawn: GenerationRun) -> ImageSource:
+    """The images of a run before they are there."""
+    from fastgen.evaluation.fid.readers import CallbackSource
+
+    def make(index: int) -> Any:
+        raise RuntimeError("the images are not drawn yet")
+
+    run = drawn.run
+    texts = [item.prompt for item in run.prompts for _ in range(run.settings.images_per_prompt)]
+    return CallbackSource(len(texts), make, identity="planned", name=str(run.folder), prompts=texts)
+
+
+def _lines(prompts: Path) -> list[str]:
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastgenError(f"--prompts: {prompts} cannot be read: {error}") from error
+    if not lines or not all(line.strip() for line in lines):
+        raise FastgenError(f"--prompts: {prompts}: needs one prompt a line and no blank line")
+    return lines
+
+
 def _images(path: Path, prompts: Path | None) -> ImageSource:
     from fastgen.evaluation.fid.readers import open_images
 
     source = open_images(path)
     if prompts is not None:
-        try:
-            lines = prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FastgenError(f"--prompts: {prompts} cannot be read: {error}") from error
+        lines = _lines(prompts)
         if len(lines) != len(source):
             raise FastgenError(f"--prompts: {prompts} has {len(lines)} lines, {path} has {len(source)} images")
         source.prompts = lines

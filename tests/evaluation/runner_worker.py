@@ -8,11 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from evaluation_fakes import PixelModel
 from PIL import Image
 
 from fastgen.evaluation.distributed import Group
+from fastgen.evaluation.fid.evaluate import FidSettings, evaluate_images
+from fastgen.evaluation.fid.extractors import ShapesNetwork
+from fastgen.evaluation.fid.readers import CallbackSource
+from fastgen.evaluation.fid.reference import Reference
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.runner import EvaluationRun, RunSettings, results_jsonl
 from fastgen.evaluation.shapesworld import render_prompts, score_folder, shapes_prompts
@@ -38,6 +43,35 @@ class SlowModel(PixelModel):
         return super().features(images)
 
 
+def join(rank: int, size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def measure(folder: str, rank: int, size: int, port: int) -> None:
+    """Every metric of 700 noise pictures against 600 others, kept in `folder`/measured.json."""
+    join(rank, size, port)
+    group, out = Group.from_environment(silence=6.0), Path(folder)
+    sources = []
+    for seed, count in ((1, 700), (2, 600)):
+        images = np.random.default_rng(seed).integers(0, 256 - 20 * seed, (count, 64, 64, 3), dtype=np.uint8)
+        sources.append(CallbackSource(count, images.__getitem__, identity=str(seed), name=f"noise {seed}"))
+    metrics = ("fd-shapes", "kd-shapes", "precision-shapes", "recall-shapes")
+    with group.reporting():
+        data, _ = evaluate_images(
+            sources[0],
+            FidSettings(metrics, bootstrap=20, subset_size=100),
+            reference=Reference("noise 2", sources[1]),
+            extractors={"shapes": ShapesNetwork(PixelModel())},
+            group=group,
+            cache=out / f"cache-{size}",
+            work=out / f"cache-{size}",
+        )
+        if group.is_main:
+            atomic_write_json(out / "measured.json", data["metrics"])
+
+
 def work(
     folder: str,
     rank: int,
@@ -48,9 +82,7 @@ def work(
     settings: RunSettings = SETTINGS,
 ) -> None:
     """The whole evaluation in `folder`; `fail_at` makes the drawing of that image of this process fail."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join(rank, size, port)
 
     def draw(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
         for number, image in enumerate(render_prompts(prompts, seeds)):
@@ -59,7 +91,7 @@ def work(
                 raise OSError(f"the disk of process {rank} is on fire")
             yield image
 
-    group = Group.from_environment(silence=8.0)
+    group = Group.from_environment(silence=6.0)
     out = Path(folder)
     try:
         with group.reporting():
@@ -69,7 +101,7 @@ def work(
             fd = FDShapes(model, n_reference=64, seed=9, cache_dir=out / "cache")
             score = score_folder(run.folder, model, fd=fd, group=group, work=run.folder / ".work")
             if group.is_main:
-                lines = results_jsonl(run.folder, score.samples, score.results)
+                lines = results_jsonl(run.folder, score.samples, score.results, "shapes")
                 atomic_write_bytes(run.folder / "results.jsonl", lines)
                 atomic_write_json(out / "scores.json", {k: v for k, v in score.data.items() if k != "environment"})
                 score.discard()

@@ -104,6 +104,27 @@ def test_two_processes_equal_one(tmp_path: Path, whole: dict[str, object]) -> No
     same(outcome(tmp_path), whole)
 
 
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """Sums that are added up, and features that are brought together: KID, precision, bootstrap."""
+    found = []
+    for size in (1, 2, 3):
+        port = free_port()
+        started = [
+            PROCESSES.Process(target=runner_worker.measure, args=(str(tmp_path), rank, size, port))
+            for rank in range(size)
+        ]
+        for process in started:
+            process.start()
+        assert finish(started) == [0] * size
+        found.append(json.loads((tmp_path / "measured.json").read_text()))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, metric in found[0].items():
+            assert other[name]["value"] == pytest.approx(metric["value"], rel=1e-9)
+        assert other["fd-shapes"]["stderr"] == pytest.approx(found[0]["fd-shapes"]["stderr"], rel=1e-6)
+    assert found[0]["fd-shapes"]["value"] > 0.1 and found[0]["kd-shapes"]["value"] > 1e-3
+
+
 def test_batches_are_cut_in_the_same_places(tmp_path: Path) -> None:
     """Where pixels depend on the batch, a process asks for whole batches of the run and keeps what was missing."""
     from fastgen.evaluation.runner import EvaluationRun, RunSettings

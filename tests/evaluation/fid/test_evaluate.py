@@ -417,3 +417,42 @@ def test_the_reader_of_images_is_that_of_the_library(numbers: Path) -> None:
         extract(source(x), Numbers())[0].moments["pool"].gaussian() for x in (pictures(60, 0), pictures(80, 1))
     ]
     assert found["fd-shapes"] == frechet_distance(*gaussians)
+
+
+DRAWN = ["eval", "fid", "--model", "renders", "--reference", "real", "--limit", "1", "--images-per-prompt", "2"]
+
+
+def test_a_model_is_drawn_and_scored(numbers: Path, monkeypatch, capsys) -> None:
+    options = ["--mixed-sizes", "--bootstrap", "0", "--run", "run", "--json"]
+    assert run([*DRAWN, *options]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["n_images"] == 12 and first["model"] == "renders" and first["generation"]["images_made_now"] == 12
+    assert first["images"] == "run" and first["resolution"] is None
+    (numbers / "run" / "00003" / "samples" / "0001.png").unlink()
+    assert run([*DRAWN, *options]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["generation"]["images_made_now"] == 1 and again["metrics"] == first["metrics"]
+    # Twice the features are not there: told before anything is drawn.
+    monkeypatch.setattr(Numbers, "taps", {"pool": 40})
+    assert run([*DRAWN, "--run", "other"]) == 2
+    assert "other: 12 images are too few for a covariance of 40" in capsys.readouterr().err
+    assert not list((numbers / "other").glob("*/samples/*.png"))
+
+
+def test_prompts_for_a_model(numbers: Path, capsys) -> None:
+    (numbers / "two.txt").write_text("a red circle\na zebra\n")
+    (numbers / "blank.txt").write_text("a red circle\n\n")
+    for arguments, message in (
+        (["--prompts", "two.txt", "--allow-small"], "is no ShapesWorld evaluation prompt"),
+        (["--prompts", "blank.txt"], "blank.txt: needs one prompt a line"),
+        (["--prompts", "none.jsonl"], "none.jsonl: cannot read the metadata"),
+        (["--metrics", "fid"], "--model: needs --prompts"),
+        (["mine"], "not both"),
+        (["--steps", "0"], "--steps: 0"),
+    ):
+        assert run([*DRAWN[:6], *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert run(["eval", "fid"]) == 2
+    assert "needs IMAGES to score, or --model" in capsys.readouterr().err
+    assert run(["eval", "fid", "mine", "--steps", "3"]) == 2
+    assert "--steps: not allowed" in capsys.readouterr().err
