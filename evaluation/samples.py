@@ -55,11 +55,14 @@ class Sample:
         return decode_image(self.read(), str(self.path))
 
 
-def read_samples(folder: str | Path, detector: ObjectDetector | None = None) -> list[Sample]:
+def read_samples(
+    folder: str | Path, detector: ObjectDetector | None = None, colors: ColorClassifier | None = None
+) -> list[Sample]:
     """Every image under `folder`, prompts and images in numeric order.
 
     Args:
         detector: when given, a class or colour it cannot report is an error.
+        colors: names the colours, where the detector does not.
 
     Raises:
         FastgenError: the folder is missing or holds no prompt folder, a prompt folder has no valid metadata or no
@@ -78,7 +81,7 @@ def read_samples(folder: str | Path, detector: ObjectDetector | None = None) -> 
             raise FastgenError(f"{home / 'metadata.jsonl'}: needs exactly one line, has {len(items)}")
         if detector is not None:
             try:
-                check_vocabulary(items[0], detector.class_names, getattr(detector, "color_names", None))
+                check_vocabulary(items[0], detector.class_names, getattr(colors or detector, "color_names", None))
             except ValueError as error:
                 raise FastgenError(f"{home / 'metadata.jsonl'}: {error}") from error
         found = sample_files(home)
@@ -198,23 +201,24 @@ def iterate_images(samples: Iterable[Sample], on_progress: OnProgress | None = N
             on_progress("features", done, len(items))
 
 
-def results_jsonl(folder: str | Path, samples: Sequence[Sample], results: Sequence[ImageResult]) -> bytes:
-    """The verdicts as the official scorer writes them, one JSON object a line; file names relative to `folder`."""
+def results_jsonl(
+    folder: str | Path, samples: Sequence[Sample], results: Sequence[ImageResult], detector: str
+) -> bytes:
+    """The verdicts as the official scorer writes them, one JSON object a line, and the name of the detector; names of
+    files are relative to `folder`."""
     lines = []
     for sample, result in zip(samples, results, strict=True):
-        lines.append(
-            json.dumps(
-                {
-                    "filename": sample.path.relative_to(folder).as_posix(),
-                    "tag": result.tag,
-                    "prompt": sample.metadata.prompt,
-                    "correct": result.correct,
-                    "reason": result.reason,
-                    "metadata": sample.metadata.to_json(),
-                    "details": json.dumps(result.details),
-                }
-            )
-        )
+        record = {
+            "filename": sample.path.relative_to(folder).as_posix(),
+            "tag": result.tag,
+            "prompt": sample.metadata.prompt,
+            "correct": result.correct,
+            "reason": result.reason,
+            "metadata": sample.metadata.to_json(),
+            "details": json.dumps(result.details),
+            "detector": detector,
+        }
+        lines.append(json.dumps(record))
     return "".join(line + "\n" for line in lines).encode()
 
 

@@ -22,12 +22,15 @@ from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.fid.readers import FolderSource
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.results import DETECTORS, prompt_table
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
 from fastgen.evaluation.report import contact_sheet
 from fastgen.evaluation.samples import Sample, judge_samples, read_samples, spread, verdict_store
 
-BENCHMARK = "ShapesWorld-GenEval"
+DETECTOR = "shapes"
+"""Name of the embedded detector, which goes into every result."""
+BENCHMARK = DETECTORS[DETECTOR]
 RENDERS = "renders"
 """Name of the pseudo-model that draws every prompt with the ShapesWorld renderer: the ceiling of both scores."""
 SHEET_IMAGES = 64
@@ -147,5 +150,6 @@ def score_folder(
             result, store = distance.measure(source, allow_small=allow_small, group=group, work=work, on_done=told)
             data["fd_shapes"] = result.as_dict()
             stores.append(store)
-    data |= {"detector": weights, "environment": environment()}
+    prompts = prompt_table([sample.metadata for sample in samples], results)
+    data |= {"detector_name": DETECTOR, "detector": weights, "prompts": prompts, "environment": environment()}
     return FolderScore(data, samples, results, stores)

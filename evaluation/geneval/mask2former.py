@@ -24,9 +24,11 @@ from torch.nn import functional
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.prompts import CLASSES
 from fastgen.evaluation.geneval.resize import resize_linear
+from fastgen.evaluation.geneval.results import DETECTORS
 from fastgen.evaluation.geneval.types import Detections, check_image
 
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
+SOURCES = ("hf", "mmdet-converted")
 CONVERTED_FILE = "fastgen-mmdet.json"
 """Written by the converter beside its weights; a folder that holds it is OpenMMLab's network."""
 SHORT_SIDE, LONG_SIDE, MULTIPLE, PAD = 800, 1333, 32, 128
@@ -149,8 +151,8 @@ class Mask2FormerDetector:
                 f"detector mask2former: {weights or 'the model'} knows {model.config.num_labels} classes, GenEval "
                 f"needs the {len(CLASSES)} things of COCO (an instance checkpoint, not a panoptic or semantic one)"
             )
-        if source not in BENCHMARKS:
-            raise ValueError(f"source: needs one of {', '.join(BENCHMARKS)}, got {source!r}")
+        if source not in SOURCES:
+            raise ValueError(f"source: needs one of {', '.join(SOURCES)}, got {source!r}")
         self.device = torch.device(device)
         self.model = model.to(self.device, torch.float32).eval()
         self.name, self.weights, self.min_score = source, weights, min_score
@@ -187,7 +189,7 @@ class Mask2FormerDetector:
     @property
     def benchmark(self) -> str:
         """What a score by this detector is called."""
-        return BENCHMARKS[self.name]
+        return DETECTORS[self.name]
 
     def fingerprint(self) -> str:
         """sha256 of the weights."""
@@ -223,11 +225,6 @@ class Mask2FormerDetector:
         )
         labels, scores, boxes, masks = (part.cpu().numpy() for part in found)
         return Detections(tuple(CLASSES[label] for label in labels), scores, boxes, masks)
-
-
-BENCHMARKS = {"hf": "GenEval (HF-M2F)", "mmdet-converted": "GenEval (converted M2F)"}
-"""Source of the weights -> name of the score. Plain "GenEval" is what the official scorer measures; agreement with it
-was measured for neither, see docs/evaluation.md."""
 
 
 @contextmanager

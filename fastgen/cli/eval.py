@@ -6,6 +6,7 @@ import typer
 
 from fastgen.cli.eval_checker import checker
 from fastgen.cli.eval_fid import fid
+from fastgen.cli.eval_geneval import geneval
 from fastgen.cli.eval_shapes import shapes
 
 app = typer.Typer(help="Score images and models.", no_args_is_help=True)
@@ -17,5 +18,6 @@ def _group() -> None:
 
 
 app.command("shapes")(shapes)
+app.command("geneval")(geneval)
 app.command("fid")(fid)
 app.command("checker")(checker)

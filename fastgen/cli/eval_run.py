@@ -263,6 +263,31 @@ def _generator(run: EvaluationRun, batch_size: int) -> Generate:
     return generate
 
 
+def task_lines(report: dict[str, Any]) -> list[str]:
+    """The scores of the tasks for people."""
+
+    def row(name: str, score: float, stderr: float | None) -> str:
+        error = "" if stderr is None else f" ± {stderr:.3f}"
+        return f"  {name:<16}{score:.3f}{error}"
+
+    lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
+    lines += [row(tag, task["score"], task["stderr"]) for tag, task in report["tasks"].items()]
+    lines.append(row("mean of tasks", report["overall"], report["overall_stderr"]) + "  (standard error by prompt)")
+    images, prompts = report["correct_images"], report["correct_prompts"]
+    return [*lines, f"  correct images {images:.3f}, correct prompts {prompts:.3f}"]
+
+
+def source_lines(report: dict[str, Any]) -> list[str]:
+    """Where the scores come from and where they went, for people."""
+    from fastgen.evaluation.report import provenance
+
+    lines = []
+    if report.get("seconds_per_image") is not None:
+        lines.append(f"{report['seconds_per_image']:.3f} s per image on {report['settings']['device']}")
+    lines.append(provenance(report))
+    return lines + [f"{name}: {report[name]}" for name in ("images", "sheet", "results") if name in report]
+
+
 @contextmanager
 def progress(shown: bool = True) -> Iterator[OnProgress]:
     """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli.eval_run import Generation, progress
+from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
 from fastgen.errors import FastgenError
 
 
@@ -97,7 +97,9 @@ def shapes(
             report["sheet"] = str(sheet)
     report["stats"] = stats.as_dict()
     if target is not None:
-        atomic_write_bytes(target / "results.jsonl", results_jsonl(folder, score.samples, score.results))
+        atomic_write_bytes(
+            target / "results.jsonl", results_jsonl(folder, score.samples, score.results, report["detector_name"])
+        )
         atomic_write_json(target / "scores.json", report)
         report["results"] = str(target / "scores.json")
     score.discard()
@@ -106,26 +108,10 @@ def shapes(
 
 def _scores_text(report: dict[str, Any]) -> str:
     """The scores for people."""
-    from fastgen.evaluation.report import provenance
-
-    lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
-
-    def row(name: str, score: float, stderr: float | None) -> str:
-        error = "" if stderr is None else f" ± {stderr:.3f}"
-        return f"  {name:<16}{score:.3f}{error}"
-
-    lines += [row(tag, task["score"], task["stderr"]) for tag, task in report["tasks"].items()]
-    lines.append(row("mean of tasks", report["overall"], report["overall_stderr"]) + "  (standard error by prompt)")
-    lines.append(f"  correct images {report['correct_images']:.3f}, correct prompts {report['correct_prompts']:.3f}")
+    lines = task_lines(report)
     fd = report["fd_shapes"]
     if fd["value"] is None:
         lines.append(f"{fd['protocol']}: no value, {fd['reason'].removeprefix('FD-shapes: ')}")
     else:
         lines.append(f"{fd['protocol']}: {fd['value']:.3f} ({fd['n_images']} images)")
-    if report.get("seconds_per_image") is not None:
-        lines.append(f"{report['seconds_per_image']:.3f} s per image on {report['settings']['device']}")
-    lines.append(provenance(report))
-    for name in ("images", "sheet", "results"):
-        if name in report:
-            lines.append(f"{name}: {report[name]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *source_lines(report)])

@@ -355,7 +355,7 @@ def test_unreadable_image_is_named(tmp_path, finished: Path, image: bytes | None
 def test_results_are_in_the_fields_of_the_official_scorer(finished: Path) -> None:
     samples = read_samples(finished)
     results = judge_samples(samples, ShapesChecker(PixelModel()))
-    lines = [json.loads(line) for line in results_jsonl(finished, samples, results).splitlines()]
+    lines = [json.loads(line) for line in results_jsonl(finished, samples, results, "shapes").splitlines()]
     assert len(lines) == 36
     assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert lines[4]["filename"] == "00001/samples/0001.png"
