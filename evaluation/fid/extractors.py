@@ -172,17 +172,19 @@ class CLIPEmbeddings(_Transformers):
     mean_std = _CLIP
 
     def __init__(self, weights: str | None = None, *, device: str | torch.device = "cpu") -> None:
-        from transformers import CLIPVisionModelWithProjection
+        from transformers import CLIPModel
 
         weights = weights or CMMD_CLIP
-        model = _load("cmmd", CLIPVisionModelWithProjection, weights)
-        self.side = int(model.config.image_size)
+        # The whole model: its configuration alone tells the width of the projection.
+        model = _load("cmmd", CLIPModel, weights)
+        self.side = int(model.config.vision_config.image_size)
         self.taps = {"pool": int(model.config.projection_dim)}
-        self._setup(model, weights, "torch-bicubic", device)
+        parts = {"vision_model": model.vision_model, "visual_projection": model.visual_projection}
+        self._setup(torch.nn.ModuleDict(parts), weights, "torch-bicubic", device)
 
     def compute(self, batch: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        embeddings = self.model(pixel_values=batch).image_embeds.float()
-        return {"pool": torch.nn.functional.normalize(embeddings, dim=-1)}
+        pooled = self.model["vision_model"](pixel_values=batch).pooler_output
+        return {"pool": torch.nn.functional.normalize(self.model["visual_projection"](pooled).float(), dim=-1)}
 
 
 class DINOv2(_Transformers):
