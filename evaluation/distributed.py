@@ -81,6 +81,8 @@ class Group:
             rank, count = int(os.environ["RANK"]), int(size)
             store, _, _ = next(dist.rendezvous("env://", rank, count))  # type: ignore[attr-defined]
             backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             if not dist.is_initialized():
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=600)

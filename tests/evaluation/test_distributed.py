@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import runner_worker
 import torch
+from PIL import Image
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore, ranges, run_chunks
@@ -136,6 +139,33 @@ def test_batches_are_cut_in_the_same_places(tmp_path: Path) -> None:
     assert [p * 3 + i for p, i in asked] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 35]
     run.group.size, run.group.rank = 2, 1
     assert [p * 3 + i for p, i in run._own(missing)] == [5, 6, 7, 8, 9]
+
+
+def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
+    """A real pipeline whose pixels depend on the batch: interrupted, resumed and shared runs make the same files."""
+    from fastgen.evaluation.runner import EvaluationRun, RunSettings
+    from fastgen.pipelines.loading import generate_images, load_pipeline
+
+    pipe = load_pipeline(str(micro_z))
+    settings = RunSettings(model="micro", model_fingerprint="0", images_per_prompt=2, batch_size=5)
+
+    def draw(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        pictures = generate_images(
+            pipe, prompts, seeds, batch_size=5, batch_invariant=False, steps=2, height=32, width=32
+        )
+        return (picture.image for picture in pictures)
+
+    def interrupted(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        yield from itertools.islice(draw(prompts, seeds), 8)
+        raise KeyboardInterrupt
+
+    prompts = runner_worker.PROMPTS[:6]
+    EvaluationRun(tmp_path / "whole", prompts, settings).generate(draw)
+    with pytest.raises(KeyboardInterrupt):
+        EvaluationRun(tmp_path / "parts", prompts, settings).generate(interrupted)
+    assert EvaluationRun(tmp_path / "parts", prompts, settings).generate(draw) == 4
+    for path in (tmp_path / "whole").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 # --- kills -------------------------------------------------------------------------------------------------------
