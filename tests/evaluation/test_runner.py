@@ -357,7 +357,7 @@ def test_results_are_in_the_fields_of_the_official_scorer(finished: Path) -> Non
     results = judge_samples(samples, ShapesChecker(PixelModel()))
     lines = [json.loads(line) for line in results_jsonl(finished, samples, results, "shapes").splitlines()]
     assert len(lines) == 36
-    assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details", "detector"]
     assert lines[4]["filename"] == "00001/samples/0001.png"
     assert json.loads(lines[4]["metadata"]) == PROMPTS[1].as_dict()
     assert all(line["correct"] == (line["reason"] == "") for line in lines)
