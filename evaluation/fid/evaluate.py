@@ -293,7 +293,9 @@ def _measure(
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """One number with its label and its error."""
-    extractor, where = job.extractor, job.extractor.device
+    extractor = job.extractor
+    # Double precision is not everywhere.
+    where = extractor.device if extractor.device.type in ("cpu", "cuda") else torch.device("cpu")
     parts = [extractor.label, count_name(features.count), extractor.name]
 
     def array(arrays: Mapping[str, Tensor]) -> Tensor:
