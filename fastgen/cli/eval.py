@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from fastgen.cli.eval_checker import checker
+from fastgen.cli.eval_compare import compare
 from fastgen.cli.eval_fid import fid
 from fastgen.cli.eval_geneval import geneval
+from fastgen.cli.eval_report import report
 from fastgen.cli.eval_shapes import shapes
 
 app = typer.Typer(help="Score images and models.", no_args_is_help=True)
@@ -21,3 +23,5 @@ app.command("shapes")(shapes)
 app.command("geneval")(geneval)
 app.command("fid")(fid)
 app.command("checker")(checker)
+app.command("compare")(compare)
+app.command("report")(report)

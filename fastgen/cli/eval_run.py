@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ class Generation:
         prompts: Sequence[Metadata],
         out: Path | None,
         group: Group,
-        drawers: dict[str, Generate] | None = None,
+        drawers: Mapping[str, Generate] | None = None,
     ) -> GenerationRun:
         """The run in `out`; without one, in a folder of the working directory that is named after its settings, so
         that the same command continues the same run and another one starts its own.
