@@ -45,6 +45,7 @@ def benchmark_fid(
     processes: Sequence[int] = (1, 2),
     features: int = 50_000,
     reference: int = 10_000,
+    manifold: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure the three.
@@ -55,6 +56,7 @@ def benchmark_fid(
         runs: measured batches of network and statistics.
         processes: numbers of processes; a GPU each on "cuda".
         features, reference: sizes of the sets whose metrics are computed for their memory; 0 features: not measured.
+        manifold: features taken for precision and recall, whose arithmetic grows with the square; all when None.
         device: cpu or cuda.
 
     Returns:
@@ -81,11 +83,12 @@ def benchmark_fid(
             "runs": runs,
             "features": features,
             "reference": reference,
+            "manifold": manifold,
             "device": device,
         },
         "statistics": _statistics(batch_size, runs, device),
         "processes": [_processes(count, images, batch_size, device) for count in processes],
-        "memory": _memory(features, reference) if features else None,
+        "memory": _memory(features, reference, manifold or features) if features else None,
     }
 
 
@@ -150,21 +153,23 @@ _METRICS = """
 import resource, sys
 from fastgen.evaluation.benchmarks.fid import compute_metrics
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-compute_metrics(int(sys.argv[1]), int(sys.argv[2]))
+compute_metrics(*map(int, sys.argv[1:]))
 print(before)
 """
 
 
-def _memory(features: int, reference: int) -> dict[str, Any]:
+def _memory(features: int, reference: int, manifold: int) -> dict[str, Any]:
     """Peak memory of a process that computes every metric of `features` features of Inception."""
-    command = [sys.executable, "-c", _METRICS, str(features), str(reference)]
+    command = [sys.executable, "-c", _METRICS, str(features), str(reference), str(manifold)]
     seconds, peak, printed = measure_process(command)
     unit = 1 if sys.platform == "darwin" else 1024
     return {"seconds": seconds, "peak_bytes": peak, "start_bytes": int(printed.split()[-1]) * unit}
 
 
-def compute_metrics(features: int, reference: int, dims: int = POOL, k: int = 3) -> dict[str, float]:
-    """FID with an interval, KID, IS and precision of random features, as the engine computes them."""
+def compute_metrics(
+    features: int, reference: int, manifold: int | None = None, *, dims: int = POOL, k: int = 3
+) -> dict[str, float]:
+    """FID with an interval, KID, IS and precision (of the first `manifold`) of random features, as the engine does."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.empty(features, dims), torch.empty(reference, dims)
     moments = [Moments(dims), Moments(dims)]
@@ -175,9 +180,8 @@ def compute_metrics(features: int, reference: int, dims: int = POOL, k: int = 3)
     ours, theirs = (sums.gaussian() for sums in moments)
     value = frechet_distance(ours, theirs)
     interval = bootstrap_frechet(x, theirs, value, replicates=2)
-    logits = torch.cat([part[:, :1008] for part in x.split(4096)])
-    score, _ = inception_score(logits, split_size=5000)
-    precision, recall = precision_recall(x, y, k=k)
+    score, _ = inception_score(x, lambda part: part[:, :1008], split_size=5000)
+    precision, recall = precision_recall(x[:manifold], y[:manifold], k=k)
     distance, _ = kid(x, y, subsets=4, subset_size=min(1000, features, reference))
     found = {"fid": value, "stderr": interval.stderr, "is": score, "kid": distance}
     return {**found, "precision": precision, "recall": recall}

@@ -328,7 +328,8 @@ def _measure(
         if not isinstance(extractor, Inception):
             raise TypeError(f"{metric.name} needs Inception, got {extractor.name}")
         mean, std = inception_score(
-            extractor.logits(features.arrays[metric.tap]),
+            features.arrays[metric.tap],
+            extractor.logits,
             split_size=protocol.split_size,
             splits=protocol.splits,
             shuffle_seed=protocol.shuffle_seed,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.evaluation.fid.statistics import Gaussian
 
 _TOLERANCE = 1e-6  # how far below zero, relative to the largest, rounding may push an eigenvalue of a covariance
-_ROWS = 8192  # features in one block of a bootstrap replicate
+_ROWS = 2048  # features in one block of a bootstrap replicate
 _DOUBLE_UP_TO = 512  # wider features are multiplied in single precision: an error bar needs no more
 
 

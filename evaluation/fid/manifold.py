@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3
-_ROWS, _COLUMNS = 1024, 8192
+_ROWS, _COLUMNS = 1024, 4096
 
 
 def precision_recall(

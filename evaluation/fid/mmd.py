@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.image.kid import poly_mmd
 
 __all__ = ["CMMD_SCALE", "CMMD_SIGMA", "cmmd", "kid"]
 
@@ -34,6 +33,8 @@ def kid(
     for name, x in (("features", features), ("reference", reference)):
         if len(x) < subset_size:
             raise ValueError(f"kid: {name} has {len(x)} images, a subset needs {subset_size}")
+    from torchmetrics.image.kid import poly_mmd  # here, since it brings transformers along
+
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):

@@ -19,6 +19,9 @@ def fid(
     processes: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 1 and 2.")] = None,
     features: Annotated[int, typer.Option(help="Set whose metrics are computed for their memory; 0: none.")] = 50_000,
     reference: Annotated[int, typer.Option(help="Size of its reference.")] = 10_000,
+    manifold: Annotated[
+        int | None, typer.Option(help="Features taken for precision and recall; all if not set.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
@@ -39,6 +42,7 @@ def fid(
         processes=processes or (1, 2),
         features=features,
         reference=reference,
+        manifold=manifold,
         device=device,
     )
     publish(result, out, as_json, fid_markdown(result))

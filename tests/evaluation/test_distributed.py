@@ -174,8 +174,12 @@ def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
 def kill_and_resume(folder: Path, rng: random.Random, sizes: tuple[int, int], alone: bool, moment: float) -> bool:
     """Kill one process or all at a moment (share of the run), start again with another number; whether it hit."""
     started = start(folder, sizes[0], seconds=0.01)
+    # Before they have met, only a launcher can know that one is dead.
+    deadline = time.monotonic() + 60
+    while not (folder / "run" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     # 48 images drawn, judged and measured by all processes together, at 10 ms each and stage.
-    time.sleep(0.3 + moment * 3 * 48 * 0.01 / sizes[0])
+    time.sleep(moment * 3 * 48 * 0.01 / sizes[0])
     victims = [rng.choice(started)] if alone else started
     hit = any(process.is_alive() for process in victims)
     for process in victims:

@@ -153,10 +153,10 @@ def test_a_source_gives_what_its_images_give(tmp_path) -> None:
     fd = small(tmp_path)
     source = CallbackSource(300, lambda index: images[index], identity="x")
     result, store = fd.measure(source, work=tmp_path / "work")
-    assert result.value == pytest.approx(fd(list(images)).value, rel=1e-12)
+    assert result.value == pytest.approx(fd(list(images)).value, rel=1e-6)
     assert len(list((tmp_path / "work").glob("*/*.chunk"))) == 2
     store.discard()
-    assert not list((tmp_path / "work").iterdir())
+    assert not (tmp_path / "work").exists()
     with pytest.raises(FastgenError, match="300 images are too few"):
         fd.extractor.taps = {"pool": 200}
         fd.measure(source)
