@@ -31,7 +31,7 @@ _EXTRACTORS = {
 def fid(
     images: Annotated[
         Path | None,
-        typer.Argument(metavar="[IMAGES]", help="Folder, .zip, .tar (webdataset) or .npz (ADM) of images."),
+        typer.Argument(metavar="IMAGES", help="Folder, .zip, .tar (webdataset) or .npz (ADM) of images."),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -221,7 +221,7 @@ def _open(
     generation: Generation, prompts: Path | None, settings: FidSettings, out: Path | None, group: Group
 ) -> GenerationRun:
     """The run that draws the images."""
-    from fastgen.evaluation.geneval.metadata import Metadata, read_metadata
+    from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task, read_metadata
     from fastgen.evaluation.shapesworld import RENDERS, render_prompts, shapes_prompts
 
     if prompts is None:
@@ -232,9 +232,7 @@ def _open(
         items = read_metadata(prompts)
     else:
         items = [Metadata(tag="prompts", include=(), prompt=line) for line in _lines(prompts)]
-    return generation.open(
-        "fid", options.first_of_each_task(items, generation.limit), out, group, {RENDERS: render_prompts}
-    )
+    return generation.open("fid", first_of_each_task(items, generation.limit), out, group, {RENDERS: render_prompts})
 
 
 def _planned(drawn: GenerationRun) -> ImageSource:
