@@ -162,7 +162,10 @@ def compare(
             allowed = margin if before.share else margin * abs(before.value)
             failed = gated and (worst < -allowed if prove else best < -allowed)
         elif gated:
-            raise FastgenError(f"--gate: {before.name!r} has no error in one of the results, so nothing can be said")
+            raise FastgenError(
+                f"{before.name}: has no error in one of the results (a task needs two prompts, a distance its "
+                "bootstrap), so nothing can be said of it"
+            )
         paired = before.name in errors
         values = (before.value, after.value, stderr, low, high)
         rows.append(Difference(before.name, *values, paired, gated, verdict, failed, before.share))

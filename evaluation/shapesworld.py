@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fastgen.accounting import phase
-from fastgen.data.captions import TASKS, evaluation_captions, evaluation_prompts
+from fastgen.data.captions import evaluation_captions, evaluation_prompts
 from fastgen.data.scenes import sample_scene
 from fastgen.data.shapes import render
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.chunks import ChunkStore
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.fid.readers import FolderSource
 from fastgen.evaluation.fid.shapes import FDShapes
-from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task
 from fastgen.evaluation.geneval.results import DETECTORS, prompt_table
-from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.evaluation.geneval.rules import summarize
+from fastgen.evaluation.geneval.scoring import GenEvalScore
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
 from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.samples import Sample, judge_samples, read_samples, spread, verdict_store
+from fastgen.evaluation.samples import judge_samples, read_samples, spread, verdict_store
 
 DETECTOR = "shapes"
 """Name of the embedded detector, which goes into every result."""
@@ -45,7 +44,7 @@ def shapes_prompts(limit: int | None = None) -> list[Metadata]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit: needs an integer >= 1, got {limit}")
     items = [Metadata.from_dict(data) for data in evaluation_prompts()]
-    return [item for tag in TASKS for item in [other for other in items if other.tag == tag][:limit]]
+    return first_of_each_task(items, limit)
 
 
 def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
@@ -65,25 +64,8 @@ def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Ima
         yield Image.fromarray(images[0])
 
 
-@dataclass(frozen=True, slots=True)
-class FolderScore:
-    """Scores of a folder.
-
-    Attributes:
-        data: JSON-ready: benchmark, tasks, overall, standard errors, counts, fd_shapes, detector, environment.
-        samples, results: every image and its verdict, in the same order.
-        stores: finished parts that were kept.
-    """
-
-    data: dict[str, Any]
-    samples: list[Sample]
-    results: list[ImageResult]
-    stores: Sequence[ChunkStore] = ()
-
-    def discard(self) -> None:
-        """Remove what was kept for resuming: the scores are written."""
-        for store in self.stores:
-            store.discard()
+class FolderScore(GenEvalScore):
+    """Scores of a folder; `data` also has fd_shapes."""
 
     def sheet(self, *, captions: bool = False, count: int = SHEET_IMAGES) -> Image.Image:
         """The first image of each of `count` prompts spread over the tasks, with green or red verdict bars."""

@@ -137,7 +137,7 @@ def geneval(
 
 def _prompts(path: Path | None, judge: Judge, limit: int | None) -> list[Metadata]:
     """What is drawn or must be there; unknown classes and colours are found before anything is drawn."""
-    from fastgen.evaluation.geneval.metadata import read_metadata
+    from fastgen.evaluation.geneval.metadata import first_of_each_task, read_metadata
     from fastgen.evaluation.geneval.prompts import official_prompts
     from fastgen.evaluation.shapesworld import DETECTOR, shapes_prompts
 
@@ -146,7 +146,7 @@ def _prompts(path: Path | None, judge: Judge, limit: int | None) -> list[Metadat
         prompts = read_metadata(path, class_names=judge.detector.class_names, color_names=colors)
     else:
         prompts = shapes_prompts() if judge.name == DETECTOR else list(official_prompts())
-    return options.first_of_each_task(prompts, limit)
+    return first_of_each_task(prompts, limit)
 
 
 def _summarise(path: Path, out: Path | None, as_json: bool) -> None:

@@ -172,12 +172,6 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def first_of_each_task(prompts: Sequence[Metadata], limit: int | None) -> list[Metadata]:
-    """The first `limit` prompts of each task, tasks in order of appearance; all when None."""
-    tags = dict.fromkeys(prompt.tag for prompt in prompts)
-    return [prompt for tag in tags for prompt in [other for other in prompts if other.tag == tag][:limit]]
-
-
 def check_device(device: str, dtype: str = "auto") -> None:
     """FastgenError when this machine cannot compute on `device` in `dtype`."""
     from fastgen.pipelines.checkpoint import check_names

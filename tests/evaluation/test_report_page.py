@@ -84,6 +84,12 @@ def page(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the browser; it starts faster on one that it knows."""
+    return tmp_path_factory.mktemp("browser") / "profile"
+
+
 def opened(page: Path, profile: Path, fragment: str = "", *options: str) -> tuple[str, str]:
     """(DOM after the script ran, what the browser's console said)."""
     fixed = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
@@ -101,8 +107,8 @@ def figures(dom: str) -> list[tuple[str, str, bool]]:
 
 
 @browser
-def test_in_a_browser_with_all_its_content_and_no_script_errors(page: Path, tmp_path: Path) -> None:
-    dom, console = opened(page, tmp_path / "profile")
+def test_in_a_browser_with_all_its_content_and_no_script_errors(page: Path, profile: Path) -> None:
+    dom, console = opened(page, profile)
     assert console == "" and 'data-ready="yes"' in dom
     assert len(figures(dom)) == 16 and not any(hidden for _, _, hidden in figures(dom))
     assert "16 of 16 images" in dom
@@ -115,8 +121,9 @@ def test_in_a_browser_with_all_its_content_and_no_script_errors(page: Path, tmp_
 
 
 @browser
-def test_links_into_the_page_filter_its_images(page: Path, tmp_path: Path) -> None:
-    dom, console = opened(page, tmp_path / "profile", "#verdict=wrong&task=counting&theme=dark")
+@pytest.mark.slow
+def test_links_into_the_page_filter_its_images(page: Path, profile: Path) -> None:
+    dom, console = opened(page, profile, "#verdict=wrong&task=counting&theme=dark")
     shown = [(kind, task) for kind, task, hidden in figures(dom) if not hidden]
     assert set(shown) == {("wrong", "counting")} and console == ""
     assert f"{len(shown)} of 16 images" in dom and 'data-theme="dark"' in dom
@@ -124,22 +131,22 @@ def test_links_into_the_page_filter_its_images(page: Path, tmp_path: Path) -> No
 
 @browser
 @pytest.mark.slow
-def test_a_script_error_would_be_seen(page: Path, tmp_path: Path) -> None:
+def test_a_script_error_would_be_seen(page: Path, profile: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("const root =", "const root = nonsense.property; const other ="))
-    dom, console = opened(broken, tmp_path / "profile")
+    dom, console = opened(broken, profile)
     assert "nonsense is not defined" in console and "data-ready" not in dom
 
 
 @browser
-def test_light_and_dark(page: Path, tmp_path: Path) -> None:
+def test_light_and_dark(page: Path, profile: Path, tmp_path: Path) -> None:
     """Three copies of the page in one picture, on a system that prefers dark: as chosen, and as the system."""
     frames = [f'<iframe src="{page.as_uri()}{part}"></iframe>' for part in ("#theme=light", "#theme=dark", "")]
     style = "<style>body{margin:0}iframe{display:block;border:0;width:900px;height:300px}</style>"
     (tmp_path / "frames.html").write_text(style + "".join(frames))
     shot = tmp_path / "shot.png"
     options = ("--window-size=900,1000", f"--screenshot={shot}", "--blink-settings=preferredColorScheme=0")
-    opened(tmp_path / "frames.html", tmp_path / "profile", "", *options)
+    opened(tmp_path / "frames.html", profile, "", *options)
     with Image.open(shot) as image:
         light, dark, system = (
             np.asarray(image.convert("L"), dtype=int)[top : top + 290, :880] for top in (5, 305, 605)
