@@ -30,7 +30,8 @@ def provenance(data: dict[str, Any]) -> str:
     parts.append(", ".join(f"{name} {number}" for name, number in where["versions"].items()))
     parts.append(f"commit {where['commit']}")
     if data.get("detector"):
-        parts.append(f"detector {data['detector'][:8]}")
+        name = f"={data['detector_name']}" if data.get("detector_name") else ""
+        parts.append(f"detector{name} {data['detector'][:8]}")
     return "; ".join([*parts, where["date"]])
 
 

@@ -1,45 +1,52 @@
 """Evaluation runs: a folder of generated images in GenEval's layout, resumable, and its scores.
 
     <folder>/run.json                  settings; a run never continues under others
-    <folder>/timing.json               images made and seconds spent, over all sessions of the run
+    <folder>/timing.json               images made and seconds spent, over all sessions of the run (one more file,
+                                       timing-N.json, for each further process)
     <folder>/NNNNN/metadata.jsonl      one prompt
     <folder>/NNNNN/samples/0000.png    its images
     <folder>/results.jsonl             one verdict an image, in the fields of the official scorer
 
 Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and i. So a run
-killed at any moment and started again ends with the files of an uninterrupted one.
+killed at any moment and started again ends with the files of an uninterrupted one, with however many processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.metadata import Metadata, check_vocabulary, format_metadata, read_metadata
-from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
-from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
+from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
+from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, save_png
+
+__all__ = [
+    "EvaluationRun",
+    "Generate",
+    "OnProgress",
+    "RunSettings",
+    "Sample",
+    "image_seed",
+    "iterate_images",
+    "judge_samples",
+    "model_fingerprint",
+    "read_samples",
+    "results_jsonl",
+    "spread",
+]
 
 Generate = Callable[[list[str], list[int]], Iterator[Image.Image]]
 """(prompts, seeds) of equal length -> one image per pair, in order; it loads in the call, not in the iterator."""
-OnProgress = Callable[[str, int, int], None]
-"""(stage, done, total)"""
 
 _FORMAT = 2  # 1: the same few seeds for every prompt
-_SAMPLE = re.compile(r"\d+\.png")
-_PROMPT = re.compile(r"\d+")
-_CHUNK = 64  # images in memory while scoring
 _WHOLE_HASH_BYTES = 64 << 20
 
 
@@ -124,19 +131,23 @@ class EvaluationRun:
     """A folder of images for `prompts`, made or continued under `settings`.
 
     Args:
-        folder: created when missing.
+        folder: created when missing; one that all processes see.
         prompts: what to draw, in order; prompt k lives in folder `k` with five digits.
         settings: must equal those of a run that the folder holds already.
+        group: the processes that share the run.
 
     Raises:
         FastgenError: the folder holds another run, other settings or prompts, foreign files, or is not writable.
     """
 
-    def __init__(self, folder: str | Path, prompts: Sequence[Metadata], settings: RunSettings) -> None:
+    def __init__(
+        self, folder: str | Path, prompts: Sequence[Metadata], settings: RunSettings, group: Group | None = None
+    ) -> None:
         if not prompts:
             raise ValueError("prompts: needs at least one")
         self.folder, self.prompts, self.settings = Path(folder), list(prompts), settings
-        self._open()
+        self.group = group or Group()
+        self.group.main_first(self._open)
 
     def _open(self) -> None:
         digest = hashlib.sha256(format_metadata(self.prompts)).hexdigest()
@@ -145,6 +156,10 @@ class EvaluationRun:
         check_writable(self.folder)
         if path.is_file():
             _check_record(self.folder, read_json(path), record)
+        elif not self.group.is_main:
+            raise FastgenError(
+                f"{self.folder}: is not the folder that the first process sees; it must be a shared one"
+            )
         elif any(not item.name.startswith(".") for item in self.folder.iterdir()):
             raise FastgenError(f"{self.folder}: is not empty and holds no evaluation run; choose another folder")
         else:
@@ -160,34 +175,69 @@ class EvaluationRun:
         return [pair for pair in pairs if not _is_whole(self.sample(*pair))]
 
     def generate(self, generate: Generate, on_progress: OnProgress | None = None) -> int:
-        """Makes every missing image and returns how many were made.
+        """Makes every missing image, by all processes of the group, and returns how many were made.
 
         Raises:
             FastgenError: an image cannot be written; those already made stay.
+            PeerFailed: another process failed; what was made stays.
             RuntimeError: `generate` returned fewer images than asked.
         """
-        missing = self.missing()
+        group = self.group
+        # Told by one process: another one may find less missing, when a third has begun.
+        missing = group.share(self.missing() if group.is_main else None)
         total = len(self.prompts) * self.settings.images_per_prompt
-        if on_progress is not None:
-            on_progress("generate", total - len(missing), total)
+        there = total - len(missing)
+
+        def told(done: int) -> None:
+            made = group.count(f"generate/{self.folder}", done)
+            if on_progress is not None and group.is_main:
+                on_progress("generate", there + (made if group.size > 1 else done), total)
+
+        told(0)
         if not missing:
             return 0
-        prompts = [self.prompts[p].prompt for p, _ in missing]
-        seeds = [image_seed(self.settings.seed, self.prompts[p].prompt, i) for p, i in missing]
-        images = generate(prompts, seeds)
-        made, seconds = self.timing()
-        clock = time.perf_counter()
-        for done, (pair, image) in enumerate(zip(missing, images, strict=False), start=1):
-            self._prepare(pair[0])
-            save_png(self.sample(*pair), image)
-            now = time.perf_counter()
-            made, seconds, clock = made + 1, seconds + now - clock, now
-            atomic_write_json(self.folder / "timing.json", {"images": made, "seconds": seconds})
-            if on_progress is not None:
-                on_progress("generate", total - len(missing) + done, total)
-        if left := self.missing():
-            raise RuntimeError(f"the generator returned too few images: {len(left)} of {len(missing)} are missing")
+        wanted = set(missing)
+        asked = self._own(missing)
+        if asked:
+            prompts = [self.prompts[p].prompt for p, _ in asked]
+            seeds = [image_seed(self.settings.seed, self.prompts[p].prompt, i) for p, i in asked]
+            images = generate(prompts, seeds)
+            made, seconds = _timing(self._timing_file())
+            clock = time.perf_counter()
+            count = done = 0
+            for count, (pair, image) in enumerate(zip(asked, images, strict=False), start=1):  # noqa: B007
+                group.check()
+                if pair not in wanted:
+                    continue  # was there; its batch is made anew for the others in it
+                self._prepare(pair[0])
+                save_png(self.sample(*pair), image)
+                now = time.perf_counter()
+                made, seconds, clock, done = made + 1, seconds + now - clock, now, done + 1
+                atomic_write_json(self._timing_file(), {"images": made, "seconds": seconds})
+                told(1 if group.size > 1 else done)
+            if count < len(asked):
+                raise RuntimeError(f"the generator returned too few images: {count} of {len(asked)}")
+        group.meet(lambda: told(0) if group.size > 1 else None)
+        if group.is_main and (left := self.missing()):
+            raise RuntimeError(
+                f"{len(left)} of {len(missing)} images are missing; do all processes see {self.folder}?"
+            )
         return len(missing)
+
+    def _own(self, missing: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What this process asks its generator for, in order.
+
+        Where rounding depends on the batch, batches are always cut from the whole run in the same places, and one with
+        a missing image is made whole: images then do not depend on interruptions or on the number of processes.
+        """
+        size, per_prompt = self.settings.batch_size, self.settings.images_per_prompt
+        if size is None:
+            return [pair for place, pair in enumerate(missing) if self.group.owns(place)]
+        batches = sorted({(p * per_prompt + i) // size for p, i in missing})
+        own = [batch for place, batch in enumerate(batches) if self.group.owns(place)]
+        last = len(self.prompts) * per_prompt
+        places = [place for batch in own for place in range(batch * size, min((batch + 1) * size, last))]
+        return [divmod(place, per_prompt) for place in places]
 
     def _prepare(self, prompt: int) -> None:
         """The folder and the metadata of a prompt."""
@@ -196,16 +246,25 @@ class EvaluationRun:
             check_writable(home / "samples")
             atomic_write_bytes(home / "metadata.jsonl", format_metadata([self.prompts[prompt]]))
 
+    def _timing_file(self) -> Path:
+        rank = self.group.rank
+        return self.folder / (f"timing-{rank}.json" if rank else "timing.json")
+
     def timing(self) -> tuple[int, float]:
-        """(images made, seconds spent on them) over all sessions of the run, saving included, loading excluded."""
-        path = self.folder / "timing.json"
-        if not path.is_file():
-            return 0, 0.0
-        data = read_json(path)
-        try:
-            return int(data["images"]), float(data["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier timing") from error
+        """(images made, seconds spent on them) over all sessions and processes of the run, saving included, loading
+        excluded."""
+        found = [_timing(path) for path in sorted(self.folder.glob("timing*.json"))]
+        return sum(made for made, _ in found), sum(seconds for _, seconds in found)
+
+
+def _timing(path: Path) -> tuple[int, float]:
+    if not path.is_file():
+        return 0, 0.0
+    data = read_json(path)
+    try:
+        return int(data["images"]), float(data["seconds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier timing") from error
 
 
 def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:
@@ -233,123 +292,3 @@ def _is_whole(path: Path) -> bool:
     except (OSError, SyntaxError, ValueError):  # Pillow reports damage as any of these
         return False
     return True
-
-
-# --- scoring -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image of a folder in GenEval's layout, and the prompt it answers."""
-
-    path: Path
-    prompt_id: int
-    metadata: Metadata
-
-    def load(self) -> np.ndarray:
-        """uint8 [H, W, 3].
-
-        Raises:
-            FastgenError: the file is no readable image.
-        """
-        try:
-            with Image.open(self.path) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise FastgenError(f"{self.path}: not a readable image: {error}") from error
-
-
-def read_samples(folder: str | Path, detector: ObjectDetector | None = None) -> list[Sample]:
-    """Every image under `folder`, prompts and images in numeric order.
-
-    Args:
-        detector: when given, a class or colour it cannot report is an error.
-
-    Raises:
-        FastgenError: the folder is missing or holds no prompt folder, a prompt folder has no valid metadata or no
-            image, or a prompt names what the detector cannot see.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FastgenError(f"{folder}: no such folder of images")
-    homes = sorted(
-        (p for p in folder.iterdir() if p.is_dir() and _PROMPT.fullmatch(p.name)), key=lambda p: int(p.name)
-    )
-    if not homes:
-        raise FastgenError(f"{folder}: holds no prompt folders (00000/metadata.jsonl, 00000/samples/0000.png, ...)")
-    samples: list[Sample] = []
-    for home in homes:
-        items = read_metadata(home / "metadata.jsonl")
-        if len(items) != 1:
-            raise FastgenError(f"{home / 'metadata.jsonl'}: needs exactly one line, has {len(items)}")
-        if detector is not None:
-            try:
-                check_vocabulary(items[0], detector.class_names, getattr(detector, "color_names", None))
-            except ValueError as error:
-                raise FastgenError(f"{home / 'metadata.jsonl'}: {error}") from error
-        images = home / "samples"
-        found = [p for p in images.iterdir() if _SAMPLE.fullmatch(p.name)] if images.is_dir() else []
-        if not found:
-            raise FastgenError(f"{images}: holds no image")
-        samples += [Sample(p, int(home.name), items[0]) for p in sorted(found, key=lambda p: int(p.stem))]
-    return samples
-
-
-def judge_samples(
-    samples: Sequence[Sample],
-    detector: ObjectDetector,
-    colors: ColorClassifier | None = None,
-    *,
-    settings: RuleSettings | None = None,
-    on_progress: OnProgress | None = None,
-) -> list[ImageResult]:
-    """The verdict of the GenEval rules on every sample, in order; `colors` None takes the detector's own colours."""
-    results: list[ImageResult] = []
-    for start in range(0, len(samples), _CHUNK):
-        part = samples[start : start + _CHUNK]
-        images = [sample.load() for sample in part]
-        for sample, image, found in zip(part, images, detector.detect(images), strict=True):
-            classify = None if colors is None else partial(colors.classify, image)
-            results.append(
-                evaluate_image(
-                    sample.metadata, found, classify, prompt_id=sample.prompt_id, settings=settings or RuleSettings()
-                )
-            )
-        if on_progress is not None:
-            on_progress("check", len(results), len(samples))
-    return results
-
-
-def iterate_images(samples: Iterable[Sample], on_progress: OnProgress | None = None) -> Iterator[np.ndarray]:
-    """The images of `samples`, one in memory at a time."""
-    items = list(samples)
-    for done, sample in enumerate(items, start=1):
-        yield sample.load()
-        if on_progress is not None:
-            on_progress("features", done, len(items))
-
-
-def results_jsonl(folder: str | Path, samples: Sequence[Sample], results: Sequence[ImageResult]) -> bytes:
-    """The verdicts as the official scorer writes them, one JSON object a line; file names relative to `folder`."""
-    lines = []
-    for sample, result in zip(samples, results, strict=True):
-        lines.append(
-            json.dumps(
-                {
-                    "filename": sample.path.relative_to(folder).as_posix(),
-                    "tag": result.tag,
-                    "prompt": sample.metadata.prompt,
-                    "correct": result.correct,
-                    "reason": result.reason,
-                    "metadata": sample.metadata.to_json(),
-                    "details": json.dumps(result.details),
-                }
-            )
-        )
-    return "".join(line + "\n" for line in lines).encode()
-
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` indices (or all, when fewer) evenly spread over range(total)."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fastgen.accounting import phase
-from fastgen.data.captions import TASKS, evaluation_captions, evaluation_prompts
+from fastgen.data.captions import evaluation_captions, evaluation_prompts
 from fastgen.data.scenes import sample_scene
 from fastgen.data.shapes import render
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
+from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.fid.readers import FolderSource
 from fastgen.evaluation.fid.shapes import FDShapes
-from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task
+from fastgen.evaluation.geneval.results import DETECTORS, prompt_table
+from fastgen.evaluation.geneval.rules import summarize
+from fastgen.evaluation.geneval.scoring import GenEvalScore
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
 from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.runner import OnProgress, Sample, iterate_images, judge_samples, read_samples, spread
+from fastgen.evaluation.samples import judge_samples, read_samples, spread, verdict_store
 
-BENCHMARK = "ShapesWorld-GenEval"
+DETECTOR = "shapes"
+"""Name of the embedded detector, which goes into every result."""
+BENCHMARK = DETECTORS[DETECTOR]
 RENDERS = "renders"
 """Name of the pseudo-model that draws every prompt with the ShapesWorld renderer: the ceiling of both scores."""
 SHEET_IMAGES = 64
@@ -38,7 +44,7 @@ def shapes_prompts(limit: int | None = None) -> list[Metadata]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit: needs an integer >= 1, got {limit}")
     items = [Metadata.from_dict(data) for data in evaluation_prompts()]
-    return [item for tag in TASKS for item in [other for other in items if other.tag == tag][:limit]]
+    return first_of_each_task(items, limit)
 
 
 def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
@@ -58,18 +64,8 @@ def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Ima
         yield Image.fromarray(images[0])
 
 
-@dataclass(frozen=True, slots=True)
-class FolderScore:
-    """Scores of a folder.
-
-    Attributes:
-        data: JSON-ready: benchmark, tasks, overall, standard errors, counts, fd_shapes, detector, environment.
-        samples, results: every image and its verdict, in the same order.
-    """
-
-    data: dict[str, Any]
-    samples: list[Sample]
-    results: list[ImageResult]
+class FolderScore(GenEvalScore):
+    """Scores of a folder; `data` also has fd_shapes."""
 
     def sheet(self, *, captions: bool = False, count: int = SHEET_IMAGES) -> Image.Image:
         """The first image of each of `count` prompts spread over the tasks, with green or red verdict bars."""
@@ -92,6 +88,8 @@ def score_folder(
     device: str = "cpu",
     allow_small: bool = False,
     fd: FDShapes | None = None,
+    group: Group | None = None,
+    work: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> FolderScore:
     """ShapesWorld-GenEval and FD-shapes of the images under `folder` (GenEval's layout).
@@ -102,20 +100,26 @@ def score_folder(
         model: the detector network, see `load_detector`.
         allow_small: compute FD-shapes of fewer than 2 x 128 images all the same.
         fd: the distance to use; the standard protocol when None.
+        group: processes that share the work; all of them get the scores.
+        work: folder where finished parts are kept until `FolderScore.discard`, so that an interrupted call goes on.
 
     Raises:
         FastgenError: the folder cannot be read, see `read_samples`.
+        PeerFailed: another process failed.
     """
+    group = group or Group()
     checker = ShapesChecker(model, device=device)
     samples = read_samples(folder, checker)
+    weights = fingerprint(model)
+    stores = [verdict_store(samples, work, weights, group=group)]
     with phase("check"):
-        results = judge_samples(samples, checker, on_progress=on_progress)
+        results = judge_samples(samples, checker, group=group, work=work, identity=weights, on_progress=on_progress)
     data: dict[str, Any] = {"benchmark": BENCHMARK, **summarize(results).as_dict()}
     with phase("fd"):
 
         def reference_progress(done: int, total: int) -> None:
             if on_progress is not None:
-                on_progress("reference", done, total)
+                on_progress("reference", min(done * group.size, total), total)
 
         distance = fd or FDShapes(model, device=device, on_progress=reference_progress)
         try:
@@ -123,6 +127,11 @@ def score_folder(
         except FastgenError as error:
             data["fd_shapes"] = {"value": None, "protocol": distance.protocol, "reason": str(error)}
         else:
-            data["fd_shapes"] = distance(iterate_images(samples, on_progress), allow_small=allow_small).as_dict()
-    data |= {"detector": fingerprint(model), "environment": environment()}
-    return FolderScore(data, samples, results)
+            source = FolderSource(folder)
+            told = group.counter("features", len(source), on_progress)
+            result, store = distance.measure(source, allow_small=allow_small, group=group, work=work, on_done=told)
+            data["fd_shapes"] = result.as_dict()
+            stores.append(store)
+    prompts = prompt_table([sample.metadata for sample in samples], results)
+    data |= {"detector_name": DETECTOR, "detector": weights, "prompts": prompts, "environment": environment()}
+    return FolderScore(data, samples, results, stores)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "check_writable",
     "encode_json",
     "encode_png",
+    "file_sha256",
     "read_json",
     "save_png",
 ]
@@ -149,6 +151,22 @@ def read_object(path: _PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FastgenError(f"{path} is not a JSON object")
     return value
+
+
+def file_sha256(path: _PathLike) -> str:
+    """sha256 of a file's bytes, in hex; the file is read in pieces.
+
+    Raises:
+        FastgenError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise FastgenError(f"cannot read {path}: {_reason(error)}") from error
+    return digest.hexdigest()
 
 
 def check_writable(folder: _PathLike) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.search_statistics import Outcomes, Resampling, Values, compare, diversity, reach
 from fastgen.evaluation.benchmarks.search_variants import NONE, Search
-from fastgen.evaluation.fid.shapes import ShapesFeatures
+from fastgen.evaluation.fid.extractors import ShapesNetwork
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel
+from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, to_model_size
 from fastgen.evaluation.runner import Sample, judge_samples
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 from fastgen.io import read_object
@@ -72,6 +72,7 @@ def rows_of(
         finished, and evaluations at each time, on average; n searches.
     """
     tags = [item.tag for _, item in prompts]
+    network = ShapesNetwork(detector, device=device)
     rows: list[Row] = []
     for search in searches:
         pictures = _pictures(search, prompts, seeds)
@@ -84,7 +85,7 @@ def rows_of(
             for name in ("seconds", "nfe", "evaluations", "verifier_calls", "forced", "finished")
         }
         images = torch.stack([torch.from_numpy(sample.load().copy()) for sample in pictures])
-        features = _batched(ShapesFeatures(detector, device), images).reshape(*shape, -1)
+        features = _batched(lambda part: network(to_model_size(part))["pool"].double(), images).reshape(*shape, -1)
         base = rows[0].outcomes.correct if rows else correct
         data: dict[str, Any] = {
             "policy": search.variant.name,
@@ -142,7 +143,7 @@ def _by_task(values: Values, tags: Sequence[str]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _batched(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+def _batched(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     return torch.cat([network(images[first : first + _BATCH]) for first in range(0, len(images), _BATCH)])
 
 

@@ -1,1 +1,1 @@
-"""GenEval: detection types, decision rules, prompt metadata and the ShapesWorld checker."""
+"""GenEval: prompts, rules, detectors and colour classifier, scores and result files; the ShapesWorld checker."""

@@ -141,6 +141,12 @@ def write_metadata(path: str | Path, items: Iterable[Metadata]) -> None:
     atomic_write_bytes(Path(path), format_metadata(items))
 
 
+def first_of_each_task(prompts: Sequence[Metadata], limit: int | None) -> list[Metadata]:
+    """The first `limit` prompts of each task, tasks in order of appearance; all when None."""
+    tags = dict.fromkeys(prompt.tag for prompt in prompts)
+    return [prompt for tag in tags for prompt in [other for other in prompts if other.tag == tag][:limit]]
+
+
 def check_vocabulary(
     metadata: Metadata, class_names: Collection[str] | None, color_names: Collection[str] | None
 ) -> None:

@@ -20,7 +20,7 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
     """Turn what a stock loader raises into one line that names the verifier, the weights and the way to get them.
 
     Args:
-        verifier: its name.
+        verifier: its name; another kind of model comes with its kind, as in "detector mask2former".
         weights: a file, a folder or a Hub id.
         use: what to do with the downloaded folder; "": load the verifier with it.
 
@@ -32,25 +32,30 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
     except FastgenError:
         raise
     except torch.OutOfMemoryError as error:
-        raise FastgenError(f"verifier {verifier}: {weights} does not fit into memory") from error
+        raise FastgenError(f"{_named(verifier)}: {weights} does not fit into memory") from error
     except Exception as error:
         if Path(weights).exists():
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = " ".join(lines)[:300] or type(error).__name__
-            raise FastgenError(f"verifier {verifier}: {weights} cannot be loaded: {reason}") from error
+            raise FastgenError(f"{_named(verifier)}: {weights} cannot be loaded: {reason}") from error
         from huggingface_hub.errors import HFValidationError
 
         # Loaders wrap the Hub's error in their own; the innermost one says what happened.
         for cause in reversed(_causes(error)):
             if isinstance(cause, HFValidationError):
                 raise FastgenError(
-                    f"verifier {verifier}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
+                    f"{_named(verifier)}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
                 ) from error
             told = explain_hub_error(str(weights), cause)
             if isinstance(told, FastgenError):
                 line = str(told).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
-                raise FastgenError(f"verifier {verifier}: {line}") from error
+                raise FastgenError(f"{_named(verifier)}: {line}") from error
         raise
+
+
+def _named(name: str) -> str:
+    """How a message begins: names of verifiers are one word, others say what they are."""
+    return name if " " in name else f"verifier {name}"
 
 
 def _causes(error: BaseException) -> list[Exception]:
@@ -86,7 +91,7 @@ def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") 
     if path.is_dir():
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise FastgenError(f"verifier {verifier}: {path} holds no {' or '.join(names)}")
+            raise FastgenError(f"{_named(verifier)}: {path} holds no {' or '.join(names)}")
         return found[0]
     from huggingface_hub import errors, hf_hub_download
 
@@ -112,10 +117,10 @@ def check_loaded(verifier: str, weights: str | Path, info: Mapping[str, Any]) ->
         FastgenError: names the first such weight.
     """
     if missing := sorted(info.get("missing_keys") or ()):
-        raise FastgenError(f"verifier {verifier}: {weights} lacks {len(missing)} weights, the first is {missing[0]!r}")
+        raise FastgenError(f"{_named(verifier)}: {weights} lacks {len(missing)} weights, the first is {missing[0]!r}")
     if mismatched := sorted(map(str, info.get("mismatched_keys") or ())):
         raise FastgenError(
-            f"verifier {verifier}: {weights} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}"
+            f"{_named(verifier)}: {weights} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}"
         )
 
 

@@ -23,7 +23,7 @@ from fastgen.errors import FastgenError
 # Name -> module with an `app`, and the help line. The lines stand here so that `fastgen --help` imports none of them.
 COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
-    "eval": ("fastgen.cli.eval", "Score a model: ShapesWorld-GenEval and FD-shapes."),
+    "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
     "info": ("fastgen.cli.info", "Show versions, devices and which fast paths are available."),

@@ -355,9 +355,9 @@ def test_unreadable_image_is_named(tmp_path, finished: Path, image: bytes | None
 def test_results_are_in_the_fields_of_the_official_scorer(finished: Path) -> None:
     samples = read_samples(finished)
     results = judge_samples(samples, ShapesChecker(PixelModel()))
-    lines = [json.loads(line) for line in results_jsonl(finished, samples, results).splitlines()]
+    lines = [json.loads(line) for line in results_jsonl(finished, samples, results, "shapes").splitlines()]
     assert len(lines) == 36
-    assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert list(lines[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details", "detector"]
     assert lines[4]["filename"] == "00001/samples/0001.png"
     assert json.loads(lines[4]["metadata"]) == PROMPTS[1].as_dict()
     assert all(line["correct"] == (line["reason"] == "") for line in lines)
@@ -397,7 +397,7 @@ def test_score_of_a_folder(finished: Path, tmp_path) -> None:
     assert "FD-shapes[64" in data["fd_shapes"]["protocol"]
     assert "ShapesWorld-GenEval" in scores_markdown(data)
     # Too few images: scores all the same, and a reason instead of a number.
-    fd.features.num_features = 100
+    fd.extractor.taps = {"pool": 100}
     small = score_folder(finished, model, fd=fd).data
     assert small["overall"] == data["overall"]
     assert small["fd_shapes"]["value"] is None and "too few" in small["fd_shapes"]["reason"]

@@ -181,3 +181,13 @@ def test_no_torch_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_digest_of_a_file(tmp_path: Path) -> None:
+    import hashlib
+
+    data = bytes(range(256)) * 9000  # more than one piece
+    (tmp_path / "a.bin").write_bytes(data)
+    assert fio.file_sha256(tmp_path / "a.bin") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FastgenError, match="cannot read .*none.bin: the folder does not exist"):
+        fio.file_sha256(tmp_path / "none.bin")

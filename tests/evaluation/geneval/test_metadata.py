@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata, read_metadata, write_metadata
+from fastgen.evaluation.geneval.prompts import CLASSES, COLORS, METADATA_SHA256, TASKS, official_prompts
 
-OFFICIAL = Path(__file__).resolve().parents[4] / "shared/data/geneval/evaluation_metadata.jsonl"
+# Beside the repository, or beside what holds its work tree.
+OFFICIAL = next(
+    (
+        folder / "shared/data/geneval/evaluation_metadata.jsonl"
+        for folder in Path(__file__).resolve().parents
+        if (folder / "shared/data/geneval/evaluation_metadata.jsonl").is_file()
+    ),
+    None,
+)
 GOOD = {"tag": "two_object", "include": [{"class": "star", "count": 1}, {"class": "ring", "count": 1}], "prompt": "p"}
 
 
@@ -23,16 +32,32 @@ def without(key: str) -> dict:
     return {k: v for k, v in GOOD.items() if k != key}
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official prompts are not beside this repository")
-def test_official_file_round_trips_byte_for_byte() -> None:
-    items = read_metadata(OFFICIAL)
+@pytest.mark.skipif(OFFICIAL is None, reason="shared/data/geneval is in no folder above this repository")
+def test_official_prompts_equal_the_official_file_byte_for_byte() -> None:
     raw = OFFICIAL.read_bytes()
-    assert hashlib.sha256(raw).hexdigest() == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
-    assert format_metadata(items).rstrip(b"\n") == raw.rstrip(b"\n")
+    assert format_metadata(official_prompts()) == raw
+    assert tuple(read_metadata(OFFICIAL, class_names=CLASSES, color_names=COLORS)) == official_prompts()
+    assert "".join(f"{name}\n" for name in CLASSES) == (OFFICIAL.parent / "object_names.txt").read_text()
+
+
+def test_official_prompts() -> None:
+    items = official_prompts()
+    digest = hashlib.sha256(format_metadata(items)).hexdigest()
+    assert digest == METADATA_SHA256 == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
     assert len(items) == 553 and len({item.prompt for item in items}) == 553
-    assert set(Counter(item.tag for item in items)) == {
-        "single_object", "two_object", "counting", "colors", "position", "color_attr"
+    starts = {"single_object": 0, "two_object": 80, "counting": 179, "colors": 259, "position": 353, "color_attr": 453}
+    assert tuple(starts) == TASKS
+    assert {tag: [item.tag for item in items].index(tag) for tag in TASKS} == starts
+    assert Counter(item.tag for item in items) == {
+        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
     }  # fmt: skip
+    assert Counter(item.include[0].count for item in items if item.tag == "counting") == {2: 26, 3: 28, 4: 26}
+    assert all(item.exclude[0].count == item.include[0].count + 1 for item in items if item.tag == "counting")
+    placed = [item.include[1].position for item in items if item.tag == "position"]
+    assert Counter(place[0] for place in placed if place) == {"below": 28, "right of": 27, "above": 26, "left of": 19}
+    coloured = [clause for item in items for clause in item.include if clause.color is not None]
+    assert {clause.color for clause in coloured} == set(COLORS)
+    assert "person" not in {clause.class_name for clause in coloured}
 
 
 def test_shapesworld_prompts_are_valid_metadata() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+from geneval_oracle import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,55 +17,6 @@ FLIPS = {
     "x": {"left of": "right of", "right of": "left of"},
     "y": {"above": "below", "below": "above"},
 }
-
-# --- oracle: plain Python on tuples, written from the specification alone ----------------------------------------
-
-
-def oracle(data: dict, objects: list[tuple[str, float, tuple, str]], cap: int = 16, overlap: float = 1.0) -> bool:
-    """objects: (class, score, box, colour), all of them; True when the image is correct."""
-    threshold = 0.9 if data["tag"] == "counting" else 0.3
-
-    def iou(a, b) -> float:
-        w = min(a[2], b[2]) - max(a[0], b[0]) + 1
-        h = min(a[3], b[3]) - max(a[1], b[1]) + 1
-        inter = w * h if w > 0 and h > 0 else 0
-        return inter / ((a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1) - inter)
-
-    def visible(name: str) -> list[tuple]:
-        mine = sorted((o for o in objects if o[0] == name and o[1] > threshold), key=lambda o: -o[1])[:cap]
-        out: list[tuple] = []
-        for item in mine:
-            if overlap == 1.0 or all(iou(item[2], other[2]) < overlap for other in out):
-                out.append(item)
-        return out
-
-    def stands(a, b, relation: str) -> bool:
-        off, rev = [], []
-        for axis in (0, 1):
-            size_a, size_b = a[axis + 2] - a[axis], b[axis + 2] - b[axis]
-            delta = (a[axis] + a[axis + 2]) / 2 - (b[axis] + b[axis + 2]) / 2
-            off.append(delta)
-            rev.append(math.copysign(max(abs(delta) - 0.1 * (size_a + size_b), 0.0), delta))
-        if abs(rev[0]) < 1e-3 and abs(rev[1]) < 1e-3:
-            return False
-        length = math.sqrt(off[0] ** 2 + off[1] ** 2)
-        axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
-        return sign * rev[axis] / length > 0.5
-
-    good: list[list[tuple] | None] = []
-    for clause in data["include"]:
-        top = visible(clause["class"])[: clause["count"]]
-        fine = len(top) == clause["count"]
-        if fine and "color" in clause:
-            fine = sum(o[3] == clause["color"] for o in top) >= clause["count"]
-        if fine and "position" in clause:
-            relation, target = clause["position"]
-            others = good[target]
-            fine = others is not None and all(stands(a[2], b[2], relation) for a in top for b in others)
-        good.append(top if fine else None)
-    clear = all(len(visible(clause["class"])) < clause["count"] for clause in data.get("exclude", []))
-    return clear and all(group is not None for group in good)
-
 
 # --- strategies --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,111 @@
+"""GenEval result files: one JSON object an image, as the official scorer writes and its summary reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.rules import ImageResult, summarize
+
+DETECTORS = {
+    "hf": "GenEval (HF-M2F)",
+    "mmdet-converted": "GenEval (converted M2F)",
+    "shapes": "ShapesWorld-GenEval",
+    "unknown": "GenEval (detector unknown)",
+}
+"""Name of a detector -> name of its scores. Plain "GenEval" is what the official scorer measures; agreement with it
+was measured for none of these, see docs/evaluation.md."""
+_FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """A results file, line by line.
+
+    Attributes:
+        names: file names of the images.
+        prompts, results: what was asked and the verdicts.
+        detectors: names of the detectors that gave them.
+    """
+
+    names: list[str]
+    prompts: list[Metadata]
+    results: list[ImageResult]
+    detectors: set[str]
+
+
+def read_results(path: str | Path) -> Verdicts:
+    """A results file of the official scorer or of ours.
+
+    Images of one prompt are told by equal metadata, as in the official summary.
+
+    Raises:
+        FastgenError: the file cannot be read, is empty, or has a line that is no verdict; the message starts with
+            `path:line`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastgenError(f"{path}: cannot be read: {error}") from error
+    if not text.strip():
+        raise FastgenError(f"{path}: holds no verdicts")
+    found = Verdicts([], [], [], set())
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not all(name in record for name in _FIELDS):
+                raise ValueError(f"needs a JSON object with {', '.join(_FIELDS)}")
+            if not isinstance(record["correct"], bool):
+                raise ValueError(f"correct: needs true or false, got {record['correct']!r}")
+            held = record["metadata"]
+            metadata = Metadata.from_dict(json.loads(held) if isinstance(held, str) else held)
+            if metadata.tag != record["tag"]:
+                raise ValueError(f"tag {record['tag']!r} is another than that of its metadata, {metadata.tag!r}")
+        except ValueError as error:  # JSONDecodeError is one
+            raise FastgenError(f"{path}:{number}: {error}") from error
+        reasons = tuple(str(record["reason"] or "").splitlines())
+        found.names.append(str(record["filename"]))
+        found.prompts.append(metadata)
+        found.results.append(ImageResult(metadata.tag, metadata.to_json(), record["correct"], reasons))
+        found.detectors.add(str(record.get("detector", "unknown")))
+    return found
+
+
+def prompt_table(prompts: Sequence[Metadata], results: Sequence[ImageResult]) -> list[dict[str, Any]]:
+    """How many images of every prompt are correct, in order of appearance; `prompts` names the prompt of each result.
+
+    Returns:
+        JSON-ready rows {"id", "tag", "prompt", "correct", "images"}
+    """
+    rows: dict[int | str, dict[str, Any]] = {}
+    for metadata, result in zip(prompts, results, strict=True):
+        start = {"id": result.prompt_id, "tag": result.tag, "prompt": metadata.prompt, "correct": 0, "images": 0}
+        row = rows.setdefault(result.prompt_id, start)
+        row["correct"] += result.correct
+        row["images"] += 1
+    return list(rows.values())
+
+
+def summarize_file(path: str | Path) -> dict[str, Any]:
+    """Scores of a results file, JSON-ready, with the name of its detector; a file that does not say so, as those of
+    the official scorer, has detector "unknown".
+
+    Raises:
+        FastgenError: see `read_results`; or the file mixes detectors.
+    """
+    verdicts = read_results(path)
+    if len(verdicts.detectors) > 1:
+        raise FastgenError(f"{path}: mixes verdicts of the detectors {', '.join(sorted(verdicts.detectors))}")
+    name = next(iter(verdicts.detectors))
+    table = prompt_table(verdicts.prompts, verdicts.results)
+    for number, row in enumerate(table):
+        row["id"] = number
+    summary = summarize(verdicts.results).as_dict()
+    benchmark = DETECTORS.get(name, f"GenEval (detector={name})")
+    return {"benchmark": benchmark, "detector_name": name, **summary, "prompts": table, "verdicts": str(path)}

@@ -1,0 +1,228 @@
+"""The images of a folder in GenEval's layout and their verdicts; processes share the work, and it can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fastgen.errors import FastgenError
+from fastgen.evaluation.chunks import ChunkStore, run_chunks
+from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.geneval.metadata import Metadata, check_vocabulary, read_metadata
+from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
+from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
+from fastgen.evaluation.images import decode_image
+
+_SAMPLE = re.compile(r"\d+\.png")
+_PROMPT = re.compile(r"\d+")
+_CHUNK = 16  # images in memory while scoring, and at most so many are judged again after an interruption
+_FORMAT = 1  # of kept verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a folder in GenEval's layout, and the prompt it answers."""
+
+    path: Path
+    prompt_id: int
+    metadata: Metadata
+
+    def read(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            FastgenError: it cannot be read.
+        """
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise FastgenError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    def load(self) -> np.ndarray:
+        """uint8 [H, W, 3].
+
+        Raises:
+            FastgenError: the file is no readable image.
+        """
+        return decode_image(self.read(), str(self.path))
+
+
+def read_samples(
+    folder: str | Path, detector: ObjectDetector | None = None, colors: ColorClassifier | None = None
+) -> list[Sample]:
+    """Every image under `folder`, prompts and images in numeric order.
+
+    Args:
+        detector: when given, a class or colour it cannot report is an error.
+        colors: names the colours, where the detector does not.
+
+    Raises:
+        FastgenError: the folder is missing or holds no prompt folder, a prompt folder has no valid metadata or no
+            image, or a prompt names what the detector cannot see.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FastgenError(f"{folder}: no such folder of images")
+    homes = prompt_folders(folder)
+    if not homes:
+        raise FastgenError(f"{folder}: holds no prompt folders (00000/metadata.jsonl, 00000/samples/0000.png, ...)")
+    samples: list[Sample] = []
+    for home in homes:
+        items = read_metadata(home / "metadata.jsonl")
+        if len(items) != 1:
+            raise FastgenError(f"{home / 'metadata.jsonl'}: needs exactly one line, has {len(items)}")
+        if detector is not None:
+            try:
+                check_vocabulary(items[0], detector.class_names, getattr(colors or detector, "color_names", None))
+            except ValueError as error:
+                raise FastgenError(f"{home / 'metadata.jsonl'}: {error}") from error
+        found = sample_files(home)
+        if not found:
+            raise FastgenError(f"{home / 'samples'}: holds no image")
+        samples += [Sample(path, int(home.name), items[0]) for path in found]
+    return samples
+
+
+def prompt_folders(folder: Path) -> list[Path]:
+    """The folders of prompts (00000, 00001, ...), by number."""
+    found = (path for path in folder.iterdir() if path.is_dir() and _PROMPT.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def sample_files(home: Path) -> list[Path]:
+    """The images of a prompt's folder, by number."""
+    images = home / "samples"
+    found = (path for path in images.iterdir() if _SAMPLE.fullmatch(path.name)) if images.is_dir() else ()
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def judge_samples(
+    samples: Sequence[Sample],
+    detector: ObjectDetector,
+    colors: ColorClassifier | None = None,
+    *,
+    settings: RuleSettings | None = None,
+    group: Group | None = None,
+    work: str | os.PathLike[str] | None = None,
+    identity: str = "",
+    on_progress: OnProgress | None = None,
+) -> list[ImageResult]:
+    """The verdict of the GenEval rules on every sample, in order; `colors` None takes the detector's own colours.
+
+    Args:
+        settings: of the rules.
+        group: processes that share the work; all of them get all verdicts.
+        work: folder where finished verdicts are kept, so that an interrupted call goes on; None keeps none. Whoever
+            writes the result removes them, see `verdict_store`.
+        identity: what the verdicts depend on besides images, prompts and rules (weights of the detector ...); kept
+            verdicts are used for the same only.
+
+    Raises:
+        FastgenError: an image cannot be read; the message names it.
+        PeerFailed: another process failed.
+    """
+    group, rules = group or Group(), settings or RuleSettings()
+    store = verdict_store(samples, work, identity, rules, group)
+    told = group.counter("check", len(samples), on_progress)
+
+    def compute(items: range) -> list[ImageResult]:
+        part = samples[items.start : items.stop]
+        images = [sample.load() for sample in part]
+        found = detector.detect(images)
+        results = []
+        for sample, image, detections in zip(part, images, found, strict=True):
+            classify = None if colors is None else partial(colors.classify, image)
+            results.append(
+                evaluate_image(sample.metadata, detections, classify, prompt_id=sample.prompt_id, settings=rules)
+            )
+        return results
+
+    own = run_chunks(
+        len(samples),
+        _CHUNK,
+        group=group,
+        store=store,
+        compute=compute,
+        encode=lambda results: json.dumps([asdict(result) for result in results]).encode(),
+        decode=_decode_results,
+        on_done=lambda items: told(len(items)),
+    )
+    parts = dict(part for parts in group.share(group.gather(dict(own))) for part in parts.items())
+    return [result for number in sorted(parts) for result in parts[number]]
+
+
+def verdict_store(
+    samples: Sequence[Sample],
+    work: str | os.PathLike[str] | None,
+    identity: str,
+    settings: RuleSettings | None = None,
+    group: Group | None = None,
+) -> ChunkStore:
+    """Where `judge_samples` keeps verdicts of these very images, to be discarded when the result is written."""
+    if work is None:
+        return ChunkStore(None, "verdicts", None)
+    group = group or Group()
+    content = None
+    if group.is_main:
+        digest = hashlib.sha256()
+        for sample in samples:
+            digest.update(f"{sample.prompt_id} {sample.path.name} {sample.metadata.to_json()}\n".encode())
+            digest.update(sample.read())
+        content = digest.hexdigest()
+    rules = asdict(settings or RuleSettings())
+    return ChunkStore(work, "verdicts", [_FORMAT, group.share(content), identity, rules, _CHUNK])
+
+
+def _decode_results(data: bytes, items: range) -> list[ImageResult]:
+    try:
+        records = json.loads(data)
+        results = [ImageResult(**{**record, "reasons": tuple(record["reasons"])}) for record in records]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"no verdicts: {error}") from error
+    if len(results) != len(items):
+        raise ValueError(f"{len(results)} verdicts for {len(items)} images")
+    return results
+
+
+def iterate_images(samples: Iterable[Sample], on_progress: OnProgress | None = None) -> Iterator[np.ndarray]:
+    """The images of `samples`, one in memory at a time."""
+    items = list(samples)
+    for done, sample in enumerate(items, start=1):
+        yield sample.load()
+        if on_progress is not None:
+            on_progress("features", done, len(items))
+
+
+def results_jsonl(
+    folder: str | Path, samples: Sequence[Sample], results: Sequence[ImageResult], detector: str
+) -> bytes:
+    """The verdicts as the official scorer writes them, one JSON object a line, and the name of the detector; names of
+    files are relative to `folder`."""
+    lines = []
+    for sample, result in zip(samples, results, strict=True):
+        record = {
+            "filename": sample.path.relative_to(folder).as_posix(),
+            "tag": result.tag,
+            "prompt": sample.metadata.prompt,
+            "correct": result.correct,
+            "reason": result.reason,
+            "metadata": sample.metadata.to_json(),
+            "details": json.dumps(result.details),
+            "detector": detector,
+        }
+        lines.append(json.dumps(record))
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` indices (or all, when fewer) evenly spread over range(total)."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]

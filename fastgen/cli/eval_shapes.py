@@ -1,0 +1,117 @@
+"""`fastgen eval shapes`: ShapesWorld-GenEval and FD-shapes of a model or a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgen.cli import eval_run as options
+from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
+from fastgen.errors import FastgenError
+
+
+def shapes(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="tiny (default), tiny-janus, a local folder, a Hub id, or renders (the ceiling)."
+        ),
+    ] = None,
+    images: options.Images = None,
+    images_per_prompt: options.ImagesPerPrompt = 4,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    tail_drop: options.TailDrop = None,
+    uncond_tail_drop: options.UncondTailDrop = None,
+    token_budget: options.TokenBudget = None,
+    method: options.Method = None,
+    tree: options.Tree = None,
+    acceptance: options.Acceptance = None,
+    quality: options.Quality = None,
+    drafter: options.Drafter = None,
+    batch_size: options.BatchSize = 32,
+    batch_invariant: options.BatchInvariant = True,
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    out: options.Out = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="Also write a contact sheet of 64 prompts (PNG).")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Prompts under the images of the sheet.")] = False,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="FD-shapes even of fewer than 256 images (biased).")
+    ] = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """ShapesWorld-GenEval and FD-shapes of a model, or of a folder of images."""
+    given = locals()
+    generation = Generation(**{name: given[name] for name in Generation.__slots__})
+    generation.check(images)
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
+
+    from fastgen.accounting import account
+    from fastgen.evaluation.distributed import Group
+    from fastgen.evaluation.fid.reference import user_cache_dir
+    from fastgen.evaluation.geneval.shapes import load_detector
+    from fastgen.evaluation.runner import results_jsonl
+    from fastgen.evaluation.shapesworld import RENDERS, render_prompts, score_folder, shapes_prompts
+    from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, save_png
+
+    for place in (sheet.parent if sheet is not None else None, out):
+        if place is not None:
+            check_writable(place)
+    group = Group.from_environment(device)
+    with group.reporting(), account() as stats, progress(group.is_main) as on_progress:
+        report: dict[str, Any] = {}
+        folder, target = images, out
+        where = group.device(device)
+        if folder is None:
+            run = generation.open("shapes", shapes_prompts(limit), out, group, {RENDERS: render_prompts})
+            folder = target = run.run.folder
+            detector = load_detector(device=where)  # a missing checker must not cost a generation first
+            report = run.make(on_progress)
+        else:
+            if not folder.is_dir():
+                raise FastgenError(f"--images: {folder}: no such folder")
+            detector = load_detector(device=where)
+        score = score_folder(
+            folder,
+            detector,
+            device=where,
+            allow_small=allow_small,
+            group=group,
+            work=target / ".work" if target is not None else user_cache_dir(),
+            on_progress=on_progress,
+        )
+        if not group.is_main:
+            return
+        report = {**score.data, **report, "images": str(folder)}
+        if sheet is not None:
+            save_png(sheet, score.sheet(captions=captions))
+            report["sheet"] = str(sheet)
+    report["stats"] = stats.as_dict()
+    if target is not None:
+        atomic_write_bytes(
+            target / "results.jsonl", results_jsonl(folder, score.samples, score.results, report["detector_name"])
+        )
+        atomic_write_json(target / "scores.json", report)
+        report["results"] = str(target / "scores.json")
+    score.discard()
+    typer.echo(json.dumps(report) if as_json else _scores_text(report))
+
+
+def _scores_text(report: dict[str, Any]) -> str:
+    """The scores for people."""
+    lines = task_lines(report)
+    fd = report["fd_shapes"]
+    if fd["value"] is None:
+        lines.append(f"{fd['protocol']}: no value, {fd['reason'].removeprefix('FD-shapes: ')}")
+    else:
+        lines.append(f"{fd['protocol']}: {fd['value']:.3f} ({fd['n_images']} images)")
+    return "\n".join([*lines, *source_lines(report)])
