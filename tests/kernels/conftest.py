@@ -1,17 +1,11 @@
-"""Kernels run on CUDA where there is a device, else under Triton's interpreter."""
+"""Kernels run on CUDA where there is a device, else under Triton's interpreter (see tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from kernel_checks import poisoned
-
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated: before any is imported, which happens on its first use.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

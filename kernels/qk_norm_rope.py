@@ -1,0 +1,402 @@
+"""Norm of queries and keys and their rotary position embedding, in one launch over both.
+
+Each head's vector is normalised (RMS, layer norm, or not at all), weighted, and its pairs of features are rotated. The
+angles come from tables of cosines and sines; tokens that a router kept look theirs up by grid position, so that they
+keep it. Loss contract: exact, up to rounding; the kernel computes in float32 and rounds once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.kernels.adaln import rms_norm
+from fastgen.kernels.dispatch import choose, direct
+
+__all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
+
+NORMS = ("rms", "layer", "none")
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HEAD = 512
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    axes: tuple[int, ...] | None = None,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    interleaved: bool = True,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalised and rotated queries and keys.
+
+    Args:
+        query, key: [n, L, heads, d] or packed [T, heads, d], heads may differ; any strides (slices of a packed qkv).
+        cos, sin: float tables [P, d / 2] for all samples or [n, P, d / 2]; None: no rotation. Row l is that of token
+            l unless `positions` says another.
+        positions: int64 or int32 row of each token, [L] or [n, L] ([T] when packed), with an axis more for `axes`.
+        axes: features of each axis, up to three even numbers that add up to d; the columns of the tables and the last
+            axis of `positions` are divided by it, so one table serves rows, columns and frames.
+        query_weight, key_weight, query_bias, key_bias: [d], of the norms.
+        norm: "rms", "layer" or "none".
+        eps: of the norms.
+        interleaved: pairs are features 2 i and 2 i + 1 (FLUX, Qwen-Image, Z-Image, LlamaGen), else i and i + d / 2
+            (Llama, Janus).
+        inplace: write to `query` and `key`, and return them. Not for tensors that need gradients.
+
+    Returns:
+        query and key, in their shapes and dtypes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, naming the argument.
+    """
+    axes = _check(query, key, cos, sin, positions, axes, norm)
+    for name, x in _vectors(query_weight, key_weight, query_bias, key_bias):
+        if x is not None and (x.shape != query.shape[-1:] or not x.is_floating_point()):
+            raise ValueError(f"{name}: needs floats [{query.shape[-1]}], got {x.dtype} {tuple(x.shape)}")
+    vectors = (query_weight, key_weight, query_bias, key_bias)
+    tensors = (query, key, cos, sin, positions, *vectors)
+    if inplace and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        raise ValueError("inplace: is not possible where query or key need gradients")
+    given = [x for x in tensors if x is not None]
+    if not choose("qk_norm_rope", _why_not(query, key, *(x for x in vectors)), True, *given):
+        results = tuple(
+            _reference(x, cos, sin, positions, axes, weight, bias, norm, eps, interleaved)
+            for x, weight, bias in ((query, query_weight, query_bias), (key, key_weight, key_bias))
+        )
+        return (query.copy_(results[0]), key.copy_(results[1])) if inplace else results
+    options = (list(axes), *vectors, norm, eps, interleaved)
+    if direct(*tensors):
+        out = (query, key) if inplace else (torch.empty_like(query), torch.empty_like(key))
+        _launch(query, key, *out, cos, sin, positions, *options)
+        return out
+    if inplace:
+        torch.ops.fastgen.qk_norm_rope_(query, key, cos, sin, positions, *options)
+        return query, key
+    turned: tuple[Tensor, Tensor] = torch.ops.fastgen.qk_norm_rope(query, key, cos, sin, positions, *options)
+    return turned
+
+
+def can_use_triton(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernel takes these queries and keys, wherever they are."""
+    return _why_not(query, key) is None
+
+
+def qk_norm_rope_reference(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    axes: tuple[int, ...] | None = None,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The specification."""
+    axes = axes or (query.shape[-1],)
+    options = (norm, eps, interleaved)
+    return (
+        _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
+        _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
+    )
+
+
+def _reference(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> Tensor:
+    dtype = x.dtype
+    if norm == "rms":
+        x = rms_norm(x, weight, eps)
+        x = x if bias is None else x + bias
+    elif norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if cos is None or sin is None:
+        return x.to(dtype)
+    cos, sin = (_looked_up(table, positions, axes).unsqueeze(-2) for table in (cos, sin))
+    x = x if x.dtype == torch.float64 else x.float()
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(dtype)
+
+
+def _looked_up(table: Tensor, positions: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """Rows of a table [(n,) P, d / 2] for each token, [(n,) L, d / 2]."""
+    if positions is None:
+        return table
+    places = positions.unsqueeze(-1) if len(axes) == 1 else positions
+    columns = table.split([width // 2 for width in axes], dim=-1)
+    parts = []
+    for axis, part in enumerate(columns):
+        place = places[..., axis]
+        if part.ndim == 2:
+            parts.append(part.index_select(0, place.flatten()).unflatten(0, place.shape))
+        else:
+            place = place.expand(len(part), -1).unsqueeze(-1).expand(-1, -1, part.shape[-1])
+            parts.append(part.gather(1, place.long()))
+    return torch.cat(parts, dim=-1)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: tuple[int, ...] | None,
+    norm: str,
+) -> tuple[int, ...]:
+    if norm not in NORMS:
+        raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    if query.ndim not in (3, 4) or not query.is_floating_point() or query.shape[-1] % 2 or not query.shape[-1]:
+        raise ValueError(f"query: needs floats [n, L, heads, d], d even; got {query.dtype} {tuple(query.shape)}")
+    fits = key.ndim == query.ndim and key.shape[:-2] == query.shape[:-2] and key.shape[-1] == query.shape[-1]
+    if not fits or key.dtype != query.dtype:
+        raise ValueError(
+            f"key: needs the shape and dtype of query but for its heads, {query.dtype} {tuple(query.shape)}; got "
+            f"{key.dtype} {tuple(key.shape)}"
+        )
+    width = query.shape[-1]
+    axes = (width,) if axes is None else tuple(axes)
+    if not 1 <= len(axes) <= 3 or sum(axes) != width or any(part % 2 or part <= 0 for part in axes):
+        raise ValueError(f"axes: needs one to three even numbers that add up to {width}, got {axes}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: need both or neither")
+    samples, length = (1, query.shape[0]) if query.ndim == 3 else query.shape[:2]
+    if positions is not None:
+        _check_positions(positions, query, len(axes), samples, length)
+        if cos is None:
+            raise ValueError("positions: are of no use without cos and sin")
+    elif len(axes) > 1:
+        raise ValueError("axes: are of no use without positions")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is None:
+            continue
+        shaped = table.ndim == 2 or (table.ndim == 3 and query.ndim == 4 and table.shape[0] in (1, samples))
+        if not shaped or table.shape[-1] != width // 2 or not table.is_floating_point():
+            raise ValueError(
+                f"{name}: needs floats [P, {width // 2}] or [n, P, {width // 2}], got {tuple(table.shape)}"
+            )
+        if positions is None and table.shape[-2] != length:
+            raise ValueError(f"{name}: needs a row for each of {length} tokens, got {tuple(table.shape)}")
+        if positions is not None and not table.shape[-2] and length:
+            raise ValueError(f"{name}: has no rows")
+    if cos is not None and sin is not None and cos.shape != sin.shape:
+        raise ValueError(f"sin: needs the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    return axes
+
+
+def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, length: int) -> None:
+    shape = positions.shape if axes == 1 else positions.shape[:-1]
+    allowed = [(length,)] if query.ndim == 3 else [(length,), (1, length), (samples, length)]
+    if tuple(shape) not in allowed or (axes > 1 and positions.shape[-1] != axes):
+        wanted = " or ".join(str([*one, axes] if axes > 1 else [*one]) for one in allowed)
+        raise ValueError(f"positions: needs {wanted}, got {tuple(positions.shape)}")
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions: needs int32 or int64, got {positions.dtype}")
+
+
+def _why_not(query: Tensor, key: Tensor, *vectors: Tensor | None) -> str | None:
+    """Why the kernel does not take these tensors."""
+    if query.shape[-1] > _MAX_HEAD:
+        return f"it takes heads of at most {_MAX_HEAD}, not {query.shape[-1]}"
+    for x in (query, key, *vectors):
+        if x is not None and x.dtype not in _TYPES:
+            return f"it takes float32, float16 and bfloat16, not {x.dtype}"
+    if query.stride(-1) != 1 or key.stride(-1) != 1:
+        return "it takes queries and keys whose last axis is contiguous"
+    return None
+
+
+def _vectors(*vectors: Tensor | None) -> list[tuple[str, Tensor | None]]:
+    return list(zip(("query_weight", "key_weight", "query_bias", "key_bias"), vectors, strict=True))
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    out_query: Tensor,
+    out_key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    from fastgen.kernels import qk_norm_rope_triton
+
+    cos, sin, positions = _tables(cos, sin, positions, len(axes))
+    qkv = (x if x.ndim == 4 else x[None] for x in (query, key, out_query, out_key))
+    vectors = (None if x is None else x.contiguous() for x in (query_weight, key_weight, query_bias, key_bias))
+    qk_norm_rope_triton.forward(*qkv, cos, sin, positions, tuple(axes), *vectors, norm, eps, interleaved)
+
+
+def _tables(
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, axes: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Tables [n or 1, P, d / 2] of one layout, positions [n or 1, L, axes]."""
+    if cos is not None and sin is not None:
+        cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+    if positions is not None:
+        positions = positions if axes > 1 else positions.unsqueeze(-1)
+        positions = positions if positions.ndim == 3 else positions[None]
+    return cos, sin, positions
+
+
+@torch.library.custom_op("fastgen::qk_norm_rope", mutates_args=())
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(query.shape, **_like(query)), torch.empty(key.shape, **_like(key))
+    vectors = (query_weight, key_weight, query_bias, key_bias)
+    _launch(query, key, *out, cos, sin, positions, axes, *vectors, norm, eps, interleaved)
+    return out
+
+
+@_operator.register_fake
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("fastgen::qk_norm_rope_", mutates_args=("query", "key"))
+def _inplace_operator(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    vectors = (query_weight, key_weight, query_bias, key_bias)
+    _launch(query, key, query, key, cos, sin, positions, axes, *vectors, norm, eps, interleaved)
+
+
+@_inplace_operator.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("fastgen::qk_norm_rope_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor,
+    tensor: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    from fastgen.kernels import qk_norm_rope_triton
+
+    shape = tensor.shape
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    grad, tensor = (x if x.ndim == 4 else x[None] for x in (grad, tensor))
+    cos, sin, positions = _tables(cos, sin, positions, len(axes))
+    weight = None if weight is None else weight.contiguous()
+    out, sums = qk_norm_rope_triton.backward(
+        grad, tensor, cos, sin, positions, tuple(axes), weight, norm, eps, interleaved
+    )
+    return out.view(shape), sums
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, tensor: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return tensor.new_empty(tensor.shape), tensor.new_empty((2, tensor.shape[-1]), dtype=torch.float32)
+
+
+def _like(x: Tensor) -> dict[str, Any]:
+    return {"dtype": x.dtype, "device": x.device}
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, cos, sin, positions, axes, query_weight, key_weight, query_bias, key_bias, norm, eps, inter = inputs
+    ctx.save_for_backward(query, key, cos, sin, positions, query_weight, key_weight)
+    ctx.options = (axes, norm, eps, inter)
+
+
+def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, cos, sin, positions, *weights = ctx.saved_tensors
+    axes, *options = ctx.options
+    grads: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for grad, tensor, weight in zip((grad_query, grad_key), (query, key), weights, strict=True):
+        turned, sums = torch.ops.fastgen.qk_norm_rope_backward(
+            grad, tensor, cos, sin, positions, axes, weight, *options
+        )
+        grads.append(turned)
+        vectors.append(sums)
+    wanted = ctx.needs_input_grad
+    found = [
+        vectors[which][what].to(query.dtype if weights[which] is None else weights[which].dtype)
+        if wanted[at]
+        else None
+        for at, what, which in ((6, 0, 0), (7, 0, 1), (8, 1, 0), (9, 1, 1))
+    ]
+    return (
+        *(grad if want else None for grad, want in zip(grads, wanted, strict=False)),
+        *(None,) * 4,
+        *found,
+        *(None,) * 3,
+    )
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
