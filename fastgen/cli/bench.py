@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
 from fastgen.cli.publish import publish
 from fastgen.errors import FastgenError
@@ -21,6 +22,7 @@ def _group() -> None:
     """Measure speed and memory; writes JSON."""
 
 
+app.command("kernels")(kernels)
 app.command("search")(search)
 app.command("search-overhead")(search_overhead)
 

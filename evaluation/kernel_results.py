@@ -1,0 +1,51 @@
+"""Tables of `fastgen bench kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgen.evaluation.report import markdown_table, provenance
+
+__all__ = ["kernels_markdown"]
+
+
+def kernels_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench kernels`: medians in microseconds."""
+    rows = []
+    for row in data["rows"]:
+        times = [_microseconds(row[name]) for name in ("eager", "compiled", "triton")]
+        gains = [_ratio(row[f"speedup_{name}"]) for name in ("eager", "compiled")]
+        speed = f"{row['bytes_per_second'] / 1e9:.0f}"
+        if row.get("flops_per_second"):
+            speed += f" ({row['flops_per_second'] / 1e12:.0f} TFLOP/s)"
+        share = f"{100 * row['roofline_share']:.0f} %"
+        rows.append([row["op"], row["size"], *times, *gains, speed, share, row["check"], row["auto"] or "-"])
+    limits = data["roofline"]
+    note = f"Roofline: a copy moves {limits['bytes_per_second'] / 1e9:.0f} GB/s"
+    if limits["flops_per_second"]:
+        note += f", a bfloat16 matrix product makes {limits['flops_per_second'] / 1e12:.0f} TFLOP/s"
+    note += ". Medians in microseconds; GB/s are those of the fastest measured path of the right-most kind.\n\n"
+    header = [
+        "op",
+        "size",
+        "eager",
+        "compiled",
+        "Triton",
+        "x eager",
+        "x compiled",
+        "GB/s",
+        "roofline",
+        "check",
+        "auto",
+    ]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def _microseconds(timing: dict[str, Any] | None) -> str:
+    if timing is None:
+        return "-"
+    return f"{1e6 * timing['p50']:.1f}" + ("*" if timing["method"] == "graph" else "")
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
