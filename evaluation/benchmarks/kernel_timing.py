@@ -118,8 +118,8 @@ def time_on_cpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
 
 
 def roofline(device: torch.device) -> dict[str, float | None]:
-    """What the device reaches: bytes a second of a large copy, read and written ones; FLOP/s of a large bfloat16 matrix
-    product (GPU only)."""
+    """What the device reaches: bytes a second of a large copy (read and written), and FLOP/s of a large bfloat16
+    matrix product (GPU only)."""
     if device.type != "cuda":
         source = torch.ones(64 * 2**20, dtype=torch.int8)
         copied = torch.empty_like(source)

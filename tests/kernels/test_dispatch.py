@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_without_interpreter_and_gpu_triton_is_an_error(monkeypatch: pytest.Monk
         choose("op", None, True, x)
 
 
-def test_without_triton_references_run() -> None:
+def test_without_triton_references_run(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util as util; find = util.find_spec\n"
@@ -110,7 +111,7 @@ def test_without_triton_references_run() -> None:
         "    try: choose('op', None, True, x)\n"
         "    except ValueError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["False False", "op: the Triton kernel cannot run: Triton is not installed"]
 
 
