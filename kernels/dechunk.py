@@ -115,8 +115,9 @@ def smooth_kept(
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
         return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma)
     if rows is None:
-        kept = torch.zeros(samples * grid[0] * grid[1], dtype=torch.int64, device=positions.device)
-        rows = kept.index_fill_(0, positions, 1).cumsum(0) - 1
+        size = samples * grid[0] * grid[1]
+        kept = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
+        rows = kept.index_fill_(0, torch.where(positions >= 0, positions, size), 1)[:size].cumsum(0) - 1
     if direct(tokens, probabilities):
         from fastgen.kernels.dechunk_triton import launch_smooth
 
@@ -147,10 +148,13 @@ def smooth_kept_reference(
 def _blur(values: Tensor, positions: Tensor, vertical: Tensor, horizontal: Tensor, samples: int) -> Tensor:
     """Values [T, C] of kept positions, mixed by the Gaussian of both axes."""
     height, width, channels = len(vertical), len(horizontal), values.shape[1]
-    field = values.new_zeros(samples * height * width, channels).index_copy(0, positions, values)
+    size = samples * height * width
+    # One row more takes what lies behind the last token.
+    spots = torch.where(positions >= 0, positions, size)
+    field = values.new_zeros(size + 1, channels).index_copy(0, spots, values)[:size]
     field = vertical @ field.view(samples, height, width * channels)
     field = horizontal @ field.view(samples * height, width, channels)
-    return field.view(-1, channels).index_select(0, positions)
+    return field.view(-1, channels).index_select(0, positions.clamp_min(0))
 
 
 def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ def dechunk(
 
     Args:
         tokens: [T, D], kept tokens, sample after sample, each in raster order.
-        positions: int64 [T], sample * L + index, ascending.
+        positions: int64 [T], sample * L + index, ascending; -1 behind the last token, as in `Packing`.
         probabilities: boundary probabilities of all positions, [n, L], float32.
         mask: bool [n, L], kept positions.
         grid: (H, W) with H * W = L.
@@ -231,7 +235,7 @@ def dechunk(
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     if sigma is not None:
-        kept = probabilities.flatten().index_select(0, positions)
+        kept = probabilities.flatten().index_select(0, positions.clamp_min(0))
         tokens = smooth_kept(tokens, positions, kept, grid, samples, sigma, rows)
     nearest = nearest_kept(mask.view(samples, height, width)).view(samples, length)
     nearest = nearest + length * torch.arange(samples, device=mask.device)[:, None]
@@ -289,14 +293,16 @@ def _smooth_backward(
     g, h = grad.float(), tokens.float()
     p = probabilities[:, None]
     weight = p.clamp(min=_TINY)
-    mass = blur(weight)
+    there = positions >= 0  # behind the last token anything may lie
+    mass = torch.where(there[:, None], blur(weight), 1.0)
     mixed = blur(weight * h) / mass
     passed = (1 - p) / mass * g
     back = blur(torch.cat([passed, (passed * mixed).sum(dim=1, keepdim=True)], dim=1))
     around, lost = back[:, :-1], back[:, -1]
     of_weight = ((h * around).sum(dim=1) - lost) * (probabilities >= _TINY)
     of_p = (g * (h - mixed)).sum(dim=1) + of_weight
-    return (p * g + weight * around).to(tokens.dtype), of_p
+    of_tokens = torch.where(there[:, None], p * g + weight * around, 0.0).to(tokens.dtype)
+    return of_tokens, torch.where(there, of_p, 0.0)
 
 
 @_smooth_backward.register_fake

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import precise
+
 _FLOOR = 1e-19
 """A Gaussian below it does not count: a token's own weight is at least 1e-12, and float32 has seven digits."""
 
@@ -202,11 +204,11 @@ def _banded(
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
     block = min(128, max(16, triton.next_power_of_2(channels)))
     # A weight of ten bits is less exact than a float16, not than a bfloat16.
-    precision = "tf32" if values.dtype == torch.bfloat16 else "tf32x3"
+    precision = "tf32" if values.dtype == torch.bfloat16 else precise()
     grid = (triton.cdiv(count, 32), triton.cdiv(channels, block))
     _band[grid](
         values, positions.contiguous(), rows if p is None else p, rows.contiguous(), out,
-        count, channels, values.stride(0), values.stride(1), out.stride(0), height, width, reach, -0.5 / sigma**2, 1e-12,
+        count, channels, *values.stride(), out.stride(0), height, width, reach, -0.5 / sigma**2, 1e-12,
         SMOOTH=smooth, PRECISION=precision, ROWS=32, OTHERS=32, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
@@ -233,7 +235,7 @@ def launch_sum_back(grad: Tensor, index: Tensor, positions: Tensor, length: int)
     if out.numel():
         block = min(128, max(16, triton.next_power_of_2(width)))
         # A gradient of ten bits times one is exact.
-        precision = "tf32x3" if grad.dtype == torch.float32 else "tf32"
+        precision = precise() if grad.dtype == torch.float32 else "tf32"
         _sum_back[(triton.cdiv(count, 16), triton.cdiv(width, block))](
             grad, index.contiguous(), positions.contiguous(), out, count, length, width, *grad.stride(),
             PRECISION=precision, ROWS=16, OTHERS=64, BLOCK=block,

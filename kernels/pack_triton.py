@@ -88,10 +88,7 @@ def _move(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
     at = tl.load(index + row, mask=inside, other=-1)
-    if TO_GRID:
-        there = tl.load(mask + row, mask=inside, other=0) != 0
-    else:
-        there = at >= 0
+    there = (tl.load(mask + row, mask=inside, other=0) != 0) if TO_GRID else at >= 0
     fits = inside[:, None] & (column < width)[None, :]
     values = tl.load(source + at[:, None] * stride + column[None, :] * step, mask=fits & there[:, None], other=0.0)
     tl.store(target + row[:, None] * width + column[None, :], values, mask=fits)

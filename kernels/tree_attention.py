@@ -1,8 +1,8 @@
 """Attention of the nodes of a token tree to committed slots of a key-value cache, and to their ancestors.
 
 Committed slots are seen by every node, so they need no mask over nodes: they are read in flash-attention style, split
-over programs where there are few rows and heads, and merged with the small block of the tree by log-sum-exp. The nodes'
-keys and values are written on the way.
+over programs where there are few rows and heads, and merged with the small block of the tree by log-sum-exp. Keys and
+values of the nodes are written on the way.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import precise
+
 _PROGRAMS = 264
 """Programs wanted: two for each multiprocessor of a large GPU."""
 
@@ -60,8 +62,8 @@ def _attend(
         values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
         best, total, mixed = _block(queries, keys, values, seen[None, :], scale, best, total, mixed, PRECISION)
     if split == splits - 1:
-        for first in range(0, n, KEYS):
-            new = first + tl.arange(0, KEYS)
+        for written in range(0, n, KEYS):
+            new = written + tl.arange(0, KEYS)
             there = (new < n)[:, None] & fits[None, :]
             slot = tl.load(slots + row * n + new, mask=new < n, other=0)
             there = there & ((slot >= 0) & (slot < limit))[:, None]
@@ -72,8 +74,8 @@ def _attend(
             tl.store(values_of + at, tl.load(fresh, mask=there).to(store.dtype.element_ty), mask=there)
         # What one thread of this program wrote, another reads.
         tl.debug_barrier()
-        for first in range(0, m, KEYS):
-            other = first + tl.arange(0, KEYS)
+        for of_tree in range(0, m, KEYS):
+            other = of_tree + tl.arange(0, KEYS)
             slot = length + other
             there = (other < m) & (slot < limit)
             seen = tl.load(
@@ -87,16 +89,16 @@ def _attend(
             values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
             best, total, mixed = _block(queries, keys, values, seen != 0, scale, best, total, mixed, PRECISION)
     if SPLIT:
-        place = (tl.program_id(0).to(tl.int64) * splits + split) * n * groups + line
-        part = parts + place * (width + 2)
+        spot = (tl.program_id(0).to(tl.int64) * splits + split) * n * groups + line
+        part = parts + spot * (width + 2)
         tl.store(part, best, mask=real)
         tl.store(part + 1, total, mask=real)
         tl.store(part[:, None] + 2 + feature[None, :], mixed, mask=real[:, None] & fits[None, :])
     else:
         mixed = mixed / total[:, None]
-        place = ((row * n + node) * heads + head) * groups + group
+        spot = ((row * n + node) * heads + head) * groups + group
         tl.store(
-            out + place[:, None] * width + feature[None, :],
+            out + spot[:, None] * width + feature[None, :],
             mixed.to(out.dtype.element_ty),
             mask=real[:, None] & fits[None, :],
         )
@@ -151,7 +153,7 @@ def launch(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *store.stride()[1:5], visible.stride(0), 0 if len(tree) == 1 else tree.stride(0),
         # A half-precision number has no more digits than tf32.
-        SPLIT=splits > 1, PRECISION="tf32x3" if store.dtype == torch.float32 else "tf32",
+        SPLIT=splits > 1, PRECISION=precise() if store.dtype == torch.float32 else "tf32",
         QUERIES=queries, KEYS=keys, WIDTH=columns, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
