@@ -246,9 +246,9 @@ def test_gradients_equal_those_of_the_float64_reference(
     with use_kernels("reference"):
         dechunk(exact[0], positions, exact[1], mask, (height, width), sigma).backward(weights.double())
     assert inputs[0].grad is not None and exact[0].grad is not None
-    # Twice rounded: behind plug-back, and at the end.
-    half = dtype != torch.float32
-    assert_matches(inputs[0].grad, exact[0].grad, "tokens", rms=None if half else 4e-6, ulp=6.0 if half else 512.0)
+    # Rounded twice, behind plug-back and at the end, and what cancels in between is less exact than its size.
+    rms = {torch.float32: 4e-6, torch.float16: 1.2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    assert_matches(inputs[0].grad, exact[0].grad, "tokens", rms=rms, ulp=math.inf)
     if sigma is not None:
         assert inputs[1].grad is not None and exact[1].grad is not None
         rms = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
