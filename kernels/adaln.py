@@ -11,13 +11,12 @@ needs no new binary when token counts change.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.adaln_operator import launch
+from fastgen.kernels.dispatch import check_cu_seqlens, check_range, choose, direct
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
@@ -88,7 +87,7 @@ def adaln(
             tanh_gate=tanh_gate,
             sequence_ids=sequence_ids,
         )
-    operator = _launch if direct(*tensors) else torch.ops.fastgen.adaln
+    operator = launch if direct(*tensors) else torch.ops.fastgen.adaln
     summed, normed = operator(*tensors, *options)
     if update is None:
         summed = hidden
@@ -196,8 +195,15 @@ def _check(
             )
         if sequence_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"sequence_ids: needs int32 or int64, got {sequence_ids.dtype}")
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        if counts:
+            check_range("sequence_ids", sequence_ids, *counts)
+    if cu_seqlens is not None:
+        kind, shape = cu_seqlens.dtype, tuple(cu_seqlens.shape)
+        if sequence_ids is None:
+            raise ValueError("cu_seqlens: is of no use without sequence_ids")
+        if len(shape) != 1 or kind not in (torch.int32, torch.int64) or (counts and shape != (counts.pop() + 1,)):
+            raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {kind} {shape}")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0])
 
 
 def _why_not(*tensors: Tensor | None) -> str | None:
@@ -212,254 +218,3 @@ def _why_not(*tensors: Tensor | None) -> str | None:
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             return "it takes tensors whose last axis is contiguous"
     return None
-
-
-def _types(
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_weight: Tensor | None,
-) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of y and z."""
-    first = hidden.dtype
-    for x in (update, gate, update_weight) if update is not None else ():
-        first = first if x is None else torch.promote_types(first, x.dtype)
-    second = first
-    for x in (scale, shift, weight, bias):
-        second = second if x is None else torch.promote_types(second, x.dtype)
-    return first, second
-
-
-def _launch(
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_weight: Tensor | None,
-    sequence_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels import adaln_triton
-
-    first, second = _types(hidden, update, gate, scale, shift, weight, bias, update_weight)
-    empty = {"device": hidden.device}
-    summed = torch.empty((0,) if update is None else hidden.shape, dtype=first, **empty)
-    normed = torch.empty((0,) if norm == "none" else hidden.shape, dtype=second, **empty)
-    hidden = hidden if hidden.ndim == 3 else hidden[None]
-    samples = hidden.shape[0]
-    if sequence_ids is None:
-        gate, scale, shift = (None if x is None else x.expand(samples, -1) for x in (gate, scale, shift))
-    else:
-        sequence_ids = sequence_ids.contiguous()
-    adaln_triton.forward(
-        hidden,
-        None if update is None else update.view_as(hidden) if update.ndim == 3 else update[None],
-        gate,
-        scale,
-        shift,
-        *(None if x is None else x.contiguous() for x in (weight, bias, update_weight)),
-        sequence_ids,
-        summed,
-        normed,
-        norm,
-        eps,
-        update_norm,
-        update_eps,
-        tanh_gate,
-    )
-    return summed, normed
-
-
-_operator = torch.library.custom_op("fastgen::adaln", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_weight: Tensor | None,
-    sequence_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor]:
-    first, second = _types(hidden, update, gate, scale, shift, weight, bias, update_weight)
-    summed = hidden.new_empty((0,) if update is None else hidden.shape, dtype=first)
-    return summed, hidden.new_empty((0,) if norm == "none" else hidden.shape, dtype=second)
-
-
-@torch.library.custom_op("fastgen::adaln_backward", mutates_args=())
-def _backward_operator(
-    grad_summed: Tensor | None,
-    grad_normed: Tensor | None,
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    update_weight: Tensor | None,
-    sequence_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    samples: int,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastgen.kernels import adaln_triton
-
-    shape = hidden.shape
-    order, bounds = None, cu_seqlens
-    if sequence_ids is not None and cu_seqlens is None:
-        ids, order = sequence_ids.sort(stable=True)
-        bounds = torch.searchsorted(ids, torch.arange(samples + 1, device=ids.device, dtype=ids.dtype))
-    if hidden.ndim == 2:
-        hidden = hidden[None]
-        update = None if update is None else update[None]
-    if sequence_ids is None:
-        gate, scale = (None if x is None else x.expand(samples, -1) for x in (gate, scale))
-    grad_hidden, grad_update, sums = adaln_triton.backward(
-        None if grad_summed is None else grad_summed.contiguous(),
-        None if grad_normed is None else grad_normed.contiguous(),
-        hidden,
-        update,
-        gate,
-        scale,
-        *(None if x is None else x.contiguous() for x in (weight, update_weight)),
-        order,
-        bounds,
-        samples,
-        norm,
-        eps,
-        update_norm,
-        update_eps,
-        tanh_gate,
-    )
-    return grad_hidden.view(shape), grad_update if update is None else grad_update.view(shape), sums
-
-
-@_backward_operator.register_fake
-def _(
-    grad_summed: Tensor | None,
-    grad_normed: Tensor | None,
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    update_weight: Tensor | None,
-    sequence_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    samples: int,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_update = hidden.new_empty(0) if update is None else hidden.new_empty(hidden.shape, dtype=update.dtype)
-    sums = hidden.new_empty((3, samples, hidden.shape[-1]), dtype=torch.float32)
-    return hidden.new_empty(hidden.shape), grad_update, sums
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, update, gate, scale, shift, weight, bias, update_weight, ids, cu_seqlens, *options = inputs
-    ctx.save_for_backward(
-        hidden if update is None else output[0],
-        update,
-        gate,
-        scale,
-        shift,
-        weight,
-        bias,
-        update_weight,
-        ids,
-        cu_seqlens,
-    )
-    ctx.hidden_type = hidden.dtype
-    ctx.options = options
-
-
-def _backward(ctx: Any, grad_summed: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, update, gate, scale, shift, weight, bias, update_weight, ids, cu_seqlens = ctx.saved_tensors
-    norm, eps, update_norm, update_eps, tanh_gate = ctx.options
-    conditioning = [x for x in (gate, scale, shift) if x is not None]
-    if ids is not None:
-        samples = conditioning[0].shape[0] if conditioning else 1
-        if not conditioning:
-            ids = cu_seqlens = None
-    else:
-        samples = hidden.shape[0] if hidden.ndim == 3 else 1
-    grad_hidden, grad_update, sums = torch.ops.fastgen.adaln_backward(
-        None if update is None else grad_summed,
-        None if norm == "none" else grad_normed,
-        hidden,
-        update,
-        gate,
-        scale,
-        weight,
-        update_weight,
-        ids,
-        cu_seqlens,
-        samples,
-        *ctx.options,
-    )
-    by_scale, by_shift, by_gate = sums.unbind(0)
-    wanted = dict(zip(_PARAMETERS, ctx.needs_input_grad, strict=False))
-    grads: dict[str, Tensor] = {"hidden": grad_hidden.to(ctx.hidden_type)}
-    if update is not None:
-        grads["update"] = grad_update
-        opened = None if gate is None else (gate.float().tanh() if tanh_gate else gate.float())
-        if wanted["gate"]:
-            by_gate_ = by_gate if update_weight is None else by_gate * update_weight.float()
-            grads["gate"] = _fit(by_gate_ * (1 - opened.square()) if tanh_gate else by_gate_, gate)
-        if wanted["update_weight"]:
-            grads["update_weight"] = _fit(by_gate if opened is None else by_gate * opened, update_weight)
-    if norm != "none":
-        factor = None if scale is None else 1 + scale.float()
-        if wanted["scale"]:
-            normed = by_scale if weight is None else by_scale * weight.float()
-            grads["scale"] = _fit(normed if bias is None else normed + by_shift * bias.float(), scale)
-        if wanted["shift"]:
-            grads["shift"] = _fit(by_shift, shift)
-        if wanted["weight"]:
-            grads["weight"] = _fit(by_scale if factor is None else by_scale * factor, weight)
-        if wanted["bias"]:
-            grads["bias"] = _fit(by_shift if factor is None else by_shift * factor, bias)
-    return *(grads.get(name) if wanted[name] else None for name in _PARAMETERS), *(None,) * 7
-
-
-_PARAMETERS = ("hidden", "update", "gate", "scale", "shift", "weight", "bias", "update_weight")
-
-
-def _fit(grad: Tensor, parameter: Tensor) -> Tensor:
-    """Sum a gradient [samples, D] over the samples that shared a parameter [samples, D], [1, D] or [D]."""
-    if parameter.ndim == 1:
-        grad = grad.sum(0)
-    elif parameter.shape[0] != grad.shape[0]:
-        grad = grad.sum(0, keepdim=True)
-    return grad.to(parameter.dtype)
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -201,8 +201,9 @@ def _backward(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < width
     if bounds is not None:
-        first = tl.load(bounds + sample).to(tl.int64)
-        last = tl.load(bounds + sample + 1).to(tl.int64)
+        # Cut to the rows there are: wrong bounds must not reach other memory.
+        first = tl.maximum(tl.load(bounds + sample).to(tl.int64), 0)
+        last = tl.minimum(tl.load(bounds + sample + 1).to(tl.int64), length)
     else:
         first = sample * length
         last = first + length

@@ -7,6 +7,8 @@
     with use_kernels("reference"):
         ...
 
+    FASTGEN_KERNELS_DEBUG=1     look at the values of index tensors on GPUs too, which waits for the GPU
+
 Triton is optional: where it is not installed (Windows, macOS) the references run. Its interpreter
 (``TRITON_INTERPRET=1``) runs kernels on a CPU, some thousand times slower, and is taken only when asked for with
 "triton". A compiled graph (`torch.compile`) keeps what was chosen while it was traced.
@@ -28,7 +30,18 @@ from torch import Tensor
 
 from fastgen.accounting import note_path
 
-__all__ = ["MODES", "choose", "direct", "kernels_mode", "ran", "reset_ran", "triton_runs", "use_kernels"]
+__all__ = [
+    "MODES",
+    "check_cu_seqlens",
+    "check_range",
+    "choose",
+    "direct",
+    "kernels_mode",
+    "ran",
+    "reset_ran",
+    "triton_runs",
+    "use_kernels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +94,9 @@ def choose(op: str, supported: str | None, default: bool = True, *tensors: Tenso
     Raises:
         ValueError: the mode is "triton" and the kernel cannot run; the message says why.
     """
-    if supported is None and len({tensor.device for tensor in tensors}) > 1:
+    if supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
         supported = "its tensors are on several devices"
-    return _decide(op, supported, default, all(tensor.is_cuda for tensor in tensors))
+    return _decide(op, supported, default, bool(tensors) and tensors[0].is_cuda)
 
 
 # A constant for compilers: nothing of this can be traced, and a graph keeps the choice it was made with.
@@ -115,6 +128,39 @@ def direct(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+
+
+def check_range(name: str, index: Tensor, limit: int) -> None:
+    """See that indices lie in 0 … limit - 1: on a CPU and in debug mode; elsewhere looking would stop the GPU.
+
+    Raises:
+        ValueError: one does not.
+    """
+    if not _looks(index) or not index.numel():
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: needs numbers in 0 … {limit - 1}, got {low if low < 0 else high}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """See that sequence bounds begin with 0, never fall and end at the token count, where `check_range` looks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not _looks(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"{name}: needs rising bounds from 0 to {tokens}, got {shown}")
+
+
+def _looks(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_cuda and os.environ.get("FASTGEN_KERNELS_DEBUG") == "1")
 
 
 def ran() -> dict[str, str]:

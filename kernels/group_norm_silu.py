@@ -109,8 +109,8 @@ def _launch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, 
     pixels = x.flatten(2).transpose(1, 2) if x.numel() else x.new_empty((0, 0, x.shape[1]))
     out = _empty(x)
     flat = out.permute(0, *range(2, out.ndim), 1).view(pixels.shape)
-    vectors = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-    group_norm_silu_triton.forward(pixels, flat, groups, *vectors, eps, silu)
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    group_norm_silu_triton.forward(pixels, flat, groups, weight, bias, eps, silu)
     return out
 
 

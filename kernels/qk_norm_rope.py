@@ -7,14 +7,13 @@ keep it. Loss contract: exact, up to rounding; the kernel computes in float32 an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct
+from fastgen.kernels.qk_norm_rope_operator import launch
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
 
@@ -71,22 +70,21 @@ def qk_norm_rope(
     if inplace and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         raise ValueError("inplace: is not possible where query or key need gradients")
     given = [x for x in tensors if x is not None]
-    if not choose("qk_norm_rope", _why_not(query, key, *(x for x in vectors)), True, *given):
-        results = tuple(
-            _reference(x, cos, sin, positions, axes, weight, bias, norm, eps, interleaved)
-            for x, weight, bias in ((query, query_weight, query_bias), (key, key_weight, key_bias))
+    if not choose("qk_norm_rope", _why_not(query, key, *vectors), True, *given):
+        options = (norm, eps, interleaved)
+        turned = (
+            _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
+            _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
         )
-        return (query.copy_(results[0]), key.copy_(results[1])) if inplace else results
-    options = (list(axes), *vectors, norm, eps, interleaved)
+        return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
+    arguments = (query, key, cos, sin, positions, list(axes), *vectors, norm, eps, interleaved)
     if direct(*tensors):
-        out = (query, key) if inplace else (torch.empty_like(query), torch.empty_like(key))
-        _launch(query, key, *out, cos, sin, positions, *options)
-        return out
+        return launch(*arguments, inplace=inplace)
     if inplace:
-        torch.ops.fastgen.qk_norm_rope_(query, key, cos, sin, positions, *options)
+        torch.ops.fastgen.qk_norm_rope_(*arguments)
         return query, key
-    turned: tuple[Tensor, Tensor] = torch.ops.fastgen.qk_norm_rope(query, key, cos, sin, positions, *options)
-    return turned
+    out_query, out_key = torch.ops.fastgen.qk_norm_rope(*arguments)
+    return out_query, out_key
 
 
 def can_use_triton(query: Tensor, key: Tensor) -> bool:
@@ -195,6 +193,7 @@ def _check(
         _check_positions(positions, query, len(axes), samples, length)
         if cos is None:
             raise ValueError("positions: are of no use without cos and sin")
+        check_range("positions", positions, cos.shape[-2] if cos.ndim > 1 else 0)
     elif len(axes) > 1:
         raise ValueError("axes: are of no use without positions")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -238,165 +237,3 @@ def _why_not(query: Tensor, key: Tensor, *vectors: Tensor | None) -> str | None:
 
 def _vectors(*vectors: Tensor | None) -> list[tuple[str, Tensor | None]]:
     return list(zip(("query_weight", "key_weight", "query_bias", "key_bias"), vectors, strict=True))
-
-
-def _launch(
-    query: Tensor,
-    key: Tensor,
-    out_query: Tensor,
-    out_key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    from fastgen.kernels import qk_norm_rope_triton
-
-    cos, sin, positions = _tables(cos, sin, positions, len(axes))
-    qkv = (x if x.ndim == 4 else x[None] for x in (query, key, out_query, out_key))
-    vectors = (None if x is None else x.contiguous() for x in (query_weight, key_weight, query_bias, key_bias))
-    qk_norm_rope_triton.forward(*qkv, cos, sin, positions, tuple(axes), *vectors, norm, eps, interleaved)
-
-
-def _tables(
-    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, axes: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Tables [n or 1, P, d / 2] of one layout, positions [n or 1, L, axes]."""
-    if cos is not None and sin is not None:
-        cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-    if positions is not None:
-        positions = positions if axes > 1 else positions.unsqueeze(-1)
-        positions = positions if positions.ndim == 3 else positions[None]
-    return cos, sin, positions
-
-
-@torch.library.custom_op("fastgen::qk_norm_rope", mutates_args=())
-def _operator(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty(query.shape, **_like(query)), torch.empty(key.shape, **_like(key))
-    vectors = (query_weight, key_weight, query_bias, key_bias)
-    _launch(query, key, *out, cos, sin, positions, axes, *vectors, norm, eps, interleaved)
-    return out
-
-
-@_operator.register_fake
-def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape)
-
-
-@torch.library.custom_op("fastgen::qk_norm_rope_", mutates_args=("query", "key"))
-def _inplace_operator(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    vectors = (query_weight, key_weight, query_bias, key_bias)
-    _launch(query, key, query, key, cos, sin, positions, axes, *vectors, norm, eps, interleaved)
-
-
-@_inplace_operator.register_fake
-def _(*arguments: Any) -> None:
-    return None
-
-
-@torch.library.custom_op("fastgen::qk_norm_rope_backward", mutates_args=())
-def _backward_operator(
-    grad: Tensor,
-    tensor: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    weight: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels import qk_norm_rope_triton
-
-    shape = tensor.shape
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    grad, tensor = (x if x.ndim == 4 else x[None] for x in (grad, tensor))
-    cos, sin, positions = _tables(cos, sin, positions, len(axes))
-    weight = None if weight is None else weight.contiguous()
-    out, sums = qk_norm_rope_triton.backward(
-        grad, tensor, cos, sin, positions, tuple(axes), weight, norm, eps, interleaved
-    )
-    return out.view(shape), sums
-
-
-@_backward_operator.register_fake
-def _(grad: Tensor, tensor: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return tensor.new_empty(tensor.shape), tensor.new_empty((2, tensor.shape[-1]), dtype=torch.float32)
-
-
-def _like(x: Tensor) -> dict[str, Any]:
-    return {"dtype": x.dtype, "device": x.device}
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, key, cos, sin, positions, axes, query_weight, key_weight, query_bias, key_bias, norm, eps, inter = inputs
-    ctx.save_for_backward(query, key, cos, sin, positions, query_weight, key_weight)
-    ctx.options = (axes, norm, eps, inter)
-
-
-def _backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, cos, sin, positions, *weights = ctx.saved_tensors
-    axes, *options = ctx.options
-    grads: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for grad, tensor, weight in zip((grad_query, grad_key), (query, key), weights, strict=True):
-        turned, sums = torch.ops.fastgen.qk_norm_rope_backward(
-            grad, tensor, cos, sin, positions, axes, weight, *options
-        )
-        grads.append(turned)
-        vectors.append(sums)
-    wanted = ctx.needs_input_grad
-    found = [
-        vectors[which][what].to(query.dtype if weights[which] is None else weights[which].dtype)
-        if wanted[at]
-        else None
-        for at, what, which in ((6, 0, 0), (7, 0, 1), (8, 1, 0), (9, 1, 1))
-    ]
-    return (
-        *(grad if want else None for grad, want in zip(grads, wanted, strict=False)),
-        *(None,) * 4,
-        *found,
-        *(None,) * 3,
-    )
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -7,6 +7,7 @@ decoders of Stable Diffusion's VAE at 1024². Everything is bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,11 +104,11 @@ def _qkv(
     n: int, length: int, heads: int, width: int, norm: bool = True, interleaved: bool = True, kept: int | None = None
 ) -> Callable[[torch.device], Inputs]:
     def build(device: torch.device) -> Inputs:
+        inputs: dict[str, Any] = {"norm": "rms" if norm else "none", "interleaved": interleaved}
         qkv = noise(device, n, length, 3, heads, width)
         rows = kept or length
         angle = noise(device, rows, width // 2, seed=1, dtype=torch.float32)
-        inputs = {"query": qkv[:, :, 0], "key": qkv[:, :, 1], "cos": angle.cos(), "sin": angle.sin()}
-        inputs |= {"norm": "rms" if norm else "none", "interleaved": interleaved}
+        inputs |= {"query": qkv[:, :, 0], "key": qkv[:, :, 1], "cos": angle.cos(), "sin": angle.sin()}
         if norm:
             inputs |= {"query_weight": noise(device, width, seed=2), "key_weight": noise(device, width, seed=3)}
         if kept:

@@ -56,7 +56,7 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
     torch.cuda.synchronize()
     found = {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in marks.items()}
     del scratch
-    timings = {
+    timings: dict[str, Timing] = {
         name: {**percentiles(values), "method": "events", "repetitions": len(values)} for name, values in found.items()
     }
     if min(timing["p50"] for timing in timings.values()) >= _GRAPH_BELOW:

@@ -15,7 +15,7 @@ import sys
 sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
-from fastgen.kernels import adaln, group_norm_silu, qk_norm_rope
+from fastgen.kernels import adaln_operator, group_norm_silu, qk_norm_rope_operator
 
 def noise(*shape):
     return torch.randn(*shape, dtype=torch.bfloat16)
@@ -26,10 +26,10 @@ with compile_for({target!r}) as made:
     ids = torch.zeros(16, dtype=torch.int64)
     plain = ("layer", 1e-6, False, 1e-6, False)
     sandwich = ("rms", 1e-6, True, 1e-6, True)
-    adaln._launch(hidden, hidden, gate, scale, shift, None, None, None, None, None, *plain)
-    adaln._launch(hidden, None, None, scale, None, weight, None, weight, None, None, *sandwich)
-    adaln._launch(hidden[0], hidden[0], gate, scale, None, weight, weight, weight, ids, None, *sandwich)
-    backward = adaln._backward_operator._init_fn
+    adaln_operator.launch(hidden, hidden, gate, scale, shift, None, None, None, None, None, *plain)
+    adaln_operator.launch(hidden, None, None, scale, None, weight, None, weight, None, None, *sandwich)
+    adaln_operator.launch(hidden[0], hidden[0], gate, scale, None, weight, weight, weight, ids, None, *sandwich)
+    backward = adaln_operator._launch_backward
     backward(hidden, hidden, hidden, hidden, gate, scale, weight, weight, None, None, 2, *sandwich)
     backward(None, hidden[0], hidden[0], None, None, scale, None, None, ids, None, 2, *plain)
     print(sorted(made))
@@ -39,13 +39,12 @@ with compile_for({target!r}) as made:
         table, weight = torch.randn(16, width // 2), noise(width)
         places = torch.zeros(2, 16, 3, dtype=torch.int64)
         for pairs in (True, False):
-            out = torch.empty_like(query), torch.empty_like(key)
             rest = ("rms", 1e-6, pairs)
-            qk_norm_rope._launch(query, key, *out, table, table, None, [width], weight, weight, None, None, *rest)
+            qk_norm_rope_operator.launch(query, key, table, table, None, [width], weight, weight, None, None, *rest)
             axes = [width - 8, 4, 4]
             rest = ("layer", 1e-6, pairs)
-            qk_norm_rope._launch(query, key, query, key, table, table, places, axes, *[weight] * 4, *rest)
-            qk_norm_rope._backward_operator._init_fn(query, key, table, table, places, axes, weight, *rest)
+            qk_norm_rope_operator.launch(query, key, table, table, places, axes, *[weight] * 4, *rest, inplace=True)
+            qk_norm_rope_operator._launch_backward(query, key, table, table, places, axes, weight, *rest)
     print(sorted(made))
 with compile_for({target!r}) as made:
     for channels in (96, 512):
