@@ -16,7 +16,7 @@ _FLOOR = 1e-19
 
 
 @triton.jit
-def _nearest(mask, nearest, height, width, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _nearest(mask, nearest, height, width, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Nearest kept position of `BLOCK` positions of one row of a grid: by columns first, then across them."""
     KEY: tl.constexpr = tl.int64 if WIDE else tl.int32
     LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
@@ -46,7 +46,7 @@ def _nearest(mask, nearest, height, width, WIDE: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _band(
+def _band(  # type: ignore[no-untyped-def]
     tokens, positions, probabilities, rows, out,
     count, width, stride, step, out_stride, height, columns, reach, falloff, tiny,
     SMOOTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
@@ -108,7 +108,7 @@ def _band(
 
 
 @triton.jit
-def _weights(
+def _weights(  # type: ignore[no-untyped-def]
     positions, probabilities, start, end, sample, i, j, size, columns, falloff, tiny,
     WEIGHTED: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _weights(
 
 
 @triton.jit
-def _copy(source, index, target, count, width, stride, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _copy(source, index, target, count, width, stride, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.load(index + row, mask=row < count, other=0)
@@ -137,7 +137,7 @@ def _copy(source, index, target, count, width, stride, step, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _sum_back(
+def _sum_back(  # type: ignore[no-untyped-def]
     grad, index, positions, out, count, length, width, stride, step,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

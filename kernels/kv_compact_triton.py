@@ -11,7 +11,7 @@ _BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
-def _compact(
+def _compact(  # type: ignore[no-untyped-def]
     store, lengths, nodes, count, rows, most, capacity, width,
     layer_stride, kind_stride, row_stride, slot_stride, node_stride,
     NODES: tl.constexpr, BLOCK: tl.constexpr,

@@ -74,8 +74,8 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     if direct(mask):
         from fastgen.kernels.pack_triton import launch_mask
 
-        return Packing(*launch_mask(mask, capacity), full)
-    return Packing(*torch.ops.fastgen.pack_mask(mask, capacity), full)
+        return _packing(launch_mask(mask, capacity), full)
+    return _packing(torch.ops.fastgen.pack_mask(mask, capacity), full)
 
 
 def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
@@ -129,8 +129,8 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
     if direct(scores, counts):
         from fastgen.kernels.pack_triton import launch_top
 
-        return Packing(*launch_top(scores, counts, capacity), full)
-    return Packing(*torch.ops.fastgen.pack_top(scores, counts, capacity), full)
+        return _packing(launch_top(scores, counts, capacity), full)
+    return _packing(torch.ops.fastgen.pack_top(scores, counts, capacity), full)
 
 
 def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
@@ -207,6 +207,11 @@ def _why_not(tokens: Tensor) -> str | None:
     return None if tokens.dtype in _TYPES else f"{tokens.dtype}"
 
 
+def _packing(fields: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], full: bool) -> Packing:
+    mask, positions, cu_seqlens, sequence_ids, rows = fields
+    return Packing(mask, positions, cu_seqlens, sequence_ids, rows, full)
+
+
 def _check_mask(mask: Tensor) -> None:
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask: needs bool [n, L], got {mask.dtype} {tuple(mask.shape)}")
@@ -245,13 +250,12 @@ def _(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _fake(grid: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    long = {"dtype": torch.int64, "device": grid.device}
     return (
-        torch.empty(grid.shape, dtype=torch.bool, device=grid.device),
-        torch.empty(capacity, **long),
-        torch.empty(grid.shape[0] + 1, dtype=torch.int32, device=grid.device),
-        torch.empty(capacity, **long),
-        torch.empty(grid.shape, **long),
+        grid.new_empty(grid.shape, dtype=torch.bool),
+        grid.new_empty(capacity, dtype=torch.int64),
+        grid.new_empty(grid.shape[0] + 1, dtype=torch.int32),
+        grid.new_empty(capacity, dtype=torch.int64),
+        grid.new_empty(grid.shape, dtype=torch.int64),
     )
 
 

@@ -11,7 +11,7 @@ Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _count(mask, counts, length, BLOCK: tl.constexpr):
+def _count(mask, counts, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Kept positions of a sample."""
     sample = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -20,7 +20,7 @@ def _count(mask, counts, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fill(
+def _fill(  # type: ignore[no-untyped-def]
     mask, counts, scores, keep, out_mask, positions, cu_seqlens, ids, rows,
     samples, length, capacity, score_stride, score_step,
     TOP: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, TAIL: tl.constexpr,
@@ -79,7 +79,7 @@ def _fill(
 
 
 @triton.jit
-def _move(
+def _move(  # type: ignore[no-untyped-def]
     source, mask, index, target, count, width, stride, step,
     TO_GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,14 +115,10 @@ def _filled(
     grid = mask if mask is not None else scores
     assert grid is not None
     samples, length = grid.shape
-    long = {"dtype": torch.int64, "device": grid.device}
-    out_mask = torch.empty(samples, length, dtype=torch.int8, device=grid.device)
-    positions, ids, rows = (
-        torch.empty(capacity, **long),
-        torch.empty(capacity, **long),
-        torch.empty_like(out_mask, **long),
-    )
-    cu_seqlens = torch.empty(samples + 1, dtype=torch.int32, device=grid.device)
+    out_mask = grid.new_empty(samples, length, dtype=torch.int8)
+    positions, ids = (grid.new_empty(capacity, dtype=torch.int64) for _ in range(2))
+    rows = grid.new_empty(samples, length, dtype=torch.int64)
+    cu_seqlens = grid.new_empty(samples + 1, dtype=torch.int32)
     if not grid.numel():
         return out_mask.view(torch.bool), positions.fill_(-1), cu_seqlens.zero_(), ids.fill_(samples - 1), rows
     block = triton.next_power_of_2(length)

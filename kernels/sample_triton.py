@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _row(
+def _row(  # type: ignore[no-untyped-def]
     cond, uncond, gumbel, out, vocabulary, cond_stride, uncond_stride, gumbel_stride,
     scale, inverse_temperature, top_k, top_p,
     GUIDED: tl.constexpr, NOISY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, LAW: tl.constexpr,
@@ -97,7 +97,8 @@ def _launch(
 ) -> None:  # fmt: skip
     if not cond.numel():
         return
-    cond, uncond, gumbel = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (cond, uncond, gumbel))
+    cond = cond if cond.stride(-1) == 1 else cond.contiguous()
+    uncond, gumbel = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (uncond, gumbel))
     vocabulary = cond.shape[1]
     block = triton.next_power_of_2(vocabulary)
     _row[(len(cond),)](

@@ -14,7 +14,7 @@ _PROGRAMS = 264
 
 
 @triton.jit
-def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl.constexpr):
+def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of keys more: the online softmax, which merges by log-sum-exp."""
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     scores = tl.where(seen, scores, float("-inf"))
@@ -28,7 +28,7 @@ def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     query, key, value, store, slots, lengths, visible, tree, out, parts,
     n, m, heads, groups, width, limit, chunk, splits, scale,
     q_row, q_node, q_head, k_row, k_node, k_head, v_row, v_node, v_head,
@@ -105,7 +105,7 @@ def _attend(
 
 
 @triton.jit
-def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """The parts of one query, weighed by their share of the softmax's sum."""
     lines = n * groups
     plane, line = (tl.program_id(0) // lines).to(tl.int64), tl.program_id(0) % lines

@@ -10,7 +10,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _most_likely(law, vocabulary, BLOCK: tl.constexpr):
+def _most_likely(law, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Index of the largest number; of equal ones the first."""
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], 0, tl.int64)
@@ -25,7 +25,7 @@ def _most_likely(law, vocabulary, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drawn(law, mass, gumbel, vocabulary, BLOCK: tl.constexpr):
+def _drawn(law, mass, gumbel, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gumbel-max over law / mass."""
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], 0, tl.int64)
@@ -42,7 +42,7 @@ def _drawn(law, mass, gumbel, vocabulary, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _class_mass(law, classes, own, vocabulary, BLOCK: tl.constexpr):
+def _class_mass(law, classes, own, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum of law over the tokens of class `own`."""
     total = tl.full([], 0.0, tl.float32)
     for start in range(0, vocabulary, BLOCK):
@@ -54,7 +54,7 @@ def _class_mass(law, classes, own, vocabulary, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _verify(
+def _verify(  # type: ignore[no-untyped-def]
     target, draft, tokens, children, internal, coins, gumbel, remaining, factor, classes, scratch,
     nodes, length_out, bonus_out, stolen_out,
     n, vocabulary, slots, inner_count, max_depth, noise_rows, child_stride,

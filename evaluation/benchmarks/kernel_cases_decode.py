@@ -115,16 +115,25 @@ def _packing() -> list[Case]:
     sizes = [("32² x 2", 2, 32, False, True), ("32² x 32", 32, 32, False, False), ("64² x 64", 64, 64, True, False)]
     found = []
     for name, samples, side, large, on_cpu in sizes:
-        options = {"on_cpu": on_cpu, "large": False}
-        found += [
-            Case("pack_top", name, top(samples, side), pack_top, pack_top_reference, index_bytes, same, **options),
-            Case("pack_mask", name, mask(samples, side), pack_mask, pack_mask_reference, index_bytes, same, **options),
+        indexed = [
+            Case("pack_top", name, top(samples, side), pack_top, pack_top_reference, index_bytes, same, on_cpu=on_cpu),
+            Case(
+                "pack_mask",
+                name,
+                mask(samples, side),
+                pack_mask,
+                pack_mask_reference,
+                index_bytes,
+                same,
+                on_cpu=on_cpu,
+            ),
         ]
-        options = {"on_cpu": on_cpu, "large": large}
-        moved = rows(samples, side, False)
-        found.append(Case("pack", name, moved, pack, pack_reference, packed_bytes, equal, **options))
-        moved = rows(samples, side, True)
-        found.append(Case("scatter", name, moved, scatter, scatter_reference, grid_bytes, equal, **options))
+        there, back = rows(samples, side, False), rows(samples, side, True)
+        found += [
+            *indexed,
+            Case("pack", name, there, pack, pack_reference, packed_bytes, equal, large=large, on_cpu=on_cpu),
+            Case("scatter", name, back, scatter, scatter_reference, grid_bytes, equal, large=large, on_cpu=on_cpu),
+        ]
     return found
 
 
@@ -233,8 +242,7 @@ def _sampling() -> list[Case]:
         law = 0 if "gumbel" in inputs else 4 * inputs["cond"].numel()
         return size_of(inputs["cond"], inputs["uncond"], inputs.get("gumbel")) + law
 
-    found = []
-    for rows, options, large, on_cpu in [
+    draws: list[tuple[int, dict[str, Any], bool, bool]] = [
         (1, {}, False, True),
         (1, {"top_k": 1000}, False, True),
         (1, {"top_k": 1000, "top_p": 0.9}, False, False),
@@ -244,33 +252,26 @@ def _sampling() -> list[Case]:
         (64, {"top_p": 0.9}, False, False),
         (1024, {}, True, False),
         (1024, {"top_k": 1000}, True, False),
-    ]:
-        said = ", ".join(f"{name} {value}" for name, value in options.items())
-        name, same = f"{rows} rows" + (f", {said}" if said else ""), {"large": large, "on_cpu": on_cpu}
-        drawn = logits(rows, True, **options)
-        found.append(Case("sample", name, drawn, sample, sample_reference, moved, mostly_equal, **same))
-    for rows, options, large, on_cpu in [
+    ]
+    laws: list[tuple[int, dict[str, Any], bool, bool]] = [
         (26, {}, False, True),
         (26, {"top_k": 1000}, False, False),
         (208, {"top_k": 1000}, False, False),
         (2048, {}, True, False),
-    ]:
-        said = ", ".join(f"{name} {value}" for name, value in options.items())
-        name = f"{rows} rows" + (f", {said}" if said else "")
-        found.append(
-            Case(
-                "token_probabilities",
-                name,
-                logits(rows, False, **options),
-                token_probabilities,
-                token_probabilities_reference,
-                moved,
-                close(1e-4),
-                large=large,
-                on_cpu=on_cpu,
-            )
-        )
-    return found
+    ]
+
+    def label(rows: int, options: dict[str, Any]) -> str:
+        return ", ".join([f"{rows} rows", *(f"{name} {value}" for name, value in options.items())])
+
+    def case(
+        op: str, run: Any, reference: Any, check: Check, rows: int, options: dict[str, Any], large: bool, on_cpu: bool
+    ) -> Case:
+        build = logits(rows, op == "sample", **options)
+        return Case(op, label(rows, options), build, run, reference, moved, check, large=large, on_cpu=on_cpu)
+
+    drawn = [case("sample", sample, sample_reference, mostly_equal, *row) for row in draws]
+    law, reference = token_probabilities, token_probabilities_reference
+    return drawn + [case("token_probabilities", law, reference, close(1e-4), *row) for row in laws]
 
 
 # --- verification ------------------------------------------------------------------------------------------------
