@@ -32,6 +32,7 @@ from fastgen.accounting import note_path
 
 __all__ = [
     "MODES",
+    "active",
     "check_cu_seqlens",
     "check_range",
     "choose",
@@ -80,6 +81,17 @@ def use_kernels(mode: str) -> Iterator[None]:
 def triton_runs(tensor: Tensor) -> bool:
     """Whether Triton kernels can work on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
     return _has_triton() and (tensor.is_cuda or _interpreted())
+
+
+def active(tensor: Tensor) -> bool:
+    """Whether kernels run on this tensor in the mode in force, as far as device and mode decide."""
+    return _active(tensor.is_cuda)
+
+
+@torch.compiler.assume_constant_result
+def _active(on_gpu: bool) -> bool:
+    mode = kernels_mode()
+    return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and _interpreted()))
 
 
 def choose(op: str, supported: str | None, default: bool = True, *tensors: Tensor) -> bool:

@@ -248,7 +248,6 @@ def test_the_reference_is_what_models_compute() -> None:
     from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
     from fastgen.models.rotary import rotate_halves, rotate_pairs
-    from fastgen.models.z_image_batch import rotate
 
     query, key = qk((2, 3, 2, 8), 2, torch.float32)
     tables = table(3, 8)
@@ -258,7 +257,6 @@ def test_the_reference_is_what_models_compute() -> None:
     assert_matches(turned, apply_rotary_emb(query, doubled, sequence_dim=1).double())
     assert_matches(turned, apply_rotary_emb_qwen(query, torch.complex(cos, sin), use_real=False).double())
     assert_matches(turned, rotate_pairs(query, (cos, sin)).double())
-    assert_matches(turned, rotate(query, torch.stack([cos, sin], dim=-1)).double())
     turned, _ = qk_norm_rope_reference(query, key, cos, sin, norm="none", interleaved=False)
     assert_matches(turned, rotate_halves(query, tuple(torch.cat([x, x], dim=-1) for x in (cos, sin))).double())
 
