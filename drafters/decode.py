@@ -19,7 +19,7 @@ from fastgen.drafters.compiled import compiled, many_graphs
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import DraftSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, draw, greedy, walk
+from fastgen.drafters.verify import Drafted, Noise, Walk, draw, verified
 
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 
@@ -231,10 +231,9 @@ class _Rounds:
         proposal = self.source.propose(root, index, gumbel)
         drafted, output = self._verify(proposal, index)
         if self.law.temperature == 0:
-            decisions: Decisions = greedy(drafted)
+            way = verified(drafted, None, remaining)
         else:
-            decisions = self.rule.verify(drafted, noise, self.spent)
-        way = walk(drafted, decisions, noise, remaining)
+            way = self.rule.walk(drafted, noise, self.spent, remaining)
         self._commit(drafted, way, output, remaining)
         if self.target.vocab_size == self.target.num_codes:
             return way.length, way.counts

@@ -25,7 +25,7 @@ from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.targets.janus import JanusTarget
 from fastgen.drafters.targets.llamagen import LlamaGenTarget
 from fastgen.drafters.tree import chain
-from fastgen.drafters.verify import Drafted, Noise, walk
+from fastgen.drafters.verify import Drafted, Noise
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
@@ -203,7 +203,7 @@ def _left(target: Target, prefix: Prefix, law: TokenLaw, count: int) -> Callable
             (p[:, 0].log() + gumbel[:, 0]).argmax(dim=-1)
             return
         drafted, noise = Drafted(tree, tokens, p, p), Noise(coins, gumbel)
-        walk(drafted, Exact().verify(drafted, noise, coins[:, 0]), noise, remaining)
+        Exact().walk(drafted, noise, coins[:, 0], remaining)
 
     tree = chain(count - 1).to(device) if count > 1 else chain(1)
     return run
