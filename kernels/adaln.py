@@ -173,17 +173,18 @@ def _check(
     width, samples = hidden.shape[-1], hidden.shape[0] if hidden.ndim == 3 else None
     if update is not None and (update.shape != hidden.shape or not update.is_floating_point()):
         raise ValueError(f"update: needs floats {tuple(hidden.shape)}, got {update.dtype} {tuple(update.shape)}")
-    counts = set()
+    count: int | None = None
     for name, x in (("gate", gate), ("scale", scale), ("shift", shift)):
         if x is None:
             continue
         if x.ndim != 2 or x.shape[1] != width or not x.is_floating_point():
             raise ValueError(f"{name}: needs floats [n, {width}], got {x.dtype} {tuple(x.shape)}")
-        if sequence_ids is None and x.shape[0] not in (1, samples):
+        # Sizes may be symbols of a compiler: comparisons, no sets.
+        if sequence_ids is None and x.shape[0] != 1 and x.shape[0] != samples:
             raise ValueError(f"{name}: needs {samples or 1} rows, got {tuple(x.shape)}")
-        counts.add(x.shape[0])
-    if sequence_ids is not None and len(counts) > 1:
-        raise ValueError(f"gate, scale, shift: need one number of sequences, got {sorted(counts)}")
+        if sequence_ids is not None and count is not None and count != x.shape[0]:
+            raise ValueError(f"gate, scale, shift: need one number of sequences, got {count} and {x.shape[0]}")
+        count = x.shape[0]
     for name, x in (("weight", weight), ("bias", bias), ("update_weight", update_weight)):
         if x is not None and (x.shape != (width,) or not x.is_floating_point()):
             raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
@@ -195,13 +196,14 @@ def _check(
             )
         if sequence_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"sequence_ids: needs int32 or int64, got {sequence_ids.dtype}")
-        if counts:
-            check_range("sequence_ids", sequence_ids, *counts)
+        if count is not None:
+            check_range("sequence_ids", sequence_ids, count)
     if cu_seqlens is not None:
         kind, shape = cu_seqlens.dtype, tuple(cu_seqlens.shape)
         if sequence_ids is None:
             raise ValueError("cu_seqlens: is of no use without sequence_ids")
-        if len(shape) != 1 or kind not in (torch.int32, torch.int64) or (counts and shape != (counts.pop() + 1,)):
+        fits = len(shape) == 1 and (count is None or shape[0] == count + 1)
+        if not fits or kind not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {kind} {shape}")
         check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0])
 

@@ -199,7 +199,9 @@ def _check(
     for name, table in (("cos", cos), ("sin", sin)):
         if table is None:
             continue
-        shaped = table.ndim == 2 or (table.ndim == 3 and query.ndim == 4 and table.shape[0] in (1, samples))
+        # Sizes may be symbols of a compiler: comparisons, no `in`.
+        by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
+        shaped = table.ndim == 2 or by_sample
         if not shaped or table.shape[-1] != width // 2 or not table.is_floating_point():
             raise ValueError(
                 f"{name}: needs floats [P, {width // 2}] or [n, P, {width // 2}], got {tuple(table.shape)}"
@@ -215,10 +217,13 @@ def _check(
 
 def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, length: int) -> None:
     shape = positions.shape if axes == 1 else positions.shape[:-1]
-    allowed = [(length,)] if query.ndim == 3 else [(length,), (1, length), (samples, length)]
-    if tuple(shape) not in allowed or (axes > 1 and positions.shape[-1] != axes):
-        wanted = " or ".join(str([*one, axes] if axes > 1 else [*one]) for one in allowed)
-        raise ValueError(f"positions: needs {wanted}, got {tuple(positions.shape)}")
+    fits = len(shape) > 0 and shape[-1] == length and (axes == 1 or positions.shape[-1] == axes)
+    if len(shape) == 2:
+        fits = fits and query.ndim == 4 and (shape[0] == 1 or shape[0] == samples)
+    if not fits or len(shape) > 2:
+        wanted = f"[{length}]" if query.ndim == 3 else f"[{length}] or [{samples}, {length}]"
+        more = f", with {axes} axes last" if axes > 1 else ""
+        raise ValueError(f"positions: needs {wanted}{more}, got {tuple(positions.shape)}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions: needs int32 or int64, got {positions.dtype}")
 

@@ -189,7 +189,9 @@ def _forward(  # type: ignore[no-untyped-def]
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    BOTH: tl.constexpr,
 ):
+    """Program (token, head block): blocks of the query's heads, then of the key's; BOTH: one program does a token."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     sample, place = token // length, token % length
@@ -199,15 +201,15 @@ def _forward(  # type: ignore[no-untyped-def]
         c, s = _factors(
             cos, sin, positions, sample, place, limit, half, t0, t1, t2, p0, p1, p2, first, second, AXES, HALF
         )
-    if block < query_blocks:
+    if BOTH or block < query_blocks:
         head = block * HEADS + tl.arange(0, HEADS).to(tl.int64)
         start, out = query + sample * q0 + place * q1, out_query + sample * oq0 + place * oq1
         _turn(
             start, out, query_weight, query_bias, c, s, query_heads, head, q2, oq2, half, eps,
             cos is not None, NORM, INTERLEAVED, HEADS, HALF,
         )  # fmt: skip
-    else:
-        head = (block - query_blocks) * HEADS + tl.arange(0, HEADS).to(tl.int64)
+    if BOTH or block >= query_blocks:
+        head = (block - (0 if BOTH else query_blocks)) * HEADS + tl.arange(0, HEADS).to(tl.int64)
         start, out = key + sample * k0 + place * k1, out_key + sample * ok0 + place * ok1
         _turn(
             start, out, key_weight, key_bias, c, s, key_heads, head, k2, ok2, half, eps,
@@ -259,7 +261,10 @@ def forward(
         return
     half, heads, warps, query_blocks = _blocks(query, key)
     table, places, limit, first, second = _table(cos, positions, axes)
-    _forward[(n * length, query_blocks + triton.cdiv(key.shape[2], heads))](
+    key_blocks = triton.cdiv(key.shape[2], heads)
+    # One program for both where either is small: programs cost too.
+    both = query_blocks == key_blocks == 1 and heads * half <= 1024
+    _forward[(n * length, 1 if both else query_blocks + key_blocks)](
         query,
         key,
         out_query,
@@ -291,6 +296,7 @@ def forward(
         INTERLEAVED=interleaved,
         HEADS=heads,
         HALF=half,
+        BOTH=both,
         num_warps=warps,
     )
 

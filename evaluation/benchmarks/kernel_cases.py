@@ -167,6 +167,7 @@ def _group_norm_silu() -> Sequence[Case]:
 
     made = [
         ("scaffold 288 x 32² x 8", _image(8, 288, 32), False, True),
+        ("VAE 512 x 64²", _image(1, 512, 64), False, False),
         ("VAE 512 x 128²", _image(1, 512, 128), False, False),
         ("VAE 512 x 256² x 2", _image(2, 512, 256), True, False),
         ("VAE 256 x 512²", _image(1, 256, 512), True, False),

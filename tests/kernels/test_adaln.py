@@ -275,6 +275,27 @@ def test_compiled_in_one_graph() -> None:
         assert_matches(actual[name], expected[name].double(), name)
 
 
+def test_one_graph_serves_all_sizes() -> None:
+    torch._dynamo.reset()
+    backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+    compiled = torch.compile(adaln, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for n, length in ((2, 3), (3, 5), (4, 2)):
+            hidden, tensors, options = build(DIT, (n, length, 40), torch.float32)
+            expected = adaln(hidden, **tensors, **options)
+            for actual, wanted in zip(compiled(hidden, **tensors, **options), expected, strict=True):
+                assert torch.equal(actual, wanted)
+    torch._dynamo.reset()
+    compiled = torch.compile(adaln, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (5, 9, 4):
+            hidden, tensors, options = build(DIT, (tokens, 40), torch.float32, samples=3)
+            packed = {"sequence_ids": torch.arange(tokens, device=DEVICE) * 3 // tokens}
+            expected = adaln(hidden, **tensors, **options, **packed)
+            for actual, wanted in zip(compiled(hidden, **tensors, **options, **packed), expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+
 def test_exported() -> None:
     hidden, tensors, options = build(DIT, (2, 3, 40), torch.float32)
 

@@ -47,8 +47,8 @@ with compile_for({target!r}) as made:
             qk_norm_rope_operator._launch_backward(query, key, table, table, places, axes, weight, *rest)
     print(sorted(made))
 with compile_for({target!r}) as made:
-    for channels in (96, 512):
-        image = noise(1, channels, 16, 16).to(memory_format=torch.channels_last)
+    for channels, side in ((96, 16), (96, 128), (512, 16), (512, 128)):
+        image = noise(1, channels, side, side).to(memory_format=torch.channels_last)
         group_norm_silu._launch(image, 32, noise(channels), noise(channels), 1e-6, True)
         group_norm_silu._launch(image, 32, None, None, 1e-6, False)
     print(sorted(made))
@@ -66,4 +66,4 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     code = LAUNCHES.format(helpers=helpers, target=target)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["['_backward', '_forward']"] * 2 + ["['_apply', '_fold', '_sums']"]
+    assert done.stdout.splitlines() == ["['_backward', '_forward']"] * 2 + ["['_apply', '_fold', '_sums', '_whole']"]

@@ -76,9 +76,18 @@ def test_any_shape_and_layout(
     check(x, groups, eps=1e-2)
 
 
-def test_many_parts() -> None:
-    """More pixels than one program sums up."""
-    check(image(1, 512, 24, 8), 32)
+def test_large_groups_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images take one launch; here large ones, and small ones sent the same way."""
+    for dtype in DTYPES:
+        check(image(1, 2, 129, 257, dtype=dtype), 2)
+    from fastgen.kernels import group_norm_silu_triton
+
+    monkeypatch.setattr(group_norm_silu_triton, "_SMALL", 0)
+    for layout in ("dense", "padded", "part"):
+        check(image(2, 36, 5, 11, layout=layout), 4)
+    check(image(1, 512, 24, 8), 32, affine=False, silu=False)
+    check(image(1, 1200, 3, 3), 4)
+    check(image(3, 6, 1, 1), 2, eps=1e-2)
 
 
 def test_large_means_do_not_cancel() -> None:

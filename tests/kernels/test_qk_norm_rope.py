@@ -240,6 +240,20 @@ def test_compiled_in_one_graph() -> None:
         assert_matches(actual[name], expected[name].double(), name)
 
 
+def test_one_graph_serves_all_sizes() -> None:
+    torch._dynamo.reset()
+    backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+    compiled = torch.compile(qk_norm_rope, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for n, length in ((2, 3), (3, 5), (4, 2)):
+            query, key = qk((n, length, 7, 8), 7, torch.float32)  # equal sizes would be one symbol
+            positions = torch.arange(n * length, device=DEVICE).view(n, length) % 9
+            arguments = {**table(9, 8), **vectors(8, torch.float32), "positions": positions}
+            expected = qk_norm_rope(query, key, **arguments)
+            for actual, wanted in zip(compiled(query, key, **arguments), expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+
 # --- the reference, and what is not allowed ----------------------------------------------------------------------
 
 
