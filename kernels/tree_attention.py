@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen.kernels.cached_attention import cached_attention
 from fastgen.kernels.dispatch import choose, direct
 
-__all__ = ["tree_attention", "tree_attention_reference", "tree_mask"]
+__all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,7 +50,9 @@ def tree_attention(
         ValueError: shapes or dtypes that do not fit.
     """
     _check(query, key, value, store, slots, lengths, visible, tree, limit)
-    if not choose("tree_attention", _why_not(query, store), _pays(query), query, key, value, store, slots, tree):
+    if not choose(
+        "tree_attention", _why_not(query, store), _pays(*query.shape[:2]), query, key, value, store, slots, tree
+    ):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     if direct(query, key, value, store):
         from fastgen.kernels.tree_attention_triton import launch
@@ -93,9 +95,15 @@ def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Ten
     return (committed[:, None] | among)[:, None]
 
 
-def _pays(query: Tensor) -> bool:
+def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
+    """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
+    among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
+    return choose("tree_attention", _why_not(store, store), _pays(store.shape[2], tree.shape[1]), store, tree)
+
+
+def _pays(rows: int, queries: int) -> bool:
     """Whether the kernel is the faster one: not for a few queries of one or two images."""
-    return query.shape[0] > 4 or query.shape[1] > 64
+    return rows > 4 or queries > 64
 
 
 def _why_not(query: Tensor, store: Tensor) -> str | None:
