@@ -21,11 +21,11 @@ def launch(query: Tensor, key: Tensor, *rest: Any, inplace: bool = False) -> tup
 
     cos, sin, positions, axes, *vectors, norm, eps, interleaved = rest
     out = (query, key) if inplace else (_fresh(query), _fresh(key))
-    heads: Any = (x if x.ndim == 4 else x[None] for x in (query, key, *out))
-    tables: Any = _tables(cos, sin, positions, len(axes))
-    weights: Any = (None if x is None else x.contiguous() for x in vectors)
-    options: Any = (norm, eps, interleaved)
-    qk_norm_rope_triton.forward(*heads, *tables, tuple(axes), *weights, *options)
+    heads = (x if x.ndim == 4 else x[None] for x in (query, key, *out))
+    tables = _tables(cos, sin, positions, len(axes))
+    weights = (None if x is None else x.contiguous() for x in vectors)
+    run: Any = qk_norm_rope_triton.forward
+    run(*heads, *tables, tuple(axes), *weights, norm, eps, interleaved)
     return out
 
 

@@ -58,13 +58,12 @@ def adaptive(
     Returns:
         hidden plus the gated update, and its modulated norm, [T, D] each.
     """
-    tensors = {"gate": gate, "scale": scale, "shift": shift}
+    options |= {"gate": gate, "scale": scale, "shift": shift}
     if segments.equal_length is None:
-        lookup = {"sequence_ids": segments.sequence_ids, "cu_seqlens": segments.cu_seqlens}
-        return adaln(
-            hidden, update=update, **tensors, **(lookup if gate is not None or scale is not None else {}), **options
-        )
+        if gate is not None or scale is not None or shift is not None:
+            options |= {"sequence_ids": segments.sequence_ids, "cu_seqlens": segments.cu_seqlens}
+        return adaln(hidden, update=update, **options)
     shape = (-1, segments.equal_length, hidden.shape[-1])
     grouped = None if update is None else update.view(shape)
-    total, normed = adaln(hidden.view(shape), update=grouped, **tensors, **options)
+    total, normed = adaln(hidden.view(shape), update=grouped, **options)
     return total.view(hidden.shape), normed.view(hidden.shape)

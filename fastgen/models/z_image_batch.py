@@ -7,7 +7,7 @@ and faster to train.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -60,7 +60,7 @@ def patchify(latents: torch.Tensor) -> torch.Tensor:
 
 
 def turn(
-    query: torch.Tensor, key: torch.Tensor, factors: torch.Tensor, norm_q: torch.nn.Module, norm_k: torch.nn.Module
+    query: torch.Tensor, key: torch.Tensor, factors: torch.Tensor, norm_q: Any, norm_k: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised queries and keys [..., tokens, heads, head_dim], neighbouring features rotated.
 
