@@ -26,14 +26,16 @@ _WIDEST = 256
 """Columns of a grid that the kernel looks through for the nearest."""
 
 
-def nearest_kept(mask: Tensor) -> Tensor:
+def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     """Nearest kept position of every grid position, in Euclidean distance; ties go to the lowest index.
 
     Args:
         mask: bool [n, H, W], at least one kept position in each grid.
+        rows: int64 [n * H * W], what to give for a position in place of its index; None gives the index.
 
     Returns:
-        int64 [n, H, W], row * W + column of the nearest kept position (0 in a grid without any).
+        int64 [n, H, W], row * W + column of the nearest kept position (0 in a grid without any), or what `rows` of
+        the same sample holds there.
 
     Raises:
         ValueError: another dtype or shape.
@@ -41,20 +43,25 @@ def nearest_kept(mask: Tensor) -> Tensor:
     if mask.ndim != 3 or mask.dtype != torch.bool:
         raise ValueError(f"mask: needs bool [n, H, W], got {mask.dtype} {tuple(mask.shape)}")
     reason = None if mask.shape[2] <= _WIDEST else f"a grid of {mask.shape[2]} columns"
+    if rows is not None and (rows.shape != (mask.numel(),) or rows.dtype != torch.int64):
+        raise ValueError(f"rows: needs int64 [{mask.numel()}], got {rows.dtype} {tuple(rows.shape)}")
     if not choose("nearest_kept", reason, True, mask):
-        return nearest_kept_reference(mask)
+        return nearest_kept_reference(mask, rows)
     if direct(mask):
         from fastgen.kernels.dechunk_triton import launch_nearest
 
-        return launch_nearest(mask)
-    found: Tensor = torch.ops.fastgen.nearest_kept(mask)
+        return launch_nearest(mask, rows)
+    found: Tensor = torch.ops.fastgen.nearest_kept(mask, rows)
     return found
 
 
-def nearest_kept_reference(mask: Tensor) -> Tensor:
+def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     """The specification of `nearest_kept`. Memory: H * W * W integers a sample, for as many samples at once as stay
     below 2^21 of them."""
     n, height, width = mask.shape
+    if rows is not None:
+        starts = height * width * torch.arange(n, device=mask.device)[:, None, None]
+        return rows[nearest_kept_reference(mask) + starts]
     together = max(1, _TOGETHER // max(1, height * width * width))
     if n > together:
         return torch.cat([nearest_kept_reference(part) for part in mask.split(together)])
@@ -84,6 +91,7 @@ def smooth_kept(
     samples: int,
     sigma: float,
     rows: Tensor | None = None,
+    full: bool = True,
 ) -> Tensor:
     """Confidence smoothing: out_i = p_i h_i + (1 - p_i) sum_j W_ij h_j / sum_k W_ik.
 
@@ -97,6 +105,7 @@ def smooth_kept(
         samples: number of samples n.
         sigma: width of the Gaussian in grid units, > 0.
         rows: int64 [n * H * W], kept positions at or before each one, less one; None computes it where it is needed.
+        full: False where some of the T are behind the last token: their positions are -1, their values anything.
 
     Returns:
         [T, D] in the dtype of `tokens`. Differentiable in tokens and probabilities.
@@ -113,7 +122,7 @@ def smooth_kept(
         )
     reason = None if tokens.dtype in _TYPES and probabilities.dtype == torch.float32 else f"{tokens.dtype}"
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
-        return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma)
+        return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma, full)
     if rows is None:
         size = samples * grid[0] * grid[1]
         kept = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
@@ -127,34 +136,40 @@ def smooth_kept(
 
 
 def smooth_kept_reference(
-    tokens: Tensor, positions: Tensor, probabilities: Tensor, grid: tuple[int, int], samples: int, sigma: float
+    tokens: Tensor,
+    positions: Tensor,
+    probabilities: Tensor,
+    grid: tuple[int, int],
+    samples: int,
+    sigma: float,
+    full: bool = True,
 ) -> Tensor:
     """The specification of `smooth_kept`: temporaries of 2^21 numbers, as many channels at once as that allows."""
     weight = probabilities.clamp(min=_TINY)[:, None]
-    vertical, horizontal = (_gaussian(size, sigma, tokens) for size in grid)
+    height, width = grid
+    size = samples * height * width
+    vertical, horizontal = (_gaussian(side, sigma, tokens) for side in grid)
+    if not full:  # one row more takes what lies behind the last token
+        positions = torch.where(positions >= 0, positions, size)
 
     def blurred(values: Tensor) -> Tensor:
-        return _blur(values, positions, vertical, horizontal, samples)
+        channels = values.shape[1]
+        field = values.new_zeros(size if full else size + 1, channels).index_copy(0, positions, values)
+        field = field if full else field[:size]
+        field = vertical @ field.view(samples, height, width * channels)
+        field = horizontal @ field.view(samples * height, width, channels)
+        return field.view(-1, channels).index_select(0, positions if full else positions.clamp_max(size - 1))
 
     mass, confidence = blurred(weight), probabilities[:, None]
-    several = max(16, _TOGETHER // max(1, samples * grid[0] * grid[1]))
-    pieces = []
-    for part in tokens.split(several, dim=1):
+
+    def smoothed(part: Tensor) -> Tensor:
         hidden = part.to(weight.dtype)
-        pieces.append((confidence * hidden + (1 - confidence) * (blurred(hidden * weight) / mass)).to(tokens.dtype))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return (confidence * hidden + (1 - confidence) * (blurred(hidden * weight) / mass)).to(tokens.dtype)
 
-
-def _blur(values: Tensor, positions: Tensor, vertical: Tensor, horizontal: Tensor, samples: int) -> Tensor:
-    """Values [T, C] of kept positions, mixed by the Gaussian of both axes."""
-    height, width, channels = len(vertical), len(horizontal), values.shape[1]
-    size = samples * height * width
-    # One row more takes what lies behind the last token.
-    spots = torch.where(positions >= 0, positions, size)
-    field = values.new_zeros(size + 1, channels).index_copy(0, spots, values)[:size]
-    field = vertical @ field.view(samples, height, width * channels)
-    field = horizontal @ field.view(samples * height, width, channels)
-    return field.view(-1, channels).index_select(0, positions.clamp_min(0))
+    several = max(16, _TOGETHER // max(1, size))
+    if tokens.shape[1] <= several:
+        return smoothed(tokens)
+    return torch.cat([smoothed(part) for part in tokens.split(several, dim=1)], dim=1)
 
 
 def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
@@ -205,17 +220,19 @@ def dechunk(
     grid: tuple[int, int],
     sigma: float | None = 1.0,
     rows: Tensor | None = None,
+    full: bool = True,
 ) -> Tensor:
     """Kept tokens to every grid position: smoothing, then plug-back.
 
     Args:
         tokens: [T, D], kept tokens, sample after sample, each in raster order.
-        positions: int64 [T], sample * L + index, ascending; -1 behind the last token, as in `Packing`.
+        positions: int64 [T], sample * L + index, ascending.
         probabilities: boundary probabilities of all positions, [n, L], float32.
         mask: bool [n, L], kept positions.
         grid: (H, W) with H * W = L.
         sigma: width of the smoothing Gaussian in grid units; None leaves smoothing out.
         rows: int64 [n, L], kept positions at or before each one, less one (`Packing.rows`); None computes it.
+        full: False where some of the T are behind the last token: their positions are -1, their values anything.
 
     Returns:
         [n, L, D].
@@ -235,25 +252,24 @@ def dechunk(
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     if sigma is not None:
-        kept = probabilities.flatten().index_select(0, positions.clamp_min(0))
-        tokens = smooth_kept(tokens, positions, kept, grid, samples, sigma, rows)
-    nearest = nearest_kept(mask.view(samples, height, width)).view(samples, length)
-    nearest = nearest + length * torch.arange(samples, device=mask.device)[:, None]
-    return plug_back(tokens, rows[nearest.flatten()], positions, length).view(samples, length, tokens.shape[1])
+        kept = probabilities.flatten().index_select(0, positions if full else positions.clamp_min(0))
+        tokens = smooth_kept(tokens, positions, kept, grid, samples, sigma, rows, full)
+    index = nearest_kept(mask.view(samples, height, width), rows).flatten()
+    return plug_back(tokens, index, positions, length).view(samples, length, tokens.shape[1])
 
 
 # ---- operators ----
 
 
 @torch.library.custom_op("fastgen::nearest_kept", mutates_args=())
-def _nearest(mask: Tensor) -> Tensor:
+def _nearest(mask: Tensor, rows: Tensor | None) -> Tensor:
     from fastgen.kernels.dechunk_triton import launch_nearest
 
-    return launch_nearest(mask)
+    return launch_nearest(mask, rows)
 
 
 @_nearest.register_fake
-def _(mask: Tensor) -> Tensor:
+def _(mask: Tensor, rows: Tensor | None) -> Tensor:
     return torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
 
 

@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.triton_tools import precise
+from fastgen.kernels.triton_tools import precise, tile
 
 _FLOOR = 1e-19
 """A Gaussian below it does not count: a token's own weight is at least 1e-12, and float32 has seven digits."""
 
 
 @triton.jit
-def _nearest(mask, nearest, height, width, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _nearest(  # type: ignore[no-untyped-def]
+    mask, rows, nearest, height, width,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Nearest kept position of `BLOCK` positions of one row of a grid: by columns first, then across them."""
     KEY: tl.constexpr = tl.int64 if WIDE else tl.int32
     LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
@@ -42,88 +45,71 @@ def _nearest(mask, nearest, height, width, WIDE: tl.constexpr, COLUMNS: tl.const
     key = tl.where((gap < far)[None, :], key, LAST)
     least = tl.min(key, axis=1)
     index = tl.where(least == LAST, 0, least % size).to(tl.int64)
+    if ROWS:
+        index = tl.load(rows + sample * size + index, mask=place < width, other=0)
     tl.store(nearest + line * width + place, index, mask=place < width)
 
 
 @triton.jit
 def _band(  # type: ignore[no-untyped-def]
     tokens, positions, probabilities, rows, out,
-    count, width, stride, step, out_stride, height, columns, reach, falloff, tiny,
+    count, width, stride, step, out_stride, height, columns, reach, sigma, tiny, beyond,
     SMOOTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` kept tokens: SMOOTH mixes them by confidence; otherwise the plain sum G h, in float32."""
     size = height * columns
+    falloff = -0.5 / (sigma * sigma)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(positions + row, mask=row < count, other=-1)
+    place = tl.load(positions + row, mask=row < count, other=-1).to(tl.int32)
     valid = place >= 0
     sample = tl.where(valid, place // size, -1)
     i, j = (place % size) // columns, place % columns
+    sure = tl.full([ROWS], 1.0, tl.float32)
+    lines = reach
+    if SMOOTH:
+        sure = tl.load(probabilities + row, mask=(row < count) & valid, other=1.0)
+        # A token's own weight is its probability; lines that together weigh less than 1e-8 of it are left out.
+        least = tl.min(tl.maximum(sure, tiny), axis=0)
+        lines = tl.minimum(reach, (sigma * tl.sqrt(2 * tl.log(beyond / least))).to(tl.int32) + 1)
     # Kept tokens are in raster order: those of the lines within reach are one run of them.
     last = tl.max(place, axis=0)
     first = tl.min(tl.where(valid, place, last), axis=0)
+    begin, end = 0, 0
     if last >= 0:
-        above = (first // size) * size + tl.maximum((first % size) // columns - reach, 0) * columns
-        below = (last // size) * size + (tl.minimum((last % size) // columns + reach, height - 1) + 1) * columns
-        begin = tl.load(rows + above - 1, mask=above > 0, other=-1) + 1
-        end = tl.load(rows + below - 1) + 1
-    else:
-        begin = tl.full([], 0, tl.int64)
-        end = tl.full([], 0, tl.int64)
+        above = (first // size) * size + tl.maximum((first % size) // columns - lines, 0) * columns
+        below = (last // size) * size + (tl.minimum((last % size) // columns + lines, height - 1) + 1) * columns
+        begin = tl.load(rows + above - 1, mask=above > 0, other=-1).to(tl.int32) + 1
+        end = tl.load(rows + below - 1).to(tl.int32) + 1
     mass = tl.zeros([ROWS], tl.float32)
-    if SMOOTH:
-        for start in range(begin, end, OTHERS):
-            weight = _weights(
-                positions, probabilities, start, end, sample, i, j, size, columns, falloff, tiny, True, OTHERS
-            )
-            mass += tl.sum(weight, axis=1)
     mixed = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(begin, end, OTHERS):
-        weight = _weights(
-            positions, probabilities, start, end, sample, i, j, size, columns, falloff, tiny, SMOOTH, OTHERS
-        )
+        other = start + tl.arange(0, OTHERS)
+        inside = other < end
+        at = tl.load(positions + other, mask=inside, other=0).to(tl.int32)
+        down = i[:, None] - ((at % size) // columns)[None, :]
+        across = j[:, None] - (at % columns)[None, :]
+        weight = tl.exp((down * down + across * across).to(tl.float32) * falloff)
         if SMOOTH:
-            # What adds nothing in float32 is not read.
-            share = tl.max(tl.where(mass > 0, tl.sum(weight, axis=1) / mass, 0.0), axis=0)
-        else:
-            share = tl.max(tl.sum(weight, axis=1), axis=0)
-        if share > (1e-9 if SMOOTH else 0.0):
-            other = start + tl.arange(0, OTHERS)
-            hidden = tl.load(
-                tokens + other[:, None] * stride + channel[None, :] * step,
-                mask=(other < end)[:, None] & (channel < width)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            mixed = tl.dot(weight, hidden, mixed, input_precision=PRECISION)
+            p = tl.load(probabilities + other, mask=inside, other=0.0)
+            weight = weight * tl.maximum(p, tiny)[None, :]
+        weight = tl.where(inside[None, :] & (sample[:, None] == (at // size)[None, :]), weight, 0.0)
+        mass += tl.sum(weight, axis=1)
+        hidden = tl.load(
+            tokens + other.to(tl.int64)[:, None] * stride + channel[None, :] * step,
+            mask=inside[:, None] & (channel < width)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        mixed = tl.dot(weight, hidden, mixed, input_precision=PRECISION)
     fits = (row < count)[:, None] & (channel < width)[None, :]
     long = row.to(tl.int64)
     if SMOOTH:
         own = tl.load(
             tokens + long[:, None] * stride + channel[None, :] * step, mask=fits & valid[:, None], other=0.0
         ).to(tl.float32)
-        sure = tl.load(probabilities + row, mask=row < count, other=1.0)[:, None]
-        mixed = sure * own + (1 - sure) * (mixed / tl.where(mass > 0, mass, 1.0)[:, None])
+        mixed = sure[:, None] * own + (1 - sure[:, None]) * (mixed / tl.where(mass > 0, mass, 1.0)[:, None])
         mixed = tl.where(valid[:, None], mixed, 0.0)
     tl.store(out + long[:, None] * out_stride + channel[None, :], mixed.to(out.dtype.element_ty), mask=fits)
-
-
-@triton.jit
-def _weights(  # type: ignore[no-untyped-def]
-    positions, probabilities, start, end, sample, i, j, size, columns, falloff, tiny,
-    WEIGHTED: tl.constexpr, OTHERS: tl.constexpr,
-):  # fmt: skip
-    """Gaussian of the distances to kept tokens from `start` on, times their probabilities."""
-    other = start + tl.arange(0, OTHERS)
-    inside = other < end
-    at = tl.load(positions + other, mask=inside, other=0)
-    lines = i[:, None] - ((at % size) // columns)[None, :]
-    across = j[:, None] - (at % columns)[None, :]
-    apart = (lines * lines + across * across).to(tl.float32)
-    weight = tl.exp(apart * falloff)
-    if WEIGHTED:
-        p = tl.load(probabilities + other, mask=inside, other=0.0)
-        weight = weight * tl.maximum(p, tiny)[None, :]
-    return tl.where(inside[None, :] & (sample[:, None] == (at // size)[None, :]), weight, 0.0)
 
 
 @triton.jit
@@ -166,7 +152,7 @@ def _sum_back(  # type: ignore[no-untyped-def]
     tl.store(out + row[:, None] * width + channel[None, :], total.to(out.dtype.element_ty), mask=fits)
 
 
-def launch_nearest(mask: Tensor) -> Tensor:
+def launch_nearest(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     """See `fastgen.kernels.dechunk.nearest_kept`."""
     samples, height, width = mask.shape
     nearest = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
@@ -175,8 +161,9 @@ def launch_nearest(mask: Tensor) -> Tensor:
         wide = ((height - 1) ** 2 + (width - 1) ** 2 + 1) * height * width >= 2**31
         grid = (samples * height, triton.cdiv(width, block))
         _nearest[grid](
-            mask.contiguous().view(torch.int8), nearest, height, width, WIDE=wide, COLUMNS=columns, BLOCK=block
-        )
+            mask.contiguous().view(torch.int8), nearest if rows is None else rows.contiguous(), nearest, height, width,
+            ROWS=rows is not None, WIDE=wide, COLUMNS=columns, BLOCK=block,
+        )  # fmt: skip
     return nearest
 
 
@@ -203,13 +190,16 @@ def _banded(
     count, channels = values.shape
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
     block = min(128, max(16, triton.next_power_of_2(channels)))
+    columns = triton.cdiv(channels, block)
+    several = 64 if triton.cdiv(count, 64) * columns >= 264 else 32
     # A weight of ten bits is less exact than a float16, not than a bfloat16.
     precision = "tf32" if values.dtype == torch.bfloat16 else precise()
-    grid = (triton.cdiv(count, 32), triton.cdiv(channels, block))
-    _band[grid](
+    _band[(triton.cdiv(count, several), columns)](
         values, positions.contiguous(), rows if p is None else p, rows.contiguous(), out,
-        count, channels, *values.stride(), out.stride(0), height, width, reach, -0.5 / sigma**2, 1e-12,
-        SMOOTH=smooth, PRECISION=precision, ROWS=32, OTHERS=32, BLOCK=block, num_warps=4,
+        count, channels, *values.stride(), out.stride(0), height, width, reach, float(sigma), 1e-12,
+        2 * math.pi * (sigma**2 + 1) * 1e8,
+        SMOOTH=smooth, PRECISION=precision, ROWS=several, OTHERS=several, BLOCK=block,
+        num_warps=4 if several == 32 else 8,
     )  # fmt: skip
     return out
 
@@ -219,8 +209,7 @@ def launch_plug_back(tokens: Tensor, index: Tensor) -> Tensor:
     count, width = len(index), tokens.shape[1]
     out = torch.empty(count, width, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
-        block = min(triton.next_power_of_2(width), 2048)
-        together = max(1, 4096 // block)
+        block, together = tile(width)
         grid = (triton.cdiv(count, together), triton.cdiv(width, block))
         _copy[grid](
             tokens, index.contiguous(), out, count, width, *tokens.stride(), ROWS=together, BLOCK=block, num_warps=8

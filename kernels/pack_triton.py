@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import tile
+
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -52,14 +54,14 @@ def _fill(  # type: ignore[no-untyped-def]
             # An integer with the order of the floats: -0 is 0, NaN above all, what is outside below all.
             bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
             order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
-            order = tl.where(value != value, 0x7FFFFFFF, order).to(tl.int64)
-            order = tl.where(inside, order, -0x80000001)
+            order = tl.where(value != value, 0x7FFFFFFF, order)
+            order = tl.where(inside, order, -0x80000000)
             # The largest threshold at or above which lie at least `count`: bisection, which ends when just so many do.
             low = tl.full([], -0x80000001, tl.int64)
             high = tl.full([], 0x80000000, tl.int64)
             while high - low > 1:
                 middle = (low + high) >> 1
-                above = tl.sum((order >= middle).to(tl.int32), axis=0)
+                above = tl.sum((order >= middle.to(tl.int32)).to(tl.int32), axis=0)
                 enough = above >= count
                 low = tl.where(enough, middle, low)
                 high = tl.where(above == count, low + 1, tl.where(enough, high, middle))
@@ -145,8 +147,7 @@ def launch_move(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, t
     target = torch.empty(shape, dtype=source.dtype, device=source.device)
     if not target.numel():
         return target
-    block = min(triton.next_power_of_2(width), 2048)
-    together = max(1, 4096 // block)
+    block, together = tile(width)
     grid = (triton.cdiv(count, together), triton.cdiv(width, block))
     index = rows.contiguous() if to_grid else positions.contiguous()
     _move[grid](

@@ -26,18 +26,18 @@ def _row(  # type: ignore[no-untyped-def]
     if TOP_K or TOP_P:
         # An integer with the order of the floats (-0 is 0); what is outside the vocabulary lies below all.
         bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
-        order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits).to(tl.int64)
-        order = tl.where(inside, order, -0x80000001)
+        order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
+        order = tl.where(inside, order, -0x80000000)
     if TOP_K:
         # The largest threshold at or above which lie k: bisection, which ends when just so many do.
         low = tl.full([], -0x80000001, tl.int64)
         high = tl.full([], 0x80000000, tl.int64)
         while high - low > 1:
             middle = (low + high) >> 1
-            above = tl.sum((order >= middle).to(tl.int32), axis=0)
-            low = tl.where(above >= top_k, middle, low)
-            high = tl.where(above == top_k, low + 1, tl.where(above > top_k, high, middle))
-        logits = tl.where(order >= low, logits, float("-inf"))
+            reached = tl.sum((order >= middle.to(tl.int32)).to(tl.int32), axis=0)
+            low = tl.where(reached >= top_k, middle, low)
+            high = tl.where(reached == top_k, low + 1, tl.where(reached > top_k, high, middle))
+        logits = tl.where(order >= tl.maximum(low, -0x80000000).to(tl.int32), logits, float("-inf"))
     if TOP_P:
         largest = tl.max(logits, axis=0)
         mass = tl.exp(logits - largest)
@@ -49,15 +49,17 @@ def _row(  # type: ignore[no-untyped-def]
         between = tl.full([], 2, tl.int32)
         while (high - low > 1) & (between > 1):
             middle = (low + high) >> 1
-            fits = tl.sum(tl.where(order > middle, mass, 0.0), axis=0) < wanted
+            fits = tl.sum(tl.where(order > middle.to(tl.int32), mass, 0.0), axis=0) < wanted
             high = tl.where(fits, middle, high)
             low = tl.where(fits, low, middle)
-            between = tl.sum(((order > low) & (order <= high)).to(tl.int32), axis=0)
-        last = (order > low) & (order <= high)
-        before = tl.sum(tl.where(order > high, mass, 0.0), axis=0)
+            over = order > tl.maximum(low, -0x80000000).to(tl.int32)
+            between = tl.sum((over & (order <= high.to(tl.int32))).to(tl.int32), axis=0)
+        above = order > high.to(tl.int32)
+        last = (order > tl.maximum(low, -0x80000000).to(tl.int32)) & (order <= high.to(tl.int32))
+        before = tl.sum(tl.where(above, mass, 0.0), axis=0)
         # Equal ones come in the order of their indices.
         share = tl.where(last, mass, 0.0)
-        kept = (order > high) | (last & (before + tl.cumsum(share, axis=0) - share < wanted))
+        kept = above | (last & (before + tl.cumsum(share, axis=0) - share < wanted))
         logits = tl.where(kept, logits, float("-inf"))
     if LAW:
         weight = tl.exp(logits - tl.max(logits, axis=0))

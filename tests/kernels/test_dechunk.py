@@ -209,6 +209,8 @@ def test_nearest_ties_and_wide_keys(triton_kernels: None) -> None:
     mask = torch.zeros(1, 3, 256, dtype=torch.bool, device=DEVICE)
     mask[0, 0, 0] = mask[0, 0, 2] = mask[0, 2, 0] = mask[0, 2, 2] = True
     assert nearest_kept(mask)[0, :, :3].tolist() == [[0, 0, 2], [0, 0, 2], [512, 512, 514]]
+    rows = torch.arange(768, device=DEVICE) + 7
+    assert nearest_kept(mask, rows)[0, 2, :3].tolist() == [519, 519, 521]
     empty = torch.zeros(1, 2, 3, dtype=torch.bool, device=DEVICE)
     assert nearest_kept(empty).tolist() == [[[0] * 3] * 2]
 
@@ -282,7 +284,7 @@ def test_rows_behind_the_last_token_are_no_tokens(mode: str) -> None:
     for some, where in ((tokens, positions), (torch.cat([tokens, garbage]), longer)):
         packed, q = some.clone().requires_grad_(), p.clone().requires_grad_()
         with use_kernels(mode):
-            result = dechunk(packed, where, q, mask, (5, 6))
+            result = dechunk(packed, where, q, mask, (5, 6), full=len(packed) == len(positions))
             result.cos().sum().backward()
         assert packed.grad is not None and q.grad is not None
         assert not packed.grad[len(positions) :].any()
@@ -296,7 +298,7 @@ def test_what_a_compiler_is_told(triton_kernels: None) -> None:
     rows = mask.flatten().cumsum(0) - 1
     tokens.requires_grad_()
     ops, kept = torch.ops.fastgen, p.flatten()[positions].requires_grad_()
-    torch.library.opcheck(ops.nearest_kept.default, (mask.view(2, 4, 5),))
+    torch.library.opcheck(ops.nearest_kept.default, (mask.view(2, 4, 5), rows))
     torch.library.opcheck(ops.smooth_kept.default, (tokens, positions, kept, rows, 4, 5, 1.0), atol=1e-4, rtol=1e-4)
     torch.library.opcheck(ops.plug_back.default, (tokens, rows.clamp_min(0), positions, 20))
 
