@@ -283,9 +283,7 @@ def _smooth(
 
 
 @_smooth.register_fake
-def _(
-    tokens: Tensor, positions: Tensor, probabilities: Tensor, rows: Tensor, height: int, width: int, sigma: float
-) -> Tensor:
+def _(tokens: Tensor, *rest: Any) -> Tensor:
     return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
 
 
@@ -322,16 +320,7 @@ def _smooth_backward(
 
 
 @_smooth_backward.register_fake
-def _(
-    grad: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    probabilities: Tensor,
-    rows: Tensor,
-    height: int,
-    width: int,
-    sigma: float,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, tokens: Tensor, positions: Tensor, probabilities: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(tokens), torch.empty_like(probabilities)
 
 

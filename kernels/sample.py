@@ -7,6 +7,7 @@ depend on the batch around it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,15 +202,7 @@ def _sample(
 
 
 @_sample.register_fake
-def _(
-    cond: Tensor,
-    uncond: Tensor | None,
-    gumbel: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def _(cond: Tensor, *rest: Any) -> Tensor:
     return cond.new_empty(cond.shape[0], dtype=torch.int64)
 
 
@@ -228,12 +221,5 @@ def _law(
 
 
 @_law.register_fake
-def _(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
+def _(cond: Tensor, *rest: Any) -> Tensor:
     return torch.empty(cond.shape, dtype=torch.float32, device=cond.device)

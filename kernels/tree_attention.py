@@ -7,6 +7,8 @@ values of the nodes are written on the way.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -172,16 +174,5 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: Tensor,
-    layer: int,
-    slots: Tensor,
-    lengths: Tensor,
-    visible: Tensor,
-    tree: Tensor,
-    limit: int,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, store: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(query.shape, dtype=store.dtype)

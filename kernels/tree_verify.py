@@ -7,7 +7,7 @@ relaxed forms are the exact one. Loss contract: distribution; lossy when relaxed
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,19 +197,7 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    target: Tensor,
-    draft: Tensor | None,
-    tokens: Tensor,
-    children: Tensor,
-    internal: Tensor,
-    coins: Tensor | None,
-    gumbel: Tensor | None,
-    remaining: Tensor,
-    max_depth: int,
-    factor: Tensor | None,
-    classes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = target.shape[0]
+def _(target: Tensor, draft: Any, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, max_depth = target.shape[0], rest[5]
     nodes = tokens.new_empty(batch, max_depth + 1)
     return nodes, tokens.new_empty(batch), tokens.new_empty(batch), target.new_empty(batch)
