@@ -10,7 +10,9 @@ __all__ = ["kernels_markdown"]
 
 
 def kernels_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench kernels`: medians in microseconds."""
+    """A result of `fastgen bench kernels`, of operations or of whole models."""
+    if data["benchmark"] == "kernels-end-to-end":
+        return _end_to_end_markdown(data)
     rows = []
     for row in data["rows"]:
         times = [_microseconds(row[name]) for name in ("eager", "compiled", "triton")]
@@ -24,7 +26,11 @@ def kernels_markdown(data: dict[str, Any]) -> str:
     note = f"Roofline: a copy moves {limits['bytes_per_second'] / 1e9:.0f} GB/s"
     if limits["flops_per_second"]:
         note += f", a bfloat16 matrix product makes {limits['flops_per_second'] / 1e12:.0f} TFLOP/s"
-    note += ". Medians in microseconds; GB/s are those of the fastest measured path of the right-most kind.\n\n"
+    note += (
+        ". Medians in microseconds of GPU time, with an empty cache, or * in a CUDA graph of 20 calls; GB/s are those "
+        "of the Triton kernel, where there is none of the compiled or the eager reference; auto is what runs by "
+        "default.\n\n"
+    )
     header = [
         "op",
         "size",
@@ -38,6 +44,20 @@ def kernels_markdown(data: dict[str, Any]) -> str:
         "check",
         "auto",
     ]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def _end_to_end_markdown(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        if "note" in row:
+            rows.append([row["model"], row["note"], *[""] * 6])
+            continue
+        times = [f"{1e3 * row[way]['p50']:.2f}" for way in ("eager", "eager_kernels", "compiled", "compiled_kernels")]
+        gains = [f"{row[f'speedup_{kind}']:.2f}" for kind in ("eager", "compiled")]
+        rows.append([row["model"], *times, *gains, f"{row['rms']:.1e}"])
+    note = "Medians in milliseconds of one step, bfloat16, random weights; blocks are compiled one by one.\n\n"
+    header = ["model", "eager", "+ kernels", "compiled", "+ kernels", "x eager", "x compiled", "difference (RMS)"]
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
 
 

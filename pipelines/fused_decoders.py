@@ -114,7 +114,10 @@ def fits(module: Any) -> bool:
     if isinstance(module, ResnetBlock2D):
         plain = module.upsample is None and module.downsample is None and module.time_emb_proj is None
         return (
-            plain and module.time_embedding_norm == "default" and _silu(module.nonlinearity) and _groups(module.norm1)
+            plain
+            and module.time_embedding_norm != "scale_shift"
+            and _silu(module.nonlinearity)
+            and _groups(module.norm1)
         )
     if isinstance(module, (Decoder, Encoder)):
         return _groups(module.conv_norm_out) and _silu(module.conv_act)

@@ -68,7 +68,7 @@ def runs(hidden: Tensor, *modules: nn.Module | None) -> bool:
 def normed(hidden: Tensor, module: nn.Module, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """norm(hidden) * (1 + scale) + shift, [n, L, D] with conditioning [n, D]."""
     norm = norm_of(module) or _unknown(module)
-    return adaln(hidden, scale=scale, shift=shift, **norm.options())[1]
+    return adaln(_rows(hidden), scale=scale, shift=shift, **norm.options())[1]
 
 
 def residual(
@@ -82,7 +82,12 @@ def residual(
 ) -> tuple[Tensor, Tensor]:
     """y = hidden + gate * update, and norm(y) * (1 + scale) + shift; without a module the second is y."""
     norm = norm_of(module) or _unknown(module)
-    return adaln(hidden, update=update, gate=gate, scale=scale, shift=shift, **norm.options(), **options)
+    return adaln(_rows(hidden), update=update, gate=gate, scale=scale, shift=shift, **norm.options(), **options)
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    """With contiguous rows: a patch embedding leaves the tokens of the first block turned around."""
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
 
 
 def turn(

@@ -6,6 +6,7 @@ compare but the references themselves.
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.kernel_case import Case
 from fastgen.evaluation.benchmarks.kernel_cases import cases
 from fastgen.evaluation.benchmarks.kernel_timing import WARM_UP, roofline, time_on_cpu, time_on_gpu
+from fastgen.evaluation.benchmarks.kernels_end_to_end import benchmark_end_to_end
 from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 
 __all__ = ["benchmark_kernels"]
@@ -28,6 +30,7 @@ def benchmark_kernels(
     *,
     device: str = "cpu",
     compile: bool = True,
+    end_to_end: bool = False,
     seconds: float = 140.0,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def benchmark_kernels(
         ops: names of operations; None takes all.
         device: where; on a CPU only small sizes, and no kernels.
         compile: measure the compiled reference as well.
+        end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
         seconds: after so many, references are no longer compiled, and the rows say so.
         report: told what is going on.
 
@@ -46,13 +50,20 @@ def benchmark_kernels(
         failed), bytes a second, its share of the roofline, and what "auto" takes.
 
     Raises:
-        FastgenError: an unknown operation.
+        FastgenError: an unknown operation; models without a CUDA device.
     """
     everything = cases()
     known = sorted({case.op for case in everything})
     if unknown := sorted(set(ops or ()) - set(known)):
         raise FastgenError(f"op: {unknown[0]!r} is unknown; there are {', '.join(known)}")
     place = torch.device(device)
+    if end_to_end:
+        return {
+            "benchmark": "kernels-end-to-end",
+            "environment": environment(),
+            "settings": _settings(device, place),
+            "rows": benchmark_end_to_end(place, seconds=seconds, report=report),
+        }
     chosen = [case for case in everything if not ops or case.op in ops]
     if place.type != "cuda":
         chosen = [case for case in chosen if case.on_cpu]
@@ -65,18 +76,22 @@ def benchmark_kernels(
         rows.append(_measure(case, place, limits, compile and not late))
         if late and compile:
             rows[-1]["note"] = "the compiled reference was left out: the time was up"
-    settings = {"device": device, "compile": compile, "warm_up": WARM_UP, "baseline": "reference, eager and compiled"}
-    if place.type == "cuda":
-        properties = torch.cuda.get_device_properties(place)
-        settings |= {"gpu": properties.name, "driver": _driver(), "l2_bytes": properties.L2_cache_size}
     return {
         "benchmark": "kernels",
         "environment": environment(),
-        "settings": settings,
+        "settings": {**_settings(device, place), "compile": compile, "warm_up": WARM_UP},
         "roofline": limits,
         "seconds": time.perf_counter() - started,
         "rows": rows,
     }
+
+
+def _settings(device: str, place: torch.device) -> dict[str, Any]:
+    settings: dict[str, Any] = {"device": device, "baseline": "eager and compiled, without kernels"}
+    if place.type == "cuda":
+        properties = torch.cuda.get_device_properties(place)
+        settings |= {"gpu": properties.name, "driver": _driver(), "l2_bytes": properties.L2_cache_size}
+    return settings
 
 
 @torch.no_grad()
@@ -155,8 +170,6 @@ def _wide(value: Any) -> Any:
 
 def _driver() -> str | None:
     try:
-        import subprocess
-
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):

@@ -18,7 +18,12 @@ def kernels(
     op: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for several.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
-    seconds: Annotated[float, typer.Option(help="After so many, references are no longer compiled.")] = 140.0,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="After so many, references are no longer compiled, no other model begun.")
+    ] = 110.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
@@ -34,6 +39,11 @@ def kernels(
         from fastgen.evaluation.kernel_results import kernels_markdown
 
         result = benchmark_kernels(
-            op, device=device, compile=compile, seconds=seconds, report=lambda line: typer.echo(line, err=True)
+            op,
+            device=device,
+            compile=compile,
+            end_to_end=end_to_end,
+            seconds=seconds,
+            report=lambda line: typer.echo(line, err=True),
         )
     publish(result, out, as_json, kernels_markdown(result))

@@ -120,6 +120,16 @@ def test_pictures_are_equal_and_everything_comes_back(case: Any) -> None:
     assert state(pipe) == before
 
 
+def test_every_block_is_served() -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    pipe = tiny_sd3()
+    resnets = sum(isinstance(module, ResnetBlock2D) for module in pipe.vae.modules())
+    attention = sum(hasattr(module, "processor") for module in pipe.transformer.modules())
+    counts = fastgen.enable_kernels(pipe)
+    assert counts == {"blocks": 2, "attention": attention, "decoder": resnets + 2}
+
+
 @pytest.mark.skipif(ON_GPU, reason="on a GPU kernels run by default")
 def test_on_a_cpu_the_stock_code_runs() -> None:
     pipe = tiny_flux(False)
