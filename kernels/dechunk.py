@@ -20,8 +20,9 @@ __all__ += ["smooth_kept_reference"]
 
 _TINY = 1e-12
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TOGETHER = 2**21
-"""Numbers of one temporary of the references: 16 MiB."""
+_TOGETHER = {"cpu": 2**21}
+"""Numbers of one temporary of the references: 16 MiB at most on a CPU; on a GPU `_AT_ONCE`, for fewer launches."""
+_AT_ONCE = 2**25
 _WIDEST = 256
 """Columns of a grid that the kernel looks through for the nearest."""
 
@@ -62,7 +63,7 @@ def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     if rows is not None:
         starts = height * width * torch.arange(n, device=mask.device)[:, None, None]
         return rows[nearest_kept_reference(mask) + starts]
-    together = max(1, _TOGETHER // max(1, height * width * width))
+    together = max(1, _most(mask) // max(1, height * width * width))
     if n > together:
         return torch.cat([nearest_kept_reference(part) for part in mask.split(together)])
     rows = torch.arange(height, device=mask.device)[:, None].expand(height, width)
@@ -166,10 +167,14 @@ def smooth_kept_reference(
         hidden = part.to(weight.dtype)
         return (confidence * hidden + (1 - confidence) * (blurred(hidden * weight) / mass)).to(tokens.dtype)
 
-    several = max(16, _TOGETHER // max(1, size))
+    several = max(16, _most(tokens) // max(1, size))
     if tokens.shape[1] <= several:
         return smoothed(tokens)
     return torch.cat([smoothed(part) for part in tokens.split(several, dim=1)], dim=1)
+
+
+def _most(tensor: Tensor) -> int:
+    return _TOGETHER.get(tensor.device.type, _AT_ONCE)
 
 
 def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
