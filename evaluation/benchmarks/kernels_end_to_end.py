@@ -25,6 +25,8 @@ __all__ = ["MODELS", "benchmark_end_to_end"]
 
 _DTYPE = torch.bfloat16
 _WARM_UP = 5
+_NODES = 26
+_ROUND = f"Janus-Pro-1B, round over {_NODES} nodes, 1 image with guidance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +171,13 @@ def _janus_decoder(device: torch.device) -> _Step:
 
 
 MODELS: dict[str, Callable[[torch.device], _Step]] = {
-    "DiT-XL/2 256², 32 images": _dit_xl,
-    "DC-DiT-XL 256², 32 images, threshold": lambda device: _dc_dit_xl(device, None),
     "DC-DiT-XL 256², 32 images, 256 tokens": lambda device: _dc_dit_xl(device, 256),
     "Z-Image width, 10 of 30 layers, 1024², 2 images": lambda device: _z_image(device, 1024),
-    "FLUX width, 5 + 10 of 19 + 38 layers, 1024²": _flux,
-    "VAE decode 1024²": lambda device: _vae(device, 1024),
     "Janus-Pro VQ decode 384², 4 images": _janus_decoder,
+    "VAE decode 1024²": lambda device: _vae(device, 1024),
+    "DC-DiT-XL 256², 32 images, threshold": lambda device: _dc_dit_xl(device, None),
+    "FLUX width, 5 + 10 of 19 + 38 layers, 1024²": _flux,
+    "DiT-XL/2 256², 32 images": _dit_xl,
 }
 """Name -> builder of the model and its step."""
 
@@ -209,6 +211,9 @@ def benchmark_end_to_end(
     if device.type != "cuda":
         raise FastgenError(f"--end-to-end: needs a CUDA device, got {device}")
     started, rows = time.perf_counter(), []
+    if not names:
+        report(_ROUND)
+        rows.append(_janus_round(device, repetitions))
     for name in names or MODELS:
         if time.perf_counter() - started > seconds:
             rows.append({"model": name, "note": "not begun: the time was up"})
@@ -218,6 +223,21 @@ def benchmark_end_to_end(
         torch._dynamo.reset()
         torch.cuda.empty_cache()
     return rows
+
+
+def _janus_round(device: torch.device, repetitions: int) -> dict[str, Any]:
+    """A round of speculative decoding without its drafter: the pass over a chain, laws, verification, commit."""
+    from fastgen.evaluation.benchmarks.speculative_cost import build_target, measure_target
+
+    target = build_target("janus-pro-1b", device, _DTYPE)
+    row: dict[str, Any] = {"model": _ROUND, "compiled": None, "compiled_kernels": None, "rms": None}
+    for mode, way in (("reference", "eager"), ("auto", "eager_kernels")):
+        with use_kernels(mode):
+            costs = measure_target(target, (1, _NODES), repetitions)[-1]
+        row[way] = {name: costs["verify"][name] + costs["left"][name] for name in ("p20", "p50", "p80")}
+        row[f"{way}_left"] = costs["left"]
+    row["speedup_eager"] = row["eager"]["p50"] / row["eager_kernels"]["p50"]
+    return row | {"speedup_compiled": None}
 
 
 def _measure(name: str, device: torch.device, repetitions: int) -> dict[str, Any]:
