@@ -53,9 +53,10 @@ def _end_to_end_markdown(data: dict[str, Any]) -> str:
         if "note" in row:
             rows.append([row["model"], row["note"], *[""] * 6])
             continue
-        times = [f"{1e3 * row[way]['p50']:.2f}" for way in ("eager", "eager_kernels", "compiled", "compiled_kernels")]
-        gains = [f"{row[f'speedup_{kind}']:.2f}" for kind in ("eager", "compiled")]
-        rows.append([row["model"], *times, *gains, f"{row['rms']:.1e}"])
+        ways = ("eager", "eager_kernels", "compiled", "compiled_kernels")
+        times = ["-" if row[way] is None else f"{1e3 * row[way]['p50']:.2f}" for way in ways]
+        gains = [_ratio(row[f"speedup_{kind}"]) for kind in ("eager", "compiled")]
+        rows.append([row["model"], *times, *gains, "-" if row["rms"] is None else f"{row['rms']:.1e}"])
     note = "Medians in milliseconds of one step, bfloat16, random weights; blocks are compiled one by one.\n\n"
     header = ["model", "eager", "+ kernels", "compiled", "+ kernels", "x eager", "x compiled", "difference (RMS)"]
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
