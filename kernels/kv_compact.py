@@ -28,18 +28,18 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
     Raises:
         ValueError: another dtype or shape.
     """
-    rows = store.shape[2] if store.ndim == 6 else -1
-    if store.ndim != 6 or store.shape[1] != 2 or nodes.ndim != 2 or len(nodes) != rows:
+    if store.ndim != 6 or store.shape[1] != 2 or nodes.ndim != 2 or len(nodes) != store.shape[2]:
         raise ValueError(
             f"store, nodes: need [layers, 2, R, capacity, heads, head_dim] and [R, m], got {tuple(store.shape)} and "
             f"{tuple(nodes.shape)}"
         )
-    for name, value in (("lengths", lengths), ("count", count)):
-        if value.shape != (rows,):
-            raise ValueError(f"{name}: needs [{rows}], got {tuple(value.shape)}")
-    for name, value in (("lengths", lengths), ("nodes", nodes), ("count", count)):
-        if value.dtype != torch.int64:
-            raise ValueError(f"{name}: needs int64, got {value.dtype}")
+    rows = nodes.shape[:1]
+    if lengths.shape != rows or count.shape != rows:
+        raise ValueError(f"lengths, count: need {list(rows)}, got {list(lengths.shape)} and {list(count.shape)}")
+    if not lengths.dtype == nodes.dtype == count.dtype == torch.int64:
+        raise ValueError(
+            f"lengths, nodes, count: need torch.int64, got {lengths.dtype}, {nodes.dtype} and {count.dtype}"
+        )
     if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
     elif direct(store):

@@ -102,9 +102,9 @@ def test_bad_input() -> None:
     nodes = torch.zeros(3, 2, dtype=torch.int64)
     for message, arguments in {
         "store, nodes: need": (store[0], three, nodes, three),
-        "lengths: needs \\[3\\]": (store, three[:2], nodes, three),
-        "count: needs int64": (store, three, nodes, three.int()),
-        "nodes: needs int64": (store, three, nodes.float(), three),
+        "lengths, count: need \\[3\\]": (store, three[:2], nodes, three),
+        "lengths, nodes, count: need torch.int64": (store, three, nodes, three.int()),
+        "got torch.int64, torch.float32": (store, three, nodes.float(), three),
     }.items():
         with pytest.raises(ValueError, match=message):
             kv_compact(*arguments)
