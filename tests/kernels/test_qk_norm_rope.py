@@ -275,6 +275,19 @@ def test_the_reference_is_what_models_compute() -> None:
     assert_matches(turned, rotate_halves(query, tuple(torch.cat([x, x], dim=-1) for x in (cos, sin))).double())
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the reference on a CPU")
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_reference_on_a_cpu_equals_its_compiled_form(interleaved: bool) -> None:
+    for dtype in (*DTYPES, torch.float64):
+        query, key = (lay_out(x, "slice") for x in qk((2, 3, 2, 24), 1, dtype))
+        tables = {name: value.double() if dtype == torch.float64 else value for name, value in table(3, 24).items()}
+        compiled = torch.compile(qk_norm_rope_reference, backend="eager")
+        expected = compiled(query, key, **tables, interleaved=interleaved)
+        actual = qk_norm_rope_reference(query, key, **tables, interleaved=interleaved)
+        for a, b in zip(actual, expected, strict=True):
+            assert_matches(a, b.double())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
