@@ -94,13 +94,18 @@ def _active(on_gpu: bool) -> bool:
     return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and _interpreted()))
 
 
-def choose(op: str, supported: str | None, default: bool = True, *tensors: Tensor) -> bool:
+UNMEASURED = "its kernel has not been timed on a GPU; FASTGEN_KERNELS=triton runs it"
+"""Why "auto" leaves a kernel alone that is correct on a GPU, as far as tests show, but of unknown speed."""
+
+
+def choose(op: str, supported: str | None, default: bool | str = True, *tensors: Tensor) -> bool:
     """Whether the Triton kernel of an operation runs, and not its reference. Reports which one did.
 
     Args:
         op: name of the operation.
         supported: None if the kernel takes these arguments, else why it does not.
-        default: whether "auto" takes the kernel for these sizes; False where it is not the faster one.
+        default: whether "auto" takes the kernel for these sizes; False where it is not the faster one, a string for
+            another reason not to.
         tensors: all that the kernel reads or writes.
 
     Raises:
@@ -108,12 +113,13 @@ def choose(op: str, supported: str | None, default: bool = True, *tensors: Tenso
     """
     if supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
         supported = "its tensors are on several devices"
-    return _decide(op, supported, default, bool(tensors) and tensors[0].is_cuda)
+    # Not `bool(tensors)`: Dynamo of torch 2.11 cannot trace it.
+    return _decide(op, supported, default, len(tensors) > 0 and tensors[0].is_cuda)
 
 
 # A constant for compilers: nothing of this can be traced, and a graph keeps the choice it was made with.
 @torch.compiler.assume_constant_result
-def _decide(op: str, reason: str | None, default: bool, on_gpu: bool) -> bool:
+def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> bool:
     mode = kernels_mode()
     if mode == "reference":
         reason = "FASTGEN_KERNELS=reference"
@@ -121,8 +127,8 @@ def _decide(op: str, reason: str | None, default: bool, on_gpu: bool) -> bool:
         reason = "Triton is not installed"
     elif reason is None and not on_gpu and not (mode == "triton" and _interpreted()):
         reason = "Triton needs a GPU"
-    elif reason is None and not default and mode == "auto":
-        reason = "it is the faster one for this size"
+    elif reason is None and default is not True and mode == "auto":
+        reason = default or "it is the faster one for this size"
     if reason is not None and mode == "triton":
         raise ValueError(f"{op}: the Triton kernel cannot run: {reason}")
     _report(op, "triton" if reason is None else "reference", reason)
