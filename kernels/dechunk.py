@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.dispatch import UNMEASURED, choose, direct
 
 __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "plug_back", "plug_back_reference", "smooth_kept"]
 __all__ += ["smooth_kept_reference"]
@@ -46,6 +46,7 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     reason = None if mask.shape[2] <= _WIDEST else f"a grid of {mask.shape[2]} columns"
     if rows is not None and (rows.shape != (mask.numel(),) or rows.dtype != torch.int64):
         raise ValueError(f"rows: needs int64 [{mask.numel()}], got {rows.dtype} {tuple(rows.shape)}")
+    # Not timed on a GPU: taken for the reference's H * W * W integers that it does without.
     if not choose("nearest_kept", reason, True, mask):
         return nearest_kept_reference(mask, rows)
     if direct(mask):
@@ -122,6 +123,7 @@ def smooth_kept(
             f"{tuple(probabilities.shape)} do not fit"
         )
     reason = None if tokens.dtype in _TYPES and probabilities.dtype == torch.float32 else f"{tokens.dtype}"
+    # Not timed on a GPU: taken for the reference's dense fields [n, L, D] in float32 that it does without.
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
         return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma, full)
     if rows is None:
@@ -202,7 +204,7 @@ def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> 
             f"{tuple(positions.shape)} do not fit"
         )
     reason = None if tokens.dtype in _TYPES else f"{tokens.dtype}"
-    if not choose("plug_back", reason, True, tokens, index):
+    if not choose("plug_back", reason, UNMEASURED, tokens, index):
         return plug_back_reference(tokens, index)
     if direct(tokens):
         from fastgen.kernels.dechunk_triton import launch_plug_back

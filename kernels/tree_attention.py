@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.dispatch import UNMEASURED, choose, direct
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -103,9 +103,9 @@ def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
     return choose("tree_attention", _why_not(store, store), _pays(store.shape[2], tree.shape[1]), store, tree)
 
 
-def _pays(rows: int, queries: int) -> bool:
-    """Whether the kernel is the faster one: not for a few queries of one or two images."""
-    return rows > 4 or queries > 64
+def _pays(rows: int, queries: int) -> bool | str:
+    """Whether "auto" takes the kernel, or why not: a few queries of one or two images need no more than a mask."""
+    return UNMEASURED if rows > 4 or queries > 64 else False
 
 
 def _why_not(query: Tensor, store: Tensor) -> str | None:

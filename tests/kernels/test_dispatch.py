@@ -14,7 +14,17 @@ import torch
 from kernel_checks import DEVICE
 
 from fastgen.accounting import account
-from fastgen.kernels.dispatch import choose, direct, kernels_mode, ran, reset_ran, triton_runs, use_kernels
+from fastgen.kernels.dispatch import (
+    UNMEASURED,
+    _decide,
+    choose,
+    direct,
+    kernels_mode,
+    ran,
+    reset_ran,
+    triton_runs,
+    use_kernels,
+)
 
 ON_GPU = DEVICE.type == "cuda"
 
@@ -113,6 +123,15 @@ def test_without_triton_references_run(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["False False", "op: the Triton kernel cannot run: Triton is not installed"]
+
+
+def test_a_kernel_that_was_never_timed_waits_to_be_asked_for() -> None:
+    """On a GPU, which the last argument stands for: the reference by itself, and the reason is told."""
+    with account() as stats, use_kernels("auto"):
+        assert not _decide("op", None, UNMEASURED, True) and _decide("other", None, True, True)
+    assert stats.paths["op"] == {"reference": UNMEASURED} and stats.paths["other"] == {"triton": None}
+    with use_kernels("triton"):
+        assert _decide("op", None, UNMEASURED, True)
 
 
 def test_a_compiled_graph_keeps_the_choice_it_was_traced_with() -> None:

@@ -135,11 +135,11 @@ def test_draws_have_the_law(mode: str) -> None:
 
 
 def test_batch_of_one_with_top_p_stays_with_torch_by_itself() -> None:
-    from fastgen.kernels.dispatch import choose
+    from fastgen.kernels.dispatch import UNMEASURED, choose
 
     seen = []
 
-    def spy(op: str, reason: str | None, default: bool, *tensors: Tensor) -> bool:
+    def spy(op: str, reason: str | None, default: bool | str, *tensors: Tensor) -> bool:
         seen.append((op, default))
         return choose(op, reason, default, *tensors)
 
@@ -147,7 +147,7 @@ def test_batch_of_one_with_top_p_stays_with_torch_by_itself() -> None:
         patch.setattr("fastgen.kernels.sample.choose", spy)
         for rows, top_p in ((1, 0.9), (1, None), (4, 0.9)):
             sample(torch.randn(rows, 5), None, None, top_p=top_p)
-    assert seen == [("sample", False), ("sample", True), ("sample", True)]
+    assert seen == [("sample", False), ("sample", UNMEASURED), ("sample", UNMEASURED)]
 
 
 def test_what_a_compiler_is_told(triton_kernels: None) -> None:
