@@ -112,6 +112,14 @@ def test_the_reference_equals_an_oracle(logits: list[float], top_k: int | None, 
     assert torch.allclose(got[0].double(), torch.tensor(law(logits, top_k, top_p), dtype=torch.float64), atol=1e-6)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, None), (1, None), (4, None), (None, 0.5), (None, 0.75), (3, 0.8)])
+def test_ties_at_the_cut(triton_kernels: None, top_k: int | None, top_p: float | None) -> None:
+    """What ties with the k-th stays; of equal tokens at the edge of the mass those of lower index do."""
+    logits = [1.0, 2.0, 1.0, -0.0, 1.0, 0.0, -3.0]
+    got = token_probabilities(torch.tensor([logits], device=DEVICE), None, top_k=top_k, top_p=top_p).cpu()
+    assert torch.allclose(got[0].double(), torch.tensor(law(logits, top_k, top_p), dtype=torch.float64), atol=1e-6)
+
+
 def test_temperature_zero_and_no_noise_take_the_most_likely(triton_kernels: None) -> None:
     cond = torch.randn(2, 9).to(DEVICE)
     assert torch.equal(sample(cond, None, noise(2, 9, 0).to(DEVICE), temperature=0.0), cond.argmax(-1))
