@@ -88,7 +88,9 @@ def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Pack
     positions = torch.nonzero_static(mask.flatten(), size=capacity, fill_value=-1).squeeze(1)
     ends = rows.view(samples, length)[:, -1] + 1 if length else rows.new_zeros(samples)
     cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    ids = torch.where(positions >= 0, positions // max(length, 1), samples - 1)
+    ids = positions // max(length, 1)
+    if not full:
+        ids = torch.where(positions >= 0, ids, samples - 1)
     return Packing(mask, positions, cu_seqlens, ids, rows.view(samples, length), full)
 
 
