@@ -215,10 +215,10 @@ def _dechunking() -> list[Case]:
             ("plug_back", plugging, plug_back, plug_reference, plug_bytes, equal, large),
         ]
         for op, build, run, reference, moved, check, counts in parts:
-            flops = smooth_flops if op == "smooth_kept" else None
-            made = build(samples, side)
-            case = Case(op, name, made, run, reference, moved, check, flops=flops, large=counts, on_cpu=on_cpu)
-            found.append(case)
+            options: dict[str, Any] = {"large": counts, "on_cpu": on_cpu}
+            options["flops"] = smooth_flops if op == "smooth_kept" else None
+            options["compiled"] = op != "dechunk"  # its parts are
+            found.append(Case(op, name, build(samples, side), run, reference, moved, check, **options))
     return found
 
 
@@ -328,6 +328,7 @@ def _verification() -> list[Case]:
             moved,
             same,
             on_cpu=on_cpu,
+            compiled=not relaxed,  # a minute for much the same graph
         )
         for name, batch, relaxed, on_cpu in [
             ("1 image, 25 nodes", 1, False, True),
