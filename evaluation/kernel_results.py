@@ -31,6 +31,8 @@ def kernels_markdown(data: dict[str, Any]) -> str:
         "of the Triton kernel, where there is none of the compiled or the eager reference; auto is what runs by "
         "default.\n\n"
     )
+    if "note" in data:
+        note += data["note"] + "\n\n"
     header = [
         "op",
         "size",

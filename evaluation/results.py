@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 
@@ -390,8 +391,10 @@ def results_page(folder: Path) -> str:
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-kernels", "Fused kernels", kernels_markdown),
+        ("bench-kernels --end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):
-        if (data := read(name)) is not None:
+        if (data := read(name.replace(" --", "-"))) is not None:
             parts.append(
                 f"## {title}\n\n`fastgen {name.replace('-', ' ', 1)}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"

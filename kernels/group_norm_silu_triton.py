@@ -212,8 +212,8 @@ def forward(
     block = min(triton.next_power_of_2(channels), 512)
     together = max(1, 4096 // block)
     blocks = triton.cdiv(channels, block)
-    # Two programs for every multiprocessor, and no more parts than tiles.
-    parts = max(1, min(triton.cdiv(pixels, 4 * together), triton.cdiv(264, samples * blocks)))
+    # About two programs for every multiprocessor, and no more parts than tiles.
+    parts = max(1, min(triton.cdiv(pixels, 4 * together), triton.cdiv(256, samples * blocks)))
     sums = torch.empty((samples, 2, parts, channels), dtype=torch.float32, device=x.device)
     folded = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
     _sums[(parts, samples, blocks)](x, sums, pixels, channels, *strides, PIXELS=together, CHANNELS=block, num_warps=8)

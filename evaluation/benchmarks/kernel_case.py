@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "close", "equal", "noise", "size_of"]
+__all__ = ["Case", "Inputs", "close", "equal", "noise", "size_of"]
 
 Inputs = Mapping[str, Any]
 """Arguments of an operation, by name."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.kernel_case import Case
+from fastgen.evaluation.benchmarks.kernel_case import Case, Inputs
 from fastgen.evaluation.benchmarks.kernel_cases import cases
-from fastgen.evaluation.benchmarks.kernel_timing import WARM_UP, roofline, time_on_cpu, time_on_gpu
+from fastgen.evaluation.benchmarks.kernel_timing import WARM_UP, Timing, roofline, time_on_cpu, time_on_gpu
 from fastgen.evaluation.benchmarks.kernels_end_to_end import benchmark_end_to_end
 from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 
@@ -33,6 +33,7 @@ def benchmark_kernels(
     end_to_end: bool = False,
     seconds: float = 140.0,
     report: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
 
@@ -43,11 +44,12 @@ def benchmark_kernels(
         end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
         seconds: after so many, references are no longer compiled, and the rows say so.
         report: told what is going on.
+        save: given the result after every row, so that a run that is cut off leaves what it has.
 
     Returns:
-        a JSON-ready dict: "environment", "settings", "roofline" and "rows" with op, size, moved bytes, the check,
-        times of "eager", "compiled" and "triton" (or null), speed-ups against both references (null where the check
-        failed), bytes a second, its share of the roofline, and what "auto" takes.
+        a JSON-ready dict: "finished", "environment", "settings", "seconds", "roofline" and "rows" with op, size, moved
+        bytes, the check, times of "eager", "compiled" and "triton" (or null), speed-ups against both references (null
+        where the check failed), bytes a second, its share of the roofline, and what "auto" takes.
 
     Raises:
         FastgenError: an unknown operation; models without a CUDA device.
@@ -57,33 +59,37 @@ def benchmark_kernels(
     if unknown := sorted(set(ops or ()) - set(known)):
         raise FastgenError(f"op: {unknown[0]!r} is unknown; there are {', '.join(known)}")
     place = torch.device(device)
-    if end_to_end:
-        return {
-            "benchmark": "kernels-end-to-end",
-            "environment": environment(),
-            "settings": _settings(device, place),
-            "rows": benchmark_end_to_end(place, seconds=seconds, report=report),
-        }
-    chosen = [case for case in everything if not ops or case.op in ops]
-    if place.type != "cuda":
-        chosen = [case for case in chosen if case.on_cpu]
     started = time.perf_counter()
-    limits = roofline(place)
-    rows = []
-    for case in chosen:
-        report(f"{case.op}: {case.size}")
-        late = time.perf_counter() - started > seconds
-        rows.append(_measure(case, place, limits, compile and not late))
-        if late and compile:
-            rows[-1]["note"] = "the compiled reference was left out: the time was up"
-    return {
-        "benchmark": "kernels",
+    result: dict[str, Any] = {
+        "benchmark": "kernels-end-to-end" if end_to_end else "kernels",
+        "finished": False,
         "environment": environment(),
         "settings": {**_settings(device, place), "compile": compile, "warm_up": WARM_UP},
-        "roofline": limits,
-        "seconds": time.perf_counter() - started,
-        "rows": rows,
+        "rows": [],
     }
+
+    def add(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        result["seconds"] = time.perf_counter() - started
+        save(result)
+
+    if end_to_end:
+        benchmark_end_to_end(place, seconds=seconds, report=report, add=add)
+    else:
+        chosen = [case for case in everything if not ops or case.op in ops]
+        if place.type != "cuda":
+            chosen = [case for case in chosen if case.on_cpu]
+        result["roofline"] = limits = roofline(place)
+        for case in chosen:
+            report(f"{case.op}: {case.size}")
+            late = time.perf_counter() - started > seconds
+            row = _measure(case, place, limits, compile and not late)
+            if late and compile:
+                row["note"] = "the compiled reference was left out: the time was up"
+            add(row)
+    result["finished"] = True
+    save(result)
+    return result
 
 
 def _settings(device: str, place: torch.device) -> dict[str, Any]:
@@ -108,6 +114,24 @@ def _measure(case: Case, device: torch.device, limits: dict[str, float | None], 
         "check": "no GPU" if device.type != "cuda" else _check(case, inputs),
         "auto": _auto(case, inputs),
     }
+    works = _implementations(case, inputs, row, compile)
+    with use_kernels("triton" if device.type == "cuda" else "reference"):
+        timings = time_on_gpu(works) if device.type == "cuda" else time_on_cpu(works)
+    row |= {name: timings.get(name) for name in ("eager", "compiled", "triton")}
+    best = row["triton"] or row["compiled"] or row["eager"]
+    row["bytes_per_second"] = moved / best["p50"]
+    row["roofline_share"] = row["bytes_per_second"] / (limits["bytes_per_second"] or float("nan"))
+    if flops is not None:
+        row["flops_per_second"] = flops / best["p50"]
+        peak = limits["flops_per_second"]
+        row["flops_share"] = None if peak is None else row["flops_per_second"] / peak
+    return row | _speedups(timings)
+
+
+def _implementations(
+    case: Case, inputs: Inputs, row: dict[str, Any], compile: bool
+) -> dict[str, Callable[[], object]]:
+    """What is timed: the references, and the kernel only where its check in `row` has passed."""
     works: dict[str, Callable[[], object]] = {"eager": lambda: case.reference(**inputs)}
     if compile and case.compiled:
         torch._dynamo.reset()
@@ -121,20 +145,18 @@ def _measure(case: Case, device: torch.device, limits: dict[str, float | None], 
         row["compile_seconds"] = time.perf_counter() - start
     if row["check"] == "passed":
         works["triton"] = lambda: case.run(**inputs)
-    with use_kernels("triton" if device.type == "cuda" else "reference"):
-        timings = time_on_gpu(works) if device.type == "cuda" else time_on_cpu(works)
-    row |= {name: timings.get(name) for name in ("eager", "compiled", "triton")}
-    best = row["triton"] or row["compiled"] or row["eager"]
-    row["bytes_per_second"] = moved / best["p50"]
-    row["roofline_share"] = row["bytes_per_second"] / (limits["bytes_per_second"] or float("nan"))
-    if flops is not None:
-        row["flops_per_second"] = flops / best["p50"]
-        peak = limits["flops_per_second"]
-        row["flops_share"] = None if peak is None else row["flops_per_second"] / peak
-    for name in ("eager", "compiled"):
-        both = row["triton"] is not None and row[name] is not None
-        row[f"speedup_{name}"] = row[name]["p50"] / row["triton"]["p50"] if both else None
-    return row
+    return works
+
+
+def _speedups(timings: dict[str, Timing]) -> dict[str, float | None]:
+    """Of the kernel against both references; None where one was not timed."""
+
+    def ratio(name: str) -> float | None:
+        if name not in timings or "triton" not in timings:
+            return None
+        return float(timings[name]["p50"] / timings["triton"]["p50"])
+
+    return {"speedup_eager": ratio("eager"), "speedup_compiled": ratio("compiled")}
 
 
 def _check(case: Case, inputs: Any) -> str:

@@ -190,6 +190,7 @@ def benchmark_end_to_end(
     repetitions: int = 20,
     seconds: float = 110.0,
     report: Callable[[str], None] = lambda line: None,
+    add: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Time a step of each model in four ways: eager and compiled, kernels off and on.
 
@@ -199,6 +200,7 @@ def benchmark_end_to_end(
         repetitions: measured steps of each way, after five.
         seconds: after so many no other model is begun.
         report: told what is going on.
+        add: given every row when it is measured.
 
     Returns:
         rows with model, times of "eager", "eager_kernels", "compiled" and "compiled_kernels", the speed-ups of kernels
@@ -211,17 +213,15 @@ def benchmark_end_to_end(
     if device.type != "cuda":
         raise FastgenError(f"--end-to-end: needs a CUDA device, got {device}")
     started, rows = time.perf_counter(), []
-    if not names:
-        report(_ROUND)
-        rows.append(_janus_round(device, repetitions))
-    for name in names or MODELS:
+    for name in names or (_ROUND, *MODELS):
         if time.perf_counter() - started > seconds:
             rows.append({"model": name, "note": "not begun: the time was up"})
-            continue
-        report(name)
-        rows.append(_measure(name, device, repetitions))
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        else:
+            report(name)
+            rows.append(_janus_round(device, repetitions) if name == _ROUND else _measure(name, device, repetitions))
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+        add(rows[-1])
     return rows
 
 

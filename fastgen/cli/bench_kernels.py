@@ -28,7 +28,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """Fused kernels against their references, eager and compiled, and against the memory's speed."""
-    from fastgen.io import check_writable
+    from fastgen.io import atomic_write_json, check_writable
     from fastgen.pipelines.checkpoint import check_names
 
     check_names(device, "auto")
@@ -45,5 +45,6 @@ def kernels(
             end_to_end=end_to_end,
             seconds=seconds,
             report=lambda line: typer.echo(line, err=True),
+            save=lambda result: None if out is None else atomic_write_json(out, result),
         )
     publish(result, out, as_json, kernels_markdown(result))
