@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
 
 __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "plug_back", "plug_back_reference", "smooth_kept"]
 __all__ += ["smooth_kept_reference"]
@@ -203,6 +203,7 @@ def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> 
             f"plug_back: tokens {tuple(tokens.shape)}, index {tuple(index.shape)} and positions "
             f"{tuple(positions.shape)} do not fit"
         )
+    check_range("index", index, len(tokens))
     reason = None if tokens.dtype in _TYPES else f"{tokens.dtype}"
     if not choose("plug_back", reason, UNMEASURED, tokens, index):
         return plug_back_reference(tokens, index)
@@ -256,6 +257,8 @@ def dechunk(
         )
     if sigma is not None and sigma <= 0:
         raise ValueError(f"sigma: needs a number > 0 or None, got {sigma}")
+    if full:
+        check_range("positions", positions, samples * length)
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     if sigma is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -153,6 +153,8 @@ def _check(
     for name, given, shape, dtype in wanted:
         if given.shape != shape or (dtype is not None and given.dtype != dtype):
             raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {given.dtype} {list(given.shape)}")
+    check_range("slots", slots, capacity)
+    check_range("lengths", lengths, capacity + 1)
 
 
 @torch.library.custom_op("fastgen::tree_attention", mutates_args=("store",))

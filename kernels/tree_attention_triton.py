@@ -77,7 +77,7 @@ def _attend(  # type: ignore[no-untyped-def]
         for of_tree in range(0, m, KEYS):
             other = of_tree + tl.arange(0, KEYS)
             slot = length + other
-            there = (other < m) & (slot < limit)
+            there = (other < m) & (slot >= 0) & (slot < limit)
             seen = tl.load(
                 tree + row * tree_stride + node[:, None] * m + other[None, :],
                 mask=real[:, None] & there[None, :],

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
@@ -175,6 +175,8 @@ def _check(
     for name, value, shape, dtype in shapes:
         if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
             raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {value.dtype} {list(value.shape)}")
+    check_range("tokens", tokens, vocabulary)
+    check_range("children", children + 1, n + 1)
 
 
 @torch.library.custom_op("fastgen::tree_verify", mutates_args=())

@@ -82,6 +82,7 @@ def _verify(  # type: ignore[no-untyped-def]
         child_of = tl.minimum(child_of, n - 1)
         exist = child_of >= 0
         drafted = tl.load(tokens + tl.maximum(child_of, 0))
+        drafted = tl.minimum(tl.maximum(drafted, 0), vocabulary - 1)  # never an address outside the laws
         accepted = tl.full([], -1, tl.int64)
         if GREEDY:
             bonus = _most_likely(target + node * vocabulary, vocabulary, BLOCK)
@@ -96,11 +97,11 @@ def _verify(  # type: ignore[no-untyped-def]
             place = tl.arange(0, INNER)
             known = tl.load(internal + place, mask=place < inner_count, other=-1) == node
             at = image * inner_count + tl.sum(tl.where(known, place, 0), axis=0)
-            boost = tl.full([], 1.0, tl.float32)
-            if SCALED:
-                boost = tl.load(factor + at)
             # A node that is not listed has no children.
             some = tl.sum(known.to(tl.int32), axis=0) > 0
+            boost = tl.full([], 1.0, tl.float32)
+            if SCALED:
+                boost = tl.load(factor + at, mask=some, other=1.0)
             slot = 0
             while (slot < slots) & (accepted < 0) & some:
                 child = tl.sum(tl.where(every == slot, child_of, 0), axis=0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, assert_matches, lay_out, layouts
 from torch import Tensor
 
-from fastgen.kernels.dechunk import dechunk, nearest_kept, smooth_kept, smooth_kept_reference
+from fastgen.kernels.dechunk import dechunk, nearest_kept, plug_back, smooth_kept, smooth_kept_reference
 from fastgen.kernels.dispatch import ran, use_kernels
 
 
@@ -337,6 +337,11 @@ def test_bad_input_of_the_parts() -> None:
         nearest_kept(mask)
     with pytest.raises(ValueError, match="do not fit"):
         smooth_kept(tokens, positions[1:], p.flatten()[positions], (2, 5), 1, 1.0)
+    for wrong in (positions + 10, positions - 10):
+        with pytest.raises(ValueError, match="positions: needs numbers in 0 … 9"):
+            dechunk(tokens, wrong, p, mask, (2, 5))
+    with pytest.raises(ValueError, match="index: needs numbers"):
+        plug_back(tokens, torch.full((10,), len(tokens)), positions, 10)
     with use_kernels("triton"), pytest.raises(ValueError, match="float64"):
         smooth_kept(tokens.double(), positions, p.flatten()[positions].double(), (2, 5), 1, 1.0)
     kept = p.flatten()[positions]

@@ -164,6 +164,8 @@ def test_bad_input() -> None:
         "visible: needs torch.bool": {"visible": good["visible"][:, :-1]},
         "tree: needs bool": {"tree": good["tree"].float()},
         "limit: needs 0 to 40, got 41": {"limit": 41},
+        "slots: needs numbers in 0 … 39": {"slots": good["slots"] - 40},
+        "lengths: needs numbers in 0 … 40, got 41": {"lengths": good["lengths"] * 0 + 41},
     }.items():
         with pytest.raises(ValueError, match=message):
             tree_attention(**{**good, **change})

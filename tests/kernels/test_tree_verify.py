@@ -151,6 +151,29 @@ def test_equal_laws_accept_all_and_nothing_left_falls_back(mode: str) -> None:
     assert bool((first > 0).all())
 
 
+@pytest.mark.parametrize("name", ["root alone", "one child"])
+@pytest.mark.parametrize("relaxed", ["factor", "classes"])
+def test_a_tree_of_which_no_node_is_listed(triton_kernels: None, name: str, relaxed: str) -> None:
+    """Nothing is read from relaxations of no node."""
+    arguments = case(name, 2, 9, True, 1)
+    arguments["internal"] = arguments["internal"][:0]
+    shapes = {"factor": torch.ones(2, 0), "classes": torch.zeros(2, 0, 9, dtype=torch.int64)}
+    result = tree_verify(**on_device({**arguments, relaxed: shapes[relaxed]}))
+    assert result.length.tolist() == [0, 0]
+    law = arguments["target"][:, 0].log() + arguments["gumbel"][:, 0]
+    assert torch.equal(result.bonus.cpu(), law.argmax(dim=-1))
+
+
+def test_later_siblings_are_judged_by_what_is_left_of_the_draft(triton_kernels: None) -> None:
+    """Many first children are refused here: with a q that is not normalised anew other tokens would be taken."""
+    arguments = case("bushy", 24, 6, True, 7)
+    arguments["target"] = arguments["target"].flip(-1).contiguous()
+    arguments["remaining"][:] = 9
+    wanted = tree_verify_reference(**arguments)
+    assert int((wanted.nodes[:, 1] > 1).sum()) > 4
+    assert_same(tree_verify(**on_device(arguments)), wanted)
+
+
 def test_a_large_vocabulary_takes_several_blocks(triton_kernels: None) -> None:
     arguments = case("bushy", 1, 9000, True, 3)
     arguments["remaining"][:] = 9
@@ -184,6 +207,8 @@ def test_bad_input() -> None:
         "tokens: needs torch.int64": {"tokens": good["tokens"].int()},
         "children: need": {"children": good["children"][:, :-1]},
         "coins, gumbel": {"coins": None},
+        "tokens: needs numbers in 0 … 8, got 9": {"tokens": good["tokens"] * 0 + 9},
+        "children: needs numbers": {"children": good["children"] + 9},
         "remaining: needs": {"remaining": good["remaining"][:1]},
         "one relaxation": {
             "factor": torch.ones(2, inner),
