@@ -111,10 +111,11 @@ def choose(op: str, supported: str | None, default: bool | str = True, *tensors:
     Raises:
         ValueError: the mode is "triton" and the kernel cannot run; the message says why.
     """
-    if supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
-        supported = "its tensors are on several devices"
     # Not `bool(tensors)`: Dynamo of torch 2.11 cannot trace it.
-    return _decide(op, supported, default, len(tensors) > 0 and tensors[0].is_cuda)
+    on_gpu = len(tensors) > 0 and tensors[0].is_cuda
+    if on_gpu and supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
+        supported = "its tensors are on several devices"
+    return _decide(op, supported, default, on_gpu)
 
 
 # A constant for compilers: nothing of this can be traced, and a graph keeps the choice it was made with.
