@@ -11,7 +11,7 @@ from kernel_checks import assert_matches
 from torch import Tensor
 
 from fastgen.kernels.adaln import adaln, adaln_reference
-from fastgen.kernels.dispatch import ran, reset_ran
+from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 from fastgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from fastgen.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
@@ -120,11 +120,25 @@ def test_compiled_in_one_graph_without_a_new_one_for_other_sizes() -> None:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_compiled_equals_eager(name: str) -> None:
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), use_kernels("triton"):
         op, _, inputs = CASES[name]()
         compiled = torch.compile(op, fullgraph=True)
         for actual, expected in zip(tensors(compiled(**inputs)), tensors(op(**inputs)), strict=True):
             assert torch.equal(actual, expected)
+
+
+def test_small_images_are_left_to_the_compiler() -> None:
+    """Its fusion was the faster one; large ones, and all in eager mode, take the kernel."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(group_norm_silu, fullgraph=True, dynamic=False)
+        for side, used in ((32, "reference"), (256, "triton")):
+            _, _, inputs = group_case(side=side)
+            reset_ran()
+            compiled(**inputs)
+            assert ran() == {"group_norm_silu": used}
+            group_norm_silu(**inputs)
+            assert ran() == {"group_norm_silu": "triton"}
 
 
 @pytest.mark.parametrize("name", ["adaln", "qk_norm_rope"])
