@@ -38,8 +38,8 @@ def seeded(count: int) -> list[torch.Generator]:
     ("rule", "law"),
     [
         ("exact", TokenLaw(3.0, 0.9, top_k=30)),
-        ("cascade", TokenLaw(3.0, 1.0)),
-        ("exact", TokenLaw(3.0, 0.0)),
+        pytest.param("cascade", TokenLaw(3.0, 1.0), marks=pytest.mark.slow),
+        pytest.param("exact", TokenLaw(3.0, 0.0), marks=pytest.mark.slow),
     ],
     ids=["exact", "cascade", "greedy"],
 )
@@ -66,6 +66,7 @@ def test_speculative_decoding_draws_the_same_tokens(target: Target, rule: str, l
         assert torch.allclose(ours.counts[name].double(), value.double(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_decoding_draws_the_same_tokens(target: Target) -> None:
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:1], True)
