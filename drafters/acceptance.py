@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from fastgen.contracts import Loss
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, decide, normalise, pick, strict
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified, walk
+from fastgen.kernels.rejection import TINY, Rejection, Scaled, normalise, pick
 
 __all__ = ["AcceptanceRule", "Block", "CoolSD", "Exact", "GSD", "Lantern", "Neighbours"]
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,15 @@ class AcceptanceRule(ABC):
             spent: [B] mass stolen in the image so far.
         """
 
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+        """The path that is accepted and the token after it; rules of which the kernel knows do both at once.
+
+        Args:
+            drafted, noise, spent: see `verify`.
+            remaining: [B] tokens that the image still lacks, see `fastgen.drafters.verify.walk`.
+        """
+        return walk(drafted, self.verify(drafted, noise, spent), noise, remaining)
+
 
 class Exact(AcceptanceRule):
     """The target's own law (see `fastgen.drafters.verify`)."""
@@ -97,6 +105,9 @@ class Exact(AcceptanceRule):
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         return strict(drafted, noise)
+
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+        return verified(drafted, noise, remaining)
 
 
 class Block(AcceptanceRule):
@@ -119,12 +130,12 @@ class Block(AcceptanceRule):
         weight = torch.ones_like(p[:, 0, 0])
         laws, end = [p[:, 0] - q[:, 0]], torch.zeros_like(tokens[:, 0])
         for i in range(1, tree.n):
-            ratio = pick(p[:, i - 1], tokens[:, i]) / pick(q[:, i - 1], tokens[:, i]).clamp_min(_TINY)
+            ratio = pick(p[:, i - 1], tokens[:, i]) / pick(q[:, i - 1], tokens[:, i]).clamp_min(TINY)
             weight = (weight * ratio).clamp_max(1.0)
             last = i == tree.n - 1
             excess = p[:, i] if last else (weight[:, None] * p[:, i] - q[:, i]).clamp_min(0)
             mass = excess.sum(dim=-1)
-            stop = weight if last else mass / (mass + 1 - weight).clamp_min(_TINY)
+            stop = weight if last else mass / (mass + 1 - weight).clamp_min(TINY)
             end = torch.where(noise.coins[:, i] < stop, i, end)
             laws.append(excess)
         law = normalise(torch.stack(laws, dim=1).clamp_min(0), p)
@@ -176,7 +187,7 @@ class Lantern(AcceptanceRule, Rejection):
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         lent = self._set(target, tokens)[2]
-        return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(_TINY)
+        return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(TINY)
 
     def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         near, inside, lent = self._set(target, tokens)
@@ -229,14 +240,14 @@ class GSD(AcceptanceRule, Rejection):
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         around, inside = self._cluster(target, tokens)
         masses = [(law.gather(-1, around) * inside).sum(dim=-1) for law in (target, draft)]
-        return masses[0] / masses[1].clamp_min(_TINY)
+        return masses[0] / masses[1].clamp_min(TINY)
 
     def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         around, inside = self._cluster(target, tokens)
         return (target.gather(-1, around) * inside).sum(dim=-1) - pick(target, tokens)
 
 
-class CoolSD(AcceptanceRule, Rejection):
+class CoolSD(AcceptanceRule):
     """Early draft positions are relaxed more: min(1, omega p / q) with omega = delta exp(-nu (depth - 1) - mu).
 
     Where omega is below 1 the exact rule holds.
@@ -255,14 +266,13 @@ class CoolSD(AcceptanceRule, Rejection):
             raise ValueError(f"delta, nu, mu: {delta}, {nu}, {mu} are not allowed, need >= 1, >= 0, >= 0")
         self.delta, self.nu, self.mu = delta, nu, mu
 
+    def _factor(self, drafted: Drafted) -> Tensor:
+        """omega [B, A] for the children of the nodes that have some."""
+        depth = drafted.inner_depth().float()
+        return (self.delta * torch.exp(-self.nu * depth - self.mu)).clamp_min(1.0)
+
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        return decide(drafted, noise, self)
+        return decide(drafted, noise, Scaled(self._factor(drafted)))
 
-    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        omega = (self.delta * torch.exp(-self.nu * (depth - 1).float() - self.mu)).clamp_min(1.0)
-        return omega * super().accept(target, draft, tokens, depth)
-
-    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        """At most (omega - 1) p: what an acceptance beyond p takes from the others."""
-        omega = (self.delta * torch.exp(-self.nu * (depth - 1).float() - self.mu)).clamp_min(1.0)
-        return (omega - 1) * pick(target, tokens)
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+        return verified(drafted, noise, remaining, factor=self._factor(drafted))

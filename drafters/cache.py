@@ -9,13 +9,16 @@ does not grow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastgen.kernels.cached_attention import cached_attention
+from fastgen.kernels.kv_compact import kv_compact
+from fastgen.kernels.tree_attention import tree_attention, tree_attention_pays, tree_mask
 
-__all__ = ["KVCache", "tree_attention_mask"]
+__all__ = ["KVCache", "Sight", "TreeSight", "tree_sight"]
 
 
 @dataclass
@@ -65,9 +68,12 @@ class KVCache:
     def capacity(self) -> int:
         return int(self.store.shape[3])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, mask: Sight) -> Tensor:
         """Write new tokens to `slots` [R, n] of a layer, then attend from them: see `cached_attention`."""
-        return cached_attention(query, key, value, self.store, layer, slots, mask)
+        given = (query, key, value, self.store, layer, slots)
+        if isinstance(mask, Tensor):
+            return cached_attention(*given, mask)
+        return tree_attention(*given, mask.lengths, mask.visible, mask.tree, mask.limit)
 
     def commit(self, nodes: Tensor, count: Tensor) -> None:
         """Keep the nodes of an accepted path and forget the rest of the tree.
@@ -76,11 +82,7 @@ class KVCache:
             nodes: [R, m] indices of the tree's nodes in the order of the path; those past `count` do not matter.
             count: [R], how many are kept.
         """
-        rows = torch.arange(len(nodes), device=nodes.device)[:, None]
-        places = torch.arange(nodes.shape[1], device=nodes.device)
-        source, target = self.lengths[:, None] + nodes, self.lengths[:, None] + places
-        taken = self.store[:, :, rows, source]
-        self.store[:, :, rows, target] = taken
+        kv_compact(self.store, self.lengths, nodes, count)
         self.advance(count, nodes.shape[1])
 
     def advance(self, count: Tensor | int, most: int) -> None:
@@ -89,21 +91,36 @@ class KVCache:
         self.bound = min(self.bound + most, self.capacity)
 
 
-def tree_attention_mask(cache: KVCache, tree: Tensor) -> Tensor:
-    """Who sees what, [R, 1, m, limit] bool: every node the committed slots of its row, its ancestors and itself.
+@dataclass(frozen=True)
+class TreeSight:
+    """What the nodes of a tree see, in the parts that `fastgen.kernels.tree_attention` reads.
+
+    Attributes:
+        lengths: [R] int64, committed slots; node 0 of the tree lies behind them.
+        visible: [R, capacity] bool, slots that may be looked at as far as they are committed.
+        tree: [R or 1, m, n] bool, a row for each of the m nodes that look: which of n nodes they see.
+        limit: slots looked at.
+    """
+
+    lengths: Tensor
+    visible: Tensor
+    tree: Tensor
+    limit: int
+
+
+Sight: TypeAlias = Tensor | TreeSight
+"""Who sees what: a mask [R, 1, m, limit] over the first slots, or the parts of a tree's."""
+
+
+def tree_sight(cache: KVCache, tree: Tensor) -> Sight:
+    """Every node sees the committed slots of its row, its ancestors and itself. The slots looked at are those in use;
+    in a static cache all.
 
     Args:
         cache: its lengths are the slot of node 0.
         tree: [R or 1, m, n] bool, a row for each of the m nodes that look: which of n nodes they see.
-
-    The slots looked at are those in use; in a static cache all.
     """
-    rows, m, n = len(cache.lengths), *tree.shape[-2:]
-    limit = min(cache.bound + n, cache.capacity)
-    slot = torch.arange(limit, device=tree.device)
-    committed = (slot < cache.lengths[:, None]) & cache.visible[:, :limit]
-    node = slot - cache.lengths[:, None]
-    inside = (node >= 0) & (node < n)
-    index = node.clamp(0, n - 1)[:, None, :].expand(rows, m, limit)
-    among = tree.expand(rows, m, n).gather(2, index) & inside[:, None]
-    return (committed[:, None] | among)[:, None]
+    limit = min(cache.bound + tree.shape[-1], cache.capacity)
+    if tree_attention_pays(cache.store, tree):
+        return TreeSight(cache.lengths, cache.visible, tree, limit)
+    return tree_mask(cache.lengths, cache.visible, tree, limit)  # once for all layers

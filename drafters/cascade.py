@@ -35,15 +35,16 @@ from fastgen.drafters.verify import (
     Decisions,
     Drafted,
     Noise,
-    Rejection,
+    Walk,
     child_of,
     decide,
-    draw,
     expected_length,
-    pick,
     reject_in_turn,
     spread,
+    verified,
+    walk,
 )
+from fastgen.kernels.rejection import TINY, Lent, Rejection, Scaled, class_mass, draw, pick
 
 __all__ = ["Cascade", "CascadeConfig", "Classes", "form_classes"]
 
@@ -128,9 +129,12 @@ class Classes:
 
     def mass(self, law: Tensor) -> Tensor:
         """Mass of every token's class under law [B, A, V]: [B, A, V]."""
-        slots = self.of_slot.shape[-1]
-        whole = law.new_zeros(*law.shape[:-1], slots + law.shape[-1]).scatter_add(-1, self.of_token, law)
-        return whole.gather(-1, self.of_token)
+        return class_mass(self.of_token, self.count, law)
+
+    @property
+    def count(self) -> int:
+        """Bound of the classes' names."""
+        return int(self.of_slot.shape[-1] + self.of_token.shape[-1])
 
     def members(self, slot: Tensor) -> Tensor:
         """[B, A, C] bool: children in the class of child `slot` [B, A]."""
@@ -187,16 +191,29 @@ class Cascade(AcceptanceRule):
         self.config, self.neighbours = config, neighbours
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        if drafted.hidden is None:
-            raise ValueError("drafted: CASCADE-R needs the target's hidden states")
-        alike = similarity(drafted, self.config.similarity)
+        alike = self._alike(drafted)
         if self.config.mode == "scale":
-            return decide(drafted, noise, _Scaled(self._boost(drafted, alike, spent)))
+            return decide(drafted, noise, Scaled(self._boost(drafted, alike, spent)))
         classes = self.classes(drafted, alike, spent)
         if self.config.mode == "substitute":
             return self._substitute(drafted, noise, classes)
-        rule = _Quotient(classes) if self.config.mode == "quotient" else _Lent(classes)
-        return decide(drafted, noise, rule)
+        if self.config.mode == "quotient":
+            return decide(drafted, noise, _Quotient(classes))
+        return decide(drafted, noise, Lent(classes.of_token, classes.count))
+
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+        if self.config.mode == "scale":
+            boost = self._boost(drafted, self._alike(drafted), spent)
+            return verified(drafted, noise, remaining, factor=boost)
+        if self.config.mode == "lantern":
+            classes = self.classes(drafted, self._alike(drafted), spent)
+            return verified(drafted, noise, remaining, classes=classes.of_token)
+        return walk(drafted, self.verify(drafted, noise, spent), noise, remaining)
+
+    def _alike(self, drafted: Drafted) -> Tensor:
+        if drafted.hidden is None:
+            raise ValueError("drafted: CASCADE-R needs the target's hidden states")
+        return similarity(drafted, self.config.similarity)
 
     # ---- classes ----
 
@@ -304,39 +321,12 @@ class _Quotient(Rejection):
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         p, q = (pick(self.classes.mass(law), tokens) for law in (target, draft))
-        return p / q.clamp_min(torch.finfo(torch.float32).tiny)
+        return p / q.clamp_min(TINY)
 
     def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         p, q = self.classes.mass(target), self.classes.mass(draft)
         # Inside a class p's proportions stay.
-        return target * ((p - q).clamp_min(0) / p.clamp_min(torch.finfo(torch.float32).tiny))
+        return target * ((p - q).clamp_min(0) / p.clamp_min(TINY))
 
     def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         return pick(self.classes.mass(target), tokens) - pick(target, tokens)
-
-
-class _Lent(_Quotient):
-    """Mode L: the drafted token holds the mass of its class, as in LANTERN."""
-
-    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        held = pick(self.classes.mass(target), tokens)
-        return held / pick(draft, tokens).clamp_min(torch.finfo(torch.float32).tiny)
-
-    def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        held = pick(self.classes.mass(target), tokens)[..., None]
-        mates = self.classes.of_token == pick(self.classes.of_token, tokens)[..., None]
-        relaxed = target.masked_fill(mates, 0.0).scatter(-1, tokens[..., None], held)
-        return (relaxed - draft).clamp_min(0)
-
-
-class _Scaled(Rejection):
-    """Mode W: a factor on the acceptance; what is left after a rejection is the exact rule's."""
-
-    def __init__(self, boost: Tensor) -> None:
-        self.boost = boost
-
-    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        return self.boost * super().accept(target, draft, tokens, depth)
-
-    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        return (self.boost - 1) * pick(target, tokens)

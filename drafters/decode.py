@@ -19,7 +19,7 @@ from fastgen.drafters.compiled import compiled, many_graphs
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import DraftSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, draw, greedy, walk
+from fastgen.drafters.verify import Drafted, Noise, Walk, verified
 
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 
@@ -109,8 +109,7 @@ class _Plain:
         return self._choose(output.hidden, gumbel)
 
     def _choose(self, hidden: Tensor, gumbel: Tensor | None) -> Tensor:
-        p = self.target.token_law(self.target.head(hidden), self.prefix, self.law, self.index)[:, 0]
-        return _sample(p, gumbel)
+        return self.target.next_token(self.target.head(hidden), self.prefix, self.law, self.index, gumbel)
 
     def _noise(self) -> Tensor | None:
         return _noise_of_a_token(self.law, self.generators, self.target.vocab_size, self.index.device)
@@ -121,11 +120,6 @@ def _noise_of_a_token(
 ) -> Tensor | None:
     """Gumbel noise [B, V]; None at temperature 0."""
     return None if law.temperature == 0 else gumbel_noise(generators, vocabulary, device)
-
-
-def _sample(p: Tensor, gumbel: Tensor | None) -> Tensor:
-    """Tokens [B] of laws [B, V]; without noise the most likely ones."""
-    return p.argmax(dim=-1) if gumbel is None else draw(p, gumbel)
 
 
 @torch.no_grad()
@@ -186,8 +180,9 @@ class _Rounds:
         self.counts: dict[str, Tensor] = {}
         self.lengths: list[Tensor] = []
         output = target.prefill(prefix, self.cache, source.taps)
-        p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(self.count)[:, None])
-        self.tokens[:, 0] = _sample(p[:, 0], _noise_of_a_token(law, generators, target.vocab_size, device))
+        gumbel = _noise_of_a_token(law, generators, target.vocab_size, device)
+        logits, start = target.head(output.hidden[:, -1:]), torch.zeros_like(self.count)[:, None]
+        self.tokens[:, 0] = target.next_token(logits, prefix, law, start, gumbel)
         source.start(target, prefix, law, output, self.tokens[:, 0], generators)
 
     def decode(self, on_token: OnToken | None) -> Decoded:
@@ -231,12 +226,11 @@ class _Rounds:
         proposal = self.source.propose(root, index, gumbel)
         drafted, output = self._verify(proposal, index)
         if self.law.temperature == 0:
-            decisions: Decisions = greedy(drafted)
+            way = verified(drafted, None, remaining)
         else:
-            decisions = self.rule.verify(drafted, noise, self.spent)
-        way = walk(drafted, decisions, noise, remaining)
+            way = self.rule.walk(drafted, noise, self.spent, remaining)
         self._commit(drafted, way, output, remaining)
-        if self.target.vocab_size == self.target.num_codes:
+        if not self.target.has_grammar:
             return way.length, way.counts
         forced = (drafted.tokens.gather(1, way.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
         forced = torch.nn.functional.pad(forced, (1, 0)).gather(1, way.length[:, None])[:, 0]

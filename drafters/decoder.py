@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.drafters.cache import KVCache
+from fastgen.drafters.cache import KVCache, Sight
 from fastgen.models.rotary import rotate_halves, rotate_pairs
 
 __all__ = ["DecoderLayer", "Rotary", "RotaryTable", "layers_of", "run_layers"]
@@ -116,7 +116,7 @@ def run_layers(
     rotary: Rotary | None,
     cache: KVCache,
     slots: Tensor,
-    mask: Tensor,
+    mask: Sight,
     taps: tuple[int, ...] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """Run layers on new tokens, writing their keys and values.
@@ -127,7 +127,7 @@ def run_layers(
         rotary: factors of the tokens' positions; None for none.
         cache: keys and values of what came before; `slots` are written first, so a token sees itself.
         slots: [R, n] int64.
-        mask: [R, 1, n, limit] bool over the first slots; every row of it needs a slot to see.
+        mask: [R, 1, n, limit] bool over the first slots, of which every row needs a slot to see; or a `TreeSight`.
         taps: layers of which the inputs are returned too.
 
     Returns:
@@ -152,7 +152,7 @@ def _attend(
     rotary: Rotary | None,
     cache: KVCache,
     slots: Tensor,
-    mask: Tensor,
+    mask: Sight,
 ) -> Tensor:
     shape = (*hidden.shape[:2], -1, layer.head_dim)
     query, key, value = (part(hidden).view(shape) for part in (layer.query, layer.key, layer.value))

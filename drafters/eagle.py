@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgen.drafters.cache import KVCache, tree_attention_mask
+from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import Rotary
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
@@ -141,11 +141,11 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         ahead = target.both_rows(ahead.expand(len(tokens), k), prefix)
         positions = (prefix.offset + committed)[:, None] + ahead
         slots = cache.lengths[:, None] + first + torch.arange(k, device=tokens.device)
-        visible = tree_attention_mask(cache, target.both_trees(mask, prefix))
+        visible = tree_sight(cache, target.both_trees(mask, prefix))
         return self.layer(embeds, hidden, positions, cache, slots, visible)
 
     def layer(
-        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor
+        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Sight
     ) -> Tensor:
         """One step of the drafter.
 
@@ -154,7 +154,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
             hidden: [R, k, width], what was read of the token before: a feature or this layer's own output.
             positions, slots: [R, k].
             cache: written at `slots`.
-            mask: [R, 1, k, limit].
+            mask: [R, 1, k, limit], or a `TreeSight`.
 
         Returns:
             [R, k, hidden_size] the predicted feature (variant 1), or [R, k, width] (variant 3).

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TokenLaw", "gumbel_noise", "guide", "mix", "restrict", "token_logits"]
+from fastgen.kernels.sample import mix_logits, restrict_logits, sample, token_probabilities
+
+__all__ = ["TokenLaw", "draw_token", "gumbel_noise", "guide", "mix", "probabilities", "restrict", "token_logits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class TokenLaw:
     def guided(self) -> bool:
         return self.guidance_scale > 1
 
+    @property
+    def numbers(self) -> tuple[float, float, int | None, float | None]:
+        """Guidance scale, temperature, top-k and top-p."""
+        return self.guidance_scale, self.temperature, self.top_k, self.top_p
+
 
 def token_logits(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
     """Logits whose softmax is the law of the next token; excluded tokens are -inf.
@@ -78,37 +85,29 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
     """Classifier-free guidance, u + s (c - u), in float32."""
-    base = uncond.float()
-    return base + law.guidance_scale * (cond.float() - base)
+    return mix_logits(cond, uncond, law.guidance_scale, 1.0)
 
 
 def mix(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
     """Guidance and temperature, [B, V] float32."""
-    logits = guide(cond, uncond, law) if law.guided else cond.float()
-    return logits if law.temperature in (0, 1) else logits / law.temperature
+    return mix_logits(cond, uncond if law.guided else None, law.guidance_scale, law.temperature)
 
 
 def restrict(logits: torch.Tensor, law: TokenLaw) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Top-k, then top-p.
+    """Top-k, then top-p; nothing at temperature 0.
 
     Returns:
         the logits with excluded tokens at -inf; the mask of kept tokens (None: all are); and with top-p, per token,
         the mass [B, V] of the tokens in front of it, by which it is kept or not.
     """
-    keep: torch.Tensor | None = None
-    mass_before: torch.Tensor | None = None
-    if law.temperature == 0:
-        return logits, keep, mass_before
-    if law.top_k is not None and law.top_k < logits.shape[-1]:
-        keep = logits >= logits.topk(law.top_k).values[..., -1:]
-        logits = logits.masked_fill(~keep, -math.inf)
-    if law.top_p is not None and law.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probability = ordered.softmax(-1)
-        # The most likely token has no mass in front of it and therefore always stays.
-        before = probability.cumsum(-1) - probability
-        stays = (before < law.top_p) & (ordered > -math.inf)
-        keep = torch.zeros_like(stays).scatter(-1, order, stays)
-        mass_before = torch.zeros_like(before).scatter(-1, order, before)
-        logits = logits.masked_fill(~keep, -math.inf)
-    return logits, keep, mass_before
+    return (logits, None, None) if law.temperature == 0 else restrict_logits(logits, law.top_k, law.top_p)
+
+
+def probabilities(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw) -> torch.Tensor:
+    """The law of the next token, [..., V] float32, of raw logits [..., V]."""
+    return token_probabilities(cond, uncond if law.guided else None, *law.numbers)
+
+
+def draw_token(cond: torch.Tensor, uncond: torch.Tensor, gumbel: torch.Tensor | None, law: TokenLaw) -> torch.Tensor:
+    """Tokens [B] of raw logits [B, V] under noise [B, V]; without noise the most likely ones."""
+    return sample(cond, uncond if law.guided else None, gumbel, *law.numbers)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgen.drafters.tree import Tree
+from fastgen.kernels.rejection import Outcome, Rejection, draw, follow, pick, reject
+from fastgen.kernels.tree_verify import tree_verify
 
 __all__ = [
     "Decisions",
@@ -24,13 +26,12 @@ __all__ = [
     "Rejection",
     "Walk",
     "decide",
-    "greedy",
+    "draw",
     "reject_in_turn",
     "strict",
+    "verified",
     "walk",
 ]
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -125,55 +126,6 @@ class Walk:
     counts: dict[str, Tensor]
 
 
-class Rejection:
-    """How a child is accepted and what its rejection leaves: the exact rule. Relaxed rules override it."""
-
-    def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        """Probability [B, A] that the children `tokens` [B, A] at `depth` [B, A] are accepted (section 2.2).
-
-        Args:
-            target, draft: [B, A, V], what is left of p and q at their parents.
-        """
-        return pick(target, tokens) / pick(draft, tokens).clamp_min(_TINY)
-
-    def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        """What is left of p [B, A, V] after the rejection, not normalised."""
-        return (target - draft).clamp_min(0)
-
-    def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        """[B, A]: mass of other tokens that an accepted child is given; 0 for the exact rule."""
-        return torch.zeros_like(tokens, dtype=target.dtype)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of `reject_in_turn` for the A nodes with children.
-
-    Attributes:
-        slot: [B, A] int64, the accepted child's place among its siblings; -1: none.
-        left: [B, A, V], the law of the token that comes where none is accepted.
-        chance: [B, A, C], probability that a child is accepted once all before it are refused; it depends on p, q and
-            the drawn tokens, not on the coins.
-        stolen: [B, A], see `Rejection.stolen`; 0 where none is accepted.
-    """
-
-    slot: Tensor
-    left: Tensor
-    chance: Tensor
-    stolen: Tensor
-
-
-def pick(values: Tensor, tokens: Tensor) -> Tensor:
-    """values [..., V] at tokens [...]."""
-    return values.gather(-1, tokens[..., None])[..., 0]
-
-
-def normalise(weights: Tensor, otherwise: Tensor) -> Tensor:
-    """Weights [..., V] as a law; where nothing is left (rounding: p equals q), `otherwise`."""
-    mass = weights.sum(dim=-1, keepdim=True)
-    return torch.where(mass > 0, weights / mass.clamp_min(_TINY), otherwise)
-
-
 def reject_in_turn(drafted: Drafted, coins: Tensor, rule: Rejection) -> Outcome:
     """Rejection sampling over the children of every node, in turn.
 
@@ -182,30 +134,11 @@ def reject_in_turn(drafted: Drafted, coins: Tensor, rule: Rejection) -> Outcome:
         coins: [B, n].
         rule: what accepts a child.
     """
-    inner = drafted.tree.internal
-    children, tokens, depth = drafted.inner_children(), drafted.child_tokens(), drafted.inner_depth() + 1
-    left = drafted.inner_target()
-    draft = None if drafted.draft is None else drafted.draft.index_select(1, inner)
-    chances, lent = [], []
-    last = children.shape[-1] - 1
-    for slot in range(last + 1):
-        token = tokens[..., slot]
-        law = torch.zeros_like(left).scatter_(-1, token[..., None], 1.0) if draft is None else draft
-        # A child that the draft could not have drawn (fewer tokens than children) is no candidate.
-        candidate = (children[..., slot] >= 0) & (pick(law, token) > 0)
-        chances.append(torch.where(candidate, rule.accept(left, law, token, depth), 0.0))
-        lent.append(rule.stolen(left, token, depth))
-        # As if refused: where it is not, what is left is never looked at.
-        left = torch.where(candidate[..., None], normalise(rule.leave(left, law, token, depth), left), left)
-        if draft is not None and slot < last:
-            spent = draft.scatter(-1, token[..., None], 0.0)
-            draft = normalise(spent, spent)
-    chance = torch.stack(chances, dim=-1)
-    # Strictly below: a coin may be 0, and a token of probability 0 is never accepted.
-    wins = coins.gather(1, children.clamp_min(0).flatten(1)).view_as(children) < chance
-    first = torch.where(wins.any(dim=-1), wins.to(torch.uint8).argmax(dim=-1), -1)
-    stolen = pick(torch.stack(lent, dim=-1), first.clamp_min(0)) * (first >= 0)
-    return Outcome(first, left, chance.clamp_max(1.0), stolen)
+    children = drafted.inner_children()
+    draft = None if drafted.draft is None else drafted.draft.index_select(1, drafted.tree.internal)
+    coins = coins.gather(1, children.clamp_min(0).flatten(1)).view_as(children)
+    given = (drafted.inner_target(), draft, drafted.child_tokens(), children >= 0, coins, drafted.inner_depth() + 1)
+    return reject(*given, rule)
 
 
 def turns(chance: Tensor) -> Tensor:
@@ -253,18 +186,37 @@ def strict(drafted: Drafted, noise: Noise) -> Decisions:
     return decide(drafted, noise, Rejection())
 
 
-def greedy(drafted: Drafted) -> Decisions:
-    """Temperature 0: a child is accepted if it is the most likely token."""
-    best = drafted.target.argmax(dim=-1)
-    children = drafted.tree.children.expand(len(best), -1, -1)
-    tokens = drafted.tokens.gather(1, children.clamp_min(0).flatten(1)).view_as(children)
-    match = (tokens == best[..., None]) & (children >= 0)
-    return Decisions(torch.where(match, children, -1).amax(dim=-1), drafted.target, best)
+def verified(
+    drafted: Drafted,
+    noise: Noise | None,
+    remaining: Tensor,
+    factor: Tensor | None = None,
+    classes: Tensor | None = None,
+) -> Walk:
+    """Decisions of the exact rule, or of one of its two relaxations, and the walk along them, all at once.
 
-
-def draw(law: Tensor, gumbel: Tensor) -> Tensor:
-    """Tokens [...] of laws [..., V] by Gumbel-max."""
-    return (law.log() + gumbel).argmax(dim=-1)
+    Args:
+        drafted: the tree.
+        noise: of this verification; None is temperature 0, where a child is accepted if it is the most likely token.
+        remaining: see `walk`.
+        factor: [B, A], on the acceptance of the children of the A nodes that have some.
+        classes: [B, A, V], tokens of one class lend each other their mass.
+    """
+    tree, gumbel = drafted.tree, None if noise is None else noise.gumbel
+    result = tree_verify(
+        drafted.target,
+        drafted.draft,
+        drafted.tokens,
+        tree.children,
+        tree.internal,
+        None if noise is None else noise.coins,
+        gumbel,
+        remaining,
+        tree.max_depth,
+        factor,
+        classes,
+    )
+    return Walk(result.nodes, result.length, result.bonus, {} if noise is None else {"stolen": result.stolen})
 
 
 def walk(drafted: Drafted, decisions: Decisions, noise: Noise, remaining: Tensor) -> Walk:
@@ -276,14 +228,8 @@ def walk(drafted: Drafted, decisions: Decisions, noise: Noise, remaining: Tensor
         noise: of this verification.
         remaining: [B] tokens that the image still lacks, the bonus counted (0: the image is finished).
     """
-    node = torch.zeros_like(drafted.tokens[:, 0])
-    length = torch.zeros_like(node)
-    nodes = [node]
-    for _ in range(drafted.tree.max_depth):
-        child = pick(decisions.child, node)
-        step = (child >= 0) & (length + 1 < remaining)
-        node, length = torch.where(step, child, node), length + step
-        nodes.append(node)
+    path, length = follow(decisions.child, remaining, drafted.tree.max_depth)
+    node = path[:, -1]
     if decisions.token is None:
         law = decisions.law.gather(1, node[:, None, None].expand(-1, 1, decisions.law.shape[-1]))
         bonus = draw(law, noise.at(length[:, None]))[:, 0]
@@ -292,7 +238,6 @@ def walk(drafted: Drafted, decisions: Decisions, noise: Noise, remaining: Tensor
     # Where the image ends before the path, the accepted child is the last token: by itself it has the law of a node.
     child = pick(decisions.child, node)
     bonus = torch.where(child >= 0, pick(drafted.tokens, child.clamp_min(0)), bonus)
-    path = torch.stack(nodes, dim=1)
     passed = torch.arange(path.shape[1], device=path.device) <= length[:, None]
     counts = {name: (value.gather(1, path) * passed).sum(dim=1) for name, value in decisions.counts.items()}
     return Walk(path, length, bonus, counts)

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 
 _MARK = "<!-- scores -->"
 # Of results whose name is not that of their command.
-_COMMANDS = {"bench-search-equal": "bench search", "bench-search-elastic": "bench search --model tiny-dc"}
+_COMMANDS = {
+    "bench-search-equal": "bench search",
+    "bench-search-elastic": "bench search --model tiny-dc",
+    "bench-kernels-end-to-end": "bench kernels --end-to-end",
+}
 _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
@@ -394,6 +399,8 @@ def results_page(folder: Path) -> str:
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-kernels", "Fused kernels", kernels_markdown),
+        ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):
         if (data := read(name)) is not None:
             command = _COMMANDS.get(name, name.replace("-", " ", 1))

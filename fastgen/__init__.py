@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgen.pipelines.dc_dit import DCDiTPipeline
     from fastgen.pipelines.dc_z_image import DCZImagePipeline
     from fastgen.pipelines.elastic import disable_dc, enable_dc
+    from fastgen.pipelines.kernels import disable_kernels, enable_kernels
     from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
     from fastgen.pipelines.noise_search import NoiseSearchPipeline
     from fastgen.pipelines.speculative import SpeculativeImagePipeline
@@ -37,7 +38,9 @@ _EXPORTS = {
     "Stats": "fastgen.accounting",
     "account": "fastgen.accounting",
     "disable_dc": "fastgen.pipelines.elastic",
+    "disable_kernels": "fastgen.pipelines.kernels",
     "enable_dc": "fastgen.pipelines.elastic",
+    "enable_kernels": "fastgen.pipelines.kernels",
     "generate_images": "fastgen.pipelines.loading",
     "load_pipeline": "fastgen.pipelines.loading",
     "upcycle": "fastgen.models.upcycle",
@@ -59,7 +62,9 @@ __all__ = [
     "accounting",
     "contracts",
     "disable_dc",
+    "disable_kernels",
     "enable_dc",
+    "enable_kernels",
     "errors",
     "generate_images",
     "load_pipeline",

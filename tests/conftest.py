@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgen._compat import repair_torchvision
 
 # No test may reach the network: a forgotten download must fail at once, not hang or pass by luck.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Without a GPU, tests run Triton kernels in its interpreter. Triton reads this when it is imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Tests that import diffusers or transformers themselves need what the packages of fastgen do for their own imports.
 repair_torchvision()
 

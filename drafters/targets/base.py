@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.drafters.cache import KVCache, tree_attention_mask
+from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
-from fastgen.drafters.law import TokenLaw, guide, mix, restrict
+from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
 from fastgen.models.attention import padded_causal_mask
 
 __all__ = ["Prefix", "Target", "TargetPass", "unit_range"]
@@ -217,12 +217,12 @@ class Target(ABC):
         committed = cache.lengths - prefix.mask.shape[1]
         positions = prefix.offset[:, None] + committed[:, None] + depth
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
-        visible = tree_attention_mask(cache, mask)
+        visible = tree_sight(cache, mask)
         embeds = self.both_rows(self.embed(tokens), prefix)
         return self.run(embeds, positions, cache, slots.expand(rows, -1), visible, taps)
 
     def run(
-        self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Tensor, taps: tuple[int, ...]
+        self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Sight, taps: tuple[int, ...]
     ) -> TargetPass:
         """A pass over vectors [R, n, D] at `positions`, written to `slots` of the cache, that see what `mask` says."""
         hidden, tapped = run_layers(self.layers, embeds, self.rotary(positions), cache, slots, mask, taps)
@@ -255,14 +255,37 @@ class Target(ABC):
             index: [B, n] which token of the picture comes; beyond the last it does not matter what is returned.
         """
         cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
+        if not self.has_grammar:
+            return probabilities(cond, uncond, law)
         mixed = self.apply_grammar(mix(cond, uncond, law), index)
         if law.temperature == 0:
             return torch.zeros_like(mixed).scatter_(-1, mixed.argmax(dim=-1, keepdim=True), 1.0)
         return restrict(mixed, law)[0].softmax(dim=-1)
 
+    def next_token(
+        self, logits: Tensor, prefix: Prefix, law: TokenLaw, index: Tensor, gumbel: Tensor | None
+    ) -> Tensor:
+        """Tokens [B] drawn from that law, by Gumbel-max; without noise the most likely ones.
+
+        Args:
+            logits: [R, 1, V].
+            prefix, law, index: see `token_law`; index [B, 1].
+            gumbel: [B, V] noise.
+        """
+        cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
+        if not self.has_grammar:
+            return draw_token(cond[:, 0], uncond[:, 0], gumbel, law)
+        mixed = restrict(self.apply_grammar(mix(cond, uncond, law), index), law)[0][:, 0]
+        return (mixed if gumbel is None else mixed + gumbel).argmax(dim=-1)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether there are tokens beside the codes of the picture."""
+        return self.vocab_size != self.num_codes
+
     def apply_grammar(self, logits: Tensor, index: Tensor) -> Tensor:
         """Special tokens where they have to be and nowhere else."""
-        if self.vocab_size == self.num_codes:
+        if not self.has_grammar:
             return logits
         logits = logits.clone()
         logits[..., self.num_codes :] = -torch.inf

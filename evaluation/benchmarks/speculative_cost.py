@@ -25,12 +25,12 @@ from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.targets.janus import JanusTarget
 from fastgen.drafters.targets.llamagen import LlamaGenTarget
 from fastgen.drafters.tree import chain
-from fastgen.drafters.verify import Drafted, Noise, walk
+from fastgen.drafters.verify import Drafted, Noise
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 
-__all__ = ["NODES", "SIZES", "benchmark_speculative_cost", "measure_target"]
+__all__ = ["NODES", "SIZES", "benchmark_speculative_cost", "build_target", "measure_target"]
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 #: Width, layers, heads and inner width of the language models.
@@ -72,13 +72,13 @@ def benchmark_speculative_cost(
     rows = []
     for size in sizes:
         report(size)
-        target = _build(size, torch.device(device), getattr(torch, dtype))
+        target = build_target(size, torch.device(device), getattr(torch, dtype))
         rows += [{"size": size, **row} for row in measure_target(target, sorted({1, *nodes}), runs)]
     settings = {"device": device, "dtype": dtype, "runs": runs, "guided": True, "threads": torch.get_num_threads()}
     return {"benchmark": "speculative-cost", "environment": environment(), "settings": settings, "rows": rows}
 
 
-def _build(size: str, device: torch.device, dtype: torch.dtype) -> Target:
+def build_target(size: str, device: torch.device, dtype: torch.dtype) -> Target:
     """A target of real size with random weights; what does not run in a round is as small as it can be."""
     from transformers import (
         JanusConfig,
@@ -203,7 +203,7 @@ def _left(target: Target, prefix: Prefix, law: TokenLaw, count: int) -> Callable
             (p[:, 0].log() + gumbel[:, 0]).argmax(dim=-1)
             return
         drafted, noise = Drafted(tree, tokens, p, p), Noise(coins, gumbel)
-        walk(drafted, Exact().verify(drafted, noise, coins[:, 0]), noise, remaining)
+        Exact().walk(drafted, noise, coins[:, 0], remaining)
 
     tree = chain(count - 1).to(device) if count > 1 else chain(1)
     return run

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fastgen.cli.bench_fid import fid
+from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 from fastgen.errors import FastgenError
@@ -22,6 +23,7 @@ def _group() -> None:
     """Measure speed and memory; writes JSON."""
 
 
+app.command("kernels")(kernels)
 app.command("search")(search)
 app.command("fid")(fid)
 app.command("search-overhead")(search_overhead)

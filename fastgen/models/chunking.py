@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastgen.kernels.pack import Packing, pack_top
 from fastgen.models.packing import Segments
 
 THRESHOLD = 0.5
@@ -27,6 +28,7 @@ class Chunks:
         natural: bool [n, L], positions with a probability above one half, before anything is dropped.
         mask: bool [n, L], kept positions.
         positions: int64 [T], sample * L + index of the kept positions, ascending.
+        rows: int64 [n, L], kept positions at or before each one, less one: at a kept position its packed row.
         segments: how the T kept tokens divide into samples.
         lengths: kept tokens of each sample, on the host.
     """
@@ -36,12 +38,19 @@ class Chunks:
     natural: Tensor
     mask: Tensor
     positions: Tensor
+    rows: Tensor
     segments: Segments
     lengths: tuple[int, ...]
 
     @property
     def samples(self) -> int:
         return len(self.lengths)
+
+    @property
+    def packing(self) -> Packing:
+        """The kept positions, for `fastgen.kernels.pack`."""
+        segments = self.segments
+        return Packing(self.mask, self.positions, segments.cu_seqlens, segments.sequence_ids, self.rows, full=True)
 
     @property
     def grid_size(self) -> int:
@@ -129,12 +138,11 @@ def select_chunks(
     else:
         lengths = (token_budget,) * samples
         keep = torch.full((samples,), token_budget, device=device)
-    order = probabilities.detach().argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(length, device=device).expand(samples, length))
-    mask = rank < keep[:, None]
     # The number of kept tokens is known, so that the device need not be asked for it.
-    positions = torch.nonzero_static(mask.flatten(), size=sum(lengths)).squeeze(1)
-    return Chunks(grid, probabilities, natural, mask, positions, Segments.of(lengths, device), lengths)
+    packing = pack_top(probabilities.float(), keep, sum(lengths), full=True)
+    equal = lengths[0] if len(set(lengths)) == 1 else None
+    segments = Segments(packing.sequence_ids, packing.cu_seqlens, max(lengths), equal)
+    return Chunks(grid, probabilities, natural, packing.mask, packing.positions, packing.rows, segments, lengths)
 
 
 def ratio_loss(probabilities: Tensor, natural: Tensor, compression: float = 4.0, group: int = 16) -> Tensor:

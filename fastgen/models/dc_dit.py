@@ -19,7 +19,7 @@ from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.elastic import ElasticModelMixin
-from fastgen.models.packing import Segments, gated_sum, modulate
+from fastgen.models.packing import Segments, adaptive
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 
@@ -102,10 +102,19 @@ class DCDiTBlock(nn.Module):
     def forward(self, hidden_states: Tensor, conditioning: Tensor, segments: Segments) -> Tensor:
         """hidden_states [T, D], conditioning [n, D] after SiLU -> [T, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=-1)
-        attended = self.attn1(modulate(self.norm1(hidden_states), shift1, scale1, segments), segments)
-        hidden_states = gated_sum(hidden_states, gate1, attended, segments)
-        fed = self.ff(modulate(self.norm2(hidden_states), shift2, scale2, segments))
-        return gated_sum(hidden_states, gate2, fed, segments)
+        _, normed = adaptive(hidden_states, segments, scale=scale1, shift=shift1, eps=self.norm1.eps)
+        attended = self.attn1(normed, segments)
+        hidden_states, normed = adaptive(
+            hidden_states,
+            segments,
+            update=attended,
+            gate=gate1,
+            scale=scale2,
+            shift=shift2,
+            eps=self.norm2.eps,
+        )
+        hidden_states, _ = adaptive(hidden_states, segments, update=self.ff(normed), gate=gate2, norm="none")
+        return hidden_states
 
 
 class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
@@ -240,4 +249,5 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
             else:
                 hidden = block(hidden, active, chunks.segments)
         shift, scale = self.proj_out_1(active).chunk(2, dim=-1)
-        return modulate(self.norm_out(hidden), shift, scale, chunks.segments)
+        _, normed = adaptive(hidden, chunks.segments, scale=scale, shift=shift, eps=self.norm_out.eps)
+        return normed

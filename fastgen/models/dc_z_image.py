@@ -22,10 +22,10 @@ from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
-from fastgen.models.packing import Segments, gated_sum, modulate
+from fastgen.models.packing import Segments, adaptive
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
-from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, rotate
+from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
 
 _CONDITIONING = 256  # most features of Z-Image's timestep embedding
 
@@ -48,7 +48,7 @@ class PackedRotaryAttention(nn.Module):
         query, key, value = (
             layer(hidden_states).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        query, key = rotate(self.norm_q(query), rotary), rotate(self.norm_k(key), rotary)
+        query, key = turn(query, key, rotary, self.norm_q, self.norm_k)
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
         output: Tensor = self.to_out[0](mixed.flatten(1))
         return output
@@ -91,15 +91,35 @@ class DCZImageBlock(nn.Module):
         self, hidden_states: Tensor, rotary: Tensor, segments: Segments, conditioning: Tensor | None = None
     ) -> Tensor:
         """hidden_states [T, D], conditioning [n, c] -> [T, D]."""
-        attended, fed = self.attention_norm1(hidden_states), self.ffn_norm1
-        if not self.modulated or conditioning is None:
-            hidden_states = hidden_states + self.attention_norm2(self.attention(attended, rotary, segments))
-            return hidden_states + self.ffn_norm2(self.feed_forward(fed(hidden_states)))
-        scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)
-        update = self.attention(modulate(attended, None, scale1, segments), rotary, segments)
-        hidden_states = gated_sum(hidden_states, gate1.tanh(), self.attention_norm2(update), segments)
-        update = self.feed_forward(modulate(fed(hidden_states), None, scale2, segments))
-        return gated_sum(hidden_states, gate2.tanh(), self.ffn_norm2(update), segments)
+        if self.modulated and conditioning is not None:
+            scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)
+        else:
+            scale1 = gate1 = scale2 = gate2 = None
+        before, between = self.attention_norm1, self.ffn_norm1
+        after = {"update_norm": True, "update_eps": before.eps, "tanh_gate": True}
+        _, normed = adaptive(hidden_states, segments, scale=scale1, weight=before.weight, norm="rms", eps=before.eps)
+        hidden_states, normed = adaptive(
+            hidden_states,
+            segments,
+            update=self.attention(normed, rotary, segments),
+            gate=gate1,
+            scale=scale2,
+            weight=between.weight,
+            norm="rms",
+            eps=between.eps,
+            update_weight=self.attention_norm2.weight,
+            **after,
+        )
+        hidden_states, _ = adaptive(
+            hidden_states,
+            segments,
+            update=self.feed_forward(normed),
+            gate=gate2,
+            norm="none",
+            update_weight=self.ffn_norm2.weight,
+            **after,
+        )
+        return hidden_states
 
 
 class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
@@ -265,7 +285,8 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
             hidden = self._run(block, hidden, rotary, segments, time)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         hidden = hidden.index_select(0, places[: len(image)])
-        return modulate(self.norm_out(hidden), None, self.adaLN_out(time), chunks.segments)
+        _, normed = adaptive(hidden, chunks.segments, scale=self.adaLN_out(time), eps=self.norm_out.eps)
+        return normed
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

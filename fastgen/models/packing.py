@@ -1,12 +1,15 @@
-"""Sequences of different lengths, one after the other in one tensor: bookkeeping and per-sequence modulation."""
+"""Sequences of different lengths, one after the other in one tensor: bookkeeping and adaptive norms by sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastgen.kernels.adaln import adaln
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +38,32 @@ class Segments:
         return Segments(ids.to(device, non_blocking=True), starts.to(device, non_blocking=True), max(lengths), equal)
 
 
-def modulate(hidden: Tensor, shift: Tensor | None, scale: Tensor, segments: Segments) -> Tensor:
-    """hidden [T, D] * (1 + scale) + shift, with scale and shift (None is zero) [n, D] of each token's sequence."""
-    if shift is None:
-        if segments.equal_length is not None:
-            grouped = hidden.view(-1, segments.equal_length, hidden.shape[-1])
-            return (grouped * (1 + scale[:, None])).view(hidden.shape)
-        return hidden * (1 + scale.index_select(0, segments.sequence_ids))
-    if segments.equal_length is not None:
-        grouped = hidden.view(-1, segments.equal_length, hidden.shape[-1])
-        return torch.addcmul(shift[:, None], grouped, 1 + scale[:, None]).view(hidden.shape)
-    ids = segments.sequence_ids
-    return torch.addcmul(shift.index_select(0, ids), hidden, 1 + scale.index_select(0, ids))
+def adaptive(
+    hidden: Tensor,
+    segments: Segments,
+    *,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fastgen.kernels.adaln` on packed sequences.
 
+    Args:
+        hidden, update: [T, D].
+        gate, scale, shift: [n, D] of the sequences.
+        options: of `adaln`.
 
-def gated_sum(hidden: Tensor, gate: Tensor, update: Tensor, segments: Segments) -> Tensor:
-    """hidden + gate * update, both [T, D], with gate [n, D] of each token's sequence."""
-    if segments.equal_length is not None:
-        shape = (-1, segments.equal_length, hidden.shape[-1])
-        return torch.addcmul(hidden.view(shape), gate[:, None], update.view(shape)).view(hidden.shape)
-    return torch.addcmul(hidden, gate.index_select(0, segments.sequence_ids), update)
+    Returns:
+        hidden plus the gated update, and its modulated norm, [T, D] each.
+    """
+    options |= {"gate": gate, "scale": scale, "shift": shift}
+    if segments.equal_length is None:
+        if gate is not None or scale is not None or shift is not None:
+            options |= {"sequence_ids": segments.sequence_ids, "cu_seqlens": segments.cu_seqlens}
+        return adaln(hidden, update=update, **options)
+    shape = (-1, segments.equal_length, hidden.shape[-1])
+    grouped = None if update is None else update.view(shape)
+    total, normed = adaln(hidden.view(shape), update=grouped, **options)
+    return total.view(hidden.shape), normed.view(hidden.shape)

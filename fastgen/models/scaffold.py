@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.kernels.dechunk import dechunk
+from fastgen.kernels.dispatch import active
+from fastgen.kernels.group_norm_silu import group_norm_silu
+from fastgen.kernels.pack import pack
 from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
 from fastgen.models.routers import RouterKind, build_router
 
@@ -20,6 +23,11 @@ RESIDUAL_GATES: tuple[ResidualGate, ...] = ("confidence", "mask")
 def norm_groups(channels: int, most: int = 32) -> int:
     """The largest number of groups, at most `most`, that divides `channels` and has two channels in each."""
     return next(groups for groups in range(min(most, max(1, channels // 2)), 0, -1) if channels % groups == 0)
+
+
+def normed_silu(hidden: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """silu(norm(hidden)) of [n, d, H, W]."""
+    return group_norm_silu(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class ScaffoldBlock(nn.Module):
@@ -42,9 +50,9 @@ class ScaffoldBlock(nn.Module):
 
     def forward(self, hidden: Tensor, conditioning: Tensor) -> Tensor:
         """hidden [n, d, H, W], conditioning [n, c] -> [n, d, H, W]."""
-        residual = self.conv1(F.silu(self.norm1(hidden)))
+        residual = self.conv1(normed_silu(hidden, self.norm1))
         residual = residual + self.conditioning(F.silu(conditioning))[:, :, None, None]
-        return hidden + self.conv2(F.silu(self.norm2(residual)))
+        return hidden + self.conv2(normed_silu(residual, self.norm2))
 
 
 class ScaffoldEncoder(nn.Module):
@@ -66,6 +74,9 @@ class ScaffoldEncoder(nn.Module):
 
     def forward(self, latents: Tensor, conditioning: Tensor) -> Tensor:
         """latents [n, C, H, W] -> tokens [n, H W, D]."""
+        if active(latents):
+            # So the convolutions leave the channels of a pixel beside each other, as the kernels and `proj` need them.
+            latents = latents.contiguous(memory_format=torch.channels_last)
         hidden = self.embed(latents)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
@@ -98,7 +109,7 @@ class ScaffoldDecoder(nn.Module):
         hidden = self.proj(tokens).transpose(1, 2).unflatten(2, grid)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
-        prediction: Tensor = self.head(F.silu(self.norm(hidden)))
+        prediction: Tensor = self.head(normed_silu(hidden, self.norm))
         return prediction
 
 
@@ -202,12 +213,13 @@ class DynamicChunking(nn.Module):
             chunks = select_chunks(probabilities, grid, tail_drop, token_budget)
         else:
             chunks = replace(held, probabilities=probabilities, natural=probabilities > THRESHOLD)
-        return Chunked(features.flatten(0, 1).index_select(0, chunks.positions), chunks, features)
+        return Chunked(pack(features, chunks.packing), chunks, features)
 
     def unchunk(self, hidden: Tensor, chunked: Chunked) -> Tensor:
         """The backbone's output [T, D] to one vector for every position, [n, L, D], plus the residual."""
         chunks = chunked.chunks
-        spread = dechunk(hidden, chunks.positions, chunks.probabilities, chunks.mask, chunks.grid, self.smoothing)
+        where = (chunks.positions, chunks.probabilities, chunks.mask, chunks.grid)
+        spread = dechunk(hidden, *where, self.smoothing, chunks.rows)
         residual = self.residual(chunked.features)
         if self.residual_gate == "confidence":
             spread = spread * straight_through(confidence(chunks))[..., None].to(spread.dtype)

@@ -7,11 +7,12 @@ and faster to train.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 
+from fastgen.kernels.qk_norm_rope import qk_norm_rope
 from fastgen.models.attention import attend
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class RealRotaryProcessor:
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query, key = rotate(attn.norm_q(query), freqs_cis), rotate(attn.norm_k(key), freqs_cis)
+        query, key = turn(query, key, freqs_cis, attn.norm_q, attn.norm_k)
         output = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         projected: torch.Tensor = attn.to_out[0](output.transpose(1, 2).flatten(2, 3))
         return projected
@@ -58,11 +59,21 @@ def patchify(latents: torch.Tensor) -> torch.Tensor:
     return patches.reshape(n, -1, 4 * channels)
 
 
-def rotate(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of neighbouring features of [..., heads, head_dim] by cosines and sines [..., head_dim / 2, 2]."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = factors.unsqueeze(-3).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+def turn(
+    query: torch.Tensor, key: torch.Tensor, factors: torch.Tensor, norm_q: Any, norm_k: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised queries and keys [..., tokens, heads, head_dim], neighbouring features rotated.
+
+    Args:
+        query, key: [..., tokens, heads, head_dim].
+        factors: cosines and sines [..., tokens, head_dim / 2, 2].
+        norm_q, norm_k: RMS norms of one epsilon; without a weight they are identities.
+    """
+    cos, sin = factors.unbind(-1)
+    weights = [getattr(norm, "weight", None) for norm in (norm_q, norm_k)]
+    if weights[0] is None:
+        return qk_norm_rope(query, key, cos, sin, norm="none")
+    return qk_norm_rope(query, key, cos, sin, query_weight=weights[0], key_weight=weights[1], eps=norm_q.eps)
 
 
 def use_real_rotary(transformer: ZImageTransformer2DModel) -> None:

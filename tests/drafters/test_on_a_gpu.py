@@ -14,7 +14,6 @@ import torch
 from micro_models import PROMPTS
 from transformers import JanusForConditionalGeneration
 
-from fastgen.drafters import verify
 from fastgen.drafters.decode import _Rounds
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.eagle import EagleDrafter
@@ -25,6 +24,7 @@ from fastgen.drafters.names import RULES
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
+from fastgen.kernels import tree_verify
 from fastgen.pipelines.janus import JanusImagePipeline
 
 SOURCES = ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "medusa", "dynamic"]
@@ -84,14 +84,14 @@ def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: 
 def test_a_look_at_a_value_would_be_seen(
     janus: JanusImagePipeline, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify.reject_in_turn
+    real = tree_verify.reject
 
-    def looking(drafted: Any, coins: Any, rule: Any) -> Any:
-        outcome = real(drafted, coins, rule)
+    def looking(*arguments: Any) -> Any:
+        outcome = real(*arguments)
         if bool((outcome.slot >= 0).any()):
             return outcome
         return outcome
 
-    monkeypatch.setattr(verify, "reject_in_turn", looking)
+    monkeypatch.setattr(tree_verify, "reject", looking)
     with pytest.raises(RuntimeError, match="meta"):
         two_rounds(janus, target, "eagle-1", "exact", TokenLaw(3.0))

@@ -12,7 +12,8 @@ from toy_speculation import Toy, chi_square
 from fastgen.drafters import verify
 from fastgen.drafters.acceptance import Block
 from fastgen.drafters.tree import Tree, chain, named_tree, static_tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, greedy, reject_in_turn, strict, walk
+from fastgen.drafters.verify import Decisions, Drafted, Noise, reject_in_turn, strict, verified, walk
+from fastgen.kernels import rejection
 
 TREES = {"chain": chain(3), "bushy": named_tree("3-4-2"), "lopsided": static_tree([[0, 0, 0], [0, 1], [1], [2]])}
 IMAGES = 60_000
@@ -50,7 +51,7 @@ def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> 
 def test_keeping_the_first_draft_law_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation of the specification: siblings judged by the law from which the first of them was drawn."""
     toy = Toy.random(6, seed=3)
-    real = verify.normalise
+    real = rejection.normalise
     # The only place where weights and fallback are one tensor is the renormalisation of what is left of q.
     original: dict[str, torch.Tensor] = {}
 
@@ -62,7 +63,7 @@ def test_keeping_the_first_draft_law_after_a_rejection_is_noticed(monkeypatch: p
         original["q"] = drafted.draft.index_select(1, drafted.tree.internal)
         return strict(drafted, noise)
 
-    monkeypatch.setattr(verify, "normalise", mutated)
+    monkeypatch.setattr(rejection, "normalise", mutated)
     tokens, _ = toy.first_three(TREES["bushy"], True, run, IMAGES, seed=11)
     assert chi_square(tokens, toy.law_of_three((0, 1))) < 1e-30
 
@@ -154,8 +155,7 @@ def test_greedy_takes_the_most_likely_path() -> None:
     toy = Toy.random(7, seed=5)
     tree = named_tree("3-3")
     drafted = toy.draft(tree, torch.tensor([[0, 1]]), False, torch.Generator())
-    noise = Noise(torch.rand(1, tree.n), torch.zeros(1, 3, 7))
-    way = walk(drafted, greedy(drafted), noise, torch.tensor([100]))
+    way = verified(drafted, None, torch.tensor([100]))
     tokens = [int(drafted.tokens[0, node]) for node in way.nodes[0, 1 : int(way.length) + 1]] + [int(way.bonus)]
     before, last = 0, 1
     for token in tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.targets import target_of
-from fastgen.drafters.verify import Decisions
+from fastgen.drafters.verify import Walk
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative, parse_variant
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
@@ -75,13 +76,13 @@ def test_variants_name_their_drafter_and_quality(micro_janus: Path) -> None:
 def test_a_wrong_decoder_is_not_timed(micro_janus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen.drafters import decode
 
-    real = decode.greedy
+    real = decode.verified
 
-    def wrong(drafted: Any) -> Decisions:
-        decisions = real(drafted)
-        return Decisions(decisions.child, decisions.law, (decisions.token + 1) % 48)
+    def wrong(*arguments: Any) -> Walk:
+        way = real(*arguments)
+        return replace(way, bonus=(way.bonus + 1) % 48)
 
-    monkeypatch.setattr(decode, "greedy", wrong)
+    monkeypatch.setattr(decode, "verified", wrong)
     with pytest.raises(FastgenError, match="exact jacobi-4: other tokens"):
         benchmark_speculative(str(micro_janus), tmp_path, variants=NAMES[:1], quality=False, timed_prompts=1, runs=1)
 

@@ -84,3 +84,19 @@ def test_terms_of_drafter_training() -> None:
             assert abs(row["difference"]) < 2 * row["stderr"], name
     terms = DrafterTerms()
     assert terms.redundancy == "none" and not terms.convergence and terms.steps > 1
+
+
+def test_fused_kernels_against_compiled_references() -> None:
+    """The table of docs/kernels.md is the committed one; kernels that are taken by default are the faster ones."""
+    data = json.loads((RESULTS / "bench-kernels.json").read_text(encoding="utf-8"))
+    page = (RESULTS.parent / "kernels.md").read_text(encoding="utf-8")
+    assert {row["op"] for row in data["rows"]} == {"adaln", "qk_norm_rope", "group_norm_silu"}
+    for row in data["rows"]:
+        times = [f"{1e6 * row[way]['p50']:.1f}" for way in ("eager", "compiled", "triton")]
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{row['op']}` | {row['size']} |"))
+        assert [cell.strip(" *") for cell in line.split("|")[3:6]] == times
+        assert row["check"] == "passed" and row["speedup_eager"] > 1
+        if row["size"] != "scaffold 288 x 32² x 8":  # left to the compiler, see the page
+            assert row["speedup_compiled"] > 1.1, row
+        if row["large"] and row["op"] == "adaln":
+            assert row["roofline_share"] > 0.7

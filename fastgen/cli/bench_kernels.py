@@ -1,0 +1,50 @@
+"""`fastgen bench kernels`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgen.cli.publish import publish
+
+__all__ = ["kernels"]
+
+
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for several.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="After so many, references are no longer compiled, no other model begun.")
+    ] = 110.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+) -> None:
+    """Fused kernels against their references, eager and compiled, and against the memory's speed."""
+    from fastgen.io import atomic_write_json, check_writable
+    from fastgen.pipelines.checkpoint import check_names
+
+    check_names(device, "auto")
+    if out is not None:
+        check_writable(out.parent)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.kernels import benchmark_kernels
+        from fastgen.evaluation.kernel_results import kernels_markdown
+
+        result = benchmark_kernels(
+            op,
+            device=device,
+            compile=compile,
+            end_to_end=end_to_end,
+            seconds=seconds,
+            report=lambda line: typer.echo(line, err=True),
+            save=lambda result: None if out is None else atomic_write_json(out, result),
+        )
+    publish(result, out, as_json, kernels_markdown(result))

@@ -1,0 +1,222 @@
+"""Gated residual, norm and modulation in one pass (adaptive layer norm of DiT, arXiv 2212.09748, and of Z-Image).
+
+    y = hidden + g(gate) * u(update)            g: identity or tanh; u: identity or a weighted RMS norm
+    z = norm(y) * weight + bias, times (1 + scale), plus shift
+
+Every part is optional. DiT, FLUX, SD3 and Qwen-Image use a layer norm without weights and plain gates; Z-Image
+weighted RMS norms on both sides ("sandwich"), tanh gates and no shift. Loss contract: exact, up to rounding; the
+kernel computes in float32 and rounds y and z once. On CUDA it replaces the separate kernels of eager PyTorch, and
+needs no new binary when token counts change.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.kernels.adaln_operator import launch
+from fastgen.kernels.dispatch import check_cu_seqlens, check_range, choose, direct
+
+__all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
+
+NORMS = ("layer", "rms", "none")
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_WIDTH = 16384
+
+
+def adaln(
+    hidden: Tensor,
+    *,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    update_weight: Tensor | None = None,
+    update_norm: bool = False,
+    update_eps: float = 1e-6,
+    tanh_gate: bool = False,
+    sequence_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum y and its modulated norm z; see the head of this file.
+
+    Args:
+        hidden: residual stream, padded [n, L, D] or packed [T, D].
+        update: what is added to it, same shape; None: y is `hidden` itself.
+        gate, scale, shift: [n, D] (or [1, D] for all samples), any row stride, as `chunk` leaves them.
+        weight, bias: [D], of the norm of y.
+        norm: "layer", "rms" or "none" (then z is y).
+        eps: of the norm of y.
+        update_weight: [D], of the RMS norm of the update.
+        update_norm: normalise the update (RMS) before the gate.
+        update_eps: of that norm.
+        tanh_gate: the gate's tanh is what gates.
+        sequence_ids: int [T], sample of each row of a packed `hidden`, 0 … n - 1.
+        cu_seqlens: int [n + 1], start of each sequence and T, where sequences lie one after the other; backward then
+            need not sort.
+
+    Returns:
+        y and z, in the shape of `hidden`, in the promoted dtype of what they are made of.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, naming the argument.
+    """
+    _check(hidden, update, gate, scale, shift, weight, bias, norm, update_weight, sequence_ids, cu_seqlens)
+    options = (norm, eps, update_norm, update_eps, tanh_gate)
+    tensors = (hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, cu_seqlens)
+    given = [x for x in tensors if x is not None]
+    if not choose("adaln", _why_not(hidden, update, gate, scale, shift, weight, bias, update_weight), True, *given):
+        return adaln_reference(
+            hidden,
+            update=update,
+            gate=gate,
+            scale=scale,
+            shift=shift,
+            weight=weight,
+            bias=bias,
+            norm=norm,
+            eps=eps,
+            update_weight=update_weight,
+            update_norm=update_norm,
+            update_eps=update_eps,
+            tanh_gate=tanh_gate,
+            sequence_ids=sequence_ids,
+        )
+    operator = launch if direct(*tensors) else torch.ops.fastgen.adaln
+    summed, normed = operator(*tensors, *options)
+    if update is None:
+        summed = hidden
+    return summed, summed if norm == "none" else normed
+
+
+def can_use_triton(hidden: Tensor, **others: Tensor | None) -> bool:
+    """Whether the kernel takes these tensors of `adaln`, wherever they are."""
+    return _why_not(hidden, *others.values()) is None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / RMS(x) * weight over the last axis, statistics in float32, rounded as diffusers' `RMSNorm` does."""
+    dtype = x.dtype
+    wide = x if dtype == torch.float64 else x.float()
+    x = x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return x.to(dtype)
+    return (x.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else x) * weight
+
+
+def adaln_reference(
+    hidden: Tensor,
+    *,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    update_weight: Tensor | None = None,
+    update_norm: bool = False,
+    update_eps: float = 1e-6,
+    tanh_gate: bool = False,
+    sequence_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The specification."""
+
+    def rows(conditioning: Tensor) -> Tensor:
+        if sequence_ids is not None:
+            return conditioning.index_select(0, sequence_ids)
+        return conditioning[:, None] if hidden.ndim == 3 else conditioning
+
+    if update is not None:
+        if update_norm:
+            update = rms_norm(update, update_weight, update_eps)
+        if gate is None:
+            hidden = hidden + update
+        else:
+            hidden = torch.addcmul(hidden, rows(gate.tanh() if tanh_gate else gate), update)
+    if norm == "none":
+        return hidden, hidden
+    if norm == "rms":
+        z = rms_norm(hidden, weight, eps)
+        z = z if bias is None else z + bias
+    else:
+        z = F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
+    if scale is None:
+        return hidden, z if shift is None else z + rows(shift)
+    factor = rows(1 + scale)
+    return hidden, z * factor if shift is None else torch.addcmul(rows(shift), z, factor)
+
+
+def _check(
+    hidden: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    update_weight: Tensor | None,
+    sequence_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    if hidden.ndim not in (2, 3) or not hidden.is_floating_point():
+        raise ValueError(f"hidden: needs floats [n, L, D] or [T, D], got {hidden.dtype} {tuple(hidden.shape)}")
+    width, samples = hidden.shape[-1], hidden.shape[0] if hidden.ndim == 3 else None
+    if update is not None and (update.shape != hidden.shape or not update.is_floating_point()):
+        raise ValueError(f"update: needs floats {tuple(hidden.shape)}, got {update.dtype} {tuple(update.shape)}")
+    count: int | None = None
+    for name, x in (("gate", gate), ("scale", scale), ("shift", shift)):
+        if x is None:
+            continue
+        if x.ndim != 2 or x.shape[1] != width or not x.is_floating_point():
+            raise ValueError(f"{name}: needs floats [n, {width}], got {x.dtype} {tuple(x.shape)}")
+        # Sizes may be symbols of a compiler: comparisons, no sets.
+        if sequence_ids is None and x.shape[0] != 1 and x.shape[0] != samples:
+            raise ValueError(f"{name}: needs {samples or 1} rows, got {tuple(x.shape)}")
+        if sequence_ids is not None and count is not None and count != x.shape[0]:
+            raise ValueError(f"gate, scale, shift: need one number of sequences, got {count} and {x.shape[0]}")
+        count = x.shape[0]
+    for name, x in (("weight", weight), ("bias", bias), ("update_weight", update_weight)):
+        if x is not None and (x.shape != (width,) or not x.is_floating_point()):
+            raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
+    if sequence_ids is not None:
+        if hidden.ndim != 2 or sequence_ids.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"sequence_ids: needs one number for each row of a packed [T, D]; got {tuple(sequence_ids.shape)} for "
+                f"{tuple(hidden.shape)}"
+            )
+        if sequence_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"sequence_ids: needs int32 or int64, got {sequence_ids.dtype}")
+        if count is not None:
+            check_range("sequence_ids", sequence_ids, count)
+    if cu_seqlens is not None:
+        kind, shape = cu_seqlens.dtype, tuple(cu_seqlens.shape)
+        if sequence_ids is None:
+            raise ValueError("cu_seqlens: is of no use without sequence_ids")
+        fits = len(shape) == 1 and (count is None or shape[0] == count + 1)
+        if not fits or kind not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {kind} {shape}")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0])
+
+
+def _why_not(*tensors: Tensor | None) -> str | None:
+    """Why the kernel does not take these tensors."""
+    for x in tensors:
+        if x is None:
+            continue
+        if x.dtype not in _TYPES:
+            return f"it takes float32, float16 and bfloat16, not {x.dtype}"
+        if x.shape[-1] > _MAX_WIDTH:
+            return f"it takes at most {_MAX_WIDTH} channels, not {x.shape[-1]}"
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            return "it takes tensors whose last axis is contiguous"
+    return None

@@ -1,0 +1,221 @@
+"""Which implementation of an operation runs: its Triton kernel or its plain PyTorch reference.
+
+    FASTGEN_KERNELS=auto        the kernel where it can run and is the faster one (default)
+    FASTGEN_KERNELS=triton      the kernel always; what it cannot do is an error
+    FASTGEN_KERNELS=reference   PyTorch always
+
+    with use_kernels("reference"):
+        ...
+
+    FASTGEN_KERNELS_DEBUG=1     look at the values of index tensors on GPUs too, which waits for the GPU
+
+Triton is optional: where it is not installed (Windows, macOS) the references run. Its interpreter
+(``TRITON_INTERPRET=1``) runs kernels on a CPU, some thousand times slower, and is taken only when asked for with
+"triton". A compiled graph (`torch.compile`) keeps what was chosen while it was traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from fastgen.accounting import note_path
+
+__all__ = [
+    "MODES",
+    "active",
+    "check_cu_seqlens",
+    "check_range",
+    "choose",
+    "direct",
+    "kernels_mode",
+    "ran",
+    "reset_ran",
+    "triton_runs",
+    "use_kernels",
+]
+
+logger = logging.getLogger(__name__)
+
+MODES = ("auto", "triton", "reference")
+_VARIABLE = "FASTGEN_KERNELS"
+_mode: ContextVar[str | None] = ContextVar("fastgen_kernels", default=None)
+_ran: dict[str, str] = {}
+_told: set[tuple[str, str, str | None]] = set()
+_lock = threading.Lock()
+
+
+def kernels_mode() -> str:
+    """The mode in force: of the innermost `use_kernels`, else of the variable FASTGEN_KERNELS, else "auto".
+
+    Raises:
+        ValueError: the variable holds anything else.
+    """
+    mode = _mode.get()
+    return _checked(_VARIABLE, os.environ.get(_VARIABLE) or "auto") if mode is None else mode
+
+
+@contextmanager
+def use_kernels(mode: str) -> Iterator[None]:
+    """Run operations in this context (thread or task) in a mode, whatever FASTGEN_KERNELS says.
+
+    Raises:
+        ValueError: `mode` is not one of "auto", "triton" and "reference".
+    """
+    token = _mode.set(_checked("mode", mode))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def triton_runs(tensor: Tensor) -> bool:
+    """Whether Triton kernels can work on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
+    return _has_triton() and (tensor.is_cuda or _interpreted())
+
+
+def active(tensor: Tensor) -> bool:
+    """Whether kernels run on this tensor in the mode in force, as far as device and mode decide."""
+    return _active(tensor.is_cuda)
+
+
+@torch.compiler.assume_constant_result
+def _active(on_gpu: bool) -> bool:
+    mode = kernels_mode()
+    return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and _interpreted()))
+
+
+UNMEASURED = "its kernel has not been timed on a GPU; FASTGEN_KERNELS=triton runs it"
+"""Why "auto" leaves a kernel alone that is correct on a GPU, as far as tests show, but of unknown speed."""
+
+
+def choose(op: str, supported: str | None, default: bool | str = True, *tensors: Tensor) -> bool:
+    """Whether the Triton kernel of an operation runs, and not its reference. Reports which one did.
+
+    Args:
+        op: name of the operation.
+        supported: None if the kernel takes these arguments, else why it does not.
+        default: whether "auto" takes the kernel for these sizes; False where it is not the faster one, a string for
+            another reason not to.
+        tensors: all that the kernel reads or writes.
+
+    Raises:
+        ValueError: the mode is "triton" and the kernel cannot run; the message says why.
+    """
+    # Not `bool(tensors)`: Dynamo of torch 2.11 cannot trace it.
+    on_gpu = len(tensors) > 0 and tensors[0].is_cuda
+    if on_gpu and supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
+        supported = "its tensors are on several devices"
+    return _decide(op, supported, default, on_gpu)
+
+
+# A constant for compilers: nothing of this can be traced, and a graph keeps the choice it was made with.
+@torch.compiler.assume_constant_result
+def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> bool:
+    mode = kernels_mode()
+    if mode == "reference":
+        reason = "FASTGEN_KERNELS=reference"
+    elif reason is None and not _has_triton():
+        reason = "Triton is not installed"
+    elif reason is None and not on_gpu and not (mode == "triton" and _interpreted()):
+        reason = "Triton needs a GPU"
+    elif reason is None and default is not True and mode == "auto":
+        reason = default or "it is the faster one for this size"
+    if reason is not None and mode == "triton":
+        raise ValueError(f"{op}: the Triton kernel cannot run: {reason}")
+    _report(op, "triton" if reason is None else "reference", reason)
+    return reason is None
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be launched at once, not through its registered operator, whose call costs more.
+
+    The operator is for compilers, for autograd, and for tensors that are not plain ones.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+
+
+def check_range(name: str, index: Tensor, limit: int) -> None:
+    """See that indices lie in 0 … limit - 1: on a CPU and in debug mode; elsewhere looking would stop the GPU.
+
+    Raises:
+        ValueError: one does not.
+    """
+    if not _looks(index) or not index.numel():
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: needs numbers in 0 … {limit - 1}, got {low if low < 0 else high}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """See that sequence bounds begin with 0, never fall and end at the token count, where `check_range` looks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not _looks(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"{name}: needs rising bounds from 0 to {tokens}, got {shown}")
+
+
+def _looks(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_cuda and os.environ.get("FASTGEN_KERNELS_DEBUG") == "1")
+
+
+def ran() -> dict[str, str]:
+    """Operation -> "triton" or "reference", whichever ran last, since the start or `reset_ran`."""
+    with _lock:
+        return dict(_ran)
+
+
+def reset_ran() -> None:
+    """Forget what ran, and log it anew."""
+    with _lock:
+        _ran.clear()
+        _told.clear()
+
+
+def _report(op: str, used: str, reason: str | None) -> None:
+    note_path(op, used, reason)
+    _ran[op] = used
+    key = (op, used, reason)
+    if key not in _told:
+        with _lock:
+            _told.add(key)
+        if reason is None:  # the other case is logged by note_path
+            logger.info("%s: %s runs", op, used)
+
+
+def _checked(name: str, mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{name}: {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    return mode
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,287 @@
+"""Kept tokens of a batch in one packed tensor, and back: which they are is found without asking the device.
+
+A mask, or the top of each sample's scores, becomes positions, `cu_seqlens` and rows; the packed tensor has a capacity
+that the host knows, and the counts stay on the device. `pack` gathers the rows, `scatter` puts them back on the grid;
+each is the other's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+
+__all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_reference", "pack_top", "pack_top_reference"]
+__all__ += ["scatter", "scatter_reference"]
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST_SAMPLE = 2**15
+"""Positions of a sample that one program ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which positions of n samples of L are kept, and where they lie in the packed tensor.
+
+    Attributes:
+        mask: bool [n, L], kept positions.
+        positions: int64 [capacity], sample * L + index of the kept positions, ascending; -1 behind the last.
+        cu_seqlens: int32 [n + 1], start of each sample in the packed tensor, and the number of kept tokens.
+        sequence_ids: int64 [capacity], sample of each token; n - 1 behind the last.
+        rows: int64 [n, L], kept positions at or before each one, less one: at a kept position its row.
+        full: whether the host knows that nothing lies behind the last token.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    sequence_ids: Tensor
+    rows: Tensor
+    full: bool
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the packed tensor."""
+        return len(self.positions)
+
+
+def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> Packing:
+    """Positions, `cu_seqlens` and rows of a mask. Never waits for a GPU.
+
+    Args:
+        mask: bool [n, L].
+        capacity: rows of the packed tensor, at least the number of kept positions; None takes n * L.
+        full: the caller knows that `capacity` positions are kept, no fewer.
+
+    Raises:
+        ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU positions
+            beyond the capacity are left out, of the mask too.)
+    """
+    _check_mask(mask)
+    capacity = mask.numel() if capacity is None else capacity
+    _check_capacity(capacity, mask.numel())
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = int(mask.sum())
+        if kept > capacity or (full and kept < capacity):
+            raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
+    reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
+    if not choose("pack_mask", reason, UNMEASURED, mask):
+        return pack_mask_reference(mask, capacity, full)
+    if direct(mask):
+        from fastgen.kernels.pack_triton import launch_mask
+
+        return _packing(launch_mask(mask, capacity), full)
+    return _packing(torch.ops.fastgen.pack_mask(mask, capacity), full)
+
+
+def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
+    """The specification of `pack_mask`."""
+    samples, length = mask.shape
+    rows = mask.flatten().cumsum(0) - 1
+    if not full and mask.numel():  # what is beyond the capacity
+        mask = mask & (rows < capacity).view_as(mask)
+        rows = rows.clamp_max(capacity - 1)
+    positions = torch.nonzero_static(mask.flatten(), size=capacity, fill_value=-1).squeeze(1)
+    ends = rows.view(samples, length)[:, -1] + 1 if length else rows.new_zeros(samples)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    ids = positions // max(length, 1)
+    if not full:
+        ids = torch.where(positions >= 0, ids, samples - 1)
+    return Packing(mask, positions, cu_seqlens, ids, rows.view(samples, length), full)
+
+
+def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, full: bool = False) -> Packing:
+    """Keeps the largest scores of each sample; of equal ones those of the lowest index.
+
+    Args:
+        scores: [n, L] float32; NaN counts as the largest.
+        keep: how many of each sample, one number from 1 to L, or int64 [n], of which less than 0 counts as 0 and more
+            than L as L.
+        capacity: as in `pack_mask`; None takes what is enough. With one number it need not be given.
+        full: as in `pack_mask`; with one number the host knows by itself.
+
+    Raises:
+        ValueError: another dtype or shape, or numbers out of range.
+    """
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise ValueError(f"scores: need float32 [n, L], got {scores.dtype} {tuple(scores.shape)}")
+    samples, length = scores.shape
+    if isinstance(keep, int):
+        if isinstance(keep, bool) or not 1 <= keep <= length:
+            raise ValueError(f"keep: needs a number from 1 to {length}, got {keep}")
+        capacity, full = samples * keep, True
+        counts = torch.full((samples,), keep, dtype=torch.int64, device=scores.device)
+    elif keep.shape != (samples,) or keep.dtype != torch.int64:
+        raise ValueError(f"keep: needs a number or int64 [{samples}], got {keep.dtype} {tuple(keep.shape)}")
+    else:
+        capacity, counts = samples * length if capacity is None else capacity, keep
+        _check_capacity(capacity, scores.numel())
+        if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+            kept = int(keep.clamp(0, length).sum())
+            if kept > capacity or (full and kept < capacity):
+                raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
+    reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
+    if not choose("pack_top", reason, UNMEASURED, scores, counts):
+        return pack_top_reference(scores.detach(), counts, capacity, full)
+    scores = scores.detach()
+    if direct(scores, counts):
+        from fastgen.kernels.pack_triton import launch_top
+
+        return _packing(launch_top(scores, counts, capacity), full)
+    return _packing(torch.ops.fastgen.pack_top(scores, counts, capacity), full)
+
+
+def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
+    """The specification of `pack_top`; keep int64 [n]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    mask = torch.empty_like(order).scatter_(1, order, places) < keep[:, None]
+    return pack_mask_reference(mask, capacity, full)
+
+
+def pack(tokens: Tensor, packing: Packing) -> Tensor:
+    """Kept tokens [capacity, D] of tokens [n, L, D]; zeros behind the last. Differentiable.
+
+    Raises:
+        ValueError: a shape that does not fit, or an integer dtype.
+    """
+    if tokens.ndim != 3 or tokens.shape[:2] != packing.mask.shape or not tokens.is_floating_point():
+        raise ValueError(
+            f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
+        )
+    if not choose("pack", _why_not(tokens), UNMEASURED, tokens, packing.positions):
+        return pack_reference(tokens, packing)
+    return _move(tokens, packing, False)
+
+
+def pack_reference(tokens: Tensor, packing: Packing) -> Tensor:
+    """The specification of `pack`."""
+    flat = tokens.flatten(0, 1)
+    if packing.full:
+        return flat.index_select(0, packing.positions)
+    there = (packing.positions >= 0)[:, None]
+    return torch.where(there, flat.index_select(0, packing.positions.clamp_min(0)), 0.0)
+
+
+def scatter(packed: Tensor, packing: Packing) -> Tensor:
+    """Packed tokens [capacity, D] at their positions, zeros elsewhere: [n, L, D]. Differentiable.
+
+    Raises:
+        ValueError: a shape that does not fit, or an integer dtype.
+    """
+    if packed.ndim != 2 or len(packed) != packing.capacity or not packed.is_floating_point():
+        raise ValueError(
+            f"packed: needs floating point [{packing.capacity}, D], got {packed.dtype} {tuple(packed.shape)}"
+        )
+    if not choose("scatter", _why_not(packed), UNMEASURED, packed, packing.rows):
+        return scatter_reference(packed, packing)
+    return _move(packed, packing, True)
+
+
+def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
+    """The specification of `scatter`."""
+    samples, length = packing.mask.shape
+    grid = packed.new_zeros(samples * length, packed.shape[1])
+    if packing.full:
+        return grid.index_copy(0, packing.positions, packed).view(samples, length, -1)
+    rows = packing.rows.clamp_min(0).flatten()
+    if not packing.capacity:
+        return grid.view(samples, length, -1)
+    return torch.where(packing.mask.flatten()[:, None], packed.index_select(0, rows), grid).view(samples, length, -1)
+
+
+def _move(source: Tensor, packing: Packing, to_grid: bool) -> Tensor:
+    tensors = (packing.mask, packing.positions, packing.rows)
+    if direct(source):
+        from fastgen.kernels.pack_triton import launch_move
+
+        return launch_move(source, *tensors, to_grid)
+    moved: Tensor = torch.ops.fastgen.move_rows(source, *tensors, to_grid)
+    return moved
+
+
+def _why_not(tokens: Tensor) -> str | None:
+    return None if tokens.dtype in _TYPES else f"{tokens.dtype}"
+
+
+def _packing(fields: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], full: bool) -> Packing:
+    mask, positions, cu_seqlens, sequence_ids, rows = fields
+    return Packing(mask, positions, cu_seqlens, sequence_ids, rows, full)
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask: needs bool [n, L], got {mask.dtype} {tuple(mask.shape)}")
+
+
+def _check_capacity(capacity: int, most: int) -> None:
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 <= capacity <= most:
+        raise ValueError(f"capacity: needs a number from 0 to {most}, got {capacity!r}")
+
+
+# ---- operators ----
+
+
+@torch.library.custom_op("fastgen::pack_mask", mutates_args=())
+def _pack_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastgen.kernels.pack_triton import launch_mask
+
+    return launch_mask(mask, capacity)
+
+
+@_pack_mask.register_fake
+def _(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake(mask, capacity)
+
+
+@torch.library.custom_op("fastgen::pack_top", mutates_args=())
+def _pack_top(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastgen.kernels.pack_triton import launch_top
+
+    return launch_top(scores, keep, capacity)
+
+
+@_pack_top.register_fake
+def _(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake(scores, capacity)
+
+
+def _fake(grid: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        grid.new_empty(grid.shape, dtype=torch.bool),
+        grid.new_empty(capacity, dtype=torch.int64),
+        grid.new_empty(grid.shape[0] + 1, dtype=torch.int32),
+        grid.new_empty(capacity, dtype=torch.int64),
+        grid.new_empty(grid.shape, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("fastgen::move_rows", mutates_args=())
+def _move_rows(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
+    from fastgen.kernels.pack_triton import launch_move
+
+    return launch_move(source, mask, positions, rows, to_grid)
+
+
+@_move_rows.register_fake
+def _(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
+    shape = (*mask.shape, source.shape[-1]) if to_grid else (positions.shape[0], source.shape[-1])
+    return source.new_empty(shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask, positions, rows, ctx.to_grid = inputs
+    ctx.save_for_backward(mask, positions, rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back = torch.ops.fastgen.move_rows(grad, *ctx.saved_tensors, not ctx.to_grid)
+    return back, None, None, None, None
+
+
+_move_rows.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,469 @@
+"""Triton kernels of `fastgen.kernels.qk_norm_rope`: queries and keys of a token, all heads, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["backward", "forward"]
+
+NORMS = {"none": 0, "layer": 1, "rms": 2}
+
+
+@triton.jit
+def _factors(  # type: ignore[no-untyped-def]
+    cos,
+    sin,
+    positions,
+    sample,
+    place,
+    limit,
+    half,
+    table_outer,
+    table_inner,
+    table_step,
+    place_outer,
+    place_inner,
+    place_step,
+    first,
+    second,
+    AXES: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Cosines and sines [HALF] of a token. Axis a has the columns up to its bound; positions are cut to the table."""
+    column = tl.arange(0, HALF)
+    row = tl.full((HALF,), 0, tl.int64) + place
+    if positions is not None:
+        start = positions + sample * place_outer + place * place_inner
+        row = tl.full((HALF,), 0, tl.int64) + tl.load(start)
+        if AXES > 1:
+            row = tl.where(column < first, row, tl.load(start + place_step))
+        if AXES > 2:
+            row = tl.where(column < second, row, tl.load(start + 2 * place_step))
+        row = tl.minimum(tl.maximum(row, 0), limit - 1)
+    offset = sample * table_outer + row * table_inner + column * table_step
+    c = tl.load(cos + offset, mask=column < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + offset, mask=column < half, other=0.0).to(tl.float32)
+    return c[None, :], s[None, :]
+
+
+@triton.jit
+def _load(  # type: ignore[no-untyped-def]
+    start, head_stride, heads, head, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    """The two features of each pair, [HEADS, HALF] twice, in float32."""
+    there = (head < heads)[:, None]
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.load(start + head[:, None] * head_stride + column, mask=there & (column < 2 * half), other=0.0)
+        a, b = tl.split(tl.reshape(x.to(tl.float32), (HEADS, HALF, 2)))
+    else:
+        column = tl.arange(0, HALF)[None, :]
+        place = start + head[:, None] * head_stride + column
+        a = tl.load(place, mask=there & (column < half), other=0.0).to(tl.float32)
+        b = tl.load(place + half, mask=there & (column < half), other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    start, a, b, head_stride, heads, head, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    there = (head < heads)[:, None]
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.reshape(tl.join(a, b), (HEADS, 2 * HALF)).to(start.dtype.element_ty)
+        tl.store(start + head[:, None] * head_stride + column, x, mask=there & (column < 2 * half))
+    else:
+        column = tl.arange(0, HALF)[None, :]
+        place = start + head[:, None] * head_stride + column
+        tl.store(place, a.to(start.dtype.element_ty), mask=there & (column < half))
+        tl.store(place + half, b.to(start.dtype.element_ty), mask=there & (column < half))
+
+
+@triton.jit
+def _pair(vector, half, fill, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A vector [d] of the norm as the two features of each pair."""
+    column = tl.arange(0, HALF)
+    if vector is not None:
+        if INTERLEAVED:
+            a = tl.load(vector + 2 * column, mask=column < half, other=0.0).to(tl.float32)
+            b = tl.load(vector + 2 * column + 1, mask=column < half, other=0.0).to(tl.float32)
+        else:
+            a = tl.load(vector + column, mask=column < half, other=0.0).to(tl.float32)
+            b = tl.load(vector + half + column, mask=column < half, other=0.0).to(tl.float32)
+    else:
+        a = tl.full((HALF,), fill, tl.float32)
+        b = tl.full((HALF,), fill, tl.float32)
+    return a[None, :], b[None, :]
+
+
+@triton.jit
+def _statistics(a, b, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Centred features and 1 / RMS [HEADS, 1]."""
+    if NORM == 1:
+        mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1)) / (2 * half)
+        inside = (tl.arange(0, HALF) < half)[None, :]
+        a = tl.where(inside, a - mean[:, None], 0.0)
+        b = tl.where(inside, b - mean[:, None], 0.0)
+    square = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * half)
+    return a, b, tl.rsqrt(square + eps)[:, None]
+
+
+@triton.jit
+def _turn(  # type: ignore[no-untyped-def]
+    start,
+    out,
+    weight,
+    bias,
+    c,
+    s,
+    heads,
+    head,
+    head_stride,
+    out_stride,
+    half,
+    eps,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    a, b = _load(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+    if NORM != 0:
+        a, b, inverse = _statistics(a, b, half, eps, NORM, HALF)
+        wa, wb = _pair(weight, half, 1.0, INTERLEAVED, HALF)
+        ba, bb = _pair(bias, half, 0.0, INTERLEAVED, HALF)
+        a = a * inverse * wa + ba
+        b = b * inverse * wb + bb
+    if ROTATE:
+        a, b = a * c - b * s, b * c + a * s
+    _store(out, a, b, out_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    out_query,
+    out_key,
+    cos,
+    sin,
+    positions,
+    query_weight,
+    key_weight,
+    query_bias,
+    key_bias,
+    length,
+    query_heads,
+    key_heads,
+    half: tl.constexpr,
+    limit,
+    q0,
+    q1,
+    q2: tl.constexpr,
+    k0,
+    k1,
+    k2: tl.constexpr,
+    oq0,
+    oq1,
+    oq2: tl.constexpr,
+    ok0,
+    ok1,
+    ok2: tl.constexpr,
+    t0,
+    t1,
+    t2,
+    p0,
+    p1,
+    p2,
+    first,
+    second,
+    query_blocks,
+    eps,
+    AXES: tl.constexpr,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    """Program (token, head block): blocks of the query's heads, then of the key's; BOTH: one program does a token."""
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    sample, place = token // length, token % length
+    c = 0.0
+    s = 0.0
+    if cos is not None:
+        c, s = _factors(
+            cos, sin, positions, sample, place, limit, half, t0, t1, t2, p0, p1, p2, first, second, AXES, HALF
+        )
+    if BOTH or block < query_blocks:
+        head = block * HEADS + tl.arange(0, HEADS).to(tl.int64)
+        start, out = query + sample * q0 + place * q1, out_query + sample * oq0 + place * oq1
+        _turn(
+            start, out, query_weight, query_bias, c, s, query_heads, head, q2, oq2, half, eps,
+            cos is not None, NORM, INTERLEAVED, HEADS, HALF,
+        )  # fmt: skip
+    if BOTH or block >= query_blocks:
+        head = (block - (0 if BOTH else query_blocks)) * HEADS + tl.arange(0, HEADS).to(tl.int64)
+        start, out = key + sample * k0 + place * k1, out_key + sample * ok0 + place * ok1
+        _turn(
+            start, out, key_weight, key_bias, c, s, key_heads, head, k2, ok2, half, eps,
+            cos is not None, NORM, INTERLEAVED, HEADS, HALF,
+        )  # fmt: skip
+
+
+def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    """Half head size and heads of a program, warps, and programs of a token's queries."""
+    half = triton.next_power_of_2(query.shape[-1] // 2)
+    heads = max(1, min(triton.next_power_of_2(max(query.shape[2], key.shape[2])), 2048 // half))
+    return half, heads, max(1, min(8, heads * half // 256)), triton.cdiv(query.shape[2], heads)
+
+
+def _table(
+    cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
+    """Strides of the table [n or 1, P, half] and of the positions [n or 1, L, A], rows, first columns of axes 1, 2."""
+    strides = (
+        (0, 0, 0) if cos is None else tuple(0 if cos.shape[0] == 1 and i == 0 else cos.stride(i) for i in range(3))
+    )
+    places = (0, 0, 0)
+    if positions is not None:
+        places = (0 if positions.shape[0] == 1 else positions.stride(0), positions.stride(1), positions.stride(2))
+    bounds = [sum(axes[: i + 1]) // 2 for i in range(2)]
+    return strides, places, 0 if cos is None else cos.shape[1], bounds[0], bounds[1]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    out_query: Tensor,
+    out_key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: tuple[int, ...],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    """Launch. query, key and outputs [n, L, heads, d]; cos and sin [n or 1, P, d / 2]; positions [n or 1, L, axes]."""
+    n, length, query_heads, width = query.shape
+    if not n * length:
+        return
+    half, heads, warps, query_blocks = _blocks(query, key)
+    table, places, limit, first, second = _table(cos, positions, axes)
+    key_blocks = triton.cdiv(key.shape[2], heads)
+    # One program for both where either is small: programs cost too.
+    both = query_blocks == key_blocks == 1 and heads * half <= 1024
+    _forward[(n * length, 1 if both else query_blocks + key_blocks)](
+        query,
+        key,
+        out_query,
+        out_key,
+        cos,
+        sin,
+        positions,
+        query_weight,
+        key_weight,
+        query_bias,
+        key_bias,
+        length,
+        query_heads,
+        key.shape[2],
+        width // 2,
+        limit,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *out_query.stride()[:3],
+        *out_key.stride()[:3],
+        *table,
+        *places,
+        first,
+        second,
+        query_blocks,
+        eps,
+        AXES=len(axes),
+        NORM=NORMS[norm],
+        INTERLEAVED=interleaved,
+        HEADS=heads,
+        HALF=half,
+        BOTH=both,
+        num_warps=warps,
+    )
+
+
+@triton.jit
+def _turn_back(  # type: ignore[no-untyped-def]
+    grad,
+    start,
+    out,
+    weight,
+    c,
+    s,
+    heads,
+    head,
+    grad_stride,
+    head_stride,
+    out_stride,
+    half,
+    eps,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Gradient of one token's heads to `out`; returns what adds to the gradients of weight and bias, [HALF] each."""
+    ga, gb = _load(grad, grad_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+    if ROTATE:
+        ga, gb = ga * c + gb * s, gb * c - ga * s
+    xa, xb = ga, gb
+    da, db = ga, gb
+    if NORM != 0:
+        xa, xb = _load(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+        xa, xb, inverse = _statistics(xa, xb, half, eps, NORM, HALF)
+        xa, xb = xa * inverse, xb * inverse
+        wa, wb = _pair(weight, half, 1.0, INTERLEAVED, HALF)
+        da, db = ga * wa, gb * wb
+        slope = (tl.sum(da * xa, axis=1) + tl.sum(db * xb, axis=1))[:, None] / (2 * half)
+        mean = 0.0
+        if NORM == 1:
+            mean = (tl.sum(da, axis=1) + tl.sum(db, axis=1))[:, None] / (2 * half)
+        da, db = (da - xa * slope - mean) * inverse, (db - xb * slope - mean) * inverse
+    _store(out, da, db, out_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+    return tl.sum(ga * xa, axis=0), tl.sum(gb * xb, axis=0), tl.sum(ga, axis=0), tl.sum(gb, axis=0)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    grad,
+    tensor,
+    out,
+    cos,
+    sin,
+    positions,
+    weight,
+    sums,
+    tokens,
+    length,
+    heads,
+    half: tl.constexpr,
+    limit,
+    g0,
+    g1,
+    g2: tl.constexpr,
+    x0,
+    x1,
+    x2: tl.constexpr,
+    o0,
+    o1,
+    o2: tl.constexpr,
+    t0,
+    t1,
+    t2,
+    p0,
+    p1,
+    p2,
+    first,
+    second,
+    eps,
+    AXES: tl.constexpr,
+    NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Program (part, head block): a part of the tokens. sums [parts, blocks, 4, HALF]: weight, then bias, by pair."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    block, blocks = tl.program_id(1), tl.num_programs(1)
+    head = block * HEADS + tl.arange(0, HEADS).to(tl.int64)
+    share = (tokens + parts - 1) // parts
+    start = part.to(tl.int64) * share
+    stop = tl.minimum(start + share, tokens)
+    wa = tl.zeros((HALF,), tl.float32)
+    wb = tl.zeros((HALF,), tl.float32)
+    ba = tl.zeros((HALF,), tl.float32)
+    bb = tl.zeros((HALF,), tl.float32)
+    for token in range(start, stop):
+        sample, place = token // length, token % length
+        c = 0.0  # only here: a variable of the loop may not change its type
+        s = 0.0
+        if cos is not None:
+            c, s = _factors(
+                cos, sin, positions, sample, place, limit, half, t0, t1, t2, p0, p1, p2, first, second, AXES, HALF
+            )
+        a, b, d, e = _turn_back(
+            grad + sample * g0 + place * g1, tensor + sample * x0 + place * x1, out + sample * o0 + place * o1,
+            weight, c, s, heads, head, g2, x2, o2, half, eps, cos is not None, NORM, INTERLEAVED, HEADS, HALF,
+        )  # fmt: skip
+        wa += a
+        wb += b
+        ba += d
+        bb += e
+    place = sums + (part * blocks + block) * 4 * HALF + tl.arange(0, HALF)
+    tl.store(place, wa)
+    tl.store(place + HALF, wb)
+    tl.store(place + 2 * HALF, ba)
+    tl.store(place + 3 * HALF, bb)
+
+
+def backward(
+    grad: Tensor,
+    tensor: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: tuple[int, ...],
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of queries or of keys [n, L, heads, d], and those of weight and bias [2, d] in float32."""
+    n, length, count, width = tensor.shape
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    half, heads, warps, blocks = _blocks(tensor, tensor)
+    parts = max(1, min(n * length, triton.cdiv(1024, blocks)))
+    sums = torch.zeros((parts, blocks, 4, half), dtype=torch.float32, device=tensor.device)
+    if n * length:
+        table, places, limit, first, second = _table(cos, positions, axes)
+        _backward[(parts, blocks)](
+            grad,
+            tensor,
+            out,
+            cos,
+            sin,
+            positions,
+            weight,
+            sums,
+            n * length,
+            length,
+            count,
+            width // 2,
+            limit,
+            *grad.stride()[:3],
+            *tensor.stride()[:3],
+            *out.stride()[:3],
+            *table,
+            *places,
+            first,
+            second,
+            eps,
+            AXES=len(axes),
+            NORM=NORMS[norm],
+            INTERLEAVED=interleaved,
+            HEADS=heads,
+            HALF=half,
+            num_warps=warps,
+        )
+    pairs = sums.sum((0, 1)).view(2, 2, half)[..., : width // 2]  # [weight or bias, feature of the pair, half]
+    return out, (pairs.transpose(1, 2) if interleaved else pairs).reshape(2, width)

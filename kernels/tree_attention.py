@@ -1,0 +1,180 @@
+"""Attention of the nodes of a token tree to committed slots of a key-value cache, and to their ancestors.
+
+Committed slots are seen by every node, so they need no mask over nodes: they are read in flash-attention style, split
+over programs where there are few rows and heads, and merged with the small block of the tree by log-sum-exp. Keys and
+values of the nodes are written on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.cached_attention import cached_attention
+from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
+
+__all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    layer: int,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> Tensor:
+    """Write keys and values of n nodes of every row, then attend. Loss contract: exact up to rounding.
+
+    Args:
+        query: [R, n, query_heads, head_dim].
+        key, value: [R, n, heads, head_dim]; heads divides query_heads.
+        store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
+        layer: which of the layers.
+        slots: int64 [R, n], where the nodes go: at `lengths` or behind.
+        lengths: int64 [R], committed slots; node j of the tree lies in slot `lengths + j`.
+        visible: bool [R, capacity], which slots may be looked at once they are committed.
+        tree: bool [1 or R, n, m], which of m nodes each of the n sees; it has to see one slot, be it its own.
+        limit: slots from here on are not looked at; at least `lengths` + m.
+
+    Returns:
+        [R, n, query_heads, head_dim] in the dtype of `store`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    _check(query, key, value, store, slots, lengths, visible, tree, limit)
+    if not choose(
+        "tree_attention", _why_not(query, store), _pays(*query.shape[:2]), query, key, value, store, slots, tree
+    ):
+        return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
+    if direct(query, key, value, store):
+        from fastgen.kernels.tree_attention_triton import launch
+
+        return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
+    mixed: Tensor = torch.ops.fastgen.tree_attention(
+        query, key, value, store, layer, slots, lengths, visible, tree, limit
+    )
+    return mixed
+
+
+def tree_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    layer: int,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> Tensor:
+    """The specification of `tree_attention`: one attention under a mask over all slots."""
+    return cached_attention(query, key, value, store, layer, slots, tree_mask(lengths, visible, tree, limit))
+
+
+def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Tensor:
+    """Who sees what, bool [R, 1, n, limit]: every node the committed slots of its row, its ancestors and itself.
+
+    Arguments: see `tree_attention`.
+    """
+    rows, n, m = len(lengths), *tree.shape[-2:]
+    slot = torch.arange(limit, device=tree.device)
+    committed = (slot < lengths[:, None]) & visible[:, :limit]
+    node = slot - lengths[:, None]
+    inside = (node >= 0) & (node < m)
+    index = node.clamp(0, m - 1)[:, None, :].expand(rows, n, limit)
+    among = tree.expand(rows, n, m).gather(2, index) & inside[:, None]
+    return (committed[:, None] | among)[:, None]
+
+
+def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
+    """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
+    among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
+    return choose("tree_attention", _why_not(store, store), _pays(store.shape[2], tree.shape[1]), store, tree)
+
+
+def _pays(rows: int, queries: int) -> bool | str:
+    """Whether "auto" takes the kernel, or why not: a few queries of one or two images need no more than a mask."""
+    return UNMEASURED if rows > 4 or queries > 64 else False
+
+
+def _why_not(query: Tensor, store: Tensor) -> str | None:
+    if store.dtype not in _TYPES or query.dtype not in _TYPES:
+        return f"query and store of {query.dtype} and {store.dtype}"
+    if store.stride(5) != 1:
+        return "a store whose last axis is strided"
+    if not 8 <= store.shape[5] <= 256:
+        return f"heads of width {store.shape[5]}"
+    if torch.is_grad_enabled() and (query.requires_grad or store.requires_grad):
+        return "gradients are asked for"
+    return None
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> None:
+    if store.ndim != 6 or store.shape[1] != 2:
+        raise ValueError(f"store: needs [layers, 2, R, capacity, heads, head_dim], got {tuple(store.shape)}")
+    _, _, rows, capacity, heads, width = store.shape
+    if query.ndim != 4 or len(query) != rows or query.shape[3] != width or query.shape[2] % heads:
+        raise ValueError(
+            f"query: needs [{rows}, n, a multiple of {heads}, {width}] for this store, got {tuple(query.shape)}"
+        )
+    n = query.shape[1]
+    if not 0 <= limit <= capacity:
+        raise ValueError(f"limit: needs 0 to {capacity}, got {limit}")
+    if tree.ndim != 3 or tree.shape[0] not in (1, rows) or tree.shape[1] != n or tree.dtype != torch.bool:
+        raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {tree.dtype} {tuple(tree.shape)}")
+    wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
+        ("key", key, (rows, n, heads, width), None),
+        ("value", value, (rows, n, heads, width), None),
+        ("slots", slots, (rows, n), torch.int64),
+        ("lengths", lengths, (rows,), torch.int64),
+        ("visible", visible, (rows, capacity), torch.bool),
+    ]
+    for name, given, shape, dtype in wanted:
+        if given.shape != shape or (dtype is not None and given.dtype != dtype):
+            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {given.dtype} {list(given.shape)}")
+    check_range("slots", slots, capacity)
+    check_range("lengths", lengths, capacity + 1)
+
+
+@torch.library.custom_op("fastgen::tree_attention", mutates_args=("store",))
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    layer: int,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> Tensor:
+    from fastgen.kernels.tree_attention_triton import launch
+
+    return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
+
+
+@_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, store: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape, dtype=store.dtype)

@@ -1,0 +1,147 @@
+"""Fused kernels in stock pipelines: one line on, one line off.
+
+    fastgen.enable_kernels(pipe)   # {"blocks": 57, "attention": 57, "decoder": 24}
+    pipe("a red circle")
+    fastgen.disable_kernels(pipe)
+
+Nothing is patched but the objects of this pipeline: its transformer blocks and its VAE get forward passes of their
+own, its attention modules processors that stand before theirs. Where kernels do not run (on a CPU, with
+FASTGEN_KERNELS=reference, for arguments that a fused pass does not know) these call the stock code, so the result
+there is the stock one, bit for bit. Loss contract: exact, up to rounding; after `disable_kernels`, bit for bit what it
+was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from fastgen.pipelines import fused_attention, fused_blocks, fused_decoders
+
+__all__ = ["disable_kernels", "enable_kernels"]
+
+logger = logging.getLogger(__name__)
+
+_FORWARDS = {**fused_blocks.BLOCKS, **fused_decoders.DECODERS}
+_OURS = set(_FORWARDS.values())
+#: Of pipelines that hold none of this, nothing is served; they are named when they are refused.
+_FAMILIES = (
+    "DiT, FLUX, Stable Diffusion 3, Qwen-Image, Z-Image, and pipelines with an AutoencoderKL or Janus' VQ decoder"
+)
+
+
+def enable_kernels(pipe: Any) -> dict[str, int]:
+    """Let a pipeline, or a model, compute with fused kernels. Doing it twice changes nothing.
+
+    LoRA, model offload and `compile_repeated_blocks` work as before; enable kernels before compiling. A block whose
+    forward belongs to another hook (step caches, group offloading) is left alone and named in the log: enable kernels
+    first, then the hook.
+
+    Args:
+        pipe: a diffusers pipeline, or one of its models.
+
+    Returns:
+        how many "blocks", "attention" modules and "decoder" modules compute with kernels now.
+
+    Raises:
+        ValueError: nothing in it is served.
+    """
+    counts: Counter[str] = Counter()
+    shared: dict[int, Any] = {}  # attention modules may share one processor
+    for module in _modules(pipe):
+        kind = _install_forward(module) or _install_processor(module, shared)
+        if kind:
+            counts[kind] += 1
+    if not counts:
+        raise ValueError(f"pipe: {type(pipe).__name__} has nothing that kernels serve; there are {_FAMILIES}")
+    logger.info("kernels enabled: %s", dict(counts))
+    return dict(counts)
+
+
+def disable_kernels(pipe: Any) -> None:
+    """Take everything back that `enable_kernels` did; without it, nothing happens."""
+    for module in _modules(pipe):
+        if type(module) in _FORWARDS:
+            _remove_forward(module)
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, fused_attention.FusedProcessor):
+            module.set_processor(processor.stock)
+
+
+def _modules(pipe: Any) -> Iterator[Any]:
+    """All modules of a pipeline's models, or of a model."""
+    if isinstance(pipe, nn.Module):
+        models: list[Any] = [pipe]
+    else:
+        models = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
+        if not models:
+            raise ValueError(f"pipe: needs a diffusers pipeline or a model, got {type(pipe).__name__}")
+    for model in models:
+        yield from model.modules()
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(forward, "__func__", None) in _OURS
+
+
+def _install_forward(module: Any) -> str | None:
+    """Give a module its fused forward; "blocks" or "decoder" if it has it afterwards."""
+    kind = type(module)
+    if kind not in _FORWARDS:
+        return None
+    block = kind in fused_blocks.BLOCKS
+    if not (fused_blocks.fits(module) if block else fused_decoders.fits(module)):
+        return None
+    if getattr(vars(module).get("forward"), "__func__", kind.forward) is kind.forward and not _hooked(module):
+        # A bound method, not a closure: a deep copy of the module then computes with its own weights.
+        module.forward = MethodType(_FORWARDS[kind], module)
+    elif not any(_is_ours(forward) for forward in _layers_of_forward(module)):
+        logger.info("%s: another hook owns its forward; enable kernels before it", kind.__name__)
+        return None
+    return "blocks" if block else "decoder"
+
+
+def _hooked(module: Any) -> bool:
+    """Whether a hook of accelerate or diffusers has taken the forward over."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or bool(registry is not None and registry._fn_refs)
+
+
+def _layers_of_forward(module: Any) -> list[Any]:
+    """The forward of an instance, and what hooks of accelerate and diffusers put below theirs."""
+    found = [vars(module).get("forward"), vars(module).get("_old_forward")]
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None:
+        found += [reference.original_forward for reference in registry._fn_refs]
+        found += [reference.forward for reference in registry._fn_refs]
+    return found
+
+
+def _remove_forward(module: Any) -> None:
+    """Put the class's forward back, also below hooks that came later."""
+    stock = MethodType(type(module).forward, module)
+    if _is_ours(vars(module).get("forward")):
+        del module.forward
+    if _is_ours(vars(module).get("_old_forward")):
+        module._old_forward = stock
+    registry = getattr(module, "_diffusers_hook", None)
+    for reference in registry._fn_refs if registry is not None else ():
+        for name in ("forward", "original_forward"):
+            if _is_ours(getattr(reference, name)):
+                setattr(reference, name, stock)
+
+
+def _install_processor(module: Any, shared: dict[int, Any]) -> str | None:
+    processor = getattr(module, "processor", None)
+    if isinstance(processor, fused_attention.FusedProcessor):
+        return "attention"
+    fused = fused_attention.PROCESSORS.get(type(processor))
+    if fused is None or not fused.fits(module):
+        return None
+    module.set_processor(shared.setdefault(id(processor), fused(processor)))
+    return "attention"
