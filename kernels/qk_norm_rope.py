@@ -153,6 +153,8 @@ def _as_complex(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
 
     Compilers fuse the real form and cannot fuse this one.
     """
+    if not x.numel():  # of which torch 2.13 makes no complex view
+        return x.clone()
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
