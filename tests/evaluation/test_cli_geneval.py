@@ -31,6 +31,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options: a Mask2Former that sees one cat all over every picture, a CLIP, and a photograph for the self-test."""
+    pytest.importorskip("torchvision", reason="open_clip needs torchvision")
     home = tmp_path_factory.mktemp("judges")
     detector, clip = save(sees("cat"), home / "cat"), save_open_clip(home / "clip")
     (home / "photos").mkdir()
