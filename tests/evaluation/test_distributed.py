@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import socket
@@ -259,11 +260,15 @@ def test_one_process_needs_no_distribution() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
 def test_the_command_under_its_launchers(tmp_path: Path, launcher: str) -> None:
-    """`torchrun` and `accelerate launch` of the whole command, against one process."""
+    """`torchrun` and `accelerate launch` of the whole command, against one process.
+
+    With one thread a process, as `torchrun` sets it: the number of threads changes float32 sums of a network.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--model", "renders", "--limit", "1", "--images-per-prompt", "2", "--json", "--allow-small"]
     command = ["-m", "fastgen", "eval", "shapes", *options, "--out"]
     plain = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "one")], capture_output=True, text=True, check=True
+        [sys.executable, *command, str(tmp_path / "one")], capture_output=True, text=True, check=True, env=environment
     )
     two = ["--nproc-per-node", "2", "--standalone"] if "torch." in launcher else ["--cpu", "--num_processes", "2"]
     shared = subprocess.run(
@@ -271,6 +276,7 @@ def test_the_command_under_its_launchers(tmp_path: Path, launcher: str) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=environment,
     )
     assert shared.returncode == 0, shared.stderr
     first, second = json.loads(plain.stdout), json.loads(shared.stdout)
