@@ -61,8 +61,9 @@ class RunSettings:
         seed: of the run; each image has a seed of its own, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
         tail_drop, uncond_tail_drop, token_budget: compute budget of a model with dynamic chunking.
-        method: "speculative", or None for what the model is.
+        method: "speculative", "search", or None for what the model is.
         tree, acceptance, quality, drafter: of speculative decoding.
+        search: policy, verifier, budget and other settings of a search for noise.
         device, dtype: as named by the user.
         batch_size: None when the pixels do not depend on it (batch-invariant generation, the default); a number makes
             rounding part of the run, and a resumed run then equals an uninterrupted one up to rounding only.
@@ -85,6 +86,7 @@ class RunSettings:
     acceptance: str | None = None
     quality: float | None = None
     drafter: str | None = None
+    search: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:

@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Workers of pytest-xdist share the cores, and processes that tests start must round as their parents do. Torch reads
+# this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from fastgen._compat import repair_torchvision

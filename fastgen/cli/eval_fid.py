@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
+from fastgen.cli import search as searching
 from fastgen.cli.eval_run import Generation, progress
 from fastgen.errors import FastgenError
 
@@ -97,6 +98,17 @@ def fid(
     acceptance: options.Acceptance = None,
     quality: options.Quality = None,
     drafter: options.Drafter = None,
+    policy: searching.PolicyOption = None,
+    verifier: searching.VerifierOption = None,
+    max_nfe: searching.MaxNfeOption = None,
+    target_score: searching.TargetScoreOption = None,
+    sampler: searching.SamplerOption = None,
+    tau: searching.TauOption = None,
+    starts: searching.StartsOption = None,
+    chains: searching.ChainsOption = None,
+    explore: searching.ExploreOption = None,
+    explore_uncond: searching.ExploreUncondOption = None,
+    preview: searching.PreviewOption = None,
     draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
     batch_invariant: options.BatchInvariant = True,
     limit: options.Limit = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
+from fastgen.cli import search as searching
 from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
 from fastgen.errors import FastgenError
 
@@ -61,6 +62,17 @@ def geneval(
     acceptance: options.Acceptance = None,
     quality: options.Quality = None,
     drafter: options.Drafter = None,
+    policy: searching.PolicyOption = None,
+    verifier: searching.VerifierOption = None,
+    max_nfe: searching.MaxNfeOption = None,
+    target_score: searching.TargetScoreOption = None,
+    sampler: searching.SamplerOption = None,
+    tau: searching.TauOption = None,
+    starts: searching.StartsOption = None,
+    chains: searching.ChainsOption = None,
+    explore: searching.ExploreOption = None,
+    explore_uncond: searching.ExploreUncondOption = None,
+    preview: searching.PreviewOption = None,
     batch_size: options.BatchSize = 4,
     batch_invariant: options.BatchInvariant = True,
     seed: options.Seed = 0,

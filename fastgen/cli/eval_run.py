@@ -7,12 +7,14 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli import search as searching
+from fastgen.cli.generate import METHODS
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -42,7 +44,13 @@ TokenBudget = Annotated[
     int | None, typer.Option("--token-budget", help="Exact number of image tokens (dynamic chunking).")
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="speculative (decoding of image tokens); else what the model is.")
+    str | None,
+    typer.Option(
+        "--method",
+        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for noise that a "
+        "verifier likes the picture of). Default: what the model is.",
+        show_default=False,
+    ),
 ]
 Tree = Annotated[str | None, typer.Option("--tree", help="What a round drafts, e.g. jacobi-12 (speculative).")]
 Acceptance = Annotated[str | None, typer.Option("--acceptance", help="What is accepted, e.g. exact (speculative).")]
@@ -63,6 +71,13 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N pro
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of images and results; a killed run continues there.")]
 
 
+#: A search, and the settings of each of its pictures.
+PlannedSearch = tuple[searching.Search, dict[str, Any]]
+#: Settings of a run that `generate_images` takes.
+_DRAWING = ("steps", "guidance_scale", "tail_drop", "uncond_tail_drop", "token_budget")
+_DECODING = ("tree", "acceptance", "quality")
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The options of generation, by the names of `RunSettings`; `model` None when a folder is scored instead."""
@@ -79,6 +94,17 @@ class Generation:
     acceptance: str | None
     quality: float | None
     drafter: str | None
+    policy: str | None
+    verifier: str | None
+    max_nfe: int | None
+    target_score: float | None
+    sampler: str | None
+    tau: float | None
+    starts: int | None
+    chains: int | None
+    explore: float | None
+    explore_uncond: float | None
+    preview: str | None
     batch_size: int
     batch_invariant: bool
     seed: int
@@ -99,14 +125,26 @@ class Generation:
             raise FastgenError(f"--seed: {self.seed} is not allowed, needs 0 .. 2**63 - 1")
         budget = self._options("tail_drop", "uncond_tail_drop", "token_budget")
         _check_budget(budget)
-        decoding = self._options("method", "tree", "acceptance", "quality", "drafter")
-        _check_decoding(decoding)
+        if self.method is not None and self.method not in METHODS:
+            raise FastgenError(f"--method: {self.method!r} is not allowed, needs one of {', '.join(METHODS)}")
+        decoding = self._options("tree", "acceptance", "quality", "drafter")
+        _check_decoding(self.method, decoding)
+        search = self._search()
+        searching.check_options(self.method, search, save_tree=False)
         if images is not None:
-            refuse_with_images(self._options("model", "steps", "guidance_scale", "limit") | budget | decoding)
+            others = self._options("model", "steps", "guidance_scale", "limit", "method", *search)
+            refuse_with_images(others | budget | decoding)
         check_device(self.device, self.dtype)
 
     def _options(self, *names: str) -> dict[str, Any]:
         return {_option(name): getattr(self, name) for name in names}
+
+    def _search(self) -> dict[str, Any]:
+        """Settings of a search, as `plan_search` takes them. No limit of seconds: what is found would depend on the
+        machine's load, and a run that was interrupted would not end as one that was not."""
+        from fastgen.pipelines.arguments import SEARCH_SETTINGS
+
+        return {name: getattr(self, name) for name in SEARCH_SETTINGS if name != "max_seconds"}
 
     def open(
         self,
@@ -127,21 +165,37 @@ class Generation:
         from fastgen.evaluation.runner import EvaluationRun, RunSettings
         from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
 
-        model = self.model or "tiny"
+        model = self.model or METHODS[self.method or "base"]
         drawer = (drawers or {}).get(model)
-        identity = model
+        identity, search = model, None
         if drawer is None:
             checkpoint = find_checkpoint(model)
+            _check_method(self.method, checkpoint)
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
-        apart = ("model", "batch_size", "batch_invariant", "limit")
-        settings = {name: getattr(self, name) for name in self.__slots__ if name not in apart}
+            search = self._planned_search(checkpoint) if self.method == "search" else None
+        elif self.method is not None:
+            raise FastgenError(f"--method {self.method}: {model} is no model")
+        same = (field.name for field in fields(RunSettings))
+        settings = {name: getattr(self, name) for name in same if name in self.__slots__ and name != "model"}
+        settings["method"] = self.method if self.method in ("speculative", "search") else None
         settings["batch_size"] = None if self.batch_invariant else self.batch_size
+        settings["search"] = None if search is None else search[0].settings
         run = RunSettings(model=model, model_fingerprint=identity, **settings)
         if out is None:
             key = hashlib.sha256(json.dumps([asdict(run), self.limit]).encode()).hexdigest()[:8]
             out = Path("fastgen-eval") / f"{benchmark}-{Path(model).name}-{key}"
-        return GenerationRun(EvaluationRun(out, prompts, run, group), drawer, self.batch_size)
+        return GenerationRun(EvaluationRun(out, prompts, run, group), drawer, self.batch_size, search)
+
+    def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
+        """Checked with the model's configuration."""
+        from fastgen.pipelines.arguments import SETTINGS
+        from fastgen.pipelines.generation import pipeline_class, resolve_settings
+
+        kind = pipeline_class(checkpoint, self.method)
+        call = resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})
+        asked = {**self._search(), "max_seconds": None}
+        return searching.plan_search(checkpoint, kind, call, asked, save_tree=False), call
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +206,7 @@ class GenerationRun:
     run: EvaluationRun
     drawer: Generate | None
     batch_size: int
+    search: PlannedSearch | None = None
 
     def make(self, on_progress: OnProgress) -> dict[str, Any]:
         """Draw what is missing; what goes into the report about it."""
@@ -159,7 +214,7 @@ class GenerationRun:
 
         run = self.run
         with phase("generate"):
-            made = run.generate(self.drawer or _generator(run, self.batch_size), on_progress)
+            made = run.generate(self.drawer or _generator(run, self.batch_size, self.search), on_progress)
         count, seconds = run.timing()
         return {
             "model": run.settings.model,
@@ -188,15 +243,24 @@ def refuse_with_images(options: dict[str, Any]) -> None:
         raise FastgenError(f"{', '.join(given)}: not allowed with --images, which generates nothing")
 
 
-def _check_decoding(options: dict[str, Any]) -> None:
+def _check_method(method: str | None, checkpoint: Checkpoint) -> None:
+    """FastgenError when the model cannot draw by `method`; what decoding needs is looked for where it is loaded."""
+    chunked = checkpoint.has_dynamic_chunking
+    if method in ("base", "dc") and (method == "dc") != chunked:
+        raise FastgenError(
+            f"--method {method}: model {checkpoint.model!r} has {'' if chunked else 'no '}dynamic chunking"
+        )
+    if method == "search" and checkpoint.kind == "janus":
+        raise FastgenError(f"--method search: model {checkpoint.model!r} draws tokens, there is no noise to search")
+
+
+def _check_decoding(method: str | None, options: dict[str, Any]) -> None:
     """Options of speculative decoding."""
     from fastgen.pipelines.arguments import check_value
 
-    if options["--method"] not in (None, "speculative"):
-        raise FastgenError(f"--method: {options['--method']!r} is not allowed, needs speculative")
     for label, value in options.items():
-        if value is not None and label != "--method":
-            if options["--method"] is None:
+        if value is not None:
+            if method != "speculative":
                 raise FastgenError(f"{label}: needs --method speculative")
             if label != "--drafter":  # it is looked for with the model
                 check_value(label, label.removeprefix("--"), value)
@@ -223,7 +287,7 @@ def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
     return model_fingerprint(*checkpoint.folders, *others)
 
 
-def _generator(run: EvaluationRun, batch_size: int) -> Generate:
+def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None) -> Generate:
     """Draws with the model of the run."""
 
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
@@ -237,22 +301,15 @@ def _generator(run: EvaluationRun, batch_size: int) -> Generate:
             method=settings.method,
             drafter=settings.drafter,
         )
-        pictures = generate_images(
-            pipe,
-            prompts,
-            seeds,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            tail_drop=settings.tail_drop,
-            uncond_tail_drop=settings.uncond_tail_drop,
-            token_budget=settings.token_budget,
-            tree=settings.tree,
-            acceptance=settings.acceptance,
-            quality=settings.quality,
-            batch_size=batch_size,
-            batch_invariant=settings.batch_size is None,
-        )
-        return (picture.image for picture in pictures)
+        batches: dict[str, Any] = {"batch_size": batch_size, "batch_invariant": settings.batch_size is None}
+        if search is not None:
+            planned, call = search
+            verifier = planned.load_verifier(run.group.device(settings.device))
+            found = searching.searched_pictures(pipe, verifier, planned, prompts, seeds, **call, **batches)
+            # What a search had when it was cut short is no image of the run; the error comes after it.
+            return (picture.image for picture in found if not picture.interrupted)
+        asked = {name: getattr(settings, name) for name in (*_DRAWING, *_DECODING)}
+        return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
 
     return generate
 

@@ -108,3 +108,28 @@ def work(
     except Exception as error:
         (out / f"error-{rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
         raise SystemExit(3) from error
+
+
+def command(folder: str, rank: int, size: int, port: int, seconds: float = 0.0) -> None:
+    """`fastgen eval geneval` itself, with slowed renderer and detector, in `folder`/run."""
+    join(rank, size, port)
+    import fastgen.evaluation.shapesworld as shapesworld
+    from fastgen.cli.main import run
+    from fastgen.evaluation.geneval.shapes import ShapesModel
+
+    render, detect, meet = shapesworld.render_prompts, ShapesModel.detect, Group.from_environment
+
+    def slow_render(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        for image in render(prompts, seeds):
+            time.sleep(seconds)
+            yield image
+
+    def slow_detect(self: ShapesModel, images: torch.Tensor) -> list:
+        time.sleep(seconds * len(images))
+        return detect(self, images)
+
+    shapesworld.render_prompts = slow_render
+    ShapesModel.detect = slow_detect  # type: ignore[method-assign]
+    Group.from_environment = lambda device="cpu": meet(device, silence=6.0)  # type: ignore[method-assign, assignment]
+    options = ["--detector", "shapes", "--model", "renders", "--limit", "2", "--images-per-prompt", "4"]
+    raise SystemExit(run(["eval", "geneval", *options, "--out", str(Path(folder) / "run")]))

@@ -98,6 +98,7 @@ def test_first_block_cache_skips_steps(z: ZImagePipeline) -> None:
     assert np.array_equal(draw(z), plain)
 
 
+@pytest.mark.slow
 def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc", "--model", str(micro_dc), "--dense", str(micro_z), "--folder", str(tmp_path / "f")]
     arguments += ["--tail-drop", "0", "--tail-drop", "0.5", "--limit", "1", "--images-per-prompt", "1", "--runs", "1"]

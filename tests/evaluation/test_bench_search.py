@@ -120,6 +120,7 @@ def test_a_policy_may_have_a_budget_of_its_own(micro_z: Path, verifiers: tuple[s
             parse_variant(bad)
 
 
+@pytest.mark.slow
 def test_shares_do_together_what_one_process_does(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

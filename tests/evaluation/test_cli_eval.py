@@ -192,6 +192,30 @@ def test_bad_options_of_speculative_decoding(
     assert word in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--policy", "rbf"], "--policy: needs --method search"),
+        (["--method", "base", "--max-nfe", "48"], "--max-nfe: needs --method search"),
+        (["--method", "search", "--policy", "luck"], "luck"),
+        (["--method", "search", "--max-nfe", "3"], "max_nfe"),
+        (["--method", "search", "--max-nfe", "48", "--target-score", "2"], "--target-score"),
+        (["--method", "search", "--policy", "best-of-n", "--max-nfe", "48", "--sampler", "ancestral"], "--sampler"),
+        (["--method", "search", "--explore", "0.5"], "no dynamic chunking"),
+        (["--method", "search", "--model", "tiny-janus"], "draws tokens"),
+        (["--method", "search", "--model", "renders"], "no model"),
+        (["--method", "dc", "--model", "tiny"], "no dynamic chunking"),
+        (["--method", "base", "--model", "tiny-dc"], "has dynamic chunking"),
+        (["--method", "search", "--images", "."], "--method: not allowed with --images"),
+    ],
+)
+def test_bad_options_of_search(options: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is drawn, and no run begins."""
+    assert run(["eval", "shapes", *options]) == 2
+    error = capsys.readouterr().err
+    assert word in error and len(error.strip().splitlines()) == 1
+
+
 def test_a_model_is_scored_through_speculative_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six pictures of the embedded model; the settings are in the report."""
     options = ["--model", "tiny-janus", "--method", "speculative", "--tree", "jacobi-8", "--fast-batches"]
@@ -201,3 +225,44 @@ def test_a_model_is_scored_through_speculative_decoding(tmp_path: Path, capsys: 
     assert report["n_images"] == 6
     assert (report["settings"]["method"], report["settings"]["tree"]) == ("speculative", "jacobi-8")
     assert report["stats"]["passes"]["target"] < 256
+
+
+SEARCH = ["eval", "shapes", "--method", "search", "--steps", "3", "--policy", "best-of-n", "--max-nfe", "24"]
+SIX = ["--limit", "1", "--images-per-prompt", "1", "--json", "--allow-small"]
+
+
+def test_a_model_is_scored_through_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    """Six pictures of the embedded model, by the default verifier; another search is another run."""
+    for more, made in (([], 6), ([], 0), (["--target-score", "0.9"], 6)):
+        assert run([*SEARCH, *SIX, *more]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["settings"]["images_made_now"] == made
+    assert report["settings"]["method"] == "search" and report["model"] == "tiny"
+    search = report["settings"]["search"]
+    assert search["policy"] == "best-of-n" and search["target_score"] == 0.9 and len(search["verifier_files"]) == 16
+    assert report["stats"]["verifier_calls"] >= 6
+
+
+def test_what_an_interrupted_search_had_is_no_image_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A verifier that fails in the third picture leaves two; the same command ends as if nothing had been."""
+    from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+
+    assert run([*SEARCH, *SIX, "--out", "whole"]) == 0
+    score, calls = ShapesVerifier._score_batch, []
+
+    def failing(self, images, sides):
+        calls.append(len(images))
+        if len(calls) == 10:  # four pictures are tried for a prompt
+            raise RuntimeError("out of memory")
+        return score(self, images, sides)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShapesVerifier, "_score_batch", failing)
+        assert run([*SEARCH, *SIX, "--out", "part"]) != 0
+    assert "out of memory" in capsys.readouterr().err and set(calls) == {1}
+    assert len(list((tmp_path / "part").glob("*/samples/*.png"))) == 2
+    assert run([*SEARCH, *SIX, "--out", "part"]) == 0
+    for path in (tmp_path / "whole").glob("*/samples/*.png"):
+        assert path.read_bytes() == (tmp_path / "part" / path.relative_to(tmp_path / "whole")).read_bytes()

@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runner_worker
@@ -28,7 +29,13 @@ from fastgen.evaluation.distributed import Group
 
 # A server that has imported everything forks the processes, which then start in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastgen.evaluation.shapesworld", "torch.distributed"])
+PROCESSES.set_forkserver_preload(
+    ["fastgen.evaluation.shapesworld", "torch.distributed", "fastgen.cli.main", "fastgen.evaluation.geneval.judges"]
+    + ["transformers.utils.logging", "fastgen.cli.eval_geneval"]
+)
+
+Worker = Callable[..., None]
+Own = dict[int, dict[str, Any]]
 
 
 def free_port() -> int:
@@ -38,15 +45,21 @@ def free_port() -> int:
 
 
 def start(
-    folder: Path, size: int, seconds: float = 0.0, fail_at: dict[int, int] | None = None, **kwargs
+    folder: Path,
+    size: int,
+    seconds: float = 0.0,
+    target: Worker = runner_worker.work,
+    own: Own | None = None,
+    **kwargs,
 ) -> list[BaseProcess]:
+    """Processes that share a run; `own` has further arguments of single ones."""
     folder.mkdir(exist_ok=True)
     port = free_port()
     started = [
         PROCESSES.Process(
-            target=runner_worker.work,
-            args=(str(folder), rank, size, port, seconds, (fail_at or {}).get(rank)),
-            kwargs=kwargs,
+            target=target,
+            args=(str(folder), rank, size, port, seconds),
+            kwargs={**kwargs, **(own or {}).get(rank, {})},
         )
         for rank in range(size)
     ]
@@ -68,13 +81,14 @@ def finish(processes: list[BaseProcess], within: float = 60.0) -> list[int | Non
     return [process.exitcode for process in processes]
 
 
+def visible(folder: Path) -> list[Path]:
+    """Every file but seconds; of those that a kill may leave, none is visible."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "timing"))]
+
+
 def outcome(folder: Path) -> dict[str, object]:
-    """Every image and record and the scores; of the files that a kill may leave, none is visible."""
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in (folder / "run").rglob("*")
-        if path.is_file() and not path.name.startswith((".", "timing"))
-    }
+    """Every image and record and the scores."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in visible(folder / "run")}
     scores = json.loads((folder / "scores.json").read_text())
     return {**files, "scores": scores}
 
@@ -108,6 +122,7 @@ def test_two_processes_equal_one(tmp_path: Path, whole: dict[str, object]) -> No
     same(outcome(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     """Sums that are added up, and features that are brought together: KID, precision, bootstrap."""
     found = []
@@ -172,9 +187,16 @@ def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
 # --- kills -------------------------------------------------------------------------------------------------------
 
 
-def kill_and_resume(folder: Path, rng: random.Random, sizes: tuple[int, int], alone: bool, moment: float) -> bool:
+def kill_and_resume(
+    folder: Path,
+    rng: random.Random,
+    sizes: tuple[int, int],
+    alone: bool,
+    moment: float,
+    target: Worker = runner_worker.work,
+) -> bool:
     """Kill one process or all at a moment (share of the run), start again with another number; whether it hit."""
-    started = start(folder, sizes[0], seconds=0.01)
+    started = start(folder, sizes[0], seconds=0.01, target=target)
     # Before they have met, only a launcher can know that one is dead.
     deadline = time.monotonic() + 60
     while not (folder / "run" / "run.json").exists() and time.monotonic() < deadline:
@@ -187,7 +209,7 @@ def kill_and_resume(folder: Path, rng: random.Random, sizes: tuple[int, int], al
         if process.pid is not None and process.is_alive():
             process.kill()
     finish(started, within=40)  # whoever is left must notice
-    codes = finish(start(folder, sizes[1]))
+    codes = finish(start(folder, sizes[1], target=target))
     assert codes == [0] * sizes[1], [path.read_text() for path in folder.glob("error-*")]
     return hit
 
@@ -211,13 +233,38 @@ def test_killed_at_ten_random_moments(tmp_path: Path, whole: dict[str, object], 
     assert hits >= 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_command_killed_at_random_moments(tmp_path: Path, size: int) -> None:
+    """`fastgen eval geneval`: the files of a run that nobody killed, and the scores."""
+
+    def outcome_of(folder: Path) -> dict[str, object]:
+        files = {path.relative_to(folder).as_posix(): path for path in visible(folder)}
+        apart = ("scores.json", "scores.md")  # they hold the time
+        scores = json.loads(files["scores.json"].read_text())
+        told = {key: scores[key] for key in ("tasks", "overall", "overall_stderr", "correct_images", "n_images")}
+        return {**{name: path.read_bytes() for name, path in files.items() if name not in apart}, "scores": told}
+
+    assert finish(start(tmp_path / "whole", 1, target=runner_worker.command)) == [0]
+    expected = outcome_of(tmp_path / "whole" / "run")
+    assert len(expected) > 48 and "results.jsonl" in expected
+    rng, hits = random.Random(size), 0
+    for attempt in range(3):
+        folder, after = tmp_path / str(attempt), rng.choice([1, 2])
+        alone, moment = rng.random() < 0.5, rng.uniform(0, 0.8)
+        hits += kill_and_resume(folder, rng, (size, after), alone, moment, runner_worker.command)
+        assert outcome_of(folder / "run") == expected
+        shutil.rmtree(folder)
+    assert hits >= 2
+
+
 # --- failures ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_failure_is_reported_and_stops_the_others(tmp_path: Path, broken: int) -> None:
     began = time.monotonic()
-    codes = finish(start(tmp_path, 2, seconds=0.2, fail_at={broken: 2}), within=30)
+    codes = finish(start(tmp_path, 2, seconds=0.2, own={broken: {"fail_at": 2}}), within=30)
     assert codes == [3, 3] and time.monotonic() - began < 25
     kind, reason = json.loads((tmp_path / f"error-{broken}.json").read_text())
     assert kind == "OSError" and "on fire" in reason

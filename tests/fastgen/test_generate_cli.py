@@ -156,6 +156,7 @@ def test_other_weights_in_the_same_folder_are_noticed(
     assert json.loads(call(capsys, *arguments)[1])["kept"] == 0
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_leaves_whole_files_and_a_restart_goes_on(
     micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -229,6 +230,7 @@ def test_a_full_disk_spares_finished_pictures(
     assert len(pictures(folder)) == 4 and kept.items() <= pictures(folder).items()
 
 
+@pytest.mark.slow
 @posix
 def test_a_real_limit_on_file_sizes(micro_z: Path, tmp_path: Path) -> None:
     """A write that really fails, in a process of its own: 128x128 pixels of noise do not fit into 6 kB."""

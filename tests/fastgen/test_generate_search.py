@@ -185,6 +185,7 @@ def test_dynamic_chunking_keeps_its_knobs_in_a_search(
 # ---- interruptions ----
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_keeps_the_best_until_then_and_a_rerun_searches_again(
     search: list[object], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

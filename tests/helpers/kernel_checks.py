@@ -24,10 +24,11 @@ BOUNDS = {
 }
 
 
-def rms_ratio(actual: Tensor, oracle: Tensor) -> float:
-    """RMS of the difference / RMS of the oracle; the plain RMS of the difference where the oracle is zero."""
+def rms_ratio(actual: Tensor, oracle: Tensor, floor: float = 0.0) -> float:
+    """RMS of the difference / RMS of the oracle, or `floor` where that is more; the plain RMS of the difference where
+    both are zero."""
     difference = (actual.double() - oracle.double()).square().mean().sqrt()
-    size = oracle.double().square().mean().sqrt()
+    size = oracle.double().square().mean().sqrt().clamp_min(floor)
     return float(difference / size if size > 0 else difference)
 
 
@@ -53,6 +54,7 @@ def assert_matches(
     rms: float | None = None,
     ulp: float | None = None,
     dtype: torch.dtype | None = None,
+    terms: float = 0.0,
 ) -> None:
     """Compare with an oracle computed in float64, by the bounds of the dtype of `actual` unless others are given.
 
@@ -62,6 +64,7 @@ def assert_matches(
         name: for the message.
         rms, ulp: bounds instead of those of the table; `ulp` may be infinite.
         dtype: take the bounds of this dtype (where inputs were rounded to it).
+        terms: size of the terms of sums that may cancel; an RMS of the difference of one rounding of them is allowed.
     """
     dtype = dtype or actual.dtype
     bounds = BOUNDS[dtype]
@@ -72,7 +75,8 @@ def assert_matches(
     actual, oracle = actual.detach().cpu(), oracle.detach().cpu()
     wrong = ~torch.isfinite(actual) & torch.isfinite(oracle)
     assert not wrong.any(), f"{name}: not finite at {_first(wrong)}"
-    ratio, distance = rms_ratio(actual, oracle), ulps(actual, oracle, dtype)
+    floor = torch.finfo(dtype).eps * terms / rms if terms else 0.0
+    ratio, distance = rms_ratio(actual, oracle, floor), ulps(actual, oracle, dtype)
     worst = float(distance.max())
     if ratio > rms or worst > ulp:
         bad = distance > ulp if worst > ulp else distance > 0.5 * worst

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, assert_matches, lay_out, layouts
 from torch import Tensor
@@ -226,6 +226,7 @@ def test_nearest_ties_and_wide_keys(triton_kernels: None) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10**6),
 )
+@example(height=1, width=1, samples=1, channels=1, share=1.0, sigma=0.7, dtype=torch.float32, seed=2)
 def test_gradients_equal_those_of_the_float64_reference(
     height: int,
     width: int,
@@ -254,7 +255,9 @@ def test_gradients_equal_those_of_the_float64_reference(
     if sigma is not None:
         assert inputs[1].grad is not None and exact[1].grad is not None
         rms = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 3e-2}[dtype]
-        assert_matches(inputs[1].grad, exact[1].grad, "probabilities", rms=rms, ulp=math.inf)
+        # Where one token is kept the smoothed weights cancel, and nothing is left but rounding.
+        terms = float(tokens.abs().max() * weights.abs().max())
+        assert_matches(inputs[1].grad, exact[1].grad, "probabilities", rms=rms, ulp=math.inf, terms=terms)
 
 
 def test_gradcheck() -> None:

@@ -12,6 +12,7 @@ from fastgen.cli.main import run
 from fastgen.training.dc_ablations import VARIANTS
 
 
+@pytest.mark.slow
 def test_rows_of_two_variants(tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc-ablations", "--folder", str(tmp_path / "f"), "--steps", "2", "--batch-size", "4"]
     arguments += ["--renders", "4"]

@@ -21,6 +21,7 @@ def command(folder: Path, names: list[str]) -> list[str]:
     return ["bench", "drafter-ablations", "--folder", str(folder), *sizes, *options]
 
 
+@pytest.mark.slow
 def test_rows_of_two_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(drafter_ablations, "TREES", TREES[:1])
     out = tmp_path / "a.json"

@@ -146,6 +146,7 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(value, results[1].exported[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_drawn_ahead_are_the_same(tmp_path: Path) -> None:
     """Also what the loss draws behind them, and in a run that was stopped."""
     sizes: dict[str, Any] = {"steps": 5, "batch_size": 4, "lr": 1e-3, "precision": "fp32"}
