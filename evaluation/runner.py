@@ -26,7 +26,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
 from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
-from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, save_png
+from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers, save_png
 
 __all__ = [
     "EvaluationRun",
@@ -158,6 +158,8 @@ class EvaluationRun:
         check_writable(self.folder)
         if path.is_file():
             _check_record(self.folder, read_json(path), record)
+            if self.group.is_main:
+                remove_leftovers(self.folder)
         elif not self.group.is_main:
             raise FastgenError(
                 f"{self.folder}: is not the folder that the first process sees; it must be a shared one"

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "encode_png",
     "file_sha256",
     "read_json",
+    "remove_leftovers",
     "save_png",
 ]
 
@@ -88,6 +90,17 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
         for temporary, _ in staged:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: _PathLike) -> None:
+    """Remove what writes into `folder`, and into those in it, left when their process was killed.
+
+    Nobody else may be writing there.
+    """
+    for path in Path(folder).rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def atomic_write_json(path: _PathLike, obj: Any) -> None:

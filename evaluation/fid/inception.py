@@ -7,7 +7,6 @@ Inception v3: 1008 classes, average pooling that leaves the padding out, and a m
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.errors import FastgenError
+from fastgen.io import file_sha256
 
 __all__ = ["POOL", "SIDE", "SPATIAL", "WEIGHT_FILES", "InceptionV3", "find_weights", "load_inception"]
 
@@ -230,7 +230,7 @@ def load_inception(path: str | Path | None = None) -> InceptionV3:
         FastgenError: the file is missing, damaged (its name ends in the start of its sha256) or of another network.
     """
     file = find_weights(path)
-    if (wanted := re.search(r"-([0-9a-f]{8})\.pth$", file.name)) and not _sha256(file).startswith(wanted[1]):
+    if (wanted := re.search(r"-([0-9a-f]{8})\.pth$", file.name)) and not file_sha256(file).startswith(wanted[1]):
         raise FastgenError(f"inception: {file}: is damaged (its sha256 does not start with {wanted[1]})")
     try:
         if file.suffix == ".safetensors":
@@ -250,11 +250,3 @@ def load_inception(path: str | Path | None = None) -> InceptionV3:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FastgenError(f"inception: {file}: not the weights of the FID network: {line[:200]}") from error
     return model.eval().requires_grad_(False)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

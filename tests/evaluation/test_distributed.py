@@ -210,6 +210,7 @@ def kill_and_resume(
             process.kill()
     finish(started, within=40)  # whoever is left must notice
     codes = finish(start(folder, sizes[1], target=target))
+    assert not list((folder / "run").rglob(".*.tmp"))
     assert codes == [0] * sizes[1], [path.read_text() for path in folder.glob("error-*")]
     return hit
 

@@ -109,6 +109,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, finished: Path, 
     assert EvaluationRun(folder, PROMPTS, SETTINGS).timing()[0] == 36
 
 
+def test_what_a_killed_write_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    left = run.folder / "00000" / "samples" / ".0000.png.0123456789ab.tmp"
+    own = run.folder / ".notes.tmp"
+    left.parent.mkdir(parents=True)
+    for path in (left, own):
+        path.write_bytes(b"part")
+    EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    assert not left.exists() and own.exists()
+
+
 def test_finished_run_makes_nothing_and_loads_nothing(finished: Path) -> None:
     run = EvaluationRun(finished, PROMPTS, SETTINGS)
     timing = run.timing()
