@@ -18,6 +18,7 @@ from evaluation_fakes import PixelModel
 from PIL import Image
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.distributed import Group
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import ImageResult
@@ -107,6 +108,40 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, finished: Path, 
     assert first.made + second.made == 36  # nothing lost, nothing made twice
     assert content(folder) == content(finished)
     assert EvaluationRun(folder, PROMPTS, SETTINGS).timing()[0] == 36
+
+
+class Second(Group):
+    """The second of two processes, alone: the first one told it that everything is missing, and has begun since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size = 1, 2
+
+    def main_first(self, work):
+        return work()
+
+    def share(self, value=None):
+        return [(p, i) for p in range(len(PROMPTS)) for i in range(SETTINGS.images_per_prompt)]
+
+    def count(self, name, done):
+        return done
+
+    def check(self) -> None:
+        pass
+
+    def meet(self, on_wait=None) -> None:
+        pass
+
+
+def test_a_process_that_comes_late_draws_its_share_of_what_all_were_told(tmp_path: Path, finished: Path) -> None:
+    """What the first one has drawn meanwhile must not shift the places of the second."""
+    run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run.generate(Painter(3))
+    run.group = Second()
+    assert run.generate(Painter()) == 36
+    made = {pair for pair in run.group.share() if run.sample(*pair).is_file()}
+    assert made == {(0, 0), (0, 1), (0, 2)} | set(run.group.share()[1::2])
 
 
 def test_what_a_killed_write_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
