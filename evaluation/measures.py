@@ -157,10 +157,25 @@ def _points(data: dict[str, Any], name: str) -> list[Point]:
     points = []
     for row in data.get("rows", []):
         seconds = row.get("seconds") if isinstance(row, dict) else None
-        if not isinstance(seconds, dict) or row.get("score") is None:
+        if seconds is None or row.get("score") is None:
+            continue
+        if "policy" in row:
+            points.append(_search_point(row))
+            continue
+        if not isinstance(seconds, dict):
             continue
         label = str(row.get("variant", row.get("name", "")))
         # A method with its settings turned up and down is one series.
         series = row.get("rule") or " ".join(word for word in label.split() if not any(map(str.isdigit, word)))
         points.append(Point(series or label, label, float(seconds["p50"]), float(row["score"]), row.get("stderr")))
     return points
+
+
+def _search_point(row: dict[str, Any]) -> Point:
+    """A policy of a noise search at one budget; budgets of a policy are one series."""
+    policy, budget = str(row["policy"]), row.get("budget")
+    name = policy if budget is None else f"{policy}, {budget} passes"
+    low, high = row["score_ci"]
+    stderr = (float(high) - float(low)) / (2 * 1.96)
+    series = " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
+    return Point(series, name, float(row["seconds"]), float(row["score"]), stderr)

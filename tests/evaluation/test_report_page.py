@@ -198,6 +198,21 @@ def test_a_moved_folder_finds_its_images(tmp_path: Path) -> None:
     assert grid is not None and all(item.source for item in grid.items)
 
 
+def test_budgets_of_a_policy_are_one_series() -> None:
+    result = read_result(COMMITTED / "bench-search.json")
+    rows = {(row["policy"], row["budget"]): row for row in result.data["rows"]}
+    assert len(result.points) == len(rows)
+    by_series: dict[str, set[str]] = {}
+    for point in result.points:
+        by_series.setdefault(point.series, set()).add(point.name)
+    assert by_series["none"] == {"none"} and "rbf, 100 passes" in by_series["rbf"] and len(by_series["rbf"]) >= 5
+    (point,) = (point for point in result.points if point.name == "rbf, 100 passes")
+    row = rows["rbf", 100]
+    assert (point.score, point.seconds) == (row["score"], row["seconds"])
+    assert point.stderr == pytest.approx((row["score_ci"][1] - row["score_ci"][0]) / 3.92)
+    assert 'class="point"' in html_page([result]) and "no numbers that this page knows" not in html_page([result])
+
+
 def test_tables_mark_the_best(files: list[Path]) -> None:
     first, second = (table for table in tables_of(read_results(files[:3])))
     assert first.title == "GenEval (HF-M2F), detector=hf" and second.title == "FID family"
