@@ -29,6 +29,8 @@ def search_markdown(data: dict[str, Any]) -> str:
         parts.append(_reach(data["reach"]))
     if tests := _comparisons(data["comparisons"]):
         parts.append(tests)
+    if data.get("equal"):
+        parts.append(_equal(data["equal"]))
     parts.append(_tasks(data["rows"]))
     if data["skipped"]:
         pairs = "; ".join(f"{entry['policy']} at {entry['budget']} ({entry['reason']})" for entry in data["skipped"])
@@ -109,6 +111,28 @@ def _comparisons(found: list[dict[str, Any]]) -> str:
         "seconds even at its largest budget):\n\n"
     )
     return note + markdown_table(["policy", "budget", "s/prompt", *(f"above {rival}" for rival in rivals)], table)
+
+
+def _equal(found: list[dict[str, Any]]) -> str:
+    """Paired tests at equal mean seconds."""
+    table = []
+    for entry in (one for one in found if one["rival"].split()[0] in _RIVALS):
+        (low, high), share = entry["rival_budgets"], entry["share"]
+        p = "< 0.001" if entry["p"] < 0.001 else f"{entry['p']:.3f}"
+        mixed = f"{entry['rival']}, {share:.0%} at {low}, {1 - share:.0%} at {high}"
+        cells = [
+            entry["policy"],
+            str(entry["budget"]),
+            f"{entry['seconds']:.2f}",
+            mixed,
+            percent(entry["rival_score"]),
+        ]
+        table.append([*cells, f"{100 * entry['difference']:+.1f} ({_range(entry['ci'])})", p])
+    note = (
+        "At equal mean seconds, against a rival that takes one of its two nearest budgets by lot; the same test. "
+        "Rivals whose least budget takes more seconds are not here:\n\n"
+    )
+    return note + markdown_table(["policy", "budget", "s/prompt", "rival", "its score", "above it", "p"], table)
 
 
 def _tasks(rows: list[dict[str, Any]]) -> str:

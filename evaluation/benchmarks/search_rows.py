@@ -11,7 +11,15 @@ import torch
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
-from fastgen.evaluation.benchmarks.search_statistics import Outcomes, Resampling, Values, compare, diversity, reach
+from fastgen.evaluation.benchmarks.search_statistics import (
+    Outcomes,
+    Resampling,
+    Values,
+    compare,
+    diversity,
+    mixture,
+    reach,
+)
 from fastgen.evaluation.benchmarks.search_variants import NONE, Search
 from fastgen.evaluation.fid.extractors import ShapesNetwork
 from fastgen.evaluation.geneval.metadata import Metadata
@@ -168,7 +176,9 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
 
     Returns:
         "comparisons": every threshold row against the row of every rival that takes as many seconds, or the least
-        more (where all take fewer, the slowest one, and "slower" is False): see `compare`. "reach": what a threshold
+        more (where all take fewer, the slowest one, and "slower" is False): see `compare`. "equal": the same against
+        a mixture of the two budgets of a rival whose seconds lie on both sides, in the shares with which it takes as
+        many; nothing where they do not. "reach": what a threshold
         pays for the score of every rival at its largest budget, in seconds and in forward passes: see `reach`. The
         rivals of a policy that explores are rows of that policy which do not, as well.
     """
@@ -197,7 +207,40 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
                 named = {"policy": name, "rival": rival, "rival_budget": goal.data["budget"], "unit": cost}
                 target = {"target": goal.data["score"]}
                 reached.append({**named, **target, **reach(points, goal.outcomes, cost, by)})
-    return {"comparisons": comparisons, "reach": reached}
+    return {"comparisons": comparisons, "equal": _equal(rows, by), "reach": reached}
+
+
+def _equal(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
+    """Comparisons at equal mean seconds; rows of a policy that differ in `max_nfe` alone are budgets of one rival."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(_without_budget(row.data["policy"]), []).append(row)
+    found = []
+    for row in rows:
+        for rival, others in families.items():
+            if not _rivals(row, others[0]):
+                continue
+            seconds = row.data["seconds"]
+            faster = [other for other in others if other.data["seconds"] <= seconds]
+            slower = [other for other in others if other.data["seconds"] > seconds]
+            if not (faster and slower):
+                continue
+            low = max(faster, key=lambda other: other.data["seconds"])
+            high = min(slower, key=lambda other: other.data["seconds"])
+            share = (high.data["seconds"] - seconds) / (high.data["seconds"] - low.data["seconds"])
+            found.append(
+                {
+                    **{"policy": row.data["policy"], "budget": row.data["budget"], "seconds": seconds},
+                    **{"rival": rival, "rival_budgets": [low.data["budget"], high.data["budget"]], "share": share},
+                    "rival_score": share * low.data["score"] + (1 - share) * high.data["score"],
+                    **compare(row.outcomes, mixture(low.outcomes, high.outcomes, share), by),
+                }
+            )
+    return found
+
+
+def _without_budget(policy: str) -> str:
+    return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 
 def _rivals(ours: Row, theirs: Row) -> bool:

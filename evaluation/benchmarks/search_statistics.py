@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
 
-__all__ = ["Outcomes", "Resampling", "compare", "diversity", "reach", "reach_cost"]
+__all__ = ["Outcomes", "Resampling", "compare", "diversity", "mixture", "reach", "reach_cost"]
 
 Values = NDArray[np.float64]
 
@@ -35,6 +35,13 @@ class Outcomes:
     correct: Values
     seconds: Values
     nfe: Values
+
+
+def mixture(first: Outcomes, second: Outcomes, share: float) -> Outcomes:
+    """What is expected of a policy that takes the budget of `first` for a share of all searches, drawn by lot, and
+    that of `second` for the others."""
+    pairs = zip((first.correct, first.seconds, first.nfe), (second.correct, second.seconds, second.nfe), strict=True)
+    return Outcomes(*(share * a + (1 - share) * b for a, b in pairs))
 
 
 class Resampling:

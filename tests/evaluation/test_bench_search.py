@@ -18,7 +18,16 @@ from fastgen.data.captions import vocabulary
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import search as bench
 from fastgen.evaluation.benchmarks.search import benchmark_search
-from fastgen.evaluation.benchmarks.search_statistics import Outcomes, Resampling, compare, diversity, reach, reach_cost
+from fastgen.evaluation.benchmarks.search_rows import Row, statistics_of
+from fastgen.evaluation.benchmarks.search_statistics import (
+    Outcomes,
+    Resampling,
+    compare,
+    diversity,
+    mixture,
+    reach,
+    reach_cost,
+)
 from fastgen.evaluation.benchmarks.search_variants import VARIANTS, parse_variant, scaled
 from fastgen.evaluation.search_results import search_overhead_markdown
 from fastgen.models.shapes_verifier import ShapesVerifier
@@ -314,6 +323,35 @@ def test_cost_of_a_score() -> None:
     assert reach_cost([1, 2], [0.5, 0.6], 0.4) == 1  # at most what the smallest budget takes
     assert reach_cost([1, 2], [0.5, 0.6], 0.7) == float("inf")
     assert reach_cost([1, 2, 3], [0.2, 0.7, 0.1], 0.45) == pytest.approx(1.5)
+
+
+def test_equal_seconds_are_a_mixture_of_the_two_nearest_budgets() -> None:
+    """A rival as good as its seconds say; rows with a budget of their own are budgets of one rival."""
+    rng, tags = np.random.default_rng(0), [tag for tag in "abcdef" for _ in range(10)]
+    by = Resampling(tags, draws=200)
+
+    def row(policy: str, budget: int, seconds: float, chance: float) -> Row:
+        outcomes = Outcomes(rng.binomial(20, chance, 60) / 20, np.full(60, seconds), np.full(60, float(budget)))
+        data = {"policy": policy, "budget": budget, "seconds": seconds, "score": by.mean(outcomes.correct)}
+        return Row(policy.split()[0], outcomes, data | {"settings": {}})
+
+    rows = [
+        row("none", 0, 0.5, 0.3),
+        row("threshold", 100, 1.5, 0.9),
+        row("threshold max_nfe=40", 40, 0.9, 0.9),  # no rival is as fast
+        row("best-of-n", 48, 1.0, 0.5),
+        row("best-of-n max_nfe=72", 72, 2.0, 0.9),
+        row("best-of-n max_nfe=200", 200, 4.0, 0.9),
+        row("svdd", 48, 1.6, 0.9),  # nor slower and faster at once
+    ]
+    (found,) = statistics_of(rows, by)["equal"]
+    assert (found["policy"], found["rival"], found["rival_budgets"]) == ("threshold", "best-of-n", [48, 72])
+    assert found["share"] == pytest.approx(0.5)
+    half = (rows[3].data["score"] + rows[4].data["score"]) / 2
+    assert found["rival_score"] == pytest.approx(half) and 0.6 < half < 0.8
+    assert found["difference"] == pytest.approx(rows[1].data["score"] - half) and found["p"] < 0.001
+    mixed = mixture(rows[3].outcomes, rows[4].outcomes, 0.25)
+    assert mixed.seconds.mean() == pytest.approx(1.75) and mixed.nfe.mean() == pytest.approx(66)
 
 
 def test_reaching_a_rival() -> None:
