@@ -100,3 +100,27 @@ def test_fused_kernels_against_compiled_references() -> None:
             assert row["speedup_compiled"] > 1.1, row
         if row["large"] and row["op"] == "adaln":
             assert row["roofline_share"] > 0.7
+
+
+def test_noise_search_against_its_rivals() -> None:
+    """What docs/noise-search.md says of thresholds at the seconds of their rivals, and of the hard tasks."""
+    data = json.loads((RESULTS / "bench-search-equal.json").read_text(encoding="utf-8"))
+    page = (RESULTS.parent / "noise-search.md").read_text(encoding="utf-8")
+    rows = {row["policy"]: row for row in data["rows"]}
+    assert data["settings"]["seeds"] == 3 and data["settings"]["prompts"] == 120
+    base, ours = rows["none"], rows["threshold"]
+    said = f"scores {100 * ours['score']:.1f} % in {ours['seconds']:.2f} s ({100 * base['score']:.1f} in "
+    assert " ".join(said.split()) in " ".join(page.split())
+    for task, least in (("counting", 0.25), ("color_attr", 0.15), ("two_object", 0.25)):
+        assert ours["task_gains"][task] >= least
+    assert ours["tasks"]["position"] == 1  # position can gain no more
+    # At equal mean seconds, and against rivals that take more.
+    equal = {(entry["policy"], entry["rival"]): entry for entry in data["equal"]}
+    entry = equal["threshold", "best-of-n"]
+    assert entry["p"] < 0.05 and f"by lot: {100 * entry['rival_score']:.1f} % in {ours['seconds']:.2f} s" in page
+    tests = {(entry["policy"], entry["rival"]): entry for entry in data["comparisons"]}
+    for rival, significant in (("rbf max_nfe=48", True), ("svdd max_nfe=48", False)):
+        entry = tests["threshold", rival]
+        assert entry["slower"] and (entry["p"] < 0.05) == significant
+        score, seconds, more = (100 * rows[rival]["score"], rows[rival]["seconds"], 100 * entry["difference"])
+        assert f"{score:.1f} % in {seconds:.2f} s | +{more:.1f} points" in page
