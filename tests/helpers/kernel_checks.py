@@ -96,6 +96,10 @@ def _first(bad: Tensor, count: int = 5) -> list[tuple[int, ...]]:
 def poisoned() -> Iterator[None]:
     """Fill what `torch.empty` and its relatives give with NaN (integers: a far negative number), so that a kernel that
     leaves a part unwritten, or reads it, is caught."""
+    # The first device context remembers which functions make tensors: they must be torch's own, or `torch.device` as a
+    # context has no effect on them for the rest of the process.
+    with torch.device("meta"):
+        torch.empty(0)
     names = ("empty", "empty_like", "empty_strided")
     plain = {name: getattr(torch, name) for name in names}
     new_empty = Tensor.new_empty
