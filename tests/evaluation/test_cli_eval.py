@@ -227,7 +227,7 @@ def test_a_model_is_scored_through_speculative_decoding(tmp_path: Path, capsys: 
     assert report["stats"]["passes"]["target"] < 256
 
 
-SEARCH = ["eval", "shapes", "--method", "search", "--steps", "3", "--policy", "best-of-n", "--max-nfe", "24"]
+SEARCH = ["eval", "shapes", "--method", "search", "--steps", "3", "--policy", "best-of-n", "--max-nfe", "12"]
 SIX = ["--limit", "1", "--images-per-prompt", "1", "--json", "--allow-small"]
 
 
@@ -254,7 +254,7 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
 
     def failing(self, images, sides):
         calls.append(len(images))
-        if len(calls) == 10:  # four pictures are tried for a prompt
+        if len(calls) == 6:  # two pictures are tried for a prompt
             raise RuntimeError("out of memory")
         return score(self, images, sides)
 
