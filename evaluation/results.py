@@ -18,7 +18,9 @@ from fastgen.evaluation.search_results import search_markdown, search_overhead_m
 _MARK = "<!-- scores -->"
 # Of results whose name is not that of their command.
 _COMMANDS = {
+    "bench-search-twelve": "bench search",
     "bench-search-equal": "bench search",
+    "bench-search-rbf": "bench search",
     "bench-search-elastic": "bench search --model tiny-dc",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
@@ -395,7 +397,9 @@ def results_page(folder: Path) -> str:
         ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
+        ("bench-search-twelve", "Noise search: the same with one seed and more prompts", search_markdown),
         ("bench-search-equal", "Noise search: thresholds against rivals of equal seconds", search_markdown),
+        ("bench-search-rbf", "Noise search: thresholds against RBF with 500 passes", search_markdown),
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),

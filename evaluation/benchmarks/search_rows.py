@@ -178,14 +178,14 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
         "comparisons": every threshold row against the row of every rival that takes as many seconds, or the least
         more (where all take fewer, the slowest one, and "slower" is False): see `compare`. "equal": the same against
         a mixture of the two budgets of a rival whose seconds lie on both sides, in the shares with which it takes as
-        many; nothing where they do not. "reach": what a threshold
-        pays for the score of every rival at its largest budget, in seconds and in forward passes: see `reach`. The
-        rivals of a policy that explores are rows of that policy which do not, as well.
+        many; nothing where they do not. "reach": what a threshold pays for the score of every rival at its largest
+        budget, in seconds and in forward passes: see `reach`. The rivals of a policy that explores are rows of that
+        policy which do not, as well.
     """
     curves: dict[str, list[Row]] = {}
     for row in rows:
         curves.setdefault(row.data["policy"], []).append(row)
-    comparisons, reached = [], []
+    comparisons = []
     for name, curve in curves.items():
         for rival, others in curves.items():
             if not _rivals(curve[0], others[0]):
@@ -201,23 +201,38 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
                         **compare(row.outcomes, other.outcomes, by),
                     }
                 )
+    return {"comparisons": comparisons, "equal": _equal(rows, by), "reach": _reached(rows, by)}
+
+
+def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by policy; those that differ in `max_nfe` alone are budgets of one."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(_without_budget(row.data["policy"]), []).append(row)
+    return families
+
+
+def _reached(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
+    """What policies pay for the score of their rivals at the largest budget."""
+    found, families = [], _families(rows)
+    for name, curve in families.items():
+        for rival, others in families.items():
+            if not _rivals(curve[0], others[0]):
+                continue
             goal = max(others, key=lambda row: row.data["budget"])
             points = [row.outcomes for row in curve]
             for cost in ("seconds", "nfe"):
                 named = {"policy": name, "rival": rival, "rival_budget": goal.data["budget"], "unit": cost}
                 target = {"target": goal.data["score"]}
-                reached.append({**named, **target, **reach(points, goal.outcomes, cost, by)})
-    return {"comparisons": comparisons, "equal": _equal(rows, by), "reach": reached}
+                found.append({**named, **target, **reach(points, goal.outcomes, cost, by)})
+    return found
 
 
 def _equal(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
-    """Comparisons at equal mean seconds; rows of a policy that differ in `max_nfe` alone are budgets of one rival."""
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(_without_budget(row.data["policy"]), []).append(row)
+    """Comparisons at equal mean seconds."""
     found = []
     for row in rows:
-        for rival, others in families.items():
+        for rival, others in _families(rows).items():
             if not _rivals(row, others[0]):
                 continue
             seconds = row.data["seconds"]
