@@ -147,6 +147,8 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the `fastgen` script."""
+    # What transformers notes while it is imported is of no use here; an error of ours stands alone on its line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(run(sys.argv[1:]))
 
 

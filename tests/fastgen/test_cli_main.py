@@ -245,3 +245,11 @@ def test_the_installed_script_exits_with_the_code() -> None:
     done = subprocess.run([script, "--no-such-option"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: No such option: --no-such-option (see fastgen --help)\n"
+
+
+def test_an_error_after_the_libraries_are_loaded_stands_alone() -> None:
+    """transformers warns while it is imported where torchvision is missing."""
+    words = ["generate", "a red circle", "--method", "search", "--policy", "luck", "--max-nfe", "48"]
+    done = subprocess.run([sys.executable, "-m", "fastgen", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: policy: 'luck'") and done.stderr.count("\n") == 1
