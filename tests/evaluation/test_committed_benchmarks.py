@@ -124,3 +124,14 @@ def test_noise_search_against_its_rivals() -> None:
         assert entry["slower"] and (entry["p"] < 0.05) == significant
         score, seconds, more = (100 * rows[rival]["score"], rows[rival]["seconds"], 100 * entry["difference"])
         assert f"{score:.1f} % in {seconds:.2f} s | +{more:.1f} points" in page
+
+
+def test_a_threshold_reaches_the_score_of_rbf_in_a_quarter_of_its_time() -> None:
+    data = json.loads((RESULTS / "bench-search-rbf.json").read_text(encoding="utf-8"))
+    page = " ".join((RESULTS.parent / "noise-search.md").read_text(encoding="utf-8").split())
+    rows = {row["policy"]: row for row in data["rows"]}
+    rbf, ours, usual = (rows[f"{name} max_nfe=500"] for name in ("rbf", "threshold goal=0.9992", "threshold"))
+    assert ours["score"] >= rbf["score"] > usual["score"] and ours["seconds"] < 0.25 * rbf["seconds"]
+    for row in (rbf, ours):
+        assert f"{100 * row['score']:.1f} % in {row['seconds']:.2f} s" in page
+    assert f"stays at {100 * usual['score']:.1f} %" in page
