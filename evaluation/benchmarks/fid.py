@@ -51,7 +51,8 @@ def benchmark_fid(
     """Measure the three.
 
     Args:
-        images: extracted with each number of processes.
+        images: extracted with each number of processes, on one thread each on a CPU; work is shared in pieces of 256,
+            so fewer than that for each process leave one without any.
         batch_size: images in one pass of the network.
         runs: measured batches of network and statistics.
         processes: numbers of processes; a GPU each on "cuda".
@@ -136,6 +137,8 @@ def _processes(count: int, images: int, batch_size: int, device: str) -> dict[st
 
 def _extract(out: str, images: int, batch_size: int, device: str) -> None:
     """What each of the processes runs."""
+    if not device.startswith("cuda"):
+        torch.set_num_threads(1)  # a core each, or one process would have all of them
     group = Group.from_environment(device)
     with group.reporting():
         network = _network(group.device(device))
