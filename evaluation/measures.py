@@ -161,14 +161,17 @@ def _points(data: dict[str, Any], name: str) -> list[Point]:
             continue
         if "policy" in row:
             points.append(_search_point(row))
-            continue
-        if not isinstance(seconds, dict):
-            continue
-        label = str(row.get("variant", row.get("name", "")))
-        # A method with its settings turned up and down is one series.
-        series = row.get("rule") or " ".join(word for word in label.split() if not any(map(str.isdigit, word)))
-        points.append(Point(series or label, label, float(seconds["p50"]), float(row["score"]), row.get("stderr")))
+        elif isinstance(seconds, dict):
+            label = str(row.get("variant", row.get("name", "")))
+            # A method with its settings turned up and down is one series.
+            series = row.get("rule") or " ".join(word for word in label.split() if not any(map(str.isdigit, word)))
+            points.append(Point(series or label, label, float(seconds["p50"]), float(row["score"]), row.get("stderr")))
     return points
+
+
+def policy_family(policy: str) -> str:
+    """A policy of `fastgen bench search` without a budget of its own: what differs in that alone is one policy."""
+    return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 
 def _search_point(row: dict[str, Any]) -> Point:
@@ -177,5 +180,4 @@ def _search_point(row: dict[str, Any]) -> Point:
     name = policy if budget is None else f"{policy}, {budget} passes"
     low, high = row["score_ci"]
     stderr = (float(high) - float(low)) / (2 * 1.96)
-    series = " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
-    return Point(series, name, float(row["seconds"]), float(row["score"]), stderr)
+    return Point(policy_family(policy), name, float(row["seconds"]), float(row["score"]), stderr)

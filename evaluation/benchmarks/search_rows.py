@@ -24,6 +24,7 @@ from fastgen.evaluation.benchmarks.search_variants import NONE, Search
 from fastgen.evaluation.fid.extractors import ShapesNetwork
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, to_model_size
+from fastgen.evaluation.measures import policy_family
 from fastgen.evaluation.runner import Sample, judge_samples
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 from fastgen.io import read_object
@@ -208,7 +209,7 @@ def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by policy; those that differ in `max_nfe` alone are budgets of one."""
     families: dict[str, list[Row]] = {}
     for row in rows:
-        families.setdefault(_without_budget(row.data["policy"]), []).append(row)
+        families.setdefault(policy_family(row.data["policy"]), []).append(row)
     return families
 
 
@@ -230,9 +231,9 @@ def _reached(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
 
 def _equal(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
     """Comparisons at equal mean seconds."""
-    found = []
+    found, families = [], _families(rows)
     for row in rows:
-        for rival, others in _families(rows).items():
+        for rival, others in families.items():
             if not _rivals(row, others[0]):
                 continue
             seconds = row.data["seconds"]
@@ -252,10 +253,6 @@ def _equal(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _without_budget(policy: str) -> str:
-    return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 
 def _rivals(ours: Row, theirs: Row) -> bool:

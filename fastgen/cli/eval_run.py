@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import search as searching
-from fastgen.cli.generate import METHODS
+from fastgen.cli.methods import METHODS, check_method, check_method_name
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of images and re
 #: A search, and the settings of each of its pictures.
 PlannedSearch = tuple[searching.Search, dict[str, Any]]
 #: Settings of a run that `generate_images` takes.
-_DRAWING = ("steps", "guidance_scale", "tail_drop", "uncond_tail_drop", "token_budget")
-_DECODING = ("tree", "acceptance", "quality")
+_DRAWING = (
+    *("steps", "guidance_scale", "tail_drop", "uncond_tail_drop", "token_budget"),
+    *("tree", "acceptance", "quality"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +127,14 @@ class Generation:
             raise FastgenError(f"--seed: {self.seed} is not allowed, needs 0 .. 2**63 - 1")
         budget = self._options("tail_drop", "uncond_tail_drop", "token_budget")
         _check_budget(budget)
-        if self.method is not None and self.method not in METHODS:
-            raise FastgenError(f"--method: {self.method!r} is not allowed, needs one of {', '.join(METHODS)}")
+        check_method_name(self.method)
         decoding = self._options("tree", "acceptance", "quality", "drafter")
         _check_decoding(self.method, decoding)
         search = self._search()
         searching.check_options(self.method, search, save_tree=False)
         if images is not None:
-            others = self._options("model", "steps", "guidance_scale", "limit", "method", *search)
-            refuse_with_images(others | budget | decoding)
+            others = self._options("model", "steps", "guidance_scale", "limit", "method")
+            refuse_with_images(others | budget | decoding | {_option(name): value for name, value in search.items()})
         check_device(self.device, self.dtype)
 
     def _options(self, *names: str) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Generation:
         machine's load, and a run that was interrupted would not end as one that was not."""
         from fastgen.pipelines.arguments import SEARCH_SETTINGS
 
-        return {name: getattr(self, name) for name in SEARCH_SETTINGS if name != "max_seconds"}
+        return {name: getattr(self, name) if name != "max_seconds" else None for name in SEARCH_SETTINGS}
 
     def open(
         self,
@@ -170,7 +171,7 @@ class Generation:
         identity, search = model, None
         if drawer is None:
             checkpoint = find_checkpoint(model)
-            _check_method(self.method, checkpoint)
+            check_method(self.method, checkpoint)
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
             search = self._planned_search(checkpoint) if self.method == "search" else None
@@ -194,8 +195,7 @@ class Generation:
 
         kind = pipeline_class(checkpoint, self.method)
         call = resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})
-        asked = {**self._search(), "max_seconds": None}
-        return searching.plan_search(checkpoint, kind, call, asked, save_tree=False), call
+        return searching.plan_search(checkpoint, kind, call, self._search(), save_tree=False), call
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,17 +241,6 @@ def refuse_with_images(options: dict[str, Any]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise FastgenError(f"{', '.join(given)}: not allowed with --images, which generates nothing")
-
-
-def _check_method(method: str | None, checkpoint: Checkpoint) -> None:
-    """FastgenError when the model cannot draw by `method`; what decoding needs is looked for where it is loaded."""
-    chunked = checkpoint.has_dynamic_chunking
-    if method in ("base", "dc") and (method == "dc") != chunked:
-        raise FastgenError(
-            f"--method {method}: model {checkpoint.model!r} has {'' if chunked else 'no '}dynamic chunking"
-        )
-    if method == "search" and checkpoint.kind == "janus":
-        raise FastgenError(f"--method search: model {checkpoint.model!r} draws tokens, there is no noise to search")
 
 
 def _check_decoding(method: str | None, options: dict[str, Any]) -> None:
@@ -308,7 +297,7 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
             found = searching.searched_pictures(pipe, verifier, planned, prompts, seeds, **call, **batches)
             # What a search had when it was cut short is no image of the run; the error comes after it.
             return (picture.image for picture in found if not picture.interrupted)
-        asked = {name: getattr(settings, name) for name in (*_DRAWING, *_DECODING)}
+        asked = {name: getattr(settings, name) for name in _DRAWING}
         return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
 
     return generate

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import search as searching
+from fastgen.cli.methods import METHODS, check_method, check_method_name
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from fastgen.pipelines.generation import GeneratedImage, Progress
 
 app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
-
-#: Methods, each with the embedded model that it takes by default.
-METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}
 
 
 @app.command()
@@ -150,8 +148,7 @@ def generate(
         raise FastgenError(f"--seed: {seed} is not allowed, needs an integer from 0 to 2**63 - 1")
     if batch_size < 1:
         raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
-    if method is not None and method not in METHODS:
-        raise FastgenError(f"--method: {method!r} is not allowed, needs one of {', '.join(METHODS)}")
+    check_method_name(method)
     asked = {name: context.params[name] for name in SETTINGS}
     for name, value in asked.items():
         if value is not None:
@@ -170,10 +167,7 @@ def generate(
     model = model if model is not None else METHODS[method or "base"]
     checkpoint = find_checkpoint(model)
     is_chunked = checkpoint.has_dynamic_chunking
-    if method in ("base", "dc") and (method == "dc") != is_chunked:
-        raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
-    if method == "search" and checkpoint.kind == "janus":
-        raise FastgenError(f"--method search: model {model!r} draws tokens, there is no noise to search")
+    check_method(method, checkpoint)
     if save_map and method == "search":
         raise FastgenError("--save-map: not with --method search")
     if save_map and not is_chunked:
