@@ -181,6 +181,13 @@ def launch_blur(values: Tensor, positions: Tensor, rows: Tensor, height: int, wi
     return _banded(values, positions, None, rows, out, height, width, sigma, False)
 
 
+def _band_plan(count: int, channels: int) -> tuple[int, int, int]:
+    """Tokens of a program, tokens that it reads at once, and its channels."""
+    block = min(128, max(16, triton.next_power_of_2(channels)))
+    several = 64 if triton.cdiv(count, 64) * triton.cdiv(channels, block) >= 264 else 32
+    return several, several, block
+
+
 def _banded(
     values: Tensor, positions: Tensor, p: Tensor | None, rows: Tensor, out: Tensor,
     height: int, width: int, sigma: float, smooth: bool,
@@ -189,16 +196,14 @@ def _banded(
         return out
     count, channels = values.shape
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
-    block = min(128, max(16, triton.next_power_of_2(channels)))
-    columns = triton.cdiv(channels, block)
-    several = 64 if triton.cdiv(count, 64) * columns >= 264 else 32
+    several, others, block = _band_plan(count, channels)
     # A weight of ten bits is less exact than a float16, not than a bfloat16.
     precision = "tf32" if values.dtype == torch.bfloat16 else precise()
-    _band[(triton.cdiv(count, several), columns)](
+    _band[(triton.cdiv(count, several), triton.cdiv(channels, block))](
         values, positions.contiguous(), rows if p is None else p, rows.contiguous(), out,
         count, channels, *values.stride(), out.stride(0), height, width, reach, float(sigma), 1e-12,
         2 * math.pi * (sigma**2 + 1) * 1e8,
-        SMOOTH=smooth, PRECISION=precision, ROWS=several, OTHERS=several, BLOCK=block,
+        SMOOTH=smooth, PRECISION=precision, ROWS=several, OTHERS=others, BLOCK=block,
         num_warps=4 if several == 32 else 8,
     )  # fmt: skip
     return out

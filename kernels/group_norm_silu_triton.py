@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -181,6 +183,26 @@ def _whole(  # type: ignore[no-untyped-def]
         _map(x, out, factor[None, :], shift[None, :], pixel, pixels, channel, inside, channels, pixel_stride, SILU)
 
 
+class _Plan(NamedTuple):
+    """Launches of one image: tiles of `pixels` x `channels`, `parts` of the sums, `tiles` of a program of the map."""
+
+    pixels: int
+    channels: int
+    parts: int
+    tiles: int
+    warps: int
+
+
+def _plan(samples: int, pixels: int, channels: int) -> _Plan:
+    block = min(triton.next_power_of_2(channels), 512)
+    together = max(1, 4096 // block)
+    blocks = triton.cdiv(channels, block)
+    # About two programs for every multiprocessor, and no more parts than tiles.
+    parts = max(1, min(triton.cdiv(pixels, 4 * together), triton.cdiv(256, samples * blocks)))
+    tiles = 4 if pixels * samples * blocks >= 4 * 1056 * together else 1
+    return _Plan(together, block, parts, tiles, 8)
+
+
 def forward(
     x: Tensor, out: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
 ) -> None:
@@ -209,14 +231,13 @@ def forward(
             num_warps=8,
         )
         return
-    block = min(triton.next_power_of_2(channels), 512)
-    together = max(1, 4096 // block)
+    together, block, parts, tiles, warps = _plan(samples, pixels, channels)
     blocks = triton.cdiv(channels, block)
-    # About two programs for every multiprocessor, and no more parts than tiles.
-    parts = max(1, min(triton.cdiv(pixels, 4 * together), triton.cdiv(256, samples * blocks)))
     sums = torch.empty((samples, 2, parts, channels), dtype=torch.float32, device=x.device)
     folded = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
-    _sums[(parts, samples, blocks)](x, sums, pixels, channels, *strides, PIXELS=together, CHANNELS=block, num_warps=8)
+    _sums[(parts, samples, blocks)](
+        x, sums, pixels, channels, *strides, PIXELS=together, CHANNELS=block, num_warps=warps
+    )
     _fold[(groups, samples)](
         x,
         sums,
@@ -233,7 +254,6 @@ def forward(
         WIDTH=padded,
         num_warps=8,
     )
-    tiles = 4 if pixels * samples * blocks >= 4 * 1056 * together else 1
     _apply[(triton.cdiv(pixels, tiles * together), samples, blocks)](
         x,
         out,
@@ -245,5 +265,5 @@ def forward(
         PIXELS=together,
         CHANNELS=block,
         TILES=tiles,
-        num_warps=8,
+        num_warps=warps,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["backward", "forward"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
+_BOTH = 1024  # features in a program up to which it takes queries and keys: programs cost too
 
 
 @triton.jit
@@ -262,8 +263,7 @@ def forward(
     half, heads, warps, query_blocks = _blocks(query, key)
     table, places, limit, first, second = _table(cos, positions, axes)
     key_blocks = triton.cdiv(key.shape[2], heads)
-    # One program for both where either is small: programs cost too.
-    both = query_blocks == key_blocks == 1 and heads * half <= 1024
+    both = query_blocks == key_blocks == 1 and heads * half <= _BOTH
     _forward[(n * length, 1 if both else query_blocks + key_blocks)](
         query,
         key,

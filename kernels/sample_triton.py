@@ -71,6 +71,10 @@ def _row(  # type: ignore[no-untyped-def]
         tl.store(out + row, tl.minimum(tl.argmax(logits, axis=0), vocabulary - 1).to(tl.int64))
 
 
+def _warps(block: int) -> int:
+    return min(32, max(4, block // 1024))
+
+
 def launch_sample(
     cond: Tensor, uncond: Tensor | None, gumbel: Tensor | None,
     guidance_scale: float, temperature: float, top_k: int | None, top_p: float | None,
@@ -109,5 +113,5 @@ def _launch(
         float(guidance_scale), 1.0 if temperature in (0, 1) else 1.0 / temperature, top_k or 0, top_p or 1.0,
         GUIDED=uncond is not None, NOISY=gumbel is not None, TOP_K=top_k is not None and top_k < vocabulary,
         TOP_P=top_p is not None and top_p < 1, LAW=law, BLOCK=block,
-        num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False,
+        num_warps=_warps(block), enable_fp_fusion=False,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,18 @@ _PROGRAMS = 264
 
 
 @triton.jit
+def _pair(keys_of, values_of, at, held, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys and values of some slots. WIDE: 0 leaves them as they are, 1 makes values float32, 2 both."""
+    keys = tl.load(keys_of + at, mask=held, other=0.0)
+    values = tl.load(values_of + at, mask=held, other=0.0)
+    if WIDE > 0:
+        values = values.to(tl.float32)
+    if WIDE > 1:
+        keys = keys.to(tl.float32)
+    return keys, values
+
+
+@triton.jit
 def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """One block of keys more: the online softmax, which merges by log-sum-exp."""
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
@@ -23,7 +37,7 @@ def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl
     weight = tl.exp(scores - base[:, None])
     decay = tl.exp(best - base)
     total = total * decay + tl.sum(weight, axis=1)
-    mixed = tl.dot(weight, values, mixed * decay[:, None], input_precision=PRECISION)
+    mixed = tl.dot(weight.to(values.dtype), values, mixed * decay[:, None], input_precision=PRECISION)
     return top, total, mixed
 
 
@@ -33,7 +47,8 @@ def _attend(  # type: ignore[no-untyped-def]
     n, m, heads, groups, width, limit, chunk, splits, scale,
     q_row, q_node, q_head, k_row, k_node, k_head, v_row, v_node, v_head,
     kind_stride, row_stride, slot_stride, head_stride, visible_stride, tree_stride,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The queries of one row that share a head of keys, over one chunk of the slots; the last chunk has the tree."""
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -45,7 +60,9 @@ def _attend(  # type: ignore[no-untyped-def]
     real = line < n * groups
     start = query + row * q_row + (node.to(tl.int64) * q_node + (head * groups + group) * q_head)[:, None]
     queries = tl.load(start + feature[None, :], mask=real[:, None] & fits[None, :], other=0.0)
-    queries = queries.to(store.dtype.element_ty).to(tl.float32)
+    queries = queries.to(store.dtype.element_ty)
+    if WIDE > 1:
+        queries = queries.to(tl.float32)
     keys_of = store + row * row_stride + head.to(tl.int64) * head_stride
     values_of = keys_of + kind_stride
     length = tl.load(lengths + row)
@@ -58,8 +75,7 @@ def _attend(  # type: ignore[no-untyped-def]
         seen = tl.load(visible + row * visible_stride + slot, mask=slot < last, other=0) != 0
         at = slot.to(tl.int64)[:, None] * slot_stride + feature[None, :]
         held = (slot < last)[:, None] & fits[None, :]
-        keys = tl.load(keys_of + at, mask=held, other=0.0).to(tl.float32)
-        values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
+        keys, values = _pair(keys_of, values_of, at, held, WIDE)
         best, total, mixed = _block(queries, keys, values, seen[None, :], scale, best, total, mixed, PRECISION)
     if split == splits - 1:
         for written in range(0, n, KEYS):
@@ -85,8 +101,7 @@ def _attend(  # type: ignore[no-untyped-def]
             )
             at = slot[:, None] * slot_stride + feature[None, :]
             held = there[:, None] & fits[None, :]
-            keys = tl.load(keys_of + at, mask=held, other=0.0).to(tl.float32)
-            values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
+            keys, values = _pair(keys_of, values_of, at, held, WIDE)
             best, total, mixed = _block(queries, keys, values, seen != 0, scale, best, total, mixed, PRECISION)
     if SPLIT:
         spot = (tl.program_id(0).to(tl.int64) * splits + split) * n * groups + line
@@ -122,6 +137,28 @@ def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WI
     tl.store(out + place * width + feature, mixed.to(out.dtype.element_ty), mask=feature < width)
 
 
+class _Plan(NamedTuple):
+    """Of one launch: queries and keys of a block, features, keys of a split, and what Triton is told."""
+
+    queries: int
+    keys: int
+    columns: int
+    chunk: int
+    warps: int
+    stages: int
+    wide: int
+
+
+def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
+    """For rows x heads `planes` of `lines` queries."""
+    queries = min(64, max(16, triton.next_power_of_2(lines)))
+    columns = max(16, triton.next_power_of_2(width))
+    keys = 64 if columns <= 128 else 32
+    blocks = triton.cdiv(lines, queries)
+    splits = max(1, min(_PROGRAMS // (planes * blocks), triton.cdiv(limit, 2 * keys), 32))
+    return _Plan(queries, keys, columns, triton.cdiv(triton.cdiv(limit, splits), keys) * keys, 4, 2, 2)
+
+
 def launch(
     query: Tensor, key: Tensor, value: Tensor, store: Tensor, layer: int, slots: Tensor, lengths: Tensor,
     visible: Tensor, tree: Tensor, limit: int,
@@ -136,29 +173,26 @@ def launch(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     visible = visible.contiguous()
     tree = tree.contiguous()
-    queries = min(64, max(16, triton.next_power_of_2(n * groups)))
-    columns = max(16, triton.next_power_of_2(width))
-    keys = 64 if columns <= 128 else 32
-    blocks = triton.cdiv(n * groups, queries)
-    splits = max(1, min(_PROGRAMS // (rows * heads * blocks), triton.cdiv(limit, 2 * keys), 32))
-    chunk = triton.cdiv(triton.cdiv(limit, splits), keys) * keys
-    splits = max(1, triton.cdiv(limit, chunk)) if chunk else 1
+    half = store.dtype != torch.float32
+    plan = _plan(rows * heads, n * groups, width, limit, half)
+    blocks = triton.cdiv(n * groups, plan.queries)
+    splits = max(1, triton.cdiv(limit, plan.chunk)) if plan.chunk else 1
     parts = out if splits == 1 else out.new_empty(
         rows * heads * splits * n * groups * (width + 2), dtype=torch.float32
     )  # fmt: skip
     _attend[(rows * heads, splits, blocks)](
         query, key, value, store[layer], slots.contiguous(), lengths.contiguous(), visible.view(torch.int8),
         tree.view(torch.int8), out, parts,
-        n, m, heads, groups, width, limit, chunk, splits, width**-0.5,
+        n, m, heads, groups, width, limit, plan.chunk, splits, width**-0.5,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *store.stride()[1:5], visible.stride(0), 0 if len(tree) == 1 else tree.stride(0),
         # A half-precision number has no more digits than tf32.
-        SPLIT=splits > 1, PRECISION=precise() if store.dtype == torch.float32 else "tf32",
-        QUERIES=queries, KEYS=keys, WIDTH=columns, num_warps=4, num_stages=2,
+        SPLIT=splits > 1, WIDE=plan.wide, PRECISION="tf32" if half else precise(),
+        QUERIES=plan.queries, KEYS=plan.keys, WIDTH=plan.columns, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if splits > 1:
         _merge[(rows * heads * n * groups,)](
-            parts, out, n, heads, groups, width, splits, SPLITS=triton.next_power_of_2(splits), WIDTH=columns,
-            num_warps=1 if columns <= 128 else 2,
+            parts, out, n, heads, groups, width, splits, SPLITS=triton.next_power_of_2(splits), WIDTH=plan.columns,
+            num_warps=1 if plan.columns <= 128 else 2,
         )  # fmt: skip
     return out

@@ -174,6 +174,12 @@ def _verify(  # type: ignore[no-untyped-def]
     tl.store(stolen_out + image, stolen)
 
 
+def _plan(vocabulary: int) -> tuple[int, int]:
+    """Tokens that a program looks at together, and its warps."""
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    return block, 8 if block >= 2048 else 4
+
+
 def launch(
     target: Tensor, draft: Tensor | None, tokens: Tensor, children: Tensor, internal: Tensor,
     coins: Tensor | None, gumbel: Tensor | None, remaining: Tensor, max_depth: int,
@@ -188,7 +194,7 @@ def launch(
     target, tokens, children, internal = (x.contiguous() for x in (target, tokens, children, internal))
     greedy = coins is None or gumbel is None
     scratch = target if greedy else target.new_empty(batch, 2, vocabulary)
-    block = min(4096, triton.next_power_of_2(vocabulary))
+    block, warps = _plan(vocabulary)
     optional = (draft, coins, gumbel, factor, classes)
     draft, coins, gumbel, factor, classes = (x if x is None else x.contiguous() for x in optional)
     _verify[(batch,)](
@@ -200,6 +206,6 @@ def launch(
         0 if len(children) == 1 else children.stride(0),
         GREEDY=greedy, DRAFT=draft is not None, SCALED=factor is not None, LENT=classes is not None,
         SLOTS=triton.next_power_of_2(children.shape[2]), INNER=max(1, triton.next_power_of_2(len(internal))),
-        BLOCK=block, num_warps=8 if block >= 2048 else 4, enable_fp_fusion=False,
+        BLOCK=block, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return nodes, length, bonus, stolen

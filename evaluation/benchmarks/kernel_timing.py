@@ -10,13 +10,14 @@ import torch
 
 from fastgen.evaluation.benchmarks.measure import percentiles
 
-__all__ = ["WARM_UP", "Timing", "roofline", "time_on_cpu", "time_on_gpu"]
+__all__ = ["WARM_UP", "Timing", "roofline", "time_calls", "time_on_cpu", "time_on_gpu"]
 
 WARM_UP = 25
 REPETITIONS = 100
 _FLUSH = 256 * 2**20  # bytes; more than any second-level cache
 _GRAPH_BELOW = 20e-6
 _GRAPH_CALLS = 20
+_CALLS, _CALL_ROUNDS = 20, 15
 
 Timing = dict[str, Any]
 """Seconds "p20", "p50", "p80", and "method"."""
@@ -65,6 +66,24 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
     if any(graph is None for graph in graphs.values()):
         return timings  # one of them asks the host: all stay measured in the same way
     return {name: _time_graph(graph) for name, graph in graphs.items() if graph is not None}
+
+
+def time_calls(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median wall time of a call among `_CALLS` in a row, from an idle GPU to an idle GPU, taking turns.
+
+    What a program pays that is neither compiled nor captured: where launches take longer than the work, this is the
+    time of the launches. Call it after `time_on_gpu`, which warms up.
+    """
+    values: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(_CALL_ROUNDS):
+        for name, work in works.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(_CALLS):
+                work()
+            torch.cuda.synchronize()
+            values[name].append((time.perf_counter() - start) / _CALLS)
+    return {name: percentiles(found)["p50"] for name, found in values.items()}
 
 
 def _graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:

@@ -18,11 +18,20 @@ from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.kernel_case import Case, Inputs
 from fastgen.evaluation.benchmarks.kernel_cases import cases
-from fastgen.evaluation.benchmarks.kernel_timing import WARM_UP, Timing, roofline, time_on_cpu, time_on_gpu
+from fastgen.evaluation.benchmarks.kernel_timing import (
+    WARM_UP,
+    Timing,
+    roofline,
+    time_calls,
+    time_on_cpu,
+    time_on_gpu,
+)
 from fastgen.evaluation.benchmarks.kernels_end_to_end import benchmark_end_to_end
 from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 
 __all__ = ["benchmark_kernels"]
+
+_SHORT = 1e-3  # seconds; of longer work the launches are no part worth measuring
 
 
 def benchmark_kernels(
@@ -49,7 +58,8 @@ def benchmark_kernels(
     Returns:
         a JSON-ready dict: "finished", "environment", "settings", "seconds", "roofline" and "rows" with op, size, moved
         bytes, the check, times of "eager", "compiled" and "triton" (or null), speed-ups against both references (null
-        where the check failed), bytes a second, its share of the roofline, and what "auto" takes.
+        where the check failed), "calls" (wall time of a call of each, launches counted), bytes a second, its share
+        of the roofline, and what "auto" takes.
 
     Raises:
         FastgenError: an unknown operation; models without a CUDA device.
@@ -117,6 +127,9 @@ def _measure(case: Case, device: torch.device, limits: dict[str, float | None], 
     works = _implementations(case, inputs, row, compile)
     with use_kernels("triton" if device.type == "cuda" else "reference"):
         timings = time_on_gpu(works) if device.type == "cuda" else time_on_cpu(works)
+        if device.type == "cuda":
+            short = {name: work for name, work in works.items() if timings[name]["p50"] < _SHORT}
+            row["calls"] = time_calls(short)
     row |= {name: timings.get(name) for name in ("eager", "compiled", "triton")}
     best = row["triton"] or row["compiled"] or row["eager"]
     row["bytes_per_second"] = moved / best["p50"]
