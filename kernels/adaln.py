@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln_operator import launch
-from fastgen.kernels.dispatch import check_cu_seqlens, check_range, choose, direct
+from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
 NORMS = ("layer", "rms", "none")
+_checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 16384
 
@@ -66,11 +67,13 @@ def adaln(
     Raises:
         ValueError: shapes or dtypes that do not fit, naming the argument.
     """
-    _check(hidden, update, gate, scale, shift, weight, bias, norm, update_weight, sequence_ids, cu_seqlens)
     options = (norm, eps, update_norm, update_eps, tanh_gate)
     tensors = (hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, cu_seqlens)
     given = [x for x in tensors if x is not None]
-    if not choose("adaln", _why_not(hidden, update, gate, scale, shift, weight, bias, update_weight), True, *given):
+    reason = _checked(lambda: _check(*tensors[:7], norm, *tensors[7:]), tensors, norm)
+    if sequence_ids is not None:
+        _look(sequence_ids, cu_seqlens, hidden.shape[0], [x for x in (gate, scale, shift) if x is not None])
+    if not choose("adaln", reason, _pays(update, norm, update_norm), *given):
         return adaln_reference(
             hidden,
             update=update,
@@ -165,7 +168,8 @@ def _check(
     update_weight: Tensor | None,
     sequence_ids: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:
+) -> str | None:
+    """See that the arguments fit; why the kernel does not take them, or None."""
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     if hidden.ndim not in (2, 3) or not hidden.is_floating_point():
@@ -196,8 +200,6 @@ def _check(
             )
         if sequence_ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"sequence_ids: needs int32 or int64, got {sequence_ids.dtype}")
-        if count is not None:
-            check_range("sequence_ids", sequence_ids, count)
     if cu_seqlens is not None:
         kind, shape = cu_seqlens.dtype, tuple(cu_seqlens.shape)
         if sequence_ids is None:
@@ -205,7 +207,23 @@ def _check(
         fits = len(shape) == 1 and (count is None or shape[0] == count + 1)
         if not fits or kind not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {kind} {shape}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, hidden.shape[0])
+    return _why_not(hidden, update, gate, scale, shift, weight, bias, update_weight)
+
+
+def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, conditioning: list[Tensor]) -> None:
+    """See that the numbers in index tensors fit, where looking is cheap."""
+    if conditioning:
+        check_range("sequence_ids", sequence_ids, conditioning[0].shape[0])
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
+
+
+def _pays(update: Tensor | None, norm: str, update_norm: bool) -> bool:
+    """Whether "auto" takes the kernel: not for a gated sum alone, which is one operation of PyTorch as well, and not
+    for a norm alone where a compiler makes one kernel of it."""
+    if update is None:
+        return not torch.compiler.is_compiling()
+    return update_norm or norm != "none"
 
 
 def _why_not(*tensors: Tensor | None) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.dispatch import register
+
 __all__ = ["launch"]
 
 _PARAMETERS = ("hidden", "update", "gate", "scale", "shift", "weight", "bias", "update_weight")
@@ -19,10 +21,12 @@ def _types(hidden: Tensor, update: Tensor | None, gate: Tensor | None, *rest: Te
     *others, update_weight = rest  # scale, shift, weight, bias
     first = hidden.dtype
     for x in (update, gate, update_weight) if update is not None else ():
-        first = first if x is None else torch.promote_types(first, x.dtype)
+        if x is not None and x.dtype != first:
+            first = torch.promote_types(first, x.dtype)
     second = first
     for x in others:
-        second = second if x is None else torch.promote_types(second, x.dtype)
+        if x is not None and x.dtype != second:
+            second = torch.promote_types(second, x.dtype)
     return [first, second]
 
 
@@ -34,31 +38,45 @@ def _outputs(update: Tensor | None, norm: str, *tensors: Any) -> tuple[Tensor, T
     return summed, torch.empty((0,) if norm == "none" else hidden.shape, dtype=kinds[1], device=hidden.device)
 
 
-def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+def launch(
+    hidden: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update_weight: Tensor | None,
+    sequence_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm: str,
+    eps: float,
+    update_norm: bool,
+    update_eps: float,
+    tanh_gate: bool,
+) -> tuple[Tensor, Tensor]:
     """Run the kernel on the arguments of the operator, without autograd."""
     from fastgen.kernels import adaln_triton
 
-    hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, _, *options = arguments
-    summed, normed = _outputs(update, options[0], *arguments[:8])
+    given = (hidden, update, gate, scale, shift, weight, bias, update_weight)
+    summed, normed = _outputs(update, norm, *given)
     if hidden.ndim == 2:
         hidden, update = hidden[None], None if update is None else update[None]
     if sequence_ids is None:
-        gate, scale, shift = (None if x is None else x.expand(hidden.shape[0], -1) for x in (gate, scale, shift))
+        samples = hidden.shape[0]
+        gate, scale, shift = (
+            x if x is None or x.shape[0] == samples else x.expand(samples, -1) for x in (gate, scale, shift)
+        )
     weight, bias, update_weight, sequence_ids = (
         None if x is None else x.contiguous() for x in (weight, bias, update_weight, sequence_ids)
     )
     vectors = (gate, scale, shift, weight, bias, update_weight)
+    options = (norm, eps, update_norm, update_eps, tanh_gate)
     adaln_triton.forward(hidden, update, *vectors, sequence_ids, summed, normed, *options)
     return summed, normed
 
 
-_operator = torch.library.custom_op(
-    "fastgen::adaln",
-    launch,
-    mutates_args=(),
-    schema=f"(Tensor hidden, {', '.join(f'Tensor? {name}' for name in _PARAMETERS[1:])}, {_INDICES}, {_OPTIONS}) "
-    "-> (Tensor, Tensor)",
-)
+_operator = register("fastgen::adaln", launch)
 
 
 @_operator.register_fake

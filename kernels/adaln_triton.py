@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
+
 __all__ = ["backward", "forward"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
@@ -101,7 +103,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 def _shape(width: int) -> tuple[int, int, int]:
     """Columns, rows and warps of a program: about 16 numbers a thread, so that loads are of 16 bytes."""
-    block = triton.next_power_of_2(width)
+    block = power_of_two(width)
     rows = max(1, 1024 // block)
     return block, rows, max(1, min(16, rows * block // 512))
 
@@ -131,7 +133,9 @@ def forward(
         return
     block, together, warps = _shape(width)
     given = [x for x in (gate, scale, shift) if x is not None]
-    _forward[(triton.cdiv(rows, together),)](
+    run_kernel(
+        _forward,
+        (cdiv(rows, together),),
         hidden,
         update,
         gate,
@@ -294,9 +298,9 @@ def backward(
     n, length, width = hidden.shape
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     grad_update = hidden.new_empty(0) if update is None else torch.empty_like(grad_hidden, dtype=update.dtype)
-    block = triton.next_power_of_2(width)
+    block = power_of_two(width)
     # Enough programs for every multiprocessor, and no more sums than rows.
-    parts = max(1, min(triton.cdiv(n * length, samples), triton.cdiv(512, samples)))
+    parts = max(1, min(cdiv(n * length, samples), cdiv(512, samples)))
     sums = torch.zeros((3, parts, samples, width), dtype=torch.float32, device=hidden.device)
     if hidden.numel():
         strides: Any = (
@@ -304,7 +308,9 @@ def backward(
             *((0, 0) if update is None else update.stride()[:2]),
             *(0 if x is None else x.stride(0) for x in (gate, scale)),
         )
-        _backward[(parts, samples)](
+        run_kernel(
+            _backward,
+            (parts, samples),
             grad_summed,
             grad_normed,
             hidden,

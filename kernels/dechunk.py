@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct
 
 __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "plug_back", "plug_back_reference", "smooth_kept"]
 __all__ += ["smooth_kept_reference"]
@@ -205,7 +205,7 @@ def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> 
         )
     check_range("index", index, len(tokens))
     reason = None if tokens.dtype in _TYPES else f"{tokens.dtype}"
-    if not choose("plug_back", reason, UNMEASURED, tokens, index):
+    if not choose("plug_back", reason, False, tokens, index):
         return plug_back_reference(tokens, index)
     if direct(tokens):
         from fastgen.kernels.dechunk_triton import launch_plug_back

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.triton_tools import precise, tile
+from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel, tile
 
 _FLOOR = 1e-19
 """A Gaussian below it does not count: a token's own weight is at least 1e-12, and float32 has seven digits."""
@@ -157,10 +157,12 @@ def launch_nearest(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     samples, height, width = mask.shape
     nearest = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
     if mask.numel():
-        block, columns = min(32, triton.next_power_of_2(width)), triton.next_power_of_2(width)
+        block, columns = min(32, power_of_two(width)), power_of_two(width)
         wide = ((height - 1) ** 2 + (width - 1) ** 2 + 1) * height * width >= 2**31
-        grid = (samples * height, triton.cdiv(width, block))
-        _nearest[grid](
+        grid = (samples * height, cdiv(width, block))
+        run_kernel(
+            _nearest,
+            grid,
             mask.contiguous().view(torch.int8), nearest if rows is None else rows.contiguous(), nearest, height, width,
             ROWS=rows is not None, WIDE=wide, COLUMNS=columns, BLOCK=block,
         )  # fmt: skip
@@ -181,11 +183,9 @@ def launch_blur(values: Tensor, positions: Tensor, rows: Tensor, height: int, wi
     return _banded(values, positions, None, rows, out, height, width, sigma, False)
 
 
-def _band_plan(count: int, channels: int) -> tuple[int, int, int]:
-    """Tokens of a program, tokens that it reads at once, and its channels."""
-    block = min(128, max(16, triton.next_power_of_2(channels)))
-    several = 64 if triton.cdiv(count, 64) * triton.cdiv(channels, block) >= 264 else 32
-    return several, several, block
+def _band_plan(channels: int) -> tuple[int, int, int, int]:
+    """Tokens of a program, tokens that it reads at once, its channels, and its warps."""
+    return 32, 32, min(128, max(16, power_of_two(channels))), 4
 
 
 def _banded(
@@ -196,15 +196,17 @@ def _banded(
         return out
     count, channels = values.shape
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
-    several, others, block = _band_plan(count, channels)
+    several, others, block, warps = _band_plan(channels)
     # A weight of ten bits is less exact than a float16, not than a bfloat16.
     precision = "tf32" if values.dtype == torch.bfloat16 else precise()
-    _band[(triton.cdiv(count, several), triton.cdiv(channels, block))](
+    run_kernel(
+        _band,
+        (cdiv(count, several), cdiv(channels, block)),
         values, positions.contiguous(), rows if p is None else p, rows.contiguous(), out,
         count, channels, *values.stride(), out.stride(0), height, width, reach, float(sigma), 1e-12,
         2 * math.pi * (sigma**2 + 1) * 1e8,
         SMOOTH=smooth, PRECISION=precision, ROWS=several, OTHERS=others, BLOCK=block,
-        num_warps=4 if several == 32 else 8,
+        num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -215,9 +217,19 @@ def launch_plug_back(tokens: Tensor, index: Tensor) -> Tensor:
     out = torch.empty(count, width, dtype=tokens.dtype, device=tokens.device)
     if out.numel():
         block, together = tile(width)
-        grid = (triton.cdiv(count, together), triton.cdiv(width, block))
-        _copy[grid](
-            tokens, index.contiguous(), out, count, width, *tokens.stride(), ROWS=together, BLOCK=block, num_warps=8
+        grid = (cdiv(count, together), cdiv(width, block))
+        run_kernel(
+            _copy,
+            grid,
+            tokens,
+            index.contiguous(),
+            out,
+            count,
+            width,
+            *tokens.stride(),
+            ROWS=together,
+            BLOCK=block,
+            num_warps=8,
         )
     return out
 
@@ -227,10 +239,12 @@ def launch_sum_back(grad: Tensor, index: Tensor, positions: Tensor, length: int)
     count, width = len(positions), grad.shape[1]
     out = torch.empty(count, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
-        block = min(128, max(16, triton.next_power_of_2(width)))
+        block = min(128, max(16, power_of_two(width)))
         # A gradient of ten bits times one is exact.
         precision = precise() if grad.dtype == torch.float32 else "tf32"
-        _sum_back[(triton.cdiv(count, 16), triton.cdiv(width, block))](
+        run_kernel(
+            _sum_back,
+            (cdiv(count, 16), cdiv(width, block)),
             grad, index.contiguous(), positions.contiguous(), out, count, length, width, *grad.stride(),
             PRECISION=precision, ROWS=16, OTHERS=64, BLOCK=block,
         )  # fmt: skip

@@ -21,9 +21,10 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,13 +33,17 @@ from fastgen.accounting import note_path
 
 __all__ = [
     "MODES",
+    "Checked",
     "active",
     "check_cu_seqlens",
     "check_range",
     "choose",
     "direct",
+    "interpreted",
     "kernels_mode",
+    "plain",
     "ran",
+    "register",
     "reset_ran",
     "triton_runs",
     "use_kernels",
@@ -52,6 +57,7 @@ _mode: ContextVar[str | None] = ContextVar("fastgen_kernels", default=None)
 _ran: dict[str, str] = {}
 _told: set[tuple[str, str, str | None]] = set()
 _lock = threading.Lock()
+T = TypeVar("T")
 
 
 def kernels_mode() -> str:
@@ -80,7 +86,7 @@ def use_kernels(mode: str) -> Iterator[None]:
 
 def triton_runs(tensor: Tensor) -> bool:
     """Whether Triton kernels can work on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
-    return _has_triton() and (tensor.is_cuda or _interpreted())
+    return _has_triton() and (tensor.is_cuda or interpreted())
 
 
 def active(tensor: Tensor) -> bool:
@@ -91,11 +97,7 @@ def active(tensor: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _active(on_gpu: bool) -> bool:
     mode = kernels_mode()
-    return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and _interpreted()))
-
-
-UNMEASURED = "its kernel has not been timed on a GPU; FASTGEN_KERNELS=triton runs it"
-"""Why "auto" leaves a kernel alone that is correct on a GPU, as far as tests show, but of unknown speed."""
+    return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and interpreted()))
 
 
 def choose(op: str, supported: str | None, default: bool | str = True, *tensors: Tensor) -> bool:
@@ -113,8 +115,11 @@ def choose(op: str, supported: str | None, default: bool | str = True, *tensors:
     """
     # Not `bool(tensors)`: Dynamo of torch 2.11 cannot trace it.
     on_gpu = len(tensors) > 0 and tensors[0].is_cuda
-    if on_gpu and supported is None and any(tensor.device != tensors[0].device for tensor in tensors):
-        supported = "its tensors are on several devices"
+    if on_gpu and supported is None:
+        device = tensors[0].device
+        for tensor in tensors[1:]:
+            if tensor.device != device:
+                supported = "its tensors are on several devices"
     return _decide(op, supported, default, on_gpu)
 
 
@@ -126,7 +131,7 @@ def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> b
         reason = "FASTGEN_KERNELS=reference"
     elif reason is None and not _has_triton():
         reason = "Triton is not installed"
-    elif reason is None and not on_gpu and not (mode == "triton" and _interpreted()):
+    elif reason is None and not on_gpu and not (mode == "triton" and interpreted()):
         reason = "Triton needs a GPU"
     elif reason is None and default is not True and mode == "auto":
         reason = default or "it is the faster one for this size"
@@ -143,10 +148,58 @@ def direct(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (not plain(tensor) or (gradients and tensor.requires_grad)):
+            return False
+    return True
+
+
+def register(name: str, function: Callable[..., Any]) -> Any:
+    """An operator of PyTorch whose kernels compilers see, and start themselves: calls of an opaque one cost the host
+    as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
+
+    Arguments: see `torch.library.custom_op`.
+    """
+    kind = torch.library.triton_op if _has_triton() and not interpreted() else torch.library.custom_op
+    return kind(name, function, mutates_args=())
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own: it is no subclass, and no stand-in while something is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+class Checked:
+    """What was found about arguments of an operation, so that calls with equal shapes are checked once.
+
+    Checking costs as much as a small kernel takes. Only what depends on shapes, strides, dtypes, devices and whether
+    gradients are needed may be kept here; an error is raised anew every time.
+    """
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Any] = {}
+
+    def __call__(self, check: Callable[[], T], tensors: Iterable[Tensor | None], *options: object) -> T:
+        """What `check` returns for these tensors and options."""
+        if torch.compiler.is_compiling():
+            return check()
+        key: list[object] = [*options, torch.is_grad_enabled()]
+        for x in tensors:
+            key.append(None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)))
+        try:
+            return self._found[tuple(key)]
+        except KeyError:
+            pass
+        except TypeError:  # sizes that are symbols have no hash
+            return check()
+        found = check()
+        if len(self._found) >= self.MOST:
+            self._found.clear()
+        self._found[tuple(key)] = found
+        return found
 
 
 def check_range(name: str, index: Tensor, limit: int) -> None:
@@ -217,5 +270,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.dispatch import Checked, choose, direct
 
 __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
 
+_checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_GROUP = 1024
 _LARGE = 2**23  # numbers from which on the kernel beat the compiled reference: 512 channels of 128² pixels on an H200
@@ -45,6 +46,19 @@ def group_norm_silu(
     Raises:
         ValueError: shapes or dtypes that do not fit, naming the argument.
     """
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    reason = _checked(lambda: _check(x, groups, weight, bias), (x, weight, bias), groups)
+    # A compiler fuses the reference of small images well; eager PyTorch does not, and would turn the layout around.
+    default = not torch.compiler.is_compiling() or x.numel() >= _LARGE
+    if not choose("group_norm_silu", reason, default, *given):
+        return group_norm_silu_reference(x, groups, weight, bias, eps, silu)
+    operator = _launch if direct(x, weight, bias) else torch.ops.fastgen.group_norm_silu
+    result: Tensor = operator(x, groups, weight, bias, eps, silu)
+    return result
+
+
+def _check(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """See that the arguments fit; why the kernel does not take them, or None."""
     if not 3 <= x.ndim <= 5 or not x.is_floating_point():
         raise ValueError(f"x: needs floats [n, C, ...], got {x.dtype} {tuple(x.shape)}")
     if isinstance(groups, bool) or groups < 1 or x.shape[1] % groups:
@@ -52,14 +66,7 @@ def group_norm_silu(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
             raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {vector.dtype} {tuple(vector.shape)}")
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    # A compiler fuses the reference of small images well; eager PyTorch does not, and would turn the layout around.
-    default = not torch.compiler.is_compiling() or x.numel() >= _LARGE
-    if not choose("group_norm_silu", _why_not(x, groups, weight, bias), default, *given):
-        return group_norm_silu_reference(x, groups, weight, bias, eps, silu)
-    operator = _launch if direct(x, weight, bias) else torch.ops.fastgen.group_norm_silu
-    result: Tensor = operator(x, groups, weight, bias, eps, silu)
-    return result
+    return _why_not(x, groups, weight, bias)
 
 
 def can_use_triton(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:

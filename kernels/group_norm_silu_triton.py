@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
+
 __all__ = ["forward"]
 
 _SMALL = 2**15  # numbers of a group that one program works off
@@ -194,11 +196,11 @@ class _Plan(NamedTuple):
 
 
 def _plan(samples: int, pixels: int, channels: int) -> _Plan:
-    block = min(triton.next_power_of_2(channels), 512)
+    block = min(power_of_two(channels), 512)
     together = max(1, 4096 // block)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     # About two programs for every multiprocessor, and no more parts than tiles.
-    parts = max(1, min(triton.cdiv(pixels, 4 * together), triton.cdiv(256, samples * blocks)))
+    parts = max(1, min(cdiv(pixels, 4 * together), cdiv(256, samples * blocks)))
     tiles = 4 if pixels * samples * blocks >= 4 * 1056 * together else 1
     return _Plan(together, block, parts, tiles, 8)
 
@@ -212,10 +214,12 @@ def forward(
         return
     width = channels // groups
     strides = x.stride()[:2]
-    padded = triton.next_power_of_2(width)
+    padded = power_of_two(width)
     if pixels * padded <= _SMALL:
-        together = max(1, min(triton.next_power_of_2(pixels), 4096 // padded))
-        _whole[(groups, samples)](
+        together = max(1, min(power_of_two(pixels), 4096 // padded))
+        run_kernel(
+            _whole,
+            (groups, samples),
             x,
             out,
             weight,
@@ -232,13 +236,24 @@ def forward(
         )
         return
     together, block, parts, tiles, warps = _plan(samples, pixels, channels)
-    blocks = triton.cdiv(channels, block)
+    blocks = cdiv(channels, block)
     sums = torch.empty((samples, 2, parts, channels), dtype=torch.float32, device=x.device)
     folded = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
-    _sums[(parts, samples, blocks)](
-        x, sums, pixels, channels, *strides, PIXELS=together, CHANNELS=block, num_warps=warps
+    run_kernel(
+        _sums,
+        (parts, samples, blocks),
+        x,
+        sums,
+        pixels,
+        channels,
+        *strides,
+        PIXELS=together,
+        CHANNELS=block,
+        num_warps=warps,
     )
-    _fold[(groups, samples)](
+    run_kernel(
+        _fold,
+        (groups, samples),
         x,
         sums,
         weight,
@@ -250,11 +265,13 @@ def forward(
         parts,
         strides[0],
         eps,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=power_of_two(parts),
         WIDTH=padded,
         num_warps=8,
     )
-    _apply[(triton.cdiv(pixels, tiles * together), samples, blocks)](
+    run_kernel(
+        _apply,
+        (cdiv(pixels, tiles * together), samples, blocks),
         x,
         out,
         folded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import choose, direct
 
 __all__ = ["kv_compact", "kv_compact_reference"]
 
@@ -40,7 +40,7 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         raise ValueError(
             f"lengths, nodes, count: need torch.int64, got {lengths.dtype}, {nodes.dtype} and {count.dtype}"
         )
-    if not choose("kv_compact", why_not_triton(store, nodes), UNMEASURED, store, lengths, nodes, count):
+    if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
     elif direct(store):
         from fastgen.kernels.kv_compact_triton import launch

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
+
 _BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,10 +44,12 @@ def launch(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None
     width, most = heads * head_dim, nodes.shape[1]
     if not store.numel() or not most:
         return
-    held = triton.next_power_of_2(most)
-    block = max(16, min(triton.next_power_of_2(width), 8192 // held, 1024))
+    held = power_of_two(most)
+    block = max(16, min(power_of_two(width), 8192 // held, 1024))
     nodes = nodes if nodes.stride(1) == 1 else nodes.contiguous()
-    _compact[(layers * 2 * rows, triton.cdiv(width, block))](
+    run_kernel(
+        _compact,
+        (layers * 2 * rows, cdiv(width, block)),
         store.view(_BYTES[store.element_size()]), lengths.contiguous(), nodes, count.contiguous(),
         rows, most, capacity, width, *store.stride()[:4], nodes.stride(0),
         NODES=held, BLOCK=block, num_warps=4,

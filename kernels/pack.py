@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import choose, direct
 
 __all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_reference", "pack_top", "pack_top_reference"]
 __all__ += ["scatter", "scatter_reference"]
@@ -69,7 +69,7 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
         if kept > capacity or (full and kept < capacity):
             raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
     reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
-    if not choose("pack_mask", reason, UNMEASURED, mask):
+    if not choose("pack_mask", reason, True, mask):
         return pack_mask_reference(mask, capacity, full)
     if direct(mask):
         from fastgen.kernels.pack_triton import launch_mask
@@ -125,7 +125,7 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
             if kept > capacity or (full and kept < capacity):
                 raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
     reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
-    if not choose("pack_top", reason, UNMEASURED, scores, counts):
+    if not choose("pack_top", reason, True, scores, counts):
         return pack_top_reference(scores.detach(), counts, capacity, full)
     scores = scores.detach()
     if direct(scores, counts):
@@ -154,7 +154,7 @@ def pack(tokens: Tensor, packing: Packing) -> Tensor:
             f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {tokens.dtype} "
             f"{tuple(tokens.shape)}"
         )
-    if not choose("pack", _why_not(tokens), UNMEASURED, tokens, packing.positions):
+    if not choose("pack", _why_not(tokens), False, tokens, packing.positions):
         return pack_reference(tokens, packing)
     return _move(tokens, packing, False)
 
@@ -178,7 +178,7 @@ def scatter(packed: Tensor, packing: Packing) -> Tensor:
         raise ValueError(
             f"packed: needs floating point [{packing.capacity}, D], got {packed.dtype} {tuple(packed.shape)}"
         )
-    if not choose("scatter", _why_not(packed), UNMEASURED, packed, packing.rows):
+    if not choose("scatter", _why_not(packed), True, packed, packing.rows):
         return scatter_reference(packed, packing)
     return _move(packed, packing, True)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.triton_tools import tile
+from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel, tile
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -101,8 +101,10 @@ def launch_mask(mask: Tensor, capacity: int) -> Packed:
     mask = mask.contiguous()
     counts = torch.empty(len(mask), dtype=torch.int32, device=mask.device)
     if mask.numel():
-        block = triton.next_power_of_2(mask.shape[1])
-        _count[(len(mask),)](mask.view(torch.int8), counts, mask.shape[1], BLOCK=block, num_warps=_warps(block))
+        block = power_of_two(mask.shape[1])
+        run_kernel(
+            _count, (len(mask),), mask.view(torch.int8), counts, mask.shape[1], BLOCK=block, num_warps=_warps(block)
+        )
     return _filled(mask, counts, None, None, capacity)
 
 
@@ -123,16 +125,18 @@ def _filled(
     cu_seqlens = grid.new_empty(samples + 1, dtype=torch.int32)
     if not grid.numel():
         return out_mask.view(torch.bool), positions.fill_(-1), cu_seqlens.zero_(), ids.fill_(samples - 1), rows
-    block = triton.next_power_of_2(length)
+    block = power_of_two(length)
     anything = cu_seqlens
-    _fill[(samples + 1,)](
+    run_kernel(
+        _fill,
+        (samples + 1,),
         anything if mask is None else mask.view(torch.int8),
         anything if counts is None else counts,
         anything if scores is None else scores,
         anything if keep is None else keep,
         out_mask, positions, cu_seqlens, ids, rows, samples, length, capacity,
         0 if scores is None else scores.stride(0), 0 if scores is None else scores.stride(1),
-        TOP=scores is not None, BLOCK=block, SAMPLES=triton.next_power_of_2(samples), TAIL=1024,
+        TOP=scores is not None, BLOCK=block, SAMPLES=power_of_two(samples), TAIL=1024,
         num_warps=_warps(block),
     )  # fmt: skip
     return out_mask.view(torch.bool), positions, cu_seqlens, ids, rows
@@ -148,9 +152,11 @@ def launch_move(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, t
     if not target.numel():
         return target
     block, together = tile(width)
-    grid = (triton.cdiv(count, together), triton.cdiv(width, block))
+    grid = (cdiv(count, together), cdiv(width, block))
     index = rows.contiguous() if to_grid else positions.contiguous()
-    _move[grid](
+    run_kernel(
+        _move,
+        grid,
         flat, mask.contiguous().view(torch.int8), index, target, count, width, flat.stride(0), flat.stride(1),
         TO_GRID=to_grid, ROWS=together, BLOCK=block, num_warps=8,
     )  # fmt: skip

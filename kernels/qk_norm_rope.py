@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.dispatch import check_range, choose, direct
-from fastgen.kernels.qk_norm_rope_operator import launch
+from fastgen.kernels.dispatch import Checked, check_range, choose, direct
+from fastgen.kernels.qk_norm_rope_operator import launch, launch_inplace
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
 
 NORMS = ("rms", "layer", "none")
+_VECTORS = ("query_weight", "key_weight", "query_bias", "key_bias")
+_checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD = 512
 
@@ -61,16 +63,16 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes or dtypes that do not fit, naming the argument.
     """
-    axes = _check(query, key, cos, sin, positions, axes, norm)
-    for name, x in _vectors(query_weight, key_weight, query_bias, key_bias):
-        if x is not None and (x.shape != query.shape[-1:] or not x.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{query.shape[-1]}], got {x.dtype} {tuple(x.shape)}")
     vectors = (query_weight, key_weight, query_bias, key_bias)
     tensors = (query, key, cos, sin, positions, *vectors)
+    axes = None if axes is None else tuple(axes)
+    axes, reason = _checked(lambda: _check(*tensors[:5], axes, norm, *vectors), tensors, axes, norm)
+    if positions is not None and cos is not None:
+        check_range("positions", positions, cos.shape[-2])
     if inplace and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         raise ValueError("inplace: is not possible where query or key need gradients")
     given = [x for x in tensors if x is not None]
-    if not choose("qk_norm_rope", _why_not(query, key, *vectors), True, *given):
+    if not choose("qk_norm_rope", reason, True, *given):
         options = (norm, eps, interleaved)
         turned = (
             _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
@@ -78,12 +80,11 @@ def qk_norm_rope(
         )
         return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
     arguments = (query, key, cos, sin, positions, list(axes), *vectors, norm, eps, interleaved)
-    if direct(*tensors):
-        return launch(*arguments, inplace=inplace)
+    plainly = direct(*tensors)
     if inplace:
-        torch.ops.fastgen.qk_norm_rope_(*arguments)
+        (launch_inplace if plainly else torch.ops.fastgen.qk_norm_rope_)(*arguments)
         return query, key
-    out_query, out_key = torch.ops.fastgen.qk_norm_rope(*arguments)
+    out_query, out_key = (launch if plainly else torch.ops.fastgen.qk_norm_rope)(*arguments)
     return out_query, out_key
 
 
@@ -185,7 +186,9 @@ def _check(
     positions: Tensor | None,
     axes: tuple[int, ...] | None,
     norm: str,
-) -> tuple[int, ...]:
+    *vectors: Tensor | None,
+) -> tuple[tuple[int, ...], str | None]:
+    """See that the arguments fit; the axes, and why the kernel does not take the arguments, or None."""
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     if query.ndim not in (3, 4) or not query.is_floating_point() or query.shape[-1] % 2 or not query.shape[-1]:
@@ -197,7 +200,7 @@ def _check(
             f"{key.dtype} {tuple(key.shape)}"
         )
     width = query.shape[-1]
-    axes = (width,) if axes is None else tuple(axes)
+    axes = (width,) if axes is None else axes
     if not 1 <= len(axes) <= 3 or sum(axes) != width or any(part % 2 or part <= 0 for part in axes):
         raise ValueError(f"axes: needs one to three even numbers that add up to {width}, got {axes}")
     if (cos is None) != (sin is None):
@@ -207,7 +210,6 @@ def _check(
         _check_positions(positions, query, len(axes), samples, length)
         if cos is None:
             raise ValueError("positions: are of no use without cos and sin")
-        check_range("positions", positions, cos.shape[-2] if cos.ndim > 1 else 0)
     elif len(axes) > 1:
         raise ValueError("axes: are of no use without positions")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -226,7 +228,10 @@ def _check(
             raise ValueError(f"{name}: has no rows")
     if cos is not None and sin is not None and cos.shape != sin.shape:
         raise ValueError(f"sin: needs the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}")
-    return axes
+    for name, x in zip(_VECTORS, vectors, strict=True):
+        if x is not None and (x.shape != (width,) or not x.is_floating_point()):
+            raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
+    return axes, _why_not(query, key, *vectors)
 
 
 def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, length: int) -> None:
@@ -252,7 +257,3 @@ def _why_not(query: Tensor, key: Tensor, *vectors: Tensor | None) -> str | None:
     if query.stride(-1) != 1 or key.stride(-1) != 1:
         return "it takes queries and keys whose last axis is contiguous"
     return None
-
-
-def _vectors(*vectors: Tensor | None) -> list[tuple[str, Tensor | None]]:
-    return list(zip(("query_weight", "key_weight", "query_bias", "key_bias"), vectors, strict=True))

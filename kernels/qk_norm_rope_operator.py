@@ -7,26 +7,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["launch"]
+from fastgen.kernels.dispatch import register
 
-_REST = (
-    "Tensor? cos, Tensor? sin, Tensor? positions, int[] axes, Tensor? query_weight, Tensor? key_weight, "
-    "Tensor? query_bias, Tensor? key_bias, str norm, float eps, bool interleaved"
-)
+__all__ = ["launch", "launch_inplace"]
 
 
-def launch(query: Tensor, key: Tensor, *rest: Any, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def launch(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
     """Run the kernel on the arguments of the operator, without autograd."""
+    tables = (cos, sin, positions, axes)
+    out = (_fresh(query), _fresh(key))
+    _forward(query, key, out, *tables, query_weight, key_weight, query_bias, key_bias, norm, eps, interleaved)
+    return out
+
+
+def launch_inplace(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    axes: list[int],
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    """Run the kernel over query and key, without autograd."""
+    tables = (cos, sin, positions, axes)
+    vectors = (query_weight, key_weight, query_bias, key_bias)
+    _forward(query, key, (query, key), *tables, *vectors, norm, eps, interleaved)
+
+
+def _forward(query: Tensor, key: Tensor, out: tuple[Tensor, Tensor], *rest: Any) -> None:
     from fastgen.kernels import qk_norm_rope_triton
 
     cos, sin, positions, axes, *vectors, norm, eps, interleaved = rest
-    out = (query, key) if inplace else (_fresh(query), _fresh(key))
     heads = (x if x.ndim == 4 else x[None] for x in (query, key, *out))
     tables = _tables(cos, sin, positions, len(axes))
     weights = (None if x is None else x.contiguous() for x in vectors)
     run: Any = qk_norm_rope_triton.forward
     run(*heads, *tables, tuple(axes), *weights, norm, eps, interleaved)
-    return out
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -47,9 +84,7 @@ def _tables(
     return cos, sin, positions
 
 
-_operator = torch.library.custom_op(
-    "fastgen::qk_norm_rope", launch, mutates_args=(), schema=f"(Tensor query, Tensor key, {_REST}) -> (Tensor, Tensor)"
-)
+_operator = register("fastgen::qk_norm_rope", launch)
 
 
 @_operator.register_fake
@@ -57,16 +92,8 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _launch_inplace(query: Tensor, key: Tensor, *rest: Any) -> None:
-    launch(query, key, *rest, inplace=True)
-
-
-_inplace_operator = torch.library.custom_op(
-    "fastgen::qk_norm_rope_",
-    _launch_inplace,
-    mutates_args=("query", "key"),
-    schema=f"(Tensor(a!) query, Tensor(b!) key, {_REST}) -> ()",
-)
+# Opaque: of a visible kernel that writes over its input, compilers copy the input.
+_inplace_operator = torch.library.custom_op("fastgen::qk_norm_rope_", launch_inplace, mutates_args=("query", "key"))
 
 
 @_inplace_operator.register_fake

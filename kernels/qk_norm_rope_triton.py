@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
+
 __all__ = ["backward", "forward"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
@@ -220,9 +222,9 @@ def _forward(  # type: ignore[no-untyped-def]
 
 def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     """Half head size and heads of a program, warps, and programs of a token's queries."""
-    half = triton.next_power_of_2(query.shape[-1] // 2)
-    heads = max(1, min(triton.next_power_of_2(max(query.shape[2], key.shape[2])), 2048 // half))
-    return half, heads, max(1, min(8, heads * half // 256)), triton.cdiv(query.shape[2], heads)
+    half = power_of_two(query.shape[-1] // 2)
+    heads = max(1, min(power_of_two(max(query.shape[2], key.shape[2])), 2048 // half))
+    return half, heads, max(1, min(8, heads * half // 256)), cdiv(query.shape[2], heads)
 
 
 def _table(
@@ -262,9 +264,11 @@ def forward(
         return
     half, heads, warps, query_blocks = _blocks(query, key)
     table, places, limit, first, second = _table(cos, positions, axes)
-    key_blocks = triton.cdiv(key.shape[2], heads)
+    key_blocks = cdiv(key.shape[2], heads)
     both = query_blocks == key_blocks == 1 and heads * half <= _BOTH
-    _forward[(n * length, 1 if both else query_blocks + key_blocks)](
+    run_kernel(
+        _forward,
+        (n * length, 1 if both else query_blocks + key_blocks),
         query,
         key,
         out_query,
@@ -432,11 +436,13 @@ def backward(
     n, length, count, width = tensor.shape
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     half, heads, warps, blocks = _blocks(tensor, tensor)
-    parts = max(1, min(n * length, triton.cdiv(1024, blocks)))
+    parts = max(1, min(n * length, cdiv(1024, blocks)))
     sums = torch.zeros((parts, blocks, 4, half), dtype=torch.float32, device=tensor.device)
     if n * length:
         table, places, limit, first, second = _table(cos, positions, axes)
-        _backward[(parts, blocks)](
+        run_kernel(
+            _backward,
+            (parts, blocks),
             grad,
             tensor,
             out,

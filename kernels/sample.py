@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, choose, direct
+from fastgen.kernels.dispatch import choose, direct
 
 __all__ = ["mix_logits", "restrict_logits", "sample", "sample_reference", "token_probabilities"]
 __all__ += ["token_probabilities_reference"]
@@ -87,7 +87,7 @@ def sample(
     if temperature == 0:
         gumbel, top_k, top_p = None, None, None
     given = [x for x in (cond, uncond, gumbel) if x is not None]
-    if not choose("sample", _why_not(*given), _pays(len(cond), top_p), *given):
+    if not choose("sample", _why_not(*given), True, *given):
         return sample_reference(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
     if direct(*given):
         from fastgen.kernels.sample_triton import launch_sample
@@ -129,8 +129,7 @@ def token_probabilities(
     if temperature == 0:
         return token_probabilities_reference(cond, uncond, guidance_scale, temperature)
     given = [x for x in (cond, uncond) if x is not None]
-    rows = cond.numel() // max(1, cond.shape[-1])
-    if not choose("token_probabilities", _why_not(*given), _pays(rows, top_p), *given):
+    if not choose("token_probabilities", _why_not(*given), True, *given):
         return token_probabilities_reference(cond, uncond, guidance_scale, temperature, top_k, top_p)
     if direct(*given):
         from fastgen.kernels.sample_triton import launch_law
@@ -168,11 +167,6 @@ def _check(cond: Tensor, uncond: Tensor | None, temperature: float, top_k: int |
         raise ValueError(f"top_k: {top_k} is not allowed, needs an integer >= 1, or None for no limit")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: {top_p} is not allowed, needs 0 < top_p <= 1, or None for no limit")
-
-
-def _pays(rows: int, top_p: float | None) -> bool | str:
-    """Whether "auto" takes the kernel, or why not: one row is one program of a whole GPU."""
-    return False if rows == 1 and top_p is not None else UNMEASURED
 
 
 def _why_not(*tensors: Tensor) -> str | None:

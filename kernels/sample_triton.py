@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import power_of_two, run_kernel
+
 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
@@ -106,8 +108,10 @@ def _launch(
     cond = cond if cond.stride(-1) == 1 else cond.contiguous()
     uncond, gumbel = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (uncond, gumbel))
     vocabulary = cond.shape[1]
-    block = triton.next_power_of_2(vocabulary)
-    _row[(len(cond),)](
+    block = power_of_two(vocabulary)
+    run_kernel(
+        _row,
+        (len(cond),),
         cond, cond if uncond is None else uncond, cond if gumbel is None else gumbel, out, vocabulary,
         cond.stride(0), 0 if uncond is None else uncond.stride(0), 0 if gumbel is None else gumbel.stride(0),
         float(guidance_scale), 1.0 if temperature in (0, 1) else 1.0 / temperature, top_k or 0, top_p or 1.0,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -52,9 +52,7 @@ def tree_attention(
         ValueError: shapes or dtypes that do not fit.
     """
     _check(query, key, value, store, slots, lengths, visible, tree, limit)
-    if not choose(
-        "tree_attention", _why_not(query, store), _pays(*query.shape[:2]), query, key, value, store, slots, tree
-    ):
+    if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     if direct(query, key, value, store):
         from fastgen.kernels.tree_attention_triton import launch
@@ -100,12 +98,7 @@ def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Ten
 def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
     """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
     among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
-    return choose("tree_attention", _why_not(store, store), _pays(store.shape[2], tree.shape[1]), store, tree)
-
-
-def _pays(rows: int, queries: int) -> bool | str:
-    """Whether "auto" takes the kernel, or why not: a few queries of one or two images need no more than a mask."""
-    return UNMEASURED if rows > 4 or queries > 64 else False
+    return choose("tree_attention", _why_not(store, store), True, store, tree)
 
 
 def _why_not(query: Tensor, store: Tensor) -> str | None:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.triton_tools import precise
+from fastgen.kernels.dispatch import interpreted
+from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel
 
 _PROGRAMS = 264
 """Programs wanted: two for each multiprocessor of a large GPU."""
@@ -151,12 +152,14 @@ class _Plan(NamedTuple):
 
 def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
     """For rows x heads `planes` of `lines` queries."""
-    queries = min(64, max(16, triton.next_power_of_2(lines)))
-    columns = max(16, triton.next_power_of_2(width))
+    queries = min(64, max(16, power_of_two(lines)))
+    columns = max(16, power_of_two(width))
     keys = 64 if columns <= 128 else 32
-    blocks = triton.cdiv(lines, queries)
-    splits = max(1, min(_PROGRAMS // (planes * blocks), triton.cdiv(limit, 2 * keys), 32))
-    return _Plan(queries, keys, columns, triton.cdiv(triton.cdiv(limit, splits), keys) * keys, 4, 2, 2)
+    blocks = cdiv(lines, queries)
+    splits = max(1, min(_PROGRAMS // (planes * blocks), cdiv(limit, 2 * keys), 32))
+    # Products of half-precision numbers are exact in float32; the interpreter does not know them.
+    wide = 1 if half and not interpreted() else 2
+    return _Plan(queries, keys, columns, cdiv(cdiv(limit, splits), keys) * keys, 4, 3 if half else 2, wide)
 
 
 def launch(
@@ -175,12 +178,14 @@ def launch(
     tree = tree.contiguous()
     half = store.dtype != torch.float32
     plan = _plan(rows * heads, n * groups, width, limit, half)
-    blocks = triton.cdiv(n * groups, plan.queries)
-    splits = max(1, triton.cdiv(limit, plan.chunk)) if plan.chunk else 1
+    blocks = cdiv(n * groups, plan.queries)
+    splits = max(1, cdiv(limit, plan.chunk)) if plan.chunk else 1
     parts = out if splits == 1 else out.new_empty(
         rows * heads * splits * n * groups * (width + 2), dtype=torch.float32
     )  # fmt: skip
-    _attend[(rows * heads, splits, blocks)](
+    run_kernel(
+        _attend,
+        (rows * heads, splits, blocks),
         query, key, value, store[layer], slots.contiguous(), lengths.contiguous(), visible.view(torch.int8),
         tree.view(torch.int8), out, parts,
         n, m, heads, groups, width, limit, plan.chunk, splits, width**-0.5,
@@ -191,8 +196,10 @@ def launch(
         QUERIES=plan.queries, KEYS=plan.keys, WIDTH=plan.columns, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if splits > 1:
-        _merge[(rows * heads * n * groups,)](
-            parts, out, n, heads, groups, width, splits, SPLITS=triton.next_power_of_2(splits), WIDTH=plan.columns,
+        run_kernel(
+            _merge,
+            (rows * heads * n * groups,),
+            parts, out, n, heads, groups, width, splits, SPLITS=power_of_two(splits), WIDTH=plan.columns,
             num_warps=1 if plan.columns <= 128 else 2,
         )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import UNMEASURED, check_range, choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
@@ -69,7 +69,7 @@ def tree_verify(
     _check(target, draft, tokens, children, internal, coins, gumbel, remaining, factor, classes)
     tensors = (target, draft, tokens, children, internal, coins, gumbel, remaining)
     given = [x for x in (*tensors, factor, classes) if x is not None]
-    if not choose("tree_verify", _why_not(target), UNMEASURED, *given):
+    if not choose("tree_verify", _why_not(target), True, *given):
         return tree_verify_reference(*tensors, max_depth, factor, classes)
     if direct(*given):
         from fastgen.kernels.tree_verify_triton import launch

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.triton_tools import power_of_two, run_kernel
+
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -176,8 +178,8 @@ def _verify(  # type: ignore[no-untyped-def]
 
 def _plan(vocabulary: int) -> tuple[int, int]:
     """Tokens that a program looks at together, and its warps."""
-    block = min(4096, triton.next_power_of_2(vocabulary))
-    return block, 8 if block >= 2048 else 4
+    block = min(4096, power_of_two(vocabulary))
+    return block, 16 if block >= 4096 else 4
 
 
 def launch(
@@ -197,7 +199,9 @@ def launch(
     block, warps = _plan(vocabulary)
     optional = (draft, coins, gumbel, factor, classes)
     draft, coins, gumbel, factor, classes = (x if x is None else x.contiguous() for x in optional)
-    _verify[(batch,)](
+    run_kernel(
+        _verify,
+        (batch,),
         target, target if draft is None else draft, tokens, children, internal,
         target if coins is None else coins, target if gumbel is None else gumbel, remaining.contiguous(),
         target if factor is None else factor, tokens if classes is None else classes, scratch,
@@ -205,7 +209,7 @@ def launch(
         n, vocabulary, children.shape[2], len(internal), max_depth, 1 if gumbel is None else gumbel.shape[1],
         0 if len(children) == 1 else children.stride(0),
         GREEDY=greedy, DRAFT=draft is not None, SCALED=factor is not None, LENT=classes is not None,
-        SLOTS=triton.next_power_of_2(children.shape[2]), INNER=max(1, triton.next_power_of_2(len(internal))),
+        SLOTS=power_of_two(children.shape[2]), INNER=max(1, power_of_two(len(internal))),
         BLOCK=block, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return nodes, length, bonus, stolen

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
+import torch
 import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-__all__ = ["precise", "tile"]
+from fastgen.kernels.dispatch import interpreted, plain
+
+__all__ = ["cdiv", "power_of_two", "precise", "run_kernel", "tile"]
+
+_INT32 = 2**31
+
+
+def cdiv(number: int, by: int) -> int:
+    """number / by, rounded up. (Triton's own takes ten times as long on the host.)"""
+    return -(-number // by)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less; a size that is a symbol of a compiler becomes a number."""
+    return 1 << max(0, int(number) - 1).bit_length()
 
 
 def precise() -> str:
     """The `input_precision` of a matrix product that is as good as float32's, and the fastest such one."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return "ieee"
     return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
 
@@ -19,7 +36,76 @@ def precise() -> str:
 def tile(width: int, numbers: int = 4096) -> tuple[int, int]:
     """Columns and rows of a tile of about so many numbers for rows of `width`: the widest power of two that leaves an
     eighth of the columns idle or less."""
-    block = max(16, min(triton.next_power_of_2(width), 2048))
-    while block > 128 and triton.cdiv(width, block) * block > 1.125 * width:
+    block = max(16, min(power_of_two(width), 2048))
+    while block > 128 and cdiv(width, block) * block > 1.125 * width:
         block //= 2
     return block, max(1, numbers // block)
+
+
+class _Kernel:
+    """A kernel with what it was compiled to, by what Triton makes a version of its own for."""
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        self.names = kernel.arg_names
+        self.constants = {index for index, parameter in enumerate(kernel.params) if parameter.is_constexpr}
+        self.versions: dict[Any, Any] = {}
+
+
+_kernels: dict[int, _Kernel] = {}
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)` on the device of the first argument, with less work on the host.
+
+    Triton takes as long to find the version of a kernel that fits its arguments as many kernels run. Here it is found
+    by dtypes, alignment of addresses, divisibility of sizes by 16, and constants, and started as Triton documents it
+    for kernels that were compiled before. While a compiler traces, the kernel becomes a part of its graph.
+
+    Args:
+        kernel: of `triton.jit`.
+        grid: of one to three axes.
+        arguments: the first parameters of the kernel in their order; the first one is a tensor.
+        options: its other parameters, and options of Triton such as `num_warps`.
+    """
+    first = arguments[0]
+    if not isinstance(kernel, JITFunction):  # the interpreter
+        kernel[grid](*arguments, **options)
+    elif not plain(first):
+        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+    elif not first.is_cuda:  # compiled for a GPU that is not here
+        kernel[grid](*arguments, **options)
+    elif first.device.index == torch.cuda.current_device():
+        _run(kernel, grid, arguments, options)
+    else:
+        with torch.cuda.device(first.device):
+            _run(kernel, grid, arguments, options)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    known = _kernels.get(id(kernel))
+    if known is None:
+        known = _kernels[id(kernel)] = _Kernel(kernel)
+    key = (arguments[0].device.index, *options.values(), *_versions(arguments, known.constants))
+    version = known.versions.get(key)
+    if version is None:
+        known.versions[key] = kernel[grid](*arguments, **options)
+        return
+    rest = [options[name] for name in known.names[len(arguments) :]]
+    whole = (*grid, 1, 1)[:3]
+    version[whole](*arguments, *rest)
+
+
+def _versions(arguments: tuple[Any, ...], constants: set[int]) -> list[Any]:
+    """What of the arguments a compiled version depends on."""
+    key: list[Any] = []
+    for index, x in enumerate(arguments):
+        if x is None or index in constants:
+            key.append(x)
+        elif isinstance(x, Tensor):
+            key.append(x.dtype)
+            key.append(x.data_ptr() & 15 == 0)
+        elif x.__class__ is int:
+            key.append("1" if x == 1 else ("n" if x & 15 else "16") if -_INT32 <= x < _INT32 else x & 15)
+        else:
+            key.append(type(x))
+    return key

@@ -97,9 +97,11 @@ def turn(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised and rotated queries and keys [n, L, heads, d] (neighbouring features), in place without gradients."""
+    """Normalised and rotated queries and keys [n, L, heads, d] (neighbouring features), in place in eager mode
+    without gradients. (Compilers reuse memory themselves.)"""
     first, second = (norm_of(module) or _unknown(module) for module in norms)
     needs_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    inplace = not needs_gradients and not torch.compiler.is_compiling()
     return qk_norm_rope(
         query,
         key,
@@ -111,7 +113,7 @@ def turn(
         key_bias=second.bias,
         norm=first.kind,
         eps=first.eps,
-        inplace=not needs_gradients,
+        inplace=inplace,
     )
 
 

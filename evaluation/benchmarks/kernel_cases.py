@@ -81,10 +81,17 @@ def _packed(tokens: int, n: int, width: int) -> Callable[[torch.device], Inputs]
 
 def _adaln() -> list[Case]:
     def moved(inputs: Inputs) -> int:
-        return 4 * size_of(inputs["hidden"])  # residual and update in, sum and norm out
+        # Residual and update in, sum and norm out.
+        alone = inputs["update"] is None or inputs.get("norm") == "none"
+        return (2 if inputs["update"] is None else 3 if alone else 4) * size_of(inputs["hidden"])
+
+    def some(build: Callable[[torch.device], Inputs], **changes: Any) -> Callable[[torch.device], Inputs]:
+        return lambda device: {**build(device), **changes}
 
     made = [
         ("DiT-XL 256 x 2", _dit(2, 256, 1152), False, True),
+        ("DiT-XL 1024 x 32, norm alone", some(_dit(32, 1024, 1152), update=None, gate=None), False, False),
+        ("DiT-XL 1024 x 32, gated sum alone", some(_dit(32, 1024, 1152), norm="none"), False, False),
         ("DiT-XL 1024 x 32", _dit(32, 1024, 1152), True, False),
         ("DC-DiT-XL packed 8000 of 32", _packed(8000, 32, 1152), False, False),
         ("FLUX 4608 x 1", _dit(1, 4608, 3072), False, False),

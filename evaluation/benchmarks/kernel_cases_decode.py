@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgen.drafters.tree import named_tree
 from fastgen.evaluation.benchmarks.kernel_case import Case, Check, Inputs, close, equal, noise, size_of
+from fastgen.kernels.cached_attention import cached_attention
 from fastgen.kernels.dechunk import (
     dechunk,
     nearest_kept,
@@ -37,7 +38,7 @@ from fastgen.kernels.pack import (
     scatter_reference,
 )
 from fastgen.kernels.sample import sample, sample_reference, token_probabilities, token_probabilities_reference
-from fastgen.kernels.tree_attention import tree_attention, tree_attention_reference
+from fastgen.kernels.tree_attention import tree_attention, tree_mask
 from fastgen.kernels.tree_verify import tree_verify, tree_verify_reference
 
 __all__ = ["cases"]
@@ -394,6 +395,7 @@ def _attention() -> list[Case]:
             shape = named_tree(tree).to(device)
             n, capacity = shape.n, committed + shape.n
             lengths = torch.full((rows,), committed, device=device)
+            visible = torch.ones(rows, capacity, dtype=torch.bool, device=device)
             return {
                 "query": noise(device, rows, n, heads, 128),
                 "key": noise(device, rows, n, heads, 128, seed=1),
@@ -402,12 +404,22 @@ def _attention() -> list[Case]:
                 "layer": 0,
                 "slots": lengths[:, None] + torch.arange(n, device=device),
                 "lengths": lengths,
-                "visible": torch.ones(rows, capacity, dtype=torch.bool, device=device),
+                "visible": visible,
                 "tree": shape.mask,
                 "limit": capacity,
+                # All layers share it, so making it is no part of what one of them costs.
+                "mask": tree_mask(lengths, visible, shape.mask, capacity),
             }
 
         return build
+
+    def run(mask: Tensor, **inputs: Any) -> Tensor:
+        return tree_attention(**inputs)
+
+    def reference(
+        query: Tensor, key: Tensor, value: Tensor, store: Tensor, layer: int, slots: Tensor, mask: Tensor, **rest: Any
+    ) -> Tensor:
+        return cached_attention(query, key, value, store, layer, slots, mask)
 
     def moved(inputs: Inputs) -> int:
         return size_of(inputs["store"]) + 3 * size_of(inputs["query"])
@@ -420,8 +432,8 @@ def _attention() -> list[Case]:
             "tree_attention",
             name,
             layer(*shape),
-            tree_attention,
-            tree_attention_reference,
+            run,
+            reference,
             moved,
             close(1e-2),
             flops=flops,

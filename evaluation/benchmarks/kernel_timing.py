@@ -14,6 +14,7 @@ __all__ = ["WARM_UP", "Timing", "roofline", "time_calls", "time_on_cpu", "time_o
 
 WARM_UP = 25
 REPETITIONS = 100
+_CYCLES = 2e9  # of a GPU's clock in a second, or fewer
 _FLUSH = 256 * 2**20  # bytes; more than any second-level cache
 _GRAPH_BELOW = 20e-6
 _GRAPH_CALLS = 20
@@ -38,6 +39,7 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
         for _ in range(WARM_UP):
             work()
     torch.cuda.synchronize()
+    asleep = int(_CYCLES * min(0.02, max(1e-4, 1.5 * max(_host_seconds(work) for work in works.values()))))
     scratch = torch.empty(_FLUSH, dtype=torch.int8, device="cuda")
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in works}
     started = time.perf_counter()
@@ -45,7 +47,7 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
         for name, work in works.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             scratch.zero_()
-            torch.cuda._sleep(200_000)
+            torch.cuda._sleep(asleep)
             start.record()
             work()
             end.record()
@@ -66,6 +68,17 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
     if any(graph is None for graph in graphs.values()):
         return timings  # one of them asks the host: all stay measured in the same way
     return {name: _time_graph(graph) for name, graph in graphs.items() if graph is not None}
+
+
+def _host_seconds(work: Callable[[], object]) -> float:
+    """How long the host needs to queue it: the GPU has to be held back for longer."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return max(seconds)
 
 
 def time_calls(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:

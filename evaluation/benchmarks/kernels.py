@@ -26,7 +26,7 @@ from fastgen.evaluation.benchmarks.kernel_timing import (
     time_on_cpu,
     time_on_gpu,
 )
-from fastgen.evaluation.benchmarks.kernels_end_to_end import benchmark_end_to_end
+from fastgen.evaluation.benchmarks.kernels_end_to_end import MODELS, benchmark_end_to_end
 from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 
 __all__ = ["benchmark_kernels"]
@@ -47,7 +47,7 @@ def benchmark_kernels(
     """Run the benchmark.
 
     Args:
-        ops: names of operations; None takes all.
+        ops: names of operations, or with `end_to_end` beginnings of names of models; None takes all.
         device: where; on a CPU only small sizes, and no kernels.
         compile: measure the compiled reference as well.
         end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
@@ -65,9 +65,8 @@ def benchmark_kernels(
         FastgenError: an unknown operation; models without a CUDA device.
     """
     everything = cases()
-    known = sorted({case.op for case in everything})
-    if unknown := sorted(set(ops or ()) - set(known)):
-        raise FastgenError(f"op: {unknown[0]!r} is unknown; there are {', '.join(known)}")
+    known = list(MODELS) if end_to_end else sorted({case.op for case in everything})
+    chosen = _chosen(ops, known, end_to_end)
     place = torch.device(device)
     started = time.perf_counter()
     result: dict[str, Any] = {
@@ -84,13 +83,12 @@ def benchmark_kernels(
         save(result)
 
     if end_to_end:
-        benchmark_end_to_end(place, seconds=seconds, report=report, add=add)
+        benchmark_end_to_end(place, chosen, seconds=seconds, report=report, add=add)
     else:
-        chosen = [case for case in everything if not ops or case.op in ops]
-        if place.type != "cuda":
-            chosen = [case for case in chosen if case.on_cpu]
         result["roofline"] = limits = roofline(place)
-        for case in chosen:
+        for case in everything:
+            if case.op not in chosen or (place.type != "cuda" and not case.on_cpu):
+                continue
             report(f"{case.op}: {case.size}")
             late = time.perf_counter() - started > seconds
             row = _measure(case, place, limits, compile and not late)
@@ -100,6 +98,14 @@ def benchmark_kernels(
     result["finished"] = True
     save(result)
     return result
+
+
+def _chosen(ops: Sequence[str] | None, known: Sequence[str], beginnings: bool) -> list[str]:
+    """Of what is known, what is asked for: by name, or by the beginning of a name."""
+    for op in ops or ():
+        if not any(name.startswith(op) if beginnings else name == op for name in known):
+            raise FastgenError(f"op: {op!r} is unknown; there are {', '.join(known)}")
+    return [name for name in known if not ops or any(name.startswith(op) if beginnings else name == op for op in ops)]
 
 
 def _settings(device: str, place: torch.device) -> dict[str, Any]:

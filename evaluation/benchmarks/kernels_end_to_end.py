@@ -170,7 +170,7 @@ def _janus_decoder(device: torch.device) -> _Step:
     return _Step(model.decoder, lambda: model.decode(codes), lambda: model.decoder.compile())
 
 
-MODELS: dict[str, Callable[[torch.device], _Step]] = {
+_STEPS: dict[str, Callable[[torch.device], _Step]] = {
     "DC-DiT-XL 256², 32 images, 256 tokens": lambda device: _dc_dit_xl(device, 256),
     "Z-Image width, 10 of 30 layers, 1024², 2 images": lambda device: _z_image(device, 1024),
     "Janus-Pro VQ decode 384², 4 images": _janus_decoder,
@@ -180,6 +180,7 @@ MODELS: dict[str, Callable[[torch.device], _Step]] = {
     "DiT-XL/2 256², 32 images": _dit_xl,
 }
 """Name -> builder of the model and its step."""
+MODELS = (_ROUND, *_STEPS)
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def benchmark_end_to_end(
     if device.type != "cuda":
         raise FastgenError(f"--end-to-end: needs a CUDA device, got {device}")
     started, rows = time.perf_counter(), []
-    for name in names or (_ROUND, *MODELS):
+    for name in names or MODELS:
         if time.perf_counter() - started > seconds:
             rows.append({"model": name, "note": "not begun: the time was up"})
         else:
@@ -242,7 +243,7 @@ def _janus_round(device: torch.device, repetitions: int) -> dict[str, Any]:
 
 def _measure(name: str, device: torch.device, repetitions: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name}
-    steps = {"reference": MODELS[name](device), "auto": MODELS[name](device)}  # equal weights
+    steps = {"reference": _STEPS[name](device), "auto": _STEPS[name](device)}  # equal weights
     if steps["auto"].model is not None:
         row["installed"] = enable_kernels(steps["auto"].model)
     row["rms"] = _difference(steps)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_checks import DEVICE
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastgen.accounting import account
 from fastgen.kernels.dispatch import (
-    UNMEASURED,
+    Checked,
     _decide,
     choose,
     direct,
@@ -128,10 +129,10 @@ def test_without_triton_references_run(tmp_path: Path) -> None:
 def test_a_kernel_that_was_never_timed_waits_to_be_asked_for() -> None:
     """On a GPU, which the last argument stands for: the reference by itself, and the reason is told."""
     with account() as stats, use_kernels("auto"):
-        assert not _decide("op", None, UNMEASURED, True) and _decide("other", None, True, True)
-    assert stats.paths["op"] == {"reference": UNMEASURED} and stats.paths["other"] == {"triton": None}
+        assert not _decide("op", None, "slow", True) and _decide("other", None, True, True)
+    assert stats.paths["op"] == {"reference": "slow"} and stats.paths["other"] == {"triton": None}
     with use_kernels("triton"):
-        assert _decide("op", None, UNMEASURED, True)
+        assert _decide("op", None, "slow", True)
 
 
 def test_a_compiled_graph_keeps_the_choice_it_was_traced_with() -> None:
@@ -146,6 +147,43 @@ def test_a_compiled_graph_keeps_the_choice_it_was_traced_with() -> None:
     torch._dynamo.reset()
     with use_kernels("reference"):
         assert compiled(x).tolist() == [6, 6]
+
+
+def test_equal_arguments_are_checked_once_and_others_anew() -> None:
+    seen = []
+
+    def check(x: torch.Tensor, y: torch.Tensor | None = None, option: object = None) -> str:
+        def found() -> str:
+            seen.append(1)
+            if x.shape[0] == 3:
+                raise ValueError("three")
+            return f"{tuple(x.stride())} {x.dtype} {option}"
+
+        return checked(found, (x, y), option)
+
+    checked = Checked()
+    x = torch.ones(2, 4, device=DEVICE)
+    assert check(x) == check(torch.zeros_like(x)) == "(4, 1) torch.float32 None" and len(seen) == 1
+    others = [x.t().contiguous().t(), x.double(), x[:, :3], x.clone().requires_grad_(), torch.nn.Parameter(x)]
+    assert len({*map(check, others), check(x, x), check(x, option=2)}) > 2 and len(seen) == 8
+    with torch.no_grad():
+        check(x)
+    assert len(seen) == 9
+    for _ in range(2):
+        with pytest.raises(ValueError, match="three"):
+            check(torch.ones(3, device=DEVICE))
+    assert len(seen) == 11
+    with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        symbols = mode.from_tensor(x, static_shapes=False)
+        assert check(symbols).startswith("(") and check(symbols).startswith("(") and len(seen) == 13  # have no hash
+
+
+def test_what_was_checked_is_forgotten_when_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checked, "MOST", 3)
+    checked, seen = Checked(), []
+    for size in (1, 2, 3, 4, 1):
+        checked(lambda size=size: seen.append(size), (torch.ones(size),))
+    assert seen == [1, 2, 3, 4, 1]
 
 
 def test_direct_launch_is_for_plain_tensors_without_gradients() -> None:

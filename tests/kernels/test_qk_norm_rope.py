@@ -133,7 +133,8 @@ def test_any_shape_and_layout(
     shape: tuple[int, ...], key_heads: int, norm: str, dtype: torch.dtype, interleaved: bool, layout: str
 ) -> None:
     query, key = (lay_out(x, layout) for x in qk(shape, key_heads, dtype))
-    check(query, key, **table(shape[1], shape[-1]), norm=norm, interleaved=interleaved)
+    # A layer norm of two features that are nearly equal is their difference, blown up: eps keeps it well conditioned.
+    check(query, key, **table(shape[1], shape[-1]), norm=norm, interleaved=interleaved, eps=1e-2)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -142,22 +142,6 @@ def test_draws_have_the_law(mode: str) -> None:
     assert float(((seen - wanted)[kept].square() / wanted[kept]).sum()) < 33
 
 
-def test_batch_of_one_with_top_p_stays_with_torch_by_itself() -> None:
-    from fastgen.kernels.dispatch import UNMEASURED, choose
-
-    seen = []
-
-    def spy(op: str, reason: str | None, default: bool | str, *tensors: Tensor) -> bool:
-        seen.append((op, default))
-        return choose(op, reason, default, *tensors)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgen.kernels.sample.choose", spy)
-        for rows, top_p in ((1, 0.9), (1, None), (4, 0.9)):
-            sample(torch.randn(rows, 5), None, None, top_p=top_p)
-    assert seen == [("sample", False), ("sample", UNMEASURED), ("sample", UNMEASURED)]
-
-
 def test_what_a_compiler_is_told(triton_kernels: None) -> None:
     cond, gumbel = torch.randn(2, 9).to(DEVICE), noise(2, 9, 0).to(DEVICE)
     checks = ("test_schema", "test_faketensor")
