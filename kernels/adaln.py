@@ -73,7 +73,7 @@ def adaln(
     reason = _checked(lambda: _check(*tensors[:7], norm, *tensors[7:]), tensors, norm)
     if sequence_ids is not None:
         _look(sequence_ids, cu_seqlens, hidden.shape[0], [x for x in (gate, scale, shift) if x is not None])
-    if not choose("adaln", reason, _pays(update, norm, update_norm), *given):
+    if not choose("adaln", reason, True, *given):
         return adaln_reference(
             hidden,
             update=update,
@@ -216,14 +216,6 @@ def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, conditio
         check_range("sequence_ids", sequence_ids, conditioning[0].shape[0])
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
-
-
-def _pays(update: Tensor | None, norm: str, update_norm: bool) -> bool:
-    """Whether "auto" takes the kernel: not for a gated sum alone, which is one operation of PyTorch as well, and not
-    for a norm alone where a compiler makes one kernel of it."""
-    if update is None:
-        return not torch.compiler.is_compiling()
-    return update_norm or norm != "none"
 
 
 def _why_not(*tensors: Tensor | None) -> str | None:

@@ -58,6 +58,9 @@ def _forward(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     there = row < rows
     inside = column < width
+    # Compilers of graphs hand over numbers of 64 bits.
+    eps = tl.full([], eps, tl.float32)
+    update_eps = tl.full([], update_eps, tl.float32)
     mask = there[:, None] & inside[None, :]
     sample = row // length
     if ids is not None:

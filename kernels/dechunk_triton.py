@@ -183,9 +183,10 @@ def launch_blur(values: Tensor, positions: Tensor, rows: Tensor, height: int, wi
     return _banded(values, positions, None, rows, out, height, width, sigma, False)
 
 
-def _band_plan(channels: int) -> tuple[int, int, int, int]:
+def _band_plan(count: int, channels: int) -> tuple[int, int, int, int]:
     """Tokens of a program, tokens that it reads at once, its channels, and its warps."""
-    return 32, 32, min(128, max(16, power_of_two(channels))), 4
+    most = 256 if cdiv(count, 32) * cdiv(channels, 256) >= 1056 else 128
+    return 32, 32, min(most, max(16, power_of_two(channels))), 4
 
 
 def _banded(
@@ -196,7 +197,7 @@ def _banded(
         return out
     count, channels = values.shape
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
-    several, others, block, warps = _band_plan(channels)
+    several, others, block, warps = _band_plan(count, channels)
     # A weight of ten bits is less exact than a float16, not than a bfloat16.
     precision = "tf32" if values.dtype == torch.bfloat16 else precise()
     run_kernel(

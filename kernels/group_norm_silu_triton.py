@@ -13,7 +13,7 @@ from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
 
 __all__ = ["forward"]
 
-_SMALL = 2**15  # numbers of a group that one program works off
+_SMALL = 2**12  # numbers of a group that one program works off: launches are what costs
 
 
 @triton.jit
@@ -197,12 +197,12 @@ class _Plan(NamedTuple):
 
 def _plan(samples: int, pixels: int, channels: int) -> _Plan:
     block = min(power_of_two(channels), 512)
-    together = max(1, 4096 // block)
+    together = max(1, 2048 // block)
     blocks = cdiv(channels, block)
-    # About two programs for every multiprocessor, and no more parts than tiles.
-    parts = max(1, min(cdiv(pixels, 4 * together), cdiv(256, samples * blocks)))
+    # Two programs for every multiprocessor of a large GPU, and no more parts than tiles.
+    parts = max(1, min(cdiv(pixels, 4 * together), cdiv(264, samples * blocks)))
     tiles = 4 if pixels * samples * blocks >= 4 * 1056 * together else 1
-    return _Plan(together, block, parts, tiles, 8)
+    return _Plan(together, block, parts, tiles, 4)
 
 
 def forward(

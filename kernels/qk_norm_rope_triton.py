@@ -198,6 +198,7 @@ def _forward(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     sample, place = token // length, token % length
+    eps = tl.full([], eps, tl.float32)  # compilers of graphs hand over 64 bits
     c = 0.0
     s = 0.0
     if cos is not None:
@@ -224,7 +225,7 @@ def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     """Half head size and heads of a program, warps, and programs of a token's queries."""
     half = power_of_two(query.shape[-1] // 2)
     heads = max(1, min(power_of_two(max(query.shape[2], key.shape[2])), 2048 // half))
-    return half, heads, max(1, min(8, heads * half // 256)), cdiv(query.shape[2], heads)
+    return half, heads, max(1, min(8, heads * half // 512)), cdiv(query.shape[2], heads)
 
 
 def _table(

@@ -154,9 +154,10 @@ def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
     """For rows x heads `planes` of `lines` queries."""
     queries = min(64, max(16, power_of_two(lines)))
     columns = max(16, power_of_two(width))
-    keys = 64 if columns <= 128 else 32
     blocks = cdiv(lines, queries)
-    splits = max(1, min(_PROGRAMS // (planes * blocks), cdiv(limit, 2 * keys), 32))
+    # Few programs hide what they wait for behind many small blocks.
+    keys = 64 if columns <= 128 and planes * blocks > _PROGRAMS // 2 else 32
+    splits = max(1, min(cdiv(_PROGRAMS, planes * blocks), cdiv(limit, 2 * keys), 32))
     # Products of half-precision numbers are exact in float32; the interpreter does not know them.
     wide = 1 if half and not interpreted() else 2
     return _Plan(queries, keys, columns, cdiv(cdiv(limit, splits), keys) * keys, 4, 3 if half else 2, wide)

@@ -173,11 +173,11 @@ def _janus_decoder(device: torch.device) -> _Step:
 _STEPS: dict[str, Callable[[torch.device], _Step]] = {
     "DC-DiT-XL 256², 32 images, 256 tokens": lambda device: _dc_dit_xl(device, 256),
     "Z-Image width, 10 of 30 layers, 1024², 2 images": lambda device: _z_image(device, 1024),
-    "Janus-Pro VQ decode 384², 4 images": _janus_decoder,
     "VAE decode 1024²": lambda device: _vae(device, 1024),
-    "DC-DiT-XL 256², 32 images, threshold": lambda device: _dc_dit_xl(device, None),
-    "FLUX width, 5 + 10 of 19 + 38 layers, 1024²": _flux,
     "DiT-XL/2 256², 32 images": _dit_xl,
+    "FLUX width, 5 + 10 of 19 + 38 layers, 1024²": _flux,
+    "Janus-Pro VQ decode 384², 4 images": _janus_decoder,
+    "DC-DiT-XL 256², 32 images, threshold": lambda device: _dc_dit_xl(device, None),
 }
 """Name -> builder of the model and its step."""
 MODELS = (_ROUND, *_STEPS)

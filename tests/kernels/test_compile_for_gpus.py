@@ -43,7 +43,7 @@ with compile_for({target!r}) as made:
             qk_norm_rope_operator.launch(query, key, table, table, None, [width], weight, weight, None, None, *rest)
             axes = [width - 8, 4, 4]
             rest = ("layer", 1e-6, pairs)
-            qk_norm_rope_operator.launch(query, key, table, table, places, axes, *[weight] * 4, *rest, inplace=True)
+            qk_norm_rope_operator.launch_inplace(query, key, table, table, places, axes, *[weight] * 4, *rest)
             qk_norm_rope_operator._launch_backward(query, key, table, table, places, axes, weight, *rest)
     print(sorted(made))
 with compile_for({target!r}) as made:
