@@ -11,6 +11,8 @@ needs no new binary when token counts change.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +75,7 @@ def adaln(
     reason = _checked(lambda: _check(*tensors[:7], norm, *tensors[7:]), tensors, norm)
     if sequence_ids is not None:
         _look(sequence_ids, cu_seqlens, hidden.shape[0], [x for x in (gate, scale, shift) if x is not None])
-    if not choose("adaln", reason, True, *given):
+    if not choose("adaln", reason, _whole(update, norm) or not torch.compiler.is_compiling(), *given):
         return adaln_reference(
             hidden,
             update=update,
@@ -90,11 +92,18 @@ def adaln(
             tanh_gate=tanh_gate,
             sequence_ids=sequence_ids,
         )
-    operator = launch if direct(*tensors) else torch.ops.fastgen.adaln
+    operator: Any = launch
+    if not direct(*tensors):
+        operator = torch.ops.fastgen.adaln if _whole(update, norm) else torch.ops.fastgen.adaln_part
     summed, normed = operator(*tensors, *options)
     if update is None:
         summed = hidden
     return summed, summed if norm == "none" else normed
+
+
+def _whole(update: Tensor | None, norm: str) -> bool:
+    """Whether there is a sum and a norm of it: of one alone, compilers make a kernel of their own."""
+    return update is not None and norm != "none"
 
 
 def can_use_triton(hidden: Tensor, **others: Tensor | None) -> bool:
@@ -134,7 +143,7 @@ def adaln_reference(
     def rows(conditioning: Tensor) -> Tensor:
         if sequence_ids is not None:
             return conditioning.index_select(0, sequence_ids)
-        return conditioning[:, None] if hidden.ndim == 3 else conditioning
+        return conditioning.unsqueeze(1) if hidden.ndim == 3 else conditioning
 
     if update is not None:
         if update_norm:

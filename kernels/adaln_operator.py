@@ -72,16 +72,20 @@ def launch(
     )
     vectors = (gate, scale, shift, weight, bias, update_weight)
     options = (norm, eps, update_norm, update_eps, tanh_gate)
-    adaln_triton.forward(hidden, update, *vectors, sequence_ids, summed, normed, *options)
+    written = (None if update is None else summed, None if norm == "none" else normed)
+    adaln_triton.forward(hidden, update, *vectors, sequence_ids, *written, *options)
     return summed, normed
 
 
-_operator = register("fastgen::adaln", launch)
-
-
-@_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _outputs(arguments[1], arguments[10], *arguments[:8])
+
+
+_operator = register("fastgen::adaln", launch)
+_operator.register_fake(_fake)
+# Opaque to compilers: Inductor (torch 2.11) fails on some graphs in which the kernel leaves one of its results out.
+_part_operator = torch.library.custom_op("fastgen::adaln_part", launch, mutates_args=())
+_part_operator.register_fake(_fake)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,4 +183,5 @@ def _fit(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.to(parameter.dtype)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+for _each in (_operator, _part_operator):
+    _each.register_autograd(_backward, setup_context=_setup_context)

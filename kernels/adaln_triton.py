@@ -121,15 +121,15 @@ def forward(
     bias: Tensor | None,
     update_weight: Tensor | None,
     ids: Tensor | None,
-    summed: Tensor,
-    normed: Tensor,
+    summed: Tensor | None,
+    normed: Tensor | None,
     norm: str,
     eps: float,
     update_norm: bool,
     update_eps: float,
     tanh_gate: bool,
 ) -> None:
-    """Launch. hidden and update [n, L, D], conditioning [samples, D], outputs contiguous, all rows contiguous."""
+    """Launch. hidden and update [n, L, D], conditioning [samples, D], outputs contiguous or None; rows contiguous."""
     n, length, width = hidden.shape
     rows = n * length
     if not hidden.numel():

@@ -263,7 +263,10 @@ def test_operator(form: str) -> None:
     chosen = {"eps": 1e-6, "update_norm": False, "update_eps": 1e-6, "tanh_gate": False, **options}
     arguments = (given["hidden"], *(given.get(name) for name in names), None, None, chosen["norm"], chosen["eps"])
     arguments += (chosen["update_norm"], chosen["update_eps"], chosen["tanh_gate"])
-    torch.library.opcheck(torch.ops.fastgen.adaln.default, arguments)
+    operators = torch.ops.fastgen
+    if form == "dit":
+        torch.library.opcheck(operators.adaln.default, arguments)
+    torch.library.opcheck(operators.adaln_part.default, arguments)
 
 
 def test_compiled_in_one_graph() -> None:
@@ -283,8 +286,9 @@ def test_one_graph_serves_all_sizes() -> None:
         for n, length in ((2, 3), (3, 5), (4, 2)):
             hidden, tensors, options = build(DIT, (n, length, 40), torch.float32)
             expected = adaln(hidden, **tensors, **options)
+            # The compiler starts the same kernel, with settings of its own.
             for actual, wanted in zip(compiled(hidden, **tensors, **options), expected, strict=True):
-                assert torch.equal(actual, wanted)
+                assert_matches(actual, wanted.double())
     torch._dynamo.reset()
     compiled = torch.compile(adaln, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -293,7 +297,7 @@ def test_one_graph_serves_all_sizes() -> None:
             packed = {"sequence_ids": torch.arange(tokens, device=DEVICE) * 3 // tokens}
             expected = adaln(hidden, **tensors, **options, **packed)
             for actual, wanted in zip(compiled(hidden, **tensors, **options, **packed), expected, strict=True):
-                assert torch.equal(actual, wanted)
+                assert_matches(actual, wanted.double())
 
 
 def test_exported() -> None:

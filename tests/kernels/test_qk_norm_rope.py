@@ -251,8 +251,9 @@ def test_one_graph_serves_all_sizes() -> None:
             positions = torch.arange(n * length, device=DEVICE).view(n, length) % 9
             arguments = {**table(9, 8), **vectors(8, torch.float32), "positions": positions}
             expected = qk_norm_rope(query, key, **arguments)
+            # The compiler starts the same kernel, with settings of its own.
             for actual, wanted in zip(compiled(query, key, **arguments), expected, strict=True):
-                assert torch.equal(actual, wanted)
+                assert_matches(actual, wanted.double())
 
 
 # --- the reference, and what is not allowed ----------------------------------------------------------------------
