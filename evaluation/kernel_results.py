@@ -60,6 +60,8 @@ def _end_to_end_markdown(data: dict[str, Any]) -> str:
         gains = [_ratio(row[f"speedup_{kind}"]) for kind in ("eager", "compiled")]
         rows.append([row["model"], *times, *gains, "-" if row["rms"] is None else f"{row['rms']:.1e}"])
     note = "Medians in milliseconds of one step, bfloat16, random weights; blocks are compiled one by one.\n\n"
+    if "note" in data:
+        note += data["note"] + "\n\n"
     header = ["model", "eager", "+ kernels", "compiled", "+ kernels", "x eager", "x compiled", "difference (RMS)"]
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
 

@@ -73,7 +73,8 @@ def launch(
     vectors = (gate, scale, shift, weight, bias, update_weight)
     options = (norm, eps, update_norm, update_eps, tanh_gate)
     written = (None if update is None else summed, None if norm == "none" else normed)
-    adaln_triton.forward(hidden, update, *vectors, sequence_ids, *written, *options)
+    run: Any = adaln_triton.forward
+    run(hidden, update, *vectors, sequence_ids, *written, *options)
     return summed, normed
 
 

@@ -27,7 +27,8 @@ def _fill(  # type: ignore[no-untyped-def]
     samples, length, capacity, score_stride, score_step,
     TOP: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One sample's part of a packing; one program more writes what lies behind the last token."""
+    """One sample's part of a packing; one program more ends the bounds. Each fills a share of what lies behind the
+    last token."""
     sample = tl.program_id(0)
     others = tl.arange(0, SAMPLES)
     if TOP:
@@ -36,13 +37,15 @@ def _fill(  # type: ignore[no-untyped-def]
     else:
         every = tl.load(counts + others, mask=others < samples, other=0)
     start = tl.sum(tl.where(others < sample, every, 0), axis=0)
+    kept_in_all = tl.minimum(tl.sum(every, axis=0), capacity)
+    share = (capacity - kept_in_all + samples) // (samples + 1)
+    last = tl.minimum(kept_in_all + (sample + 1) * share, capacity)
+    for first in range(kept_in_all + sample * share, last, TAIL):
+        behind = first + tl.arange(0, TAIL)
+        tl.store(positions + behind, tl.full([TAIL], -1, tl.int64), mask=behind < last)
+        tl.store(ids + behind, tl.zeros([TAIL], tl.int64) + (samples - 1), mask=behind < last)
     if sample == samples:
         tl.store(cu_seqlens + samples, tl.minimum(start, capacity))
-        for first in range(0, capacity, TAIL):
-            behind = first + tl.arange(0, TAIL)
-            empty = (behind >= start) & (behind < capacity)
-            tl.store(positions + behind, tl.full([TAIL], -1, tl.int64), mask=empty)
-            tl.store(ids + behind, tl.zeros([TAIL], tl.int64) + (samples - 1), mask=empty)
     else:
         tl.store(cu_seqlens + sample, tl.minimum(start, capacity))
         place = tl.arange(0, BLOCK)

@@ -114,7 +114,7 @@ def _launch(
         (len(cond),),
         cond, cond if uncond is None else uncond, cond if gumbel is None else gumbel, out, vocabulary,
         cond.stride(0), 0 if uncond is None else uncond.stride(0), 0 if gumbel is None else gumbel.stride(0),
-        float(guidance_scale), 1.0 if temperature in (0, 1) else 1.0 / temperature, top_k or 0, top_p or 1.0,
+        float(guidance_scale), 1.0 if temperature in (0, 1) else 1.0 / temperature, top_k or 0, float(top_p or 1.0),
         GUIDED=uncond is not None, NOISY=gumbel is not None, TOP_K=top_k is not None and top_k < vocabulary,
         TOP_P=top_p is not None and top_p < 1, LAW=law, BLOCK=block,
         num_warps=_warps(block), enable_fp_fusion=False,

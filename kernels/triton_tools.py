@@ -13,8 +13,6 @@ from fastgen.kernels.dispatch import interpreted, plain
 
 __all__ = ["cdiv", "power_of_two", "precise", "run_kernel", "tile"]
 
-_INT32 = 2**31
-
 
 def cdiv(number: int, by: int) -> int:
     """number / by, rounded up. (Triton's own takes ten times as long on the host.)"""
@@ -43,12 +41,29 @@ def tile(width: int, numbers: int = 4096) -> tuple[int, int]:
 
 
 class _Kernel:
-    """A kernel with what it was compiled to, by what Triton makes a version of its own for."""
+    """What a kernel was compiled to, by all that Triton makes a version of its own for, and more.
 
-    def __init__(self, kernel: JITFunction[Any]) -> None:
-        self.names = kernel.arg_names
-        self.constants = {index for index, parameter in enumerate(kernel.params) if parameter.is_constexpr}
+    Its first parameters are tensors or None, the others numbers. Of tensors, dtype and alignment matter; numbers are
+    taken as they are, which finds a version faster than to ask which of them are 1 or multiples of 16.
+    """
+
+    MOST = 4096
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        self.names = kernel.arg_names[len(arguments) :]
+        numbers = (index for index, x in enumerate(arguments) if x is not None and not isinstance(x, Tensor))
+        self.tensors = next(numbers, len(arguments))
         self.versions: dict[Any, Any] = {}
+
+    def key(self, device: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        """Equal only for arguments of the same compiled version."""
+        kinds = [None if x is None else (x.dtype, x.data_ptr() & 15 == 0) for x in arguments[: self.tensors]]
+        return (device, arguments[self.tensors :], *options.values(), *kinds)
+
+    def keep(self, key: tuple[Any, ...], version: Any) -> None:
+        if len(self.versions) >= self.MOST:
+            self.versions.clear()
+        self.versions[key] = version
 
 
 _kernels: dict[int, _Kernel] = {}
@@ -57,15 +72,17 @@ _kernels: dict[int, _Kernel] = {}
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)` on the device of the first argument, with less work on the host.
 
-    Triton takes as long to find the version of a kernel that fits its arguments as many kernels run. Here it is found
-    by dtypes, alignment of addresses, divisibility of sizes by 16, and constants, and started as Triton documents it
-    for kernels that were compiled before. While a compiler traces, the kernel becomes a part of its graph.
+    Triton takes as long to find the version of a kernel that fits its arguments as many kernels run. Here it is looked
+    up, and started as Triton documents it for kernels that were compiled before. While a compiler traces, the kernel
+    becomes a part of its graph.
 
     Args:
         kernel: of `triton.jit`.
         grid: of one to three axes.
-        arguments: the first parameters of the kernel in their order; the first one is a tensor.
-        options: its other parameters, and options of Triton such as `num_warps`.
+        arguments: the first parameters of the kernel in their order: tensors (the first one) or None, then numbers. A
+            parameter is an integer in every call, or a float in every call.
+        options: its other parameters, and options of Triton such as `num_warps`; at one place in the code always the
+            same ones.
     """
     first = arguments[0]
     if not isinstance(kernel, JITFunction):  # the interpreter
@@ -84,28 +101,11 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: A
 def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     known = _kernels.get(id(kernel))
     if known is None:
-        known = _kernels[id(kernel)] = _Kernel(kernel)
-    key = (arguments[0].device.index, *options.values(), *_versions(arguments, known.constants))
+        known = _kernels[id(kernel)] = _Kernel(kernel, arguments)
+    key = known.key(arguments[0].device.index, arguments, options)
     version = known.versions.get(key)
     if version is None:
-        known.versions[key] = kernel[grid](*arguments, **options)
+        known.keep(key, kernel[grid](*arguments, **options))
         return
-    rest = [options[name] for name in known.names[len(arguments) :]]
     whole = (*grid, 1, 1)[:3]
-    version[whole](*arguments, *rest)
-
-
-def _versions(arguments: tuple[Any, ...], constants: set[int]) -> list[Any]:
-    """What of the arguments a compiled version depends on."""
-    key: list[Any] = []
-    for index, x in enumerate(arguments):
-        if x is None or index in constants:
-            key.append(x)
-        elif isinstance(x, Tensor):
-            key.append(x.dtype)
-            key.append(x.data_ptr() & 15 == 0)
-        elif x.__class__ is int:
-            key.append("1" if x == 1 else ("n" if x & 15 else "16") if -_INT32 <= x < _INT32 else x & 15)
-        else:
-            key.append(type(x))
-    return key
+    version[whole](*arguments, *[options[name] for name in known.names])
