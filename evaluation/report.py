@@ -15,6 +15,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
+def three(values: dict[str, float], digits: int = 3) -> list[str]:
+    """The 20th, 50th and 80th percentile as cells of a table."""
+    return [f"{values[name]:.{digits}f}" for name in ("p20", "p50", "p80")]
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns after the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

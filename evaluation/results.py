@@ -10,10 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.fid import fid_markdown
+from fastgen.evaluation.dc_results import dc_ablations_markdown, dc_markdown, dc_quality_markdown
 from fastgen.evaluation.kernel_results import kernels_markdown
-from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
+from fastgen.evaluation.report import markdown_table, percent, provenance, three
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
+from fastgen.evaluation.speculative_results import (
+    drafter_ablations_markdown,
+    speculative_cost_markdown,
+    speculative_markdown,
+)
 
 _MARK = "<!-- scores -->"
 # Of results whose name is not that of their command.
@@ -84,8 +90,7 @@ def scores_markdown(data: dict[str, Any]) -> str:
 def generate_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench generate`: cold starts and pictures in a warm process."""
     cold = [
-        [row["what"], str(row["n"]), *_three(row["seconds"]), _megabytes(row["peak_rss_bytes"])]
-        for row in data["cold"]
+        [row["what"], str(row["n"]), *three(row["seconds"]), _megabytes(row["peak_rss_bytes"])] for row in data["cold"]
     ]
     warm = []
     for row in data["warm"]:
@@ -95,7 +100,7 @@ def generate_markdown(data: dict[str, Any]) -> str:
             continue
         step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
         invariant = "yes" if row["batch_invariant"] else "no"
-        warm.append([*cells, invariant, str(row["n"]), *_three(row["seconds_per_image"]), step])
+        warm.append([*cells, invariant, str(row["n"]), *three(row["seconds_per_image"]), step])
     tables = []
     if cold:
         tables.append(markdown_table(["cold", "n", "p20 s", "p50 s", "p80 s", "peak MB"], cold))
@@ -106,217 +111,9 @@ def generate_markdown(data: dict[str, Any]) -> str:
 
 def data_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench data`: pictures a second of the renderer."""
-    rows = [[str(row["processes"]), str(row["n"]), *_three(row["images_per_second"], 0)] for row in data["rows"]]
+    rows = [[str(row["processes"]), str(row["n"]), *three(row["images_per_second"], 0)] for row in data["rows"]]
     table = markdown_table(["processes", "n", "pictures/s p20", "p50", "p80"], rows)
     return table + "\n" + provenance(data) + "\n"
-
-
-def dc_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench dc-speed`: forward time and FLOPs against the dense model."""
-    rows = []
-    for row in data["rows"]:
-        rho = "" if row["tail_drop"] is None else f"{row['tail_drop']:g}"
-        cells = [row["size"], str(row["batch"]), row["variant"], rho, f"{row['flops'] / 1e9:.1f}"]
-        rows.append([*cells, *_three(row["seconds"]), f"{row['flop_ratio']:.3f}", f"{row['time_ratio']:.3f}"])
-    header = ["size", "batch", "variant", "tail drop", "GFLOPs", "s p20", "p50", "p80", "FLOP ratio", "time ratio"]
-    settings = data["settings"]
-    where = f"{settings['image_size']} pixels, {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}"
-    return f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n" + (
-        markdown_table(header, rows) + "\n" + provenance(data) + "\n"
-    )
-
-
-def dc_quality_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench dc`: scores against FLOPs and seconds."""
-    base, beside, rows = data["rows"][0], data["flops_beside"], []
-    for row in data["rows"]:
-        kept = "" if row["kept"] is None else percent(row["kept"])
-        distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
-        seconds = row["seconds"]["p50"]
-        rows.append(
-            [
-                *(row["variant"], kept, f"{row['flops'] / 1e9:.2f}", f"{row['flops'] / base['flops']:.3f}"),
-                f"{(row['flops'] - beside) / (base['flops'] - beside):.3f}",
-                *(f"{seconds:.4f}", f"{seconds / base['seconds']['p50']:.3f}"),
-                *(percent(row["score"]), percent(row["stderr"]), distance),
-            ]
-        )
-    note = (
-        f"{beside / 1e9:.2f} GFLOPs of every picture are the text encoder's and the decoder's, which no method here "
-        "touches; the ratio of the denoiser leaves them out.\n\n"
-    )
-    header = ["variant", "kept %", "GFLOPs", "ratio", "denoiser's", "s/picture", "ratio", "score", "± s.e."]
-    table = markdown_table([*header, "FD-shapes"], rows)
-    return note + table + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
-
-
-def _router_markdown(data: dict[str, Any]) -> str:
-    """Where the router keeps tokens: by noise level on renders, and by step while it draws."""
-    router = data["router"]
-    rows = [
-        [f"{row['sigma']:g}", *(percent(row[name]) for name in ("kept", "boundary", "inside", "background"))]
-        for row in router["rows"]
-    ]
-    steps = next(row["kept_by_step"] for row in data["rows"] if row["kept_by_step"])
-    return (
-        f"Router on {router['renders']} fresh renders: natural kept share, and mean boundary probability of positions "
-        "on object boundaries, inside objects and in the background (all in percent); over all noise levels that of "
-        f"boundaries is {router['boundary_to_background']:.1f} times that of the background.\n\n"
-        + markdown_table(["sigma", "kept", "boundary", "inside", "background"], rows)
-        + "\nKept while drawing without tail drop, first to last step: "
-        + ", ".join(f"{share:.0%}" for share in steps)
-        + ".\n"
-    )
-
-
-def dc_ablations_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench dc-ablations`: one part changed at a time."""
-    rows = []
-    names = list(data["rows"][0]["tail_drops"])
-    for row in data["rows"]:
-        cells = [row["variant"], f"{row['flops'] / 1e9:.2f}"]
-        for rho in names:
-            values = row["tail_drops"].get(rho)
-            cells.append(
-                f"{values['weighted']:.4f} ({values['difference']:+.4f} ± {values['stderr']:.4f})" if values else ""
-            )
-        kept = [percent(row["kept"]), f"{row['boundary_to_background']:.1f}"] if row["kept"] is not None else ["", ""]
-        rows.append([*cells, *kept])
-    drops = [f"error at tail drop {rho}" for rho in names]
-    settings = data["settings"]
-    return (
-        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; weighted error of the "
-        f"velocity on {settings['renders']} held-out renders, with the paired difference to the first row and its "
-        "standard error over renders (training noise is not in it).\n\n"
-        + markdown_table(["variant", "GFLOPs", *drops, "kept %", "boundary / background"], rows)
-        + "\n"
-        + provenance(data)
-        + "\n"
-    )
-
-
-def drafter_ablations_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench drafter-ablations`: one term changed at a time."""
-    trees = list(data["rows"][0]["trees"])
-    rows = []
-    for row in data["rows"]:
-        cells = (row["trees"][tree] for tree in trees)
-        shown = [f"{c['accepted_length']:.3f} ({c['difference']:+.3f} ± {c['stderr']:.3f})" for c in cells]
-        rows.append([row["variant"], f"{row['parameters'] / 1e6:.2f}", *shown])
-    settings = data["settings"]
-    note = (
-        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; tokens a round (the bonus "
-        f"counted) with the exact rule over {settings['pictures']} pictures, with the paired difference to the first "
-        "row and its standard error over pictures (training noise is not in it).\n\n"
-    )
-    header = ["variant", "M parameters", *(f"accepted length, {tree}" for tree in trees)]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
-
-
-def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against FLOPs and against seconds, one series a method.
-
-    Raises:
-        FastgenError: matplotlib is not installed.
-    """
-    figure, panels = figure_of(2)
-    series: dict[str, list[dict[str, Any]]] = {}
-    for row in data["rows"]:
-        words = row["variant"].split()
-        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if "guidance" in words else 2])
-        name += ", late drops" if "late" in words else ", more guidance" if "guidance" in words else ""
-        series.setdefault(name + (" + Lite-CFG" if "lite-cfg" in words else ""), []).append(row)
-    for panel, label, value in zip(
-        panels,
-        ("GFLOPs a picture", "seconds a picture"),
-        (lambda row: row["flops"] / 1e9, lambda row: row["seconds"]["p50"]),
-        strict=True,
-    ):
-        for name, group in series.items():
-            scores, errors = ([100 * (row[key] or 0) for row in group] for key in ("score", "stderr"))
-            panel.errorbar([value(row) for row in group], scores, yerr=errors, marker="o", capsize=2, label=name)
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ShapesWorld-GenEval (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def speculative_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench speculative`: passes and seconds beside quality."""
-    rows = []
-    for row in data["rows"]:
-        distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
-        judged = "" if row["verifier"] is None else percent(row["verifier"])
-        score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
-        rows.append(
-            [
-                *(row["variant"], f"{row['target_pass_ratio']:.3f}", f"{row['accepted_length']:.2f}"),
-                *(f"{row['seconds']['p50']:.3f}", f"{row['speedup_vs_fastest_plain']:.2f}"),
-                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, distance, judged),
-            ]
-        )
-    header = [
-        "variant",
-        "passes",
-        "accepted",
-        "s/picture",
-        "x plain",
-        "x stock",
-        "stolen",
-        "score",
-        "± s.e.",
-        "FD-shapes",
-        "verifier",
-    ]
-    note = (
-        "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
-        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; mean "
-        "score by the embedded verifier.\n\n"
-    )
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
-
-
-def speculative_cost_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench speculative-cost`."""
-    rows = []
-    for row in data["rows"]:
-        times = (1e3 * row[name]["p50"] for name in ("verify", "draft", "left"))
-        rows.append([row["size"], str(row["nodes"]), *(f"{ms:.2f}" for ms in times), f"{row['break_even']:.2f}"])
-    note = (
-        "Medians in milliseconds of a pass over so many tokens, of a drafter's level, and of the rest of a round, one "
-        "picture with guidance; a chain of so many tokens pays from that accepted length on (the bonus counted).\n\n"
-    )
-    header = ["size", "tokens", "verify", "draft", "rest", "pays from"]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
-
-
-def speculative_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against the speed-up, one series a rule.
-
-    Raises:
-        FastgenError: matplotlib is not installed, or the result has no scores.
-    """
-    rows = [row for row in data["rows"] if row["score"] is not None]
-    if not rows:
-        raise FastgenError("--plot: the result has no scores")
-    figure, (panel,) = figure_of(1)
-    series: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        series.setdefault(row["rule"] or "plain loop", []).append(row)
-    for name, group in series.items():
-        scores, errors = ([100 * row[key] for row in group] for key in ("score", "stderr"))
-        speed = [row["speedup_vs_fastest_plain"] for row in group]
-        panel.errorbar(speed, scores, yerr=errors, marker="o", linestyle="none", capsize=2, label=name)
-    panel.set_xlabel("speed-up against the plain loop")
-    panel.set_ylabel("ShapesWorld-GenEval (%)")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _three(values: dict[str, float], digits: int = 3) -> list[str]:
-    return [f"{values[name]:.{digits}f}" for name in ("p20", "p50", "p80")]
 
 
 def _megabytes(value: int | None) -> str:
@@ -403,6 +200,7 @@ def results_page(folder: Path) -> str:
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-fid", "Evaluators: the FID family beside its network", fid_markdown),
         ("bench-kernels", "Fused kernels", kernels_markdown),
         ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):

@@ -130,7 +130,7 @@ def dc(
     check_files(out, plot)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
-        from fastgen.evaluation.results import dc_quality_markdown, dc_quality_plot
+        from fastgen.evaluation.dc_results import dc_quality_markdown, dc_quality_plot
 
         result = benchmark_dc_quality(
             model,
@@ -173,7 +173,7 @@ def dc_ablations(
     base = find_checkpoint(part)
     check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.results import dc_ablations_markdown
+        from fastgen.evaluation.dc_results import dc_ablations_markdown
         from fastgen.training.dc_ablations import benchmark_dc_ablations
 
         result = benchmark_dc_ablations(
@@ -211,7 +211,7 @@ def drafter_ablations(
         raise FastgenError(f"--part: {part} is no Janus model")
     check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.results import drafter_ablations_markdown
+        from fastgen.evaluation.speculative_results import drafter_ablations_markdown
         from fastgen.training.drafter_ablations import benchmark_drafter_ablations
 
         result = benchmark_drafter_ablations(
@@ -264,7 +264,7 @@ def speculative(
     check_files(out, plot)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
-        from fastgen.evaluation.results import speculative_markdown, speculative_plot
+        from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
             model,
@@ -305,7 +305,7 @@ def speculative_cost(
     check_names(device, dtype)
     check_files(out)
     from fastgen.evaluation.benchmarks.speculative_cost import NODES, SIZES, benchmark_speculative_cost
-    from fastgen.evaluation.results import speculative_cost_markdown
+    from fastgen.evaluation.speculative_results import speculative_cost_markdown
 
     result = benchmark_speculative_cost(
         size or SIZES,
@@ -343,7 +343,7 @@ def dc_speed(
     check_names(device, dtype)
     check_files(out)
     from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
-    from fastgen.evaluation.results import dc_markdown
+    from fastgen.evaluation.dc_results import dc_markdown
 
     result = benchmark_dc_speed(
         size or ("S", "B"),

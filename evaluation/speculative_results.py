@@ -1,0 +1,102 @@
+"""Tables and plots of the benchmarks of speculative decoding and its drafters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastgen.errors import FastgenError
+from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
+
+__all__ = ["drafter_ablations_markdown", "speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
+
+
+def drafter_ablations_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench drafter-ablations`: one term changed at a time."""
+    trees = list(data["rows"][0]["trees"])
+    rows = []
+    for row in data["rows"]:
+        cells = (row["trees"][tree] for tree in trees)
+        shown = [f"{c['accepted_length']:.3f} ({c['difference']:+.3f} ± {c['stderr']:.3f})" for c in cells]
+        rows.append([row["variant"], f"{row['parameters'] / 1e6:.2f}", *shown])
+    settings = data["settings"]
+    note = (
+        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; tokens a round (the bonus "
+        f"counted) with the exact rule over {settings['pictures']} pictures, with the paired difference to the first "
+        "row and its standard error over pictures (training noise is not in it).\n\n"
+    )
+    header = ["variant", "M parameters", *(f"accepted length, {tree}" for tree in trees)]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def speculative_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench speculative`: passes and seconds beside quality."""
+    rows = []
+    for row in data["rows"]:
+        distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
+        judged = "" if row["verifier"] is None else percent(row["verifier"])
+        score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
+        rows.append(
+            [
+                *(row["variant"], f"{row['target_pass_ratio']:.3f}", f"{row['accepted_length']:.2f}"),
+                *(f"{row['seconds']['p50']:.3f}", f"{row['speedup_vs_fastest_plain']:.2f}"),
+                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, distance, judged),
+            ]
+        )
+    header = [
+        "variant",
+        "passes",
+        "accepted",
+        "s/picture",
+        "x plain",
+        "x stock",
+        "stolen",
+        "score",
+        "± s.e.",
+        "FD-shapes",
+        "verifier",
+    ]
+    note = (
+        "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
+        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; mean "
+        "score by the embedded verifier.\n\n"
+    )
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def speculative_cost_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench speculative-cost`."""
+    rows = []
+    for row in data["rows"]:
+        times = (1e3 * row[name]["p50"] for name in ("verify", "draft", "left"))
+        rows.append([row["size"], str(row["nodes"]), *(f"{ms:.2f}" for ms in times), f"{row['break_even']:.2f}"])
+    note = (
+        "Medians in milliseconds of a pass over so many tokens, of a drafter's level, and of the rest of a round, one "
+        "picture with guidance; a chain of so many tokens pays from that accepted length on (the bonus counted).\n\n"
+    )
+    header = ["size", "tokens", "verify", "draft", "rest", "pays from"]
+    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+
+
+def speculative_plot(data: dict[str, Any], path: Path) -> None:
+    """Score with its standard error against the speed-up, one series a rule.
+
+    Raises:
+        FastgenError: matplotlib is not installed, or the result has no scores.
+    """
+    rows = [row for row in data["rows"] if row["score"] is not None]
+    if not rows:
+        raise FastgenError("--plot: the result has no scores")
+    figure, (panel,) = figure_of(1)
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        series.setdefault(row["rule"] or "plain loop", []).append(row)
+    for name, group in series.items():
+        scores, errors = ([100 * row[key] for row in group] for key in ("score", "stderr"))
+        speed = [row["speedup_vs_fastest_plain"] for row in group]
+        panel.errorbar(speed, scores, yerr=errors, marker="o", linestyle="none", capsize=2, label=name)
+    panel.set_xlabel("speed-up against the plain loop")
+    panel.set_ylabel("ShapesWorld-GenEval (%)")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
