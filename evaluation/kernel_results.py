@@ -21,15 +21,17 @@ def kernels_markdown(data: dict[str, Any]) -> str:
         if row.get("flops_per_second"):
             speed += f" ({row['flops_per_second'] / 1e12:.0f} TFLOP/s)"
         share = f"{100 * row['roofline_share']:.0f} %"
-        rows.append([row["op"], row["size"], *times, *gains, speed, share, row["check"], row["auto"] or "-"])
+        calls = [_call(row, name) for name in ("eager", "compiled", "triton")]
+        rows.append([row["op"], row["size"], *times, *gains, speed, share, *calls, row["check"], row["auto"] or "-"])
     limits = data["roofline"]
     note = f"Roofline: a copy moves {limits['bytes_per_second'] / 1e9:.0f} GB/s"
     if limits["flops_per_second"]:
         note += f", a bfloat16 matrix product makes {limits['flops_per_second'] / 1e12:.0f} TFLOP/s"
     note += (
         ". Medians in microseconds of GPU time, with an empty cache, or * in a CUDA graph of 20 calls; GB/s are those "
-        "of the Triton kernel, where there is none of the compiled or the eager reference; auto is what runs by "
-        "default.\n\n"
+        "of the Triton kernel, where there is none of the compiled or the eager reference. Calls: wall time of a call "
+        "in a row of 20, launches counted, of work below a millisecond. auto is what runs by default in eager "
+        "mode.\n\n"
     )
     if "note" in data:
         note += data["note"] + "\n\n"
@@ -43,6 +45,9 @@ def kernels_markdown(data: dict[str, Any]) -> str:
         "x compiled",
         "GB/s",
         "roofline",
+        "call eager",
+        "call compiled",
+        "call Triton",
         "check",
         "auto",
     ]
@@ -70,6 +75,11 @@ def _microseconds(timing: dict[str, Any] | None) -> str:
     if timing is None:
         return "-"
     return f"{1e6 * timing['p50']:.1f}" + ("*" if timing["method"] == "graph" else "")
+
+
+def _call(row: dict[str, Any], name: str) -> str:
+    seconds = row.get("calls", {}).get(name)
+    return "-" if seconds is None else f"{1e6 * seconds:.0f}"
 
 
 def _ratio(value: float | None) -> str:

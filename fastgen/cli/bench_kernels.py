@@ -15,7 +15,10 @@ __all__ = ["kernels"]
 
 
 def kernels(
-    op: Annotated[list[str] | None, typer.Option(help="Only this operation; repeat for several.")] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this operation (with --end-to-end: models whose names begin so); repeat for several."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
     end_to_end: Annotated[

@@ -113,3 +113,14 @@ def test_wrong_requests() -> None:
         benchmark_kernels(["softmax"])
     with pytest.raises(FastgenError, match="--end-to-end: needs a CUDA device, got cpu"):
         benchmark_end_to_end(torch.device("cpu"))
+    with pytest.raises(FastgenError, match=r"op: 'adaln' is unknown; there are Janus-Pro-1B, .*, FLUX"):
+        benchmark_kernels(["adaln"], end_to_end=True)
+
+
+def test_models_are_chosen_by_how_their_names_begin() -> None:
+    known = ["DC-DiT-XL, 256 tokens", "DiT-XL", "FLUX"]
+    assert module._chosen(None, known, True) == known
+    assert module._chosen(["FLUX", "D"], known, True) == known
+    assert module._chosen(["DiT"], known, True) == ["DiT-XL"]
+    with pytest.raises(FastgenError, match="'DiT'"):
+        module._chosen(["DiT"], known, False)
