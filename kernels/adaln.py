@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln_operator import launch
-from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct
+from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, needs_gradients
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
@@ -94,7 +94,9 @@ def adaln(
         )
     operator: Any = launch
     if not direct(*tensors):
-        operator = torch.ops.fastgen.adaln if _whole(update, norm) else torch.ops.fastgen.adaln_part
+        # Inductor (torch 2.11) fails on some graphs with a visible kernel that leaves one of its results out.
+        visible = _whole(update, norm) and not needs_gradients(*tensors)
+        operator = torch.ops.fastgen.adaln_visible if visible else torch.ops.fastgen.adaln
     summed, normed = operator(*tensors, *options)
     if update is None:
         summed = hidden

@@ -1,4 +1,4 @@
-"""The operator `fastgen::adaln` for compilers and autograd; see `fastgen.kernels.adaln`."""
+"""Operators for compilers and autograd: `fastgen::adaln`, opaque, and `fastgen::adaln_visible`, for inference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import register
+from fastgen.kernels.dispatch import register_visible
 
 __all__ = ["launch"]
 
@@ -82,11 +82,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _outputs(arguments[1], arguments[10], *arguments[:8])
 
 
-_operator = register("fastgen::adaln", launch)
+_operator = torch.library.custom_op("fastgen::adaln", launch, mutates_args=())
 _operator.register_fake(_fake)
-# Opaque to compilers: Inductor (torch 2.11) fails on some graphs in which the kernel leaves one of its results out.
-_part_operator = torch.library.custom_op("fastgen::adaln_part", launch, mutates_args=())
-_part_operator.register_fake(_fake)
+register_visible("fastgen::adaln_visible", launch).register_fake(_fake)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,5 +182,4 @@ def _fit(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.to(parameter.dtype)
 
 
-for _each in (_operator, _part_operator):
-    _each.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -41,9 +41,10 @@ __all__ = [
     "direct",
     "interpreted",
     "kernels_mode",
+    "needs_gradients",
     "plain",
     "ran",
-    "register",
+    "register_visible",
     "reset_ran",
     "triton_runs",
     "use_kernels",
@@ -148,16 +149,21 @@ def direct(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (not plain(tensor) or (gradients and tensor.requires_grad)):
-            return False
-    return True
+    if needs_gradients(*tensors):
+        return False
+    return all(tensor is None or plain(tensor) for tensor in tensors)
 
 
-def register(name: str, function: Callable[..., Any]) -> Any:
-    """An operator of PyTorch whose kernels compilers see, and start themselves: calls of an opaque one cost the host
-    as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for gradients of one of them."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def register_visible(name: str, function: Callable[..., Any]) -> Any:
+    """An operator of PyTorch, for inference, whose kernels compilers see and start themselves: calls of an opaque one
+    cost the host as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
 
     Arguments: see `torch.library.custom_op`.
     """

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.dispatch import Checked, check_range, choose, direct
+from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients
 from fastgen.kernels.qk_norm_rope_operator import launch, launch_inplace
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
@@ -84,7 +84,9 @@ def qk_norm_rope(
     if inplace:
         (launch_inplace if plainly else torch.ops.fastgen.qk_norm_rope_)(*arguments)
         return query, key
-    out_query, out_key = (launch if plainly else torch.ops.fastgen.qk_norm_rope)(*arguments)
+    operators = torch.ops.fastgen
+    out_of_place = operators.qk_norm_rope if needs_gradients(*tensors) else operators.qk_norm_rope_visible
+    out_query, out_key = (launch if plainly else out_of_place)(*arguments)
     return out_query, out_key
 
 

@@ -1,4 +1,5 @@
-"""The operators `fastgen::qk_norm_rope` and `fastgen::qk_norm_rope_` (in place) for compilers and autograd."""
+"""Operators for compilers and autograd: `fastgen::qk_norm_rope` and `fastgen::qk_norm_rope_` (in place), opaque, and
+`fastgen::qk_norm_rope_visible`, for inference."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import register
+from fastgen.kernels.dispatch import register_visible
 
 __all__ = ["launch", "launch_inplace"]
 
@@ -84,9 +85,11 @@ def _tables(
     return cos, sin, positions
 
 
-_operator = register("fastgen::qk_norm_rope", launch)
+_operator = torch.library.custom_op("fastgen::qk_norm_rope", launch, mutates_args=())
+_visible_operator = register_visible("fastgen::qk_norm_rope_visible", launch)
 
 
+@_visible_operator.register_fake
 @_operator.register_fake
 def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)

@@ -226,6 +226,7 @@ def test_operators() -> None:
         torch.ops.fastgen.qk_norm_rope.default, (query.requires_grad_(), key.requires_grad_(), *rest)
     )
     rest = (tables["cos"], tables["sin"], None, [8], None, None, None, None, "rms", 1e-6, True)
+    torch.library.opcheck(torch.ops.fastgen.qk_norm_rope_visible.default, (query.detach(), key.detach(), *rest))
     torch.library.opcheck(torch.ops.fastgen.qk_norm_rope_.default, (query.detach(), key.detach(), *rest))
 
 
