@@ -210,6 +210,8 @@ def fid_markdown(data: dict[str, Any]) -> str:
             f"\nMetrics of {data['settings']['features']} x {POOL} features against {data['settings']['reference']}: "
             f"{peak / 1e9:.2f} GB at the peak, of which {start / 1e9:.2f} GB before the first feature.\n"
         )
+    if "note" in data:
+        text += "\n" + data["note"] + "\n"
     return text + "\n" + provenance(data) + "\n"
 
 

@@ -2,12 +2,14 @@
 # Tests of kernels on a CUDA device, with an installed fastgen (wheel or editable): bash tests/gpu/run.sh [pytest args]
 # With pytest-xdist, those of tests/kernels run in several processes (WORKERS, default: the cores but four, at most 12):
 # most of their time is the compilation of kernels. Those of tests/gpu run alone afterwards; they need the memory.
+# SANITIZER goes before python: SANITIZER="compute-sanitizer --tool memcheck".
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 # Not `python -m pytest`: the checkout must not come before an installed wheel on the path.
 run() {
-    "${PYTHON:-python}" -c '
+    # shellcheck disable=SC2086
+    ${SANITIZER:-} "${PYTHON:-python}" -c '
 import importlib.util, os, sys
 sys.path[:] = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.getcwd()]
 import torch
