@@ -35,25 +35,9 @@ def launch(
     return out
 
 
-def launch_inplace(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
+def launch_inplace(query: Tensor, key: Tensor, *rest: Any) -> None:
     """Run the kernel over query and key, without autograd."""
-    tables = (cos, sin, positions, axes)
-    vectors = (query_weight, key_weight, query_bias, key_bias)
-    _forward(query, key, (query, key), *tables, *vectors, norm, eps, interleaved)
+    _forward(query, key, (query, key), *rest)
 
 
 def _forward(query: Tensor, key: Tensor, out: tuple[Tensor, Tensor], *rest: Any) -> None:
@@ -96,7 +80,14 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 # Opaque: of a visible kernel that writes over its input, compilers copy the input.
-_inplace_operator = torch.library.custom_op("fastgen::qk_norm_rope_", launch_inplace, mutates_args=("query", "key"))
+_inplace_operator = torch.library.custom_op(
+    "fastgen::qk_norm_rope_",
+    launch_inplace,
+    mutates_args=("query", "key"),
+    schema="(Tensor(a!) query, Tensor(b!) key, Tensor? cos, Tensor? sin, Tensor? positions, int[] axes, "
+    "Tensor? query_weight, Tensor? key_weight, Tensor? query_bias, Tensor? key_bias, str norm, float eps, "
+    "bool interleaved) -> ()",
+)
 
 
 @_inplace_operator.register_fake
