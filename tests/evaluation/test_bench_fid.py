@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -45,4 +46,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 def test_fifty_thousand_features_fit_into_a_gigabyte_and_a_half() -> None:
-    assert fid._memory(50_000, 10_000, 5_000)["peak_bytes"] < 1.5e9
+    memory = fid._memory(50_000, 10_000, 5_000)
+    assert memory["peak_bytes"] - memory["start_bytes"] < 1e9
+    if torch.version.cuda is None:  # importing a torch with CUDA takes half a gigabyte more
+        assert memory["peak_bytes"] < 1.5e9
