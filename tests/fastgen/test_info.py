@@ -39,6 +39,14 @@ def test_every_fast_path_that_is_not_available_says_why(report: dict[str, Any]) 
         assert path["available"] is (path["reason"] is None), name
 
 
+def test_operations_with_kernels_are_named_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_no_cuda", lambda: "no GPU")
+    detail = info._triton_kernels()["detail"]
+    for name in ("adaln", "group_norm_silu", "kv_compact", "tree_attention"):
+        assert name in detail.replace(":", ",").replace(" ", "").split(",")
+    assert "_triton" not in detail and "dispatch" not in detail and "_operator" not in detail
+
+
 def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() >= {"fastgen", "packages", "devices", "fast_paths", "models"}
