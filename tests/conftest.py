@@ -56,6 +56,9 @@ def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The files that take longest first: of two workers, none is left alone with one of them at the end.
+    longest = ("test_docs.py", "test_recipes.py")
+    items.sort(key=lambda item: item.path.name not in longest)
     gpu_folder = Path(__file__).parent / "gpu"
     gpu_items = [item for item in items if gpu_folder in item.path.parents]
     if not gpu_items:
