@@ -55,8 +55,14 @@ def micro_janus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_micro_janus(tmp_path_factory.mktemp("micro") / "janus")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would begin with the files of most tests, which are not those that take longest.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The files that take longest first: of two workers, none is left alone with one of them at the end.
+    # Those first: of two workers, none is left alone with one of them at the end.
     longest = ("test_docs.py", "test_recipes.py")
     items.sort(key=lambda item: item.path.name not in longest)
     gpu_folder = Path(__file__).parent / "gpu"
