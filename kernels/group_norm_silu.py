@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.dispatch import Checked, choose, direct
+from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
 
 __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
 
@@ -92,7 +92,7 @@ def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None)
     for tensor in (x, weight, bias):
         if tensor is not None and tensor.dtype not in _TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if needs_gradients(x, weight, bias):
         return "gradients are needed"
     width = x.shape[1] // groups
     if width > _MAX_GROUP:

@@ -69,7 +69,7 @@ def qk_norm_rope(
     axes, reason = _checked(lambda: _check(*tensors[:5], axes, norm, *vectors), tensors, axes, norm)
     if positions is not None and cos is not None:
         check_range("positions", positions, cos.shape[-2])
-    if inplace and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if inplace and needs_gradients(query, key):
         raise ValueError("inplace: is not possible where query or key need gradients")
     given = [x for x in tensors if x is not None]
     if not choose("qk_norm_rope", reason, True, *given):

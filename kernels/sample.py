@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.dispatch import choose, direct, needs_gradients
 
 __all__ = ["mix_logits", "restrict_logits", "sample", "sample_reference", "token_probabilities"]
 __all__ += ["token_probabilities_reference"]
@@ -178,7 +178,7 @@ def _why_not(*tensors: Tensor) -> str | None:
         return f"logits of {cond.dtype}"
     if cond.shape[-1] > _LARGEST_VOCABULARY:
         return f"{cond.shape[-1]} tokens, more than {_LARGEST_VOCABULARY}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_gradients(*tensors):
         return "gradients are asked for"
     return None
 

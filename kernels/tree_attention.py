@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import check_range, choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct, needs_gradients
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -108,7 +108,7 @@ def _why_not(query: Tensor, store: Tensor) -> str | None:
         return "a store whose last axis is strided"
     if not 8 <= store.shape[5] <= 256:
         return f"heads of width {store.shape[5]}"
-    if torch.is_grad_enabled() and (query.requires_grad or store.requires_grad):
+    if needs_gradients(query, store):
         return "gradients are asked for"
     return None
 

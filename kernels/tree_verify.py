@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import check_range, choose, direct
+from fastgen.kernels.dispatch import check_range, choose, direct, needs_gradients
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
@@ -135,7 +135,7 @@ def tree_verify_reference(
 
 
 def _why_not(target: Tensor) -> str | None:
-    if torch.is_grad_enabled() and target.requires_grad:
+    if needs_gradients(target):
         return "gradients are asked for"
     return None
 

@@ -10,7 +10,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from fastgen.kernels.adaln import adaln
-from fastgen.kernels.dispatch import active
+from fastgen.kernels.dispatch import active, needs_gradients
 from fastgen.kernels.qk_norm_rope import qk_norm_rope
 
 __all__ = ["Norm", "norm_of", "normed", "residual", "runs", "turn"]
@@ -100,8 +100,7 @@ def turn(
     """Normalised and rotated queries and keys [n, L, heads, d] (neighbouring features), in place in eager mode
     without gradients. (Compilers reuse memory themselves.)"""
     first, second = (norm_of(module) or _unknown(module) for module in norms)
-    needs_gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    inplace = not needs_gradients and not torch.compiler.is_compiling()
+    inplace = not needs_gradients(query, key) and not torch.compiler.is_compiling()
     return qk_norm_rope(
         query,
         key,

@@ -102,10 +102,14 @@ def benchmark_kernels(
 
 def _chosen(ops: Sequence[str] | None, known: Sequence[str], beginnings: bool) -> list[str]:
     """Of what is known, what is asked for: by name, or by the beginning of a name."""
+
+    def meant(name: str, op: str) -> bool:
+        return name.startswith(op) if beginnings else name == op
+
     for op in ops or ():
-        if not any(name.startswith(op) if beginnings else name == op for name in known):
+        if not any(meant(name, op) for name in known):
             raise FastgenError(f"op: {op!r} is unknown; there are {', '.join(known)}")
-    return [name for name in known if not ops or any(name.startswith(op) if beginnings else name == op for op in ops)]
+    return [name for name in known if not ops or any(meant(name, op) for op in ops)]
 
 
 def _settings(device: str, place: torch.device) -> dict[str, Any]:
