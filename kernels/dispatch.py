@@ -33,6 +33,7 @@ from fastgen.accounting import note_path
 
 __all__ = [
     "MODES",
+    "Bounded",
     "Checked",
     "active",
     "check_cu_seqlens",
@@ -176,6 +177,17 @@ def plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+class Bounded(dict[Any, Any]):
+    """A table that is emptied before it grows beyond `MOST` entries: what it holds can be found anew."""
+
+    MOST = 4096
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(key, value)
+
+
 class Checked:
     """What was found about arguments of an operation, so that calls with equal shapes are checked once.
 
@@ -183,10 +195,8 @@ class Checked:
     gradients are needed may be kept here; an error is raised anew every time.
     """
 
-    MOST = 4096
-
     def __init__(self) -> None:
-        self._found: dict[Any, Any] = {}
+        self._found = Bounded()
 
     def __call__(self, check: Callable[[], T], tensors: Iterable[Tensor | None], *options: object) -> T:
         """What `check` returns for these tensors and options."""
@@ -201,10 +211,7 @@ class Checked:
             pass
         except TypeError:  # sizes that are symbols have no hash
             return check()
-        found = check()
-        if len(self._found) >= self.MOST:
-            self._found.clear()
-        self._found[tuple(key)] = found
+        found = self._found[tuple(key)] = check()
         return found
 
 

@@ -18,12 +18,10 @@ _PROGRAMS = 264
 
 @triton.jit
 def _pair(keys_of, values_of, at, held, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys and values of some slots. WIDE: 0 leaves them as they are, 1 makes values float32, 2 both."""
+    """Keys and values of some slots, values in float32, with WIDE keys as well."""
     keys = tl.load(keys_of + at, mask=held, other=0.0)
-    values = tl.load(values_of + at, mask=held, other=0.0)
-    if WIDE > 0:
-        values = values.to(tl.float32)
-    if WIDE > 1:
+    values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
+    if WIDE:
         keys = keys.to(tl.float32)
     return keys, values
 
@@ -38,7 +36,7 @@ def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl
     weight = tl.exp(scores - base[:, None])
     decay = tl.exp(best - base)
     total = total * decay + tl.sum(weight, axis=1)
-    mixed = tl.dot(weight.to(values.dtype), values, mixed * decay[:, None], input_precision=PRECISION)
+    mixed = tl.dot(weight, values, mixed * decay[:, None], input_precision=PRECISION)
     return top, total, mixed
 
 
@@ -62,7 +60,7 @@ def _attend(  # type: ignore[no-untyped-def]
     start = query + row * q_row + (node.to(tl.int64) * q_node + (head * groups + group) * q_head)[:, None]
     queries = tl.load(start + feature[None, :], mask=real[:, None] & fits[None, :], other=0.0)
     queries = queries.to(store.dtype.element_ty)
-    if WIDE > 1:
+    if WIDE:
         queries = queries.to(tl.float32)
     keys_of = store + row * row_stride + head.to(tl.int64) * head_stride
     values_of = keys_of + kind_stride
@@ -147,7 +145,7 @@ class _Plan(NamedTuple):
     chunk: int
     warps: int
     stages: int
-    wide: int
+    wide: bool
 
 
 def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
@@ -159,7 +157,7 @@ def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
     keys = 64 if columns <= 128 and planes * blocks > _PROGRAMS // 2 else 32
     splits = max(1, min(cdiv(_PROGRAMS, planes * blocks), cdiv(limit, 2 * keys), 32))
     # Products of half-precision numbers are exact in float32; the interpreter does not know them.
-    wide = 1 if half and not interpreted() else 2
+    wide = not half or interpreted()
     return _Plan(queries, keys, columns, cdiv(cdiv(limit, splits), keys) * keys, 4, 3 if half else 2, wide)
 
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastgen.kernels.dispatch import interpreted, plain
+from fastgen.kernels.dispatch import Bounded, interpreted, plain
 
 __all__ = ["cdiv", "power_of_two", "precise", "run_kernel", "tile"]
 
@@ -47,23 +47,16 @@ class _Kernel:
     taken as they are, which finds a version faster than to ask which of them are 1 or multiples of 16.
     """
 
-    MOST = 4096
-
     def __init__(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
         self.names = kernel.arg_names[len(arguments) :]
         numbers = (index for index, x in enumerate(arguments) if x is not None and not isinstance(x, Tensor))
         self.tensors = next(numbers, len(arguments))
-        self.versions: dict[Any, Any] = {}
+        self.versions = Bounded()
 
     def key(self, device: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         """Equal only for arguments of the same compiled version."""
         kinds = [None if x is None else (x.dtype, x.data_ptr() & 15 == 0) for x in arguments[: self.tensors]]
         return (device, arguments[self.tensors :], *options.values(), *kinds)
-
-    def keep(self, key: tuple[Any, ...], version: Any) -> None:
-        if len(self.versions) >= self.MOST:
-            self.versions.clear()
-        self.versions[key] = version
 
 
 _kernels: dict[int, _Kernel] = {}
@@ -105,7 +98,7 @@ def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options
     key = known.key(arguments[0].device.index, arguments, options)
     version = known.versions.get(key)
     if version is None:
-        known.keep(key, kernel[grid](*arguments, **options))
+        known.versions[key] = kernel[grid](*arguments, **options)
         return
     whole = (*grid, 1, 1)[:3]
     version[whole](*arguments, *[options[name] for name in known.names])

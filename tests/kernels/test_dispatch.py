@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastgen.accounting import account
 from fastgen.kernels.dispatch import (
+    Bounded,
     Checked,
     _decide,
     choose,
@@ -179,7 +180,7 @@ def test_equal_arguments_are_checked_once_and_others_anew() -> None:
 
 
 def test_what_was_checked_is_forgotten_when_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checked, "MOST", 3)
+    monkeypatch.setattr(Bounded, "MOST", 3)
     checked, seen = Checked(), []
     for size in (1, 2, 3, 4, 1):
         checked(lambda size=size: seen.append(size), (torch.ones(size),))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastgen.kernels.dispatch import Bounded
 from fastgen.kernels.triton_tools import _Kernel, cdiv, power_of_two
 
 CODE = """
@@ -80,13 +81,13 @@ def test_the_table_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) ->
     class Jit:
         arg_names = ("x", "count", "BLOCK")
 
-    monkeypatch.setattr(_Kernel, "MOST", 3)
+    monkeypatch.setattr(Bounded, "MOST", 3)
     x = torch.zeros(4)
     known = _Kernel(Jit, (x, 1))
     assert known.names == ("BLOCK",) and known.tensors == 1
     keys = [known.key(0, (x, count), {"BLOCK": 2}) for count in range(5)]
     for key in keys:
-        known.keep(key, "version")
+        known.versions[key] = "version"
     assert set(known.versions) == set(keys[3:])
     assert known.key(1, (x, 0), {"BLOCK": 2}) != keys[0] != known.key(0, (x[1:], 0), {"BLOCK": 2})
 
