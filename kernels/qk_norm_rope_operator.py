@@ -96,7 +96,7 @@ def _(*arguments: Any) -> None:
 
 
 def _launch_backward(grad: Tensor, tensor: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels import qk_norm_rope_triton
+    from fastgen.kernels.qk_norm_rope_backward_triton import backward
 
     cos, sin, positions, axes, weight, norm, eps, interleaved = rest
     shape = tensor.shape
@@ -105,7 +105,7 @@ def _launch_backward(grad: Tensor, tensor: Tensor, *rest: Any) -> tuple[Tensor, 
     grad, tensor = (x if x.ndim == 4 else x[None] for x in (grad, tensor))
     tables = _tables(cos, sin, positions, len(axes))
     weight = None if weight is None else weight.contiguous()
-    out, sums = qk_norm_rope_triton.backward(grad, tensor, *tables, tuple(axes), weight, norm, eps, interleaved)
+    out, sums = backward(grad, tensor, *tables, tuple(axes), weight, norm, eps, interleaved)
     return out.view(shape), sums
 
 

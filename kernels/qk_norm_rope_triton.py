@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
 
-__all__ = ["backward", "forward"]
+__all__ = ["NORMS", "blocks_of", "factors", "forward", "load_pairs", "statistics", "store_pairs", "table_of"]
+__all__ += ["weight_pairs"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 _BOTH = 1024  # features in a program up to which it takes queries and keys: programs cost too
 
 
 @triton.jit
-def _factors(  # type: ignore[no-untyped-def]
+def factors(  # type: ignore[no-untyped-def]
     cos,
     sin,
     positions,
@@ -53,7 +53,7 @@ def _factors(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(  # type: ignore[no-untyped-def]
+def load_pairs(  # type: ignore[no-untyped-def]
     start, head_stride, heads, head, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     """The two features of each pair, [HEADS, HALF] twice, in float32."""
@@ -71,7 +71,7 @@ def _load(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(  # type: ignore[no-untyped-def]
+def store_pairs(  # type: ignore[no-untyped-def]
     start, a, b, head_stride, heads, head, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     there = (head < heads)[:, None]
@@ -87,7 +87,7 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pair(vector, half, fill, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def weight_pairs(vector, half, fill, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """A vector [d] of the norm as the two features of each pair."""
     column = tl.arange(0, HALF)
     if vector is not None:
@@ -104,7 +104,7 @@ def _pair(vector, half, fill, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):  #
 
 
 @triton.jit
-def _statistics(a, b, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def statistics(a, b, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Centred features and 1 / RMS [HEADS, 1]."""
     if NORM == 1:
         mean = (tl.sum(a, axis=1) + tl.sum(b, axis=1)) / (2 * half)
@@ -135,16 +135,16 @@ def _turn(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    a, b = _load(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+    a, b = load_pairs(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
     if NORM != 0:
-        a, b, inverse = _statistics(a, b, half, eps, NORM, HALF)
-        wa, wb = _pair(weight, half, 1.0, INTERLEAVED, HALF)
-        ba, bb = _pair(bias, half, 0.0, INTERLEAVED, HALF)
+        a, b, inverse = statistics(a, b, half, eps, NORM, HALF)
+        wa, wb = weight_pairs(weight, half, 1.0, INTERLEAVED, HALF)
+        ba, bb = weight_pairs(bias, half, 0.0, INTERLEAVED, HALF)
         a = a * inverse * wa + ba
         b = b * inverse * wb + bb
     if ROTATE:
         a, b = a * c - b * s, b * c + a * s
-    _store(out, a, b, out_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
+    store_pairs(out, a, b, out_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _forward(  # type: ignore[no-untyped-def]
     c = 0.0
     s = 0.0
     if cos is not None:
-        c, s = _factors(
+        c, s = factors(
             cos, sin, positions, sample, place, limit, half, t0, t1, t2, p0, p1, p2, first, second, AXES, HALF
         )
     if BOTH or block < query_blocks:
@@ -221,14 +221,14 @@ def _forward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def _blocks(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+def blocks_of(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     """Half head size and heads of a program, warps, and programs of a token's queries."""
     half = power_of_two(query.shape[-1] // 2)
     heads = max(1, min(power_of_two(max(query.shape[2], key.shape[2])), 2048 // half))
     return half, heads, max(1, min(8, heads * half // 512)), cdiv(query.shape[2], heads)
 
 
-def _table(
+def table_of(
     cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
     """Strides of the table [n or 1, P, half] and of the positions [n or 1, L, A], rows, first columns of axes 1, 2."""
@@ -263,8 +263,8 @@ def forward(
     n, length, query_heads, width = query.shape
     if not n * length:
         return
-    half, heads, warps, query_blocks = _blocks(query, key)
-    table, places, limit, first, second = _table(cos, positions, axes)
+    half, heads, warps, query_blocks = blocks_of(query, key)
+    table, places, limit, first, second = table_of(cos, positions, axes)
     key_blocks = cdiv(key.shape[2], heads)
     both = query_blocks == key_blocks == 1 and heads * half <= _BOTH
     run_kernel(
@@ -304,173 +304,3 @@ def forward(
         BOTH=both,
         num_warps=warps,
     )
-
-
-@triton.jit
-def _turn_back(  # type: ignore[no-untyped-def]
-    grad,
-    start,
-    out,
-    weight,
-    c,
-    s,
-    heads,
-    head,
-    grad_stride,
-    head_stride,
-    out_stride,
-    half,
-    eps,
-    ROTATE: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Gradient of one token's heads to `out`; returns what adds to the gradients of weight and bias, [HALF] each."""
-    ga, gb = _load(grad, grad_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
-    if ROTATE:
-        ga, gb = ga * c + gb * s, gb * c - ga * s
-    xa, xb = ga, gb
-    da, db = ga, gb
-    if NORM != 0:
-        xa, xb = _load(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
-        xa, xb, inverse = _statistics(xa, xb, half, eps, NORM, HALF)
-        xa, xb = xa * inverse, xb * inverse
-        wa, wb = _pair(weight, half, 1.0, INTERLEAVED, HALF)
-        da, db = ga * wa, gb * wb
-        slope = (tl.sum(da * xa, axis=1) + tl.sum(db * xb, axis=1))[:, None] / (2 * half)
-        mean = 0.0
-        if NORM == 1:
-            mean = (tl.sum(da, axis=1) + tl.sum(db, axis=1))[:, None] / (2 * half)
-        da, db = (da - xa * slope - mean) * inverse, (db - xb * slope - mean) * inverse
-    _store(out, da, db, out_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
-    return tl.sum(ga * xa, axis=0), tl.sum(gb * xb, axis=0), tl.sum(ga, axis=0), tl.sum(gb, axis=0)
-
-
-@triton.jit
-def _backward(  # type: ignore[no-untyped-def]
-    grad,
-    tensor,
-    out,
-    cos,
-    sin,
-    positions,
-    weight,
-    sums,
-    tokens,
-    length,
-    heads,
-    half: tl.constexpr,
-    limit,
-    g0,
-    g1,
-    g2: tl.constexpr,
-    x0,
-    x1,
-    x2: tl.constexpr,
-    o0,
-    o1,
-    o2: tl.constexpr,
-    t0,
-    t1,
-    t2,
-    p0,
-    p1,
-    p2,
-    first,
-    second,
-    eps,
-    AXES: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Program (part, head block): a part of the tokens. sums [parts, blocks, 4, HALF]: weight, then bias, by pair."""
-    part, parts = tl.program_id(0), tl.num_programs(0)
-    block, blocks = tl.program_id(1), tl.num_programs(1)
-    head = block * HEADS + tl.arange(0, HEADS).to(tl.int64)
-    share = (tokens + parts - 1) // parts
-    start = part.to(tl.int64) * share
-    stop = tl.minimum(start + share, tokens)
-    wa = tl.zeros((HALF,), tl.float32)
-    wb = tl.zeros((HALF,), tl.float32)
-    ba = tl.zeros((HALF,), tl.float32)
-    bb = tl.zeros((HALF,), tl.float32)
-    for token in range(start, stop):
-        sample, place = token // length, token % length
-        c = 0.0  # only here: a variable of the loop may not change its type
-        s = 0.0
-        if cos is not None:
-            c, s = _factors(
-                cos, sin, positions, sample, place, limit, half, t0, t1, t2, p0, p1, p2, first, second, AXES, HALF
-            )
-        a, b, d, e = _turn_back(
-            grad + sample * g0 + place * g1, tensor + sample * x0 + place * x1, out + sample * o0 + place * o1,
-            weight, c, s, heads, head, g2, x2, o2, half, eps, cos is not None, NORM, INTERLEAVED, HEADS, HALF,
-        )  # fmt: skip
-        wa += a
-        wb += b
-        ba += d
-        bb += e
-    place = sums + (part * blocks + block) * 4 * HALF + tl.arange(0, HALF)
-    tl.store(place, wa)
-    tl.store(place + HALF, wb)
-    tl.store(place + 2 * HALF, ba)
-    tl.store(place + 3 * HALF, bb)
-
-
-def backward(
-    grad: Tensor,
-    tensor: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: tuple[int, ...],
-    weight: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of queries or of keys [n, L, heads, d], and those of weight and bias [2, d] in float32."""
-    n, length, count, width = tensor.shape
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    half, heads, warps, blocks = _blocks(tensor, tensor)
-    parts = max(1, min(n * length, cdiv(1024, blocks)))
-    sums = torch.zeros((parts, blocks, 4, half), dtype=torch.float32, device=tensor.device)
-    if n * length:
-        table, places, limit, first, second = _table(cos, positions, axes)
-        run_kernel(
-            _backward,
-            (parts, blocks),
-            grad,
-            tensor,
-            out,
-            cos,
-            sin,
-            positions,
-            weight,
-            sums,
-            n * length,
-            length,
-            count,
-            width // 2,
-            limit,
-            *grad.stride()[:3],
-            *tensor.stride()[:3],
-            *out.stride()[:3],
-            *table,
-            *places,
-            first,
-            second,
-            float(eps),
-            AXES=len(axes),
-            NORM=NORMS[norm],
-            INTERLEAVED=interleaved,
-            HEADS=heads,
-            HALF=half,
-            num_warps=warps,
-        )
-    pairs = sums.sum((0, 1)).view(2, 2, half)[..., : width // 2]  # [weight or bias, feature of the pair, half]
-    return out, (pairs.transpose(1, 2) if interleaved else pairs).reshape(2, width)

@@ -1,9 +1,9 @@
-"""Runs every shell and Python block of README.md and docs/*.md, in the order of the page, in an empty folder a page.
+"""Runs every shell and Python block of README.md and docs/*.md, in the order of the page, in an empty folder a page;
+those of docs/ with the slow tests.
 
 A comment on the line before a block changes that:
 
 ``<!-- skip: REASON -->``   is not run (it needs the network, a GPU ...)
-``<!-- slow -->``           runs with the slow tests only
 ``<!-- tests -->``          the command that runs these tests: `.ci/run` runs it, and this file cannot
 """
 
@@ -74,14 +74,13 @@ def parameters() -> Iterator[object]:
     for block in ALL:
         if block.language not in RUNNABLE:
             continue
-        marks: list[pytest.MarkDecorator] = []
+        # Most of a block's time is the import of the libraries, in a process of its own.
+        marks: list[pytest.MarkDecorator] = [pytest.mark.slow] if block.page.parent.name == "docs" else []
         for mark in block.marks:
             if mark.startswith("skip: "):
                 marks.append(pytest.mark.skip(reason=mark.removeprefix("skip: ")))
             elif mark == "tests":
                 marks.append(pytest.mark.skip(reason="this is the command that runs the tests"))
-            elif mark == "slow":
-                marks.append(pytest.mark.slow)
         yield pytest.param(block, marks=marks, id=f"{block.page.name}:{block.line}")
 
 
@@ -120,7 +119,7 @@ def test_every_block_says_what_it_is() -> None:
     for block in ALL:
         assert block.language in RUNNABLE | SHOWN, f"{block.page.name}:{block.line}: {block.language!r}"
         for mark in block.marks:
-            assert re.fullmatch(r"skip: \S.*|slow|tests|main-job|install-cpu", mark), f"{block.page.name}: {mark!r}"
+            assert re.fullmatch(r"skip: \S.*|tests|main-job|install-cpu", mark), f"{block.page.name}: {mark!r}"
 
 
 @pytest.mark.parametrize("name", ["main-job", "tests", "install-cpu"])
@@ -142,12 +141,12 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
 
 def test_the_reader_of_blocks() -> None:
     text = (
-        "text\n<!-- slow -->\n\n```bash\nls\n```\n<!-- skip: no -->\nwords between\n```python\nx = 1\n```\n"
+        "text\n<!-- tests -->\n\n```bash\nls\n```\n<!-- skip: no -->\nwords between\n```python\nx = 1\n```\n"
         "  ```console\n  $ echo a \\\n  > b\n  a b\n  ```\n````text\n```python\nraise\n```\n````\n"
     )
     found = list(blocks(Path("page.md"), text))
     assert [(block.line, block.language, block.marks) for block in found] == [
-        (4, "bash", ("slow",)),
+        (4, "bash", ("tests",)),
         (9, "python", ()),
         (12, "console", ()),
         (17, "text", ()),

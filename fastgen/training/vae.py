@@ -14,6 +14,8 @@ from fastgen.training.cards import write_record
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+HELD_OUT = 256
+"""Fresh renders whose latents give the scale, and on which a trained model is measured."""
 _KL_WEIGHT = 1e-3
 
 
@@ -84,7 +86,7 @@ class VaeRecipe:
     @torch.no_grad()
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Set scaling and shift so that latents have mean 0 and deviation 1, then save to `folder/vae`."""
-        images = torch.from_numpy(self.data.batch(256, 10_000_000).images)
+        images = torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images)
         pixels = to_pixels(images).to(next(module.parameters()).device)
         mean, logvar = module.encode(pixels)  # type: ignore[operator]
         deviation = (mean.var() + logvar.exp().mean()).sqrt()

@@ -21,6 +21,8 @@ from fastgen.models.tiny_janus import build_janus
 from fastgen.training.cards import write_record
 from fastgen.training.vae import reconstruction_loss, to_pixels
 
+HELD_OUT = 1024
+"""Fresh renders on which a trained model is measured."""
 _COMMITMENT = 0.25
 _CODE_DECAY = 0.99
 _DEAD_BELOW = 0.03  # a code is dead when its average count a batch falls below this share of the even share
@@ -134,7 +136,7 @@ class VqRecipe:
         """Save the VQ weights to `folder/vq`, with code use and PSNR on fresh renders."""
         if not isinstance(module, VqModule):
             raise TypeError(f"recipe vq trains a VqModule, got {type(module).__name__}")
-        pixels = to_pixels(torch.from_numpy(self.data.batch(1024, 10_000_000).images))
+        pixels = to_pixels(torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images))
         indices, errors = [], []
         for part in pixels.to(module.counts.device).split(64):
             codes = module.nearest(module.encode(part))

@@ -17,6 +17,9 @@ from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
 from fastgen.training.recipes import RECIPES, build_recipe, train_config
 
+HELD_OUT = 128
+"""Pictures on which the short runs are measured."""
+
 
 def _losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -32,12 +35,16 @@ def _short(name: str, folder: Path, part: Path | None = None, init: Path | None 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _short("vae", tmp_path_factory.mktemp("vae")) / "vae"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgen.training.vae.HELD_OUT", HELD_OUT)
+        return _short("vae", tmp_path_factory.mktemp("vae")) / "vae"
 
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _short("vq", tmp_path_factory.mktemp("vq")) / "vq"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgen.training.vq.HELD_OUT", HELD_OUT)
+        return _short("vq", tmp_path_factory.mktemp("vq")) / "vq"
 
 
 def test_vae_latents_are_scaled_to_unit_deviation(vae: Path) -> None:
@@ -111,7 +118,7 @@ def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     from fastgen.drafters.eagle import EagleDrafter
     from fastgen.pipelines.checkpoint import embedded_folder
 
-    model = _short("drafter", tmp_path / "first", embedded_folder("tiny-janus"), steps=10, batch_size=4)
+    model = _short("drafter", tmp_path / "first", embedded_folder("tiny-janus"), steps=8, batch_size=4, accumulate=1)
     first = [json.loads(line)["overlap_1"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
     assert sum(first[-3:]) > sum(first[:3])
     drafter = EagleDrafter.from_pretrained(model)
