@@ -26,7 +26,7 @@ def _losses(folder: Path) -> list[float]:
 
 
 def _short(name: str, folder: Path, part: Path | None = None, init: Path | None = None, **overrides: object) -> Path:
-    values: dict[str, object] = {"steps": 12, "batch_size": 8, "warmup": 2, "log_every": 1, "lr": 2e-3, **overrides}
+    values: dict[str, object] = {"steps": 12, "batch_size": 4, "warmup": 2, "log_every": 1, "lr": 2e-3, **overrides}
     Trainer(build_recipe(name, 0, part, init), train_config(name, folder, **values)).run()
     losses = _losses(folder)
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3]), losses
@@ -114,6 +114,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert again < 1.25 * max(first)
 
 
+@pytest.mark.slow
 def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     from fastgen.drafters.eagle import EagleDrafter
     from fastgen.pipelines.checkpoint import embedded_folder
