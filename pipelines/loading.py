@@ -30,10 +30,10 @@ from fastgen.pipelines.generation import (
     GeneratedImage,
     Progress,
     generate_images,
-    pipeline_class,
     set_checkpoint,
     unknown_words,
 )
+from fastgen.pipelines.settings import pipeline_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

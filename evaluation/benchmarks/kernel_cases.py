@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.evaluation.benchmarks import kernel_cases_decode, kernel_cases_routing
 from fastgen.evaluation.benchmarks.kernel_case import Case, Inputs, close, noise, size_of
 from fastgen.kernels.adaln import adaln, adaln_reference
 from fastgen.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -22,12 +23,8 @@ __all__ = ["cases"]
 
 def cases() -> list[Case]:
     """All cases of all operations."""
-    found = [*_adaln(), *_qk_norm_rope(), *_group_norm_silu()]
-    try:
-        from fastgen.evaluation.benchmarks.kernel_cases_decode import cases as more
-    except ImportError:
-        return found
-    return [*found, *more()]
+    fused = [*_adaln(), *_qk_norm_rope(), *_group_norm_silu()]
+    return [*fused, *kernel_cases_routing.cases(), *kernel_cases_decode.cases()]
 
 
 # --- adaln -------------------------------------------------------------------------------------------------------

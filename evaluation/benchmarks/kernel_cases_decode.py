@@ -1,7 +1,6 @@
-"""Cases of the benchmark of kernels: packing, de-chunking, and what decoding with a token tree needs.
+"""Cases of the benchmark of kernels: what decoding with a token tree needs.
 
-Sizes: DC-DiT-XL (width 1152) at 256² and 512² pixels and at a grid of 64 x 64; Janus-Pro-7B (30 layers, 32 heads of
-128, 16,384 codes) with a tree of 25 nodes, two rows an image.
+Sizes: Janus-Pro-7B (30 layers, 32 heads of 128, 16,384 codes) with a tree of 25 nodes, two rows an image.
 """
 
 from __future__ import annotations
@@ -15,212 +14,23 @@ from torch import Tensor
 from fastgen.drafters.tree import named_tree
 from fastgen.evaluation.benchmarks.kernel_case import Case, Check, Inputs, close, equal, noise, size_of
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dechunk import (
-    dechunk,
-    nearest_kept,
-    nearest_kept_reference,
-    plug_back,
-    plug_back_reference,
-    smooth_kept,
-    smooth_kept_reference,
-)
-from fastgen.kernels.dispatch import use_kernels
 from fastgen.kernels.kv_compact import kv_compact, kv_compact_reference
-from fastgen.kernels.pack import (
-    Packing,
-    pack,
-    pack_mask,
-    pack_mask_reference,
-    pack_reference,
-    pack_top,
-    pack_top_reference,
-    scatter,
-    scatter_reference,
-)
 from fastgen.kernels.sample import sample, sample_reference, token_probabilities, token_probabilities_reference
 from fastgen.kernels.tree_attention import tree_attention, tree_mask
 from fastgen.kernels.tree_verify import tree_verify, tree_verify_reference
 
 __all__ = ["cases"]
 
-_WIDTH = 1152
-
 
 def cases() -> list[Case]:
     """All cases of these operations."""
-    return [*_packing(), *_dechunking(), *_sampling(), *_verification(), *_compaction(), *_attention()]
+    return [*_sampling(), *_verification(), *_compaction(), *_attention()]
 
 
 def mostly_equal(result: Any, expected: Any) -> str | None:
     """Of tokens that a rounding may decide, 99 in 100 agree (of fewer than 100, all but one)."""
     wrong = int((result != expected).sum())
     return None if wrong <= max(1, result.numel() // 100) else f"{wrong} of {result.numel()} tokens differ"
-
-
-# --- packing -----------------------------------------------------------------------------------------------------
-
-
-def _scores(device: torch.device, samples: int, side: int) -> Tensor:
-    return noise(device, samples, side * side, dtype=torch.float32).sigmoid()
-
-
-def _kept(device: torch.device, samples: int, side: int) -> Packing:
-    """A quarter of the positions of every sample."""
-    with use_kernels("reference"):
-        return pack_top(_scores(device, samples, side), side * side // 4)
-
-
-def _fields(packing: Packing) -> list[Tensor]:
-    return [packing.mask, packing.positions, packing.cu_seqlens, packing.sequence_ids, packing.rows]
-
-
-def _packing() -> list[Case]:
-    def top(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            count = side * side // 4
-            keep = torch.full((samples,), count, device=device)
-            return {"scores": _scores(device, samples, side), "keep": keep, "capacity": samples * count, "full": True}
-
-        return build
-
-    def mask(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            return {"mask": _scores(device, samples, side) > 0.5, "capacity": samples * side * side}
-
-        return build
-
-    def rows(samples: int, side: int, packed: bool) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            packing = _kept(device, samples, side)
-            if packed:
-                return {"packed": noise(device, packing.capacity, _WIDTH), "packing": packing}
-            return {"tokens": noise(device, samples, side * side, _WIDTH), "packing": packing}
-
-        return build
-
-    def index_bytes(inputs: Inputs) -> int:
-        grid = inputs.get("scores", inputs.get("mask"))
-        assert grid is not None
-        return size_of(grid) + 9 * grid.numel() + 16 * int(inputs["capacity"])
-
-    def packed_bytes(inputs: Inputs) -> int:
-        packing = inputs["packing"]
-        return packing.capacity * (4 * _WIDTH + 8)
-
-    def grid_bytes(inputs: Inputs) -> int:
-        return size_of(inputs["packed"]) + inputs["packing"].mask.numel() * (2 * _WIDTH + 9)
-
-    def same(result: Any, expected: Any) -> str | None:
-        return equal(_fields(result), _fields(expected))
-
-    sizes = [("32² x 2", 2, 32, False, True), ("64² x 64", 64, 64, True, False)]
-    found = []
-    for name, samples, side, large, on_cpu in sizes:
-        indexed = [
-            Case("pack_top", name, top(samples, side), pack_top, pack_top_reference, index_bytes, same, on_cpu=on_cpu),
-            Case(
-                "pack_mask",
-                name,
-                mask(samples, side),
-                pack_mask,
-                pack_mask_reference,
-                index_bytes,
-                same,
-                on_cpu=on_cpu,
-            ),
-        ]
-        there, back = rows(samples, side, False), rows(samples, side, True)
-        found += [
-            *indexed,
-            Case("pack", name, there, pack, pack_reference, packed_bytes, equal, large=large, on_cpu=on_cpu),
-            Case("scatter", name, back, scatter, scatter_reference, grid_bytes, equal, large=large, on_cpu=on_cpu),
-        ]
-    return found
-
-
-# --- de-chunking -------------------------------------------------------------------------------------------------
-
-
-def _whole_reference(**inputs: Any) -> Tensor:
-    with use_kernels("reference"):
-        return dechunk(**inputs)
-
-
-def _dechunking() -> list[Case]:
-    def whole(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            packing = _kept(device, samples, side)
-            return {
-                "tokens": noise(device, packing.capacity, _WIDTH, seed=1),
-                "positions": packing.positions,
-                "probabilities": _scores(device, samples, side),
-                "mask": packing.mask,
-                "grid": (side, side),
-                "rows": packing.rows,
-            }
-
-        return build
-
-    def smoothing(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            inputs = dict(whole(samples, side)(device))
-            del inputs["mask"], inputs["rows"]
-            p = inputs["probabilities"].flatten()[inputs["positions"]]
-            return inputs | {"probabilities": p, "samples": samples, "sigma": 1.0}
-
-        return build
-
-    def nearest(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        return lambda device: {"mask": _kept(device, samples, side).mask.view(samples, side, side)}
-
-    def plugging(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            packing = _kept(device, samples, side)
-            length = side * side
-            with use_kernels("reference"):
-                near = nearest_kept(packing.mask.view(samples, side, side)).view(samples, length)
-            near = near + length * torch.arange(samples, device=device)[:, None]
-            index = packing.rows.flatten()[near.flatten()]
-            tokens = noise(device, packing.capacity, _WIDTH)
-            return {"tokens": tokens, "index": index, "positions": packing.positions, "length": length}
-
-        return build
-
-    def plug_reference(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-        return plug_back_reference(tokens, index)
-
-    def whole_bytes(inputs: Inputs) -> int:
-        # Tokens in, smoothed, read again, and the grid out.
-        return 3 * size_of(inputs["tokens"]) + 2 * _WIDTH * inputs["mask"].numel()
-
-    def smooth_bytes(inputs: Inputs) -> int:
-        return 2 * size_of(inputs["tokens"])
-
-    def smooth_flops(inputs: Inputs) -> int:
-        # What the least of algorithms needs: 9 x 9 cells around a token, a quarter of them kept.
-        return 2 * int(inputs["tokens"].numel()) * 20
-
-    def nearest_bytes(inputs: Inputs) -> int:
-        return 9 * int(inputs["mask"].numel())
-
-    def plug_bytes(inputs: Inputs) -> int:
-        return size_of(inputs["tokens"], inputs["index"]) + 2 * _WIDTH * len(inputs["index"])
-
-    found = []
-    sizes = [("32² x 2", 2, 32, False, True), ("64² x 16", 16, 64, True, False)]
-    for name, samples, side, large, on_cpu in sizes:
-        parts: list[tuple[str, Any, Any, Any, Any, Check, bool]] = [
-            ("dechunk", whole, dechunk, _whole_reference, whole_bytes, close(), False),
-            ("smooth_kept", smoothing, smooth_kept, smooth_kept_reference, smooth_bytes, close(), False),
-            ("nearest_kept", nearest, nearest_kept, nearest_kept_reference, nearest_bytes, equal, False),
-            ("plug_back", plugging, plug_back, plug_reference, plug_bytes, equal, large),
-        ]
-        for op, build, run, reference, moved, check, counts in parts:
-            options: dict[str, Any] = {"large": counts, "on_cpu": on_cpu}
-            options["flops"] = smooth_flops if op == "smooth_kept" else None
-            options["compiled"] = op != "dechunk"  # its parts are
-            found.append(Case(op, name, build(samples, side), run, reference, moved, check, **options))
-    return found
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------

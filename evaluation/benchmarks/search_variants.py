@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.pipelines.checkpoint import Checkpoint
-from fastgen.pipelines.generation import pipeline_arguments
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.populations import SearchOverPaths
 from fastgen.pipelines.search.thresholds import BestSoFar, OnlineQuantile, PreviousPlus, Threshold
+from fastgen.pipelines.settings import pipeline_arguments
 
 __all__ = ["NONE", "VARIANTS", "Search", "Variant", "call_of", "parse_variant", "scaled"]
 

@@ -191,7 +191,7 @@ class Generation:
     def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
         """Checked with the model's configuration."""
         from fastgen.pipelines.arguments import SETTINGS
-        from fastgen.pipelines.generation import pipeline_class, resolve_settings
+        from fastgen.pipelines.settings import pipeline_class, resolve_settings
 
         kind = pipeline_class(checkpoint, self.method)
         call = resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})

@@ -182,8 +182,8 @@ def generate(
     check_writable(target if is_folder else target.parent)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
         from fastgen.drafters.calibration import FILE as CALIBRATION
-        from fastgen.pipelines.generation import pipeline_class, resolve_settings
         from fastgen.pipelines.loading import resolve_device
+        from fastgen.pipelines.settings import pipeline_class, resolve_settings
 
         kind = pipeline_class(checkpoint, method)
         call = resolve_settings(kind, checkpoint, asked)

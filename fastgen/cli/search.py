@@ -157,9 +157,9 @@ def plan_search(
         ValueError: a model, a policy, a verifier or a sampler that there is not, a setting that the policy does not
             have, or a budget smaller than one picture takes.
     """
-    from fastgen.pipelines.generation import pipeline_arguments
     from fastgen.pipelines.search.budget import Budget
     from fastgen.pipelines.search.denoisers.base import defaults_of, denoiser_of
+    from fastgen.pipelines.settings import pipeline_arguments
 
     adapter = denoiser_of(pipeline)
     policy = _policy(asked)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
-from fastgen.pipelines.generation import draws_tokens
+from fastgen.pipelines.settings import draws_tokens
 from fastgen.training.families import Family, family_of
 
 _SHARD = 64

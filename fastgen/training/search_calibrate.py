@@ -32,13 +32,13 @@ from fastgen.evaluation.verifiers.base import ModelVerifier, Verifier
 from fastgen.evaluation.verifiers.names import load_verifier, verifier_class
 from fastgen.io import atomic_write_json, check_writable, read_json
 from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
-from fastgen.pipelines.generation import pipeline_arguments, pipeline_class
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.calibration import FILE, Calibration, model_signature
 from fastgen.pipelines.search.denoisers.base import denoiser_of
 from fastgen.pipelines.search.engine import Chain, Program
 from fastgen.pipelines.search.policy import Policy, check_counts
+from fastgen.pipelines.settings import pipeline_arguments, pipeline_class
 from fastgen.training.threshold_rules import (
     FEWEST,
     LEVEL,

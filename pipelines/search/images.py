@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
-from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths, pipeline_arguments
+from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.samplers import Sampler
+from fastgen.pipelines.settings import pipeline_arguments
 
 __all__ = ["search_images"]
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.evaluation.benchmarks import kernel_cases_decode, kernel_cases_routing
 from fastgen.evaluation.benchmarks.kernel_case import Case
-from fastgen.evaluation.benchmarks.kernel_cases_decode import cases
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.dispatch import use_kernels
 from fastgen.kernels.kv_compact import kv_compact
 from fastgen.kernels.pack import Packing, pack, pack_top, scatter
 
-SMALL = {case.op: case for case in reversed(cases()) if not case.large}
+CASES = [*kernel_cases_routing.cases(), *kernel_cases_decode.cases()]
+SMALL = {case.op: case for case in reversed(CASES) if not case.large}
 OPS = sorted(SMALL)
 
 
@@ -41,7 +42,7 @@ def build(case: Case) -> Callable[[], list[Tensor]]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_results_pass_the_check_of_the_benchmark(op: str) -> None:
-    for case in cases():
+    for case in CASES:
         if case.op == op and not case.large:
             inputs = case.build(torch.device("cuda"))
             with use_kernels("reference"):
@@ -130,7 +131,7 @@ def test_gradients_through_a_training_step_are_the_same_every_time() -> None:
 
 
 def test_de_chunking_needs_no_more_memory_than_tokens_and_grid() -> None:
-    case = next(case for case in cases() if case.op == "dechunk" and case.size == "64² x 16")
+    case = next(case for case in CASES if case.op == "dechunk" and case.size == "64² x 16")
     inputs = case.build(torch.device("cuda"))
     case.run(**inputs)
     torch.cuda.synchronize()

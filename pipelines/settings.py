@@ -1,0 +1,116 @@
+"""Which class a checkpoint becomes, and which settings its pictures get: all of it told before weights load."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from fastgen.errors import FastgenError
+from fastgen.pipelines.arguments import check_value
+from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
+
+__all__ = ["draws_tokens", "pipeline_arguments", "pipeline_class", "resolve_settings"]
+
+# Our names of arguments -> those of diffusers pipelines, where they differ.
+_PIPELINE_NAMES = {"steps": "num_inference_steps"}
+
+
+def draws_tokens(pipe_class: type) -> bool:
+    """Whether it draws tokens, not latents; told without importing its pipelines, which costs a second."""
+    ours = ("JanusImagePipeline", "SpeculativeImagePipeline")
+    return any(base.__name__ in ours for base in pipe_class.__mro__)
+
+
+def pipeline_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings under the names that diffusers pipelines have for them."""
+    return {_PIPELINE_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def resolve_settings(
+    pipe_class: type, checkpoint: Checkpoint | None, asked: dict[str, Any], image_size: int | None = None
+) -> dict[str, Any]:
+    """Settings of all pictures: what the user asked for, else the model's own. Needs no loaded model.
+
+    Args:
+        pipe_class: the pipeline's class.
+        checkpoint: for the model's defaults and size limits.
+        asked: argument name -> value, None where the user gave none.
+        image_size: side in pixels of the only pictures that a Janus model draws.
+
+    Raises:
+        FastgenError: a value outside its range, or an argument that the pipeline does not take.
+    """
+    accepted = inspect.signature(pipe_class.__call__).parameters
+    janus = draws_tokens(pipe_class)
+    defaults: dict[str, Any] = {}
+    if checkpoint is not None:
+        defaults, image_size = checkpoint.defaults, checkpoint.fixed_size or image_size
+    settings: dict[str, Any] = {}
+    for name, value in asked.items():
+        origin = ""
+        if value is None:
+            value, origin = defaults.get(name), "fastgen.json: "
+        if value is None:
+            continue
+        check_value(origin + name, name, value)
+        if janus and name in ("height", "width"):
+            if image_size is not None and value != image_size:
+                raise FastgenError(f"{origin}{name}: {value} is not allowed, the model draws {image_size} pixels only")
+            continue
+        if janus and name == "negative_prompt":
+            raise FastgenError(
+                "negative_prompt: a Janus model takes none; the row without a prompt is the prompt blanked out"
+            )
+        if _PIPELINE_NAMES.get(name, name) not in accepted:
+            hint = "; it draws one token after the other" if janus and name == "steps" else ""
+            raise FastgenError(f"{origin}{name}: {pipe_class.__name__} does not take it{hint}")
+        settings[name] = value
+    if checkpoint is not None:
+        checkpoint.check_size(settings.get("height"), settings.get("width"))
+    if "quality" in settings and settings.get("acceptance") != "cascade":
+        raise FastgenError("quality: is a knob of acceptance cascade")
+    if "token_budget" in settings and (settings.get("tail_drop") or "uncond_tail_drop" in settings):
+        raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
+    guidance = settings.get("guidance_scale")
+    if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
+        raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
+    return settings
+
+
+def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
+    """The class that `load_pipeline` makes of a checkpoint; loads no weights.
+
+    Args:
+        checkpoint: of the model.
+        method: "speculative" for speculative decoding of a model that draws tokens.
+
+    Raises:
+        FastgenError: the installed diffusers has no such class.
+    """
+    if method == "speculative":
+        if checkpoint.kind != "janus":
+            raise FastgenError(f"method speculative: model {checkpoint.model!r} does not draw tokens")
+        from fastgen.pipelines.speculative import SpeculativeImagePipeline
+
+        return SpeculativeImagePipeline
+    if checkpoint.kind == "janus":
+        from fastgen.pipelines.janus import JanusImagePipeline
+
+        return JanusImagePipeline
+    import diffusers
+
+    if checkpoint.has_dynamic_chunking:
+        module = importlib.import_module(OWN_PIPELINES[checkpoint.pipeline_class])
+        own: type = getattr(module, checkpoint.pipeline_class)
+        return own
+    found = getattr(diffusers, checkpoint.pipeline_class, None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise FastgenError(
+            f"model {checkpoint.model!r} needs {checkpoint.pipeline_class}, which the installed diffusers "
+            "does not have; update it (pipelines with code of their own are not run)"
+        )
+    return found
