@@ -106,7 +106,7 @@ def test_no_knobs_are_no_exploring() -> None:
         plain = run_policy(policy, max_nfe=80)
         empty = run_policy(policy, max_nfe=80, explore={})
         for one, other in zip(plain[1], empty[1], strict=True):
-            assert one.trace == other.trace
+            assert repr(one.trace) == repr(other.trace)  # scores that were not taken are NaN, which equals nothing
         assert plain[2].rows == empty[2].rows and not empty[2].cheap
 
 
