@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -374,6 +375,18 @@ def test_public_names_resolve() -> None:
         assert name in dir(fastgen)
     with pytest.raises(AttributeError, match="module 'fastgen' has no attribute 'generat'"):
         _ = fastgen.generat
+
+
+def test_the_oldest_versions_allowed_are_those_that_were_tested(
+    repository: Path, configuration: dict[str, Any]
+) -> None:
+    project = configuration["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    allowed = dict(re.match(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in wanted)  # type: ignore[union-attr]
+    lines = (repository / ".ci" / "minimum.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert tested.pop("torchvision")  # the one that fits that torch, for open-clip-torch
+    assert tested == allowed
 
 
 def test_version_is_the_one_of_the_metadata(configuration: dict[str, Any]) -> None:
