@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.qk_norm_rope_triton import (
-    NORMS,
     blocks_of,
     factors,
     load_pairs,
+    options_of,
     statistics,
     store_pairs,
     table_of,
@@ -156,7 +156,7 @@ def backward(
     parts = max(1, min(n * length, cdiv(1024, blocks)))
     sums = torch.zeros((parts, blocks, 4, half), dtype=torch.float32, device=tensor.device)
     if n * length:
-        table, places, limit, first, second = table_of(cos, positions, axes)
+        limit, table = table_of(cos, positions, axes)
         run_kernel(
             _backward,
             (parts, blocks),
@@ -177,16 +177,8 @@ def backward(
             *tensor.stride()[:3],
             *out.stride()[:3],
             *table,
-            *places,
-            first,
-            second,
             float(eps),
-            AXES=len(axes),
-            NORM=NORMS[norm],
-            INTERLEAVED=interleaved,
-            HEADS=heads,
-            HALF=half,
-            num_warps=warps,
+            **options_of(axes, norm, interleaved, heads, half, warps),
         )
     pairs = sums.sum((0, 1)).view(2, 2, half)[..., : width // 2]  # [weight or bias, feature of the pair, half]
     return out, (pairs.transpose(1, 2) if interleaved else pairs).reshape(2, width)

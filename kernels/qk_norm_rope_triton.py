@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
 
-__all__ = ["NORMS", "blocks_of", "factors", "forward", "load_pairs", "statistics", "store_pairs", "table_of"]
+__all__ = ["blocks_of", "factors", "forward", "load_pairs", "options_of", "statistics", "store_pairs", "table_of"]
 __all__ += ["weight_pairs"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
@@ -228,10 +228,8 @@ def blocks_of(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     return half, heads, max(1, min(8, heads * half // 512)), cdiv(query.shape[2], heads)
 
 
-def table_of(
-    cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]:
-    """Strides of the table [n or 1, P, half] and of the positions [n or 1, L, A], rows, first columns of axes 1, 2."""
+def table_of(cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Rows of the table [n or 1, P, half]; strides of it and of positions [n or 1, L, A], where axes 1 and 2 begin."""
     strides = (
         (0, 0, 0) if cos is None else tuple(0 if cos.shape[0] == 1 and i == 0 else cos.stride(i) for i in range(3))
     )
@@ -239,7 +237,21 @@ def table_of(
     if positions is not None:
         places = (0 if positions.shape[0] == 1 else positions.stride(0), positions.stride(1), positions.stride(2))
     bounds = [sum(axes[: i + 1]) // 2 for i in range(2)]
-    return strides, places, 0 if cos is None else cos.shape[1], bounds[0], bounds[1]
+    return 0 if cos is None else cos.shape[1], (*strides, *places, *bounds)
+
+
+def options_of(
+    axes: tuple[int, ...], norm: str, interleaved: bool, heads: int, half: int, warps: int
+) -> dict[str, int | bool]:
+    """What both kernels are compiled for."""
+    return {
+        "AXES": len(axes),
+        "NORM": NORMS[norm],
+        "INTERLEAVED": interleaved,
+        "HEADS": heads,
+        "HALF": half,
+        "num_warps": warps,
+    }
 
 
 def forward(
@@ -264,7 +276,7 @@ def forward(
     if not n * length:
         return
     half, heads, warps, query_blocks = blocks_of(query, key)
-    table, places, limit, first, second = table_of(cos, positions, axes)
+    limit, table = table_of(cos, positions, axes)
     key_blocks = cdiv(key.shape[2], heads)
     both = query_blocks == key_blocks == 1 and heads * half <= _BOTH
     run_kernel(
@@ -291,16 +303,8 @@ def forward(
         *out_query.stride()[:3],
         *out_key.stride()[:3],
         *table,
-        *places,
-        first,
-        second,
         query_blocks,
         float(eps),
-        AXES=len(axes),
-        NORM=NORMS[norm],
-        INTERLEAVED=interleaved,
-        HEADS=heads,
-        HALF=half,
         BOTH=both,
-        num_warps=warps,
+        **options_of(axes, norm, interleaved, heads, half, warps),
     )
