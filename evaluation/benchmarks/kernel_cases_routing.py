@@ -86,8 +86,7 @@ def _packing() -> list[Case]:
         return build
 
     def index_bytes(inputs: Inputs) -> int:
-        grid = inputs.get("scores", inputs.get("mask"))
-        assert grid is not None
+        grid = inputs["scores"] if "scores" in inputs else inputs["mask"]
         return size_of(grid) + 9 * grid.numel() + 16 * int(inputs["capacity"])
 
     def packed_bytes(inputs: Inputs) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,6 @@ from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
 from fastgen.training.recipes import RECIPES, build_recipe, train_config
-
-HELD_OUT = 128
-"""Pictures on which the short runs are measured."""
 
 
 def _losses(folder: Path) -> list[float]:
@@ -33,18 +31,23 @@ def _short(name: str, folder: Path, part: Path | None = None, init: Path | None 
     return folder / "model"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_held_out() -> Iterator[None]:
+    """Short runs are measured on few pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("vae", "vq"):
+            patch.setattr(f"fastgen.training.{module}.HELD_OUT", 128)
+        yield
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgen.training.vae.HELD_OUT", HELD_OUT)
-        return _short("vae", tmp_path_factory.mktemp("vae")) / "vae"
+    return _short("vae", tmp_path_factory.mktemp("vae")) / "vae"
 
 
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastgen.training.vq.HELD_OUT", HELD_OUT)
-        return _short("vq", tmp_path_factory.mktemp("vq")) / "vq"
+    return _short("vq", tmp_path_factory.mktemp("vq")) / "vq"
 
 
 def test_vae_latents_are_scaled_to_unit_deviation(vae: Path) -> None:
