@@ -300,9 +300,9 @@ def speculative_cost(
     as_json: JsonOption = False,
 ) -> None:
     """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
-    from fastgen.pipelines.checkpoint import check_names
+    from fastgen.cli.eval_run import check_device
 
-    check_names(device, dtype)
+    check_device(device, dtype)
     check_files(out)
     from fastgen.evaluation.benchmarks.speculative_cost import NODES, SIZES, benchmark_speculative_cost
     from fastgen.evaluation.speculative_results import speculative_cost_markdown
@@ -338,9 +338,9 @@ def dc_speed(
     as_json: JsonOption = False,
 ) -> None:
     """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
-    from fastgen.pipelines.checkpoint import check_names
+    from fastgen.cli.eval_run import check_device
 
-    check_names(device, dtype)
+    check_device(device, dtype)
     check_files(out)
     from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
     from fastgen.evaluation.dc_results import dc_markdown

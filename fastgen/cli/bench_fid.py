@@ -27,10 +27,10 @@ def fid(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """What the FID family costs beside its network: statistics, several processes, memory."""
+    from fastgen.cli.eval_run import check_device
     from fastgen.io import check_writable
-    from fastgen.pipelines.checkpoint import check_names
 
-    check_names(device, "auto")
+    check_device(device)
     if out is not None:
         check_writable(out.parent)
     from fastgen.evaluation.benchmarks.fid import benchmark_fid, fid_markdown

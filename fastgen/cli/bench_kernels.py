@@ -31,10 +31,10 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """Fused kernels against their references, eager and compiled, and against the memory's speed."""
+    from fastgen.cli.eval_run import check_device
     from fastgen.io import atomic_write_json, check_writable
-    from fastgen.pipelines.checkpoint import check_names
 
-    check_names(device, "auto")
+    check_device(device)
     if out is not None:
         check_writable(out.parent)
     with contextlib.redirect_stdout(sys.stderr):

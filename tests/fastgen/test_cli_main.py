@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 
 import fastgen
@@ -259,3 +260,10 @@ def test_an_error_after_the_libraries_are_loaded_stands_alone() -> None:
     done = subprocess.run([sys.executable, "-m", "fastgen", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: policy: 'luck'") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+@pytest.mark.parametrize("name", ["kernels", "fid", "dc-speed", "speculative-cost", "speculative"])
+def test_benchmarks_refuse_a_device_that_is_not_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", name, "--device", "cuda"]) == 2
+    assert "device: 'cuda' is not available here" in one_error_line(capsys)
