@@ -10,3 +10,10 @@ class FastgenError(ValueError):
     prints it as ``error: <message>`` without a traceback and exits with code 2. It is a `ValueError`, so code that
     uses the library needs no fastgen import to catch it.
     """
+
+
+class NotFiniteError(FastgenError):
+    """Latents, logits, pixels or scores came out as NaN or infinity, so there is no picture to return.
+
+    Typical causes: float16 weights that overflow, broken weights, a guidance scale far outside the usual range.
+    """
