@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from fastgen.data.scenes import IMAGE_SIZE
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore, run_chunks
 from fastgen.evaluation.distributed import Group, OnProgress
@@ -45,6 +47,18 @@ class Sample:
             return self.path.read_bytes()
         except OSError as error:
             raise FastgenError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    def size(self) -> tuple[int, int]:
+        """Width and height, from the head of the file.
+
+        Raises:
+            FastgenError: the file is no readable image.
+        """
+        try:
+            with Image.open(self.path) as image:
+                return image.size
+        except OSError as error:
+            raise FastgenError(f"{self.path}: cannot be read as an image: {error}") from error
 
     def load(self) -> np.ndarray:
         """uint8 [H, W, 3].
@@ -220,6 +234,22 @@ def results_jsonl(
         }
         lines.append(json.dumps(record))
     return "".join(line + "\n" for line in lines).encode()
+
+
+def size_name(samples: Sequence[Sample]) -> str:
+    """What the name of a ShapesWorld score says of the size of its pictures: nothing for 64x64, else "@128" for
+    squares, "@192x128" (width x height), or "@mixed".
+
+    Raises:
+        FastgenError: a file is no readable image.
+    """
+    sizes = {sample.size() for sample in samples}
+    if len(sizes) != 1:
+        return "@mixed" if sizes else ""
+    width, height = sizes.pop()
+    if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):
+        return ""
+    return f"@{width}" if width == height else f"@{width}x{height}"
 
 
 def spread(total: int, count: int) -> list[int]:

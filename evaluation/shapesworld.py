@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastgen.accounting import phase
 from fastgen.data.captions import evaluation_captions, evaluation_prompts
-from fastgen.data.scenes import sample_scene
+from fastgen.data.scenes import IMAGE_SIZE, sample_scene
 from fastgen.data.shapes import render
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
@@ -20,12 +20,12 @@ from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.fid.readers import FolderSource
 from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task
-from fastgen.evaluation.geneval.results import DETECTORS, prompt_table
+from fastgen.evaluation.geneval.results import DETECTORS, benchmark_name, prompt_table
 from fastgen.evaluation.geneval.rules import summarize
 from fastgen.evaluation.geneval.scoring import GenEvalScore
 from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
 from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.samples import judge_samples, read_samples, spread, verdict_store
+from fastgen.evaluation.samples import judge_samples, read_samples, size_name, spread, verdict_store
 
 DETECTOR = "shapes"
 """Name of the embedded detector, which goes into every result."""
@@ -47,8 +47,8 @@ def shapes_prompts(limit: int | None = None) -> list[Metadata]:
     return first_of_each_task(items, limit)
 
 
-def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Image.Image]:
-    """One render per (evaluation prompt, seed): what a perfect model would draw.
+def render_prompts(prompts: Sequence[str], seeds: Sequence[int], size: int = IMAGE_SIZE) -> Iterator[Image.Image]:
+    """One render of `size` x `size` pixels per (evaluation prompt, seed): what a perfect model would draw.
 
     Raises:
         FastgenError: a prompt is none of the evaluation prompts, so its scene is not known.
@@ -60,7 +60,7 @@ def render_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Ima
     for prompt, seed in zip(prompts, seeds, strict=True):
         index = known[prompt]
         scene = sample_scene(evaluation_captions()[index].spec, random.Random(f"{seed}/{prompt}"))
-        images, _ = render([scene], [(seed, index)])
+        images, _ = render([scene], [(seed, index)], size)
         yield Image.fromarray(images[0])
 
 
@@ -94,7 +94,9 @@ def score_folder(
 ) -> FolderScore:
     """ShapesWorld-GenEval and FD-shapes of the images under `folder` (GenEval's layout).
 
-    A set too small for FD-shapes still gets its task scores; `fd_shapes` then says why it has no value.
+    Pictures of another size than 64x64 are judged scaled down to it; the names of their scores say the size, as in
+    "ShapesWorld-GenEval@128". A set too small for FD-shapes still gets its task scores; `fd_shapes` then says why it
+    has no value.
 
     Args:
         model: the detector network, see `load_detector`.
@@ -114,14 +116,16 @@ def score_folder(
     stores = [verdict_store(samples, work, weights, group=group)]
     with phase("check"):
         results = judge_samples(samples, checker, group=group, work=work, identity=weights, on_progress=on_progress)
-    data: dict[str, Any] = {"benchmark": BENCHMARK, **summarize(results).as_dict()}
+    size = size_name(samples)
+    name = DETECTOR + size
+    data: dict[str, Any] = {"benchmark": benchmark_name(name), **summarize(results).as_dict()}
     with phase("fd"):
 
         def reference_progress(done: int, total: int) -> None:
             if on_progress is not None:
                 on_progress("reference", min(done * group.size, total), total)
 
-        distance = fd or FDShapes(model, device=device, on_progress=reference_progress)
+        distance = fd or FDShapes(model, size=size, device=device, on_progress=reference_progress)
         try:
             distance.check_size(len(samples), allow_small)
         except FastgenError as error:
@@ -133,5 +137,5 @@ def score_folder(
             data["fd_shapes"] = result.as_dict()
             stores.append(store)
     prompts = prompt_table([sample.metadata for sample in samples], results)
-    data |= {"detector_name": DETECTOR, "detector": weights, "prompts": prompts, "environment": environment()}
+    data |= {"detector_name": name, "detector": weights, "prompts": prompts, "environment": environment()}
     return FolderScore(data, samples, results, stores)

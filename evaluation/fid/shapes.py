@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen.data.shapes import ShapesWorld
+from fastgen.data.shapes import IMAGE_SIZE, ShapesWorld
 from fastgen.evaluation.chunks import ChunkStore
 from fastgen.evaluation.distributed import Group
 from fastgen.evaluation.fid.evaluate import check_size
@@ -60,9 +60,9 @@ class FDResult:
         return asdict(self)
 
 
-def render_reference(count: int = REFERENCE_IMAGES, seed: int = REFERENCE_SEED) -> Reference:
+def render_reference(count: int = REFERENCE_IMAGES, seed: int = REFERENCE_SEED, size: int = IMAGE_SIZE) -> Reference:
     """Fresh ShapesWorld renders as a reference; a changed renderer makes another one."""
-    world = ShapesWorld(seed, held_out=False)
+    world = ShapesWorld(seed, held_out=False, size=size)
     drawn: dict[int, np.ndarray] = {}
 
     def make(index: int) -> np.ndarray:
@@ -84,6 +84,8 @@ class FDShapes:
         detector: the feature network (see `load_detector`).
         n_reference: renders in the reference.
         seed: ShapesWorld seed of the reference.
+        size: of the pictures, as `fastgen.evaluation.samples.size_name` gives it. Renders of the same size are the
+            reference where ShapesWorld has it, else those of 64x64.
         device: where the network is.
         cache_dir: folder of the reference statistics; the user's cache when None.
         on_progress: called with (renders done, renders in all) while a reference is computed.
@@ -98,6 +100,7 @@ class FDShapes:
         *,
         n_reference: int = REFERENCE_IMAGES,
         seed: int = REFERENCE_SEED,
+        size: str = "",
         device: str | torch.device = "cpu",
         cache_dir: str | Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -105,8 +108,9 @@ class FDShapes:
         if n_reference < 2:
             raise ValueError(f"n_reference: needs at least 2 renders, got {n_reference}")
         self.extractor = ShapesNetwork(detector, device=device)
-        self.n_reference, self.seed = n_reference, seed
-        self.reference = render_reference(n_reference, seed)
+        self.n_reference, self.seed, self.size = n_reference, seed, size
+        side = int(size[1:]) if size[1:].isdigit() else IMAGE_SIZE
+        self.reference = render_reference(n_reference, seed, IMAGE_SIZE if side % IMAGE_SIZE else side)
         self._cache_dir = cache_dir
         self._on_progress = on_progress
         self._gaussian: Gaussian | None = None
@@ -125,7 +129,7 @@ class FDShapes:
     def protocol(self) -> str:
         """Named mode, e.g. `FD-shapes[10k, shapes-detector-128, seed 1000003, detector 0123abcd]`."""
         parts = (count_name(self.n_reference), self.extractor.name, f"seed {self.seed}")
-        return f"FD-shapes[{', '.join(parts)}, detector {self.detector_hash[:8]}]"
+        return f"FD-shapes{self.size}[{', '.join(parts)}, detector {self.detector_hash[:8]}]"
 
     def check_size(self, n: int, allow_small: bool = False) -> None:
         """Refuses sets too small for a covariance of this width.

@@ -20,6 +20,14 @@ DETECTORS = {
 }
 """Name of a detector -> name of its scores. Plain "GenEval" is what the official scorer measures; agreement with it
 was measured for none of these, see docs/evaluation.md."""
+
+
+def benchmark_name(detector: str) -> str:
+    """Name of the scores that a detector gives; of "shapes@128" that of "shapes" with the size of the pictures."""
+    base, at, size = detector.partition("@")
+    return DETECTORS.get(base, f"GenEval (detector={base})") + at + size
+
+
 _FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata")
 
 
@@ -107,5 +115,10 @@ def summarize_file(path: str | Path) -> dict[str, Any]:
     for number, row in enumerate(table):
         row["id"] = number
     summary = summarize(verdicts.results).as_dict()
-    benchmark = DETECTORS.get(name, f"GenEval (detector={name})")
-    return {"benchmark": benchmark, "detector_name": name, **summary, "prompts": table, "verdicts": str(path)}
+    return {
+        "benchmark": benchmark_name(name),
+        "detector_name": name,
+        **summary,
+        "prompts": table,
+        "verdicts": str(path),
+    }

@@ -21,7 +21,7 @@ from fastgen.evaluation.geneval.prompts import IMAGES_PER_PROMPT, official_promp
 from fastgen.evaluation.geneval.results import prompt_table
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
-from fastgen.evaluation.samples import Sample, judge_samples, read_samples, verdict_store
+from fastgen.evaluation.samples import Sample, judge_samples, read_samples, size_name, verdict_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,11 @@ def score_images(
             identity=identity,
             on_progress=on_progress,
         )
+    # Only ShapesWorld knows sizes: GenEval's detectors scale every picture to one.
+    size = size_name(samples) if judge.name == "shapes" else ""
     data = {
-        "benchmark": judge.benchmark,
-        "detector_name": judge.name,
+        "benchmark": judge.benchmark + size,
+        "detector_name": judge.name + size,
         "judge": judge.description,
         "detector": judge.description.get("detector_sha256", ""),
         "self_test": judge.self_test,

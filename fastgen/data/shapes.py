@@ -1,8 +1,8 @@
-"""ShapesWorld: a procedural, seeded, infinite text-to-image data set of 64x64 pictures.
+"""ShapesWorld: a procedural, seeded, infinite text-to-image data set of square pictures, 64x64 unless asked otherwise.
 
 Objects are anti-aliased signed-distance shapes; backgrounds are two-colour gradients with band-limited texture
 noise, so that image tokens are uncertain the way those of natural images are. Picture `i` depends only on
-`(seed, i)`, whatever batch it is drawn in.
+`(seed, i)`, whatever batch it is drawn in; at another size it is the same picture, sharper.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,10 @@ class ShapesBatch:
     """A drawn batch.
 
     Args:
-        images: uint8 [n, 64, 64, 3].
+        images: uint8 [n, size, size, 3].
         captions: n captions with tag and content.
-        scenes: the objects of each image.
-        instances: uint8 [n, 64, 64]; 0 is background, k + 1 is object k of the scene.
+        scenes: the objects of each image, in units of a 64th of its side.
+        instances: uint8 [n, size, size]; 0 is background, k + 1 is object k of the scene.
     """
 
     images: npt.NDArray[np.uint8]
@@ -53,11 +54,16 @@ class ShapesWorld:
         seed: any integer; different seeds give unrelated data.
         held_out: leave out of the captions what the evaluation prompts hold out (the default, for training).
         crossed: see `sample_training_caption`.
+        size: side of the pictures in pixels, a multiple of 64.
+
+    Raises:
+        ValueError: size is not such a multiple.
     """
 
-    def __init__(self, seed: int = 0, held_out: bool = True, crossed: bool = True) -> None:
+    def __init__(self, seed: int = 0, held_out: bool = True, crossed: bool = True, *, size: int = IMAGE_SIZE) -> None:
         self.seed = int(seed)
         self.held_out, self.crossed = held_out, crossed
+        self.size = check_size(size)
 
     def batch(self, n: int, start: int = 0) -> ShapesBatch:
         """Draw items `start` … `start + n - 1`.
@@ -75,7 +81,7 @@ class ShapesWorld:
             captions.append(caption)
             scenes.append(sample_scene(_fill_colors(caption, rng), rng))
         seeds = [(self.seed, index) for index in range(start, start + n)]
-        images, instances = render(scenes, seeds)
+        images, instances = render(scenes, seeds, self.size)
         return ShapesBatch(images, captions, scenes, instances)
 
 
@@ -88,28 +94,42 @@ def _fill_colors(caption: Caption, rng: random.Random) -> SceneSpec:
     return SceneSpec(tuple(type(item)(item.shape, color) for item in spec.objects))
 
 
+def check_size(size: int) -> int:
+    """`size`, when it is a side that ShapesWorld can be drawn at.
+
+    Raises:
+        ValueError: it is no positive multiple of 64.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < IMAGE_SIZE or size % IMAGE_SIZE:
+        raise ValueError(f"size: needs a positive multiple of {IMAGE_SIZE}, got {size!r}")
+    return size
+
+
 def render(
-    scenes: Sequence[Sequence[SceneObject]], seeds: Sequence[tuple[int, int]]
+    scenes: Sequence[Sequence[SceneObject]], seeds: Sequence[tuple[int, int]], size: int = IMAGE_SIZE
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Draw scenes.
 
     Args:
         scenes: n scenes.
         seeds: n pairs of integers; each seeds the background of its picture.
+        size: side of the pictures in pixels, a multiple of 64.
 
     Returns:
-        images uint8 [n, 64, 64, 3] and instances uint8 [n, 64, 64] (0 background, k + 1 object k).
+        images uint8 [n, size, size, 3] and instances uint8 [n, size, size] (0 background, k + 1 object k).
 
     Raises:
-        ValueError: different numbers of scenes and seeds.
+        ValueError: different numbers of scenes and seeds, or a size that is no multiple of 64.
     """
+    check_size(size)
     if len(scenes) != len(seeds):
         raise ValueError(f"{len(scenes)} scenes need as many seeds, got {len(seeds)}")
-    images = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images = np.empty((len(scenes), size, size, 3), np.uint8)
     instances = np.zeros(images.shape[:3], np.uint8)
-    for first in range(0, len(scenes), _CHUNK):
-        part = slice(first, first + _CHUNK)
-        canvas = _backgrounds(seeds[part])
+    chunk = max(1, _CHUNK * IMAGE_SIZE**2 // size**2)
+    for first in range(0, len(scenes), chunk):
+        part = slice(first, first + chunk)
+        canvas = _backgrounds(seeds[part], size)
         _draw_objects(canvas, instances[part], scenes[part])
         canvas *= np.float32(255.0)
         canvas += np.float32(0.5)
@@ -121,10 +141,12 @@ def render(
 def _draw_objects(
     canvas: FloatArray, instances: npt.NDArray[np.uint8], scenes: Sequence[Sequence[SceneObject]]
 ) -> None:
-    """Draw all objects onto the planar canvas [n, 3, 64, 64]: coverage by shape at once, blending one by one.
+    """Draw all objects onto the planar canvas [n, 3, size, size]: coverage by shape at once, blending one by one.
 
     Objects never overlap, so the order does not matter.
     """
+    size = canvas.shape[-1]
+    scale = np.float32(size / IMAGE_SIZE)
     by_shape: dict[str, list[tuple[int, int]]] = {}
     for index, scene in enumerate(scenes):
         for slot, item in enumerate(scene):
@@ -132,10 +154,11 @@ def _draw_objects(
     for shape, places in by_shape.items():
         objects = [scenes[index][slot] for index, slot in places]
         values = np.array([(o.cx, o.cy, o.radius, o.angle) for o in objects], np.float32)
-        cx, cy, radius, angle = values.T
-        window = min(2 * int(np.ceil(radius.max())) + 3, IMAGE_SIZE)
-        x0 = np.clip(np.rint(cx).astype(int) - window // 2, 0, IMAGE_SIZE - window)
-        y0 = np.clip(np.rint(cy).astype(int) - window // 2, 0, IMAGE_SIZE - window)
+        cx, cy, radius = scale * values.T[:3]
+        angle = values[:, 3]
+        window = min(2 * int(np.ceil(radius.max())) + 3, size)
+        x0 = np.clip(np.rint(cx).astype(int) - window // 2, 0, size - window)
+        y0 = np.clip(np.rint(cy).astype(int) - window // 2, 0, size - window)
         pixel = np.arange(window) + 0.5
         # Pixel centres in the object's own frame: unit radius, unrotated.
         dx = ((x0[:, None] + pixel - cx[:, None]) / radius[:, None]).astype(np.float32)[:, None, :]
@@ -213,9 +236,10 @@ _DISTANCES = {
 }
 
 
-def _upsampling(cells: int) -> FloatArray:
-    """[64, cells]: cubic (Catmull-Rom) interpolation of `cells` values to the pixel grid, so the noise has a band."""
-    position = (np.arange(IMAGE_SIZE) + 0.5) * cells / IMAGE_SIZE - 0.5
+@lru_cache
+def _upsampling(cells: int, size: int) -> FloatArray:
+    """[size, cells]: cubic (Catmull-Rom) interpolation of `cells` values to the pixels, so the noise has a band."""
+    position = (np.arange(size) + 0.5) * cells / size - 0.5
     distance = np.abs(position[:, None] - np.arange(cells)[None, :])
     near = 1.5 * distance**3 - 2.5 * distance**2 + 1.0
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
@@ -224,11 +248,10 @@ def _upsampling(cells: int) -> FloatArray:
 
 
 _COARSE, _FINE = 6, 16  # cells across the image of the two texture bands
-_COARSE_UP, _FINE_UP = _upsampling(_COARSE), _upsampling(_FINE)
 
 
-def _backgrounds(seeds: Sequence[tuple[int, int]]) -> FloatArray:
-    """Two muted colours in a linear gradient, plus coarse coloured and fine grey texture; float [n, 3, 64, 64]."""
+def _backgrounds(seeds: Sequence[tuple[int, int]], size: int) -> FloatArray:
+    """Two muted colours in a linear gradient, plus coarse coloured and fine grey texture; float [n, 3, size, size]."""
     n = len(seeds)
     coarse = np.empty((n, 3, _COARSE, _COARSE), np.float32)
     fine = np.empty((n, _FINE, _FINE), np.float32)
@@ -240,12 +263,13 @@ def _backgrounds(seeds: Sequence[tuple[int, int]]) -> FloatArray:
         rng.standard_normal(out=fine[index], dtype=np.float32)
     first, second = _muted_color(uniform[:, 0:3]), _muted_color(uniform[:, 3:6])
     angle = uniform[:, 6] * np.float32(2 * np.pi)
-    axis = (np.arange(IMAGE_SIZE, dtype=np.float32) - 31.5) / 64.0
-    ramp = np.cos(angle)[:, None, None] * axis + np.sin(angle)[:, None, None] * axis[:, None]  # [n, 64, 64]
+    axis = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)) / np.float32(size)
+    ramp = np.cos(angle)[:, None, None] * axis + np.sin(angle)[:, None, None] * axis[:, None]  # [n, size, size]
     blend = np.clip(ramp + np.float32(0.5), 0.0, 1.0)
     strength = (0.4 + 0.6 * uniform[:, 7])[:, None, None]
-    canvas: FloatArray = _COARSE_UP @ (coarse * np.float32(0.035)) @ _COARSE_UP.T
-    grey = _FINE_UP @ (fine * np.float32(0.045) * strength) @ _FINE_UP.T
+    coarse_up, fine_up = _upsampling(_COARSE, size), _upsampling(_FINE, size)
+    canvas: FloatArray = coarse_up @ (coarse * np.float32(0.035)) @ coarse_up.T
+    grey = fine_up @ (fine * np.float32(0.045) * strength) @ fine_up.T
     for channel in range(3):
         canvas[:, channel] += grey
         canvas[:, channel] += first[:, channel, None, None] + blend * (second - first)[:, channel, None, None]

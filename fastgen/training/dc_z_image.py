@@ -94,22 +94,22 @@ class DCModule(torch.nn.Module):
 
 
 class DenseModule(torch.nn.Module):
-    """The transformer without dynamic chunking, likewise."""
+    """The transformer without dynamic chunking, likewise; the layout is read after block `probe`, or the last."""
 
     adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN", "layout")
     compiled_parts = ("",)
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
+    def __init__(self, transformer: torch.nn.Module, probe: int | None = None) -> None:
         super().__init__()
         self.transformer = transformer
+        self.probe = len(transformer.layers) - 1 if probe is None else probe  # type: ignore[arg-type]
         self.layout = LayoutHead(transformer.dim)  # type: ignore[arg-type]
 
     def forward(
         self, latents: Tensor, timestep: Tensor, captions: Tensor, lengths: Tensor, shapes: Tensor, colors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Velocity [n, C, h, w] and layout loss."""
-        last = len(self.transformer.layers) - 1  # type: ignore[arg-type]
-        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=last)
+        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=self.probe)
         return output, self.layout(tokens, shapes, colors)
 
 

@@ -25,11 +25,11 @@ def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator) -
 
 
 def flow_matching_batch(
-    latents: torch.Tensor, generator: torch.Generator
+    latents: torch.Tensor, generator: torch.Generator, logit_mean: float = _LOGIT_MEAN
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noisy latents at logit-normal noise levels, the levels sigma [n], and the target data - noise."""
     n = len(latents)
-    sigma = torch.sigmoid(torch.randn(n, generator=generator) + _LOGIT_MEAN)
+    sigma = torch.sigmoid(torch.randn(n, generator=generator) + logit_mean)
     uniform = torch.rand(n, generator=generator)
     sigma = torch.where(torch.rand(n, generator=generator) < _UNIFORM_SHARE, uniform, sigma)
     sigma = sigma.clamp(1e-3, 1.0).to(latents.device)

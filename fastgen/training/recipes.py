@@ -69,6 +69,13 @@ RECIPES: dict[str, RecipeEntry] = {
         part="model/vae",
         continues=True,
     ),
+    "small": RecipeEntry(
+        "a deeper Z-Image for 128x128 pictures, grown from the tiny one",
+        {"steps": 20000, "batch_size": 16, "accumulate": 2, "lr": 1.5e-3, "decay": 0.3},
+        needs="z-image",
+        part="model",
+        continues=True,
+    ),
     "janus": RecipeEntry(
         "language model and image heads of the tiny Janus",
         {"steps": 8400, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
@@ -217,6 +224,12 @@ def _z_image(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return ZImageRecipe(seed, part, init)
 
 
+def _small(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.small_z_image import SmallRecipe
+
+    return SmallRecipe(seed, part or Path(), init)
+
+
 def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
     from fastgen.training.janus import JanusRecipe
 
@@ -278,6 +291,7 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "detector": _detector,
     "verifier": _verifier,
     "z-image": _z_image,
+    "small": _small,
     "janus": _janus,
     "dc": _dc,
     "dc-dense": _dc_dense,

@@ -35,6 +35,30 @@ def test_seeds_give_different_data() -> None:
     assert all((a != b).any() for a, b in zip(first.images, second.images, strict=True))
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_larger_pictures_show_the_same_scenes_sharper(factor: int) -> None:
+    small, large = ShapesWorld(4).batch(40), ShapesWorld(4, size=64 * factor).batch(40)
+    assert small.scenes == large.scenes and small.texts == large.texts
+    assert large.images.shape == (40, 64 * factor, 64 * factor, 3)
+    blocks = large.images.reshape(40, 64, factor, 64, factor, 3).mean(axis=(2, 4))
+    assert np.abs(blocks - small.images).mean() < 0.5
+    # A pixel of 64x64 belongs to the object that its middle in the larger picture belongs to, but at edges.
+    owners = large.instances[:, factor // 2 :: factor, factor // 2 :: factor]
+    assert (owners != small.instances).mean() < 0.02
+    # Sharper, not enlarged: the columns that an edge takes are as many, and a smaller share of the picture.
+    edges = [
+        float((np.abs(np.diff(batch.images.astype(int), axis=2)).sum(axis=3) > 60).mean()) for batch in (small, large)
+    ]
+    assert edges[1] < 1.25 * edges[0] / factor
+
+
+@pytest.mark.parametrize("size", [0, -64, 32, 100, 128.0, True, "128"])
+def test_sizes_that_are_no_multiple_of_64_are_refused(size: object) -> None:
+    for draw in (lambda: ShapesWorld(0, size=size), lambda: render([()], [(0, 0)], size)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"size: needs a positive multiple of 64, got"):
+            draw()
+
+
 @pytest.mark.parametrize(("n", "start"), [(-1, 0), (1, -1)])
 def test_negative_arguments_are_refused(n: int, start: int) -> None:
     with pytest.raises(ValueError, match="must not be negative"):

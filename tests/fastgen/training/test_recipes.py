@@ -117,6 +117,32 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert again < 1.25 * max(first)
 
 
+def test_small_grows_from_the_embedded_tiny_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few steps at 128x128: exported as a stock pipeline that draws that size, and resumed bit for bit."""
+    from diffusers import ZImagePipeline
+
+    monkeypatch.setattr("fastgen.training.small_z_image.HELD_OUT", 4)
+    command = ["train", "small", "--part", "tiny", "--batch-size", "2", "--precision", "fp32", "--json", "--steps"]
+    assert run([*command, "2", "-o", str(tmp_path / "once")]) == 0
+    assert run([*command, "1", "-o", str(tmp_path / "twice")]) == 0
+    assert run([*command, "2", "-o", str(tmp_path / "twice")]) == 0
+    capsys.readouterr()
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["module"] for name in ("once", "twice")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert json.loads((tmp_path / "once/model/fastgen.json").read_text())["height"] == 128
+    pipe = ZImagePipeline.from_pretrained(tmp_path / "once/model", torch_dtype=torch.float32)
+    assert type(pipe.transformer).__name__ == "ZImageTransformer2DModel" and len(pipe.transformer.layers) == 8
+    assert pipe.scheduler.config.shift == 4.0
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", height=128, width=128, num_inference_steps=1, output_type="np").images[0]
+    assert image.shape == (128, 128, 3)
+    # The grown model begins as a guess from the tiny one, far below the variance of the target, which is about 2.
+    first = json.loads((tmp_path / "once/log.jsonl").read_text().splitlines()[0])
+    assert first["velocity"] < 1.0
+
+
 @pytest.mark.slow
 def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     from fastgen.drafters.eagle import EagleDrafter
@@ -296,7 +322,7 @@ def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="unknown recipe"):
         train_config("mystery", tmp_path)
     assert set(RECIPES) == {
-        *("vae", "vq", "detector", "verifier", "z-image", "janus"),
+        *("vae", "vq", "detector", "verifier", "z-image", "small", "janus"),
         *("drafter", "dc", "dc-dense", "dc-graft", "dc-finetune"),
     }
 

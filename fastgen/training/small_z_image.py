@@ -1,0 +1,114 @@
+"""Recipe `small`: a deeper Z-Image for 128x128 pictures, grown from the tiny one.
+
+VAE, text encoder and tokenizer of the tiny pipeline stay as they are; only the transformer is trained, by flow
+matching on ShapesWorld renders of that size.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.models.grow import grow
+from fastgen.models.tokenizers import build_text_tokenizer
+from fastgen.models.z_image_batch import use_real_rotary
+from fastgen.training.cards import write_defaults, write_record
+from fastgen.training.dc_z_image import DenseModule
+from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
+from fastgen.training.layout import patch_labels
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens
+
+SIZE = 128
+LAYERS = 8
+ROPE_THETA = 1000.0
+"""Of 256, 400, 588, 1000 and 2000 the one with the least velocity error right after growing the tiny model."""
+SHIFT = 4.0
+"""Of the scheduler, twice that of the tiny pipeline: with four times as many pixels to tell it from, a picture is
+visible through twice the noise."""
+HELD_OUT = 128
+"""Fresh renders whose latents give the metric."""
+_LOGIT_MEAN = 1.9  # likewise: the tiny model's 1.2 plus log 2
+_CAPTION_DROPOUT = 0.1
+_LAYOUT_WEIGHT = 0.5
+
+
+class SmallRecipe:
+    """Flow matching with caption dropout.
+
+    Args:
+        seed: seed of the data.
+        pipeline: folder of the trained tiny `ZImagePipeline`.
+        init: folder of a grown pipeline to go on from; None grows the tiny one.
+    """
+
+    name = "small"
+
+    def __init__(self, seed: int, pipeline: Path, init: Path | None = None) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+        pipe = ZImagePipeline.from_pretrained(init or pipeline, torch_dtype=torch.float32)
+        if init is None:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=SHIFT)
+            pipe.register_modules(transformer=grow(pipe.transformer, LAYERS, ROPE_THETA), scheduler=scheduler)
+        self.pipe = pipe
+        self.vae = pipe.vae.eval().requires_grad_(False)
+        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
+        self.data = ShapesWorld(seed + 909, size=SIZE)
+        images = torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images)
+        self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
+
+    def build(self) -> DenseModule:
+        """The transformer and the head of the layout loss."""
+        transformer = self.pipe.transformer.train()
+        use_real_rotary(transformer)
+        transformer.x_pad_token.requires_grad_(False)  # pictures of 256 tokens need no padding token
+        return DenseModule(transformer, probe=5 * LAYERS // 8)
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Latents of renders, the features of their captions (some dropped), and labels of the patches."""
+        data = self.data.batch(size, start)
+        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
+        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        return {
+            "images": torch.from_numpy(data.images),
+            **caption_tokens(self.pipe.tokenizer, texts),
+            **patch_labels(data, 8),
+        }
+
+    @torch.no_grad()
+    def captions(self, batch: dict[str, Any]) -> Tensor:
+        """Text features [n, L, D]."""
+        mask = batch["attention_mask"]
+        self.text_encoder.to(mask.device)
+        hidden = self.text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+        features: Tensor = hidden.hidden_states[-2]
+        return features
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity at logit-normal noise levels, plus the layout loss."""
+        latents = encode_latents(self.vae, batch["images"], generator)
+        noisy, sigma, target = flow_matching_batch(latents, generator, _LOGIT_MEAN)
+        lengths = batch["attention_mask"].sum(dim=1)
+        labels = (batch["patch_shapes"], batch["patch_colors"])
+        output, layout = module(noisy, 1 - sigma, self.captions(batch), lengths, *labels)
+        loss, numbers = self.metric.loss(output, target, sigma)
+        numbers["layout"] = float(layout.detach())
+        return loss + _LAYOUT_WEIGHT * layout, numbers
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save the whole pipeline in half precision, loadable by stock diffusers."""
+        # The trained module shares its weights with self.pipe, which already holds them.
+        pipe = copy.deepcopy(self.pipe)
+        pipe.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.to(torch.float16)
+        pipe.save_pretrained(folder)
+        write_defaults(folder, height=SIZE, width=SIZE, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        write_record(folder, self.name, record)
