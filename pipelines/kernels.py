@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -86,7 +86,7 @@ def _modules(pipe: Any) -> Iterator[Any]:
 
 
 def _is_ours(forward: Any) -> bool:
-    return getattr(forward, "__func__", None) in _OURS
+    return isinstance(forward, partial) and forward.func in _OURS
 
 
 def _install_forward(module: Any) -> str | None:
@@ -97,9 +97,11 @@ def _install_forward(module: Any) -> str | None:
     block = kind in fused_blocks.BLOCKS
     if not (fused_blocks.fits(module) if block else fused_decoders.fits(module)):
         return None
-    if getattr(vars(module).get("forward"), "__func__", kind.forward) is kind.forward and not _hooked(module):
-        # A bound method, not a closure: a deep copy of the module then computes with its own weights.
-        module.forward = MethodType(_FORWARDS[kind], module)
+    own = vars(module).get("forward", module.forward)
+    if (_is_ours(own) or getattr(own, "__func__", None) is kind.forward) and not _hooked(module):
+        # Not a closure: a copy of the module computes with its own weights. Not a bound method: it could not be
+        # pickled, as the class has no method of that name.
+        module.forward = partial(_FORWARDS[kind], module)
     elif not any(_is_ours(forward) for forward in _layers_of_forward(module)):
         logger.info("%s: another hook owns its forward; enable kernels before it", kind.__name__)
         return None
@@ -124,7 +126,7 @@ def _layers_of_forward(module: Any) -> list[Any]:
 
 def _remove_forward(module: Any) -> None:
     """Put the class's forward back, also below hooks that came later."""
-    stock = MethodType(type(module).forward, module)
+    stock = type(module).forward.__get__(module)
     if _is_ours(vars(module).get("forward")):
         del module.forward
     if _is_ours(vars(module).get("_old_forward")):

@@ -13,7 +13,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import FeedForward, TimestepEmbedder
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
+from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
@@ -39,8 +39,8 @@ class PackedRotaryAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.norm_q = RMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_q = ReadableRMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = ReadableRMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
 
     def forward(self, hidden_states: Tensor, rotary: Tensor, segments: Segments) -> Tensor:
@@ -79,10 +79,10 @@ class DCZImageBlock(nn.Module):
         super().__init__()
         self.attention = PackedRotaryAttention(dim, heads, qk_norm)
         self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
-        self.attention_norm1 = RMSNorm(dim, eps=norm_eps)
-        self.ffn_norm1 = RMSNorm(dim, eps=norm_eps)
-        self.attention_norm2 = RMSNorm(dim, eps=norm_eps)
-        self.ffn_norm2 = RMSNorm(dim, eps=norm_eps)
+        self.attention_norm1 = ReadableRMSNorm(dim, eps=norm_eps)
+        self.ffn_norm1 = ReadableRMSNorm(dim, eps=norm_eps)
+        self.attention_norm2 = ReadableRMSNorm(dim, eps=norm_eps)
+        self.ffn_norm2 = ReadableRMSNorm(dim, eps=norm_eps)
         self.modulated = modulated
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, _CONDITIONING), 4 * dim))
@@ -97,17 +97,19 @@ class DCZImageBlock(nn.Module):
             scale1 = gate1 = scale2 = gate2 = None
         before, between = self.attention_norm1, self.ffn_norm1
         after = {"update_norm": True, "update_eps": before.eps, "tanh_gate": True}
-        _, normed = adaptive(hidden_states, segments, scale=scale1, weight=before.weight, norm="rms", eps=before.eps)
+        _, normed = adaptive(
+            hidden_states, segments, scale=scale1, weight=weight_of(before), norm="rms", eps=before.eps
+        )
         hidden_states, normed = adaptive(
             hidden_states,
             segments,
             update=self.attention(normed, rotary, segments),
             gate=gate1,
             scale=scale2,
-            weight=between.weight,
+            weight=weight_of(between),
             norm="rms",
             eps=between.eps,
-            update_weight=self.attention_norm2.weight,
+            update_weight=weight_of(self.attention_norm2),
             **after,
         )
         hidden_states, _ = adaptive(
@@ -116,7 +118,7 @@ class DCZImageBlock(nn.Module):
             update=self.feed_forward(normed),
             gate=gate2,
             norm="none",
-            update_weight=self.ffn_norm2.weight,
+            update_weight=weight_of(self.ffn_norm2),
             **after,
         )
         return hidden_states
@@ -172,7 +174,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         self.gradient_checkpointing = False
         width = min(dim, _CONDITIONING)
         self.t_embedder = TimestepEmbedder(width, mid_size=1024)
-        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, eps=norm_eps), nn.Linear(cap_feat_dim, dim))
+        self.cap_embedder = nn.Sequential(ReadableRMSNorm(cap_feat_dim, eps=norm_eps), nn.Linear(cap_feat_dim, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
         # Conditioning of encoder and decoder: timestep and pooled caption through trainable norms (section 10).
         self.time_adaptor = nn.LayerNorm(width)

@@ -145,15 +145,14 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         return cls(**{"n_layers": layers, "n_heads": heads, "dim": dim, **config})
 
     def rotary(self, spare: int = 0) -> Tensor:
-        """The table of `rotary_table` for this model, on its device."""
+        """The table of `rotary_table` for this model, on the CPU."""
         config = self.config
-        table = rotary_table(config.grid, config.dim // config.n_heads, config.rope_base, self.condition_tokens, spare)
-        return table.to(self.tok_embeddings.weight.device)
+        return rotary_table(config.grid, config.dim // config.n_heads, config.rope_base, self.condition_tokens, spare)
 
     def embed_caption(self, features: Tensor | None, batch: int = 1) -> Tensor:
         """Condition tokens [n, 120, D] of caption features [n, 120, caption_dim]; None gives the null caption."""
         if features is None:
-            features = self.uncond_embedding.expand(batch, -1, -1)
+            features = self().expand(batch, -1, -1)
         hidden = nn.functional.gelu(self.caption_fc1(features.to(self.dtype)), approximate="tanh")
         output: Tensor = self.caption_fc2(hidden)
         return output
@@ -163,24 +162,29 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         output: Tensor = self.class_embedding(labels)[:, None]
         return output
 
-    def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, condition: Tensor | None = None, tokens: Tensor | None = None, condition_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits of every token of a picture, all at once.
 
         Args:
-            condition: [n, c, D] from `embed_caption` or `embed_class`.
+            condition: [n, c, D] from `embed_caption` or `embed_class`. Without it and `tokens` the features of the
+                null caption are returned: hooks that offload weights bring them in for a forward pass only.
             tokens: [n, m] codes; the last one's successor is predicted too.
             condition_mask: [n, c] bool, real caption features; None takes all.
 
         Returns:
             [n, m + 1, V].
         """
+        if condition is None or tokens is None:
+            return self.uncond_embedding.view_as(self.uncond_embedding)
         hidden = torch.cat([condition, self.tok_embeddings(tokens)], dim=1)
         n, length = hidden.shape[:2]
         visible = torch.ones(n, length, dtype=torch.bool, device=hidden.device)
         if condition_mask is not None:
             visible[:, : condition.shape[1]] = condition_mask.bool()
         mask = padded_causal_mask(visible)
-        cos, sin = self.rotary()[:length].to(hidden.dtype).unbind(-1)
+        cos, sin = self.rotary()[:length].to(hidden.device, hidden.dtype).unbind(-1)
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(layer, hidden, (cos, sin), mask)

@@ -12,6 +12,27 @@ RouterKind = Literal["predictability", "cosine"]
 ROUTERS: tuple[RouterKind, ...] = ("predictability", "cosine")
 
 
+class SurroundConv2d(nn.Conv2d):
+    """A 3x3 convolution that may leave out the position in its middle.
+
+    Args:
+        channels: in and out.
+        center_tap: whether the middle counts.
+    """
+
+    taps: Tensor
+
+    def __init__(self, channels: int, center_tap: bool) -> None:
+        super().__init__(channels, channels, 3)
+        taps = torch.ones(3, 3)
+        if not center_tap:
+            taps[1, 1] = 0
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.conv2d(hidden, self.weight * self.taps, self.bias)
+
+
 class PredictabilityRouter(nn.Module):
     """A position that its neighbours do not predict is a boundary.
 
@@ -25,24 +46,18 @@ class PredictabilityRouter(nn.Module):
             feature cannot predict itself).
     """
 
-    taps: Tensor
-
     def __init__(self, width: int, bottleneck: int, center_tap: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, bottleneck)
-        self.predictor = nn.Conv2d(bottleneck, bottleneck, 3)
+        self.predictor = SurroundConv2d(bottleneck, center_tap)
         self.scorer = nn.Conv2d(bottleneck, bottleneck, 3)
         self.head = nn.Conv2d(bottleneck, 1, 1)
-        taps = torch.ones(3, 3)
-        if not center_tap:
-            taps[1, 1] = 0
-        self.register_buffer("taps", taps, persistent=False)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits, float32 [n, L], of features [n, L, width] on a grid (H, W)."""
         z = self.proj(self.norm(tokens)).transpose(1, 2).unflatten(2, grid)
-        predicted = F.conv2d(_padded(z), self.predictor.weight * self.taps, self.predictor.bias)
+        predicted = self.predictor(_padded(z))
         score = self.head(F.silu(self.scorer(_padded(z - predicted))))
         return score.flatten(1).float()
 

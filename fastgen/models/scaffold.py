@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.dispatch import active
-from fastgen.kernels.group_norm_silu import group_norm_silu
 from fastgen.kernels.pack import pack
 from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
+from fastgen.models.norms import GroupNormSiLU
 from fastgen.models.routers import RouterKind, build_router
 
 ResidualGate = Literal["confidence", "mask"]
@@ -23,11 +23,6 @@ RESIDUAL_GATES: tuple[ResidualGate, ...] = ("confidence", "mask")
 def norm_groups(channels: int, most: int = 32) -> int:
     """The largest number of groups, at most `most`, that divides `channels` and has two channels in each."""
     return next(groups for groups in range(min(most, max(1, channels // 2)), 0, -1) if channels % groups == 0)
-
-
-def normed_silu(hidden: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(hidden)) of [n, d, H, W]."""
-    return group_norm_silu(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class ScaffoldBlock(nn.Module):
@@ -40,19 +35,19 @@ class ScaffoldBlock(nn.Module):
 
     def __init__(self, width: int, conditioning: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups(width), width)
+        self.norm1 = GroupNormSiLU(norm_groups(width), width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conditioning = nn.Linear(conditioning, width)
-        self.norm2 = nn.GroupNorm(norm_groups(width), width)
+        self.norm2 = GroupNormSiLU(norm_groups(width), width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, conditioning: Tensor) -> Tensor:
         """hidden [n, d, H, W], conditioning [n, c] -> [n, d, H, W]."""
-        residual = self.conv1(normed_silu(hidden, self.norm1))
+        residual = self.conv1(self.norm1(hidden))
         residual = residual + self.conditioning(F.silu(conditioning))[:, :, None, None]
-        return hidden + self.conv2(normed_silu(residual, self.norm2))
+        return hidden + self.conv2(self.norm2(residual))
 
 
 class ScaffoldEncoder(nn.Module):
@@ -99,7 +94,7 @@ class ScaffoldDecoder(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(ScaffoldBlock(width, conditioning) for _ in range(blocks))
-        self.norm = nn.GroupNorm(norm_groups(width), width)
+        self.norm = GroupNormSiLU(norm_groups(width), width)
         self.head = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
@@ -109,7 +104,7 @@ class ScaffoldDecoder(nn.Module):
         hidden = self.proj(tokens).transpose(1, 2).unflatten(2, grid)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
-        prediction: Tensor = self.head(normed_silu(hidden, self.norm))
+        prediction: Tensor = self.head(self.norm(hidden))
         return prediction
 
 

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 
 from fastgen.kernels.qk_norm_rope import qk_norm_rope
 from fastgen.models.attention import attend
+from fastgen.models.norms import weight_of
 
 if TYPE_CHECKING:
     from diffusers import ZImageTransformer2DModel
@@ -70,7 +71,7 @@ def turn(
         norm_q, norm_k: RMS norms of one epsilon; without a weight they are identities.
     """
     cos, sin = factors.unbind(-1)
-    weights = [getattr(norm, "weight", None) for norm in (norm_q, norm_k)]
+    weights = [weight_of(norm) for norm in (norm_q, norm_k)]
     if weights[0] is None:
         return qk_norm_rope(query, key, cos, sin, norm="none")
     return qk_norm_rope(query, key, cos, sin, query_weight=weights[0], key_weight=weights[1], eps=norm_q.eps)

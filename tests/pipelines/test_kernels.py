@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -298,3 +301,44 @@ def test_what_is_not_served_is_refused() -> None:
         fastgen.enable_kernels(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="pipe: needs a diffusers pipeline or a model, got str"):
         fastgen.enable_kernels("tiny")
+
+
+def test_enabled_models_can_be_saved_and_copied(tmp_path: Any) -> None:
+    """Pickle, `torch.save` and another process bring them back with kernels; the copy can be disabled alone."""
+    block = tiny_flux(False).transformer.transformer_blocks[0]
+    inputs = block_inputs(None)
+    fastgen.enable_kernels(block)
+    torch.save(block, tmp_path / "block.pt")
+    copies = [pickle.loads(pickle.dumps(block)), torch.load(tmp_path / "block.pt", weights_only=False)]
+    with torch.no_grad(), use_kernels("triton"):
+        expected = block(**inputs)[1]
+        for other in copies:
+            reset_ran()
+            assert torch.equal(other(**inputs)[1], expected) and ran()["adaln"] == "triton"
+            fastgen.disable_kernels(other)
+            reset_ran()
+            assert torch.allclose(other(**inputs)[1], expected, atol=1e-5) and ran() == {}
+        for parameter in copies[0].parameters():
+            parameter.zero_()
+        assert torch.equal(block(**inputs)[1], expected)
+
+
+def test_enabled_pipelines_survive_another_process(tmp_path: Any) -> None:
+    pipe = tiny_dit()
+    expected = call_dit(pipe)
+    counts = fastgen.enable_kernels(pipe)
+    with (tmp_path / "pipe.pkl").open("wb") as file:
+        pickle.dump(pipe, file)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(count_enabled, str(tmp_path / "pipe.pkl")).result() == counts
+    again = copy.deepcopy(pipe)
+    fastgen.disable_kernels(again)
+    assert torch.equal(call_dit(again), expected)
+
+
+def count_enabled(path: str) -> dict[str, int]:
+    with open(path, "rb") as file:
+        pipe = pickle.load(file)
+    counts = fastgen.enable_kernels(pipe)
+    fastgen.disable_kernels(pipe)
+    return counts
