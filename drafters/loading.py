@@ -16,6 +16,7 @@ from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.names import RULES
 from fastgen.drafters.targets import Target
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["build_rule", "load_drafter"]
 
@@ -50,7 +51,7 @@ def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = Non
             raise ValueError(f"drafter: {os.fspath(folder)} holds none that we know (found {kind})")
     else:
         kind = EagleDrafter.__name__
-    return _DRAFTERS[kind].from_pretrained(os.fspath(folder), torch_dtype=dtype).eval()
+    return load_pretrained(_DRAFTERS[kind], os.fspath(folder), torch_dtype=dtype).eval()
 
 
 def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:

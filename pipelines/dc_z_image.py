@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -10,12 +11,18 @@ from diffusers import ZImagePipeline
 
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
+from fastgen.pretrained import load_pretrained
 
 
 class DCZImagePipeline(ZImagePipeline):
     """Text to image with a `DCZImageTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As in diffusers; code that comes with a model is refused."""
+        return load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
     def __call__(

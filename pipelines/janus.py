@@ -26,6 +26,7 @@ from fastgen.errors import FastgenError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids
 from fastgen.pipelines.sampling import GuidedGumbelSampler
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["JanusImagePipeline"]
 
@@ -69,11 +70,11 @@ class JanusImagePipeline(DiffusionPipeline):
 
         path = os.fspath(pretrained_model_name_or_path)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+        hub = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
+        tokenizer = load_pretrained(AutoTokenizer, path, **hub)
         info = kwargs.pop("output_loading_info", False)
-        model, loading = JanusForConditionalGeneration.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, **kwargs
+        model, loading = load_pretrained(
+            JanusForConditionalGeneration, path, dtype=dtype or "auto", output_loading_info=True, **kwargs
         )
         pipeline = cls(model=model.eval(), tokenizer=tokenizer)
         for name in _PROCESSOR_FILES:

@@ -7,7 +7,9 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +36,7 @@ from fastgen.pipelines.generation import (
     unknown_words,
 )
 from fastgen.pipelines.settings import pipeline_class
+from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -150,7 +153,7 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
         folder = download_janus(hub_id)
     else:
         try:
-            folder = Path(DiffusionPipeline.download(hub_id))
+            folder = Path(DiffusionPipeline.download(hub_id, trust_remote_code=False))
         except Exception as error:
             raise explain_hub_error(hub_id, error) from error
     return Checkpoint(**{**_fields(checkpoint), "folder": folder})
@@ -166,7 +169,7 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
     folder = checkpoint.folder
 
     def load() -> JanusImagePipeline:
-        pipe, info = JanusImagePipeline.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+        pipe, info = load_pretrained(JanusImagePipeline, folder, torch_dtype=dtype, output_loading_info=True)
         _check_keys(folder, info)
         return pipe
 
@@ -206,17 +209,33 @@ def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipe
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
     # What is no network (scheduler, tokenizer) comes from the base where there is one.
     rest = checkpoint.base or folder
-    return _explained(folder, lambda: loader.from_pretrained(rest, **networks))
+    return _explained(folder, lambda: load_pretrained(loader, rest, **networks))
 
 
 def _network_class(library: str | None, name: str | None) -> Any:
-    """The class of a component that has weights; None for others and for those that only the pipeline knows."""
-    # Of our classes diffusers writes the whole module's name.
-    if library is None or library.partition(".")[0] not in ("diffusers", "transformers", "fastgen") or name is None:
-        return None
-    import importlib
+    """The class of a component that has weights; None for others and for those that only the pipeline knows.
 
-    found = getattr(importlib.import_module(library), name, None)
+    Raises:
+        FastgenError: there is no such class, or it is of a library from which no components come: importing a module
+            runs its code.
+    """
+    if library is None or name is None:
+        return None
+    # Of our classes diffusers writes the whole module's name.
+    if library not in ("diffusers", "transformers") and not library.startswith("fastgen.models."):
+        from diffusers import pipelines
+
+        module = getattr(pipelines, library, None)
+        if getattr(module, "__name__", None) != f"{pipelines.__name__}.{library}":
+            raise FastgenError(
+                f"the model needs {name} of {library!r}, which is no part of diffusers, transformers or fastgen; "
+                "fastgen runs no other code"
+            )
+        return None
+    try:
+        found = getattr(importlib.import_module(library), name, None)
+    except ImportError:
+        found = None
     if found is None:
         raise FastgenError(f"the model needs {library}.{name}, which the installed {library} does not have; update it")
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
@@ -226,7 +245,7 @@ def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> torch
     keyword = "dtype" if network_class.__module__.startswith("transformers") else "torch_dtype"
 
     def load() -> torch.nn.Module:
-        network, info = network_class.from_pretrained(folder, output_loading_info=True, **{keyword: dtype})
+        network, info = load_pretrained(network_class, folder, output_loading_info=True, **{keyword: dtype})
         _check_keys(folder, info)
         return network.eval()
 
@@ -245,15 +264,15 @@ def _check_keys(folder: Path, info: Mapping[str, Any]) -> None:
 
 def _explained(folder: Path, load: Callable[[], T]) -> T:
     """Run a stock loader; what it cannot load becomes one line that names the folder."""
-    from safetensors import SafetensorError
-
     try:
         return load()
     except FastgenError:
         raise
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise FastgenError(f"checkpoint {folder} does not fit into memory") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise FastgenError(f"checkpoint {folder}: a weight file is no archive of tensors, or is corrupt") from error
+    except Exception as error:  # every loader, and every class that it builds, raises its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines)[:300] or type(error).__name__
         raise FastgenError(f"checkpoint {folder} cannot be loaded: {reason}") from error

@@ -219,7 +219,18 @@ def test_the_hugging_face_package_is_found_from_the_checkout(repository: Path, t
 # kernels <- models, drafters <- pipelines <- evaluation <- training <- cli: a module may import its own layer and
 # every layer below. drafters may use models (a target may be one of ours), not the other way round.
 LAYERS = ("", "data", "kernels", "models", "drafters", "pipelines", "evaluation", "training", "cli", "__main__")
-LEAVES = ("_assets", "_compat", "_flops", "accounting", "checks", "contracts", "environment", "errors", "io")
+LEAVES = (
+    "_assets",
+    "_compat",
+    "_flops",
+    "accounting",
+    "checks",
+    "contracts",
+    "environment",
+    "errors",
+    "io",
+    "pretrained",
+)
 # Libraries that look for torchvision; only packages that repair it first may import them.
 NEED_TORCHVISION_CHECK = {
     "accelerate",

@@ -16,6 +16,7 @@ from fastgen.evaluation.fid.inception import POOL, SIDE, SPATIAL, InceptionV3, l
 from fastgen.evaluation.fid.protocols import Protocol
 from fastgen.evaluation.fid.resize import RESIZE
 from fastgen.evaluation.geneval.shapes import ShapesModel, fingerprint, load_detector, model_batch
+from fastgen.pretrained import load_pretrained
 
 __all__ = [
     "CLIPEmbeddings",
@@ -263,6 +264,6 @@ def _load(extractor: str, network: Any, weights: str) -> Any:
     use = f"name its folder with --weights {extractor}=FOLDER"
     find_file(extractor, weights, ("config.json",), use)
     with explained(extractor, weights, use):
-        model, info = network.from_pretrained(weights, output_loading_info=True)
+        model, info = load_pretrained(network, weights, output_loading_info=True)
         check_loaded(extractor, weights, info)
     return model

@@ -19,6 +19,7 @@ from torch.nn import functional
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.prompts import COLORS
 from fastgen.evaluation.geneval.types import Detections
+from fastgen.pretrained import open_clip_folder
 
 ARCHITECTURE, TAG = "ViT-L-14", "openai"
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -70,7 +71,7 @@ class ClipColors:
         place = Path(weights)
         if place.is_dir():
             find_file(_WHO, weights, ("open_clip_config.json",), _USE)
-            architecture, pretrained = f"local-dir:{place}", None
+            architecture, pretrained = open_clip_folder(place), None
         else:
             architecture, pretrained = ARCHITECTURE, weights
             if not place.is_file() and weights not in (tags := open_clip.list_pretrained_tags_by_model(ARCHITECTURE)):

@@ -25,6 +25,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.mask2former import CONVERTED_FILE, UNUSED
 from fastgen.evaluation.geneval.prompts import CLASSES
 from fastgen.io import atomic_write_json, check_writable, file_sha256
+from fastgen.pretrained import load_pretrained
 
 OFFICIAL_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 _SWIN = "model.pixel_level_module.encoder."
@@ -218,7 +219,8 @@ def convert_checkpoint(source: str | Path, folder: str | Path, *, config: Any = 
     check_writable(folder)
     tensors = _read(source)
     renamed = convert_state_dict(tensors)
-    model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+    model, info = load_pretrained(
+        Mask2FormerForUniversalSegmentation,
         None,
         config=config or swin_s_config(),
         state_dict=renamed,

@@ -26,6 +26,7 @@ from fastgen.evaluation.geneval.prompts import CLASSES
 from fastgen.evaluation.geneval.resize import resize_linear
 from fastgen.evaluation.geneval.results import DETECTORS
 from fastgen.evaluation.geneval.types import Detections, check_image
+from fastgen.pretrained import load_pretrained
 
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
 SOURCES = ("hf", "mmdet-converted")
@@ -173,12 +174,17 @@ class Mask2FormerDetector:
         who, use = "detector mask2former", "name its folder with --detector FOLDER"
         find_file(who, weights, ("config.json",), use)
         with explained(who, weights, use):
-            config = AutoConfig.from_pretrained(weights)
+            config = load_pretrained(AutoConfig, weights)
             if config.model_type != "mask2former":
                 raise FastgenError(f"{who}: {weights} is a {config.model_type}, not a mask2former")
             config.backbone_config.drop_path_rate = 0.0
-            model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-                weights, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            model, info = load_pretrained(
+                Mask2FormerForUniversalSegmentation,
+                weights,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         missing = [key for key in info["missing_keys"] if not any(part in key for part in UNUSED)]
         check_loaded(who, weights, {**info, "missing_keys": missing})

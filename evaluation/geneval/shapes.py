@@ -17,6 +17,7 @@ import torch
 from fastgen.data.shapes import COLORS, IMAGE_SIZE, SHAPES
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.types import Detections, check_image
+from fastgen.pretrained import load_pretrained
 
 
 class ShapesModel(Protocol):
@@ -47,7 +48,7 @@ def load_detector(folder: str | Path | None = None, *, device: str | torch.devic
     if not (folder / "config.json").is_file():
         raise FastgenError(f"{folder}: holds no ShapesWorld detector (no config.json)")
     try:
-        model, info = ShapesDetector.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        model, info = load_pretrained(ShapesDetector, str(folder), local_files_only=True, output_loading_info=True)
     except Exception as error:  # safetensors, json and torch each raise their own type for a damaged file
         raise FastgenError(f"{folder}: cannot load the ShapesWorld detector: {str(error).splitlines()[0]}") from error
     if info["missing_keys"]:

@@ -17,6 +17,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, part, place
 from fastgen.evaluation.verifiers.pixels import processed
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["Aesthetic", "CLIPScore", "PickScore", "aesthetic_head"]
 
@@ -30,7 +31,7 @@ Own = TypeVar("Own", bound="_Cosine")
 def _load_clip(verifier: str, weights: str, device: torch.device, dtype: torch.dtype, use: str = "") -> CLIPModel:
     find_file(verifier, weights, ("config.json",), use)
     with explained(verifier, weights, use):
-        model, info = CLIPModel.from_pretrained(weights, dtype=dtype, output_loading_info=True)
+        model, info = load_pretrained(CLIPModel, weights, dtype=dtype, output_loading_info=True)
         check_loaded(verifier, weights, info)
         return model.to(device)
 
@@ -38,7 +39,7 @@ def _load_clip(verifier: str, weights: str, device: torch.device, dtype: torch.d
 def _load_image_processor(verifier: str, weights: str, use: str = "") -> Any:
     find_file(verifier, weights, ("preprocessor_config.json",), use)
     with explained(verifier, weights, use):
-        return AutoImageProcessor.from_pretrained(weights)
+        return load_pretrained(AutoImageProcessor, weights)
 
 
 def _image_embeddings(model: CLIPModel, processor: Any, images: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class _Cosine(ModelVerifier):
         use = "" if around == weights else f"copy its tokenizer and preprocessor files beside the weights of {weights}"
         processor = _load_image_processor(cls.name, around, use)
         with explained(cls.name, around, use):
-            tokenizer = AutoTokenizer.from_pretrained(around)
+            tokenizer = load_pretrained(AutoTokenizer, around)
         made = cls(_load_clip(cls.name, weights, where, kind), processor, tokenizer, **kwargs)
         made.weights = weights
         return made

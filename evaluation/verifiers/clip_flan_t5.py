@@ -20,6 +20,7 @@ from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, part
 from fastgen.io import read_object
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["TOWER_USE", "CLIPFlanT5", "load_network", "vision_source"]
 
@@ -110,13 +111,13 @@ def load_network(verifier: str, folder: Path, device: torch.device, dtype: torch
     with explained(verifier, folder):
         known = {*T5Config().to_dict(), "tie_word_embeddings"} - {"model_type", "architectures", "dtype"}
         config = T5Config(**{name: value for name, value in settings.items() if name in known})
-        t5, info = _LanguageModel.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        t5, info = load_pretrained(_LanguageModel, folder, config=config, dtype=dtype, output_loading_info=True)
         check_loaded(verifier, folder, info)
         projector = _projector(_tensors(folder, lambda name: _PROJECTOR in name))
         tower = _tensors(folder, lambda name: _TOWER in name)
     source = vision_source(folder)
     with explained(verifier, source, TOWER_USE):
-        vision, info = CLIPVisionModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        vision, info = load_pretrained(CLIPVisionModel, source, dtype=dtype, output_loading_info=True)
         check_loaded(verifier, source, info)
     if tower:
         with explained(verifier, folder):

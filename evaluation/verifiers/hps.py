@@ -13,6 +13,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.hub import explained, find_file, place
 from fastgen.evaluation.verifiers.pixels import fit_and_pad
+from fastgen.pretrained import open_clip_folder
 
 __all__ = ["HPS"]
 
@@ -65,7 +66,7 @@ class HPS(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         file = find_file(cls.name, weights, cls.files)
         described = (file.parent / "open_clip_config.json").is_file()
-        architecture = f"local-dir:{file.parent}" if described else ARCHITECTURE
+        architecture = open_clip_folder(file.parent) if described else ARCHITECTURE
         with explained(cls.name, file):
             model = open_clip.create_model(architecture, load_weights=False)
             model.load_state_dict(_state_dict(file))

@@ -19,6 +19,7 @@ from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file,
 from fastgen.models.shapes_verifier import ShapesVerifier as Network
 from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.pipelines.search.calibration import read_calibrations
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["ShapesVerifier"]
 
@@ -52,7 +53,7 @@ class ShapesVerifier(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         find_file(cls.name, str(folder), ("config.json",))
         with explained(cls.name, folder):
-            network, info = Network.from_pretrained(folder, torch_dtype=kind, output_loading_info=True)
+            network, info = load_pretrained(Network, folder, torch_dtype=kind, output_loading_info=True)
         check_loaded(cls.name, folder, info)
         made = cls(network.to(where), **kwargs)
         made.weights = str(folder) if weights else cls.name

@@ -21,6 +21,7 @@ from fastgen.evaluation.verifiers.clip_flan_t5 import TOWER_USE, CLIPFlanT5, loa
 from fastgen.evaluation.verifiers.hub import explained, find_file, part, place, snapshot
 from fastgen.evaluation.verifiers.pixels import pad_to_square, processed
 from fastgen.io import read_object
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["VQAScore"]
 
@@ -81,10 +82,10 @@ class VQAScore(ModelVerifier):
         use = "copy its tokenizer files to tokenizer/ beside the weights"
         find_file(cls.name, words, ("tokenizer_config.json",), use)
         with explained(cls.name, words, use):
-            tokenizer = AutoTokenizer.from_pretrained(words)
+            tokenizer = load_pretrained(AutoTokenizer, words)
         find_file(cls.name, eyes, ("preprocessor_config.json",), TOWER_USE)
         with explained(cls.name, eyes, TOWER_USE):
-            processor = AutoImageProcessor.from_pretrained(eyes)
+            processor = load_pretrained(AutoImageProcessor, eyes)
         made = cls(load_network(cls.name, folder, where, kind), processor, tokenizer, **kwargs)
         made.weights = weights
         return made

@@ -17,6 +17,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, place
 from fastgen.evaluation.verifiers.pixels import processed
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["YesNo"]
 
@@ -65,15 +66,15 @@ class YesNo(ModelVerifier):
         where, kind = place(device, dtype)
         find_file(cls.name, weights, ("config.json",))
         with explained(cls.name, weights):
-            model_type = AutoConfig.from_pretrained(weights).model_type
+            model_type = load_pretrained(AutoConfig, weights).model_type
             if model_type not in MODEL_TYPES:
                 raise FastgenError(
                     f"verifier {cls.name}: {weights} is a model of type {model_type!r}, needs one of "
                     f"{', '.join(MODEL_TYPES)}"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(weights)
-            processor = AutoImageProcessor.from_pretrained(weights)
-            model, info = AutoModelForImageTextToText.from_pretrained(weights, dtype=kind, output_loading_info=True)
+            tokenizer = load_pretrained(AutoTokenizer, weights)
+            processor = load_pretrained(AutoImageProcessor, weights)
+            model, info = load_pretrained(AutoModelForImageTextToText, weights, dtype=kind, output_loading_info=True)
             check_loaded(cls.name, weights, info)
             made = cls(model.to(where), processor, tokenizer, **kwargs)
         made.weights = weights

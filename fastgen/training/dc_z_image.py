@@ -22,6 +22,7 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.upcycle import upcycle
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_defaults, write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
@@ -141,7 +142,7 @@ class DCRecipe:
         self.name = "dc-dense" if dense else "dc"
         self.dense, self.warm_up = dense, warm_up
         unused: dict[str, Any] = {} if teacher else {"transformer": None}
-        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32, **unused)
+        pipe = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32, **unused)
         self.teacher: Any = None
         if teacher:
             self.teacher = pipe.transformer.eval().requires_grad_(False)
@@ -155,10 +156,10 @@ class DCRecipe:
         self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
         torch.manual_seed(seed)
         if init is not None and not dense and "DCZImage" in (init / "config.json").read_text(encoding="utf-8"):
-            self.transformer: torch.nn.Module = DCZImageTransformer2DModel.from_pretrained(init)
+            self.transformer: torch.nn.Module = load_pretrained(DCZImageTransformer2DModel, init)
             return
         if init is not None:
-            stock = ZImageTransformer2DModel.from_pretrained(init, torch_dtype=torch.float32)
+            stock = load_pretrained(ZImageTransformer2DModel, init, torch_dtype=torch.float32)
         else:
             stock = ZImageTransformer2DModel(cap_feat_dim=self.text_encoder.config.hidden_size, **SHAPE)
             for token in (stock.x_pad_token, stock.cap_pad_token):

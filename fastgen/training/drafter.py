@@ -23,6 +23,7 @@ from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Prefix, target_of
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.eagle_unroll import unroll
 from fastgen.training.redundancy_terms import (
@@ -128,7 +129,7 @@ class DrafterRecipe:
         usual = asdict(DrafterTerms())
         self.choices = {key: value for key, value in asdict(self.terms).items() if value != usual[key]}
         self.choices |= {**drafter, **({} if kind == "eagle" else {"kind": kind})}
-        pipe = JanusImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipe = load_pretrained(JanusImagePipeline, model, torch_dtype=torch.float32)
         pipe.model.requires_grad_(False)
         self.target = target_of(pipe.model, pipe.tokenizer)
         if samples is None and self.target.image_size != IMAGE_SIZE:

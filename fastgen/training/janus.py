@@ -13,6 +13,7 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.attention import fused_backward_is_slow
 from fastgen.models.tiny_janus import build_janus
 from fastgen.models.tokenizers import build_janus_tokenizer
+from fastgen.pretrained import load_pretrained
 from fastgen.training.caption_state import CaptionHead, CaptionReader
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.layout import LayoutHead, patch_labels
@@ -106,12 +107,12 @@ class JanusRecipe:
                 raise ValueError("a fresh Janus needs vq, the folder of a trained VQ tokenizer")
             self.model = build_janus(seed)
             # A fresh model reads image tokens through their codes, so that like codes start alike.
-            trained = JanusVQVAE.from_pretrained(vq)
+            trained = load_pretrained(JanusVQVAE, vq)
             self.model.model.vqmodel.load_state_dict(trained.state_dict())
             with torch.no_grad():
                 self.model.model.generation_embeddings.weight.copy_(trained.quantize.embedding.weight)
         else:
-            self.model = JanusForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+            self.model = load_pretrained(JanusForConditionalGeneration, init, dtype=torch.float32)
         self.tokenizer = build_janus_tokenizer()
         self.reader = CaptionReader(self.tokenizer)
         self.data = ShapesWorld(seed + 404, crossed=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, download_janus, embedded_folder, find_checkpoint
+from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from fastgen.training.engine import Recipe, TrainConfig
@@ -215,7 +216,7 @@ def _verifier(seed: int, part: Path | None, init: Path | None) -> Recipe:
 
     from fastgen.training.verifier import VerifierRecipe
 
-    return VerifierRecipe(seed, AutoencoderKL.from_pretrained(embedded_folder("tiny") / "vae").float())
+    return VerifierRecipe(seed, load_pretrained(AutoencoderKL, embedded_folder("tiny") / "vae").float())
 
 
 def _z_image(seed: int, part: Path | None, init: Path | None) -> Recipe:

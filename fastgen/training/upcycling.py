@@ -20,6 +20,7 @@ from fastgen.models.chunking import ratio_loss
 from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop
 from fastgen.training.families import Activations, Noisy, family_of
@@ -207,5 +208,5 @@ def load_student(folder: Path) -> DCModel:
     kind = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
     if kind not in _STUDENTS:
         raise ValueError(f"init: {folder} holds no transformer with dynamic chunking (found {kind})")
-    student: DCModel = _STUDENTS[kind].from_pretrained(folder)
+    student: DCModel = load_pretrained(_STUDENTS[kind], folder)
     return student

@@ -11,6 +11,7 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
@@ -86,9 +87,9 @@ class ZImageRecipe:
         if init is None:
             self.pipe = build_pipeline(seed)
         else:
-            self.pipe = ZImagePipeline.from_pretrained(init, torch_dtype=torch.float32)
+            self.pipe = load_pretrained(ZImagePipeline, init, torch_dtype=torch.float32)
         if vae is not None:
-            self.pipe.register_modules(vae=AutoencoderKL.from_pretrained(vae))
+            self.pipe.register_modules(vae=load_pretrained(AutoencoderKL, vae))
         self.vae = self.pipe.vae.eval().requires_grad_(False)
         self.data = ShapesWorld(seed + 303)
         images = torch.from_numpy(self.data.batch(256, 10_000_000).images)
