@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import pickle
@@ -53,7 +52,7 @@ class Trap:
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trap]:
     """Standard input says yes to every question, and the folder's modules can be imported by name."""
     made = Trap(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # pytest sets sys.stdin itself
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "model"))
     yield made
@@ -103,7 +102,9 @@ DIFFUSERS = {
     ),
     # a processor loads its tokenizer by an Auto class, without a word on trust
     "tokenizer of a processor": both(
-        index_of(tokenizer=["transformers", "CLIPProcessor"]), tokenizer_with_code("tokenizer")
+        index_of(tokenizer=["transformers", "CLIPProcessor"]),
+        tokenizer_with_code("tokenizer"),
+        lambda folder: edit(folder / "tokenizer/preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
     ),
     "network by an Auto class": both(
         index_of(text_encoder=["transformers", "AutoModel"]),
