@@ -10,11 +10,11 @@ import torch
 from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
 from fastgen.pretrained import load_pretrained
 
 
-class DCDiTPipeline(DiTPipeline):
+class DCDiTPipeline(FromPipeMixin, DiTPipeline):
     """Class-conditional images with a `DCDiTTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS
@@ -42,15 +42,13 @@ class DCDiTPipeline(DiTPipeline):
         arguments = dict(inspect.signature(DiTPipeline.__call__).bind(self, *args, **kwargs).arguments)
         del arguments["self"]
         return run_elastic(
-            self.transformer,
+            self,
             super().__call__,
             arguments,
-            len(arguments["class_labels"]),
-            arguments.get("num_inference_steps"),
-            tail_drop,
-            uncond_tail_drop,
-            token_budget,
-            output_chunks,
+            tail_drop=tail_drop,
+            uncond_tail_drop=uncond_tail_drop,
+            token_budget=token_budget,
+            output_chunks=output_chunks,
         )
 
     __call__.__signature__ = with_knobs(DiTPipeline.__call__)  # type: ignore[attr-defined]

@@ -10,11 +10,11 @@ import torch
 from diffusers import ZImagePipeline
 
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, run_elastic, with_knobs
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
 from fastgen.pretrained import load_pretrained
 
 
-class DCZImagePipeline(ZImagePipeline):
+class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
     """Text to image with a `DCZImageTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS
@@ -51,19 +51,14 @@ class DCZImagePipeline(ZImagePipeline):
         for name in ("prompt", "negative_prompt"):  # the stock pipeline writes into the lists it is given
             if isinstance(arguments.get(name), list):
                 arguments[name] = list(arguments[name])
-        prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-        prompts = len(prompt) if isinstance(prompt, list) else len(embeds) if prompt is None and embeds else 1
-        sigmas = arguments.get("sigmas")
         return run_elastic(
-            self.transformer,
+            self,
             super().__call__,
             arguments,
-            prompts * arguments.get("num_images_per_prompt", 1),
-            len(sigmas) if sigmas is not None else arguments.get("num_inference_steps"),
-            tail_drop,
-            uncond_tail_drop,
-            token_budget,
-            output_chunks,
+            tail_drop=tail_drop,
+            uncond_tail_drop=uncond_tail_drop,
+            token_budget=token_budget,
+            output_chunks=output_chunks,
         )
 
     __call__.__signature__ = with_knobs(ZImagePipeline.__call__)  # type: ignore[attr-defined]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -15,9 +17,16 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from fastgen.accounting import Stats, account, note_path
+from fastgen.checks import check_bool, check_callable, check_generator, check_integer, check_number
 from fastgen.contracts import Loss
+from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
-from fastgen.models.elastic import ElasticModelMixin, Schedule, StepRecord
+from fastgen.models.elastic import ElasticBudget, ElasticModelMixin, Schedule, StepRecord
+
+logger = logging.getLogger(__name__)
+
+LOSS: Loss = "lossy"
+"""Loss contract of the pipelines: a model of its own; its budget trades quality for compute."""
 
 KNOBS: dict[str, Any] = {"tail_drop": 0.0, "uncond_tail_drop": None, "token_budget": None, "output_chunks": False}
 """Names and defaults of what the pipelines take beside the stock arguments."""
@@ -44,6 +53,26 @@ class DCPipelineOutput(BaseOutput):
         return None if self.steps is None else [record.chunks for record in self.steps]
 
 
+class FromPipeMixin:
+    """Says what `from_pipe` of another pipeline class needs: diffusers leaves a transformer with dynamic chunking out,
+    as its class is not the one that the other pipeline names."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "from_pipe":
+            known = caller.f_locals
+            accepted = known.get("component_types", {}).get("transformer", ())
+            given = known.get("passed_class_obj", {})
+            if "transformer" not in given and type(self.transformer) not in accepted:  # type: ignore[attr-defined]
+                raise FastgenError(
+                    "from_pipe: does not take a transformer with dynamic chunking by itself; pass it: "
+                    "from_pipe(pipe, transformer=pipe.transformer), and set its budget with fastgen.enable_dc"
+                )
+        found: dict[str, Any] = super().components  # type: ignore[misc]
+        return found
+
+
 def with_knobs(stock: Callable[..., Any]) -> inspect.Signature:
     """The signature of a stock `__call__` with the knobs of dynamic chunking as keyword arguments."""
     signature = inspect.signature(stock)
@@ -54,45 +83,141 @@ def with_knobs(stock: Callable[..., Any]) -> inspect.Signature:
 
 
 def run_elastic(
-    transformer: Any,
+    pipe: DiffusionPipeline,
     stock: Callable[..., Any],
     arguments: dict[str, Any],
-    images: int,
-    steps: int | None,
-    tail_drop: Schedule,
-    uncond_tail_drop: Schedule | None,
-    token_budget: int | None,
+    *,
     output_chunks: bool,
+    **knobs: Any,
 ) -> DCPipelineOutput | tuple[Any]:
-    """Call a stock pipeline with a budget set on its transformer, and put the transformer back as it was.
+    """Call a stock pipeline with a budget of this call.
 
     Raises:
         ValueError: a knob out of range; or knobs with a transformer that has no dynamic chunking.
     """
     return_dict = arguments.pop("return_dict", True)
-    if not isinstance(transformer, ElasticModelMixin):
-        raise ValueError(
-            f"transformer: {type(transformer).__name__} has no dynamic chunking; use the stock pipeline, or "
-            "fastgen.upcycle and training"
+    check_bool("output_chunks", output_chunks)
+    _check_stock(arguments)
+    budget = ElasticBudget(**knobs, images=images_of(arguments))
+    with account() as stats, ExitStack() as stack:
+        transformer = stack.enter_context(elastic_generation(pipe, budget))
+        records = stack.enter_context(transformer.record_chunks()) if output_chunks else None
+        note_path("transformer", "dynamic chunking")
+        (pictures,) = stock(**arguments, return_dict=False)
+    return DCPipelineOutput(images=pictures, stats=stats, steps=records) if return_dict else (pictures,)
+
+
+@contextmanager
+def elastic_generation(pipe: Any, budget: ElasticBudget) -> Iterator[ElasticModelMixin]:
+    """One generation of a pipeline: what its transformer computes in this context has this budget.
+
+    Raises:
+        ValueError: its transformer has no dynamic chunking.
+    """
+    transformer = _elastic(pipe.transformer)
+    with transformer.generation(budget, lambda: _loop_length(pipe)), transformer.caches():
+        yield transformer
+
+
+def _elastic(transformer: Any) -> ElasticModelMixin:
+    """A transformer with dynamic chunking, also inside `torch.compile`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    inner = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(inner, ElasticModelMixin):
+        raise FastgenError(
+            f"transformer: {type(inner).__name__} has no dynamic chunking; use the stock pipeline (after "
+            "fastgen.disable_dc), or fastgen.upcycle and training"
         )
-    before = transformer._budget
-    transformer.set_budget(
-        tail_drop, uncond_tail_drop=uncond_tail_drop, token_budget=token_budget, images=images, steps=steps
-    )
-    try:
-        caches = transformer.cache_context("denoise") if transformer.is_caching else nullcontext()
-        with account() as stats, transformer.record_chunks() as records, caches:
-            note_path("transformer", "dynamic chunking")
-            (pictures,) = stock(**arguments, return_dict=False)
-    finally:
-        transformer._budget = before
-        transformer._reset_stateful_cache()  # also after an interrupted generation, which the next must not go on from
-    if not return_dict:
-        return (pictures,)
-    return DCPipelineOutput(images=pictures, stats=stats, steps=list(records) if output_chunks else None)
+    if inner is not transformer and _budget_outside not in transformer._forward_pre_hooks.values():
+        transformer.register_forward_pre_hook(_budget_outside, with_kwargs=True)
+    return inner
 
 
-_originals: weakref.WeakKeyDictionary[DiffusionPipeline, Any] = weakref.WeakKeyDictionary()
+def _budget_outside(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, compiled._orig_mod.with_budget(args, kwargs)
+
+
+def _check_stock(arguments: dict[str, Any]) -> None:
+    """Refuse wrong types and values of stock arguments by name.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name in ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length"):
+        if arguments.get(name) is not None:
+            check_integer(name, arguments[name], 1)
+    if "guidance_scale" in arguments:
+        check_number("guidance_scale", arguments["guidance_scale"])
+    check_generator(arguments.get("generator"))
+    check_callable("callback_on_step_end", arguments.get("callback_on_step_end"))
+
+
+def images_of(arguments: dict[str, Any]) -> int | None:
+    """The number of pictures that a call of a stock pipeline draws; None where its arguments do not show it."""
+    classes, prompt, embeds = (arguments.get(name) for name in ("class_labels", "prompt", "prompt_embeds"))
+    if classes is not None:
+        return len(classes)
+    given = embeds if prompt is None else prompt
+    if given is None:
+        return None
+    prompts = 1 if isinstance(given, str) else len(given)
+    return prompts * int(arguments.get("num_images_per_prompt") or 1)
+
+
+def _loop_length(pipe: Any) -> int:
+    """Steps of the denoising loop that has just begun: fewer than asked for with `strength`, more with schedulers of
+    several evaluations a step."""
+    steps = getattr(pipe, "_num_timesteps", None)
+    return len(pipe.scheduler.timesteps) if steps is None else int(steps)
+
+
+@dataclass(slots=True)
+class _Enabled:
+    """What `enable_dc` notes in a pipeline.
+
+    Attributes:
+        budget: of its calls.
+        original: the transformer before, where it was replaced.
+    """
+
+    budget: ElasticBudget
+    original: Any = None
+
+
+class _EnabledMixin(FromPipeMixin):
+    """A stock pipeline class whose calls have the budget of `enable_dc`."""
+
+    _stock: type[DiffusionPipeline]
+    _fastgen_dc: _Enabled
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class has no name to be found by
+        return _blank, (self._stock,), self.__dict__
+
+
+def _blank(stock: type) -> Any:
+    return object.__new__(_enabled_class(stock))
+
+
+@cache
+def _enabled_class(stock: type[DiffusionPipeline]) -> type:
+    """The class of an enabled pipeline: named as the stock one, so that what is saved has its name."""
+    call: Callable[..., Any] = stock.__call__
+    signature = inspect.signature(call)
+
+    @wraps(call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = self._fastgen_dc.budget
+        images = images_of(signature.bind(self, *args, **kwargs).arguments)
+        if None not in (images, budget.images) and images != budget.images:
+            raise FastgenError(f"images: {budget.images} was set by enable_dc, and this call draws {images}")
+        with elastic_generation(self, budget):
+            return call(self, *args, **kwargs)
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (_EnabledMixin, stock), {**names, "__call__": __call__, "_stock": stock})
 
 
 def enable_dc(
@@ -106,35 +231,75 @@ def enable_dc(
 ) -> None:
     """Make a stock pipeline compute fewer tokens; `disable_dc` gives it back as it was. Loss contract: lossy.
 
-    Calling it again sets another budget.
+    The budget belongs to the calls of this pipeline: other pipelines with the same transformer, in other threads too,
+    keep theirs. Calling it again sets another budget. A budget by step begins with the first step of every call.
 
     Args:
         pipe: a pipeline with a transformer of the same interface.
         transformer: a transformer with dynamic chunking in place of the pipeline's; None where it has one.
         tail_drop, uncond_tail_drop, token_budget, images: see `fastgen.models.elastic.ElasticBudget`; a stock pipeline
-            does not tell which half of a batch is unconditional, so `uncond_tail_drop` needs `images`.
+            does not tell which half of a batch is unconditional, so `uncond_tail_drop` needs `images`, the number of
+            pictures of a call.
 
     Raises:
         ValueError: there is no transformer with dynamic chunking, or a knob is out of range.
     """
-    chunked = transformer if transformer is not None else getattr(pipe, "transformer", None)
-    if not isinstance(chunked, ElasticModelMixin):
-        raise ValueError(f"transformer: {type(chunked).__name__} has no dynamic chunking; see fastgen.upcycle")
+    if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "transformer"):
+        raise FastgenError(f"pipe: {type(pipe).__name__} is not a diffusers pipeline with a transformer")
+    if "tail_drop" in inspect.signature(type(pipe).__call__).parameters:
+        raise FastgenError(
+            f"pipe: {type(pipe).__name__} takes tail_drop, uncond_tail_drop and token_budget in its calls; enable_dc "
+            "is for stock pipelines"
+        )
+    chunked = pipe.transformer if transformer is None else transformer
+    inner = getattr(chunked, "_orig_mod", chunked)
+    if not isinstance(inner, ElasticModelMixin):
+        raise FastgenError(f"transformer: {type(inner).__name__} has no dynamic chunking; see fastgen.upcycle")
+    budget = ElasticBudget(tail_drop, uncond_tail_drop, token_budget, images)
     if uncond_tail_drop is not None and images is None:
-        raise ValueError("uncond_tail_drop: needs images, the number of pictures of a call")
-    chunked.set_budget(tail_drop, uncond_tail_drop=uncond_tail_drop, token_budget=token_budget, images=images)
-    if transformer is not None and transformer is not pipe.transformer:
-        _originals.setdefault(pipe, pipe.transformer)
-        pipe.register_modules(transformer=transformer)
+        raise FastgenError("uncond_tail_drop: needs images, the number of pictures of a call")
+    enabled = vars(pipe).get("_fastgen_dc") or _Enabled(budget)
+    enabled.budget = budget
+    if chunked is not pipe.transformer:
+        _check_interface(pipe.transformer, inner)
+        enabled.original = enabled.original or pipe.transformer
+        pipe.register_modules(transformer=chunked)
+    pipe._fastgen_dc = enabled
+    if not isinstance(pipe, _EnabledMixin):
+        stock: Any = type(pipe)
+        pipe.__class__ = _enabled_class(stock)
 
 
 def disable_dc(pipe: DiffusionPipeline) -> None:
     """Undo `enable_dc`: the pipeline's own transformer, or the whole natural set again. Harmless when not enabled."""
-    if pipe in _originals:
-        pipe.register_modules(transformer=_originals.pop(pipe))
-    elif isinstance(getattr(pipe, "transformer", None), ElasticModelMixin):
-        pipe.transformer.reset_budget()
+    if not isinstance(pipe, DiffusionPipeline):
+        raise FastgenError(f"pipe: {type(pipe).__name__} is not a diffusers pipeline")
+    if not isinstance(pipe, _EnabledMixin):
+        return
+    original, stock = vars(pipe).pop("_fastgen_dc").original, pipe._stock
+    pipe.__class__ = stock
+    if original is not None:
+        stock.register_modules(pipe, transformer=original)
 
 
-LOSS: Loss = "lossy"
-"""Loss contract of both pipelines: a model of its own; its budget trades quality for compute."""
+def budget_of(pipe: Any) -> ElasticBudget | None:
+    """The budget that a stock pipeline computes with: that of `enable_dc`, else of its transformer; None for none."""
+    enabled = vars(pipe).get("_fastgen_dc")
+    return enabled.budget if enabled is not None else getattr(pipe.transformer, "_budget", None)
+
+
+def _check_interface(stock: Any, chunked: Any) -> None:
+    """See that one transformer can take the other's place.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if not isinstance(stock, ElasticModelMixin) and type(stock).__name__ not in chunked._replaces:
+        raise FastgenError(
+            f"transformer: {type(chunked).__name__} takes the place of {' or '.join(chunked._replaces)}, not of "
+            f"{type(stock).__name__}"
+        )
+    for name in ("in_channels", "cap_feat_dim"):
+        own, other = (model.config.get(name) for model in (chunked, stock))
+        if own != other:
+            raise FastgenError(f"transformer: has {name} {own}, and this pipeline needs {other}")

@@ -8,14 +8,24 @@ see the fixed sequence they were made for (composability, section 11).
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
+from fastgen.checks import check_integer
+from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
+
+_lock = threading.Lock()
+_in_use: set[int] = set()  # models whose caches a generation uses
+_TAKES = 'FirstBlockCacheConfig attaches, and see "Step caches" in docs/dynamic-chunking.md'
 
 HELD_STEPS = 4
 """Steps of one kept set while a cache is in use, where the user says nothing."""
@@ -29,7 +39,7 @@ def cacheable(block: type[nn.Module]) -> type[nn.Module]:
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     chunks: Chunks
     used: int = 1
 
@@ -38,7 +48,7 @@ class HeldChunksMixin(CacheMixin):
     """A `CacheMixin` that holds the kept set as long as caches need it."""
 
     _hold: int | None = None
-    _held: dict[str, _Held]
+    _held: dict[str, Held]
     training: bool
 
     def hold_chunks(self, steps: int | None) -> None:
@@ -53,10 +63,47 @@ class HeldChunksMixin(CacheMixin):
         Raises:
             ValueError: steps out of range.
         """
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps: needs an integer >= 1 or None, got {steps!r}")
-        self._hold = steps
+        self._hold = None if steps is None else check_integer("steps", steps, 1)
         self._held = {}
+
+    def enable_cache(self, config: Any) -> None:
+        """Attach one of diffusers' step caches.
+
+        Raises:
+            ValueError: the cache finds nothing here that it could keep, or one is enabled already.
+        """
+        super().enable_cache(config)
+        if not self.is_caching:
+            self.disable_cache()
+            raise FastgenError(
+                f"config: {type(config).__name__} finds nothing to cache in {type(self).__name__}; {_TAKES}"
+            )
+
+    @contextmanager
+    def caches(self) -> Iterator[None]:
+        """One generation for the caches that are attached; they forget everything at its end.
+
+        Raises:
+            ValueError: they are in use by another one. Their state belongs to the model, not to a call.
+        """
+        if not self.is_caching:
+            yield
+            return
+        with _lock:
+            if id(self) in _in_use:
+                raise FastgenError(
+                    "transformer: its step cache is in use by another generation (in another thread, or around this "
+                    "one); disable_cache(), or give each pipeline a transformer of its own"
+                )
+            _in_use.add(id(self))
+        try:
+            HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+            with self.cache_context("denoise"):
+                yield
+        finally:
+            with _lock:
+                _in_use.discard(id(self))
+            self._reset_stateful_cache()  # also after an interrupted generation, which the next must not go on from
 
     @property
     def is_caching(self) -> bool:
@@ -84,14 +131,14 @@ class HeldChunksMixin(CacheMixin):
         for cache in caches:
             cache._state_cache.pop(context, None)
         if self._steps(caches) > 1:
-            self._held_sets()[context] = _Held(chunks)
+            self._held_sets()[context] = Held(chunks)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         # Pipelines call this after each generation: the next one starts with a set of its own.
         self._held = {}
         super()._reset_stateful_cache(recurse)
 
-    def _held_sets(self) -> dict[str, _Held]:
+    def _held_sets(self) -> dict[str, Held]:
         if "_held" not in self.__dict__:
             self._held = {}
         return self._held

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_integer
+from fastgen.errors import FastgenError
 from fastgen.kernels.pack import Packing, pack_top
 from fastgen.models.packing import Segments
 
@@ -80,24 +82,21 @@ def check_budget(
         ValueError: a value out of range, a list of another length, or both knobs together.
     """
     if token_budget is not None:
-        if tail_drop is not None and bool((torch.as_tensor(tail_drop) != 0).any()):
-            raise ValueError(f"token_budget and tail_drop exclude each other, got {token_budget} and {tail_drop}")
-        if isinstance(token_budget, bool) or not isinstance(token_budget, int) or not 1 <= token_budget <= length:
-            raise ValueError(
-                f"token_budget: needs an integer from 1 to {length} (all positions), got {token_budget!r}"
-            )
+        check_integer("token_budget", token_budget, 1, length)
     if tail_drop is None:
         return torch.zeros(samples, dtype=torch.float64, device="cpu"), token_budget
     try:
         rho = torch.as_tensor(tail_drop, dtype=torch.float64).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"tail_drop: needs a number in [0, 1) or one per sample, got {tail_drop!r}") from error
+        raise FastgenError(f"tail_drop: needs a number in [0, 1) or one per sample, got {tail_drop!r}") from error
     if rho.ndim == 0:
         rho = rho.expand(samples)
     if rho.shape != (samples,):
-        raise ValueError(f"tail_drop: needs one number or {samples}, one per sample; got shape {tuple(rho.shape)}")
+        raise FastgenError(f"tail_drop: needs one number or {samples}, one per sample; got shape {tuple(rho.shape)}")
     if not bool(((rho >= 0) & (rho < 1)).all()):
-        raise ValueError(f"tail_drop: needs numbers in [0, 1), got {tail_drop!r}")
+        raise FastgenError(f"tail_drop: needs numbers in [0, 1), got {tail_drop!r}")
+    if token_budget is not None and bool((rho != 0).any()):
+        raise FastgenError(f"token_budget and tail_drop exclude each other, got {token_budget} and {tail_drop}")
     return rho, token_budget
 
 

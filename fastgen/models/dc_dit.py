@@ -142,6 +142,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
     _no_split_modules = ["DCDiTBlock", "ScaffoldBlock"]
     _repeated_blocks = ["DCDiTBlock"]
     _skip_layerwise_casting_patterns = ["embedder", "norm", "router"]
+    _replaces = ("DiTTransformer2DModel",)
+    _inputs = ("hidden_states", "timestep")
 
     @register_to_config
     def __init__(
@@ -221,7 +223,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
         Raises:
             ValueError: a knob out of range, see `fastgen.models.chunking.check_budget`.
         """
-        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(hidden_states), timestep / 1000)
+        sigma = self.sigma(timestep)
+        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(hidden_states), sigma)
         conditioning = self.embedder(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         chunked = self.chunk(hidden_states, conditioning, tail_drop, token_budget)
         chunks = chunked.chunks
@@ -233,6 +236,9 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
         if not output_chunks:
             return DCTransformerOutput(sample=sample)
         return DCTransformerOutput(sample=sample, chunks=chunks, encoded=chunked.features, decoded=decoded)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        return time / 1000
 
     def backbone(self, tokens: Tensor, conditioning: Tensor, chunks: Chunks) -> Tensor:
         """The DiT on packed tokens [T, D]."""

@@ -142,6 +142,8 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
     _no_split_modules = ["DCZImageBlock", "ScaffoldBlock"]
     _repeated_blocks = ["DCZImageBlock"]
     _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "router"]
+    _replaces = ("ZImageTransformer2DModel",)
+    _inputs = ("x", "t")
 
     @register_to_config
     def __init__(
@@ -231,7 +233,7 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
                 f"x: needs images [C, 1, H, W] of one size, one per caption ({len(cap_feats)}); got {shapes}"
             )
         latents = torch.stack([image[:, 0] for image in x])
-        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), 1 - t)
+        tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), self.sigma(t))
         time = self.t_embedder(t * self.config.t_scale).type_as(latents)
         text, lengths, pooled = self.embed_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
@@ -245,6 +247,9 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         if not output_chunks:
             return DCTransformerOutput(sample=sample)
         return DCTransformerOutput(sample, chunked.chunks, encoded=chunked.features, decoded=decoded)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        return 1 - time
 
     def embed_captions(self, cap_feats: list[Tensor]) -> tuple[Tensor, list[int], Tensor]:
         """Packed caption tokens [T, D] with Z-Image's padding, their lengths, and the mean real token [n, D]."""

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import cache
+from inspect import Signature, signature
+from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastgen.accounting import add_tokens
-from fastgen.models.caching import HeldChunksMixin
-from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.checks import check_integer, check_number
+from fastgen.errors import FastgenError
+from fastgen.models.caching import Held, HeldChunksMixin
+from fastgen.models.chunking import Chunks, TailDrop, check_budget
 from fastgen.models.scaffold import Chunked, DynamicChunking
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
 """A tail drop for all steps, one per step, or a function of (step, sigma); sigma falls from 1 (noise) to 0."""
 
+_DROP: dict[str, float] = {"minimum": 0, "below": 1}
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class ElasticBudget:
-    """Tail drops of the conditional and of the unconditional branch over the steps of one generation.
+    """Tail drops of the conditional and of the unconditional branch over the steps of a generation.
 
     Args:
         tail_drop: rho of the conditional branch.
@@ -28,39 +36,52 @@ class ElasticBudget:
         token_budget: exact number of tokens of every sample, in place of the tail drops.
         images: samples of one branch; a batch of twice as many holds the conditional half first. None takes every
             batch as conditional.
-        steps: number of steps, for a list to be checked against; None takes lists of any length.
 
     Raises:
-        ValueError: a value out of range, a list of another length, or tail drops together with a token budget.
+        ValueError: a value out of range or of another type, or tail drops together with a token budget.
     """
 
     tail_drop: Schedule = 0.0
     uncond_tail_drop: Schedule | None = None
     token_budget: int | None = None
     images: int | None = None
-    steps: int | None = None
-    step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        for name in ("tail_drop", "uncond_tail_drop"):
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if self.images is not None:
+            check_integer("images", self.images, 1)
         if self.token_budget is not None:
-            if isinstance(self.token_budget, bool) or not isinstance(self.token_budget, int) or self.token_budget < 1:
-                raise ValueError(f"token_budget: needs an integer >= 1, got {self.token_budget!r}")
-            if self.uncond_tail_drop is not None or not _is_zero(self.tail_drop):
-                raise ValueError("token_budget and tail_drop (or uncond_tail_drop) exclude each other")
-        for name, schedule in (("tail_drop", self.tail_drop), ("uncond_tail_drop", self.uncond_tail_drop)):
-            if schedule is None or callable(schedule):
-                continue
-            if isinstance(schedule, (str, bytes)):
-                raise ValueError(f"{name}: needs numbers in [0, 1), got {schedule!r}")
-            values = list(schedule) if isinstance(schedule, Sequence) else [schedule]
-            if isinstance(schedule, Sequence) and self.steps is not None and len(values) != self.steps:
-                raise ValueError(f"{name}: needs one value per step ({self.steps}), got {len(values)}")
-            for value in values:
-                _check(name, value)
+            check_integer("token_budget", self.token_budget, 1)
+            if self.uncond_tail_drop is not None or self.tail_drop != 0:
+                raise FastgenError("token_budget and tail_drop (or uncond_tail_drop) exclude each other")
 
-    def of_batch(self, samples: int, sigma: float) -> tuple[TailDrop | None, int | None]:
-        """Tail drop and token budget of the next forward pass; counts the step."""
-        step, self.step = self.step, self.step + 1
+    @property
+    def by_step(self) -> bool:
+        """Whether it depends on the step."""
+        return any(not isinstance(drop, float) for drop in (self.tail_drop, self.uncond_tail_drop) if drop is not None)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse lists of another length.
+
+        Raises:
+            ValueError: names the list.
+        """
+        for name in ("tail_drop", "uncond_tail_drop"):
+            drops = getattr(self, name)
+            if isinstance(drops, tuple) and len(drops) != steps:
+                raise FastgenError(f"{name}: needs one value per step ({steps}), got {len(drops)}")
+
+    def of_batch(self, samples: int, sigma: float, step: int = 0) -> tuple[TailDrop | None, int | None]:
+        """Tail drop and token budget of a forward pass.
+
+        Raises:
+            ValueError: the batch contradicts `images`, or a function returned something else than a number in [0, 1).
+        """
+        if self.images is not None and samples not in (self.images, 2 * self.images):
+            raise FastgenError(
+                f"images: {self.images} is not allowed for a batch of {samples}, needs it or half of it"
+            )
         if self.token_budget is not None:
             return None, self.token_budget
         conditional = _at("tail_drop", self.tail_drop, step, sigma)
@@ -71,26 +92,23 @@ class ElasticBudget:
         return [conditional] * self.images + [unconditional] * self.images, None
 
 
-def _is_zero(schedule: Schedule) -> bool:
-    return isinstance(schedule, (int, float)) and schedule == 0
+def _checked(name: str, schedule: Any) -> Any:
+    """A schedule as a float, a tuple of floats, a function or None."""
+    if callable(schedule) or (schedule is None and name != "tail_drop"):
+        return schedule
+    if hasattr(schedule, "tolist"):  # an array or a tensor
+        schedule = schedule.tolist()
+    if isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes)):
+        return tuple(check_number(name, value, **_DROP) for value in schedule)
+    return check_number(name, schedule, **_DROP)
 
 
-def _check(name: str, value: object) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: needs numbers in [0, 1), got {value!r}") from error
-    if not 0 <= number < 1:
-        raise ValueError(f"{name}: needs numbers in [0, 1), got {value!r}")
-    return number
-
-
-def _at(name: str, schedule: Schedule, step: int, sigma: float) -> float:
+def _at(name: str, schedule: Any, step: int, sigma: float) -> float:
     if callable(schedule):
-        return _check(name, schedule(step, sigma))
-    if isinstance(schedule, Sequence):
+        return check_number(f"{name}({step}, {sigma:g})", schedule(step, sigma), **_DROP)
+    if isinstance(schedule, tuple):
         if step >= len(schedule):
-            raise ValueError(f"{name}: has {len(schedule)} values, and step {step + 1} needs one")
+            raise FastgenError(f"{name}: has {len(schedule)} values, and step {step + 1} needs one")
         return float(schedule[step])
     return float(schedule)
 
@@ -108,58 +126,160 @@ class StepRecord:
     chunks: Chunks
 
 
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One generation with a model: its budget, how far it has come, and the kept sets that it holds.
+
+    Attributes:
+        budget: of this generation.
+        count_steps: asked for the number of steps when the first one begins; None checks no lengths.
+        step: forward passes so far.
+        held: by cache context, see `HeldChunksMixin`.
+    """
+
+    budget: ElasticBudget
+    count_steps: Callable[[], int] | None = None
+    step: int = 0
+    held: dict[str, Held] = field(default_factory=dict)
+
+
+# What runs and what records in this context (thread or task), with the model it belongs to; innermost last.
+_generations: ContextVar[tuple[tuple[nn.Module, Generation], ...]] = ContextVar("fastgen_generations", default=())
+_recorders: ContextVar[tuple[tuple[nn.Module, list[StepRecord]], ...]] = ContextVar("fastgen_recorders", default=())
+
+
 class ElasticModelMixin(HeldChunksMixin):
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
     scaffold: DynamicChunking
     _budget: ElasticBudget | None = None
-    _recorded: list[StepRecord] | None = None
+    _replaces: tuple[str, ...]
+    """Names of the stock classes whose place it takes."""
+    _inputs: tuple[str, str]
+    """Arguments of `forward` that hold the samples and their times."""
 
     def set_budget(
         self,
-        tail_drop: Schedule = 0.0,
+        tail_drop: float = 0.0,
         *,
-        uncond_tail_drop: Schedule | None = None,
+        uncond_tail_drop: float | None = None,
         token_budget: int | None = None,
         images: int | None = None,
-        steps: int | None = None,
     ) -> None:
-        """Use this budget in every forward pass that is given none. Arguments: see `ElasticBudget`."""
-        self._budget = ElasticBudget(tail_drop, uncond_tail_drop, token_budget, images, steps)
+        """Use this budget in every forward pass that is given none, whoever calls. Arguments: see `ElasticBudget`.
+
+        Raises:
+            ValueError: see `ElasticBudget`; or a budget by step: a model does not know where a generation begins.
+        """
+        budget = ElasticBudget(tail_drop, uncond_tail_drop, token_budget, images)
+        if budget.by_step:
+            raise FastgenError(
+                "tail_drop: a budget by step belongs to a pipeline (fastgen.enable_dc, or a DC pipeline's call); "
+                "a model takes one number"
+            )
+        self._budget = budget
 
     def reset_budget(self) -> None:
         """Keep the whole natural set again."""
         self._budget = None
 
     @contextmanager
+    def generation(self, budget: ElasticBudget, count_steps: Callable[[], int] | None = None) -> Iterator[None]:
+        """One generation with a budget of its own: calls in this context (thread or task) use it, others do not."""
+        entry = (self, Generation(budget, count_steps))
+        with _entered(_generations, entry):
+            yield
+
+    @contextmanager
     def record_chunks(self) -> Iterator[list[StepRecord]]:
-        """Collects latents and chunks of every forward pass inside the block."""
-        before, self._recorded = self._recorded, []
-        try:
-            yield self._recorded
-        finally:
-            self._recorded = before
+        """Collects latents and chunks of every forward pass of this context inside the block."""
+        records: list[StepRecord] = []
+        with _entered(_recorders, (self, records)):
+            yield records
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled_call_impl is not None and not torch.compiler.is_compiling():
+            kwargs = self.with_budget(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def with_budget(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a forward pass with the budget of the running generation as arguments: compiled code
+        cannot ask for it."""
+        kind: Any = type(self)
+        given = _signature(kind).bind(self, *args, **kwargs).arguments
+        if given.get("tail_drop") is None and given.get("token_budget") is None and self._generation() is not None:
+            samples, time = (given[name] for name in self._inputs)
+            tail_drop, token_budget = self.resolve_budget(None, None, len(samples), self.sigma(time))
+            kwargs = {**kwargs, "tail_drop": tail_drop, "token_budget": token_budget}
+        return kwargs
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The noise level of the times that `forward` takes."""
+        raise NotImplementedError
 
     def resolve_budget(
         self, tail_drop: TailDrop | None, token_budget: int | None, samples: int, sigma: Tensor
     ) -> tuple[TailDrop | None, int | None]:
-        """The budget of a forward pass: what the call says, else what was set."""
-        if tail_drop is not None or token_budget is not None or self._budget is None:
+        """The budget of a forward pass: what the call says, else that of the generation, else what was set."""
+        if tail_drop is not None or token_budget is not None:
             return tail_drop, token_budget
-        needs_sigma = callable(self._budget.tail_drop) or callable(self._budget.uncond_tail_drop)
-        return self._budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0)
+        running = None if torch.compiler.is_compiling() else self._generation()
+        if running is None:
+            return (None, None) if self._budget is None else self._budget.of_batch(samples, 0.0)
+        budget, step = running.budget, running.step
+        if step == 0 and running.count_steps is not None:
+            budget.check_steps(running.count_steps())
+        running.step += 1
+        needs_sigma = callable(budget.tail_drop) or callable(budget.uncond_tail_drop)
+        return budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0, step)
 
     def chunk(
         self, latents: Tensor, conditioning: Tensor, tail_drop: TailDrop | None, token_budget: int | None
     ) -> Chunked:
         """Latents [n, C, H, W] to packed kept tokens, those of the held set where there is one; tells the account, and
-        whoever records them, what was kept."""
-        held = self.held_chunks(len(latents), (latents.shape[2], latents.shape[3]))
+        whoever records them, what was kept.
+
+        Raises:
+            ValueError: the budget does not fit the latents.
+        """
+        grid = (latents.shape[2], latents.shape[3])
+        check_budget(tail_drop, token_budget, len(latents), grid[0] * grid[1])
+        if torch.compiler.is_compiling() and token_budget is not None and self._hold is None:
+            # All is known beforehand: one graph, which tells nobody.
+            return self.scaffold.chunk(latents, conditioning, None, token_budget)
+        held = self.held_chunks(len(latents), grid)
         chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held)
         chunks = chunked.chunks
         if held is None:
             self.keep_chunks(chunks)
         add_tokens(kept=sum(chunks.lengths), total=chunks.samples * chunks.grid_size)
-        if self._recorded is not None:
-            self._recorded.append(StepRecord(latents, chunks))
+        for model, records in _recorders.get():
+            if model is self:
+                records.append(StepRecord(latents, chunks))
         return chunked
+
+    def _generation(self) -> Generation | None:
+        """The innermost generation with this model in this context."""
+        for model, running in reversed(_generations.get()):
+            if model is self:
+                return running
+        return None
+
+    def _held_sets(self) -> dict[str, Held]:
+        running = self._generation()
+        return super()._held_sets() if running is None else running.held
+
+
+@contextmanager
+def _entered(variable: ContextVar[tuple[Any, ...]], entry: Any) -> Iterator[None]:
+    variable.set((*variable.get(), entry))
+    try:
+        yield
+    finally:
+        # By identity, not by a token: a generator may be closed late, or in another context.
+        variable.set(tuple(other for other in variable.get() if other is not entry))
+
+
+@cache
+def _signature(model: type[nn.Module]) -> Signature:
+    return signature(model.forward)

@@ -164,6 +164,4 @@ def test_budget_without_the_number_of_images_is_conditional() -> None:
     assert budget.of_batch(4, 0.5) == (0.2, None)
     assert ElasticBudget(0.2, uncond_tail_drop=0.9, images=2).of_batch(4, 0.5) == ([0.2, 0.2, 0.9, 0.9], None)
     with pytest.raises(ValueError, match="step 2 needs one"):
-        short = ElasticBudget([0.1])
-        short.of_batch(1, 1.0)
-        short.of_batch(1, 0.5)
+        ElasticBudget([0.1]).of_batch(1, 0.5, step=1)

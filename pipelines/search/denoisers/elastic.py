@@ -7,6 +7,7 @@ from typing import Any
 from fastgen.accounting import note_path
 from fastgen.models.chunking import check_budget
 from fastgen.models.elastic import ElasticBudget, ElasticModelMixin
+from fastgen.pipelines.elastic import budget_of
 from fastgen.pipelines.search.denoisers.base import Denoiser
 
 __all__ = ["ElasticDenoiser"]
@@ -48,8 +49,9 @@ class ElasticDenoiser(Denoiser):
             raise ValueError("transformer: a search cannot hold kept tokens or cache over steps; disable that first")
         note_path("transformer", "dynamic chunking")
         self._tokens, self._knobs = tokens, dict(_KNOBS)
-        if transformer._budget is not None and not overrides:
-            self._knobs = {name: getattr(transformer._budget, name) for name in _KNOBS}
+        budget = budget_of(self.pipe)
+        if budget is not None and not overrides:
+            self._knobs = {name: getattr(budget, name) for name in _KNOBS}
         self._knobs = self._merged(extra)
         self._used = self._knobs
 
