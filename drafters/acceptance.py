@@ -7,16 +7,24 @@ no longer the target's. Formulas as in arXiv 2410.03355 (LANTERN),
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastgen.checks import check_integer, check_number
 from fastgen.contracts import Loss
 from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified, walk
+from fastgen.errors import FastgenError
 from fastgen.kernels.rejection import TINY, Rejection, Scaled, normalise, pick
+
+if TYPE_CHECKING:
+    from fastgen.drafters.targets import Target
 
 __all__ = ["AcceptanceRule", "Block", "CoolSD", "Exact", "GSD", "Lantern", "Neighbours"]
 
@@ -37,7 +45,7 @@ class Neighbours:
 
     @classmethod
     def of(cls, codebook: Tensor, k: int) -> Neighbours:
-        """Look them up, 1,024 codes at a time.
+        """Look them up, a few codes at a time.
 
         Args:
             codebook: [V, d]; rows that are not finite stand for tokens that are no codes, and have no neighbours.
@@ -47,18 +55,53 @@ class Neighbours:
             ValueError: k is not in 1 … V - 1.
         """
         codebook = codebook.detach().float()
-        if not 1 <= k < len(codebook):
-            raise ValueError(f"k: {k} is not allowed, needs 1 to {len(codebook) - 1}, the codes less one")
+        check_integer("k", k, 1, len(codebook) - 1)
+        # Squares by one matrix product, in float64: in float32 it would cancel what sets close codes apart.
+        wide = codebook if codebook.device.type == "mps" else codebook.double()
+        squares, across = wide.square().sum(dim=1), wide.T.contiguous()
         codes, distances = [], []
-        for start in range(0, len(codebook), 1024):
-            rows = codebook[start : start + 1024]
-            apart = torch.cdist(rows, codebook, compute_mode="donot_use_mm_for_euclid_dist").nan_to_num(nan=math.inf)
-            own = torch.arange(start, start + len(rows), device=codebook.device)
-            apart.scatter_(1, own[:, None], math.inf)
-            near = apart.topk(k, dim=1, largest=False)
+        for start in range(0, len(wide), _ROWS):
+            rows = slice(start, start + _ROWS)
+            apart = torch.addmm(squares, wide[rows], across, alpha=-2).add_(squares[rows, None]).float()
+            apart = apart.nan_to_num_(nan=math.inf).clamp_min_(0)
+            own = torch.arange(start, start + len(apart), device=codebook.device)
+            near = apart.scatter_(1, own[:, None], math.inf).topk(k, dim=1, largest=False)
             codes.append(near.indices)
-            distances.append(near.values)
+            distances.append(near.values.sqrt())
         return cls(torch.cat(codes), torch.cat(distances), codebook)
+
+    @classmethod
+    def known(cls, owner: nn.Module, codebook: Tensor, k: int) -> Neighbours:
+        """The same, built once for the codebook that `owner` has now: on another device it is moved, and for other
+        weights built again.
+
+        Args:
+            owner: the model; what was built is forgotten with it.
+            codebook, k: see `of`.
+        """
+        tables = _TABLES.setdefault(owner, {})
+        codebook = codebook.detach().float()
+        built = tables.get(k)
+        if built is not None and not codebook.is_meta and not built.codebook.is_meta:
+            moved = built.to(codebook.device)
+            if moved.codebook.shape == codebook.shape and torch.equal(
+                moved.codebook.nan_to_num(), codebook.nan_to_num()
+            ):
+                tables[k] = moved
+                return moved
+        tables[k] = cls.of(codebook, k)
+        return tables[k]
+
+    def to(self, device: torch.device) -> Neighbours:
+        """The same on another device."""
+        if self.codebook.device == device:
+            return self
+        return Neighbours(self.codes.to(device), self.distances.to(device), self.codebook.to(device))
+
+
+#: Codes looked up at once: so few that their distances to all others stay in a CPU's cache.
+_ROWS = 64
+_TABLES: WeakKeyDictionary[nn.Module, dict[int, Neighbours]] = WeakKeyDictionary()
 
 
 class AcceptanceRule(ABC):
@@ -70,6 +113,7 @@ class AcceptanceRule(ABC):
         needs_hidden: whether it reads `Drafted.hidden`.
         draws_everywhere: whether it draws a token at every depth of a path, not only at its end.
         looks_ahead: whether what it decides at a node depends on the tokens drafted below.
+        tables: names of its attributes that are tables of the codebook, a row for every token.
     """
 
     name: str = ""
@@ -77,6 +121,33 @@ class AcceptanceRule(ABC):
     needs_hidden = False
     draws_everywhere = False
     looks_ahead = False
+    tables: tuple[str, ...] = ()
+
+    def check(self, target: Target) -> None:
+        """Refuse a model of another vocabulary than the tables have.
+
+        Raises:
+            FastgenError: names the mismatch.
+        """
+        for table in (getattr(self, name) for name in self.tables):
+            rows = len(table.codes if isinstance(table, Neighbours) else table) if table is not None else None
+            if rows not in (None, target.vocab_size):
+                raise FastgenError(
+                    f"acceptance: {self.name} was made for {rows} tokens, the model has {target.vocab_size}"
+                )
+
+    def check_tree(self, children: int, drawn: bool, temperature: float) -> None:  # noqa: B027 - most rules take any
+        """Raises FastgenError where it cannot verify trees of so many children a node, drawn or most likely ones."""
+
+    def to(self, device: torch.device) -> AcceptanceRule:
+        """The same with its tables on another device."""
+        tables = {name: getattr(self, name) for name in self.tables}
+        moved = {name: table.to(device) for name, table in tables.items() if table is not None}
+        if all(table is tables[name] for name, table in moved.items()):
+            return self
+        other = copy.copy(self)
+        vars(other).update(moved)
+        return other
 
     @abstractmethod
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
@@ -110,6 +181,9 @@ class Exact(AcceptanceRule):
         return verified(drafted, noise, remaining)
 
 
+_CHAINS = 'acceptance: "block" verifies chains of drawn tokens; use "exact" for other trees'
+
+
 class Block(AcceptanceRule):
     """Block verification of a chain (arXiv 2403.10444): the target's own law, and longer paths than `Exact` takes.
 
@@ -122,10 +196,15 @@ class Block(AcceptanceRule):
     name, loss = "block", "distribution"
     looks_ahead = True
 
+    def check_tree(self, children: int, drawn: bool, temperature: float) -> None:
+        # At temperature 0 no rule has a say: the most likely tokens are accepted.
+        if temperature > 0 and (children != 1 or not drawn):
+            raise FastgenError(_CHAINS)
+
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         tree = drafted.tree
         if tree.max_children != 1 or drafted.draft is None:
-            raise ValueError('acceptance: "block" verifies chains of drawn tokens; use "exact" for other trees')
+            raise FastgenError(_CHAINS)
         p, q, tokens = drafted.target, drafted.draft, drafted.tokens
         weight = torch.ones_like(p[:, 0, 0])
         laws, end = [p[:, 0] - q[:, 0]], torch.zeros_like(tokens[:, 0])
@@ -162,15 +241,15 @@ class Lantern(AcceptanceRule, Rejection):
     """
 
     def __init__(self, neighbours: Neighbours, delta: float = 0.2, factor: float | None = None, k: int = 1000) -> None:
-        if not 0 <= delta <= 1:
-            raise ValueError(f"delta: {delta} is not allowed, needs 0 to 1")
-        if factor is not None and factor < 1:
-            raise ValueError(f"factor: {factor} is not allowed, needs >= 1")
-        if k < 1:
-            raise ValueError(f"k: {k} is not allowed, needs >= 1")
+        check_number("delta", delta, 0, 1)
+        if factor is not None:
+            check_number("factor", factor, 1)
+        check_integer("k", k, 1)
         self.name = "lantern" if factor is None else "lantern++"
         self.codes = neighbours.codes[:, :k]
         self.delta, self.factor = delta, factor
+
+    tables = ("codes",)
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         return decide(drafted, noise, self)
@@ -215,10 +294,12 @@ class GSD(AcceptanceRule, Rejection):
     """
 
     name = "gsd"
+    tables = ("codebook",)
 
     def __init__(self, codebook: Tensor, group: int = 10, gap: float = 0.15, radius: float = 0.5) -> None:
-        if group < 1 or not gap > 0 or not radius > 0:
-            raise ValueError(f"group, gap, radius: {group}, {gap}, {radius} are not allowed, need >= 1, > 0, > 0")
+        check_integer("group", group, 1)
+        check_number("gap", gap, above=0)
+        check_number("radius", radius, above=0)
         self.codebook = codebook.detach().float()
         self.group, self.gap, self.radius = group, gap, radius
 
@@ -262,8 +343,8 @@ class CoolSD(AcceptanceRule):
     name = "cool-sd"
 
     def __init__(self, delta: float = 1.1, nu: float = 0.7, mu: float = 0.0) -> None:
-        if delta < 1 or nu < 0 or mu < 0:
-            raise ValueError(f"delta, nu, mu: {delta}, {nu}, {mu} are not allowed, need >= 1, >= 0, >= 0")
+        for name, value, least in (("delta", delta, 1), ("nu", nu, 0), ("mu", mu, 0)):
+            check_number(name, value, least)
         self.delta, self.nu, self.mu = delta, nu, mu
 
     def _factor(self, drafted: Drafted) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_number
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.redundancy import (
@@ -28,6 +29,7 @@ from fastgen.drafters.redundancy import (
     total_variation,
 )
 from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
+from fastgen.errors import FastgenError
 
 __all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels"]
 
@@ -48,6 +50,9 @@ class Level:
         breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold keeps the limit.
         pairs: related pairs at these thresholds by breadth, depth and radius.
         score_drop, score_drop_stderr: measured loss of score against the exact rule, where it was measured.
+
+    Raises:
+        FastgenError: a value of a wrong type, or out of range.
     """
 
     quality: float
@@ -58,6 +63,12 @@ class Level:
     pairs: tuple[int, int, int]
     score_drop: float | None = None
     score_drop_stderr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("quality", self.quality, maximum=1, above=0)
+        for name in ("limit", "breadth", "depth"):
+            check_number(name, getattr(self, name))
+        check_number("radius", self.radius, 0)
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,7 @@ class Calibration:
         Raises:
             ValueError: quality outside [0, 1].
         """
-        if isinstance(quality, bool) or not 0 <= quality <= 1:
-            raise ValueError(f"quality: {quality} is not allowed, needs 0 (exact) to 1 (fastest)")
+        check_number("quality", quality, 0, 1)
         fitting = [level for level in self.levels if level.quality <= quality]
         if not fitting:
             return CascadeConfig.off()
@@ -114,9 +124,29 @@ class Calibration:
         """Write `calibration.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
-        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return path
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
+
+    @classmethod
+    def of_dict(cls, data: Any, source: object = "the calibration") -> Calibration:
+        """What `as_dict` made.
+
+        Args:
+            data: of JSON.
+            source: what the message calls it.
+
+        Raises:
+            FastgenError: it is none.
+        """
+        try:
+            made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in data["levels"]]
+            return cls(tuple(sorted(made, key=lambda level: level.quality)), dict(data.get("about", {})))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FastgenError(f"quality: {source} cannot be read: {error}") from error
 
     @classmethod
     def beside(cls, folder: str | os.PathLike[str]) -> Calibration | None:
@@ -133,13 +163,11 @@ class Calibration:
         path = Path(folder) / FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            levels, about = data["levels"], data.get("about", {})
-            made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in levels]
         except FileNotFoundError:
-            raise ValueError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"quality: {path} cannot be read: {error}") from error
-        return cls(tuple(sorted(made, key=lambda level: level.quality)), about)
+            raise FastgenError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`") from None
+        except ValueError as error:
+            raise FastgenError(f"quality: {path} cannot be read: {error}") from error
+        return cls.of_dict(data, path)
 
 
 class PairRecorder(AcceptanceRule):
@@ -151,6 +179,7 @@ class PairRecorder(AcceptanceRule):
     """
 
     name, loss = "exact", "distribution"
+    tables = ("codebook",)
     needs_hidden = True
 
     def __init__(self, config: CascadeConfig, neighbours: Neighbours) -> None:

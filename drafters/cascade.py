@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_bool, check_choice, check_integer, check_number
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
 from fastgen.drafters.redundancy import (
     Similarity,
@@ -96,18 +97,17 @@ class CascadeConfig:
     boost: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode: {self.mode!r} is unknown; there are {', '.join(get_args(Mode))}")
-        if self.similarity not in get_args(Similarity):
-            raise ValueError(
-                f"similarity: {self.similarity!r} is unknown; there are {', '.join(get_args(Similarity))}"
-            )
-        for name, least in (("horizon", 0), ("delta", 0), ("factor", 1), ("decay", 0), ("min_entropy", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed, needs >= {least}")
-        for name, least in (("image_budget", 0), ("radius", 0), ("near", 1), ("boost", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed, needs >= {least}")
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("similarity", self.similarity, get_args(Similarity))
+        check_integer("horizon", self.horizon, 0)
+        check_integer("near", self.near, 1)
+        check_bool("routing", self.routing)
+        least = {"delta": 0, "factor": 1, "decay": 0, "min_entropy": 0, "image_budget": 0, "radius": 0, "boost": 0}
+        for name in ("breadth", "depth", *least):
+            value = getattr(self, name)
+            unlimited = (name == "factor" and value is None) or (name == "image_budget" and value == math.inf)
+            if not unlimited:
+                check_number(name, value, least.get(name, -math.inf))
 
     @classmethod
     def off(cls) -> CascadeConfig:
@@ -181,6 +181,7 @@ class Cascade(AcceptanceRule):
     """
 
     name = "cascade"
+    tables = ("neighbours",)
     needs_hidden = True
     draws_everywhere = True  # mode S does
     looks_ahead = True  # convergence and routing do

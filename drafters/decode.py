@@ -26,6 +26,8 @@ __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 OnToken = Callable[[int], None]
 #: Compiled steps pad prompts to a multiple of so many tokens, or every length would be compiled anew.
 PROMPT_MULTIPLE = 16
+#: Whose logits were no numbers, in the message.
+MODEL = "the model's logits"
 
 
 @dataclass
@@ -67,7 +69,11 @@ def decode_plain(
         generators: one per image; each step takes V numbers of each (none at temperature 0).
         on_token: called after each token with its index.
         compile: compile the step, see `fastgen.drafters.compiled`.
+
+    Raises:
+        NotFiniteError: logits were NaN or infinite; told at the end.
     """
+    prefix = prefix.watched()
     if compile:
         prefix = prefix.padded(PROMPT_MULTIPLE)
     with many_graphs(compile):
@@ -97,6 +103,7 @@ class _Plain:
             tokens.append(token)
             if on_token is not None:
                 on_token(i)
+        self.prefix.check(MODEL)
         add_passes("target", self.target.num_tokens)
         total = self.target.num_tokens
         return Decoded(torch.stack(tokens, dim=1), total, torch.full_like(token, total - 1))
@@ -146,9 +153,13 @@ def decode_speculative(
         compile: compile the round, see `fastgen.drafters.compiled`.
 
     Raises:
-        ValueError: the source cannot draft for this target or law.
+        ValueError: the source cannot draft for this target or law, or the rule was made for another model.
+        NotFiniteError: logits of the model or of the drafter were NaN or infinite; told where the host waits anyway.
     """
     source.check(target, law, rule)
+    rule.check(target)
+    rule = rule.to(prefix.mask.device)
+    prefix = prefix.watched()
     if compile:
         prefix = prefix.padded(PROMPT_MULTIPLE)
     with many_graphs(compile):
@@ -192,6 +203,8 @@ class _Rounds:
             # The device is asked only once the images may be finished.
             if rounds >= least or on_token is not None:
                 done = int(self.count.min())
+                self.prefix.check(MODEL)
+                self.source.check_finite()
                 if on_token is not None:
                     on_token(min(done, total) - 1)
                 if done >= total:

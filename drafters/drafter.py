@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.drafters.cache import KVCache
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
+from fastgen.errors import FastgenError
 
 __all__ = ["DraftState", "Drafter"]
 
@@ -43,15 +44,18 @@ class Drafter(ABC):
     max_depth: int | None = None
 
     def check(self, target: Target) -> None:
-        """Refuse another target.
+        """Refuse another target, or one of another dtype.
 
         Raises:
-            ValueError: names the mismatch.
+            FastgenError: names the mismatch.
         """
         config: Any = getattr(self, "config", {})
         for name, value in describe(target).items():
-            if config[name] != value:
-                raise ValueError(f"drafter: made for a target of {name} {config[name]}, this one has {value}")
+            if name in config and config[name] != value:
+                raise FastgenError(f"drafter: made for a model of {name} {config[name]}, this one has {value}")
+        dtype = getattr(self, "dtype", target.dtype)
+        if dtype != target.dtype and target.dtype.is_floating_point:  # quantised weights are integers
+            raise FastgenError(f"drafter: is {dtype}, the model {target.dtype}; convert one with .to(dtype)")
 
     @abstractmethod
     def features(self, output: TargetPass) -> Tensor:

@@ -8,12 +8,13 @@ the batch has a say in it (`torch.multinomial` offers no such separation).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fastgen.checks import check_integer, check_number
+from fastgen.drafters.names import check_temperature
 from fastgen.kernels.sample import mix_logits, restrict_logits, sample, token_probabilities
 
 __all__ = ["TokenLaw", "draw_token", "gumbel_noise", "guide", "mix", "probabilities", "restrict", "token_logits"]
@@ -25,7 +26,7 @@ class TokenLaw:
 
     Args:
         guidance_scale: s of ``u + s * (c - u)``; 1 or less takes the conditional logits alone.
-        temperature: divisor of the guided logits; 0 puts all mass on the largest one.
+        temperature: divisor of the guided logits, 1e-6 or more; 0 puts all mass on the largest one.
         top_k: keep the k largest logits (and what ties with the k-th); None keeps all.
         top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
 
@@ -39,16 +40,14 @@ class TokenLaw:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale: {self.guidance_scale} is not allowed, needs a finite number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature: {self.temperature} is not allowed, needs a finite number >= 0")
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or int(self.top_k) != self.top_k or self.top_k < 1
-        ):
-            raise ValueError(f"top_k: {self.top_k} is not allowed, needs an integer >= 1, or None for no limit")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not allowed, needs 0 < top_p <= 1, or None for no limit")
+        checked = {
+            "guidance_scale": check_number("guidance_scale", self.guidance_scale),
+            "temperature": check_temperature("temperature", self.temperature),
+            "top_k": None if self.top_k is None else check_integer("top_k", self.top_k, 1),
+            "top_p": None if self.top_p is None else check_number("top_p", self.top_p, above=0, maximum=1),
+        }
+        for name, value in checked.items():  # as Python's own numbers: NumPy's would be other keys and other graphs
+            object.__setattr__(self, name, value)
 
     @property
     def guided(self) -> bool:

@@ -70,15 +70,19 @@ def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:
     known = [name for name in inspect.signature(_KINDS[name]).parameters if name not in ("neighbours", "codebook")]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"acceptance: {name} has no setting {unknown[0]}; it has {', '.join(known) or 'none'}")
-    most = len(target.codebook) - 1
     if name == "gsd":
         return GSD(target.codebook, **settings)
     if name == "cascade":
         config = CascadeConfig(**settings)
-        return Cascade(config, Neighbours.of(target.codebook, min(config.near, most)) if config.radius > 0 else None)
+        return Cascade(config, _neighbours(target, config.near) if config.radius > 0 else None)
     if name in ("lantern", "lantern++"):
         if name == "lantern++":
             settings = {"delta": 1.0, "factor": 5.0, "k": 10, **settings}
-        return Lantern(Neighbours.of(target.codebook, min(settings.get("k", _LANTERN_NEAR), most)), **settings)
+        return Lantern(_neighbours(target, settings.get("k", _LANTERN_NEAR)), **settings)
     rule: AcceptanceRule = _KINDS[name](**settings)
     return rule
+
+
+def _neighbours(target: Target, near: int) -> Neighbours:
+    codebook = target.codebook
+    return Neighbours.known(target.model, codebook, min(near, len(codebook) - 1))

@@ -1,34 +1,102 @@
-"""Names that need no torch: acceptance rules, trees and windows."""
+"""What needs no torch: names of acceptance rules, trees and windows, and the limits of what a user may ask for."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["LOSSLESS", "RULES", "TREES", "is_tree_name", "window_of"]
+from fastgen.checks import check_number
+from fastgen.errors import FastgenError
+
+__all__ = [
+    "LOSSLESS",
+    "MOST_NODES",
+    "RULES",
+    "TREES",
+    "check_nodes",
+    "check_temperature",
+    "check_tree_name",
+    "is_tree_name",
+    "tree_widths",
+    "window_of",
+]
 
 #: Acceptance rules by name, and those of them that keep the target's law.
 RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
 LOSSLESS = ("exact", "block")
 #: Nodes at each depth of named trees, below the root; the two large ones have those that LANTERN publishes.
 TREES = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
+#: A round verifies no more tokens than this: its masks grow with the square.
+MOST_NODES = 1024
+#: Logits divided by less than this overflow, or leave nothing but their rounding.
+SMALLEST_TEMPERATURE = 1e-6
 
-_TREE = re.compile(r"(chain-)?[1-9]\d*|[1-9]\d*(-[1-9]\d*)+")
-_WINDOW = re.compile(r"jacobi-([1-9]\d*)(?:x([1-9]\d*))?")
+_CHAIN = re.compile(r"chain-([1-9]\d{0,5})")
+_WIDTHS = re.compile(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*")
+_WINDOW = re.compile(r"jacobi-([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?")
+
+
+def check_temperature(label: str, value: object) -> float:
+    """0 (the most likely token), or a number that logits can be divided by.
+
+    Raises:
+        FastgenError: it is none.
+    """
+    temperature = check_number(label, value, 0)
+    if 0 < temperature < SMALLEST_TEMPERATURE:
+        raise FastgenError(
+            f"{label}: {value!r} is not allowed, needs 0 (the most likely token) or at least {SMALLEST_TEMPERATURE:g}"
+        )
+    return temperature
+
+
+def check_nodes(label: str, shown: object, nodes: int) -> None:
+    """Refuse more nodes than a round verifies.
+
+    Raises:
+        FastgenError: there are more than `MOST_NODES`.
+    """
+    if nodes > MOST_NODES:
+        raise FastgenError(f"{label}: {shown!r} has {nodes:,} nodes, a round verifies at most {MOST_NODES:,}")
+
+
+def tree_widths(name: str) -> tuple[int, ...] | None:
+    """Nodes at each depth of a tree by name ("chain-4", "4-2-1", "lantern-25"); None for other names."""
+    if name in TREES:
+        return TREES[name]
+    if found := _CHAIN.fullmatch(name):
+        return (1,) * int(found[1])
+    return tuple(map(int, name.split("-"))) if _WIDTHS.fullmatch(name) else None
 
 
 def is_tree_name(name: str) -> bool:
     """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12", "jacobi-12x4"), or is
     "auto"."""
-    return name == "auto" or name in TREES or any(form.fullmatch(name) is not None for form in (_TREE, _WINDOW))
+    return name == "auto" or tree_widths(name) is not None or _WINDOW.fullmatch(name) is not None
 
 
-def window_of(name: str) -> tuple[int, int]:
+def check_tree_name(label: str, name: str) -> None:
+    """Refuse what is no name of a tree or window, and trees and windows that are too large.
+
+    Raises:
+        FastgenError: names the value and what is allowed.
+    """
+    if not is_tree_name(name):
+        allowed = ", ".join([*TREES, "chain-5", "4-2-1 (nodes at each depth)", "jacobi-12", "jacobi-12x4", "auto"])
+        raise FastgenError(f"{label}: {name!r} is unknown; there are {allowed}")
+    if _WINDOW.fullmatch(name):
+        window_of(name, label)
+    check_nodes(label, name, sum(tree_widths(name) or ()))
+
+
+def window_of(name: str, label: str = "tree") -> tuple[int, int]:
     """Places of the window "jacobi-12", and candidates of each: "jacobi-12x4" has 4.
 
     Raises:
-        ValueError: no such name.
+        FastgenError: no such name, or a window that is too large.
     """
     found = _WINDOW.fullmatch(name)
     if found is None:
-        raise ValueError(f"tree: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4")
-    return int(found[1]), int(found[2] or 1)
+        raise FastgenError(f"{label}: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4")
+    window, width = int(found[1]), int(found[2] or 1)
+    check_nodes(label, name, window * width)
+    return window, width

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_bool, check_integer
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.draft import StaticPlan, draft_dynamic, draft_static
 from fastgen.drafters.drafter import Drafter, DraftState
 from fastgen.drafters.law import TokenLaw, gumbel_noise
-from fastgen.drafters.names import window_of
+from fastgen.drafters.names import check_nodes, window_of
 from fastgen.drafters.targets import Prefix, Target, TargetPass
 from fastgen.drafters.tree import DynamicShape, Tree, static_tree
 from fastgen.drafters.verify import Drafted, Walk
+from fastgen.errors import FastgenError
 
 Generators = list[torch.Generator]
 
@@ -64,6 +66,9 @@ class DraftSource(ABC):
     ) -> None:
         """Begin a batch: the pass over the prompts, and the first token [B] of each picture."""
 
+    def check_finite(self) -> None:  # noqa: B027 - a source without a model has nothing to check
+        """Raises NotFiniteError where logits of its own were not numbers. Waits for the device."""
+
     @abstractmethod
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         """Draft behind the root [B], token number `index` [B] of its picture; gumbel is [B, draws, V]."""
@@ -111,6 +116,10 @@ class TreeSource(DraftSource):
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         self.drafter.check(target)
+        widest = self.tree.top_k if isinstance(self.tree, DynamicShape) else self.tree.max_children
+        if widest > target.vocab_size:
+            raise FastgenError(f"tree: {widest} children of a node, the model has {target.vocab_size} tokens")
+        rule.check_tree(widest, self.sampled, law.temperature)
         if self.sampled and law.temperature == 0:
             raise ValueError("tree: temperature 0 takes the most likely tokens; sampled=True is not possible")
         if self.drafter.max_depth is not None and self.max_depth > self.drafter.max_depth:
@@ -123,7 +132,11 @@ class TreeSource(DraftSource):
             self.plan = self.plan.to(first.device)
         self.law = law
         features, room = self.drafter.features(output), self.grown + self.max_depth + 1
-        self.state: DraftState = self.drafter.start(target, prefix, features, first, room)
+        # A flag of its own for the drafter's logits.
+        self.state: DraftState = self.drafter.start(target, prefix.watched(), features, first, room)
+
+    def check_finite(self) -> None:
+        self.state.prefix.check("the drafter's logits")
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         if isinstance(self.plan, DynamicShape):
@@ -159,8 +172,10 @@ class JacobiSource(DraftSource):
     """
 
     def __init__(self, window: int = 12, width: int = 1, coupled: bool = True) -> None:
-        if window < 1 or width < 1:
-            raise ValueError(f"window, width: {window}, {width} are not allowed, need >= 1")
+        check_integer("window", window, 1)
+        check_integer("width", width, 1)
+        check_nodes("window", (window, width), window * width)
+        check_bool("coupled", coupled)
         self.window, self.width, self.coupled = window, width, coupled
         self.tree = static_tree([[0] * depth + [rank] for depth in range(window) for rank in range(width)])
         self.nodes, self.max_depth = self.tree.n, window
@@ -181,7 +196,8 @@ class JacobiSource(DraftSource):
             # A place that the rule has looked at, and then not passed, would keep noise of which something is known.
             raise ValueError(f'coupled: acceptance "{rule.name}" looks ahead; it needs coupled=False')
         if self.width > target.vocab_size:
-            raise ValueError(f"width: {self.width} is not allowed, the model has {target.vocab_size} tokens")
+            raise FastgenError(f"tree: {self.width} candidates of a place, the model has {target.vocab_size} tokens")
+        rule.check_tree(self.width, True, law.temperature)
 
     def start(
         self, target: Target, prefix: Prefix, law: TokenLaw, output: TargetPass, first: Tensor, generators: Generators

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen.drafters.names import TREES
+from fastgen.checks import check_integer
+from fastgen.drafters.names import check_nodes, check_tree_name, tree_widths
+from fastgen.errors import FastgenError
 
 __all__ = ["DynamicShape", "Tree", "chain", "named_tree", "static_tree"]
 
@@ -103,12 +105,12 @@ def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
     """
     nodes = {tuple(path[: i + 1]) for path in paths for i in range(len(path))}
     if not nodes:
-        raise ValueError("tree: needs at least one path")
+        raise FastgenError("tree: needs at least one path")
     for node in nodes:
         if node[-1] < 0 or any(not isinstance(rank, int) for rank in node):
-            raise ValueError(f"tree: {list(node)} is not a path of ranks >= 0")
+            raise FastgenError(f"tree: {list(node)} is not a path of ranks >= 0")
         if node[-1] > 0 and (*node[:-1], node[-1] - 1) not in nodes:
-            raise ValueError(f"tree: {list(node)} is there, but not its sibling of rank {node[-1] - 1}")
+            raise FastgenError(f"tree: {list(node)} is there, but not its sibling of rank {node[-1] - 1}")
     order = [(), *sorted(nodes, key=lambda node: (len(node), node))]
     index = {node: i for i, node in enumerate(order)}
     parents = torch.tensor([[index[node[:-1]] for node in order]])
@@ -129,7 +131,7 @@ def widths_tree(widths: Sequence[int]) -> Tree:
         ValueError: no depth, or a width below 1.
     """
     if not widths or any(width < 1 for width in widths):
-        raise ValueError(f"tree: widths {list(widths)} are not allowed, needs one number >= 1 for each depth")
+        raise FastgenError(f"tree: widths {list(widths)} are not allowed, needs one number >= 1 for each depth")
     paths: list[tuple[int, ...]] = []
     parents: list[tuple[int, ...]] = [()]
     for width in widths:
@@ -149,16 +151,11 @@ def named_tree(name: str) -> Tree:
     Raises:
         ValueError: unknown name.
     """
-    if name in TREES:
-        return widths_tree(TREES[name])
-    head, _, tail = name.partition("-")
-    if head == "chain" and tail.isdecimal() and int(tail) > 0:
-        return chain(int(tail))
-    parts = name.split("-")
-    if all(part.isdecimal() and int(part) > 0 for part in parts):
-        return widths_tree([int(part) for part in parts])
-    allowed = ", ".join([*TREES, "chain-5", "4-2-1 (nodes at each depth)"])
-    raise ValueError(f"tree: {name!r} is unknown; there are {allowed}")
+    check_tree_name("tree", name)
+    widths = tree_widths(name)
+    if widths is None:
+        raise FastgenError(f"tree: {name!r} names no tree")
+    return widths_tree(widths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +176,11 @@ class DynamicShape:
     top_k: int = 4
 
     def __post_init__(self) -> None:
-        if min(self.nodes, self.depth, self.top_k) < 1:
-            raise ValueError(f"tree: nodes, depth and top_k must be at least 1, got {self}")
+        for name in ("nodes", "depth", "top_k"):
+            check_integer(f"tree: {name}", getattr(self, name), 1)
+        check_nodes("tree", self, self.drafted)
         if self.nodes > self.drafted:
-            raise ValueError(f"tree: {self.nodes} nodes of {self.drafted} that depth and top_k draft")
+            raise FastgenError(f"tree: {self.nodes} nodes of {self.drafted} that depth and top_k draft")
 
     @property
     def drafted(self) -> int:

@@ -28,7 +28,8 @@ def mix_logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float, tempe
     logits = cond.float()
     if uncond is not None:
         base = uncond.float()
-        logits = base + guidance_scale * (logits - base)
+        # Equal ones have no difference, not even where both are -inf: a masked token stays masked.
+        logits = base + guidance_scale * torch.where(logits == base, 0.0, logits - base)
     return logits if temperature in (0, 1) else logits / temperature
 
 

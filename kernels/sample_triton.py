@@ -23,7 +23,7 @@ def _row(  # type: ignore[no-untyped-def]
     logits = tl.load(cond + row * cond_stride + token, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
         base = tl.load(uncond + row * uncond_stride + token, mask=inside, other=0.0).to(tl.float32)
-        logits = base + scale * (logits - base)
+        logits = base + scale * tl.where(logits == base, 0.0, logits - base)
     logits = tl.where(inside, logits * inverse_temperature, float("-inf"))
     if TOP_K or TOP_P:
         # An integer with the order of the floats (-0 is 0); what is outside the vocabulary lies below all.

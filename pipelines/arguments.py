@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastgen.drafters.names import RULES, is_tree_name
+from fastgen.drafters.names import RULES, check_temperature, check_tree_name
 from fastgen.errors import FastgenError
 
 __all__ = ["SEARCH_SETTINGS", "SETTINGS", "check_prompt", "check_value"]
@@ -79,8 +79,8 @@ def check_value(label: str, name: str, value: object) -> None:
     elif name in _NUMBERS:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a finite number")
-        if name == "temperature" and value < 0:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number >= 0")
+        if name == "temperature":
+            check_temperature(label, value)
         if name == "max_seconds" and value <= 0:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs a number > 0")
         if name == "top_p" and not 0 < value <= 1:
@@ -97,8 +97,8 @@ def check_value(label: str, name: str, value: object) -> None:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs one of {', '.join(RULES)}")
     elif name == "tree":
         # Trees themselves, not their names, are checked by the pipeline.
-        if isinstance(value, str) and not is_tree_name(value):
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs auto, or e.g. jacobi-12, chain-4 or 4-2-1")
+        if isinstance(value, str):
+            check_tree_name(label, value)
     elif name == "preview":
         if value not in ("full", "pooled"):
             raise FastgenError(f"{label}: {value!r} is not allowed, needs full or pooled")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import LogitsProcessorList
 
 from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
+from fastgen.checks import check_bool, check_callable
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets import unit_range
-from fastgen.errors import FastgenError
-from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids
+from fastgen.drafters.targets import check_lengths, check_tokenizer, unit_range
+from fastgen.errors import FastgenError, NotFiniteError
+from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
 from fastgen.pipelines.sampling import GuidedGumbelSampler
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 from fastgen.pretrained import load_pretrained
@@ -52,8 +53,10 @@ class JanusImagePipeline(DiffusionPipeline):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        _check_parts(model, tokenizer)
         self._processor_files: dict[str, str] = {}
-        self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer))
+        self.register_modules(model=model, tokenizer=tokenizer)
 
     # ---- loading and saving: a plain transformers folder ----
 
@@ -112,6 +115,16 @@ class JanusImagePipeline(DiffusionPipeline):
 
     # ---- generation ----
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that leave no position for the picture.
+
+        Raises:
+            FastgenError: names the first such prompt, its length and the limit.
+        """
+        positions = int(self.model.config.text_config.max_position_embeddings)
+        lengths = prompt_lengths(self.model, self.tokenizer, prompts)
+        check_lengths(prompts, lengths, positions - self.num_image_tokens)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -150,11 +163,17 @@ class JanusImagePipeline(DiffusionPipeline):
 
         Raises:
             ValueError, TypeError: an argument outside its range.
+            NotFiniteError: logits or pixels were NaN or infinite.
         """
+        _check_parts(self.model, self.tokenizer)
         prompts = one_prompt_per_image(prompt, num_images_per_prompt, negative_prompt, output_type)
-        law = TokenLaw(float(guidance_scale), float(temperature), top_k, top_p)
+        law = TokenLaw(guidance_scale, temperature, top_k, top_p)
         self._guidance_scale = law.guidance_scale
         generators = one_per_image(generator, len(prompts))
+        check_bool("batch_invariant", batch_invariant)
+        check_bool("return_dict", return_dict)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        self.check_prompts(prompts)
         with account() as stats:
             with phase("text"):
                 texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
@@ -224,11 +243,13 @@ class JanusImagePipeline(DiffusionPipeline):
             )
         add_passes("target", self.num_image_tokens)
         add_tokens(kept=tokens.numel(), total=tokens.numel())
-        margin = sampler.margin
-        if margin is None:
+        margin, broken = sampler.margin, sampler.broken
+        if margin is None or broken is None:
             raise RuntimeError("the model did not call the sampler; this transformers version is not supported")
-        if margin.isnan().any():
-            raise FastgenError(f"the model's logits are not numbers (NaN) in {model.dtype}; another dtype may help")
+        if broken.any():
+            raise NotFiniteError(
+                f"the model's logits are not numbers (NaN, infinite) in {model.dtype}; another dtype may help"
+            )
         return tokens, margin
 
     def _generation_config(self) -> Any:
@@ -246,6 +267,12 @@ class JanusImagePipeline(DiffusionPipeline):
         chunks = tokens.split(1 if one_by_one else max(1, len(tokens)))
         decoded = [unit_range(self.model.decode_image_tokens(chunk)) for chunk in chunks]
         return as_output(torch.cat(decoded), output_type)
+
+
+def _check_parts(model: Any, tokenizer: Any) -> None:
+    if all(base.__name__ != "JanusForConditionalGeneration" for base in type(model).__mro__):
+        raise FastgenError(f"model: {type(model).__name__} is none; needs transformers' JanusForConditionalGeneration")
+    check_tokenizer(tokenizer)
 
 
 _HUB_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir", "force_download")

@@ -32,6 +32,9 @@ class GuidedGumbelSampler(LogitsProcessor):
 
     `margin` [B]: the smallest distance of a decision from being another one, in units of what rounding may move
     (`ROUNDING`). At 1 or above the tokens of the row are those that any other batch shape gives in float32.
+
+    `broken` [B] bool: in some step no law could be made of the scores of the row: NaN, +inf, or -inf throughout. Both
+    stay on the device.
     """
 
     def __init__(
@@ -45,11 +48,14 @@ class GuidedGumbelSampler(LogitsProcessor):
         self.on_token = on_token
         self.tokens_drawn = 0
         self.margin: torch.Tensor | None = None
+        self.broken: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         cond, uncond = scores.chunk(2)
         law = self.law
         logits = mix(cond, uncond, law)
+        broken = ~logits.amax(dim=-1).isfinite()
+        self.broken = broken if self.broken is None else self.broken | broken
         noise = None
         if law.temperature > 0:
             noise = gumbel_noise(self.generators, scores.shape[-1], scores.device)
@@ -65,7 +71,9 @@ class GuidedGumbelSampler(LogitsProcessor):
     def _rounding(self, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
         """[B, 1]: how far a score may move when the batch shape changes."""
         scale = self.law.guidance_scale if self.law.guided else 1.0
-        size = scale * cond.abs().amax(-1, keepdim=True) + (scale - 1) * uncond.abs().amax(-1, keepdim=True)
+        # Masked tokens (-inf) do not move.
+        cond, uncond = (scores.masked_fill(scores == -math.inf, 0).abs() for scores in (cond, uncond))
+        size = scale * cond.amax(-1, keepdim=True) + (scale - 1) * uncond.amax(-1, keepdim=True)
         return ROUNDING * size.float() / (self.law.temperature or 1.0)
 
 

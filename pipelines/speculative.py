@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.accounting import account, add_tokens, note_path, phase
+from fastgen.checks import check_bool, check_callable, check_choice, check_number
 from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
@@ -18,9 +22,11 @@ from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
+from fastgen.drafters.names import RULES, check_tree_name, tree_widths
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
+from fastgen.errors import FastgenError
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 
 __all__ = ["SpeculativeImagePipeline"]
@@ -43,8 +49,10 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             target's own guesses of the round before (Jacobi), which need no training.
         calibration: thresholds of CASCADE-R for this model and drafter, for the `quality` knob.
 
+    Every call uses the parts that the pipeline has then: a part may be replaced, moved, or changed in place.
+
     Raises:
-        ValueError: a model that we do not know, or a drafter of another model.
+        FastgenError: a model that we do not know, a part of another kind, or a drafter of another model or dtype.
     """
 
     loss: Loss = "distribution"
@@ -52,33 +60,67 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     _optional_components = ["drafter"]
 
     def __init__(
-        self, model: Any, tokenizer: Any, drafter: Any = None, calibration: Calibration | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        drafter: Any = None,
+        calibration: Calibration | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if drafter is not None and not isinstance(drafter, Drafter):
-            raise ValueError(f"drafter: {type(drafter).__name__} is no drafter")
-        self._target: Target = target_of(model, tokenizer)
+        if isinstance(calibration, Mapping):
+            calibration = Calibration.of_dict(calibration)
+        _check_parts(model, tokenizer, drafter, calibration)
         self.calibration = calibration
         self._compile = False
-        self._chosen: dict[Any, tuple[DraftSource, str]] = {}
-        if drafter is not None:
-            drafter.check(self._target)
+        self._chosen: dict[Any, tuple[str | Tree | DynamicShape, str]] = {}
         self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), drafter=drafter)
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote: model, tokenizer, drafter and calibration.
+
+        Raises:
+            FastgenError: a folder that holds a model alone; the message says how to load it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise FastgenError(
+                f"{folder} holds no saved pipeline (model_index.json); for a model alone call "
+                f'fastgen.load_pipeline({str(folder)!r}, method="speculative")'
+            )
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a folder that `from_pretrained` loads; arguments as of `DiffusionPipeline.save_pretrained`."""
+        self.register_to_config(calibration=None if self.calibration is None else self.calibration.as_dict())
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # ---- properties, of the parts that the pipeline has now ----
 
     @property
     def target(self) -> Target:
-        """The model as speculative decoding sees it."""
-        return self._target
+        """The model as speculative decoding sees it, made of the present parts; keep it no longer than they stay."""
+        return _check_parts(self.model, self.tokenizer, self.drafter, self.calibration)
 
     @property
     def image_size(self) -> int | None:
         """Height and width in pixels, where the model draws one size only."""
-        return self._target.image_size
+        return self.target.image_size
 
     @property
     def num_timesteps(self) -> int:
         """Tokens of a picture."""
-        return self._target.num_tokens
+        return self.target.num_tokens
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that leave no position for the picture.
+
+        Raises:
+            FastgenError: names the first such prompt, its length and the limit.
+        """
+        self.target.check_prompts(prompts)
 
     def compile(self, enabled: bool = True) -> None:
         """Run every round as one compiled graph (or, with False, no longer): see `fastgen.drafters.compiled`.
@@ -86,7 +128,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         The first picture waits for the compiler, up to a minute. Rounding differs from the rounds that are not
         compiled, so that a picture may.
         """
-        self._compile = enabled
+        self._compile = check_bool("enabled", enabled)
 
     @torch.no_grad()
     def __call__(
@@ -136,31 +178,39 @@ class SpeculativeImagePipeline(DiffusionPipeline):
                 the last token that all images of the batch have. What it returns is not used.
 
         Raises:
-            ValueError, TypeError: an argument outside its range.
+            ValueError, TypeError: an argument outside its range, or a part that does not fit the model.
+            NotFiniteError: logits or pixels were NaN or infinite.
         """
+        target = self.target
         prompts = one_prompt_per_image(prompt, num_images_per_prompt, negative_prompt, output_type)
-        target = self._target
-        scale = target.default_law.guidance_scale if guidance_scale is None else float(guidance_scale)
-        law = TokenLaw(scale, float(temperature), top_k, top_p)
-        rule = self._rule(acceptance, quality)
+        scale = target.default_law.guidance_scale if guidance_scale is None else guidance_scale
+        law = TokenLaw(scale, temperature, top_k, top_p)
         generators = one_per_image(generator, len(prompts))
-        source = None if tree == "auto" else self._source(tree, sampled, law, rule)
+        shape = self._shape(tree, sampled)
+        check_bool("batch_invariant", batch_invariant)
+        check_bool("return_dict", return_dict)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        target.check_prompts(prompts)
+        rule = self._rule(target, acceptance, quality)
+        rule.check(target)
+        source = None if shape == "auto" else self._source(shape, sampled, law, rule)
         if source is not None:
             source.check(target, law, rule)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
         with account() as stats:
             if source is None:
-                source = self._choose(prompts, rule, law)
+                source = self._choose(target, prompts, rule, law)
             note_path("acceptance", rule.name)
             note_path("draft", type(source).__name__)
             decoded = [
                 self._draw(
+                    target,
                     [prompts[i] for i in group],
                     law,
                     source,
                     rule,
                     [generators[i] for i in group],
-                    self._reporter(callback_on_step_end, number, len(groups)),
+                    self._reporter(callback_on_step_end, target, number, len(groups)),
                 )
                 for number, group in enumerate(groups)
             ]
@@ -181,45 +231,66 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         }
         return TokenImageOutput(images=images, tokens=tokens, stats=result)
 
-    def _rule(self, acceptance: str | AcceptanceRule, quality: float | None) -> AcceptanceRule:
+    def _rule(self, target: Target, acceptance: str | AcceptanceRule, quality: float | None) -> AcceptanceRule:
+        if not isinstance(acceptance, AcceptanceRule):
+            check_choice("acceptance", acceptance, RULES)
         if quality is None and acceptance == "cascade" and self.calibration is not None:
             quality = DEFAULT_QUALITY
         if quality is None:
-            return build_rule(acceptance, self._target) if isinstance(acceptance, str) else acceptance
+            return build_rule(acceptance, target) if isinstance(acceptance, str) else acceptance
+        check_number("quality", quality, 0, 1)
         if acceptance != "cascade":
-            raise ValueError('quality: is a knob of acceptance "cascade"')
+            raise FastgenError('quality: is a knob of acceptance "cascade"')
         if self.calibration is None:
-            raise ValueError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
-        return build_rule("cascade", self._target, **asdict(self.calibration.config(quality)))
+            raise FastgenError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
+        return build_rule("cascade", target, **asdict(self.calibration.config(quality)))
 
-    def _choose(self, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
-        """The fastest source, measured once."""
-        device, dtype = str(self._target.device), self._target.dtype
-        key = (rule.name, getattr(rule, "config", None), law, device, dtype, self._compile)
+    def _choose(self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
+        """The fastest source, measured once for the present model and drafter."""
+        # By their numbers: a model that is gone must not be kept, and the worst that a mistake costs is speed.
+        parts = (id(self.model), id(self.drafter), str(target.device), target.dtype)
+        key = (rule.name, getattr(rule, "config", None), law, *parts, self._compile)
         if key not in self._chosen:
+            drafter = None if rule.name == "block" else self.drafter  # block verification takes chains only
             with phase("auto"):
-                prefix = self._target.prefix(prompts[:1], law.guided)
-                self._chosen[key] = choose_source(self._target, self.drafter, rule, prefix, law, compile=self._compile)
-        source, name = self._chosen[key]
+                prefix = target.prefix(prompts[:1], law.guided)
+                source, name = choose_source(target, drafter, rule, prefix, law, compile=self._compile)
+            # What is kept holds no part of the pipeline.
+            self._chosen[key] = (source.tree if isinstance(source, TreeSource) else name, name)
+        shape, name = self._chosen[key]
         note_path("tree", name)
-        return source
+        return self._source(shape, None, law, rule)
 
-    def _source(
-        self, tree: str | Tree | DynamicShape | None, sampled: bool | None, law: TokenLaw, rule: AcceptanceRule
-    ) -> DraftSource:
-        """What drafts, by the arguments of `__call__`."""
+    def _shape(self, tree: str | Tree | DynamicShape | None, sampled: bool | None) -> str | Tree | DynamicShape:
+        """The tree or window that the arguments of `__call__` ask for."""
         if tree is None:
             tree = DEFAULT_TREE if self.drafter is not None else DEFAULT_WINDOW
-        if isinstance(tree, str) and tree.startswith("jacobi-"):
-            return JacobiSource.of_name(tree, rule)
-        if self.drafter is None:
-            raise ValueError(f"tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
-        topology = named_tree(tree) if isinstance(tree, str) else tree
+        if isinstance(tree, str):
+            check_tree_name("tree", tree)
+        elif not isinstance(tree, Tree | DynamicShape):
+            raise FastgenError(f"tree: {tree!r} is not allowed, needs a name, a Tree or a DynamicShape")
+        window = isinstance(tree, str) and tree_widths(tree) is None
+        if not window and self.drafter is None:
+            raise FastgenError(f"tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
+        if sampled is not None:
+            check_bool("sampled", sampled)
+            if window:
+                raise FastgenError(f"sampled: is a knob of trees, {tree!r} is none")
+        return tree
+
+    def _source(
+        self, shape: str | Tree | DynamicShape, sampled: bool | None, law: TokenLaw, rule: AcceptanceRule
+    ) -> DraftSource:
+        """What drafts."""
+        if isinstance(shape, str) and tree_widths(shape) is None:
+            return JacobiSource.of_name(shape, rule)
+        topology = named_tree(shape) if isinstance(shape, str) else shape
         free = law.temperature > 0 and isinstance(topology, Tree)
         return TreeSource(self.drafter, topology, free if sampled is None else sampled)
 
     def _draw(
         self,
+        target: Target,
         prompts: list[str],
         law: TokenLaw,
         source: DraftSource,
@@ -228,16 +299,34 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         on_token: Callable[[int], None] | None,
     ) -> Decoded:
         with phase("text"):
-            prefix = self._target.prefix(prompts, law.guided)
+            prefix = target.prefix(prompts, law.guided)
         with phase("tokens"):
-            return decode_speculative(self._target, source, rule, prefix, law, generators, on_token, self._compile)
+            return decode_speculative(target, source, rule, prefix, law, generators, on_token, self._compile)
 
-    def _reporter(self, callback: Callable[..., Any] | None, number: int, groups: int) -> Callable[[int], None] | None:
+    def _reporter(
+        self, callback: Callable[..., Any] | None, target: Target, number: int, groups: int
+    ) -> Callable[[int], None] | None:
         if callback is None:
             return None
 
         def report(index: int) -> None:
-            place = (number * self._target.num_tokens + index) // groups
+            place = (number * target.num_tokens + index) // groups
             callback(self, place, place, {})
 
         return report
+
+
+def _check_parts(model: Any, tokenizer: Any, drafter: Any, calibration: Any) -> Target:
+    """The model as a target, and whether the other parts fit it."""
+    target = target_of(model, tokenizer)
+    if drafter is not None:
+        if not isinstance(drafter, Drafter):
+            raise FastgenError(f"drafter: {type(drafter).__name__} is no drafter")
+        drafter.check(target)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
+    return target
+
+
+# `DiffusionPipeline.from_pretrained` looks a saved pipeline's class up there.
+diffusers.SpeculativeImagePipeline = SpeculativeImagePipeline

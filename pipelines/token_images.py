@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from fastgen.checks import check_choice, check_finite, check_generator, check_integer
+from fastgen.errors import FastgenError
+from fastgen.pipelines.arguments import check_prompt
+
 __all__ = ["OutputType", "TokenImageOutput", "as_output", "one_per_image", "one_prompt_per_image"]
 
 OutputType = Literal["pil", "np", "pt", "tokens"]
+#: Images of a prompt in one call.
+MOST_IMAGES = 100_000
 
 
 @dataclass
@@ -35,19 +41,21 @@ def one_prompt_per_image(prompt: Any, num_images: Any, negative_prompt: Any, out
     """The texts, one per image.
 
     Raises:
-        ValueError, TypeError: an argument outside its range.
+        FastgenError, TypeError: an argument outside its range.
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"prompt: needs a string or a list of strings, got {type(prompt).__name__}")
-    if not texts or not all(text.strip() for text in texts):
-        raise ValueError("prompt: an empty text is not allowed")
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f"num_images_per_prompt: {num_images!r} is not allowed, needs an integer >= 1")
+    if not texts:
+        raise FastgenError("prompt: an empty list is not allowed")
+    for text in texts:
+        check_prompt(text)
+    check_integer("num_images_per_prompt", num_images, 1, MOST_IMAGES)
     if negative_prompt is not None:
-        raise ValueError("negative_prompt: this model takes none; the row without a prompt is the prompt blanked out")
-    if output_type not in (allowed := ("pil", "np", "pt", "tokens")):
-        raise ValueError(f"output_type: {output_type!r} is not allowed, needs one of {', '.join(allowed)}")
+        raise FastgenError(
+            "negative_prompt: this model takes none; the row without a prompt is the prompt blanked out"
+        )
+    check_choice("output_type", output_type, get_args(OutputType))
     return [text for text in texts for _ in range(num_images)]
 
 
@@ -55,11 +63,10 @@ def one_per_image(generator: torch.Generator | Sequence[torch.Generator] | None,
     """One generator per image; a single one drives a single image, or draws a seed for each of several.
 
     Raises:
-        ValueError: another number of generators than of images.
+        FastgenError: no generator, or another number of them than of images.
     """
+    check_generator(generator, count)
     if isinstance(generator, list | tuple):
-        if len(generator) != count:
-            raise ValueError(f"generator: {len(generator)} generators for {count} images; needs one per image")
         return list(generator)
     if generator is not None and count == 1:
         return [generator]  # type: ignore[list-item]
@@ -69,7 +76,12 @@ def one_per_image(generator: torch.Generator | Sequence[torch.Generator] | None,
 
 
 def as_output(pixels: torch.Tensor, output_type: str) -> Any:
-    """Pictures [B, H, W, 3] in [0, 1] as "pil", "np" or "pt"."""
+    """Pictures [B, H, W, 3] in [0, 1] as "pil", "np" or "pt".
+
+    Raises:
+        NotFiniteError: some pixels are NaN or infinite.
+    """
+    check_finite(pixels, "decoded pixels")
     if output_type == "pt":
         return pixels.permute(0, 3, 1, 2).contiguous()
     array = pixels.cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgen.drafters.targets.base import Prefix, Target, TargetPass, unit_range
+from fastgen.drafters.targets.base import Prefix, Target, TargetPass, check_lengths, check_tokenizer, unit_range
 from fastgen.drafters.targets.registry import target_of
 
-__all__ = ["Prefix", "Target", "TargetPass", "target_of", "unit_range"]
+__all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer", "target_of", "unit_range"]

@@ -13,18 +13,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from fastgen.checks import check_finite
 from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
+from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.attention import padded_causal_mask
 
-__all__ = ["Prefix", "Target", "TargetPass", "unit_range"]
+__all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer", "codes_of", "unit_range"]
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32."""
+    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32.
+
+    Raises:
+        NotFiniteError: some pixels are NaN, or infinite, which the clamp would hide.
+    """
+    check_finite(pixels, "decoded pixels")
     return pixels.float().add(1).div(2).clamp(0, 1)
+
+
+def codes_of(embedding: nn.Module) -> Tensor:
+    """All vectors [V, d] of a codebook in float32; by its own forward, so that hooks of offloading see it."""
+    weight = next(embedding.parameters())
+    codes: Tensor = embedding(torch.arange(len(weight), device=weight.device))
+    return codes.detach().float()
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuse what is no tokenizer.
+
+    Raises:
+        FastgenError: says what it is.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise FastgenError(f"tokenizer: {type(tokenizer).__name__} is none; needs a tokenizer of transformers")
+
+
+def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int) -> None:
+    """Refuse prompts that a model has no positions for.
+
+    Args:
+        prompts: the texts.
+        lengths: tokens of each, with what the model puts around it.
+        most: tokens that the model takes beside the picture's.
+
+    Raises:
+        FastgenError: names the first such prompt, its length and the limit.
+    """
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > most:
+            start = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+            raise FastgenError(
+                f"prompt: {start!r} has {length} tokens with its frame, the model takes at most {max(most, 0)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -37,6 +81,8 @@ class Prefix:
         guided: whether there are unconditional rows.
         counts_pads: positions count every slot, pads too (LlamaGen); else real tokens only.
         static: caches of this batch have static shapes, see `KVCache.allocate`.
+        broken: [B] bool on the device, set by `Target.token_law` and `Target.next_token` where an image's logits are
+            no law; None: nobody looks.
     """
 
     embeds: Tensor
@@ -44,6 +90,26 @@ class Prefix:
     guided: bool
     counts_pads: bool = False
     static: bool = False
+    broken: Tensor | None = None
+
+    def watched(self) -> Prefix:
+        """The same with a flag of its own for logits that are not numbers; see `check`."""
+        return replace(self, broken=torch.zeros(self.images, dtype=torch.bool, device=self.mask.device))
+
+    def watch(self, mixed: Tensor) -> None:
+        """Note on the device, without waiting for it, which rows of mixed logits [B, ..., V] no law can be made of:
+        those with NaN or +inf, and those that are -inf throughout. Tokens that are masked out by -inf are fine."""
+        if self.broken is not None:
+            self.broken.logical_or_(~mixed.amax(dim=-1).isfinite().flatten(1).all(dim=1))
+
+    def check(self, what: str) -> None:
+        """Waits for the device.
+
+        Raises:
+            NotFiniteError: the flag was set; `what` says whose logits, in the plural.
+        """
+        if self.broken is not None and bool(self.broken.any()):
+            raise NotFiniteError(f"{what} are not numbers (NaN, infinite); another dtype (float32, bfloat16) may help")
 
     @property
     def images(self) -> int:
@@ -103,7 +169,7 @@ class Target(ABC):
         num_codes: image codes; local ids below it.
         vocab_size: V, codes and special tokens.
         forced: [N] int64, the special token of each position; -1 where a code is drawn.
-        codebook: [V, d] vectors of the codes; NaN for special tokens.
+        max_positions: tokens of a prompt and a picture together that the model has positions for; None: any.
     """
 
     model: Any
@@ -113,13 +179,22 @@ class Target(ABC):
     num_codes: int
     vocab_size: int
     forced: Tensor
-    codebook: Tensor
+    max_positions: int | None = None
 
     # ---- what an adapter tells ----
 
     @abstractmethod
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
         """Prompts, and the rows without a prompt if `guided`."""
+
+    @abstractmethod
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt as `prefix` reads it."""
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """Vectors [V, d] of the codes in float32, as the weights are now; NaN for special tokens."""
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
@@ -164,6 +239,20 @@ class Target(ABC):
     @property
     def hidden_size(self) -> int:
         return int(self.layers[0].query.in_features)  # type: ignore[arg-type]
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Tokens of a prompt that leave room for a picture; None: any number."""
+        return None if self.max_positions is None else self.max_positions - self.num_tokens
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the model would cut, or has no positions for.
+
+        Raises:
+            FastgenError: names the first such prompt, its length and the limit.
+        """
+        if self.max_prompt is not None:
+            check_lengths(prompts, self.lengths(prompts), self.max_prompt)
 
     def new_cache(self, prefix: Prefix, room: int) -> KVCache:
         """A cache for the prompts, the picture and `room` more tokens."""
@@ -256,8 +345,12 @@ class Target(ABC):
         """
         cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
         if not self.has_grammar:
+            if prefix.broken is not None:
+                prefix.watch(mix(cond, uncond, law))
             return probabilities(cond, uncond, law)
-        mixed = self.apply_grammar(mix(cond, uncond, law), index)
+        mixed = mix(cond, uncond, law)
+        prefix.watch(mixed)
+        mixed = self.apply_grammar(mixed, index)
         if law.temperature == 0:
             return torch.zeros_like(mixed).scatter_(-1, mixed.argmax(dim=-1, keepdim=True), 1.0)
         return restrict(mixed, law)[0].softmax(dim=-1)
@@ -273,9 +366,11 @@ class Target(ABC):
             gumbel: [B, V] noise.
         """
         cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
+        mixed = mix(cond, uncond, law)
+        prefix.watch(mixed)
         if not self.has_grammar:
             return draw_token(cond[:, 0], uncond[:, 0], gumbel, law)
-        mixed = restrict(self.apply_grammar(mix(cond, uncond, law), index), law)[0][:, 0]
+        mixed = restrict(self.apply_grammar(mixed, index), law)[0][:, 0]
         return (mixed if gumbel is None else mixed + gumbel).argmax(dim=-1)
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target, unit_range
-from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, unconditional_ids
+from fastgen.drafters.targets.base import Prefix, Target, check_tokenizer, codes_of, unit_range
+from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths, unconditional_ids
 
 __all__ = ["JanusTarget"]
 
@@ -25,6 +25,7 @@ class JanusTarget(Target):
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
         inner = model.model
         self.model, self.tokenizer, self.inner = model, tokenizer, inner
         self.layers = layers_of(inner.language_model)
@@ -32,13 +33,20 @@ class JanusTarget(Target):
         config = inner.language_model.config
         self._table = RotaryTable(inner.language_model.rotary_emb, config.max_position_embeddings)
         self.num_tokens = int(model.config.vision_config.num_image_tokens)
-        codes: Tensor = inner.vqmodel.quantize.embedding.weight
-        self.num_codes = self.vocab_size = len(codes)
+        self.num_codes = self.vocab_size = int(inner.vqmodel.quantize.embedding.num_embeddings)
         self.forced = torch.full((self.num_tokens,), -1, dtype=torch.int64)
+        self.max_positions = int(config.max_position_embeddings)
+
+    @property
+    def codebook(self) -> Tensor:
         # As the decoder reads them: of unit length.
-        self.codebook = nn.functional.normalize(codes.detach().float(), dim=-1)
+        return nn.functional.normalize(codes_of(self.inner.vqmodel.quantize.embedding), dim=-1)
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return prompt_lengths(self.model, self.tokenizer, prompts)
 
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        self.check_prompts(prompts)
         texts = [format_prompt(self.model, self.tokenizer, prompt) for prompt in prompts]
         ids, mask = (tensor.to(self.device) for tensor in prompt_ids(self.tokenizer, texts))
         if guided:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.decoder import Rotary, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target, unit_range
+from fastgen.drafters.targets.base import Prefix, Target, check_tokenizer, codes_of, unit_range
 from fastgen.models.llamagen import LlamaGen
 
 __all__ = ["LlamaGenTarget"]
@@ -30,6 +30,7 @@ class LlamaGenTarget(Target):
     """
 
     def __init__(self, model: LlamaGen, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
         transformer: Any = model.transformer
         vq: Any = model.vq
         if transformer.config.num_classes is not None:
@@ -41,10 +42,17 @@ class LlamaGenTarget(Target):
         self.num_tokens = transformer.config.grid**2
         self.num_codes = self.vocab_size = transformer.config.vocab_size
         self.forced = torch.full((self.num_tokens,), -1, dtype=torch.int64)
-        codes: Tensor = vq.quantize.embedding.weight
-        self.codebook = nn.functional.normalize(codes.detach().float(), dim=-1)
+        self.max_positions = self.num_tokens + int(transformer.condition_tokens)
+
+    @property
+    def codebook(self) -> Tensor:
+        return nn.functional.normalize(codes_of(self.vq.quantize.embedding), dim=-1)
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(prompts))["input_ids"]]
 
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        self.check_prompts(prompts)
         slots = self.transformer.condition_tokens
         inputs = self.tokenizer(
             list(prompts), max_length=slots, padding="max_length", truncation=True, return_tensors="pt"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgen.drafters.targets.base import Target
+from fastgen.errors import FastgenError
 
 __all__ = ["register_target", "target_of"]
 
@@ -69,4 +70,4 @@ def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
                     raise
                 raise ValueError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
     known = ", ".join(sorted(_FACTORIES))
-    raise ValueError(f"model: {type(model).__name__} is no target that we know; there are {known}")
+    raise FastgenError(f"model: {type(model).__name__} is no target that we know; there are {known}")

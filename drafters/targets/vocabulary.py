@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_integer
 from fastgen.drafters.decoder import Rotary, RotaryTable, layers_of
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.targets.base import Prefix, Target, unit_range
+from fastgen.drafters.targets.base import Prefix, Target, check_tokenizer, codes_of, unit_range
 
 __all__ = ["ChameleonTarget", "Emu3Target", "VocabularyTarget"]
 
@@ -26,11 +28,11 @@ class VocabularyTarget(Target):
         ids: [V] ids of codes and special tokens in the text vocabulary.
         num_codes: how many of them are codes.
         forced: [N] local id of the special token at each place, or -1.
-        codebook: [num_codes, d].
+        codes: the embedding of the codebook, [num_codes, d].
     """
 
     def __init__(
-        self, model: Any, decoder: Any, ids: list[int], num_codes: int, forced: Tensor, codebook: Tensor
+        self, model: Any, decoder: Any, ids: list[int], num_codes: int, forced: Tensor, codes: torch.nn.Module
     ) -> None:
         self.model, self.decoder = model, decoder
         self.layers, self.final_norm = layers_of(decoder), decoder.norm
@@ -38,8 +40,20 @@ class VocabularyTarget(Target):
         self.ids = torch.tensor(ids)
         self.num_codes, self.vocab_size = num_codes, len(ids)
         self.forced, self.num_tokens = forced, len(forced)
-        blank = torch.full((self.vocab_size - num_codes, codebook.shape[1]), torch.nan, device=codebook.device)
-        self.codebook = torch.cat([codebook.detach().float(), blank])
+        self.max_positions = int(decoder.config.max_position_embeddings)
+        self._codes = codes
+
+    @property
+    def codebook(self) -> Tensor:
+        codes = codes_of(self._codes)
+        return torch.cat([codes, codes.new_full((self.vocab_size - self.num_codes, codes.shape[1]), torch.nan)])
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt with its frame."""
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.texts(prompts)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         embeds: Tensor = self.decoder.embed_tokens(self.ids.to(tokens.device)[tokens])
@@ -77,28 +91,29 @@ class Emu3Target(VocabularyTarget):
     """
 
     def __init__(self, model: Any, tokenizer: Any, size: tuple[int, int] = (90, 90), negative: str = "") -> None:
-        if min(size) < 1:
-            raise ValueError(f"size: {size} is not allowed, needs at least one token a side")
+        check_tokenizer(tokenizer)
+        for side in size:
+            check_integer("size", side, 1)
         self.tokenizer, self.size, self.negative = tokenizer, tuple(size), negative
         mapping = model.model.vocabulary_mapping
         codes = [mapping.img2bpe[code] for code in sorted(mapping.img2bpe)]
         height, width = size
         row = torch.full((width + 1,), -1, dtype=torch.int64)
         row[-1] = len(codes)
-        book = model.model.vqmodel.quantize.embedding.weight
+        book = model.model.vqmodel.quantize.embedding
         ids = [*codes, mapping.eol_token_id]
         super().__init__(model, model.model.text_model, ids, len(codes), row.repeat(height), book)
 
-    def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+    def texts(self, prompts: Sequence[str]) -> list[list[int]]:
         token, height, width = self.tokenizer, *self.size
         end = f"{token.boi_token}{height}*{width}{token.image_wrapper_token}"
+        framed = [f"{token.bos_token}{text}{end}" for text in prompts]
+        return [list(token(text, add_special_tokens=False)["input_ids"]) for text in framed]
 
-        def ids(text: str) -> list[int]:
-            return list(token(f"{token.bos_token}{text}{end}", add_special_tokens=False)["input_ids"])
-
-        texts = [ids(prompt) for prompt in prompts]
-        blank = [ids(self.negative)] * len(texts) if guided else None
-        return self.rows(texts, blank, pad=token.pad_token_id)
+    def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
+        self.check_prompts([*prompts, self.negative] if guided else prompts)
+        blank = self.texts([self.negative]) * len(prompts) if guided else None
+        return self.rows(self.texts(prompts), blank, pad=self.tokenizer.pad_token_id)
 
     def pixels(self, tokens: Tensor) -> Tensor:
         height, width = self.size
@@ -138,8 +153,9 @@ class ChameleonTarget(VocabularyTarget):
         begin: list[int] | None = None,
         decode: Any = None,
     ) -> None:
-        if min(size) < 1:
-            raise ValueError(f"size: {size} is not allowed, needs at least one token a side")
+        check_tokenizer(tokenizer)
+        for side in size:
+            check_integer("size", side, 1)
         self.tokenizer, self.size, self.decode, self.line_end = tokenizer, tuple(size), decode, line_end
         self.begin = begin if begin is not None else [tokenizer.convert_tokens_to_ids(tokenizer.boi_token)]
         mapping = model.model.vocabulary_mapping
@@ -149,13 +165,16 @@ class ChameleonTarget(VocabularyTarget):
         if line_end is not None:
             row[-1] = len(codes)
         ids = codes if line_end is None else [*codes, line_end]
-        book = model.model.vqmodel.quantize.embedding.weight
+        book = model.model.vqmodel.quantize.embedding
         super().__init__(model, model.model, ids, len(codes), row.repeat(height), book)
 
+    def texts(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [[*self.tokenizer(prompt)["input_ids"], *self.begin] for prompt in prompts]
+
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
-        texts = [[*self.tokenizer(prompt)["input_ids"], *self.begin] for prompt in prompts]
-        blank = [self.begin] * len(texts) if guided else None
-        return self.rows(texts, blank, pad=self.tokenizer.pad_token_id or 0)
+        self.check_prompts(prompts)
+        blank = [self.begin] * len(prompts) if guided else None
+        return self.rows(self.texts(prompts), blank, pad=self.tokenizer.pad_token_id or 0)
 
     def pixels(self, tokens: Tensor) -> Tensor:
         if self.decode is None:

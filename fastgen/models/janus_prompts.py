@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["format_prompt", "image_size", "prompt_ids", "unconditional_ids"]
+__all__ = ["format_prompt", "image_size", "prompt_ids", "prompt_lengths", "unconditional_ids"]
 
 
 def format_prompt(model: Any, tokenizer: Any, text: str) -> str:
@@ -40,6 +40,12 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, P] of formatted prompts, left-padded: the token that is drawn next follows the prompt."""
     inputs = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
     return inputs["input_ids"], inputs["attention_mask"]
+
+
+def prompt_lengths(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt with its frame."""
+    texts = [format_prompt(model, tokenizer, prompt) for prompt in prompts]
+    return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def unconditional_ids(model: Any, ids: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def calibrate_cascade(
     law = TokenLaw(guidance_scale=scale)
     config = CascadeConfig()
     near = min(config.near, len(target.codebook) - 1)
-    recorder = PairRecorder(config, Neighbours.of(target.codebook, near))
+    recorder = PairRecorder(config, Neighbours.known(target.model, target.codebook, near))
     for number in range(pictures):
         prefix = target.prefix([texts[number % len(texts)]], law.guided)
         generator = torch.Generator().manual_seed(seed + number)

@@ -55,7 +55,7 @@ def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, 
             fake = target_of(model, janus.tokenizer)
             if isinstance(source, TreeSource):
                 source.drafter = make_drafter(fake, name)
-        prefix = fake.prefix(PROMPTS[:2], law.guided)
+        prefix = fake.prefix(PROMPTS[:2], law.guided).watched()
         made = build_rule(rule, fake, **settings)
         rounds = _Rounds(fake, source, made, prefix, law, [torch.Generator(), torch.Generator()])
         for _ in range(2):
