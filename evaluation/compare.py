@@ -16,7 +16,7 @@ import numpy as np
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.measures import OVERALL, Measure, Result
-from fastgen.evaluation.report import markdown_table
+from fastgen.evaluation.report import markdown_table, plain
 
 WORSE, BETTER, SAME, UNKNOWN = "worse", "better", "no difference", "no interval"
 
@@ -96,14 +96,15 @@ class Comparison:
             )  # fmt: skip
             numbers = (f"{scale * value:.{digits}f}" for value in (row.a, row.b))
             verdict = ("**" + row.verdict + "**" if row.failed else row.verdict) + (" (gate)" if row.gated else "")
-            rows.append([row.name, *numbers, f"{scale * row.difference:+.{digits}f}", interval, verdict])
+            rows.append([plain(row.name), *numbers, f"{scale * row.difference:+.{digits}f}", interval, verdict])
         percent = f"{100 * self.confidence:g} %"
-        table = markdown_table(["measure", self.a.name, self.b.name, "difference", percent, "verdict"], rows)
+        names = [plain(result.name) for result in (self.a, self.b)]
+        table = markdown_table(["measure", *names, "difference", percent, "verdict"], rows)
         paired = " Prompts compared in pairs." if any(row.paired for row in self.rows) else ""
-        lines = [f"{self.a.benchmark}{' ' + self.a.detector if self.a.detector else ''}.{paired}\n\n{table}"]
+        lines = [f"{plain(f'{self.a.benchmark} {self.a.detector}')}.{paired}\n\n{table}"]
         if self.slowdown is not None:
-            lines.append(f"Seconds a picture: {self.slowdown:.3f} times those of {self.a.name}.\n")
-        failed = [row.name for row in self.rows if row.failed] + ["seconds a picture"] * self.too_slow
+            lines.append(f"Seconds a picture: {self.slowdown:.3f} times those of {names[0]}.\n")
+        failed = [plain(row.name) for row in self.rows if row.failed] + ["seconds a picture"] * self.too_slow
         lines.append(f"REGRESSION: {', '.join(failed)}\n" if failed else "no regression\n")
         return "\n".join(lines)
 
@@ -132,8 +133,8 @@ def compare(
         max_slowdown: seconds a picture may grow by this factor.
 
     Raises:
-        FastgenError: the results do not compare: another benchmark, detector, protocol or prompts; or a gate that
-            neither has.
+        FastgenError: the results do not compare: another benchmark, detector, protocol or prompts; a gate that they
+            do not both have; or no number with an error, which could decide.
         ValueError: confidence, margin or max_slowdown out of range.
     """
     if not 0 < confidence < 1:
@@ -143,7 +144,7 @@ def compare(
     if max_slowdown is not None and not max_slowdown > 0:
         raise ValueError(f"max_slowdown: needs a number > 0, got {max_slowdown}")
     pairs = _common(a, b)
-    chosen = _gates(pairs, gates)
+    chosen = _gates(a, b, pairs, gates)
     errors = _paired_errors(a.data, b.data)
     level = 1 - (1 - confidence) / max(len(chosen), 1)
     z = NormalDist().inv_cdf(0.5 + level / 2)
@@ -187,6 +188,8 @@ def _common(a: Result, b: Result) -> list[tuple[Measure, Measure]]:
     colors = [result.data.get("judge", {}).get("color_model_sha256") for result in (a, b)]
     if all(colors) and colors[0] != colors[1]:
         raise FastgenError(f"{a.path} and {b.path} had their colours named by other weights")
+    if set(a.data.get("tasks", ())) != set(b.data.get("tasks", ())):
+        raise FastgenError(f"{a.path} and {b.path} have other tasks: they do not compare")
     tables = [_prompts(result.data) for result in (a, b)]
     if tables[0] and tables[1] and tables[0].keys() != tables[1].keys():
         raise FastgenError(f"{a.path} and {b.path} were made of other prompts: they do not compare")
@@ -197,14 +200,22 @@ def _common(a: Result, b: Result) -> list[tuple[Measure, Measure]]:
     return pairs
 
 
-def _gates(pairs: Sequence[tuple[Measure, Measure]], gates: Sequence[str] | None) -> set[str]:
+def _gates(a: Result, b: Result, pairs: Sequence[tuple[Measure, Measure]], gates: Sequence[str] | None) -> set[str]:
     names = [before.name for before, _ in pairs]
-    if gates is None:
-        if OVERALL in names:
-            return {OVERALL}
-        return {before.name for before, after in pairs if _independent(before, after) is not None}
-    if "all" in gates:
-        return {before.name for before, after in pairs if _independent(before, after) is not None}
+    if gates is None and OVERALL in names:
+        return {OVERALL}
+    if gates is None or "all" in gates:
+        for one, other in ((a, b), (b, a)):
+            for measure in one.measures:
+                if measure.name not in names:
+                    raise FastgenError(f"{other.path} has no {measure.name}; choose with --gate what decides")
+        chosen = {before.name for before, after in pairs if _independent(before, after) is not None}
+        if not chosen:
+            raise FastgenError(
+                f"{a.path} and {b.path} have no number with an error in both, so nothing can be said (a task needs "
+                "two prompts, a distance its bootstrap)"
+            )
+        return chosen
     for gate in gates:
         if gate not in names:
             raise FastgenError(f"--gate: {gate!r} is not allowed, needs all or one of {', '.join(names)}")
@@ -219,12 +230,9 @@ def _independent(a: Measure, b: Measure) -> float | None:
 
 
 def _prompts(data: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(tag, prompt) -> (correct, images); empty when the result does not tell, or a prompt appears twice."""
-    rows = data.get("prompts")
-    if not isinstance(rows, list):
-        return {}
-    table = {(row["tag"], row["prompt"]): (row["correct"], row["images"]) for row in rows}
-    return table if len(table) == len(rows) else {}
+    """(tag, prompt) -> (correct, images); empty when the result does not tell."""
+    rows = data.get("prompts") or []
+    return {(row["tag"], row["prompt"]): (row["correct"], row["images"]) for row in rows}
 
 
 def _paired_errors(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:

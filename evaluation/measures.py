@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgen.checks import check_number
 from fastgen.errors import FastgenError
+from fastgen.evaluation.result_schema import check_result
 from fastgen.io import read_object
 
 OVERALL = "overall"
@@ -96,15 +98,17 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     """
     path = Path(path)
     data = read_object(path)
-    benchmark = data.get("benchmark")
-    if not isinstance(benchmark, str):
+    if "benchmark" not in data:
         raise FastgenError(f"{path}: is no result of `fastgen eval` or `fastgen bench` (it names no benchmark)")
     try:
+        check_result(data)
         measures = tuple(_measures(data))
         points = tuple(_points(data, name or _name(path)))
+    except FastgenError as error:
+        raise FastgenError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FastgenError(f"{path}: is damaged: {type(error).__name__} at {error}") from error
-    return Result(path, name or _name(path), data, benchmark, measures, points)
+    return Result(path, name or _name(path), data, data["benchmark"], measures, points)
 
 
 def read_results(paths: Sequence[str | Path]) -> list[Result]:
@@ -155,17 +159,27 @@ def _points(data: dict[str, Any], name: str) -> list[Point]:
     if "overall" in data and data.get("seconds_per_image") is not None:
         return [Point(name, name, float(data["seconds_per_image"]), data["overall"], data["overall_stderr"])]
     points = []
-    for row in data.get("rows", []):
+    for number, row in enumerate(data.get("rows", [])):
         seconds = row.get("seconds") if isinstance(row, dict) else None
         if seconds is None or row.get("score") is None:
             continue
+        where = f"rows[{number}]"
         if "policy" in row:
-            points.append(_search_point(row))
+            points.append(_search_point(row, where))
         elif isinstance(seconds, dict):
             label = str(row.get("variant", row.get("name", "")))
             # A method with its settings turned up and down is one series.
             series = row.get("rule") or " ".join(word for word in label.split() if not any(map(str.isdigit, word)))
-            points.append(Point(series or label, label, float(seconds["p50"]), float(row["score"]), row.get("stderr")))
+            error = row.get("stderr")
+            points.append(
+                Point(
+                    str(series or label),
+                    label,
+                    check_number(f"{where}.seconds.p50", seconds["p50"], 0, 1e9),
+                    check_number(f"{where}.score", row["score"], 0, 1),
+                    None if error is None else check_number(f"{where}.stderr", error, 0, 1),
+                )
+            )
     return points
 
 
@@ -174,10 +188,11 @@ def policy_family(policy: str) -> str:
     return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 
-def _search_point(row: dict[str, Any]) -> Point:
+def _search_point(row: dict[str, Any], where: str) -> Point:
     """A policy of a noise search at one budget; budgets of a policy are one series."""
     policy, budget = str(row["policy"]), row.get("budget")
     name = policy if budget is None else f"{policy}, {budget} passes"
-    low, high = row["score_ci"]
-    stderr = (float(high) - float(low)) / (2 * 1.96)
-    return Point(policy_family(policy), name, float(row["seconds"]), float(row["score"]), stderr)
+    low, high = (check_number(f"{where}.score_ci", end, -1, 2) for end in row["score_ci"])
+    stderr = check_number(f"{where}.score_ci", (high - low) / (2 * 1.96), 0)
+    seconds = check_number(f"{where}.seconds", row["seconds"], 0, 1e9)
+    return Point(policy_family(policy), name, seconds, check_number(f"{where}.score", row["score"], 0, 1), stderr)

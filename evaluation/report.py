@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns after the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """`text` for Markdown, shown as it is: no link, picture, tag, code, emphasis or new cell comes out of it."""
+    line = " ".join(text.split())
+    escaped = re.sub(r"[\\`*\[\]<>|~#!&]", lambda found: f"\\{found[0]}", line)
+    # Underscores inside a word are no emphasis; "://" and "www." would become links by themselves.
+    escaped = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)
+    return re.sub(r"(?i)(:)(?=//)|(?<=www)(\.)|(@)", lambda found: f"\\{found[0]}", escaped)
 
 
 def provenance(data: dict[str, Any]) -> str:

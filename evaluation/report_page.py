@@ -16,10 +16,11 @@ from PIL import Image
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.results import read_results as read_verdicts
-from fastgen.evaluation.images import decode_image
+from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image
 from fastgen.evaluation.measures import OVERALL, Measure, Point, Result
 from fastgen.evaluation.plots import legend, quality_plot
-from fastgen.evaluation.report import markdown_table, provenance
+from fastgen.evaluation.report import markdown_table, plain, provenance
+from fastgen.io import read_limited
 
 THUMBNAIL = 256
 _CORRECT = ("correct_images", "correct_prompts")
@@ -45,9 +46,10 @@ class Table:
 
     def markdown(self) -> str:
         """The table with its title and notes."""
-        rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in self.rows]
-        notes = "".join(f"\n{note}\n" for note in self.notes)
-        return f"## {self.title}\n\n{markdown_table(self.header, rows)}{notes}"
+        cells = [[(plain(cell.text), cell.best) for cell in row] for row in self.rows]
+        rows = [[f"**{text}**" if best else text for text, best in row] for row in cells]
+        notes = "".join(f"\n{plain(note)}\n" for note in self.notes)
+        return f"## {plain(self.title)}\n\n{markdown_table([plain(name) for name in self.header], rows)}{notes}"
 
 
 def tables_of(results: Sequence[Result]) -> list[Table]:
@@ -119,22 +121,31 @@ def csv_text(results: Sequence[Result]) -> str:
             low, high = item.interval or (None, None)
             better = "higher" if item.higher else "lower"
             row = [result.name, result.benchmark, detector, item.name, item.value, item.stderr, low, high, better]
-            writer.writerow([*row, images, result.seconds, result.path])
+            writer.writerow(map(_cell, [*row, images, result.seconds, str(result.path)]))
     return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A spreadsheet computes a text that begins as a formula does; an apostrophe before it keeps it a text."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@") else value
 
 
 def markdown_text(results: Sequence[Result], title: str) -> str:
     """Title, tables, quality against time, and provenance."""
-    parts = [f"# {title}\n", *(table.markdown() for table in tables_of(results))]
+    parts = [f"# {plain(title)}\n", *(table.markdown() for table in tables_of(results))]
     points = [point for result in results for point in result.points]
     if points:
         rows = [
-            [point.series, point.name, f"{point.seconds:.3f}", f"{100 * point.score:.1f}", _percent(point.stderr)]
+            [
+                *map(plain, (point.series, point.name)),
+                f"{point.seconds:.3f}",
+                *map(_percent, (point.score, point.stderr)),
+            ]
             for point in sorted(points, key=lambda point: (point.series, point.seconds))
         ]
         table = markdown_table(["series", "result", "s/image", "score %", "± s.e."], rows)
         parts.append(f"## Quality against time\n\n{table}")
-    lines = [f"- {result.name}: {_provenance(result)}" for result in results]
+    lines = [f"- {plain(result.name)}: {plain(_provenance(result))}" for result in results]
     return "\n".join([*parts, "## Where the numbers come from\n", *lines, ""])
 
 
@@ -171,19 +182,25 @@ class Grid:
     items: list[Shown]
 
 
-def grid_of(result: Result, count: int) -> Grid | None:
+def grid_of(result: Result, count: int, folders: Sequence[Path] = ()) -> Grid | None:
     """Up to `count` images of a result, failures first, spread over the tasks; None when it has no verdicts.
 
-    Verdicts lie in results.jsonl beside the result or in the folder of the images.
+    A result file may come from anybody, and names files: only images below its own folder are shown, or below one of
+    `folders`, wherever links lead. Verdicts lie in results.jsonl beside the result or in the folder of the images.
+
+    Args:
+        folders: further folders whose images may be shown.
 
     Raises:
         FastgenError: the file of verdicts is damaged.
     """
-    root = Path(str(result.data.get("images") or result.path.parent))
-    if not root.is_dir() and not root.is_absolute():
-        root = result.path.parent  # the folder has moved together with its result
-    places = [folder / "results.jsonl" for folder in (result.path.parent, root)]
-    file = next((path for path in places if path.is_file()), None)
+    here = result.path.parent
+    allowed = [folder.resolve() for folder in (here, *folders)]
+    named = Path(str(result.data.get("images") or here))
+    # The folder may have moved together with its result.
+    roots = [root for root in (named, here) if _below(root, allowed)]
+    places = [folder / "results.jsonl" for folder in (here, *roots)]
+    file = next((path for path in places if path.is_file() and _below(path, allowed)), None)
     if file is None or "tasks" not in result.data or count < 1:
         return None
     verdicts = read_verdicts(file)
@@ -192,10 +209,18 @@ def grid_of(result: Result, count: int) -> Grid | None:
     items = []
     for place in order[:count]:
         found, prompt = verdicts.results[place], verdicts.prompts[place]
-        source, small, problem = _thumbnail(root, verdicts.names[place])
+        source, small, problem = _thumbnail([named, *roots], verdicts.names[place], allowed)
         items.append(Shown(found.tag, prompt.prompt, found.correct, found.reason, source, small, problem))
     note = f"{wrong} of {len(verdicts.results)} images are wrong; {len(items)} are shown, {result.detector}"
     return Grid(result.name, note, items)
+
+
+def _below(path: Path, allowed: Sequence[Path]) -> bool:
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a null character
+        return False
+    return any(real == folder or folder in real.parents for folder in allowed)
 
 
 def _failures_first(verdicts: Sequence[tuple[str, bool]]) -> list[int]:
@@ -208,13 +233,16 @@ def _failures_first(verdicts: Sequence[tuple[str, bool]]) -> list[int]:
     return [index for _, _, index in sorted(keys)]
 
 
-def _thumbnail(root: Path, name: str) -> tuple[str, bool, str]:
+def _thumbnail(roots: Sequence[Path], name: str, allowed: Sequence[Path]) -> tuple[str, bool, str]:
     """(data URI, whether it is small, problem)."""
-    path = next((place for place in (root / name, Path(name)) if place.is_file()), None)
+    places = [root / name for root in roots] + [Path(name)]
+    path = next((place for place in places if _below(place, allowed) and place.is_file()), None)
     if path is None:
+        if not _below(places[0], allowed):
+            return "", False, f"{name} is not below the folder of its result; --pictures allows other folders"
         return "", False, f"{name} is gone"
     try:
-        image = Image.fromarray(decode_image(path.read_bytes(), name))
+        image = Image.fromarray(decode_image(read_limited(path, MAX_FILE_BYTES), name, upright=True))
     except FastgenError as error:
         return "", False, str(error)
     small = max(image.size) <= _PIXELATED
@@ -228,11 +256,14 @@ def _thumbnail(root: Path, name: str) -> tuple[str, bool, str]:
 # --- page --------------------------------------------------------------------------------------------------------
 
 
-def html_page(results: Sequence[Result], title: str = "Evaluation", images: int = 48) -> str:
+def html_page(
+    results: Sequence[Result], title: str = "Evaluation", images: int = 48, folders: Sequence[Path] = ()
+) -> str:
     """The page, self-contained.
 
     Args:
         images: shown of each result.
+        folders: images below them may be shown, besides those below the folder of each result.
 
     Raises:
         FastgenError: jinja2 is not installed, or a file of verdicts is damaged.
@@ -243,7 +274,7 @@ def html_page(results: Sequence[Result], title: str = "Evaluation", images: int 
         raise FastgenError("the HTML report needs jinja2: pip install fastgen[report]") from error
     loader = jinja2.PackageLoader("fastgen.evaluation")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    grids = [grid for result in results if (grid := grid_of(result, images)) is not None]
+    grids = [grid for result in results if (grid := grid_of(result, images, folders)) is not None]
     tags = dict.fromkeys(item.tag for grid in grids for item in grid.items)
     return environment.get_template("report.html.jinja").render(
         title=title,

@@ -6,20 +6,20 @@ from the files in ``docs/results``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastgen.evaluation.benchmarks.fid import fid_markdown
 from fastgen.evaluation.dc_results import dc_ablations_markdown, dc_markdown, dc_quality_markdown
 from fastgen.evaluation.kernel_results import kernels_markdown
-from fastgen.evaluation.report import markdown_table, percent, provenance, three
+from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 from fastgen.evaluation.speculative_results import (
     drafter_ablations_markdown,
     speculative_cost_markdown,
     speculative_markdown,
 )
+from fastgen.io import read_object
 
 _MARK = "<!-- scores -->"
 # Of results whose name is not that of their command.
@@ -72,12 +72,12 @@ def _checker_cells(row: dict[str, Any]) -> list[str]:
 def scores_markdown(data: dict[str, Any]) -> str:
     """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
     rows = [
-        [tag, percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
+        [plain(tag), percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
         for tag, task in data["tasks"].items()
     ]
     rows.append(
         [
-            f"**{data['benchmark']}** (mean of tasks)",
+            f"**{plain(data['benchmark'])}** (mean of tasks)",
             f"**{percent(data['overall'])}**",
             percent(data["overall_stderr"]),
             str(data["n_prompts"]),
@@ -122,7 +122,7 @@ def _megabytes(value: int | None) -> str:
 
 def _read(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_object(path) if path.exists() else None
 
 
 def scores_table(folder: Path) -> str:

@@ -9,11 +9,17 @@
 
 Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and i. So a run
 killed at any moment and started again ends with the files of an uninterrupted one, with however many processes.
+
+An image counts as finished when its seal holds (`fastgen.evaluation.seals`): it is whole, and was drawn for this
+prompt, number and settings. In folders of older versions, whose run.json has no "sealed", it must decode whole.
+Processes of one run share its folder; another run is refused meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +32,9 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
 from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
-from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers, save_png
+from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
+from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers
+from fastgen.locks import locked_folder
 
 __all__ = [
     "EvaluationRun",
@@ -149,17 +157,26 @@ class EvaluationRun:
             raise ValueError("prompts: needs at least one")
         self.folder, self.prompts, self.settings = Path(folder), list(prompts), settings
         self.group = group or Group()
-        self.group.main_first(self._open)
+        self.group.meet()  # no process holds the folder for an earlier part of the run
+        self._sealed = self.group.main_first(self._open)
+        self._digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """Check or make the record of the run; whether its images have seals."""
         digest = hashlib.sha256(format_metadata(self.prompts)).hexdigest()
-        record = {"format": _FORMAT, "settings": asdict(self.settings), "metadata_sha256": digest}
+        record = {"format": _FORMAT, "settings": asdict(self.settings), "metadata_sha256": digest, "sealed": True}
         path = self.folder / "run.json"
         check_writable(self.folder)
+        with locked_folder(self.folder) if self.group.is_main else contextlib.nullcontext():
+            return self._open_record(path, record)
+
+    def _open_record(self, path: Path, record: dict[str, Any]) -> bool:
         if path.is_file():
-            _check_record(self.folder, read_json(path), record)
+            held = read_json(path)
+            _check_record(self.folder, held, record)
             if self.group.is_main:
                 remove_leftovers(self.folder)
+            return held.get("sealed") is True
         elif not self.group.is_main:
             raise FastgenError(
                 f"{self.folder}: is not the folder that the first process sees; it must be a shared one"
@@ -168,6 +185,16 @@ class EvaluationRun:
             raise FastgenError(f"{self.folder}: is not empty and holds no evaluation run; choose another folder")
         else:
             atomic_write_json(path, record)
+        return True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against other runs, by all processes of the group."""
+        lock = locked_folder(self.folder, self.group.rank)
+        self.group.meet()
+        with contextlib.ExitStack() as stack:
+            self.group.main_first(lambda: stack.enter_context(lock))
+            yield
 
     def sample(self, prompt: int, image: int) -> Path:
         """Path of one image."""
@@ -176,7 +203,18 @@ class EvaluationRun:
     def missing(self) -> list[tuple[int, int]]:
         """(prompt, image) of every image that is not there whole, in order."""
         pairs = ((p, i) for p in range(len(self.prompts)) for i in range(self.settings.images_per_prompt))
-        return [pair for pair in pairs if not _is_whole(self.sample(*pair))]
+        return [pair for pair in pairs if not self._is_finished(pair)]
+
+    def _is_finished(self, pair: tuple[int, int]) -> bool:
+        try:
+            data = self.sample(*pair).read_bytes()
+        except OSError:
+            return False
+        return is_sealed(data, self._identity(pair)) if self._sealed else is_whole(data)
+
+    def _identity(self, pair: tuple[int, int]) -> str:
+        """What an image was drawn for."""
+        return json.dumps([self._digest, self.prompts[pair[0]].prompt, pair[1]])
 
     def generate(self, generate: Generate, on_progress: OnProgress | None = None) -> int:
         """Makes every missing image, by all processes of the group, and returns how many were made.
@@ -186,6 +224,10 @@ class EvaluationRun:
             PeerFailed: another process failed; what was made stays.
             RuntimeError: `generate` returned fewer images than asked.
         """
+        with self.locked():
+            return self._generate(generate, on_progress)
+
+    def _generate(self, generate: Generate, on_progress: OnProgress | None) -> int:
         group = self.group
         # Told by one process: another one may find less missing, when a third has begun.
         missing = group.share(self.missing() if group.is_main else None)
@@ -214,7 +256,7 @@ class EvaluationRun:
                 if pair not in wanted:
                     continue  # was there; its batch is made anew for the others in it
                 self._prepare(pair[0])
-                save_png(self.sample(*pair), image)
+                atomic_write_bytes(self.sample(*pair), sealed_png(image, self._identity(pair)))
                 now = time.perf_counter()
                 made, seconds, clock, done = made + 1, seconds + now - clock, now, done + 1
                 atomic_write_json(self._timing_file(), {"images": made, "seconds": seconds})
@@ -286,13 +328,3 @@ def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:
         changed.append("its prompts are others")
     if changed:
         raise FastgenError(f"{folder}: holds a run with other settings ({'; '.join(changed)}); choose another folder")
-
-
-def _is_whole(path: Path) -> bool:
-    """A PNG whose chunks all pass their checksum."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # Pillow reports damage as any of these
-        return False
-    return True

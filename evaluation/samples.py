@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastgen.data.scenes import IMAGE_SIZE
 from fastgen.errors import FastgenError
@@ -21,7 +20,8 @@ from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_vocabulary, read_metadata
 from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
 from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
-from fastgen.evaluation.images import decode_image
+from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image, image_size, name_skipped
+from fastgen.io import parse_json, read_limited
 
 _SAMPLE = re.compile(r"\d+\.png")
 _PROMPT = re.compile(r"\d+")
@@ -41,32 +41,25 @@ class Sample:
         """The bytes of the file.
 
         Raises:
-            FastgenError: it cannot be read.
+            FastgenError: it cannot be read, or is too large for an image.
         """
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise FastgenError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        return read_limited(self.path, MAX_FILE_BYTES)
 
     def size(self) -> tuple[int, int]:
-        """Width and height, from the head of the file.
+        """Width and height in pixels, upright.
 
         Raises:
             FastgenError: the file is no readable image.
         """
-        try:
-            with Image.open(self.path) as image:
-                return image.size
-        except OSError as error:
-            raise FastgenError(f"{self.path}: cannot be read as an image: {error}") from error
+        return image_size(self.read(), str(self.path))
 
     def load(self) -> np.ndarray:
-        """uint8 [H, W, 3].
+        """uint8 [H, W, 3], turned as its EXIF orientation says.
 
         Raises:
             FastgenError: the file is no readable image.
         """
-        return decode_image(self.read(), str(self.path))
+        return decode_image(self.read(), str(self.path), upright=True)
 
 
 def read_samples(
@@ -114,8 +107,10 @@ def prompt_folders(folder: Path) -> list[Path]:
 def sample_files(home: Path) -> list[Path]:
     """The images of a prompt's folder, by number."""
     images = home / "samples"
-    found = (path for path in images.iterdir() if _SAMPLE.fullmatch(path.name)) if images.is_dir() else ()
-    return sorted(found, key=lambda path: int(path.stem))
+    names = [path.name for path in images.iterdir()] if images.is_dir() else []
+    found = {name for name in names if _SAMPLE.fullmatch(name)}
+    name_skipped(images, (name for name in names if name not in found and not name.startswith(".")))
+    return sorted((images / name for name in found), key=lambda path: (int(path.stem), path.name))
 
 
 def judge_samples(
@@ -197,7 +192,7 @@ def verdict_store(
 
 def _decode_results(data: bytes, items: range) -> list[ImageResult]:
     try:
-        records = json.loads(data)
+        records = parse_json(data, "a chunk of verdicts")
         results = [ImageResult(**{**record, "reasons": tuple(record["reasons"])}) for record in records]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"no verdicts: {error}") from error

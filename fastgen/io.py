@@ -33,12 +33,20 @@ __all__ = [
     "encode_json",
     "encode_png",
     "file_sha256",
+    "parse_json",
     "read_json",
+    "read_object",
+    "read_limited",
     "remove_leftovers",
     "save_png",
 ]
 
 _PathLike = str | os.PathLike[str]
+
+# What no file of ours or of the Hub comes near; larger ones are refused before they take the memory.
+_MAX_JSON_BYTES = 256 << 20
+_MAX_JSON_DEPTH = 64
+_MAX_DIGITS = 100  # of an integer; transformers writes 1e30 as one
 
 _REASONS = {
     errno.ENOSPC: "no space left on the disk",
@@ -140,18 +148,70 @@ def encode_png(image: Image, metadata: Mapping[str, str] | None = None) -> bytes
     return buffer.getvalue()
 
 
+def read_limited(path: _PathLike, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        FastgenError: it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        status = os.stat(path)  # before it is opened: opening a pipe would wait for its writer
+        if not stat.S_ISREG(status.st_mode):
+            raise FastgenError(f"cannot read {path}: it is not a regular file")
+        if status.st_size > limit:
+            raise FastgenError(f"cannot read {path}: it has {status.st_size} bytes, at most {limit} are allowed")
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise FastgenError(f"cannot read {path}: there is no such file") from error
+    except OSError as error:
+        raise FastgenError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def parse_json(text: str | bytes, label: object) -> Any:
+    """Parse JSON that nobody vouches for.
+
+    Args:
+        text: bytes are UTF-8.
+        label: what to call it in a message: a file, or a file and a line.
+
+    Raises:
+        FastgenError: it is not JSON, is nested too deeply, or holds an integer or a text that no file can hold.
+    """
+    try:
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, parse_int=_short_integer)
+        _check_depth(value)
+        if ("\\ud" if isinstance(text, str) else b"\\ud") in text.lower():  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written again
+    except RecursionError as error:
+        raise FastgenError(f"{label} is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise FastgenError(f"{label} is not valid JSON: {error}") from error
+    return value
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, at most {_MAX_DIGITS} are allowed")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [item for item in (value,) if isinstance(item, (dict, list))]
+    for _ in range(_MAX_JSON_DEPTH):
+        inner = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in inner if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
+
+
 def read_json(path: _PathLike) -> Any:
-    """Parse a UTF-8 JSON file.
+    """Parse a UTF-8 JSON file; see `parse_json`.
 
     Raises:
         FastgenError: the file cannot be read or is not JSON; the message names it.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FastgenError(f"cannot read {path}: {_reason(error)}") from error
-    except ValueError as error:
-        raise FastgenError(f"{path} is not valid JSON: {error}") from error
+    return parse_json(read_limited(path, _MAX_JSON_BYTES), path)
 
 
 def read_object(path: _PathLike) -> dict[str, Any]:

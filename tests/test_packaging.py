@@ -229,6 +229,7 @@ LEAVES = (
     "environment",
     "errors",
     "io",
+    "locks",
     "pretrained",
 )
 # Libraries that look for torchvision; only packages that repair it first may import them.

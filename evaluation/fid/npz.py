@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.readers import ImageSource
 from fastgen.evaluation.fid.statistics import Gaussian
-from fastgen.io import atomic_write_bytes
+from fastgen.evaluation.images import MAX_PIXELS
+from fastgen.io import atomic_write_bytes, parse_json
 
 __all__ = ["NpzSource", "StatisticsFile", "read_statistics", "statistics_bytes", "write_statistics"]
 
@@ -31,7 +33,8 @@ _IMAGES = ("arr_0", "images", "samples")
 _TAPS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _RECORD = "fastgen"  # of our own files: JSON with protocol, extractor, resize mode, dtype and count
 _SKIP = 1 << 20
-_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_MAX_RECORD_BYTES = 1 << 20
+_MAX_DIMS = 4096  # of features: a covariance of 128 MiB
 
 
 class NpzSource(ImageSource):
@@ -54,17 +57,24 @@ class NpzSource(ImageSource):
             with self._archive.open(f"{self.key}.npy") as file:
                 shape, fortran, dtype = _header(file)
                 self._start = file.tell()
-        except _BROKEN as error:
-            if isinstance(error, FastgenError):
-                raise
+            declared = self._archive.getinfo(f"{self.key}.npy").file_size
+        except FastgenError:
+            raise
+        except Exception as error:  # zipfile, its decompressors and NumPy each raise their own types
             raise FastgenError(f"{path}: not a readable npz file: {error}") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
             order = " in Fortran order" if fortran else ""
             raise FastgenError(
                 f"{path}: {self.key} is {dtype} {list(shape)}{order}; needs uint8 [N, H, W, 3] with N, H, W >= 1"
             )
+        if shape[1] * shape[2] > MAX_PIXELS:
+            raise FastgenError(
+                f"{path}: {self.key} has images of {shape[2]} x {shape[1]} pixels, at most {MAX_PIXELS} are allowed"
+            )
         self.shape = shape
-        self._bytes = int(np.prod(shape[1:], dtype=np.int64))
+        self._bytes = shape[1] * shape[2] * shape[3]
+        if self._start + shape[0] * self._bytes > declared:
+            raise FastgenError(f"{path}: {self.key} declares {list(shape)} bytes and has {declared}: it is cut off")
         self._file: IO[bytes] | None = None
         self._raw = _stored(self._archive, f"{self.key}.npy", self.name)
 
@@ -85,7 +95,7 @@ class NpzSource(ImageSource):
                 data = self._inflate(where)
             if len(data) != self._bytes:
                 raise EOFError("the file is cut off")
-        except _BROKEN as error:
+        except Exception as error:  # as above
             raise FastgenError(f"{self.label(index)}: cannot be read: {error}") from error
         return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
@@ -152,7 +162,7 @@ def holds_statistics(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a damaged directory fails in a dozen ways; whoever reads it says so
         return False
     return f"{_RECORD}.npy" in names or {"mu.npy", "sigma.npy"} <= names
 
@@ -165,32 +175,67 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as data:
-            names = set(data.files)
-            record = json.loads(str(data[_RECORD])) if _RECORD in names else {}
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            record = _read_record(archive) if _RECORD in names else {}
             pairs = {tap: pair for tap, pair in _TAPS.items() if names.issuperset(pair)}
             pairs |= {tap: (f"mu:{tap}", f"sigma:{tap}") for tap in record.get("taps", ())}
-            taps = {}
-            for tap, (mean, covariance) in pairs.items():
-                count = record.get("count")
-                arrays = [_checked(path, name, data[name]) for name in (mean, covariance)]
-                try:
-                    taps[tap] = Gaussian(arrays[0], arrays[1], count)
-                except ValueError as error:
-                    raise FastgenError(f"{path}: {mean}, {covariance}: {error}") from error
-    except FastgenError:
-        raise
-    except _BROKEN as error:
+            taps = {tap: _read_gaussian(archive, *pair, record.get("count")) for tap, pair in pairs.items()}
+    except FastgenError as error:
+        raise FastgenError(f"{path}: {error}") from error
+    except Exception as error:  # zipfile, its decompressors and NumPy each raise their own types
         raise FastgenError(f"{path}: not a readable npz file of statistics: {error}") from error
     if not taps:
         raise FastgenError(f"{path}: holds no statistics (mu and sigma)")
     return StatisticsFile(path, taps, record, any(key in names for key in _IMAGES))
 
 
-def _checked(path: Path, name: str, array: np.ndarray) -> torch.Tensor:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise FastgenError(f"{path}: {name} is {array.dtype} {list(array.shape)}; needs floating numbers")
-    return torch.from_numpy(array.astype(np.float64))
+def _read_record(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """What one of our own files says of itself."""
+    size = archive.getinfo(f"{_RECORD}.npy").file_size
+    if size > _MAX_RECORD_BYTES:
+        raise FastgenError(f"{_RECORD} declares {size} bytes, at most {_MAX_RECORD_BYTES} are allowed")
+    with archive.open(f"{_RECORD}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    record = parse_json(str(array), _RECORD)
+    if not isinstance(record, dict) or not all(isinstance(tap, str) for tap in record.get("taps") or ()):
+        raise FastgenError(f"{_RECORD} is no record of statistics")
+    if record.get("count") is not None:
+        check_integer("count", record["count"], 1)
+    return record
+
+
+def _read_gaussian(archive: zipfile.ZipFile, mean: str, covariance: str, count: int | None) -> Gaussian:
+    """Two arrays that belong together; shapes are looked at before anything is read.
+
+    Raises:
+        FastgenError: they do not, or one is not what its header declares; the message names both.
+    """
+    shapes, sizes = {}, {}
+    for name in (mean, covariance):
+        with archive.open(f"{name}.npy") as file:
+            shapes[name], _, dtype = _header(file)
+            if not np.issubdtype(dtype, np.floating):
+                raise FastgenError(f"{name} is {dtype} {list(shapes[name])}; needs floating numbers")
+            length = archive.getinfo(f"{name}.npy").file_size - file.tell()
+            sizes[name] = (math.prod(shapes[name]) * dtype.itemsize, length)
+    dims = shapes[mean][0] if len(shapes[mean]) == 1 else 0
+    if not 1 <= dims <= _MAX_DIMS or shapes[covariance] != (dims, dims):
+        raise FastgenError(
+            f"{mean}, {covariance}: have shapes {list(shapes[mean])} and {list(shapes[covariance])}; need [d] and "
+            f"[d, d] with d from 1 to {_MAX_DIMS}"
+        )
+    arrays = []
+    for name, (declared, length) in sizes.items():
+        if declared != length:
+            raise FastgenError(f"{name}: declares {declared} bytes and has {length}")
+        with archive.open(f"{name}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        arrays.append(torch.from_numpy(array.astype(np.float64, copy=False)))
+    try:
+        return Gaussian(arrays[0], arrays[1], count)
+    except ValueError as error:
+        raise FastgenError(f"{mean}, {covariance}: {error}") from error
 
 
 def statistics_bytes(taps: Mapping[str, Gaussian], record: Mapping[str, Any]) -> bytes:

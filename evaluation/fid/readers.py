@@ -8,11 +8,10 @@ thread) are two steps. Nothing is ever loaded whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import numpy as np
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.types import check_image
-from fastgen.evaluation.images import decode_image
+from fastgen.evaluation.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image, name_skipped
 from fastgen.evaluation.samples import prompt_folders, sample_files
+from fastgen.io import parse_json, read_limited
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -33,7 +33,7 @@ __all__ = [
     "open_images",
 ]
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MAX_TEXT_BYTES = 1 << 20  # of a caption
 _CAPTION_KEYS = ("caption", "prompt", "text")
 
 
@@ -90,9 +90,21 @@ class ImageSource(ABC):
 
 
 def _is_image(name: str) -> bool:
-    path = Path(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
+
+
+def _images(place: object, names: Iterable[str]) -> list[str]:
+    """The images among the files of a place, in their order; images of other formats are named in the log."""
+    shown = [name for name in names if not _is_hidden(name)]
+    name_skipped(place, shown)
+    found = [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise FastgenError(f"{place}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return found
 
 
 def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list[str] | None:
@@ -104,9 +116,9 @@ def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list
             found.append(text.decode("utf-8", "replace").strip())
         elif (data := read(f"{stem}.json")) is not None:
             try:
-                record = json.loads(data)
+                record = parse_json(data, name)
                 found.append(str(next(record[key] for key in _CAPTION_KEYS if key in record)))
-            except (ValueError, TypeError, StopIteration):
+            except (ValueError, TypeError, StopIteration):  # FastgenError is a ValueError
                 return None
         else:
             return None
@@ -115,8 +127,8 @@ def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list
 
 def _metadata_prompt(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8").splitlines()[0])["prompt"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return str(parse_json(read_limited(path, _MAX_TEXT_BYTES).splitlines()[0], path)["prompt"])
+    except (ValueError, KeyError, IndexError, TypeError):  # FastgenError is a ValueError
         return None  # whoever needs prompts says that there are none
 
 
@@ -146,14 +158,12 @@ class FolderSource(ImageSource):
                 self.prompts = [str(texts[home]) for home, names in found.items() for _ in names]
             return
         inside = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
-        self.files = sorted(name for name in inside if _is_image(name) and (self.folder / name).is_file())
-        if not self.files:
-            raise FastgenError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        self.files = sorted(_images(folder, (name for name in inside if (self.folder / name).is_file())))
         self.prompts = _captions(self.files, self._read_beside)
 
     def _read_beside(self, name: str) -> bytes | None:
         path = self.folder / name
-        return path.read_bytes() if path.is_file() else None
+        return read_limited(path, _MAX_TEXT_BYTES) if path.is_file() else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -162,10 +172,7 @@ class FolderSource(ImageSource):
         return str(self.folder / self.files[index])
 
     def fetch(self, index: int) -> bytes:
-        try:
-            return (self.folder / self.files[index]).read_bytes()
-        except OSError as error:
-            raise FastgenError(f"{self.label(index)}: cannot be read: {error.strerror or error}") from error
+        return read_limited(self.folder / self.files[index], MAX_FILE_BYTES)
 
     def _digest_name(self, index: int) -> str:
         return self.files[index]
@@ -182,14 +189,28 @@ class ZipSource(ImageSource):
         self.name = str(path)
         try:
             self._archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged directory fails in a dozen ways
             raise FastgenError(f"{path}: not a readable zip file: {error}") from error
         names = self._archive.namelist()
-        self.files = sorted(name for name in names if _is_image(name))
-        if not self.files:
-            raise FastgenError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        self.files = sorted(_images(path, names))
         known = set(names)
-        self.prompts = _captions(self.files, lambda name: self._archive.read(name) if name in known else None)
+        self.prompts = _captions(self.files, lambda name: self._read(name, _MAX_TEXT_BYTES) if name in known else None)
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """A member; the size that it declares is what is read at most.
+
+        Raises:
+            FastgenError: it is larger than `limit`, or cannot be read.
+        """
+        try:
+            size = self._archive.getinfo(name).file_size
+            if size > limit:
+                raise FastgenError(f"{self.name}/{name}: declares {size} bytes, at most {limit} are allowed")
+            return self._archive.read(name)
+        except FastgenError:
+            raise
+        except Exception as error:  # zipfile and its decompressors each raise their own types
+            raise FastgenError(f"{self.name}/{name}: cannot be read: {error}") from error
 
     def __len__(self) -> int:
         return len(self.files)
@@ -198,10 +219,7 @@ class ZipSource(ImageSource):
         return f"{self.name}/{self.files[index]}"
 
     def fetch(self, index: int) -> bytes:
-        try:
-            return self._archive.read(self.files[index])
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise FastgenError(f"{self.label(index)}: cannot be read: {error}") from error
+        return self._read(self.files[index], MAX_FILE_BYTES)
 
     def _digest_name(self, index: int) -> str:
         return self.files[index]
@@ -225,10 +243,13 @@ class TarSource(ImageSource):
         for number, shard in enumerate(shards):
             try:
                 archive = tarfile.open(shard)  # noqa: SIM115 - kept open: members are read from it later
-                members = {member.name: member for member in archive if member.isfile()}
-            except (OSError, EOFError, tarfile.TarError) as error:
+                members = dict(_members(archive, shard))
+            except FastgenError:
+                raise
+            except Exception as error:  # tarfile and its decompressors each raise their own types
                 raise FastgenError(f"{shard}: not a readable tar file: {error}") from error
             self._shards.append(archive)
+            name_skipped(shard, (name for name in members if not _is_hidden(name)))
             images = [name for name in members if _is_image(name)]
             self._members += [(number, members[name]) for name in images]
             own = _captions(images, lambda name, a=archive, m=members: _member(a, m.get(name)))  # type: ignore[misc]
@@ -248,7 +269,7 @@ class TarSource(ImageSource):
         number, member = self._members[index]
         try:
             data = _member(self._shards[number], member)
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except Exception as error:  # tarfile and its decompressors each raise their own types
             raise FastgenError(f"{self.label(index)}: cannot be read: {error}") from error
         if data is None or len(data) != member.size:
             raise FastgenError(f"{self.label(index)}: is cut off")
@@ -256,6 +277,17 @@ class TarSource(ImageSource):
 
     def _digest_name(self, index: int) -> str:
         return self._members[index][1].name
+
+
+def _members(archive: tarfile.TarFile, shard: str | Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The files of a tar; sizes are looked at before anything is read or skipped."""
+    for member in archive:
+        if member.size > MAX_FILE_BYTES:
+            raise FastgenError(
+                f"{shard}/{member.name}: declares {member.size} bytes, at most {MAX_FILE_BYTES} are allowed"
+            )
+        if member.isfile():
+            yield member.name, member
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.io import atomic_write_bytes
+from fastgen.io import atomic_write_bytes, parse_json
 
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -121,11 +121,9 @@ def read_metadata(
         try:
             if not line.strip():
                 raise ValueError("blank line")
-            metadata = Metadata.from_dict(json.loads(line, parse_constant=_refuse_constant))
+            metadata = Metadata.from_dict(parse_json(line, "the line"))
             check_vocabulary(metadata, class_names, color_names)
-        except json.JSONDecodeError as error:
-            raise FastgenError(f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:  # FastgenError is one
             raise FastgenError(f"{path}:{number}: {error}") from error
         out.append(metadata)
     return out
@@ -204,7 +202,3 @@ def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}: needs a list, got {type(value).__name__}")
     return list(value)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.io import parse_json, read_limited
 
 DETECTORS = {
     "hf": "GenEval (HF-M2F)",
@@ -28,6 +29,7 @@ def benchmark_name(detector: str) -> str:
     return DETECTORS.get(base, f"GenEval (detector={base})") + at + size
 
 
+_MAX_BYTES = 1 << 30  # of a results file
 _FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata")
 
 
@@ -53,36 +55,55 @@ def read_results(path: str | Path) -> Verdicts:
     Images of one prompt are told by equal metadata, as in the official summary.
 
     Raises:
-        FastgenError: the file cannot be read, is empty, or has a line that is no verdict; the message starts with
-            `path:line`.
+        FastgenError: the file cannot be read, is empty, has a line that is no verdict, or judges an image twice; the
+            message starts with `path:line`.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_limited(path, _MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise FastgenError(f"{path}: cannot be read: {error}") from error
     if not text.strip():
         raise FastgenError(f"{path}: holds no verdicts")
     found = Verdicts([], [], [], set())
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not all(name in record for name in _FIELDS):
-                raise ValueError(f"needs a JSON object with {', '.join(_FIELDS)}")
-            if not isinstance(record["correct"], bool):
-                raise ValueError(f"correct: needs true or false, got {record['correct']!r}")
-            held = record["metadata"]
-            metadata = Metadata.from_dict(json.loads(held) if isinstance(held, str) else held)
-            if metadata.tag != record["tag"]:
-                raise ValueError(f"tag {record['tag']!r} is another than that of its metadata, {metadata.tag!r}")
-        except ValueError as error:  # JSONDecodeError is one
+            record, metadata = _verdict(line)
+            image = posixpath.normpath(record["filename"])
+            if image in lines:
+                raise ValueError(f"filename: {record['filename']!r} was judged in line {lines[image]} already")
+        except ValueError as error:  # FastgenError is one
             raise FastgenError(f"{path}:{number}: {error}") from error
-        reasons = tuple(str(record["reason"] or "").splitlines())
-        found.names.append(str(record["filename"]))
+        lines[image] = number
+        found.names.append(record["filename"])
         found.prompts.append(metadata)
+        reasons = tuple((record["reason"] or "").splitlines())
         found.results.append(ImageResult(metadata.tag, metadata.to_json(), record["correct"], reasons))
-        found.detectors.add(str(record.get("detector", "unknown")))
+        found.detectors.add(record.get("detector", "unknown"))
     return found
+
+
+def _verdict(line: str) -> tuple[dict[str, Any], Metadata]:
+    """A line of a results file.
+
+    Raises:
+        ValueError: it is no verdict; the message names the field.
+    """
+    record = parse_json(line, "the line")
+    if not isinstance(record, dict) or not all(name in record for name in _FIELDS):
+        raise ValueError(f"needs a JSON object with {', '.join(_FIELDS)}")
+    if not isinstance(record["correct"], bool):
+        raise ValueError(f"correct: needs true or false, got {record['correct']!r}"[:200])
+    for name in ("filename", "tag", "prompt", "reason", "detector"):
+        empty = name == "reason" and record[name] is None
+        if not isinstance(record.get(name, "unknown"), str) and not empty:
+            raise ValueError(f"{name}: needs a text, got {record[name]!r}"[:200])
+    held = record["metadata"]
+    metadata = Metadata.from_dict(parse_json(held, "metadata") if isinstance(held, str) else held)
+    if metadata.tag != record["tag"]:
+        raise ValueError(f"tag {record['tag']!r} is another than that of its metadata, {metadata.tag!r}")
+    return record, metadata
 
 
 def prompt_table(prompts: Sequence[Metadata], results: Sequence[ImageResult]) -> list[dict[str, Any]]:

@@ -86,13 +86,16 @@ class ImageResult:
 def keep_detections(
     detections: Detections, threshold: float, *, max_objects: int = 16, max_overlap: float = 1.0
 ) -> dict[str, list[int]]:
-    """Indices of the detections that count, per class, best first (equal scores keep their order).
+    """Indices of the detections that count, per class, best first; of equal scores the last listed comes first.
+
+    That is the order of the official ``numpy.argsort(scores)[::-1]`` with a stable sort. NumPy's default sort is
+    stable on some processors only, and verdicts must not depend on the processor.
 
     The comparison runs in the precision of the scores, as the official one does: a float32 score of 0.3 is not above
     the threshold 0.3, although as a double it would be.
     """
     kept: dict[str, list[int]] = {}
-    order = np.argsort(-detections.scores, kind="stable")
+    order = np.argsort(detections.scores, kind="stable")[::-1]
     for index in order[detections.scores[order] > threshold].tolist():
         kept.setdefault(detections.labels[index], []).append(index)
     for label, indices in kept.items():

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fastgen.accounting import phase
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
@@ -21,6 +19,7 @@ from fastgen.evaluation.geneval.prompts import IMAGES_PER_PROMPT, official_promp
 from fastgen.evaluation.geneval.results import prompt_table
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
+from fastgen.evaluation.images import check_image_file
 from fastgen.evaluation.samples import Sample, judge_samples, read_samples, size_name, verdict_store
 
 
@@ -162,10 +161,9 @@ def check_whole(samples: Sequence[Sample]) -> None:
     damaged = []
     for sample in samples:
         try:
-            with Image.open(sample.path) as image:
-                image.verify()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            damaged.append(f"{sample.path}: not a readable image: {error}")
+            check_image_file(sample.read(), str(sample.path))
+        except FastgenError as error:
+            damaged.append(str(error))
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise FastgenError(damaged[0] + more)

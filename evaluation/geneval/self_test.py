@@ -16,7 +16,8 @@ import numpy as np
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.types import ObjectDetector
-from fastgen.evaluation.images import decode_image
+from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image
+from fastgen.io import read_limited
 
 THRESHOLD = 0.9
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -66,7 +67,8 @@ def folder_photos(folder: str | Path, class_names: Sequence[str]) -> list[Photo]
         expected = path.stem.split("-")[0].replace("_", " ").strip().lower()
         if expected not in class_names:
             raise FastgenError(f"self-test: {path}: {expected!r} is no class of the detector")
-        photos.append(Photo(path.name, expected, decode_image(path.read_bytes(), str(path))))
+        data = read_limited(path, MAX_FILE_BYTES)
+        photos.append(Photo(path.name, expected, decode_image(data, str(path), upright=True)))
     return photos
 
 

@@ -30,6 +30,7 @@ _EXTRACTORS = {
 
 
 def fid(
+    context: typer.Context,
     images: Annotated[
         Path | None,
         typer.Argument(metavar="IMAGES", help="Folder, .zip, .tar (webdataset) or .npz (ADM) of images."),
@@ -159,12 +160,14 @@ def fid(
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
     from fastgen.io import atomic_write_json, check_writable
+    from fastgen.locks import locked_files
 
     group = Group.from_environment(device)
     with group.reporting():
         for path in (out, save_statistics):
             if path is not None and group.is_main:
                 check_writable(path.parent)
+                context.with_resource(locked_files([path]))
         against = _reference(reference, reference_protocol, settings)
         where = user_cache_dir() if cache is None else cache
         made: dict[str, Any] = {}
@@ -174,6 +177,7 @@ def fid(
                 networks = load_extractors(settings, named, group)
             else:
                 drawn = _open(generation, prompts, settings, run, group)
+                context.with_resource(drawn.run.locked())
                 networks = load_extractors(settings, named, group)
                 # What cannot be scored must not cost a generation first.
                 check_evaluation(_planned(drawn), settings, against, networks)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def geneval(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", help="Generate first: an embedded model, a local folder or a Hub id.")
     ] = None,
@@ -108,6 +109,7 @@ def geneval(
     from fastgen.evaluation.samples import results_jsonl
     from fastgen.evaluation.shapesworld import DETECTOR, RENDERS, render_prompts
     from fastgen.io import atomic_write_json, atomic_write_many, check_writable
+    from fastgen.locks import locked_folder
 
     transformers.utils.logging.disable_progress_bar()
     if images is not None and not images.is_dir():
@@ -122,8 +124,11 @@ def geneval(
         if folder is None:
             drawers = {RENDERS: render_prompts} if judge.name == DETECTOR else {}
             run = generation.open("geneval", expected or (), out, group, drawers)
+            context.with_resource(run.run.locked())
             folder = target = run.run.folder
             report = run.make(on_progress)
+        elif out is not None and group.is_main:
+            context.with_resource(locked_folder(out))
         score = score_images(
             folder,
             judge,

@@ -19,6 +19,13 @@ def report(
     out: Annotated[list[Path], typer.Option("--out", "-o", help="report.html, .md or .csv; repeat for several.")],
     title: Annotated[str, typer.Option("--title", help="Of the page.")] = "Evaluation",
     images: Annotated[int, typer.Option("--images", help="Images shown of each result (HTML).")] = 48,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--pictures",
+            help="Folder of scored images that may be shown; repeat. Those below the folder of a result always may.",
+        ),
+    ] = None,
 ) -> None:
     """One self-contained page: tables, quality against time, images with their verdicts, failures first."""
     for path in out:
@@ -26,6 +33,9 @@ def report(
             raise FastgenError(f"--out: {path} is not allowed, needs a name that ends in {', '.join(_SUFFIXES)}")
     if images < 0:
         raise FastgenError(f"--images: {images} is not allowed, needs an integer >= 0")
+    for folder in pictures or ():
+        if not folder.is_dir():
+            raise FastgenError(f"--pictures: {folder}: no such folder")
 
     from fastgen.evaluation.measures import read_results
     from fastgen.evaluation.report_page import csv_text, html_page, markdown_text
@@ -37,7 +47,7 @@ def report(
     if not any(result.measures or result.points for result in found):
         raise FastgenError(f"{', '.join(map(str, results))}: no numbers to report (scores, distances or variants)")
     makers = {
-        ".html": lambda: html_page(found, title, images),
+        ".html": lambda: html_page(found, title, images, pictures or ()),
         ".md": lambda: markdown_text(found, title),
         ".csv": lambda: csv_text(found),
     }

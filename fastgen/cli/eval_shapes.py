@@ -15,6 +15,7 @@ from fastgen.errors import FastgenError
 
 
 def shapes(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +75,7 @@ def shapes(
     from fastgen.evaluation.runner import results_jsonl
     from fastgen.evaluation.shapesworld import RENDERS, render_prompts, score_folder, shapes_prompts
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, save_png
+    from fastgen.locks import locked_folder
 
     for place in (sheet.parent if sheet is not None else None, out):
         if place is not None:
@@ -85,6 +87,7 @@ def shapes(
         where = group.device(device)
         if folder is None:
             run = generation.open("shapes", shapes_prompts(limit), out, group, {RENDERS: render_prompts})
+            context.with_resource(run.run.locked())
             folder = target = run.run.folder
             detector = load_detector(device=where)  # a missing checker must not cost a generation first
             report = run.make(on_progress)
@@ -92,6 +95,8 @@ def shapes(
             if not folder.is_dir():
                 raise FastgenError(f"--images: {folder}: no such folder")
             detector = load_detector(device=where)
+            if out is not None and group.is_main:
+                context.with_resource(locked_folder(out))
         score = score_folder(
             folder,
             detector,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,7 @@ def generate(
     """
     from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
     from fastgen.io import check_writable
+    from fastgen.locks import locked_files, locked_folder
     from fastgen.pipelines.arguments import SEARCH_SETTINGS, SETTINGS, check_prompt, check_value
 
     # 1. What needs neither torch nor the model.
@@ -209,6 +211,7 @@ def generate(
             "batch_invariant": batch_invariant,
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
+        context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
         loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": drafter}
         stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search)
@@ -325,8 +328,12 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
     from fastgen.io import atomic_write_many, encode_json, encode_png
 
+    # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
+    text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
+    image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
     sidecar = {
         "file": job.image.name,
+        "sha256": hashlib.sha256(image).hexdigest(),
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
@@ -337,9 +344,6 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
     if picture.search is not None:
         sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}
         sidecar["search"] = picture.search
-    # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
-    text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
-    image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
     atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
 
 

@@ -3,8 +3,10 @@
 Names. ``-o out.png`` gives out.png, or out-0.png, out-1.png … for several pictures. A folder gets 00000-0.png:
 line of the prompts file, picture of that line. Beside each picture stands a sidecar of the same name in JSON.
 
-Finished pictures. A picture counts as finished when it is whole and its sidecar holds the very settings that this run
-has for it; then it is kept. A picture that was made otherwise is replaced if it was named by ``-o``, as any tool
+Finished pictures. A picture counts as finished when its sidecar holds the sha256 of its file and the very settings
+that this run has for it; then it is kept. Where a sidecar of an older version has no sha256, the picture must decode
+whole.
+A picture that was made otherwise is replaced if it was named by ``-o``, as any tool
 replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a mistake.
 The picture of a search that was interrupted is not finished: it is made again.
 """
@@ -12,13 +14,13 @@ The picture of a search that was interrupted is not finished: it is made again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
+from fastgen.io import file_sha256, read_object
 
 __all__ = [
     "Job",
@@ -33,7 +35,6 @@ __all__ = [
 
 # Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
 _SAMPLE = 2**16
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,30 +128,36 @@ def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
 
 
 def is_finished(job: Job) -> bool:
-    """The picture is whole, was made with these settings, and nothing interrupted the search for it."""
-    if not is_whole_png(job.image):
-        return False
+    """The picture is that of its sidecar, was made with these settings, and nothing interrupted the search for it."""
     sidecar = read_sidecar(job)
-    return sidecar.get("settings") == job.settings and not sidecar.get("interrupted")
+    if sidecar.get("settings") != job.settings or sidecar.get("interrupted"):
+        return False
+    if "sha256" not in sidecar:
+        return is_whole_png(job.image)
+    try:
+        return file_sha256(job.image) == sidecar["sha256"]
+    except FastgenError:
+        return False
 
 
 def is_whole_png(path: Path) -> bool:
+    """Whether there is a picture that decodes to its last pixel."""
+    from fastgen.evaluation.images import MAX_FILE_BYTES
+    from fastgen.evaluation.seals import is_whole
+    from fastgen.io import read_limited
+
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_PNG_START))
-            file.seek(-len(_PNG_END), 2)
-            return start == _PNG_START and file.read() == _PNG_END
-    except OSError:
+        return is_whole(read_limited(path, MAX_FILE_BYTES))
+    except FastgenError:
         return False
 
 
 def read_sidecar(job: Job) -> dict[str, Any]:
     """What stands beside the picture; empty where there is nothing, or no JSON object."""
     try:
-        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(job.sidecar)
+    except FastgenError:
         return {}
-    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def _recorded_settings(job: Job) -> dict[str, Any] | None:

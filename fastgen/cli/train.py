@@ -122,10 +122,24 @@ def train(
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # for the run alone: it holds for the whole process
     try:
-        record = _with_progress(lambda report: Trainer(built, config, report), config.steps)
+        learnt = _learnt_from(part, init, data, choices)
+        record = _with_progress(lambda report: Trainer(built, config, report, learnt), config.steps)
     finally:
         torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+
+
+def _learnt_from(part: Path | None, init: Path | None, data: Path | None, choices: dict[str, Any]) -> dict[str, Any]:
+    """What the weights of a run come from: digests of the folders, names of what is on the Hub, and choices."""
+    from fastgen.cli.plan import weights_digest
+    from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
+
+    found: dict[str, Any] = {"choices": choices}
+    for name, folder in (("part", part), ("init", init), ("data", data)):
+        if folder is not None:
+            place = embedded_folder(str(folder)) if str(folder) in EMBEDDED_MODELS else folder
+            found[name] = weights_digest([place]) if place.is_dir() else str(folder)
+    return found
 
 
 def _choices(texts: list[str]) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """The training loop that all recipes share: accelerate, EMA, exact resume, atomic checkpoints.
 
 A recipe's batch is a function of (seed, step, process), so a resumed run sees exactly what the interrupted one
-would have seen.
+would have seen. It goes on under the settings it began with: those that change its weights are in the checkpoint, and
+others are refused. More or fewer steps are allowed, and recorded.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +24,23 @@ from diffusers.training_utils import EMAModel
 
 from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
+from fastgen.io import check_writable
+from fastgen.locks import locked_folder
 from fastgen.training.ahead import Ahead, Draw
+from fastgen.training.checkpoints import (
+    check_run,
+    damaged,
+    file_version,
+    read_checkpoint,
+    trim_log,
+    write_checkpoint,
+)
 from fastgen.training.muon import Muon
 
 PRECISIONS = ("auto", "bf16", "fp32")
+# With another value of these a resumed run has other weights. The number of steps is not among them, although the
+# learning rate falls towards the last one: a run may be made longer, and its record says so.
+_FIXED = ("batch_size", "accumulate", "lr", "warmup", "decay", "ema_decay", "grad_clip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +221,18 @@ class Trainer:
         recipe: what to train.
         config: how.
         report: called with each log record.
+        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run does not go on with other data.
+
+    Raises:
+        FastgenError: the folder holds a damaged checkpoint, or one of another recipe, seed, setting or data.
     """
 
     def __init__(
-        self, recipe: Recipe, config: TrainConfig, report: Callable[[dict[str, Any]], None] | None = None
+        self,
+        recipe: Recipe,
+        config: TrainConfig,
+        report: Callable[[dict[str, Any]], None] | None = None,
+        data: Any = None,
     ) -> None:
         self.recipe, self.config, self.report = recipe, config, report
         cuda = torch.cuda.is_available()
@@ -229,32 +250,52 @@ class Trainer:
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = 0, 0.0
+        self.logs: dict[str, float] = {}
+        self.resumed: list[dict[str, int]] = []
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = _Batches(recipe, config.seed, process, processes, config.batch_size, config.accumulate)
+        self.settings = {name: getattr(config, name) for name in _FIXED}
+        self.settings |= {"precision": self.precision, "processes": processes, "data": data}
         self.checkpoint = config.output_dir / "checkpoint.pt"
-        if self.checkpoint.exists():
+        self._loaded = file_version(self.checkpoint)
+        if self._loaded is not None:
             self._load()
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step (or until asked to stop), checkpoint, export; returns the record."""
-        config, begin, logs = self.config, time.monotonic(), dict[str, float]()
-        before = self.seconds
-        self.config.output_dir.mkdir(parents=True, exist_ok=True)
+        """Train to the last step (or until asked to stop), checkpoint, export; returns the record.
+
+        Raises:
+            FastgenError: another run is using the folder, or the loss is not finite.
+        """
+        check_writable(self.config.output_dir)
+        lock = locked_folder(self.config.output_dir, self.accelerator.process_index)
+        with ExitStack() as stack:
+            self.accelerator.wait_for_everyone()
+            with self.accelerator.main_process_first():
+                stack.enter_context(lock)
+            if file_version(self.checkpoint) != self._loaded:  # another run has ended since
+                self._load()
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        config, begin, before = self.config, time.monotonic(), self.seconds
+        if self.accelerator.is_main_process:
+            trim_log(config.output_dir / "log.jsonl", self.step)
         self.module.train()
         with self._drawing() as draw, _stop_on_signal() as stop:
             while self.step < config.steps:
-                logs = self._train_step(draw)
+                self.logs = self._train_step(draw)
                 self.step += 1
                 self.seconds = before + time.monotonic() - begin
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    self._log(logs)
+                    self._log(self.logs)
                 out_of_time = 0 < config.max_seconds <= time.monotonic() - begin
                 if self._any_process(stop() or out_of_time):
                     break
                 if self.step % config.checkpoint_every == 0:
                     self._save()
             self._save()
-        record = self.record(logs)
+        record = self.record(self.logs)
         if self.accelerator.is_main_process:
             module = self.accelerator.unwrap_model(self.module)
             self.ema.store(self.trained)
@@ -281,6 +322,7 @@ class Trainer:
             "torch": torch.__version__,
             "commit": commit(),
             "last": {key: round(value, 5) for key, value in logs.items()},
+            **({"resumed": self.resumed} if self.resumed else {}),
         }
 
     def _train_step(self, draw: Draw) -> dict[str, float]:
@@ -347,29 +389,33 @@ class Trainer:
         state = {
             "recipe": self.recipe.name,
             "seed": self.config.seed,
+            "settings": json.dumps(self.settings),
+            "steps": self.config.steps,
+            "resumed": self.resumed,
             "step": self.step,
             "seconds": self.seconds,
+            "logs": self.logs,
             "module": self.accelerator.unwrap_model(self.module).state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        write_checkpoint(self.checkpoint, state)
 
     def _load(self) -> None:
+        state = read_checkpoint(self.checkpoint)
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise FastgenError(f"cannot read checkpoint {self.checkpoint}: {error}") from error
-        if state["recipe"] != self.recipe.name or state["seed"] != self.config.seed:
-            raise FastgenError(
-                f"{self.checkpoint} belongs to recipe {state['recipe']!r} with seed {state['seed']}; "
-                "choose another output folder"
-            )
-        self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(self.accelerator.device)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+            check_run(self.checkpoint, state, self.recipe.name, self.config.seed, self.settings)
+            self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.logs, self.resumed = dict(state.get("logs", {})), list(state.get("resumed", []))
+            if state.get("steps", self.config.steps) != self.config.steps:
+                self.resumed.append({"step": self.step, "steps_before": state["steps"], "steps": self.config.steps})
+        except FastgenError:
+            raise
+        except Exception as error:  # torch and accelerate raise errors of a dozen types
+            raise damaged(self.checkpoint, error) from error
+        self._loaded = file_version(self.checkpoint)

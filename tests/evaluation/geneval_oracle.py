@@ -18,7 +18,7 @@ def oracle(data: dict, objects: list[tuple[str, float, tuple, str]], cap: int = 
         return inter / ((a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1) - inter)
 
     def visible(name: str) -> list[tuple]:
-        mine = sorted((o for o in objects if o[0] == name and o[1] > threshold), key=lambda o: -o[1])[:cap]
+        mine = sorted((o for o in objects if o[0] == name and o[1] > threshold), key=lambda o: o[1])[::-1][:cap]
         out: list[tuple] = []
         for item in mine:
             if overlap == 1.0 or all(iou(item[2], other[2]) < overlap for other in out):

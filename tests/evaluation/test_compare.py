@@ -174,12 +174,12 @@ def test_lower_is_better_for_distances(tmp_path: Path, b: float, settings: dict[
 def test_what_does_not_compare(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a = scores(difficulty(rng), rng)
-    fewer = {**a, "prompts": a["prompts"][:-1]}
+    others = {**a, "prompts": [*a["prompts"][:-1], {**a["prompts"][-1], "prompt": "another"}]}
     for b, message in (
         (fid(3.0), "do not compare"),
         ({**a, "detector_name": "hf"}, "other detectors: shapes and hf"),
         ({**a, "detector": "other"}, "other weights of the detector"),
-        (fewer, "other prompts"),
+        (others, "other prompts"),
     ):
         with pytest.raises(FastgenError, match=message):
             compared(tmp_path, a, b)

@@ -52,9 +52,10 @@ def result_folder(folder: Path, offset: int = 0) -> Path:
             Image.fromarray(pixels).save(samples / f"{image:04d}.png")
             name = f"{number:05d}/samples/{image:04d}.png"
             records.append({"filename": name, **verdict(tag, text, clause, (image + number + offset) % 2 == 0)})
-    tasks = {tag: {"score": 0.5, "stderr": 0.05, "n_images": 4, "n_prompts": 1} for tag, _, _ in PROMPTS}
-    data = {"benchmark": "GenEval (HF-M2F)", "detector_name": "hf", "tasks": tasks, "overall": 0.5 + offset / 10}
-    data |= {"overall_stderr": 0.03, "correct_images": 0.5, "correct_prompts": 1.0, "n_images": 12, "n_prompts": 3}
+    score = 0.5 + offset / 10
+    tasks = {tag: {"score": score, "stderr": 0.03 * 3**0.5, "n_images": 4, "n_prompts": 1} for tag, _, _ in PROMPTS}
+    data = {"benchmark": "GenEval (HF-M2F)", "detector_name": "hf", "tasks": tasks, "overall": score}
+    data |= {"overall_stderr": 0.03, "correct_images": score, "correct_prompts": 1.0, "n_images": 12, "n_prompts": 3}
     data |= {"images": str(folder), "seconds_per_image": 1.5 + offset, "partial": "550 of 553 prompts have no images"}
     (folder / "results.jsonl").write_text("".join(json.dumps({**r, "detector": "hf"}) + "\n" for r in records))
     (folder / "scores.json").write_text(json.dumps(data))
@@ -284,3 +285,83 @@ def test_results_of_equal_names_are_told_apart(tmp_path: Path) -> None:
         result_folder(tmp_path / folder)
     names = [result.name for result in read_results([tmp_path / "a/run/scores.json", tmp_path / "b/run/scores.json"])]
     assert len(set(names)) == 2 and all(name.endswith("/run") for name in names)
+
+
+# --- results from anybody ------------------------------------------------------------------------------------------
+
+
+def _one_image(folder: Path, filename: str, **more: object) -> Path:
+    """A result whose only picture has this name."""
+    file = result_folder(folder)
+    line = json.loads((folder / "results.jsonl").read_text().splitlines()[0])
+    (folder / "results.jsonl").write_text(json.dumps({**line, "filename": filename}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    return file
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "private/secret.png")
+    return tmp_path / "private/secret.png"
+
+
+@pytest.mark.parametrize(
+    "way", ["parent", "absolute", "link", "linked folder", "images", "images and verdicts", "deep"]
+)
+def test_no_picture_outside_the_folder_of_a_result_is_embedded(tmp_path: Path, secret: Path, way: str) -> None:
+    run_folder = tmp_path / "run"
+    names = {"parent": "../private/secret.png", "absolute": str(secret), "link": "link.png"}
+    names |= {"linked folder": "place/secret.png", "images": "secret.png", "deep": "a/../../private/secret.png"}
+    more = {"images": str(secret.parent)} if way.startswith("images") else {}
+    file = _one_image(run_folder, names.get(way, "secret.png"), **more)
+    (run_folder / "a").mkdir()
+    (run_folder / "link.png").symlink_to(secret)
+    (run_folder / "place").symlink_to(secret.parent)
+    if way == "images and verdicts":
+        (run_folder / "results.jsonl").rename(secret.parent / "results.jsonl")
+        assert grid_of(read_result(file), 4) is None
+    else:
+        (item,) = grid_of(read_result(file), 4).items
+        assert item.source == "" and "not below the folder of its result" in item.problem
+    grid = grid_of(read_result(file), 4, [secret.parent])  # whom the user names is shown
+    assert grid is not None and grid.items[0].source.startswith("data:image/png")
+
+
+def test_a_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
+    file = _one_image(tmp_path / "run", "inner.png")
+    (tmp_path / "run/inner.png").symlink_to("00000/samples/0000.png")
+    assert grid_of(read_result(file), 4).items[0].source
+
+
+EVIL = "![x](http://e.vil/a.png) <img src=x onerror=alert(1)> [l](javascript:1) | `c` **b** www.e.vil a@e.vil\n# h"
+
+
+def test_texts_of_others_stay_texts_in_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of tasks, detectors, files and notes come from prompts: a Markdown reader finds no markup in them."""
+    markdown = pytest.importorskip("markdown_it")
+    file = result_folder(tmp_path / "run")
+    data = json.loads(file.read_text())
+    data["tasks"] = {(EVIL if tag == "colors" else tag): task for tag, task in data["tasks"].items()}
+    file.write_text(json.dumps({**data, "benchmark": EVIL, "detector_name": EVIL, "partial": EVIL}))
+    assert run(["eval", "report", str(file), "--title", EVIL, "-o", str(tmp_path / "r.md")]) == 0
+    assert run(["eval", "compare", str(file), str(file)]) == 0
+    reader = markdown.MarkdownIt("commonmark").enable("table")
+    for text in ((tmp_path / "r.md").read_text(), capsys.readouterr().out):
+        page = reader.render(text)
+        assert "onerror=alert" in html.unescape(page)
+        assert not re.search(r"<(img|a|code|script|h1>\s*h)\b", page), page
+        for table in page.split("<table>")[1:]:
+            assert {row.count("<td") for row in table.split("<tr>")[2:]} == {table.count("<th>") + table.count("<th ")}
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " ="])
+def test_no_text_of_others_is_a_formula_in_a_spreadsheet(tmp_path: Path, start: str) -> None:
+    file = result_folder(tmp_path / "run")
+    data = json.loads(file.read_text())
+    data["tasks"] = {(f"{start}cmd|'/c calc'!A0" if tag == "colors" else tag): t for tag, t in data["tasks"].items()}
+    file.write_text(json.dumps({**data, "fd_shapes": {"value": 0.25, "protocol": "FD"}}))
+    assert run(["eval", "report", str(file), "-o", str(tmp_path / "r.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert [row["measure"] for row in rows if "calc" in row["measure"]] == [f"'{start}cmd|'/c calc'!A0"]
+    assert {row["value"] for row in rows} == {"0.5", "0.25"}  # numbers stay numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -175,6 +176,56 @@ def test_damaged_and_deleted_images_are_made_again(tmp_path, finished: Path) -> 
     assert content(folder) == content(finished)
 
 
+def _zeroed(data: bytes, other: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(50) + data[middle + 50 :]
+
+
+def _resaved(data: bytes, other: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _zeroed,
+        _resaved,
+        lambda data, other: other,  # a whole picture, of another prompt
+        lambda data, other: data[:-1],
+        lambda data, other: data + b"\0",
+        lambda data, other: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+    ],
+    ids=["zeroed", "resaved", "exchanged", "cut", "longer", "one bit"],
+)
+def test_a_picture_counts_only_when_it_is_the_one_that_was_drawn(tmp_path, finished: Path, damage) -> None:
+    run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    run.generate(Painter())
+    hurt = run.sample(3, 1)
+    hurt.write_bytes(damage(hurt.read_bytes(), run.sample(4, 1).read_bytes()))
+    assert run.missing() == [(3, 1)]
+    assert EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS).generate(Painter()) == 1
+    assert content(tmp_path / "run") == content(finished)
+
+
+def test_a_folder_without_seals_goes_on_with_what_decodes(tmp_path) -> None:
+    """As older versions left it: pictures as they are saved, and a record that knows nothing of seals."""
+    run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    run.generate(Painter())
+    record = json.loads((run.folder / "run.json").read_text())
+    del record["sealed"]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    for pair in ((p, i) for p in range(len(PROMPTS)) for i in range(3)):
+        run.sample(*pair).write_bytes(_resaved(run.sample(*pair).read_bytes(), b""))
+    hurt = run.sample(3, 1)
+    hurt.write_bytes(_zeroed(hurt.read_bytes(), b""))
+    run.sample(4, 1).write_bytes(run.sample(4, 1).read_bytes()[:-1])
+    again = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
+    assert again.missing() == [(3, 1), (4, 1)]
+    assert again.generate(Painter()) == 2 and again.missing() == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -228,15 +279,16 @@ def test_damaged_timing_is_named(tmp_path, finished: Path) -> None:
 def test_failed_write_keeps_what_is_there(tmp_path, monkeypatch, finished: Path) -> None:
     import fastgen.evaluation.runner as runner
 
-    real, calls = runner.save_png, []
+    real, calls = runner.atomic_write_bytes, []
 
-    def full_disk(path: Path, image: Image.Image) -> None:
-        if len(calls) == 5:
-            raise FastgenError(f"{path}: disk full")
-        calls.append(path)
-        real(path, image)
+    def full_disk(path: Path, data: bytes) -> None:
+        if path.suffix == ".png":
+            if len(calls) == 5:
+                raise FastgenError(f"{path}: disk full")
+            calls.append(path)
+        real(path, data)
 
-    monkeypatch.setattr(runner, "save_png", full_disk)
+    monkeypatch.setattr(runner, "atomic_write_bytes", full_disk)
     folder = tmp_path / "run"
     with pytest.raises(FastgenError, match="disk full"):
         EvaluationRun(folder, PROMPTS, SETTINGS).generate(Painter())
@@ -371,7 +423,7 @@ ALIEN = Metadata.from_dict({"tag": "x", "include": [{"class": "zebra", "count": 
     [
         (None, b"", "cannot read the metadata"),
         (GOOD + "\n" + GOOD, b"", "exactly one line"),
-        ("{", b"", "malformed JSON"),
+        ("{", b"", "not valid JSON"),
         (GOOD, None, "no image"),
         (ALIEN, b"", "unknown class 'zebra'"),
     ],

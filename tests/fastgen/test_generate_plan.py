@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastgen.cli.plan import Job, image_paths, is_finished, plan_jobs, read_prompts_file, unfinished_jobs
 from fastgen.errors import FastgenError
-from fastgen.io import save_png
+from fastgen.io import file_sha256, save_png
 
 SETTINGS = {"model": "m", "steps": 4}
 
@@ -125,3 +125,38 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     fewer = Job(job.prompt, job.seed, job.image, {k: v for k, v in job.settings.items() if k != "steps"})
     with pytest.raises(FastgenError, match="made with steps 4, this run has None"):
         unfinished_jobs([fewer], overwrite=False, strict=True)
+
+
+def hashed_job(folder: Path, name: str, color: str) -> Job:
+    job = Job("p", 3, folder / name, {"prompt": "p", "seed": 3, **SETTINGS})
+    save_png(job.image, Image.new("RGB", (64, 64), color))
+    job.sidecar.write_text(json.dumps({"settings": job.settings, "sha256": file_sha256(job.image)}))
+    return job
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "exchanged", "resaved", "gone", "folder"])
+def test_a_picture_is_finished_only_if_it_is_the_one_of_its_sidecar(tmp_path: Path, damage: str) -> None:
+    job, other = hashed_job(tmp_path, "a.png", "red"), hashed_job(tmp_path, "b.png", "blue")
+    assert is_finished(job) and is_finished(other)
+    data = job.image.read_bytes()
+    job.image.unlink()
+    if damage == "folder":
+        job.image.mkdir()
+    elif damage == "resaved":
+        save_png(job.image, Image.new("RGB", (64, 64), "red"), {"by": "another program"})
+    elif damage != "gone":
+        middle = len(data) // 2
+        zeroed = data[:middle] + bytes(20) + data[middle + 20 :]
+        hurt = {"zeroed": zeroed, "cut": data[:-1], "longer": data + b"\0", "exchanged": other.image.read_bytes()}
+        job.image.write_bytes(hurt[damage])
+    assert not is_finished(job) and is_finished(other)
+    assert unfinished_jobs([job, other], overwrite=False, strict=True) == [job]
+
+
+def test_without_a_sha256_a_picture_must_decode(tmp_path: Path) -> None:
+    job = finished_job(tmp_path)
+    save_png(job.image, Image.effect_noise((64, 64), 50))
+    assert is_finished(job)
+    data = job.image.read_bytes()
+    job.image.write_bytes(data[:2000] + bytes(50) + data[2050:])  # its ends are those of a PNG
+    assert not is_finished(job)

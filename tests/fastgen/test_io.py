@@ -191,3 +191,45 @@ def test_digest_of_a_file(tmp_path: Path) -> None:
     assert fio.file_sha256(tmp_path / "a.bin") == hashlib.sha256(data).hexdigest()
     with pytest.raises(FastgenError, match="cannot read .*none.bin: the folder does not exist"):
         fio.file_sha256(tmp_path / "none.bin")
+
+
+# --- JSON from anybody ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "nested"),
+        ("[" * 65 + "]" * 65, "more than 64 levels"),
+        ("[" * 64 + "{}" + "]" * 64, "more than 64 levels"),
+        ("9" * 5000, "digits"),
+        ("[-" + "1" * 101 + "]", "an integer of 102 digits"),
+        ('"\\ud800"', "surrogates not allowed"),
+        ('{"\\uDFFF": 1}', "surrogates not allowed"),
+        (b"\xff\xfe", "utf-8"),
+        (b"", "Expecting value"),
+        ("{'a': 1}", "property name"),
+    ],
+)
+def test_json_that_is_none_or_too_much_is_one_line(text: str | bytes, message: str) -> None:
+    with pytest.raises(FastgenError, match=f"^x.json is not valid JSON: .*{message}") as error:
+        fio.parse_json(text, "x.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 64 + "]" * 64, "1" * 100, '"\\ud83d\\ude00 \\\\ud800"', '{"a": [1e30, null]}'])
+def test_json_that_is_unusual_but_whole_is_read(text: str) -> None:
+    assert fio.parse_json(text, "x") == json.loads(text)
+
+
+def test_files_that_are_none_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(11))
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("large", "has 11 bytes, at most 10"),
+        ("none", "no such file"),
+    ):
+        with pytest.raises(FastgenError, match=f"^cannot read .*{name}: .*{message}"):
+            fio.read_limited(tmp_path / name, 10)

@@ -182,7 +182,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, data: bytes) -> None:
 
 def test_deep_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "x.png")
-    with pytest.raises(FastgenError, match="x.png: has pixels of mode I"):
+    with pytest.raises(FastgenError, match="x.png: has more than 8 bits a channel .mode I"):
         open_images(tmp_path).read(0)
 
 
@@ -280,9 +280,9 @@ def test_statistics_are_written_and_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"mu": np.zeros(4, np.int64)}, r"mu is int64 \[4\]; needs floating"),
-        ({"mu": np.zeros(5)}, "mu, sigma: .*need a mean"),
+        ({"mu": np.zeros(5)}, "mu, sigma: .*have shapes"),
         ({"sigma": np.full((4, 4), np.nan)}, ".*NaN"),
-        ({"mu": np.array([{}] * 4, dtype=object)}, "not a readable npz file of statistics"),
+        ({"mu": np.array([{}] * 4, dtype=object)}, "mu is object"),
     ],
 )
 def test_broken_statistics_are_told(tmp_path: Path, change: dict, message: str) -> None:
@@ -349,3 +349,103 @@ def test_a_big_npz_is_streamed(tmp_path: Path) -> None:
         most = max(most, resident())
     assert source.read(len(source) - 1)[0, 0, 0] == 7
     assert most - before < 100e6
+
+
+# --- archives that declare more than they should -------------------------------------------------------------------
+
+
+def _forged(path: Path, name: str, size: int) -> Path:
+    """A zip whose directory and local header declare another size of its only member."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(1 << 16))
+    data = bytearray(path.read_bytes())
+    data[22:26] = size.to_bytes(4, "little")
+    place = data.index(b"PK\x01\x02") + 24
+    data[place : place + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [300 << 20, 0xFFFFFFFE])
+def test_a_member_of_a_zip_is_not_read_when_it_declares_too_much(tmp_path: Path, size: int, monkeypatch) -> None:
+    source = ZipSource(_forged(tmp_path / "x.zip", "a.png", size))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(FastgenError, match=f"x.zip/a.png: declares {size} bytes"):
+        source.read(0)
+
+
+def test_a_member_that_holds_more_than_it_declares_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FastgenError, match=r"x.zip/a.png: cannot be read"):
+        ZipSource(_forged(tmp_path / "x.zip", "a.png", 100)).read(0)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("name", ["a.png", "notes.txt"])
+def test_a_member_of_a_tar_that_declares_too_much_is_not_skipped_over(tmp_path: Path, mode: str, name: str) -> None:
+    path = tmp_path / ("x.tar" if mode == "w" else "x.tgz")
+    with tarfile.open(path, mode) as archive:
+        member = tarfile.TarInfo(name)
+        member.size = 1 << 40
+        archive.addfile(member)
+    with pytest.raises(FastgenError, match=f"{path.name}/{name}: declares {1 << 40} bytes"):
+        open_images(path)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        ((20000,), (20000, 20000), "d from 1 to 4096"),  # 3.2 GB of zeros in a small file
+        ((1 << 40,), (1 << 40, 1 << 40), "d from 1 to 4096"),
+        ((0,), (0, 0), "d from 1 to 4096"),
+        ((4, 4), (4, 4), r"shapes \[4, 4\] and \[4, 4\]"),
+        ((4,), (5, 5), r"shapes \[4\] and \[5, 5\]"),
+        ((4,), (4,), r"shapes \[4\] and \[4\]"),
+        ((), (), r"shapes \[\] and \[\]"),
+        ((1000,), (1000, 1000), "mu: declares 8000 bytes and has 0"),
+    ],
+)
+def test_statistics_of_a_wrong_shape_are_refused_by_their_headers(
+    tmp_path: Path, mu: tuple[int, ...], sigma: tuple[int, ...], message: str
+) -> None:
+    """The arrays are not there at all: whoever tried to read them would fail otherwise."""
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+        for name, shape in (("mu", mu), ("sigma", sigma)):
+            buffer = io.BytesIO()
+            np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+    with pytest.raises(FastgenError, match=f"s.npz: .*{message}") as error:
+        read_statistics(tmp_path / "s.npz")
+    assert "\n" not in str(error.value)
+
+
+def test_an_npz_of_huge_images_is_refused_by_its_header(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "i.npz", "w") as archive:
+        buffer = io.BytesIO()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (1, 1 << 17, 1 << 17, 3)}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        archive.writestr("arr_0.npy", buffer.getvalue())
+    with pytest.raises(FastgenError, match="i.npz: arr_0 has images of 131072 x 131072 pixels"):
+        NpzSource(tmp_path / "i.npz")
+
+
+def test_images_of_other_formats_are_named_when_they_are_skipped(tmp_path: Path, caplog) -> None:
+    place = folder(tmp_path / "mixed")
+    for name in ("x.gif", "y.PGM", "b/z.jxl", "readme.txt", ".h.gif"):
+        (place / name).write_bytes(b"")
+    assert len(FolderSource(place)) == 5
+    assert "mixed: 3 images of other formats are skipped: b/z.jxl, x.gif, y.PGM" in caplog.text
+    caplog.clear()
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("a.png", png(IMAGES[0]))
+        archive.writestr("b.gif", b"")
+    assert (
+        len(ZipSource(tmp_path / "m.zip")) == 1
+        and "m.zip: 1 images of other formats are skipped: b.gif" in caplog.text
+    )
+    caplog.clear()
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        for name in ("a.png", "b.pgm"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(IMAGES[0]))
+            archive.addfile(member, io.BytesIO(png(IMAGES[0])))
+    assert len(open_images(tmp_path / "m.tar")) == 1 and "skipped: b.pgm" in caplog.text

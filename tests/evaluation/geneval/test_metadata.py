@@ -128,9 +128,8 @@ def test_malformed_metadata_names_the_line(tmp_path: Path, data, message: str) -
         (b"", "no metadata"),
         (b"\n", "no metadata"),
         (json.dumps(GOOD).encode() + b"\n\n" + json.dumps(GOOD).encode(), ":2: blank line"),
-        (json.dumps(GOOD).encode() + b'\n{"tag": ', ":2: malformed JSON"),
+        (json.dumps(GOOD).encode() + b'\n{"tag": ', ":2: the line is not valid JSON"),
         (json.dumps(GOOD).encode() + b"\n\xff", ":2: not UTF-8"),
-        (b'{"tag": NaN}', ":1: NaN"),
         (b"[" * 100_000, ":1: "),
     ],
 )

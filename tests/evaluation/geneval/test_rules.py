@@ -82,9 +82,19 @@ def test_cap_is_per_class_and_bounds_what_exclude_sees() -> None:
     assert not evaluate_image(wanted(demand, [{"class": "star", "count": 16}], "counting"), seen).correct
 
 
-def test_equal_scores_keep_their_order() -> None:
-    seen = found(*(("star", 0.5, (i, 0, i + 1, 1)) for i in range(5)))
-    assert keep_detections(seen, 0.3)["star"] == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("count", [5, 40])
+def test_of_equal_scores_the_last_listed_comes_first(count: int) -> None:
+    """As in the official ``numpy.argsort(scores)[::-1]``; between different scores, the better one."""
+    seen = found(*(("star", 0.5 + 0.1 * (i % 2), (i, 0, i + 1, 1)) for i in range(count)))
+    order = [i for i in reversed(range(count)) if i % 2] + [i for i in reversed(range(count)) if not i % 2]
+    assert keep_detections(seen, 0.3, max_objects=count)["star"] == order
+    assert keep_detections(seen, 0.3)["star"] == order[:16]
+
+
+def test_equal_scores_decide_a_colour_by_the_last_listed() -> None:
+    task = wanted([{"class": "star", "count": 1, "color": "red"}])
+    red, green = ("star", 0.8, BOX, "red"), ("star", 0.8, BOX, "green")
+    assert evaluate_image(task, found(green, red)).correct and not evaluate_image(task, found(red, green)).correct
 
 
 def test_only_the_count_best_are_judged_for_colour() -> None:
@@ -301,7 +311,7 @@ def test_nms_drops_at_equality_and_only_within_a_class() -> None:
 
 def test_nms_runs_after_the_cap() -> None:
     seen = found(*[("star", 0.9, BOX)] * 16, ("star", 0.5, (100, 100, 110, 110)))
-    assert keep_detections(seen, 0.3, max_overlap=0.5) == {"star": [0]}
+    assert keep_detections(seen, 0.3, max_overlap=0.5) == {"star": [15]}
 
 
 @pytest.mark.parametrize(

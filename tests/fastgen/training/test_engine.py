@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.errors import FastgenError
+from fastgen.locks import locked_folder
 from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
 from fastgen.training.recipes import build_recipe
 
@@ -201,18 +203,140 @@ def test_a_diverged_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: P
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other recipe", "other seed"])
-def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
-    _run(tmp_path)
-    path, seed = tmp_path / "checkpoint.pt", 0
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "other recipe":
-        torch.save({**torch.load(path, weights_only=True), "recipe": "circle"}, path)
+def _broken(path: Path, damage: str) -> None:
+    """Damage a checkpoint in one of many ways."""
+    data = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        weights = max((archive.read(name) for name in archive.namelist() if "/data/" in name), key=len)
+    places = {"flipped early": 100, "flipped weight": data.index(weights) + 9}
+    places["flipped in the directory"] = len(data) - 300
+    if damage in places:
+        place = places[damage]
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
+    elif damage in ("truncated", "empty", "text"):
+        path.write_bytes({"truncated": data[:1000], "empty": b"", "text": b"nonsense\n" * 50}[damage])
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "list":
+        torch.save([1], path)
+    elif damage.startswith("no "):
+        del state[damage.removeprefix("no ")]
+        torch.save(state, path)
     else:
-        seed = 1
-    with pytest.raises(FastgenError, match="checkpoint"):
-        Trainer(LineRecipe(), _config(tmp_path, seed=seed))
+        change = {
+            "other recipe": {"recipe": "circle"},
+            "other weights": {"module": {"0.weight": torch.zeros(3)}},
+            "other optimizers": {"optimizers": []},
+            "words": {"step": "many"},
+            "settings that are no JSON": {"settings": "{"},
+        }[damage]
+        torch.save({**state, **change}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            "truncated",
+            "empty",
+            "text",
+            "folder",
+            "list",
+            "flipped early",
+            "flipped weight",
+            "flipped in the directory",
+        ),
+        *("no recipe", "no step", "no module", "no ema", "no optimizers"),
+        *("other recipe", "other weights", "other optimizers", "words", "settings that are no JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
+    _run(tmp_path)
+    _broken(tmp_path / "checkpoint.pt", damage)
+    with pytest.raises(FastgenError, match="checkpoint") as error:
+        Trainer(LineRecipe(), _config(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "message"),
+    [
+        ({"seed": 1}, None, "with seed 0"),
+        ({"lr": 2e-2}, None, "lr is 0.01 there and 0.02 now"),
+        ({"batch_size": 16}, None, "batch_size is 8 there and 16 now"),
+        ({"accumulate": 2}, None, "accumulate is 1 there and 2 now"),
+        ({"precision": "bf16"}, None, "precision is 'fp32' there and 'bf16' now"),
+        ({"warmup": 4}, None, "warmup"),
+        ({"decay": 0.5}, None, "decay"),
+        ({"ema_decay": 0.9}, None, "ema_decay"),
+        ({"grad_clip": 2.0}, None, "grad_clip"),
+        ({}, {"data": "2"}, "data is {'data': '1'} there and {'data': '2'} now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    tmp_path: Path, change: dict[str, Any], data: Any, message: str
+) -> None:
+    Trainer(LineRecipe(), _config(tmp_path), data={"data": "1"}).run()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FastgenError, match=message):
+        Trainer(LineRecipe(), _config(tmp_path, **change), data=data or {"data": "1"})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_more_steps_are_recorded(tmp_path: Path) -> None:
+    assert "resumed" not in _run(tmp_path)[0]
+    record, _ = _run(tmp_path, steps=15)
+    assert record["steps_done"] == 15 and record["resumed"] == [{"step": 12, "steps_before": 12, "steps": 15}]
+
+
+def test_a_finished_run_keeps_its_last_numbers(tmp_path: Path) -> None:
+    first, _ = _run(tmp_path)
+    assert _run(tmp_path)[0]["last"] == first["last"] != {}
+
+
+def test_steps_are_logged_once_after_a_kill_between_log_and_checkpoint(tmp_path: Path) -> None:
+    _run(tmp_path / "whole")
+    recipe = LineRecipe(explode_at=8)
+    with pytest.raises(FastgenError, match="loss is nan at step 8"):  # as a kill: the last checkpoint is of step 5
+        Trainer(recipe, _config(tmp_path / "parts", checkpoint_every=5)).run()
+    with (tmp_path / "parts/log.jsonl").open("a") as file:
+        file.write('{"step": 9, "los')  # what a kill leaves of a line
+    _run(tmp_path / "parts", checkpoint_every=5)
+    steps, losses = [], []
+    for folder in ("whole", "parts"):
+        records = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        steps.append([record["step"] for record in records])
+        losses.append([record["loss"] for record in records])
+    assert steps[0] == steps[1] == list(range(1, 13)) and losses[0] == losses[1]
+
+
+def test_a_log_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    recipe = LineRecipe(explode_at=3)
+    with pytest.raises(FastgenError):
+        Trainer(recipe, _config(tmp_path)).run()
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
+    _run(tmp_path)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [*range(1, 13)]
+
+
+def test_a_folder_in_use_is_refused_and_what_ended_meanwhile_is_gone_on_from(tmp_path: Path) -> None:
+    waiting = Trainer(LineRecipe(), _config(tmp_path))
+    _run(tmp_path)
+    assert waiting.run()["steps_done"] == 12 and waiting.recipe.starts == []
+    with locked_folder(tmp_path):
+        process = multiprocessing.get_context("spawn").Process(target=_refused, args=(tmp_path,))
+        process.start()
+        process.join()
+        assert process.exitcode == 7
+
+
+def _refused(folder: Path) -> None:
+    try:
+        _run(folder)
+    except FastgenError as error:
+        raise SystemExit(7 if "in use by another run" in str(error) else 1) from error
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,56 @@
+"""Pictures that say themselves whether they are whole and whose they are.
+
+GenEval's layout has no place for a sidecar, so a picture of a run carries its seal: a last text chunk with the sha256
+of all bytes before it and of what the picture was drawn for. A picture that was damaged, exchanged with another or
+edited has a broken seal or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+from PIL import Image
+
+from fastgen.errors import FastgenError
+from fastgen.evaluation.images import decode_image
+from fastgen.io import encode_png
+
+__all__ = ["is_sealed", "is_whole", "sealed_png"]
+
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_KEY = b"tEXtfastgen-seal\x00"
+
+
+def sealed_png(image: Image.Image, identity: str) -> bytes:
+    """`image` as PNG with its seal.
+
+    Args:
+        identity: what it was drawn for, e.g. prompt, seed and settings.
+    """
+    body = encode_png(image).removesuffix(_END)
+    return body + _seal(body, identity) + _END
+
+
+def is_sealed(data: bytes, identity: str) -> bool:
+    """Whether `data` are the very bytes that `sealed_png` gave for this identity."""
+    length = len(_seal(b"", "")) + len(_END)
+    body, tail = data[:-length], data[-length:]
+    return tail == _seal(body, identity) + _END
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether `data` are a PNG with its last chunk, and decode to the last pixel."""
+    if not data.endswith(_END):
+        return False
+    try:
+        decode_image(data, "image")
+    except FastgenError:
+        return False
+    return True
+
+
+def _seal(body: bytes, identity: str) -> bytes:
+    digest = hashlib.sha256(hashlib.sha256(body).digest() + identity.encode("utf-8", "surrogatepass")).hexdigest()
+    chunk = _KEY + digest.encode()
+    return (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")

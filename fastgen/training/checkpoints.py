@@ -1,0 +1,100 @@
+"""Checkpoint and log of a training: written whole, read with suspicion, and continued only as they began."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.errors import FastgenError
+from fastgen.io import atomic_write_bytes, parse_json
+
+__all__ = ["check_run", "damaged", "file_version", "read_checkpoint", "trim_log", "write_checkpoint"]
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint; it is on the disk before it takes the name."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote.
+
+    Raises:
+        FastgenError: it cannot be read, or a checksum in it is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:  # torch.load looks at no checksum
+                raise ValueError(f"the checksum of {member} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, torch and pickle raise errors of a dozen types
+        raise damaged(path, error) from error
+    if not isinstance(state, dict):
+        raise damaged(path, ValueError(f"it holds a {type(state).__name__}"))
+    return state
+
+
+def damaged(path: Path, error: Exception) -> FastgenError:
+    """One line for whatever is wrong with a checkpoint."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return FastgenError(f"checkpoint {path} is damaged or of another model: {type(error).__name__}: {line}")
+
+
+def check_run(path: Path, state: dict[str, Any], recipe: str, seed: int, settings: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        settings: what the weights of this run depend on, JSON-ready. Checkpoints of older versions have none.
+
+    Raises:
+        FastgenError: names what differs.
+    """
+    if state["recipe"] != recipe or state["seed"] != seed:
+        raise FastgenError(
+            f"{path} belongs to recipe {state['recipe']!r} with seed {state['seed']}; choose another output folder"
+        )
+    wanted = json.loads(json.dumps(settings))
+    held = parse_json(state["settings"], path) if "settings" in state else wanted
+    changed = [
+        f"{name} is {held.get(name)!r} there and {value!r} now"
+        for name, value in wanted.items()
+        if held.get(name) != value
+    ]
+    if changed:
+        raise FastgenError(
+            f"{path} belongs to a run with other settings ({'; '.join(changed)}); choose another folder"
+        )
+
+
+def file_version(path: Path) -> tuple[int, int, int] | None:
+    """Tells one file of this name from another; None when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop what was logged after a step: what comes after it is trained, and logged, again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if parse_json(line, path)["step"] > step:
+                break
+        except (FastgenError, KeyError, TypeError):
+            break  # cut off by a kill
+        kept.append(line + b"\n")
+    atomic_write_bytes(path, b"".join(kept))

@@ -1,0 +1,111 @@
+"""One run at a time in a folder, held by processes that end in any way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen.errors import FastgenError
+from fastgen.locks import locked_files, locked_folder
+
+
+def _hold(kind: str, argument: Any, pipe: Connection) -> None:
+    try:
+        with locked_folder(*argument) if kind == "folder" else locked_files(argument):
+            pipe.send("held")
+            pipe.recv()
+    except FastgenError as error:
+        pipe.send(str(error))
+
+
+@contextmanager
+def other(kind: str, argument: Any) -> Iterator[tuple[str, Any]]:
+    """Another process that takes a lock: what came of it, and the process."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(kind, argument, theirs))
+    process.start()
+    try:
+        assert ours.poll(60)
+        yield ours.recv(), process
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+
+
+Lock = Callable[[Path], Any]
+FOLDER: Lock = lambda folder: locked_folder(folder)  # noqa: E731
+FILE: Lock = lambda folder: locked_files([folder / "a.png", folder / "b.png"])  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "lock", "refused"),
+    [
+        ("folder", None, FOLDER, True),
+        ("folder", None, FILE, True),
+        ("files", "a.png", FOLDER, True),
+        ("files", "a.png", FILE, True),
+        ("files", "b.png", FILE, True),
+        ("files", "c.png", FILE, False),
+    ],
+)
+def test_who_keeps_whom_out(tmp_path: Path, kind: str, name: str | None, lock: Lock, refused: bool) -> None:
+    argument = (tmp_path,) if name is None else [tmp_path / name]
+    with other(kind, argument) as (said, process):
+        assert said == "held"
+        if refused:
+            with pytest.raises(FastgenError, match="in use by another run") as error, lock(tmp_path):
+                pass
+            assert "\n" not in str(error.value)
+        else:
+            with lock(tmp_path):
+                pass
+        process.kill()  # SIGKILL: nothing of the process's own can run
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with lock(tmp_path):  # no stale lock
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_further_processes_of_a_run_share_its_folder_and_outlive_it(tmp_path: Path) -> None:
+    with locked_folder(tmp_path), other("folder", (tmp_path, 1)) as (said, _), ExitStack() as stack:
+        assert said == "held"
+        stack.enter_context(locked_folder(tmp_path))  # once more in this process
+    with other("folder", (tmp_path, 3)) as (said, _):
+        assert said == "held"
+        with pytest.raises(FastgenError, match="in use"), locked_folder(tmp_path):
+            pass
+
+
+def test_a_process_may_hold_a_folder_and_its_files(tmp_path: Path) -> None:
+    with locked_files([tmp_path / "scores.json"]), locked_folder(tmp_path):
+        with other("files", [tmp_path / "x"]) as (said, _):
+            assert "in use by another run (process" in said
+        with locked_folder(tmp_path):
+            pass
+        with other("folder", (tmp_path,)) as (said, _):  # the inner lock's end gives nothing back
+            assert "in use by another run" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked_folder(tmp_path), locked_files([tmp_path / "a"]):
+        pass
+    assert "make sure that no other run writes there" in caplog.text
