@@ -20,17 +20,17 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="vae, vq, detector, verifier, z-image, small, janus, drafter, dc, dc-dense, dc-graft, dc-finetune, "
-            "cascade-calibrate, search-calibrate."
+            help="vae, vq, detector, verifier, z-image, small, janus, drafter, dc, dc-dense, dc-patch, dc-graft, "
+            "dc-finetune, cascade-calibrate, search-calibrate."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
     part: Annotated[
         Path | None,
         typer.Option(
-            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (small, dc, dc-dense), "
-            "a Janus (drafter), any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, dc-finetune), or the "
-            "model that a calibration is for."
+            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (small, dc, dc-dense, "
+            "dc-patch), a Janus (drafter), any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, "
+            "dc-finetune), or the model that a calibration is for."
         ),
     ] = None,
     init: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -105,6 +106,7 @@ def select_chunks(
     grid: tuple[int, int],
     tail_drop: TailDrop | None = None,
     token_budget: int | None = None,
+    floor: float = 0.0,
 ) -> Chunks:
     """Elastic chunking (section 4): the likeliest boundary tokens of each sample.
 
@@ -118,21 +120,25 @@ def select_chunks(
         probabilities: float32 [n, L].
         grid: (H, W) with H * W = L.
         tail_drop, token_budget: see `check_budget`.
+        floor: least share of a sample's positions to keep, whatever the natural set and the tail drop say.
 
     Raises:
-        ValueError: see `check_budget`; or shapes that do not fit.
+        ValueError: see `check_budget`; a token budget below the floor; or shapes that do not fit.
     """
     if probabilities.ndim != 2 or probabilities.shape[1] != grid[0] * grid[1] or probabilities.numel() == 0:
         raise ValueError(f"probabilities: need [n, {grid[0]} * {grid[1]}], got {tuple(probabilities.shape)}")
     samples, length = probabilities.shape
     rho, token_budget = check_budget(tail_drop, token_budget, samples, length)
+    least = max(1, math.ceil(floor * length - 1e-9))
+    if token_budget is not None and token_budget < least:
+        raise ValueError(f"token_budget: {token_budget} is below the floor, {least} of {length} tokens ({floor:.3g})")
     device = probabilities.device
     natural = probabilities > THRESHOLD
     if token_budget is None:
         size = natural.sum(dim=1)
         # In float64, and with a hair's breadth for products like 0.29 * 100 that fall just short of the integer.
         dropped = (rho.to(device) * size + 1e-9).floor().long()
-        keep = (size - dropped).clamp(min=1)
+        keep = (size - dropped).clamp(min=least)
         lengths = tuple(keep.tolist())
     else:
         lengths = (token_budget,) * samples

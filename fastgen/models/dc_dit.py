@@ -138,6 +138,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elastic
         compression: N, the target of the ratio loss.
     """
 
+    scaffold: DynamicChunking
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DCDiTBlock", "ScaffoldBlock"]
     _repeated_blocks = ["DCDiTBlock"]

@@ -7,7 +7,7 @@ has patches of 2 x 2; their rotary positions are in units of such patches, so th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -23,10 +23,13 @@ from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
+from fastgen.models.patch_grid import PatchChunking
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
 
+Grid = Literal["latent", "patch"]
+GRIDS: tuple[Grid, ...] = ("latent", "patch")
 _CONDITIONING = 256  # most features of Z-Image's timestep embedding
 
 
@@ -133,9 +136,13 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
     Args:
         in_channels, dim, n_layers, n_refiner_layers, n_heads, norm_eps, qk_norm, cap_feat_dim, rope_theta, t_scale,
             axes_dims: as in `ZImageTransformer2DModel`.
-        position_scale: rotary units of a latent position; one half, as Z-Image counts patches of 2.
+        position_scale: rotary units of a latent position; one half, as Z-Image counts patches of 2. With grid "patch"
+            a token is such a patch, and this is not used.
         scaffold_dim, scaffold_blocks, router, router_dim, center_tap, residual_gate, smoothing: see `DynamicChunking`.
         compression: N, the target of the ratio loss.
+        grid: "latent", tokens are latent positions, as in the paper; "patch", they are the patches of 2 x 2 of the
+            model that it was upcycled from, see `fastgen.models.patch_grid`.
+        floor: with grid "patch", the least share of a sample's tokens to keep.
     """
 
     _supports_gradient_checkpointing = True
@@ -168,8 +175,16 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         residual_gate: ResidualGate = "confidence",
         smoothing: float | None = 1.0,
         compression: float = 4.0,
+        grid: Grid = "latent",
+        floor: float = 0.0,
     ) -> None:
         super().__init__()
+        if grid not in GRIDS:
+            raise ValueError(f"grid: {grid!r} is unknown; choose one of {', '.join(GRIDS)}")
+        if not 0 <= floor <= 1 or (floor and grid == "latent"):
+            raise ValueError(
+                f"floor: needs a share in [0, 1], and grid 'patch' unless it is 0; got {floor} and {grid!r}"
+            )
         if dim // n_heads != sum(axes_dims):
             raise ValueError(f"axes_dims: must add up to dim / n_heads = {dim // n_heads}, got {tuple(axes_dims)}")
         self.in_channels = in_channels
@@ -181,7 +196,11 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         # Conditioning of encoder and decoder: timestep and pooled caption through trainable norms (section 10).
         self.time_adaptor = nn.LayerNorm(width)
         self.text_adaptor = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        self.scaffold = DynamicChunking.of_config(self.config, in_channels, in_channels, dim, width)
+        self.scaffold: DynamicChunking | PatchChunking
+        if grid == "patch":
+            self.scaffold = PatchChunking.of_config(self.config, in_channels, dim, width)
+        else:
+            self.scaffold = DynamicChunking.of_config(self.config, in_channels, in_channels, dim, width)
         shape = (dim, n_heads, norm_eps, qk_norm)
         self.noise_refiner = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_refiner_layers))
         self.context_refiner = nn.ModuleList(DCZImageBlock(*shape, modulated=False) for _ in range(n_refiner_layers))
@@ -239,8 +258,12 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
         chunked = self.chunk(latents, conditioning, tail_drop, token_budget)
         hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
-        decoded = self.scaffold.unchunk(hidden, chunked)
-        prediction = self.scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
+        decoded: Tensor | None = None
+        if isinstance(self.scaffold, PatchChunking):
+            prediction = self.scaffold.predict(hidden, chunked, latents, 1 - t, conditioning)
+        else:
+            decoded = self.scaffold.unchunk(hidden, chunked)
+            prediction = self.scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
         sample = list(prediction[:, :, None].unbind(0))
         if not return_dict:
             return (sample,)
@@ -274,7 +297,8 @@ class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Elas
 
         index, width = chunks.positions % chunks.grid_size, chunks.grid[1]
         after = (text_segments.cu_seqlens.diff() + 1).index_select(0, chunks.segments.sequence_ids)
-        grid_places = [(place + 0.5) * self.config.position_scale - 0.5 for place in (index // width, index % width)]
+        scale = 1.0 if self.config.grid == "patch" else self.config.position_scale
+        grid_places = [(place + 0.5) * scale - 0.5 for place in (index // width, index % width)]
         image_rotary = rotary_factors(torch.stack([after.double(), *grid_places], dim=1), *rope)
 
         for block in self.noise_refiner:

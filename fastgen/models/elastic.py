@@ -18,6 +18,7 @@ from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.models.caching import Held, HeldChunksMixin
 from fastgen.models.chunking import Chunks, TailDrop, check_budget
+from fastgen.models.patch_grid import PatchChunking
 from fastgen.models.scaffold import Chunked, DynamicChunking
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
@@ -151,7 +152,7 @@ _recorders: ContextVar[tuple[tuple[nn.Module, list[StepRecord]], ...]] = Context
 class ElasticModelMixin(HeldChunksMixin):
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
-    scaffold: DynamicChunking
+    scaffold: DynamicChunking | PatchChunking
     _budget: ElasticBudget | None = None
     _replaces: tuple[str, ...]
     """Names of the stock classes whose place it takes."""
@@ -242,7 +243,7 @@ class ElasticModelMixin(HeldChunksMixin):
         Raises:
             ValueError: the budget does not fit the latents.
         """
-        grid = (latents.shape[2], latents.shape[3])
+        grid = self.scaffold.grid_of(latents)
         check_budget(tail_drop, token_budget, len(latents), grid[0] * grid[1])
         if torch.compiler.is_compiling() and token_budget is not None and self._hold is None:
             # All is known beforehand: one graph, which tells nobody.

@@ -188,6 +188,10 @@ class DynamicChunking(nn.Module):
             smoothing=config.smoothing,
         )
 
+    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+        """The grid of latents [n, C, H, W]: their positions."""
+        return latents.shape[2], latents.shape[3]
+
     def chunk(
         self,
         latents: Tensor,

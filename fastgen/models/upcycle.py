@@ -2,7 +2,8 @@
 
 The backbone's weights are copied bit for bit; the scaffold (encoder, router, decoder) is new and has to be trained,
 see `fastgen.training`. What belongs to the fixed patches alone, the patch embedding and the last projection, is left
-behind.
+behind, unless a Z-Image is upcycled with `grid="patch"`: then the new model begins by keeping every patch and computes
+what the original computes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.patch_grid import PatchChunking
 
 DCModel = DCDiTTransformer2DModel | DCZImageTransformer2DModel
 
@@ -89,7 +91,11 @@ def _z_image(model: ZImageTransformer2DModel, scaffold: dict[str, Any]) -> DCZIm
     upcycled = DCZImageTransformer2DModel(**{**{name: config[name] for name in copied}, **scaffold})
     for name in ("t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers"):
         getattr(upcycled, name).load_state_dict(getattr(model, name).state_dict())
-    upcycled.adaLN_out.load_state_dict(model.all_final_layer["2-1"].adaLN_modulation.state_dict())
+    final = model.all_final_layer["2-1"]
+    upcycled.adaLN_out.load_state_dict(final.adaLN_modulation.state_dict())
+    if isinstance(upcycled.scaffold, PatchChunking):
+        upcycled.scaffold.embed.load_state_dict(model.all_x_embedder["2-1"].state_dict())
+        upcycled.scaffold.head.load_state_dict(final.linear.state_dict())
     with torch.no_grad():
         upcycled.cap_pad_token.copy_(model.cap_pad_token)
     return upcycled
@@ -98,4 +104,5 @@ def _z_image(model: ZImageTransformer2DModel, scaffold: dict[str, Any]) -> DCZIm
 def backbone_names(model: DCModel) -> list[str]:
     """Names of the parameters that upcycling copied; all others belong to the scaffold."""
     new = ("scaffold.", "time_adaptor.", "text_adaptor.")
-    return [name for name, _ in model.named_parameters() if not name.startswith(new)]
+    kept = ("scaffold.embed.", "scaffold.head.")  # of grid "patch": the original's own
+    return [name for name, _ in model.named_parameters() if name.startswith(kept) or not name.startswith(new)]

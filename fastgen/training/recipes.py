@@ -99,6 +99,13 @@ RECIPES: dict[str, RecipeEntry] = {
         part="model",
         continues=True,
     ),
+    "dc-patch": RecipeEntry(
+        "a trained Z-Image for ShapesWorld that learns to drop its own patches, beginning as itself",
+        {"steps": 4000, "batch_size": 32, "accumulate": 4, "lr": 5e-4, "decay": 0.5},
+        needs="z-image",
+        part="model",
+        continues=True,
+    ),
     "dc-graft": RecipeEntry(
         "stage 1 of upcycling a trained Z-Image or DiT: the new parts learn from the original",
         {"steps": 5000, "batch_size": 64, "accumulate": 4, "lr": 1e-3},
@@ -268,6 +275,12 @@ def _dc_dense(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return _dc(seed, part, init, dense=True)
 
 
+def _dc_patch(seed: int, part: Path | None, init: Path | None) -> Recipe:
+    from fastgen.training.patch_chunking import PatchRecipe
+
+    return PatchRecipe(seed, part or Path(), init)
+
+
 def _upcycling(name: str, seed: int, part: Path | None, init: Path | None, data: Path | None) -> Recipe:
     if part is None or data is None:
         raise FastgenError(
@@ -296,4 +309,5 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "janus": _janus,
     "dc": _dc,
     "dc-dense": _dc_dense,
+    "dc-patch": _dc_patch,
 }

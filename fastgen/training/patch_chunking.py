@@ -1,0 +1,223 @@
+"""Recipe `dc-patch`: a Z-Image learns to drop patches, beginning as itself.
+
+The transformer of a trained pipeline is upcycled on its own patch grid, where it keeps everything and computes what it
+computed before. Its own velocity is the target throughout. The share of patches that are kept falls from one to 1 / N
+while it learns. Every sample keeps its likeliest ones, exactly as many as that share, or fewer where a tail drop was
+drawn: a threshold would let a router that cannot tell them apart yet keep all or none. The threshold is fitted beside
+it, for every noise level by itself, so that the natural set has the share too and the router cannot save where the
+picture is laid out.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.errors import FastgenError
+from fastgen.models.chunking import Chunks
+from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.tokenizers import build_text_tokenizer
+from fastgen.models.upcycle import upcycle
+from fastgen.models.z_image_batch import forward_batch, patchify, use_real_rotary
+from fastgen.training.cards import write_defaults, write_record
+from fastgen.training.dc_z_image import BUDGETS
+from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
+from fastgen.training.z_image import caption_tokens
+
+__all__ = ["PatchRecipe", "drop_cost_loss", "level_loss", "wanted_share"]
+
+SCAFFOLD: dict[str, Any] = {"scaffold_dim": 48, "scaffold_blocks": 1, "compression": 4.0}
+BAND = 4
+"""Samples of neighbouring noise levels that keep the wanted share together."""
+HELD_OUT = 128
+"""Fresh renders whose latents give the metric."""
+_LEVEL_WEIGHT = 0.1
+_COST_WEIGHT = 0.1
+_CAPTION_DROPOUT = 0.1
+
+
+def wanted_share(start: int, warm_up: int, anneal: int, compression: float) -> float:
+    """Share of patches to keep in the batch that begins with item `start`: 1 in the first `warm_up` items, then
+    falling to 1 / `compression` over `anneal` items."""
+    progress = min(1.0, max(0.0, (start - warm_up) / max(1, anneal)))
+    return 1.0 - progress * (1.0 - 1.0 / compression)
+
+
+def level_loss(probabilities: Tensor, sigma: Tensor, share: float, band: int = BAND) -> Tensor:
+    """Moves the threshold to where it keeps `share` of the patches at every noise level: the square of the logit that
+    just so belongs to them, in bands of samples sorted by noise level.
+
+    Unlike the ratio loss it says nothing about single patches, and is small only where the share is right.
+
+    Args:
+        probabilities: [n, L].
+        sigma: [n].
+        share: in (0, 1]; at 1 nothing is to be dropped and the loss is 0.
+        band: samples of a band; the last one may be smaller.
+    """
+    if share >= 1:
+        return probabilities.new_zeros(())
+    logits = torch.logit(probabilities[sigma.argsort()], eps=1e-6)
+    edges = [part.flatten().quantile(1 - share) for part in logits.split(band)]
+    return torch.stack(edges).square().mean()
+
+
+def drop_cost_loss(chunks: Chunks, error: Tensor) -> Tensor:
+    """Raises the probability of dropped patches that were missed more than the others of their sample, and lowers that
+    of those that were missed less.
+
+    Args:
+        chunks: what was kept.
+        error: squared error of each patch [n, L]; no gradient reaches it.
+    """
+    dropped = (~chunks.mask).to(error.dtype)
+    count = dropped.sum(dim=1, keepdim=True).clamp(min=1)
+    error = error.detach()
+    mean = (error * dropped).sum(dim=1, keepdim=True) / count
+    missed = (error / mean.clamp(min=1e-6) - 1).clamp(max=3)
+    return -(missed * dropped * chunks.probabilities / count).sum(dim=1).mean()
+
+
+class PatchModule(torch.nn.Module):
+    """What is trained: the upcycled transformer."""
+
+    adamw_names = ("scaffold", "adaptor", "t_embedder", "cap_embedder", "adaLN")
+    compiled_shapes = None  # the number of kept tokens is another one in every batch
+
+    def __init__(self, transformer: DCZImageTransformer2DModel) -> None:
+        super().__init__()
+        groups = ("context_refiner", "noise_refiner", "layers")
+        blocks = {group: len(getattr(transformer, group)) for group in groups}
+        self.compiled_parts = [f"transformer.{group}.{i}" for group, n in blocks.items() for i in range(n)]
+        self.transformer = transformer
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, captions: list[Tensor], token_budget: int
+    ) -> tuple[Tensor, Chunks]:
+        """Velocity [n, C, h, w], and what was kept."""
+        images = list(latents[:, :, None].unbind(0))
+        output = self.transformer(images, timestep, captions, token_budget=token_budget, output_chunks=True)
+        return torch.cat(output.sample, dim=1).transpose(0, 1), output.chunks
+
+
+class PatchRecipe:
+    """Learns the velocity of the pipeline's own transformer with ever fewer patches.
+
+    Args:
+        seed: seed of the new parts and of the data.
+        pipeline: folder of a trained `ZImagePipeline` for ShapesWorld: the teacher, its VAE and its text encoder.
+        init: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
+        warm_up: items before anything is dropped.
+        anneal: items over which the wanted share falls.
+        cost: weight of `drop_cost_loss`.
+        scaffold: configuration of a new scaffold where it is not `SCAFFOLD`.
+
+    Raises:
+        FastgenError: `init` has another grid.
+    """
+
+    name = "dc-patch"
+
+    def __init__(
+        self,
+        seed: int,
+        pipeline: Path,
+        init: Path | None = None,
+        warm_up: int = 2_000,
+        anneal: int = 20_000,
+        cost: float = _COST_WEIGHT,
+        **scaffold: Any,
+    ) -> None:
+        from diffusers import ZImagePipeline
+
+        from fastgen.io import read_object
+
+        self.warm_up, self.anneal, self.cost = warm_up, anneal, cost
+        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+        defaults = pipeline / "fastgen.json"
+        self.defaults = read_object(defaults) if defaults.is_file() else {}
+        self.teacher: Any = pipe.transformer.eval().requires_grad_(False)
+        torch.manual_seed(seed)
+        if init is None:
+            made: Any = upcycle(self.teacher, grid="patch", **{**SCAFFOLD, **scaffold})
+        else:
+            made = DCZImageTransformer2DModel.from_pretrained(init)
+            if made.config.grid != "patch":
+                raise FastgenError(f"--init: {init} has grid {made.config.grid!r}, recipe {self.name} needs 'patch'")
+        self.transformer: DCZImageTransformer2DModel = made
+        use_real_rotary(self.teacher)
+        pipe.register_modules(transformer=None)
+        self.pipe = pipe
+        self.vae = pipe.vae.eval().requires_grad_(False)
+        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
+        self.size = int(self.defaults.get("height", 64))
+        self.data = ShapesWorld(seed + 1212, size=self.size)
+        images = torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images)
+        self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
+
+    def build(self) -> PatchModule:
+        """The upcycled transformer."""
+        return PatchModule(self.transformer.train())
+
+    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Renders, their tokenised captions (some dropped), the wanted share, and how many patches to keep."""
+        data = self.data.batch(size, start)
+        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
+        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        compression = self.transformer.config.compression
+        share = wanted_share(start, self.warm_up, self.anneal, compression)
+        budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+        return {
+            "images": torch.from_numpy(data.images),
+            **caption_tokens(self.pipe.tokenizer, texts),
+            "share": share,
+            "token_budget": max(1, round(share * (1 - budget * (share < 1)) * (self.size // 8) ** 2)),
+        }
+
+    def loss(
+        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Squared error against the teacher's velocity, the threshold's place, and the cost of what was dropped."""
+        latents = encode_latents(self.vae, batch["images"], generator)
+        # Noise levels of the teacher's own training, at its size.
+        noisy, sigma, _ = flow_matching_batch(latents, generator, 1.2 + torch.tensor(self.size / 64).log().item())
+        mask = batch["attention_mask"]
+        lengths = mask.sum(dim=1)
+        with torch.no_grad():
+            self.text_encoder.to(mask.device)
+            hidden = self.text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+            features = hidden.hidden_states[-2]
+            target = forward_batch(self.teacher.to(noisy.device), noisy, 1 - sigma, features, lengths)[0].float()
+        captions = [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
+        output, chunks = module(noisy, 1 - sigma, captions, batch["token_budget"])
+        error, numbers = self.metric.loss(output, target, sigma)
+        level = level_loss(chunks.probabilities, sigma, batch["share"])
+        missed = patchify((output.float() - target).detach()).square().mean(dim=-1)
+        cost = drop_cost_loss(chunks, missed)
+        noisiest = sigma >= sigma.median()
+        kept = chunks.natural.float().mean(dim=1)
+        numbers |= {
+            "level": float(level.detach()),
+            "share": batch["share"],
+            "kept": float(kept.mean()),
+            "kept_noisy": float(kept[noisiest].mean()),
+            "kept_clean": float(kept[~noisiest].mean()) if not bool(noisiest.all()) else float("nan"),
+            "tokens": batch["token_budget"],
+        }
+        return error + _LEVEL_WEIGHT * level + self.cost * cost, numbers
+
+    def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
+        """Save a whole pipeline in half precision."""
+        pipe = copy.deepcopy(self.pipe)
+        # Ours carries the padding of training.
+        pipe.register_modules(transformer=copy.deepcopy(self.transformer), tokenizer=build_text_tokenizer())
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.to(torch.float16)
+        pipe.save_pretrained(folder)
+        write_defaults(folder, **self.defaults)
+        write_record(folder, self.name, record)

@@ -1,0 +1,292 @@
+"""Dynamic chunking on the backbone's patch grid: it begins as the model it was upcycled from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, ZImagePipeline, ZImageTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from micro_models import awake
+
+from fastgen.models.chunking import select_chunks
+from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.patch_grid import fill_in, unpatchify
+from fastgen.models.upcycle import backbone_names, upcycle
+from fastgen.models.z_image_batch import patchify
+from fastgen.pipelines.checkpoint import embedded_folder
+
+
+def stock(seed: int = 0) -> ZImageTransformer2DModel:
+    torch.manual_seed(seed)
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    for parameter in model.parameters():  # near-closed gates would hide differences
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def fresh(**scaffold: Any) -> Any:
+    return upcycle(stock(), **{"grid": "patch", "scaffold_dim": 16, "scaffold_blocks": 1, **scaffold}).eval()
+
+
+def micro(**scaffold: Any) -> Any:
+    """With random weights where training starts from zero, and a router that keeps some and drops some."""
+    model = awake(fresh(**scaffold))
+    torch.nn.init.zeros_(model.scaffold.router.head.bias)
+    return model
+
+
+def inputs(
+    lengths: tuple[int, ...] = (5, 33, 9), size: tuple[int, int] = (8, 16), seed: int = 0
+) -> tuple[Any, Any, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(4, 1, *size, generator=generator) for _ in lengths]
+    captions = [torch.randn(length, 24, generator=generator) for length in lengths]
+    return images, torch.rand(len(lengths), generator=generator), captions
+
+
+def run(model: Any, arguments: tuple[Any, Any, Any], **knobs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack(model(*arguments, return_dict=False, **knobs)[0])
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 16), (4, 32)])
+@pytest.mark.parametrize("smoothing", [None, 1.0])
+def test_upcycled_it_computes_what_its_teacher_computes(size: tuple[int, int], smoothing: float | None) -> None:
+    """Everything is kept of its own accord; up to the rounding of packed attention."""
+    teacher, arguments = stock(), inputs(size=size)
+    model: Any = upcycle(teacher, grid="patch", scaffold_dim=16, smoothing=smoothing).eval()
+    with torch.no_grad():
+        output = model(*arguments, output_chunks=True)
+    assert bool(output.chunks.natural.all()) and bool(output.chunks.mask.all())
+    theirs = run(teacher, arguments)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(torch.stack(output.sample), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedded_model_draws_the_same_picture_upcycled() -> None:
+    pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(3)
+        images = pipe("a red circle", height=64, width=64, num_inference_steps=2, generator=generator)
+        return np.asarray(images.images[0]).astype(int)
+
+    before = draw()
+    pipe.transformer = upcycle(pipe.transformer, grid="patch", scaffold_dim=48, scaffold_blocks=1)
+    assert np.abs(draw() - before).max() <= 1
+
+
+def test_training_begins_there_too() -> None:
+    """With gradients on, the confidence that carries them is one."""
+    teacher, arguments = stock(), inputs()
+    model = fresh().train()
+    torch.testing.assert_close(torch.stack(model(*arguments).sample), run(teacher, arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_kept_patches_are_the_heads_own() -> None:
+    """Whatever the decoder says: it speaks of dropped patches alone."""
+    model, arguments = micro(), inputs()
+    with torch.no_grad():
+        output = model(*arguments, token_budget=13, output_chunks=True)
+        for parameter in (*model.scaffold.decoder.parameters(), *model.scaffold.carry.parameters()):
+            parameter.normal_()
+        again = model(*arguments, token_budget=13, output_chunks=True)
+    assert torch.equal(output.chunks.mask, again.chunks.mask)
+    for a, b, mask in zip(output.sample, again.sample, output.chunks.mask, strict=True):
+        one, two = (patchify(sample[None, :, 0])[0] for sample in (a, b))
+        assert torch.equal(one[mask], two[mask])
+        assert not torch.isclose(one[~mask], two[~mask]).all(dim=-1).any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rhos=st.lists(st.floats(0, 0.95), min_size=1, max_size=3),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    seed=st.integers(0, 100),
+)
+def test_a_batch_equals_its_samples_alone(rhos: list[float], size: tuple[int, int], seed: int) -> None:
+    model = micro()
+    images, t, captions = inputs((3, 40, 8)[: len(rhos)], (2 * size[0], 2 * size[1]), seed)
+    with torch.no_grad():
+        batch = model(images, t, captions, tail_drop=rhos, output_chunks=True)
+        for i, rho in enumerate(rhos):
+            alone = model([images[i]], t[i : i + 1], [captions[i]], tail_drop=rho, output_chunks=True)
+            assert torch.equal(alone.chunks.mask[0], batch.chunks.mask[i])
+            torch.testing.assert_close(alone.sample[0], batch.sample[i], rtol=1e-3, atol=5e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sigma=st.floats(0, 1), variance=st.floats(1e-3, 10), seed=st.integers(0, 1000))
+def test_a_dropped_patch_is_the_precision_weighted_mean(sigma: float, variance: float, seed: int) -> None:
+    """Against the product of two Gaussians in float64, where the noise level allows to divide by it."""
+    rng = np.random.default_rng(seed)
+    noisy, spread = rng.standard_normal((2, 2, 3, 4))
+    tensors = (torch.from_numpy(value).float() for value in (noisy, spread))
+    level, widths = torch.tensor([sigma, 1.0]), torch.full((4,), variance)
+    ours = fill_in(*tensors, level, widths).double().numpy()
+    assert np.isfinite(ours).all()
+    np.testing.assert_allclose(ours[1], spread[1] - noisy[1], rtol=1e-4, atol=1e-5)
+    if 0.02 < sigma < 0.999:
+        mine, own = 1 / variance, ((1 - sigma) / sigma) ** 2
+        data = (mine * spread[0] + own * noisy[0] / (1 - sigma)) / (mine + own)
+        np.testing.assert_allclose(ours[0], (data - noisy[0]) / sigma, rtol=2e-3, atol=2e-3)
+
+
+def test_at_no_noise_the_noise_is_what_it_is_on_average() -> None:
+    noisy, spread = torch.randn(2, 1, 3, 4)
+    torch.testing.assert_close(fill_in(noisy, spread, torch.zeros(1), torch.rand(4) + 0.1), noisy)
+
+
+def test_a_flat_picture_needs_one_patch() -> None:
+    """A teacher that knows the data, all of whose patches are equal: one kept patch tells all the others."""
+    model: Any = fresh()
+    with torch.no_grad():
+        model.scaffold.log_variance.fill_(-30)  # trust the neighbours
+    data, noise = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    sigma = torch.tensor([0.6])
+    noisy = 0.4 * data + 0.6 * noise
+    velocity = patchify(data - noise)
+    conditioning = torch.randn(1, 32)
+    with torch.no_grad():
+        chunked = model.scaffold.chunk(noisy, conditioning, None, 1)
+        kept = chunked.chunks.mask
+        model.scaffold.head.weight.zero_()
+        model.scaffold.head.bias.copy_(velocity[kept][0])
+        filled = model.scaffold.predict(torch.randn(1, 32), chunked, noisy, sigma, conditioning)
+    torch.testing.assert_close(filled, data - noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (2, 3, 4, 6), (3, 16, 8, 2)])
+def test_unpatchify_undoes_patchify(shape: tuple[int, ...]) -> None:
+    latents = torch.randn(shape)
+    assert torch.equal(unpatchify(patchify(latents), (shape[2] // 2, shape[3] // 2)), latents)
+
+
+def test_gradients_reach_the_router_and_everything_else() -> None:
+    model = micro().train()
+    sample = model(*inputs(), tail_drop=[0.0, 0.5, 0.9]).sample
+    torch.stack(sample).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)] == []
+
+
+def test_upcycling_copies_embedding_and_head_too() -> None:
+    source = stock()
+    model = fresh()
+    before = source.state_dict()
+    names = backbone_names(model)
+    assert torch.equal(model.scaffold.embed.weight, before["all_x_embedder.2-1.weight"])
+    assert torch.equal(model.scaffold.head.bias, before["all_final_layer.2-1.linear.bias"])
+    assert {"scaffold.embed.weight", "scaffold.head.weight"} <= set(names)
+    assert not any(name.startswith(("scaffold.encoder", "scaffold.router", "time_adaptor")) for name in names)
+
+
+# --- floor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("floor", "least"), [(0.0, 1), (0.125, 4), (0.25, 8), (0.3, 10), (1.0, 32)])
+def test_no_tail_drop_goes_below_the_floor(floor: float, least: int) -> None:
+    model = micro(floor=floor)
+    torch.nn.init.constant_(model.scaffold.router.head.bias, -50.0)  # keeps nothing of its own accord
+    with torch.no_grad():
+        chunks = model(*inputs(), tail_drop=0.9, output_chunks=True).chunks
+    assert chunks.lengths == (least,) * 3
+    # They are the likeliest ones.
+    for p, mask in zip(chunks.probabilities, chunks.mask, strict=True):
+        assert p[mask].min() >= p[~mask].max() if least < 32 else mask.all()
+
+
+def test_a_budget_below_the_floor_names_both_numbers() -> None:
+    model = micro(floor=0.25)
+    assert run(model, inputs(), token_budget=8).shape == (3, 4, 1, 8, 16)
+    with pytest.raises(ValueError, match=r"token_budget: 7 is below the floor, 8 of 32 tokens"):
+        run(model, inputs(), token_budget=7)
+
+
+@given(floor=st.floats(0, 1), length=st.integers(1, 200), seed=st.integers(0, 99))
+def test_the_floor_is_the_least_number_that_reaches_the_share(floor: float, length: int, seed: int) -> None:
+    p = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) * 0.4
+    kept = select_chunks(p, (1, length), floor=floor).lengths[0]
+    assert kept >= floor * length - 1e-6 and (kept == 1 or kept - 1 < floor * length)
+
+
+@pytest.mark.parametrize("wrong", [{"floor": -0.1}, {"floor": 1.5}, {"grid": "latent", "floor": 0.1}])
+def test_floors_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="floor: needs a share"):
+        fresh(**wrong)
+
+
+# --- bad input, files, pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(7, 16), (8, 15), (3, 3)])
+def test_sizes_that_do_not_divide_name_both_numbers(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]} do not divide into patches of 2x2"):
+        run(micro(), inputs(size=size))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"grid": "hexagon"}, "grid: 'hexagon'"), ({"router": "cosine"}, "cosine"), ({"residual_gate": "mask"}, "mask")],
+)
+def test_choices_that_the_patch_grid_does_not_have(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fresh(**wrong)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = micro(floor=0.1)
+    model.save_pretrained(tmp_path)
+    again = DCZImageTransformer2DModel.from_pretrained(tmp_path)
+    assert (again.config.grid, again.config.floor) == ("patch", 0.1)
+    torch.testing.assert_close(run(again, inputs()), run(model, inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_folders_from_before_load_with_the_papers_grid() -> None:
+    model = DCZImageTransformer2DModel.from_pretrained(embedded_folder("tiny-dc") / "transformer")
+    assert model.config.grid == "latent" and model.config.floor == 0
+    latents, captions = [torch.randn(16, 1, 5, 7)], [torch.randn(4, 160)]
+    with torch.no_grad():
+        chunks = model(latents, torch.tensor([0.5]), captions, output_chunks=True).chunks
+    assert chunks.grid == (5, 7)
+
+
+def test_step_caches_hold_its_kept_set() -> None:
+    model, arguments = micro(), inputs()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with torch.no_grad(), model.cache_context("denoise"), model.record_chunks() as records:
+        for step in range(5):
+            images = [image + 0.3 * step for image in arguments[0]]
+            model(images, arguments[1], arguments[2])
+    assert [record.chunks.grid for record in records] == [(4, 8)] * 5
+    assert all(torch.equal(record.chunks.mask, records[0].chunks.mask) for record in records[:4])
+    model.disable_cache()
+
+
+def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
+    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
+    model = awake(upcycle(pipe.transformer, grid="patch", scaffold_dim=16))
+    pipe.transformer = model
+    pipe.set_progress_bar_config(disable=True)
+    model.set_budget(tail_drop=0.2, uncond_tail_drop=0.9, images=1)
+    with model.record_chunks() as records:
+        pipe("a red circle", height=32, width=32, num_inference_steps=2, guidance_scale=2.0, output_type="latent")
+    assert len(records) == 2
+    for record in records:
+        assert record.chunks.grid == (4, 4)
+        assert record.chunks.lengths[0] > record.chunks.lengths[1]
