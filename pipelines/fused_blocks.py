@@ -21,6 +21,13 @@ from fastgen.pipelines.fused_norms import norm_of, normed, residual, runs
 
 __all__ = ["BLOCKS", "fits"]
 
+# Looked up here: diffusers marks these classes as operators of compilers, which then trace no attribute of them.
+_STOCK_DIT = BasicTransformerBlock.forward
+_STOCK_FLUX = FluxTransformerBlock.forward
+_STOCK_FLUX_SINGLE = FluxSingleTransformerBlock.forward
+_STOCK_SD3 = JointTransformerBlock.forward
+_STOCK_QWEN = QwenImageTransformerBlock.forward
+_STOCK_Z_IMAGE = ZImageTransformerBlock.forward
 _LIMIT = 65504  # float16: stock blocks clip to it
 
 
@@ -42,7 +49,7 @@ def _dit(
     """DiT: adaLN-Zero, self-attention only."""
     known = self._chunk_size is None and not cross_attention_kwargs and hidden_states.ndim == 3
     if not known or not runs(hidden_states, self.norm1.norm, self.norm3):
-        output: Tensor = BasicTransformerBlock.forward(
+        output: Tensor = _STOCK_DIT(
             self,
             hidden_states,
             attention_mask,
@@ -85,7 +92,7 @@ def _flux(
     arguments = joint_attention_kwargs or {}
     known = temb.ndim == 2 and not arguments.keys() & {"ip_hidden_states", "ip_adapter_masks"}
     if not known or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = FluxTransformerBlock.forward(
+        output: tuple[Tensor, Tensor] = _STOCK_FLUX(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
         return output
@@ -116,7 +123,7 @@ def _flux_single(
 ) -> tuple[Tensor, Tensor]:
     """FLUX, text and image in one stream, attention and feed-forward beside each other."""
     if temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = FluxSingleTransformerBlock.forward(
+        output: tuple[Tensor, Tensor] = _STOCK_FLUX_SINGLE(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
         return output
@@ -139,7 +146,7 @@ def _sd3(
 ) -> tuple[Tensor | None, Tensor]:
     """Stable Diffusion 3 and 3.5, where some blocks have a second attention over the image alone."""
     if self._chunk_size is not None or temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor | None, Tensor] = JointTransformerBlock.forward(
+        output: tuple[Tensor | None, Tensor] = _STOCK_SD3(
             self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
         )
         return output
@@ -181,7 +188,7 @@ def _qwen(
 ) -> tuple[Tensor, Tensor]:
     """Qwen-Image, without conditioning by token (its editing models)."""
     if self.zero_cond_t or modulate_index is not None or temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = QwenImageTransformerBlock.forward(
+        output: tuple[Tensor, Tensor] = _STOCK_QWEN(
             self,
             hidden_states,
             encoder_hidden_states,
@@ -223,7 +230,7 @@ def _z_image(
     """Z-Image: weighted RMS norms on both sides of attention and feed-forward, tanh gates."""
     norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
     if noise_mask is not None or not runs(x, *norms):
-        output: Tensor = ZImageTransformerBlock.forward(
+        output: Tensor = _STOCK_Z_IMAGE(
             self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
         )
         return output

@@ -38,7 +38,7 @@ _FAMILIES = (
 def enable_kernels(pipe: Any) -> dict[str, int]:
     """Let a pipeline, or a model, compute with fused kernels. Doing it twice changes nothing.
 
-    LoRA, model offload and `compile_repeated_blocks` work as before; enable kernels before compiling. A block whose
+    LoRA, model offload and `compile_repeated_blocks`, before or after, work as without. A block whose
     forward belongs to another hook (step caches, group offloading) is left alone and named in the log: enable kernels
     first, then the hook.
 
