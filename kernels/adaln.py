@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln_operator import launch
-from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, needs_gradients
+from fastgen.kernels.arguments import check_flag, check_number, check_tensors, shown
+from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, looks, needs_gradients
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
@@ -51,7 +52,8 @@ def adaln(
     Args:
         hidden: residual stream, padded [n, L, D] or packed [T, D].
         update: what is added to it, same shape; None: y is `hidden` itself.
-        gate, scale, shift: [n, D] (or [1, D] for all samples), any row stride, as `chunk` leaves them.
+        gate, scale, shift: [n, D] (or [1, D] for all samples, packed or padded), any row stride, as `chunk` leaves
+            them.
         weight, bias: [D], of the norm of y.
         norm: "layer", "rms" or "none" (then z is y).
         eps: of the norm of y.
@@ -67,14 +69,23 @@ def adaln(
         y and z, in the shape of `hidden`, in the promoted dtype of what they are made of.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, naming the argument.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. Numbers in `sequence_ids`
+            and `cu_seqlens` are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     options = (norm, eps, update_norm, update_eps, tanh_gate)
     tensors = (hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, cu_seqlens)
-    given = [x for x in tensors if x is not None]
-    reason = _checked(lambda: _check(*tensors[:7], norm, *tensors[7:]), tensors, norm)
+    reason, count = _checked(lambda: _check(*tensors, *options), tensors, *options)
     if sequence_ids is not None:
-        _look(sequence_ids, cu_seqlens, hidden.shape[0], [x for x in (gate, scale, shift) if x is not None])
+        _look(sequence_ids, cu_seqlens, hidden.shape[0], count)
+        if count == 1:  # one row for all: no look-up, and gradients of that row
+            sequence_ids = cu_seqlens = None
+        elif count is not None:
+            gate, scale, shift = (
+                x if x is None or x.shape[0] != 1 else x.expand(count, -1) for x in (gate, scale, shift)
+            )
+        tensors = (hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, cu_seqlens)
+    given = [x for x in tensors if x is not None]
     if not choose("adaln", reason, _whole(update, norm) or not torch.compiler.is_compiling(), *given):
         return adaln_reference(
             hidden,
@@ -175,34 +186,50 @@ def _check(
     shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    norm: str,
     update_weight: Tensor | None,
     sequence_ids: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> str | None:
-    """See that the arguments fit; why the kernel does not take them, or None."""
+    norm: str,
+    eps: float,
+    update_norm: bool,
+    update_eps: float,
+    tanh_gate: bool,
+) -> tuple[str | None, int | None]:
+    """See that the arguments fit; why the kernel does not take them, or None, and the rows of conditioning."""
+    optional = {"update": update, "gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
+    optional |= {"update_weight": update_weight, "sequence_ids": sequence_ids, "cu_seqlens": cu_seqlens}
+    check_tensors({"hidden": hidden}, optional)
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    for name, number in (("eps", eps), ("update_eps", update_eps)):
+        check_number(name, number, minimum=0)
+    for name, flag in (("update_norm", update_norm), ("tanh_gate", tanh_gate)):
+        check_flag(name, flag)
+    if update is None and gate is not None:
+        raise ValueError("gate: is of no use without update")
     if hidden.ndim not in (2, 3) or not hidden.is_floating_point():
-        raise ValueError(f"hidden: needs floats [n, L, D] or [T, D], got {hidden.dtype} {tuple(hidden.shape)}")
+        raise ValueError(f"hidden: needs floats [n, L, D] or [T, D], got {shown(hidden)}")
     width, samples = hidden.shape[-1], hidden.shape[0] if hidden.ndim == 3 else None
     if update is not None and (update.shape != hidden.shape or not update.is_floating_point()):
-        raise ValueError(f"update: needs floats {tuple(hidden.shape)}, got {update.dtype} {tuple(update.shape)}")
+        raise ValueError(f"update: needs floats {tuple(hidden.shape)}, got {shown(update)}")
     count: int | None = None
     for name, x in (("gate", gate), ("scale", scale), ("shift", shift)):
         if x is None:
             continue
         if x.ndim != 2 or x.shape[1] != width or not x.is_floating_point():
-            raise ValueError(f"{name}: needs floats [n, {width}], got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"{name}: needs floats [n, {width}], got {shown(x)}")
         # Sizes may be symbols of a compiler: comparisons, no sets.
         if sequence_ids is None and x.shape[0] != 1 and x.shape[0] != samples:
             raise ValueError(f"{name}: needs {samples or 1} rows, got {tuple(x.shape)}")
-        if sequence_ids is not None and count is not None and count != x.shape[0]:
-            raise ValueError(f"gate, scale, shift: need one number of sequences, got {count} and {x.shape[0]}")
-        count = x.shape[0]
+        if count is None or count == 1:
+            count = x.shape[0]
+        elif sequence_ids is not None and x.shape[0] != 1 and x.shape[0] != count:
+            raise ValueError(f"gate, scale, shift: need one number of sequences, or 1; got {count} and {x.shape[0]}")
     for name, x in (("weight", weight), ("bias", bias), ("update_weight", update_weight)):
         if x is not None and (x.shape != (width,) or not x.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"{name}: needs floats [{width}], got {shown(x)}")
+    if update_weight is not None and not update_norm:
+        raise ValueError("update_weight: is of no use without update_norm")
     if sequence_ids is not None:
         if hidden.ndim != 2 or sequence_ids.shape != hidden.shape[:1]:
             raise ValueError(
@@ -215,18 +242,26 @@ def _check(
         kind, shape = cu_seqlens.dtype, tuple(cu_seqlens.shape)
         if sequence_ids is None:
             raise ValueError("cu_seqlens: is of no use without sequence_ids")
-        fits = len(shape) == 1 and (count is None or shape[0] == count + 1)
+        fits = len(shape) == 1 and (shape[0] >= 2 if count is None or count == 1 else shape[0] == count + 1)
         if not fits or kind not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {kind} {shape}")
-    return _why_not(hidden, update, gate, scale, shift, weight, bias, update_weight)
+    return _why_not(hidden, update, gate, scale, shift, weight, bias, update_weight), count
 
 
-def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, conditioning: list[Tensor]) -> None:
+def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: int | None) -> None:
     """See that the numbers in index tensors fit, where looking is cheap."""
-    if conditioning:
-        check_range("sequence_ids", sequence_ids, conditioning[0].shape[0])
     if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
+        count = cu_seqlens.shape[0] - 1
+    elif count == 1:  # for all sequences, however many they are
+        count = None
+    check_range("sequence_ids", sequence_ids, 2**31 if count is None else count)
+    if cu_seqlens is None:
+        return
+    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
+    if looks(cu_seqlens) and looks(sequence_ids):
+        numbers = torch.arange(len(cu_seqlens) - 1, dtype=sequence_ids.dtype, device=sequence_ids.device)
+        if not torch.equal(numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens), sequence_ids):
+            raise ValueError("cu_seqlens: contradicts sequence_ids, needs the bounds of their runs")
 
 
 def _why_not(*tensors: Tensor | None) -> str | None:

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.dispatch import Checked, check_range
+
 __all__ = ["cached_attention"]
+
+_checked = Checked()
 
 
 def cached_attention(
@@ -28,7 +33,15 @@ def cached_attention(
 
     Returns:
         [R, n, query_heads, head_dim] in the dtype of `store`.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. `slots` are looked at on a CPU, and with
+            FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
+    tensors = (query, key, value, store, slots, mask)
+    _checked(lambda: _check(*tensors, layer), tensors, layer)
+    check_range("slots", slots, store.shape[3])
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.fastgen.cached_attention(query, key, value, store, layer, slots, mask)
         return output
@@ -46,6 +59,26 @@ def _cached_attention(
     query = query.to(store.dtype).transpose(1, 2)
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
     return mixed.transpose(1, 2)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, store: Tensor, slots: Tensor, mask: Tensor, layer: int) -> None:
+    """See that shapes, dtypes and devices fit."""
+    needed = {"query": query, "key": key, "value": value, "store": store, "slots": slots, "mask": mask}
+    check_tensors(needed)
+    if store.ndim != 6 or store.shape[1] != 2:
+        raise ValueError(f"store: needs [layers, 2, R, capacity, heads, head_dim], got {tuple(store.shape)}")
+    check_int("layer", layer, 0, store.shape[0] - 1)
+    rows, capacity, heads, width = store.shape[2:]
+    if query.ndim != 4 or query.shape[0] != rows or query.shape[3] != width or not heads or query.shape[2] % heads:
+        raise ValueError(f"query: needs [{rows}, n, a multiple of {heads}, {width}], got {shown(query)}")
+    n = query.shape[1]
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != (rows, n, heads, width):
+            raise ValueError(f"{name}: needs {[rows, n, heads, width]}, got {shown(x)}")
+    if slots.shape != (rows, n) or slots.dtype != torch.int64:
+        raise ValueError(f"slots: needs int64 {[rows, n]}, got {shown(slots)}")
+    if mask.ndim != 4 or mask.dtype != torch.bool or mask.shape[-1] > capacity or mask.shape[2] != n:
+        raise ValueError(f"mask: needs bool [{rows}, 1, {n}, limit <= {capacity}], got {shown(mask)}")
 
 
 @torch.library.custom_op("fastgen::cached_attention", mutates_args=("store",))

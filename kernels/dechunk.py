@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import check_range, choose, direct
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.kernels.dispatch import check_ascending, check_range, choose, direct, looks
 
 __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "plug_back", "plug_back_reference", "smooth_kept"]
 __all__ += ["smooth_kept_reference"]
@@ -39,13 +40,15 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
         the same sample holds there.
 
     Raises:
-        ValueError: another dtype or shape.
+        TypeError: what should be a tensor is none.
+        ValueError: another dtype, shape or device.
     """
+    check_tensors({"mask": mask}, {"rows": rows})
     if mask.ndim != 3 or mask.dtype != torch.bool:
-        raise ValueError(f"mask: needs bool [n, H, W], got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(f"mask: needs bool [n, H, W], got {shown(mask)}")
     reason = None if mask.shape[2] <= _WIDEST else f"a grid of {mask.shape[2]} columns"
     if rows is not None and (rows.shape != (mask.numel(),) or rows.dtype != torch.int64):
-        raise ValueError(f"rows: needs int64 [{mask.numel()}], got {rows.dtype} {tuple(rows.shape)}")
+        raise ValueError(f"rows: needs int64 [{mask.numel()}], got {shown(rows)}")
     # Not timed on a GPU: taken for the reference's H * W * W integers that it does without.
     if not choose("nearest_kept", reason, True, mask):
         return nearest_kept_reference(mask, rows)
@@ -113,21 +116,26 @@ def smooth_kept(
         [T, D] in the dtype of `tokens`. Differentiable in tokens and probabilities.
 
     Raises:
-        ValueError: shapes that do not fit, or sigma <= 0.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. `positions` are looked at on a CPU, and with
+            FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
-    if sigma <= 0:
-        raise ValueError(f"sigma: needs a number > 0 or None, got {sigma}")
+    check_tensors({"tokens": tokens, "positions": positions, "probabilities": probabilities}, {"rows": rows})
+    size = _check_grid(grid, samples, sigma, full)
     if tokens.ndim != 2 or positions.shape != tokens.shape[:1] or probabilities.shape != positions.shape:
         raise ValueError(
             f"smooth_kept: tokens {tuple(tokens.shape)}, positions {tuple(positions.shape)} and probabilities "
             f"{tuple(probabilities.shape)} do not fit"
         )
+    _check_packed(tokens, positions, probabilities)
+    if rows is not None and (rows.shape != (size,) or rows.dtype != torch.int64):
+        raise ValueError(f"rows: needs int64 [{size}], got {shown(rows)}")
+    check_ascending("positions", positions, size, full)
     reason = None if tokens.dtype in _TYPES and probabilities.dtype == torch.float32 else f"{tokens.dtype}"
     # Not timed on a GPU: taken for the reference's dense fields [n, L, D] in float32 that it does without.
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
         return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma, full)
     if rows is None:
-        size = samples * grid[0] * grid[1]
         kept = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
         rows = kept.index_fill_(0, torch.where(positions >= 0, positions, size), 1)[:size].cumsum(0) - 1
     if direct(tokens, probabilities):
@@ -196,14 +204,28 @@ def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> 
         length: L.
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. `index` and `positions` are looked at on a CPU,
+            and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
+    check_tensors({"tokens": tokens, "index": index, "positions": positions})
+    check_int("length", length, 1)
     if tokens.ndim != 2 or index.ndim != 1 or positions.shape != tokens.shape[:1]:
         raise ValueError(
             f"plug_back: tokens {tuple(tokens.shape)}, index {tuple(index.shape)} and positions "
             f"{tuple(positions.shape)} do not fit"
         )
-    check_range("index", index, len(tokens))
+    _check_packed(tokens, positions)
+    if index.dtype != torch.int64:
+        raise ValueError(f"index: needs int64 [n * L], got {shown(index)}")
+    if index.shape[0] % length:
+        raise ValueError(f"length: {length} is not allowed, needs a divisor of the {index.shape[0]} numbers of index")
+    check_range("index", index, tokens.shape[0])
+    check_ascending("positions", positions, index.shape[0], False)
+    if looks(index) and looks(positions):
+        places = torch.arange(len(index), device=index.device)
+        if not torch.equal(positions[index] // length, places // length):
+            raise ValueError("index: needs tokens of the position's own sample")
     reason = None if tokens.dtype in _TYPES else f"{tokens.dtype}"
     if not choose("plug_back", reason, False, tokens, index):
         return plug_back_reference(tokens, index)
@@ -246,19 +268,23 @@ def dechunk(
         [n, L, D].
 
     Raises:
-        ValueError: shapes that do not fit, or sigma <= 0.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit; see `smooth_kept` and `plug_back`.
     """
+    needed = {"tokens": tokens, "positions": positions, "probabilities": probabilities, "mask": mask}
+    check_tensors(needed, {"rows": rows})
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask: needs bool [n, L], got {shown(mask)}")
     samples, length = mask.shape
+    _check_grid(grid, samples, 1.0 if sigma is None else sigma, full)
+    _check_packed(tokens, positions, probabilities)
     height, width = grid
     if height * width != length or probabilities.shape != mask.shape or len(tokens) != len(positions):
         raise ValueError(
             f"dechunk: grid {grid}, mask {tuple(mask.shape)}, probabilities {tuple(probabilities.shape)}, "
             f"{len(tokens)} tokens at {len(positions)} positions do not fit"
         )
-    if sigma is not None and sigma <= 0:
-        raise ValueError(f"sigma: needs a number > 0 or None, got {sigma}")
-    if full:
-        check_range("positions", positions, samples * length)
+    check_ascending("positions", positions, samples * length, full)
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     if sigma is not None:
@@ -266,6 +292,28 @@ def dechunk(
         tokens = smooth_kept(tokens, positions, kept, grid, samples, sigma, rows, full)
     index = nearest_kept(mask.view(samples, height, width), rows).flatten()
     return plug_back(tokens, index, positions, length).view(samples, length, tokens.shape[1])
+
+
+def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -> int:
+    """See that these fit; positions of all samples."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"grid: needs (H, W), got {grid!r}")
+    for side in grid:
+        check_int("grid", side, 1)
+    check_int("samples", samples, 0)
+    check_number("sigma", sigma, above=0)
+    check_flag("full", full)
+    return samples * grid[0] * grid[1]
+
+
+def _check_packed(tokens: Tensor, positions: Tensor, probabilities: Tensor | None = None) -> None:
+    """See that dtypes of packed tokens fit."""
+    if not tokens.is_floating_point():
+        raise ValueError(f"tokens: need floats [T, D], got {shown(tokens)}")
+    if positions.dtype != torch.int64:
+        raise ValueError(f"positions: need int64 [T], got {shown(positions)}")
+    if probabilities is not None and not probabilities.is_floating_point():
+        raise ValueError(f"probabilities: need floats, got {shown(probabilities)}")
 
 
 # ---- operators ----

@@ -36,12 +36,14 @@ __all__ = [
     "Bounded",
     "Checked",
     "active",
+    "check_ascending",
     "check_cu_seqlens",
     "check_range",
     "choose",
     "direct",
     "interpreted",
     "kernels_mode",
+    "looks",
     "needs_gradients",
     "plain",
     "ran",
@@ -202,14 +204,15 @@ class Checked:
         """What `check` returns for these tensors and options."""
         if torch.compiler.is_compiling():
             return check()
-        key: list[object] = [*options, torch.is_grad_enabled()]
-        for x in tensors:
-            key.append(None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)))
+        # True and 1.0 equal 1, and are no integers.
+        key: list[object] = [*options, *map(type, options), torch.is_grad_enabled()]
         try:
+            for x in tensors:
+                key.append(None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)))
             return self._found[tuple(key)]
         except KeyError:
             pass
-        except TypeError:  # sizes that are symbols have no hash
+        except (AttributeError, TypeError):  # no tensor; sizes that are symbols, or lists, have no hash
             return check()
         found = self._found[tuple(key)] = check()
         return found
@@ -221,28 +224,48 @@ def check_range(name: str, index: Tensor, limit: int) -> None:
     Raises:
         ValueError: one does not.
     """
-    if not _looks(index) or not index.numel():
+    if not looks(index) or not index.numel():
         return
     low, high = (int(end) for end in index.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(f"{name}: needs numbers in 0 … {limit - 1}, got {low if low < 0 else high}")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """See that sequence bounds begin with 0, never fall and end at the token count, where `check_range` looks.
+def check_ascending(name: str, positions: Tensor, size: int, full: bool) -> None:
+    """See that positions lie in 0 … size - 1 and rise, where `check_range` looks; without `full` the last may be -1.
 
     Raises:
         ValueError: they do not.
     """
-    if not _looks(cu_seqlens):
+    if not looks(positions) or not positions.numel():
+        return
+    if not full:  # what lies behind the last token
+        positions = positions[: int((positions != -1).sum())]
+    check_range(name, positions, size)
+    if bool((positions[1:] <= positions[:-1]).any()):
+        raise ValueError(f"{name}: needs rising numbers, each position once")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
+    """See that sequence bounds begin with 0, never fall and end at the token count, where `check_range` looks.
+
+    Raises:
+        ValueError: they do not, or `max_seqlen` is `longest` and a sequence is longer.
+    """
+    if not looks(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"{name}: needs rising bounds from 0 to {tokens}, got {shown}")
+    if longest is not None:
+        needed = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        if needed > longest:
+            raise ValueError(f"max_seqlen: {longest} is not allowed, the longest sequence has {needed} tokens")
 
 
-def _looks(tensor: Tensor) -> bool:
+def looks(tensor: Tensor) -> bool:
+    """Whether the numbers in a tensor are looked at: on a CPU and in debug mode; elsewhere it would stop the GPU."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and os.environ.get("FASTGEN_KERNELS_DEBUG") == "1")

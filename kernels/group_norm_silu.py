@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
 
 __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
@@ -44,10 +45,12 @@ def group_norm_silu(
         the shape, dtype and memory format of `x`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, naming the argument.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument.
     """
+    options = (groups, eps, silu)
+    reason = _checked(lambda: _check(x, weight, bias, *options), (x, weight, bias), *options)
     given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    reason = _checked(lambda: _check(x, groups, weight, bias), (x, weight, bias), groups)
     # A compiler fuses the reference of small images well; eager PyTorch does not, and would turn the layout around.
     default = not torch.compiler.is_compiling() or x.numel() >= _LARGE
     if not choose("group_norm_silu", reason, default, *given):
@@ -57,15 +60,19 @@ def group_norm_silu(
     return result
 
 
-def _check(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> str | None:
     """See that the arguments fit; why the kernel does not take them, or None."""
+    check_tensors({"x": x}, {"weight": weight, "bias": bias})
+    check_int("groups", groups, 1)
+    check_number("eps", eps, minimum=0)
+    check_flag("silu", silu)
     if not 3 <= x.ndim <= 5 or not x.is_floating_point():
-        raise ValueError(f"x: needs floats [n, C, ...], got {x.dtype} {tuple(x.shape)}")
-    if isinstance(groups, bool) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"x: needs floats [n, C, ...], got {shown(x)}")
+    if x.shape[1] % groups:
         raise ValueError(f"groups: needs a divisor of {x.shape[1]} channels, got {groups}")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {vector.dtype} {tuple(vector.shape)}")
+            raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {shown(vector)}")
     return _why_not(x, groups, weight, bias)
 
 
@@ -83,7 +90,7 @@ def group_norm_silu_reference(
     silu: bool = True,
 ) -> Tensor:
     """The specification."""
-    normed = F.group_norm(x, groups, weight, bias, eps)
+    normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
     return F.silu(normed) if silu else normed
 
 
@@ -106,7 +113,7 @@ def _channels_inside(x: Tensor) -> bool:
     """Whether the channels of a pixel are neighbours, and pixels a fixed step apart."""
     if not x.numel():
         return True
-    if x.shape[1] == 1 or x.stride(1) != 1:
+    if x.shape[1] > 1 and x.stride(1) != 1:
         return False
     space = [(size, step) for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
     even = all(step == inner * size for (_, step), (size, inner) in zip(space[:-1], space[1:], strict=True))

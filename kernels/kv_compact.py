@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.arguments import check_tensors
+from fastgen.kernels.dispatch import check_range, choose, direct, looks
 
 __all__ = ["kv_compact", "kv_compact_reference"]
 
@@ -26,8 +27,11 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         count: int64 [R], how many are kept, at most m.
 
     Raises:
-        ValueError: another dtype or shape.
+        TypeError: what should be a tensor is none.
+        ValueError: another dtype, shape or device; on a CPU (on a GPU with FASTGEN_KERNELS_DEBUG=1) also lengths,
+            counts and nodes that reach beyond the cache. Elsewhere such slots are left alone.
     """
+    check_tensors({"store": store, "lengths": lengths, "nodes": nodes, "count": count})
     if store.ndim != 6 or store.shape[1] != 2 or nodes.ndim != 2 or len(nodes) != store.shape[2]:
         raise ValueError(
             f"store, nodes: need [layers, 2, R, capacity, heads, head_dim] and [R, m], got {tuple(store.shape)} and "
@@ -40,6 +44,7 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         raise ValueError(
             f"lengths, nodes, count: need torch.int64, got {lengths.dtype}, {nodes.dtype} and {count.dtype}"
         )
+    _look(store, lengths, nodes, count)
     if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
     elif direct(store):
@@ -52,11 +57,32 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
 
 def kv_compact_reference(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
     """The specification of `kv_compact`."""
+    capacity = store.shape[3]
+    if not nodes.numel() or not capacity:
+        return
     rows = torch.arange(len(nodes), device=nodes.device)[:, None]
-    source = lengths[:, None] + nodes
-    target = lengths[:, None] + torch.arange(nodes.shape[1], device=nodes.device)
+    start, place = lengths[:, None], torch.arange(nodes.shape[1], device=nodes.device)
+    source, target = start + nodes, start + place
+    moves = (place < count[:, None]) & (source >= 0) & (source < capacity) & (target >= 0) & (target < capacity)
+    # What does not move does what the first node of the path does, or leaves its slot as it is.
+    first = torch.where(moves[:, :1], nodes[:, :1], 0)
+    source = torch.where(moves, source, (start + first).clamp(0, capacity - 1))
+    target = torch.where(moves, target, start.clamp(0, capacity - 1))
     taken = store[:, :, rows, source]
     store[:, :, rows, target] = taken
+
+
+def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """See that the path lies in the cache, where looking is cheap."""
+    if not looks(nodes) or not nodes.numel():
+        return
+    capacity, most = store.shape[3], nodes.shape[1]
+    check_range("lengths", lengths, capacity + 1)
+    check_range("count", count, most + 1)
+    kept = torch.arange(most, device=nodes.device) < count[:, None]
+    check_range("nodes", torch.where(kept, nodes, 0), capacity)
+    check_range("lengths + nodes", torch.where(kept, lengths[:, None] + nodes, 0), capacity)
+    check_range("lengths + count", lengths + count, capacity + 1)
 
 
 def why_not_triton(store: Tensor, nodes: Tensor) -> str | None:

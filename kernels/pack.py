@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import choose, direct
+from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
+from fastgen.kernels.dispatch import choose, direct, looks
 
 __all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_reference", "pack_top", "pack_top_reference"]
 __all__ += ["scatter", "scatter_reference"]
@@ -59,16 +60,18 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
         full: the caller knows that `capacity` positions are kept, no fewer.
 
     Raises:
+        TypeError: `mask` is no tensor.
         ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU positions
-            beyond the capacity are left out, of the mask too.)
+            beyond the capacity are left out, of the mask too; FASTGEN_KERNELS_DEBUG=1 looks there as well.)
     """
-    _check_mask(mask)
+    check_tensors({"mask": mask})
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask: needs bool [n, L], got {shown(mask)}")
+    check_flag("full", full)
     capacity = mask.numel() if capacity is None else capacity
-    _check_capacity(capacity, mask.numel())
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        kept = int(mask.sum())
-        if kept > capacity or (full and kept < capacity):
-            raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
+    check_int("capacity", capacity, 0, mask.numel())
+    if looks(mask):
+        _check_kept(int(mask.sum()), capacity, full)
     reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
     # Of large grids compilers make the faster kernel (64 x 64², H100).
     default = not torch.compiler.is_compiling() or mask.numel() <= _COMPILED
@@ -104,29 +107,32 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
         scores: [n, L] float32; NaN counts as the largest.
         keep: how many of each sample, one number from 1 to L, or int64 [n], of which less than 0 counts as 0 and more
             than L as L.
-        capacity: as in `pack_mask`; None takes what is enough. With one number it need not be given.
+        capacity: as in `pack_mask`; None takes what is enough. With one number it need not be given: it is n * keep.
         full: as in `pack_mask`; with one number the host knows by itself.
 
     Raises:
+        TypeError: `scores` is no tensor.
         ValueError: another dtype or shape, or numbers out of range.
     """
+    check_tensors({"scores": scores})
     if scores.ndim != 2 or scores.dtype != torch.float32:
-        raise ValueError(f"scores: need float32 [n, L], got {scores.dtype} {tuple(scores.shape)}")
+        raise ValueError(f"scores: need float32 [n, L], got {shown(scores)}")
+    check_flag("full", full)
     samples, length = scores.shape
-    if isinstance(keep, int):
-        if isinstance(keep, bool) or not 1 <= keep <= length:
-            raise ValueError(f"keep: needs a number from 1 to {length}, got {keep}")
+    if not isinstance(keep, Tensor):
+        check_int("keep", keep, 1, length)
+        if capacity is not None and capacity != samples * keep:
+            raise ValueError(f"capacity: {capacity} is not allowed, {samples * keep} positions are kept")
         capacity, full = samples * keep, True
         counts = torch.full((samples,), keep, dtype=torch.int64, device=scores.device)
     elif keep.shape != (samples,) or keep.dtype != torch.int64:
-        raise ValueError(f"keep: needs a number or int64 [{samples}], got {keep.dtype} {tuple(keep.shape)}")
+        raise ValueError(f"keep: needs a number or int64 [{samples}], got {shown(keep)}")
     else:
+        check_tensors({"scores": scores, "keep": keep})
         capacity, counts = samples * length if capacity is None else capacity, keep
-        _check_capacity(capacity, scores.numel())
-        if keep.device.type == "cpu" and not torch.compiler.is_compiling():
-            kept = int(keep.clamp(0, length).sum())
-            if kept > capacity or (full and kept < capacity):
-                raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
+        check_int("capacity", capacity, 0, scores.numel())
+        if looks(keep):
+            _check_kept(int(keep.clamp(0, length).sum()), capacity, full)
     reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
     if not choose("pack_top", reason, True, scores, counts):
         return pack_top_reference(scores.detach(), counts, capacity, full)
@@ -150,12 +156,13 @@ def pack(tokens: Tensor, packing: Packing) -> Tensor:
     """Kept tokens [capacity, D] of tokens [n, L, D]; zeros behind the last. Differentiable.
 
     Raises:
-        ValueError: a shape that does not fit, or an integer dtype.
+        TypeError: no tensor, or no `Packing`.
+        ValueError: a shape or device that does not fit, or an integer dtype.
     """
+    _check_packing("tokens", tokens, packing)
     if tokens.ndim != 3 or tokens.shape[:2] != packing.mask.shape or not tokens.is_floating_point():
         raise ValueError(
-            f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {tokens.dtype} "
-            f"{tuple(tokens.shape)}"
+            f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {shown(tokens)}"
         )
     if not choose("pack", _why_not(tokens), False, tokens, packing.positions):
         return pack_reference(tokens, packing)
@@ -175,12 +182,12 @@ def scatter(packed: Tensor, packing: Packing) -> Tensor:
     """Packed tokens [capacity, D] at their positions, zeros elsewhere: [n, L, D]. Differentiable.
 
     Raises:
-        ValueError: a shape that does not fit, or an integer dtype.
+        TypeError: no tensor, or no `Packing`.
+        ValueError: a shape or device that does not fit, or an integer dtype.
     """
+    _check_packing("packed", packed, packing)
     if packed.ndim != 2 or len(packed) != packing.capacity or not packed.is_floating_point():
-        raise ValueError(
-            f"packed: needs floating point [{packing.capacity}, D], got {packed.dtype} {tuple(packed.shape)}"
-        )
+        raise ValueError(f"packed: needs floating point [{packing.capacity}, D], got {shown(packed)}")
     if not choose("scatter", _why_not(packed), True, packed, packing.rows):
         return scatter_reference(packed, packing)
     return _move(packed, packing, True)
@@ -217,14 +224,15 @@ def _packing(fields: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], full: bool) 
     return Packing(mask, positions, cu_seqlens, sequence_ids, rows, full)
 
 
-def _check_mask(mask: Tensor) -> None:
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask: needs bool [n, L], got {mask.dtype} {tuple(mask.shape)}")
+def _check_kept(kept: int, capacity: int, full: bool) -> None:
+    if kept > capacity or (full and kept < capacity):
+        raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
 
 
-def _check_capacity(capacity: int, most: int) -> None:
-    if isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 <= capacity <= most:
-        raise ValueError(f"capacity: needs a number from 0 to {most}, got {capacity!r}")
+def _check_packing(name: str, tensor: Tensor, packing: Packing) -> None:
+    if not isinstance(packing, Packing):
+        raise TypeError(f"packing: needs a Packing, got {type(packing).__name__}")
+    check_tensors({"packing": packing.positions, name: tensor})
 
 
 # ---- operators ----

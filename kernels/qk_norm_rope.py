@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, overlaps
+from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients, plain
 from fastgen.kernels.qk_norm_rope_operator import launch, launch_inplace
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
@@ -20,6 +21,7 @@ __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
 NORMS = ("rms", "layer", "none")
 _VECTORS = ("query_weight", "key_weight", "query_bias", "key_bias")
 _checked = Checked()
+_overlap = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD = 512
 
@@ -55,31 +57,42 @@ def qk_norm_rope(
         eps: of the norms.
         interleaved: pairs are features 2 i and 2 i + 1 (FLUX, Qwen-Image, Z-Image, LlamaGen), else i and i + d / 2
             (Llama, Janus).
-        inplace: write to `query` and `key`, and return them. Not for tensors that need gradients.
+        inplace: write to `query` and `key`, and return them. Not for tensors that need gradients, nor for elements
+            that share memory (expanded tensors, overlapping slices), which only compiled code does not look for.
 
     Returns:
         query and key, in their shapes and dtypes.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, naming the argument.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. `positions` are looked at
+            on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     vectors = (query_weight, key_weight, query_bias, key_bias)
     tensors = (query, key, cos, sin, positions, *vectors)
-    axes = None if axes is None else tuple(axes)
-    axes, reason = _checked(lambda: _check(*tensors[:5], axes, norm, *vectors), tensors, axes, norm)
+    if axes is not None:
+        if not isinstance(axes, (tuple, list)):
+            raise TypeError(f"axes: needs a tuple of integers, got {type(axes).__name__}")
+        for part in axes:
+            check_int("axes", part, 2)
+        axes = tuple(axes)
+    options = (norm, eps, interleaved)
+    axes, reason = _checked(lambda: _check(*tensors[:5], axes, *options, *vectors), tensors, axes, *options)
     if positions is not None and cos is not None:
         check_range("positions", positions, cos.shape[-2])
+    check_flag("inplace", inplace)
     if inplace and needs_gradients(query, key):
         raise ValueError("inplace: is not possible where query or key need gradients")
+    if inplace and plain(query) and plain(key) and not torch.compiler.is_compiling():
+        _look_for_overlaps(query, key)
     given = [x for x in tensors if x is not None]
     if not choose("qk_norm_rope", reason, True, *given):
-        options = (norm, eps, interleaved)
         turned = (
             _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
             _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
         )
         return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
-    arguments = (query, key, cos, sin, positions, list(axes), *vectors, norm, eps, interleaved)
+    arguments = (query, key, cos, sin, positions, list(axes), *vectors, *options)
     plainly = direct(*tensors)
     if inplace:
         (launch_inplace if plainly else torch.ops.fastgen.qk_norm_rope_)(*arguments)
@@ -188,9 +201,15 @@ def _check(
     positions: Tensor | None,
     axes: tuple[int, ...] | None,
     norm: str,
+    eps: float,
+    interleaved: bool,
     *vectors: Tensor | None,
 ) -> tuple[tuple[int, ...], str | None]:
     """See that the arguments fit; the axes, and why the kernel does not take the arguments, or None."""
+    optional = {"cos": cos, "sin": sin, "positions": positions, **dict(zip(_VECTORS, vectors, strict=True))}
+    check_tensors({"query": query, "key": key}, optional)
+    check_number("eps", eps, minimum=0)
+    check_flag("interleaved", interleaved)
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     if query.ndim not in (3, 4) or not query.is_floating_point() or query.shape[-1] % 2 or not query.shape[-1]:
@@ -247,6 +266,18 @@ def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, 
         raise ValueError(f"positions: needs {wanted}{more}, got {tuple(positions.shape)}")
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions: needs int32 or int64, got {positions.dtype}")
+
+
+def _look_for_overlaps(query: Tensor, key: Tensor) -> None:
+    """See that no two elements of queries and keys share memory, once for each layout."""
+    apart = key.data_ptr() - query.data_ptr()
+    near = query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    if _overlap(
+        lambda: overlaps((query, key)) if near else overlaps((query,)) or overlaps((key,)),
+        (query, key),
+        apart if near else None,
+    ):
+        raise ValueError("inplace: is not possible where elements of query or key share memory")
 
 
 def _why_not(query: Tensor, key: Tensor, *vectors: Tensor | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.arguments import check_int, check_number, check_tensors, shown
 from fastgen.kernels.dispatch import choose, direct, needs_gradients
 
 __all__ = ["mix_logits", "restrict_logits", "sample", "sample_reference", "token_probabilities"]
@@ -79,13 +80,15 @@ def sample(
         top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
 
     Raises:
-        ValueError: shapes, dtypes or numbers out of range.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
+    check_tensors({"cond": cond}, {"uncond": uncond, "gumbel": gumbel})
     if cond.ndim != 2:
         raise ValueError(f"cond: needs [B, V], got {tuple(cond.shape)}")
-    _check(cond, uncond, temperature, top_k, top_p)
+    _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
     if gumbel is not None and (gumbel.shape != cond.shape or gumbel.dtype != torch.float32):
-        raise ValueError(f"gumbel: needs float32 {tuple(cond.shape)}, got {gumbel.dtype} {tuple(gumbel.shape)}")
+        raise ValueError(f"gumbel: needs float32 {tuple(cond.shape)}, got {shown(gumbel)}")
     if temperature == 0:
         gumbel, top_k, top_p = None, None, None
     given = [x for x in (cond, uncond, gumbel) if x is not None]
@@ -129,7 +132,8 @@ def token_probabilities(
 
     Arguments and errors: see `sample`; at temperature 0 all mass is on the largest logit.
     """
-    _check(cond, uncond, temperature, top_k, top_p)
+    check_tensors({"cond": cond}, {"uncond": uncond})
+    _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
     if temperature == 0:
         return token_probabilities_reference(cond, uncond, guidance_scale, temperature)
     given = [x for x in (cond, uncond) if x is not None]
@@ -158,19 +162,24 @@ def token_probabilities_reference(
     return restrict_logits(logits, top_k, top_p)[0].softmax(dim=-1)
 
 
-def _check(cond: Tensor, uncond: Tensor | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
     if cond.ndim < 1 or cond.shape[-1] < 1 or not cond.is_floating_point():
-        raise ValueError(f"cond: needs floating point [..., V], got {cond.dtype} {tuple(cond.shape)}")
+        raise ValueError(f"cond: needs floating point [..., V], got {shown(cond)}")
     if uncond is not None and (uncond.shape != cond.shape or uncond.dtype != cond.dtype):
-        raise ValueError(
-            f"uncond: needs {cond.dtype} {tuple(cond.shape)} as cond, got {uncond.dtype} {tuple(uncond.shape)}"
-        )
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: {temperature} is not allowed, needs a finite number >= 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} is not allowed, needs an integer >= 1, or None for no limit")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is not allowed, needs 0 < top_p <= 1, or None for no limit")
+        raise ValueError(f"uncond: needs {cond.dtype} {tuple(cond.shape)} as cond, got {shown(uncond)}")
+    check_number("guidance_scale", guidance_scale)
+    check_number("temperature", temperature, minimum=0)
+    if top_k is not None:
+        check_int("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, maximum=1)
 
 
 def _why_not(*tensors: Tensor) -> str | None:

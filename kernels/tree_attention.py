@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.arguments import check_int, check_tensors, shown
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import check_range, choose, direct, needs_gradients
+from fastgen.kernels.dispatch import Checked, check_range, choose, direct, looks, needs_gradients
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
+_checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,7 +41,7 @@ def tree_attention(
         key, value: [R, n, heads, head_dim]; heads divides query_heads.
         store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
         layer: which of the layers.
-        slots: int64 [R, n], where the nodes go: at `lengths` or behind.
+        slots: int64 [R, n], where the nodes go: at `lengths` or behind, each to one of its own.
         lengths: int64 [R], committed slots; node j of the tree lies in slot `lengths + j`.
         visible: bool [R, capacity], which slots may be looked at once they are committed.
         tree: bool [1 or R, n, m], which of m nodes each of the n sees; it has to see one slot, be it its own.
@@ -49,9 +51,13 @@ def tree_attention(
         [R, n, query_heads, head_dim] in the dtype of `store`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Numbers in tensors are looked at on a CPU, and
+            with FASTGEN_KERNELS_DEBUG=1 on a GPU, where slots beyond `limit` are left alone otherwise.
     """
-    _check(query, key, value, store, slots, lengths, visible, tree, limit)
+    tensors = (query, key, value, store, slots, lengths, visible, tree)
+    _checked(lambda: _check(*tensors, layer, limit), tensors, layer, limit)
+    _look(slots, lengths, visible, tree, limit)
     if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     if direct(query, key, value, store):
@@ -122,20 +128,27 @@ def _check(
     lengths: Tensor,
     visible: Tensor,
     tree: Tensor,
+    layer: int,
     limit: int,
 ) -> None:
+    """See that shapes, dtypes and devices fit."""
+    needed = {"query": query, "key": key, "value": value, "store": store, "slots": slots, "lengths": lengths}
+    check_tensors(needed | {"visible": visible, "tree": tree})
     if store.ndim != 6 or store.shape[1] != 2:
         raise ValueError(f"store: needs [layers, 2, R, capacity, heads, head_dim], got {tuple(store.shape)}")
-    _, _, rows, capacity, heads, width = store.shape
-    if query.ndim != 4 or len(query) != rows or query.shape[3] != width or query.shape[2] % heads:
+    layers, _, rows, capacity, heads, width = store.shape
+    for name, x in (("query", query), ("key", key), ("value", value), ("store", store)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: needs floats, got {shown(x)}")
+    check_int("layer", layer, 0, layers - 1)
+    check_int("limit", limit, 0, capacity)
+    if query.ndim != 4 or len(query) != rows or query.shape[3] != width or not heads or query.shape[2] % heads:
         raise ValueError(
             f"query: needs [{rows}, n, a multiple of {heads}, {width}] for this store, got {tuple(query.shape)}"
         )
     n = query.shape[1]
-    if not 0 <= limit <= capacity:
-        raise ValueError(f"limit: needs 0 to {capacity}, got {limit}")
     if tree.ndim != 3 or tree.shape[0] not in (1, rows) or tree.shape[1] != n or tree.dtype != torch.bool:
-        raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {tree.dtype} {tuple(tree.shape)}")
+        raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {shown(tree)}")
     wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
         ("key", key, (rows, n, heads, width), None),
         ("value", value, (rows, n, heads, width), None),
@@ -145,9 +158,26 @@ def _check(
     ]
     for name, given, shape, dtype in wanted:
         if given.shape != shape or (dtype is not None and given.dtype != dtype):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {given.dtype} {list(given.shape)}")
-    check_range("slots", slots, capacity)
-    check_range("lengths", lengths, capacity + 1)
+            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(given)}")
+
+
+def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:
+    """See that numbers in tensors fit, where looking is cheap."""
+    if not looks(slots) or not slots.numel():
+        return
+    check_range("slots", slots, visible.shape[1])
+    check_range("lengths", lengths, visible.shape[1] + 1)
+    if bool((slots < lengths[:, None]).any()):
+        raise ValueError("slots: need to lie at lengths or behind, and one is of a committed token")
+    if bool((slots.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise ValueError("slots: need to differ within a row")
+    if int(lengths.max()) + tree.shape[2] > limit:
+        raise ValueError(f"limit: {limit} is not allowed, needs {int(lengths.max()) + tree.shape[2]} (lengths + m)")
+    blind = ~tree.any(dim=2)
+    if bool(blind.any()):
+        committed = torch.arange(visible.shape[1], device=lengths.device) < lengths[:, None]
+        if bool((blind & ~(committed & visible).any(dim=1, keepdim=True)).any()):
+            raise ValueError("tree: every node needs a slot to see, and one sees none")
 
 
 @torch.library.custom_op("fastgen::tree_attention", mutates_args=("store",))

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import check_range, choose, direct, needs_gradients
+from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.dispatch import Checked, check_range, choose, direct, looks, needs_gradients
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
+
+_checked = Checked()
 
 
 class Verified(NamedTuple):
@@ -53,21 +56,26 @@ def tree_verify(
         target: p, [B, n, V] float32, the law of the token that follows each node.
         draft: q, [B, n, V] float32 at nodes with children; None for a tree of most likely tokens.
         tokens: int64 [B, n]; the root's is the last committed one.
-        children: int64 [b, n, C], b = 1 or B, in the order in which they were drawn; -1 where there are fewer.
-        internal: int64 [A], the nodes that may have children.
+        children: int64 [b, n, C], b = 1 or B, in the order in which they were drawn; -1 where there are fewer. Nodes
+            come behind their parents.
+        internal: int64 [A], the nodes that may have children, each once.
         coins: [B, n] uniform in [0, 1), one for every node; None (together with `gumbel`) is temperature 0: a child is
             accepted if it is the most likely token.
         gumbel: [B, G, V] float32 standard Gumbel noise; G is 1, or max_depth + 1 to have one row for every length.
         remaining: int64 [B], tokens that the image still lacks, the bonus counted (0: it is finished).
-        max_depth: depth of the tree.
+        max_depth: depth of the tree, below n.
         factor: [B, A] float32 >= 1, on the acceptance of each node's children.
         classes: int64 [B, A, V], class of every token at a node, below C + V.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or both relaxations.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, or both relaxations. Numbers in tensors (but
+            for the laws and the noise) are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
-    _check(target, draft, tokens, children, internal, coins, gumbel, remaining, factor, classes)
     tensors = (target, draft, tokens, children, internal, coins, gumbel, remaining)
+    relaxed = (factor, classes)
+    _checked(lambda: _check(*tensors, max_depth, *relaxed), (*tensors, *relaxed), max_depth)
+    _look(tokens, children, internal, coins, remaining, factor, classes, target.shape[2])
     given = [x for x in (*tensors, factor, classes) if x is not None]
     if not choose("tree_verify", _why_not(target), True, *given):
         return tree_verify_reference(*tensors, max_depth, factor, classes)
@@ -149,12 +157,18 @@ def _check(
     coins: Tensor | None,
     gumbel: Tensor | None,
     remaining: Tensor,
+    max_depth: int,
     factor: Tensor | None,
     classes: Tensor | None,
 ) -> None:
+    """See that shapes, dtypes and devices fit."""
+    needed = {"target": target, "tokens": tokens, "children": children, "internal": internal, "remaining": remaining}
+    optional = {"draft": draft, "coins": coins, "gumbel": gumbel, "factor": factor, "classes": classes}
+    check_tensors(needed, optional)
     if target.ndim != 3 or target.dtype != torch.float32 or not target.shape[1] or not target.shape[2]:
-        raise ValueError(f"target: needs float32 [B, n, V], got {target.dtype} {tuple(target.shape)}")
+        raise ValueError(f"target: needs float32 [B, n, V], got {shown(target)}")
     batch, n, vocabulary = target.shape
+    check_int("max_depth", max_depth, 0, n - 1)
     if (coins is None) != (gumbel is None):
         raise ValueError("coins, gumbel: both or neither are needed")
     if factor is not None and classes is not None:
@@ -167,16 +181,53 @@ def _check(
         ("children", children, tuple(children.shape), torch.int64),
         ("internal", internal, (internal.numel(),), torch.int64),
         ("coins", coins, (batch, n), None),
-        ("gumbel", gumbel, (batch, 1 if gumbel is None else gumbel.shape[1], vocabulary), torch.float32),
+        (
+            "gumbel",
+            gumbel,
+            (batch, 1 if gumbel is None or gumbel.ndim < 2 else gumbel.shape[1], vocabulary),
+            torch.float32,
+        ),
         ("remaining", remaining, (batch,), torch.int64),
         ("factor", factor, (batch, internal.numel()), torch.float32),
         ("classes", classes, (batch, internal.numel(), vocabulary), torch.int64),
     ]
     for name, value, shape, dtype in shapes:
         if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {value.dtype} {list(value.shape)}")
+            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(value)}")
+    if coins is not None and not coins.is_floating_point():
+        raise ValueError(f"coins: needs floats [{batch}, {n}], got {shown(coins)}")
+    if gumbel is not None and gumbel.shape[1] != 1 and gumbel.shape[1] != max_depth + 1:
+        raise ValueError(f"gumbel: needs 1 or {max_depth + 1} rows of noise, got {tuple(gumbel.shape)}")
+
+
+def _look(
+    tokens: Tensor,
+    children: Tensor,
+    internal: Tensor,
+    coins: Tensor | None,
+    remaining: Tensor,
+    factor: Tensor | None,
+    classes: Tensor | None,
+    vocabulary: int,
+) -> None:
+    """See that numbers in tensors fit, where looking is cheap."""
+    if not looks(children):
+        return
+    n = tokens.shape[1]
     check_range("tokens", tokens, vocabulary)
     check_range("children", children + 1, n + 1)
+    if bool(((children <= torch.arange(n, device=children.device)[:, None]) & (children >= 0)).any()):
+        raise ValueError("children: need to come behind their parents")
+    check_range("internal", internal, n)
+    if len(set(internal.tolist())) < len(internal):
+        raise ValueError("internal: needs every node at most once")
+    check_range("remaining", remaining, 2**62)
+    if coins is not None and not bool(((coins >= 0) & (coins <= 1)).all()):
+        raise ValueError("coins: need numbers from 0 to 1")
+    if factor is not None and not bool((factor >= 1).all()):
+        raise ValueError("factor: needs numbers >= 1")
+    if classes is not None:
+        check_range("classes", classes, children.shape[2] + vocabulary)
 
 
 @torch.library.custom_op("fastgen::tree_verify", mutates_args=())

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.dispatch import Checked, check_cu_seqlens
+
+_checked = Checked()
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -23,21 +27,20 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     Args:
         query, key, value: [T, heads, head_dim], the sequences one after the other.
         cu_seqlens: int32 [n + 1], start of each sequence and T.
-        max_seqlen: length of the longest sequence.
+        max_seqlen: length of the longest sequence, or more.
 
     Returns:
         [T, heads, head_dim].
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Bounds are looked at on a CPU, and with
+            FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
-    if query.ndim != 3 or query.shape != key.shape or query.shape != value.shape:
-        raise ValueError(
-            f"query, key, value: need equal [T, heads, head_dim], got {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(value.shape)}"
-        )
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens: needs int32 [n + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    tensors = (query, key, value, cu_seqlens)
+    _checked(lambda: _check(*tensors), tensors)
+    check_int("max_seqlen", max_seqlen, 0)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, query.shape[0], max_seqlen)
     kind = query.device.type
     # Under autocast normalised queries and keys arrive in float32, values do not. (The meta device knows none.)
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -51,6 +54,21 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
     grouped: Tensor = torch.ops.fastgen.varlen_attention(query, key, value, cu_seqlens)
     return grouped
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+    """See that shapes, dtypes and devices fit."""
+    check_tensors({"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens})
+    if query.ndim != 3 or query.shape != key.shape or query.shape != value.shape:
+        raise ValueError(
+            f"query, key, value: need equal [T, heads, head_dim], got {tuple(query.shape)}, {tuple(key.shape)}, "
+            f"{tuple(value.shape)}"
+        )
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: needs floats [T, heads, head_dim], got {shown(x)}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: needs int32 [n + 1], got {shown(cu_seqlens)}")
 
 
 def can_use_flash(query: Tensor) -> bool:

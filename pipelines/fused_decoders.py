@@ -21,12 +21,12 @@ __all__ = ["DECODERS", "fits"]
 
 
 def _channels_last(image: Tensor) -> Tensor:
-    """So laid out, convolutions leave their results in the same layout."""
+    """So laid out, convolutions leave their results in the same layout. (That of one channel says nothing of it.)"""
     return image.contiguous(memory_format=torch.channels_last)
 
 
 def _normed(hidden: Tensor, norm: Any, silu: bool = True) -> Tensor:
-    return group_norm_silu(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+    return group_norm_silu(_channels_last(hidden), norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
 
 
 def _runs(hidden: Tensor, *norms: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def _decoder(self: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> 
     if latent_embeds is not None or not _runs(sample, self.conv_norm_out):
         output: Tensor = Decoder.forward(self, sample, latent_embeds)
         return output
-    hidden = self.mid_block(self.conv_in(_channels_last(sample)), None)
+    hidden = self.mid_block(_channels_last(self.conv_in(_channels_last(sample))), None)
     for block in self.up_blocks:
         hidden = block(hidden, None)
     hidden = self.conv_out(_normed(hidden, self.conv_norm_out))
@@ -63,7 +63,7 @@ def _encoder(self: Any, sample: Tensor) -> Tensor:
     if not _runs(sample, self.conv_norm_out):
         output: Tensor = Encoder.forward(self, sample)
         return output
-    hidden = self.conv_in(_channels_last(sample))
+    hidden = _channels_last(self.conv_in(_channels_last(sample)))
     for block in self.down_blocks:
         hidden = block(hidden)
     hidden = self.conv_out(_normed(self.mid_block(hidden), self.conv_norm_out))
@@ -87,7 +87,7 @@ def _vq_decoder(self: Any, hidden_state: Tensor) -> Tensor:
     if not _runs(hidden_state, self.norm_out):
         output: Tensor = JanusVQVAEDecoder.forward(self, hidden_state)
         return output
-    hidden = self.mid(self.conv_in(_channels_last(hidden_state)))
+    hidden = self.mid(_channels_last(self.conv_in(_channels_last(hidden_state))))
     for level, stage in enumerate(self.up):
         for index, block in enumerate(stage.block):
             hidden = block(hidden)

@@ -69,10 +69,10 @@ class ScaffoldEncoder(nn.Module):
 
     def forward(self, latents: Tensor, conditioning: Tensor) -> Tensor:
         """latents [n, C, H, W] -> tokens [n, H W, D]."""
-        if active(latents):
-            # So the convolutions leave the channels of a pixel beside each other, as the kernels and `proj` need them.
-            latents = latents.contiguous(memory_format=torch.channels_last)
         hidden = self.embed(latents)
+        if active(latents):
+            # Convolutions then keep the channels of a pixel side by side, as the kernels and `proj` need them.
+            hidden = hidden.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
         tokens: Tensor = self.proj(hidden.flatten(2).transpose(1, 2))

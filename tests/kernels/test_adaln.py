@@ -117,6 +117,35 @@ def test_one_row_of_conditioning_serves_all_samples() -> None:
     check(hidden, tensors, options)
 
 
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+@pytest.mark.parametrize("bounds", [True, False])
+@pytest.mark.parametrize("rows", [{"gate": 1, "scale": 1, "shift": 1}, {"gate": 1, "scale": 3, "shift": 1}], ids=str)
+def test_one_row_of_conditioning_serves_all_packed_sequences(rows: dict[str, int], bounds: bool, mode: str) -> None:
+    """As that row for each of them, forward and backward."""
+    ids = torch.tensor([0, 0, 2, 2, 2], device=DEVICE)
+    hidden, tensors, options = build(DIT, (5, 40), torch.float32, samples=3)
+    tensors |= {name: tensors[name][:count] for name, count in rows.items()}
+    packed = {"sequence_ids": ids}
+    if bounds:
+        packed["cu_seqlens"] = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=DEVICE)
+
+    def spread(hidden: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+        given |= {name: given[name].expand(3, -1) for name in rows}
+        return adaln_reference(hidden, **given, sequence_ids=ids)
+
+    with use_kernels(mode):
+        made = adaln(hidden, **tensors, **options, **packed)
+        actual = gradients(hidden, tensors, options, adaln, **packed)
+    wide = {name: value.double() for name, value in tensors.items()}
+    for a, b in zip(made, spread(hidden.double(), **wide), strict=True):
+        assert_matches(a, b, rms=1e-5, ulp=512)
+    expected = gradients(hidden.double(), wide, {}, spread)
+    assert actual.keys() == expected.keys() == {"hidden", *tensors}
+    for name in actual:
+        assert actual[name].shape == tensors.get(name, hidden).shape
+        assert_matches(actual[name], expected[name], name, rms=1e-5, ulp=512)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(0, 6), st.integers(1, 70)),

@@ -147,7 +147,7 @@ def test_operator_and_graph() -> None:
     [
         ((2, 8), 2, 8, "x: needs floats"),
         ((2, 8, 3, 3), 3, 8, "groups: needs a divisor of 8 channels, got 3"),
-        ((2, 8, 3, 3), 0, 8, "groups: needs a divisor of 8 channels, got 0"),
+        ((2, 8, 3, 3), 0, 8, "groups: 0 is not allowed, needs an integer >= 1"),
         ((2, 8, 3, 3), 2, 4, r"weight: needs floats \[8\], got torch.float32 \(4,\)"),
     ],
 )
@@ -155,3 +155,17 @@ def test_operator_and_graph() -> None:
 def test_what_does_not_fit(shape: tuple[int, ...], groups: int, vector: int, message: str, mode: str) -> None:
     with use_kernels(mode), pytest.raises(ValueError, match=message):
         group_norm_silu(random(*shape), groups, random(vector))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 3, 5), (1, 1, 1, 1), (2, 1, 7), (1, 4, 1, 1), (1, 4, 1, 5), (1, 4, 5, 1)], ids=str
+)
+def test_layouts_that_are_several_at_once(triton_kernels: None, shape: tuple[int, ...]) -> None:
+    """One channel, or one pixel, in the order of PyTorch's default."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    wanted = group_norm_silu_reference(x.double(), 1)
+    assert_matches(group_norm_silu(x, 1), wanted, rms=1e-5, ulp=512)
+    if shape[1] == 1:
+        assert_matches(group_norm_silu(x.contiguous(), 1), wanted, rms=1e-5, ulp=512)

@@ -65,12 +65,28 @@ def test_a_view_of_a_larger_cache(mode: str) -> None:
     assert torch.equal(whole[0], before[0]) and torch.equal(whole[:, :, [0, 3]], before[:, :, [0, 3]])
 
 
-def test_slots_outside_the_cache_are_never_touched(triton_kernels: None) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_slots_outside_the_cache_are_never_touched(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody looks at the numbers, as on a GPU."""
+    monkeypatch.setattr("fastgen.kernels.kv_compact.looks", lambda tensor: False)
     whole = torch.randn(1, 2, 3, 6, 1, 4).to(DEVICE)
     before = whole.clone()
     lengths, nodes, count = torch.tensor([5]), torch.tensor([[3, 4, -9]]), torch.tensor([3])
-    kv_compact(whole[:, :, 1:2], *(x.to(DEVICE) for x in (lengths, nodes, count)))
+    with use_kernels(mode):
+        kv_compact(whole[:, :, 1:2], *(x.to(DEVICE) for x in (lengths, nodes, count)))
     assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nodes_past_the_count_do_not_matter(mode: str) -> None:
+    """Nor that the path might reach beyond the cache."""
+    store = torch.randn(1, 2, 3, 6, 1, 4).to(DEVICE)
+    before = store.clone()
+    lengths, count = torch.tensor([3, 4, 6]), torch.tensor([2, 1, 0])
+    nodes = torch.tensor([[0, 2, 99, -7], [1, 2**40, 5, 5], [9, 9, 9, 9]])
+    with use_kernels(mode):
+        kv_compact(store, *(x.to(DEVICE) for x in (lengths, nodes, count)))
+    assert_compacted(before, store, lengths, nodes, count)
 
 
 def test_what_a_compiler_is_told(triton_kernels: None) -> None:

@@ -177,10 +177,10 @@ def test_bad_input() -> None:
     packing = pack_mask(mask)
     for message, call in {
         "mask: needs bool": lambda: pack_mask(torch.ones(2, 5)),
-        "capacity: needs a number from 0 to 10, got 11": lambda: pack_mask(mask, 11),
+        "capacity: 11 is not allowed, needs an integer from 0 to 10": lambda: pack_mask(mask, 11),
         "capacity: 4 is not allowed, 10 positions": lambda: pack_mask(mask, 4),
         "scores: need float32": lambda: pack_top(mask, 3),
-        "keep: needs a number from 1 to 5, got 6": lambda: pack_top(torch.rand(2, 5), 6),
+        "keep: 6 is not allowed, needs an integer from 1 to 5": lambda: pack_top(torch.rand(2, 5), 6),
         "keep: needs a number or int64": lambda: pack_top(torch.rand(2, 5), torch.ones(3, dtype=torch.int64)),
         "tokens: need floating point": lambda: pack(torch.rand(2, 4, 3), packing),
         "packed: needs floating point": lambda: scatter(torch.rand(9, 3), packing),

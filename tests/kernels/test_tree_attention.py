@@ -163,7 +163,7 @@ def test_bad_input() -> None:
         "slots: needs torch.int64": {"slots": good["slots"].int()},
         "visible: needs torch.bool": {"visible": good["visible"][:, :-1]},
         "tree: needs bool": {"tree": good["tree"].float()},
-        "limit: needs 0 to 40, got 41": {"limit": 41},
+        "limit: 41 is not allowed, needs an integer from 0 to 40": {"limit": 41},
         "slots: needs numbers in 0 … 39": {"slots": good["slots"] - 40},
         "lengths: needs numbers in 0 … 40, got 41": {"lengths": good["lengths"] * 0 + 41},
     }.items():

@@ -296,6 +296,32 @@ def test_the_vq_decoder_of_janus(micro_janus: Any) -> None:
         assert torch.equal(decoder(latents), stock)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("latents", [1, 4])
+def test_images_and_latents_of_one_channel(latents: int, channels: int) -> None:
+    """Whose memory format says nothing of the layout that convolutions shall keep."""
+    from diffusers import AutoencoderKL
+
+    blocks = (8, 8)
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        in_channels=channels, out_channels=channels, latent_channels=latents, block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        use_quant_conv=False, use_post_quant_conv=False,
+    ).to(DEVICE).eval()  # fmt: skip
+    image = torch.randn(1, channels, 6, 4, device=DEVICE)
+    code = torch.randn(1, latents, 3, 2, device=DEVICE)
+    with torch.no_grad():
+        stock = model.encode(image).latent_dist.mean, model.decode(code).sample
+        fastgen.enable_kernels(model)
+        reset_ran()
+        with use_kernels("triton"):
+            fused = model.encode(image).latent_dist.mean, model.decode(code).sample
+    assert ran() == {"group_norm_silu": "triton"}
+    for a, b in zip(fused, stock, strict=True):
+        assert a.is_contiguous() and torch.allclose(a, b, atol=2e-5)
+
+
 def test_what_is_not_served_is_refused() -> None:
     with pytest.raises(ValueError, match="pipe: Linear has nothing that kernels serve; there are DiT, FLUX"):
         fastgen.enable_kernels(nn.Linear(2, 2))

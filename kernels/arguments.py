@@ -1,0 +1,98 @@
+"""Checks of arguments that every operation shares. Errors name the argument; compilers trace these functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import checks
+
+__all__ = ["check_flag", "check_int", "check_number", "check_tensors", "overlaps", "shown"]
+
+
+def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
+    """See that all are tensors, on one device; optional ones may be None.
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: one is on another device than the first.
+    """
+    first: str | None = None
+    device: Any = None
+    for named, may_lack in ((needed, False), (optional or {}, True)):
+        for name, value in named.items():
+            if value is None and may_lack:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: needs a tensor, got {type(value).__name__}")
+            if first is None:
+                first, device = name, value.device
+            elif value.device != device:
+                raise ValueError(f"{name}: is on {value.device}, and {first} on {device}; needs one device")
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """See that a number is an integer (no bool) from `minimum` to `maximum`; not while compilers trace.
+
+    Raises:
+        ValueError: it is none, or lies outside.
+    """
+    if not torch.compiler.is_compiling() and not isinstance(value, torch.SymInt):
+        checks.check_integer(name, value, minimum, maximum)
+
+
+def check_number(
+    name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf, *, above: float = -math.inf
+) -> None:
+    """See that a number is finite, from `minimum` to `maximum`, and more than `above`; not while compilers trace.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not torch.compiler.is_compiling():
+        checks.check_number(name, value, minimum, maximum, above=above)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """See that an option is True or False.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        checks.check_bool(name, value)
+
+
+def shown(tensor: Tensor) -> str:
+    """Dtype and shape, for messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def overlaps(tensors: Sequence[Tensor]) -> bool:
+    """Whether some element of these tensors lies in the same memory as another one, of the same tensor or not.
+
+    Exact, but for the meta device, which has no memory. Tensors are cut into runs of neighbouring elements, and the
+    starts of these sorted.
+    """
+    starts, ends = [], []
+    for x in tensors:
+        if not x.numel() or x.is_meta:
+            continue
+        size = x.element_size()
+        steps = sorted((step, length) for step, length in zip(x.stride(), x.shape, strict=True) if length > 1)
+        run = 1
+        while steps and steps[0][0] == run:
+            run *= steps.pop(0)[1]
+        begin = torch.tensor([x.data_ptr()], device="cpu")
+        for step, length in steps:
+            begin = (begin[:, None] + torch.arange(length, device="cpu") * (step * size)).flatten()
+        starts.append(begin)
+        ends.append(begin + run * size)
+    if not starts:
+        return False
+    order = torch.cat(starts).sort()
+    return bool((order.values[1:] < torch.cat(ends)[order.indices][:-1]).any())
