@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from kernel_calls import GOOD
 from kernel_checks import DEVICE, lay_out, layouts
-from test_invalid_calls import GOOD
 from torch import Tensor
 
 from fastgen.kernels.dispatch import reset_ran, use_kernels

@@ -72,7 +72,8 @@ def sd3_with_ip_adapter() -> Any:
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
     model = sd3(())  # diffusers itself breaks the graph of a second attention with arguments for the first
-    model.transformer_blocks[0].attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 32))
+    for block in model.transformer_blocks:
+        block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 32))
     return model
 
 
