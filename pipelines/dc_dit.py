@@ -11,6 +11,8 @@ from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
+from fastgen.pipelines.finite import finite_call
+from fastgen.pipelines.stock_arguments import check_call, check_labels
 from fastgen.pretrained import load_pretrained
 
 
@@ -37,13 +39,17 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
         """Draw images; all arguments of the stock pipeline, and the knobs of `DCZImagePipeline.__call__`.
 
         Raises:
-            ValueError: a knob out of range, or tail drops together with a budget.
+            ValueError: an argument that the stock pipeline cannot take, a knob out of range, or tail drops together
+                with a budget.
+            NotFiniteError: latents or pixels are not numbers.
         """
         arguments = dict(inspect.signature(DiTPipeline.__call__).bind(self, *args, **kwargs).arguments)
         del arguments["self"]
+        images = check_labels(arguments["class_labels"], self.transformer.config.get("num_classes", 1000))
+        check_call(arguments, images, ("pil", "np", "pt"))
         return run_elastic(
             self,
-            super().__call__,
+            finite_call(self, super().__call__),
             arguments,
             tail_drop=tail_drop,
             uncond_tail_drop=uncond_tail_drop,

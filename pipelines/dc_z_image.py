@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from diffusers import ZImagePipeline
 
+from fastgen.checks import check_integer
+from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
+from fastgen.pipelines.finite import finite_call
+from fastgen.pipelines.stock_arguments import check_call, check_texts
 from fastgen.pretrained import load_pretrained
 
 
@@ -44,16 +48,18 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
             output_chunks: return which tokens were kept in each step.
 
         Raises:
-            ValueError: a knob out of range, or tail drops together with a budget.
+            ValueError: an argument that the stock pipeline cannot take, a knob out of range, or tail drops together
+                with a budget.
+            NotFiniteError: latents or pixels are not numbers.
         """
         arguments = dict(inspect.signature(ZImagePipeline.__call__).bind(self, *args, **kwargs).arguments)
         del arguments["self"]
-        for name in ("prompt", "negative_prompt"):  # the stock pipeline writes into the lists it is given
-            if isinstance(arguments.get(name), list):
-                arguments[name] = list(arguments[name])
+        prompts = _prompts(arguments)
+        images = prompts * check_integer("num_images_per_prompt", arguments.get("num_images_per_prompt", 1), 1)
+        check_call(arguments, images, ("pil", "np", "pt", "latent"))
         return run_elastic(
             self,
-            super().__call__,
+            finite_call(self, super().__call__),
             arguments,
             tail_drop=tail_drop,
             uncond_tail_drop=uncond_tail_drop,
@@ -62,3 +68,25 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
         )
 
     __call__.__signature__ = with_knobs(ZImagePipeline.__call__)  # type: ignore[attr-defined]
+
+
+def _prompts(arguments: dict[str, Any]) -> int:
+    """How many prompts there are. Lists become copies, as the stock pipeline writes into them.
+
+    Raises:
+        FastgenError: no prompt and no embeddings, both, or a negative prompt too many or too few.
+    """
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if (prompt is None) == (embeds is None):
+        raise FastgenError("prompt, prompt_embeds: needs one of them, and not both")
+    if prompt is None:
+        check_call({"prompt_embeds": embeds}, 1, ("pil",))
+        return len(embeds)  # type: ignore[arg-type]
+    check_texts("prompt", prompt)
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    arguments["prompt"] = [prompt] if isinstance(prompt, str) else list(prompt)
+    negative = arguments.get("negative_prompt")
+    if negative is not None:
+        check_texts("negative_prompt", negative, count)
+        arguments["negative_prompt"] = [negative] * count if isinstance(negative, str) else list(negative)
+    return count

@@ -20,12 +20,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
+from fastgen.checks import check_bool, check_callable, check_finite, check_integer
 from fastgen.contracts import Loss
 from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.settings import draws_tokens, pipeline_arguments, resolve_settings
 
 __all__ = [
@@ -126,6 +128,9 @@ def generate_images(
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
             before the first picture is asked for.
     """
+    for name, values in (("prompts", prompts), ("seeds", seeds)):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise FastgenError(f"{name}: {values!r} is not allowed, needs a list")
     prompts, seeds = list(prompts), list(seeds)
     if len(prompts) != len(seeds):
         raise FastgenError(f"seeds: {len(seeds)} seeds for {len(prompts)} prompts; needs one seed per prompt")
@@ -134,8 +139,10 @@ def generate_images(
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise FastgenError(f"seed: {seed!r} is not allowed, needs an integer from 0 to 2**63 - 1")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise FastgenError(f"batch_size: {batch_size!r} is not allowed, needs an integer >= 1")
+    batch_size = check_integer("batch_size", batch_size, 1)
+    for name, flag in (("batch_invariant", batch_invariant), ("flops", flops), ("record_steps", record_steps)):
+        check_bool(name, flag)
+    check_callable("callback", callback)
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise FastgenError(f"{unknown[0]}: is no setting; there are {', '.join(SETTINGS)}")
     asked = {name: settings.get(name) for name in SETTINGS}
@@ -259,7 +266,7 @@ def _call(
     bar = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
     try:
-        with stages:
+        with stages, finite_decoder(pipe):
             output = pipe(
                 prompt=list(prompts),  # some pipelines write into the list that they are given
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -282,8 +289,7 @@ def _call(
 
 def _picture(array: np.ndarray) -> Image.Image:
     """[H, W, 3] floats in [0, 1] as PIL does it in diffusers; NaN would silently become black there."""
-    if not np.isfinite(array).all():
-        raise FastgenError("the picture is not a number (NaN) in parts; another dtype (float32, bfloat16) may help")
+    check_finite(array, "pixels")
     return Image.fromarray((array * 255).round().astype(np.uint8))
 
 

@@ -6,15 +6,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from fastgen.accounting import account, note_path
+from fastgen.accounting import Stats, account, note_path
+from fastgen.checks import check_bool, check_callable, check_choice, check_generator, check_integer
 from fastgen.contracts import Loss
+from fastgen.errors import FastgenError, NotFiniteError
+from fastgen.pipelines.finite import check_output, finite_decoder
+from fastgen.pipelines.generation import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
@@ -22,12 +27,12 @@ from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chai
 from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import named_policy
 from fastgen.pipelines.search.policy import Policy
-from fastgen.pipelines.search.previews import PreviewOption, preview_of
+from fastgen.pipelines.search.previews import PreviewOption, check_preview, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
 from fastgen.pipelines.token_images import as_output, one_per_image
 
-__all__ = ["NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
+__all__ = ["NoFinitePicture", "NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
 
 SamplerName = Literal["ancestral", "euler-maruyama", "rollover"]
 
@@ -45,6 +50,19 @@ class NoiseSearchOutput(BaseOutput):
     images: Any
     reports: list[SearchReport]
     stats: dict[str, Any]
+
+
+class NoFinitePicture(NotFiniteError):
+    """All that was tried for a prompt had latents, pixels or scores that are not numbers.
+
+    Attributes:
+        output: of the other prompts; None where there are none.
+        found: their numbers in the call.
+    """
+
+    def __init__(self, message: str, output: NoiseSearchOutput | None, found: list[int]) -> None:
+        super().__init__(message)
+        self.output, self.found = output, found
 
 
 class SearchInterrupted(Exception):
@@ -88,7 +106,11 @@ class NoiseSearchPipeline:
         self.pipe = pipe
         self.policy = named_policy(policy) if isinstance(policy, str) else policy
         if self.policy is None:
+            if not callable(pipe):
+                raise FastgenError(f"pipe: {type(pipe).__name__} is not a pipeline")
             return
+        if not isinstance(self.policy, Policy):
+            raise FastgenError(f"policy: {policy!r} is not allowed, needs a name, a Policy or None")
         self._denoiser = denoiser_of(pipe)
         score = getattr(verifier, "score", verifier)
         if not callable(score):
@@ -111,8 +133,17 @@ class NoiseSearchPipeline:
         return getattr(self.pipe, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw images; see `search`. Without a policy this is the pipeline's own call."""
-        return self.pipe(*args, **kwargs) if self.policy is None else self.search(*args, **kwargs)
+        """Draw images; see `search`. Without a policy this is the pipeline's own call.
+
+        Raises:
+            NotFiniteError: latents or pixels are not numbers.
+        """
+        if self.policy is not None:
+            return self.search(*args, **kwargs)
+        with finite_decoder(self.pipe):
+            output = self.pipe(*args, **kwargs)
+        check_output(output[0])
+        return output
 
     @torch.no_grad()
     def search(
@@ -122,7 +153,7 @@ class NoiseSearchPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         max_nfe: int | None = None,
         max_seconds: float | None = None,
@@ -140,8 +171,8 @@ class NoiseSearchPipeline:
 
         Args:
             prompt: text or list of texts.
-            height, width, num_inference_steps, guidance_scale, negative_prompt: of the pipeline; None takes its own
-                defaults.
+            height, width, num_inference_steps, guidance_scale: of the pipeline; None takes its own defaults.
+            negative_prompt: one for all prompts, or a list with one for each.
             generator: one per prompt, or a single one. The first candidate starts from what the pipeline itself would
                 draw with it.
             max_nfe: forward passes of the model on one sample for each prompt; with classifier-free guidance an
@@ -163,51 +194,68 @@ class NoiseSearchPipeline:
             on_round: called after each round of evaluations with how many chains are still running.
             extra: what the adapter of the pipeline takes beside.
 
+        Candidates whose latents, pixels or score are not numbers are dropped.
+
         Raises:
             ValueError: an argument out of range, a budget smaller than one picture takes, or a model or policy that
                 cannot explore.
+            NotFiniteError: all candidates of a prompt were dropped; it holds the pictures of the others.
             SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
         """
         policy = self.policy
         if policy is None:
             raise ValueError("policy: None does not search; call the pipeline itself")
+        if not isinstance(prompt, str | list | tuple) or not prompt:
+            raise FastgenError(f"prompt: {prompt!r} is not allowed, needs a text or a list of at least one")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("prompt: needs at least one")
-        if isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is not allowed, needs an integer >= 1")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type: {output_type!r} is not allowed, needs pil, np or pt")
+        check_generator(generator, len(prompts))
+        batch_size = check_integer("batch_size", batch_size, 1)
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
+        check_bool("return_dict", return_dict)
+        check_callable("on_round", on_round)
+        check_preview(preview)
+        if not isinstance(sampler, Sampler):
+            check_choice("sampler", sampler, get_args(SamplerName))
+        if explore is not None and not isinstance(explore, Mapping):
+            raise FastgenError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
         budget = Budget(max_nfe, max_seconds, target_score)
+        settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
+        texts = [*prompts, *(settings.checked(len(prompts)).negatives(len(prompts)) or ())]
+        check_prompt_lengths(self.pipe, [text for text in texts if isinstance(text, str)])
         generators = one_per_image(generator, len(prompts))
         started = time.perf_counter()
+        cause: BaseException | None = None
         with account() as stats:
-            settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
             denoiser = self._denoiser(self.pipe, prompts, settings)
             path = self._sampler(sampler, denoiser)
             policy = self._resolved(policy, denoiser, path, budget)
             note_path("policy", policy.description)
+            name = _note_sampler(policy, sampler, self.pipe)
             effort, shown = _checked_effort(explore, denoiser), preview_of(preview, denoiser)
             chains = self._chains(policy, denoiser, path, budget, generators, started, effort)
-            cause: BaseException | None = None
             ends: Sequence[Node | None]
             try:
                 ends = run_chains(chains, policy.program, self._score, prompts, batch_size, on_round, shown)
             except SearchStopped as error:
                 cause = error.__cause__
-                ends = [chain.furthest for chain in chains]
-                found = {chain.prompt for chain in chains if chain.furthest is not None}
-                if len(found) < len(prompts):
+                kept = [chain.furthest for chain in chains]
+                ends = [None if node is None or node.fault is not None else node for node in kept]
+                if len({chain.prompt for chain, end in zip(chains, ends, strict=True) if end}) < len(prompts):
                     raise SearchInterrupted(str(error), None) from cause
             reports, winners = _reports(policy, prompts, chains, ends, started, cause is not None)
-            pictures = torch.cat([_picture(denoiser, node) for node in winners])
-        images = as_output(pictures.float().div(255).permute(0, 2, 3, 1), output_type)
-        output = NoiseSearchOutput(images=images, reports=reports, stats=stats.as_dict())
+            replaced = _replaced(stats)
+            reports = [replace(report, sampler=name, replaced=replaced) for report in reports]
+            pictures = [_picture(denoiser, node) for node in winners]
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
+        output, fault = _output(pictures, reports, output_type, stats.as_dict())
         if cause is not None:
             raise SearchInterrupted(f"search: {type(cause).__name__}: {cause}", output) from cause
-        return output if return_dict else (images,)
+        if fault is not None:
+            found = [i for i, picture in enumerate(pictures) if isinstance(picture, Tensor)]
+            raise NoFinitePicture(str(fault), output, found)
+        assert output is not None
+        return output if return_dict else (output.images,)
 
     def _sampler(self, sampler: SamplerName | Sampler, denoiser: Denoiser) -> Sampler:
         if isinstance(sampler, Sampler):
@@ -215,8 +263,6 @@ class NoiseSearchPipeline:
         if sampler == "rollover":
             return EulerMaruyama.rollover(len(denoiser.times))
         kinds: dict[str, type[Sampler]] = {"ancestral": Ancestral, "euler-maruyama": EulerMaruyama}
-        if sampler not in kinds:
-            raise ValueError(f"sampler: {sampler!r} is unknown, there are ancestral, euler-maruyama and rollover")
         return kinds[sampler](denoiser.interpolant, denoiser.times)
 
     def _resolved(self, policy: Policy, denoiser: Denoiser, path: Sampler, budget: Budget) -> Policy:
@@ -256,8 +302,6 @@ class NoiseSearchPipeline:
 
 def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:
     """The exploring effort, which the model can do; empty: none."""
-    if explore is not None and not isinstance(explore, Mapping):
-        raise ValueError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
     effort = dict(explore or {})
     try:
         with denoiser.at_effort(effort):
@@ -269,9 +313,51 @@ def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> di
     return effort
 
 
-def _picture(denoiser: Denoiser, node: Node) -> Tensor:
-    """[1, 3, H, W] uint8; what was scored at the end of a trajectory is at hand."""
-    return denoiser.pictures(node.prediction) if node.picture is None else node.picture
+def _note_sampler(policy: Policy, sampler: SamplerName | Sampler, pipe: Any) -> str | None:
+    """Name of the sampler of stochastic transitions; what it takes the place of is reported."""
+    scheduler = type(getattr(pipe, "scheduler", None)).__name__
+    if policy.stochastic:
+        name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        reason = f"policy {policy.name} adds noise between the steps, in place of the steps of {scheduler}"
+        note_path("sampler", name, reason)
+        return name
+    noisy = isinstance(getattr(pipe, "scheduler", None), DDPMScheduler)
+    note_path("sampler", "ode", f"policy {policy.name} adds no noise, {scheduler} does" if noisy else None)
+    return None
+
+
+def _replaced(stats: Stats) -> dict[str, str]:
+    """What the search took in place of the pipeline's own, and why."""
+    found = {}
+    for name in ("scheduler", "sampler"):
+        for used, reason in stats.paths.get(name, {}).items():
+            if reason is not None:
+                found[name] = f"{used}: {reason}"
+    return found
+
+
+def _picture(denoiser: Denoiser, node: Node) -> Tensor | NotFiniteError:
+    """[1, 3, H, W] uint8, or why there is none; what was scored at the end of a trajectory is kept."""
+    try:
+        return node.fault or (denoiser.pictures(node.prediction) if node.picture is None else node.picture)
+    except NotFiniteError as error:
+        return error
+
+
+def _output(
+    pictures: Sequence[Tensor | NotFiniteError],
+    reports: Sequence[SearchReport],
+    output_type: str,
+    stats: dict[str, Any],
+) -> tuple[NoiseSearchOutput | None, NotFiniteError | None]:
+    """Of the prompts that have a picture, None where none has, and why one has none."""
+    fault = next((picture for picture in pictures if isinstance(picture, NotFiniteError)), None)
+    made = [picture for picture in pictures if isinstance(picture, Tensor)]
+    if not made:
+        return None, fault
+    kept = [report for report, picture in zip(reports, pictures, strict=True) if isinstance(picture, Tensor)]
+    images = as_output(torch.cat(made).float().div(255).permute(0, 2, 3, 1), output_type)
+    return NoiseSearchOutput(images=images, reports=kept, stats=stats), fault
 
 
 def _reports(
@@ -298,6 +384,7 @@ def _reports(
     return reports, winners
 
 
-def _finished(node: Node) -> tuple[bool, bool, float]:
-    """Full effort first, ends of trajectories before previews, then by score."""
-    return not node.explored, node.last, -math.inf if math.isnan(node.score) else node.score
+def _finished(node: Node) -> tuple[bool, bool, bool, float]:
+    """Full effort first, without a fault, ends of trajectories before previews, then by score."""
+    score = -math.inf if math.isnan(node.score) else node.score
+    return not node.explored, node.fault is None, node.last, score

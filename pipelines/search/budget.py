@@ -6,6 +6,8 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from fastgen.checks import check_integer, check_number
+
 __all__ = ["Budget", "Pool"]
 
 
@@ -28,12 +30,12 @@ class Budget:
     target_score: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_nfe is not None and (isinstance(self.max_nfe, bool) or self.max_nfe < 1):
-            raise ValueError(f"max_nfe: {self.max_nfe} is not allowed, needs an integer >= 1")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds: {self.max_seconds} is not allowed, needs a number > 0")
-        if self.target_score is not None and not math.isfinite(self.target_score):
-            raise ValueError(f"target_score: {self.target_score} is not allowed, needs a finite number")
+        if self.max_nfe is not None:
+            check_integer("max_nfe", self.max_nfe, 1)
+        if self.max_seconds is not None:
+            check_number("max_seconds", self.max_seconds, above=0)
+        if self.target_score is not None:
+            check_number("target_score", self.target_score)
 
     def met_by(self, score: float) -> bool:
         """Whether a finished picture of that score ends the search."""

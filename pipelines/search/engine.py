@@ -13,19 +13,18 @@ gone on with is evaluated anew at full effort. Evaluations of different efforts 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastgen.accounting import add_verifier_calls, current, phase
+from fastgen.errors import NotFiniteError
 from fastgen.pipelines.search.budget import Pool
 from fastgen.pipelines.search.denoisers.base import Denoiser
+from fastgen.pipelines.search.evaluations import Answer, Verifier, evaluate
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.previews import Preview
 from fastgen.pipelines.search.samplers import Sampler
@@ -44,8 +43,6 @@ __all__ = [
     "run_chains",
 ]
 
-#: Scores pictures [k, 3, H, W] uint8 of k prompts: [k].
-Verifier = Callable[[Tensor, list[str]], Tensor]
 #: Of an evaluation; "anew": at full effort, of what had been evaluated at the exploring one.
 Effort = Literal["full", "exploring", "anew"]
 
@@ -61,9 +58,11 @@ class Node:
         index: of that time.
         latents: [1, …].
         prediction: of the model, [1, …].
-        score: of the clean sample's picture; -inf where the verifier gave no number, NaN where it was not asked.
+        score: of the clean sample's picture; -inf where there is a fault, NaN where the verifier was not asked.
         effort: of the evaluation.
         picture: [1, 3, H, W] uint8, of the clean sample; kept of scored ends of trajectories only.
+        fault: why this node cannot be a result: latents, pixels or a score that are not numbers.
+        usable: the latents are numbers, so that a trajectory can go on from here.
     """
 
     number: int
@@ -75,6 +74,8 @@ class Node:
     score: float
     effort: Effort = "full"
     picture: Tensor | None = None
+    fault: NotFiniteError | None = None
+    usable: bool = True
 
     @property
     def explored(self) -> bool:
@@ -92,8 +93,8 @@ class Node:
 
 
 def better(old: Node | None, new: Node) -> Node:
-    """The one of the higher score; the earlier one where they are equal."""
-    return new if old is None or new.score > old.score else old
+    """The one of the higher score, of usable ones; the earlier one where they are equal."""
+    return new if old is None or (new.usable, new.score) > (old.usable, old.score) else old
 
 
 def best_of(nodes: Sequence[Node]) -> Node:
@@ -158,7 +159,7 @@ class Chain:
         explore: knobs of the exploring effort; empty: the chain does not explore.
         trace: all that was evaluated, in order.
         furthest: the best score at the last time that was reached, at full effort if anything was evaluated so; what
-            a search that is cut short has to show.
+            a search that is cut short returns.
         tries: evaluations of each transition, with whether one was accepted, as the policy reports them.
     """
 
@@ -222,10 +223,11 @@ class Chain:
         return node
 
 
-def rank(node: Node) -> tuple[bool, int, float]:
-    """The order in which nodes are shown as what a search found: full effort before exploring, late times before early
-    ones, then scores."""
-    return not node.explored, node.index, -math.inf if math.isnan(node.score) else node.score
+def rank(node: Node) -> tuple[bool, bool, int, float]:
+    """The order in which nodes are shown as what a search found: full effort before exploring, those without a fault,
+    late times before early ones, then scores."""
+    score = -math.inf if math.isnan(node.score) else node.score
+    return not node.explored, node.fault is None, node.index, score
 
 
 class SearchStopped(Exception):
@@ -253,7 +255,7 @@ def run_chains(
         preview: makes the pictures that are scored while a trajectory is under way; None: as at its end.
 
     Returns:
-        the node that each chain returned.
+        the node that each chain returned, or the best of its finished pictures where that one scores more.
 
     Raises:
         SearchStopped: the model or the verifier failed, or the user interrupted.
@@ -266,7 +268,7 @@ def run_chains(
             running[place] = (made, next(made))
         while running:
             asked = [(chains[place], ask) for place, (_, ask) in running.items()]
-            answers = _evaluate(asked, verifier, prompts, batch_size, preview)
+            answers = _nodes(asked, evaluate(asked, verifier, prompts, batch_size, preview))
             for place, nodes in zip(list(running), answers, strict=True):
                 made, _ = running[place]
                 for node in nodes:
@@ -274,7 +276,7 @@ def run_chains(
                 try:
                     running[place] = (made, made.send(nodes))
                 except StopIteration as done:
-                    results[place] = done.value
+                    results[place] = _best_end(done.value, chains[place].furthest)
                     del running[place]
             if on_round is not None:
                 on_round(len(running))
@@ -283,95 +285,23 @@ def run_chains(
     return [results[place] for place in range(len(chains))]
 
 
-_Row = tuple[Chain, Ask, int]
+def _best_end(end: Node, furthest: Node | None) -> Node:
+    """A policy may end with a picture and have seen a better one, behind the accepted one of a wave, for instance."""
+    if furthest is None or not furthest.last or furthest.explored:
+        return end
+    return furthest if end.last and rank(furthest) > rank(end) else end
 
 
-def _evaluate(
-    asked: list[tuple[Chain, Ask]],
-    verifier: Verifier,
-    prompts: Sequence[str],
-    batch_size: int,
-    preview: Preview | None,
-) -> list[list[Node]]:
-    """Evaluate what all chains ask, in slices of `batch_size`."""
-    rows = [(chain, ask, row) for chain, ask in asked for row in range(len(ask.latents))]
-    predictions: dict[int, Prediction] = {}
-    scores: dict[int, float] = {}
-    pictures: dict[int, Tensor] = {}
-    for part in _slices(rows, batch_size):
-        said = _predict([rows[i] for i in part])
-        predictions |= {i: Prediction(said.clean[j : j + 1], said.noise[j : j + 1]) for j, i in enumerate(part)}
-        for cheap in (False, True):
-            wanted = [
-                j
-                for j, i in enumerate(part)
-                if rows[i][1].scored and cheap == (preview is not None and not rows[i][1].last)
-            ]
-            if not wanted:
-                continue
-            chosen = [rows[part[j]] for j in wanted]
-            shown = _shown(chosen, Prediction(said.clean[wanted], said.noise[wanted]), preview if cheap else None)
-            found = _score(verifier, shown, [prompts[chain.prompt] for chain, _, _ in chosen])
-            scores |= {part[j]: score for j, score in zip(wanted, found, strict=True)}
-            pictures |= {part[j]: shown[k : k + 1].clone() for k, j in enumerate(wanted) if chosen[k][1].last}
-    nodes = []
-    for i, (chain, ask, row) in enumerate(rows):
-        place = (len(chain.trace) + row, ask.parents[row], ask.sampler, ask.index, ask.latents[row])
-        nodes.append(Node(*place, predictions[i], scores.get(i, math.nan), ask.effort, pictures.get(i)))
-    ends = list(itertools.accumulate(len(ask.latents) for _, ask in asked))
-    return [nodes[first:end] for first, end in zip([0, *ends], ends, strict=False)]
-
-
-def _slices(rows: Sequence[_Row], batch_size: int) -> Iterator[list[int]]:
-    """Places of the rows, full effort first, in slices of one effort."""
-    for exploring in (False, True):
-        places = [i for i, (_, ask, _) in enumerate(rows) if (ask.effort == "exploring") == exploring]
-        for first in range(0, len(places), batch_size):
-            yield places[first : first + batch_size]
-
-
-def _predict(part: Sequence[_Row]) -> Prediction:
-    chain, ask, _ = part[0]
-    denoiser = chain.denoiser
-    places = [ask.sampler.model_level(ask.index, denoiser.interpolant) for _, ask, _ in part]
-    latents = torch.cat([ask.latents[row] for _, ask, row in part])
-    times = torch.tensor([time for time, _ in places], dtype=torch.float64, device=latents.device)
-    scale = torch.tensor([scale for _, scale in places]).to(latents).view(-1, *[1] * (latents.ndim - 1))
-    which = torch.tensor([chain.prompt for chain, _, _ in part], device=latents.device)
-    with denoiser.at_effort(chain.explore if ask.effort == "exploring" else {}), _billed(part):
-        return denoiser.predict(latents / scale, times, which)
-
-
-def _shown(part: Sequence[_Row], said: Prediction, preview: Preview | None) -> Tensor:
-    """Pictures [k, 3, H, W] uint8."""
-    denoiser = part[0][0].denoiser
-    with _billed(part):
-        return denoiser.pictures(said) if preview is None else preview(denoiser, said)
-
-
-@contextmanager
-def _billed(part: Sequence[_Row]) -> Iterator[None]:
-    """FLOPs of what runs inside, where they are counted, in equal parts to the rows' prompts."""
-    stats = current()
-    before = 0 if stats is None else stats.flops
-    yield
-    if stats is not None and stats.flops > before:
-        for chain, _, _ in part:
-            chain.pool.flops += (stats.flops - before) / len(part)
-
-
-def _score(verifier: Verifier, pictures: Tensor, prompts: list[str]) -> list[float]:
-    """Scores as floats; what is no number is -inf and never wins.
-
-    Raises:
-        ValueError: not one score for each picture.
-    """
-    with phase("verifier"):
-        add_verifier_calls(len(pictures))
-        found = torch.as_tensor(verifier(pictures, prompts))
-    if found.shape != (len(pictures),):
-        raise ValueError(
-            f"verifier: returned shape {tuple(found.shape)}, needs ({len(pictures)},), one for each picture"
-        )
-    values: list[float] = found.double().cpu().tolist()
-    return [value if math.isfinite(value) else -math.inf for value in values]
+def _nodes(asked: list[tuple[Chain, Ask]], answers: Sequence[Answer]) -> list[list[Node]]:
+    """What each chain is sent."""
+    nodes, left = [], iter(answers)
+    for chain, ask in asked:
+        own = []
+        for row, (latents, parent) in enumerate(zip(ask.latents, ask.parents, strict=True)):
+            found = next(left)
+            score = found.score if found.fault is None else -math.inf
+            picture = found.picture.clone() if found.picture is not None and ask.last else None
+            place = (len(chain.trace) + row, parent, ask.sampler, ask.index, latents, found.prediction)
+            own.append(Node(*place, score, ask.effort, picture, found.fault, found.usable))
+        nodes.append(own)
+    return nodes

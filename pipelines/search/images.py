@@ -11,7 +11,7 @@ import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
 from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths
-from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.samplers import Sampler
@@ -40,7 +40,7 @@ def search_images(
     """Search for picture i with prompts[i] and seeds[i]; pictures are yielded in order, as soon as they are found.
 
     Where a search is cut short, the best pictures until then are yielded, marked as interrupted, before the error is
-    raised.
+    raised; where one of them has no picture that is a number, the others are yielded before that error.
 
     Args:
         pipe: a diffusers pipeline with an adapter.
@@ -57,6 +57,7 @@ def search_images(
 
     Raises:
         ValueError: an argument out of range, or a budget smaller than one picture takes.
+        NotFiniteError: for one of the pictures all candidates were dropped, as not a number.
         SearchInterrupted: the model, the verifier or the user ended the search.
     """
     check_prompt_lengths(pipe, [*prompts, *([settings["negative_prompt"]] if settings.get("negative_prompt") else [])])
@@ -68,7 +69,7 @@ def search_images(
         texts, own = prompts[start : start + size], seeds[start : start + size]
         seconds = None if budget.max_seconds is None else budget.max_seconds * len(texts)
         output: Any
-        cause: SearchInterrupted | None = None
+        cause: NoFinitePicture | SearchInterrupted | None = None
         with account() as stats, count_flops() if flops else contextlib.nullcontext():
             note_path(
                 "batch",
@@ -83,15 +84,16 @@ def search_images(
                     on_round=_reporter(callback, start, len(prompts), len(texts), budget, seconds),
                     **arguments,
                 )
-            except SearchInterrupted as error:
+            except (NoFinitePicture, SearchInterrupted) as error:
                 output, cause = error.output, error
         if output is not None:
             summary = {"images": len(texts), **stats.as_dict()}
-            told = {"verifier": _name(verifier), "sampler": _name(sampler)}
-            for i, (image, report) in enumerate(zip(output.images, output.reports, strict=True)):
-                found = {**told, **report.as_dict()}
+            interrupted = isinstance(cause, SearchInterrupted)
+            places = cause.found if isinstance(cause, NoFinitePicture) else range(len(texts))
+            for i, image, report in zip(places, output.images, output.reports, strict=True):
+                found = {"verifier": _name(verifier), **report.as_dict()}
                 yield GeneratedImage(
-                    image, texts[i], own[i], summary, search.loss, search=found, interrupted=cause is not None
+                    image, texts[i], own[i], summary, search.loss, search=found, interrupted=interrupted
                 )
         if cause is not None:
             raise cause

@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from fastgen.checks import check_bool, check_choice
+from fastgen.errors import FastgenError
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.engine import Chain, Node
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.prospects import Prospects
 from fastgen.pipelines.search.steps import State, StepPolicy
-from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, check_in_range
+from fastgen.pipelines.search.thresholds import BestSoFar, Fixed, OnlineQuantile, check_in_range, check_score
 from fastgen.pipelines.search.thresholds import Threshold as Tau
 
 __all__ = ["Rollover", "Threshold", "ValueSampling"]
@@ -63,15 +65,16 @@ class Threshold(StepPolicy):
     def __post_init__(self) -> None:
         check_counts(self, "chains", "starts", "wave", *(() if self.patience is None else ("patience",)))
         tau = self.tau
-        number = isinstance(tau, int | float) and not isinstance(tau, bool) and not math.isnan(tau)
-        if not (tau is None or isinstance(tau, Tau) or number):
-            raise ValueError(f"tau: {tau!r} is not allowed, needs a number, a threshold or None")
-        if self.init not in ("best", "threshold"):
-            raise ValueError(f"init: {self.init!r} is not allowed, needs best or threshold")
-        if self.returns not in ("last", "best"):
-            raise ValueError(f"returns: {self.returns!r} is not allowed, needs last or best")
-        if self.goal is not None and math.isnan(self.goal):
-            raise ValueError(f"goal: {self.goal!r} is not allowed, needs a number")
+        if not (tau is None or isinstance(tau, Tau)):
+            check_score("tau", tau)
+        check_choice("init", self.init, ("best", "threshold"))
+        check_choice("returns", self.returns, ("last", "best"))
+        if self.goal is not None:
+            check_score("goal", self.goal)
+        if self.restarts is not None:
+            check_bool("restarts", self.restarts)
+        if not (self.prospects is None or isinstance(self.prospects, Prospects)):
+            raise FastgenError(f"prospects: {self.prospects!r} is not allowed, needs a Prospects or None")
 
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
         return self.patience is None or tries < self.patience

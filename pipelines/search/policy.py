@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from fastgen.checks import check_integer
 from fastgen.contracts import Loss
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.calibration import Calibration
@@ -106,6 +107,4 @@ def check_counts(policy: Policy, *names: str) -> None:
         ValueError: names the attribute.
     """
     for name in names:
-        value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not allowed, needs an integer >= 1")
+        check_integer(name, getattr(policy, name), 1)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_number
 from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
@@ -44,6 +45,8 @@ class SearchOverPaths(Policy):
 
     def __post_init__(self) -> None:
         check_counts(self, "seeds", "copies", "steps")
+        for name in ("start", "up", "down"):
+            check_number(name, getattr(self, name))
         if not (0 < self.up < self.down <= 1 and 0 < self.start < 1 and self.start + self.up <= 1):
             raise ValueError(
                 f"start, up, down: {self.start}, {self.up}, {self.down} are not allowed, "
@@ -116,11 +119,8 @@ class MonteCarlo(Policy):
 
     def __post_init__(self) -> None:
         check_counts(self, "particles")
-        if not self.temperature > 0 or not 0 <= self.threshold <= 1:
-            raise ValueError(
-                f"temperature, threshold: {self.temperature}, {self.threshold} are not allowed, "
-                "need a temperature > 0 and a threshold in [0, 1]"
-            )
+        check_number("temperature", self.temperature, above=0)
+        check_number("threshold", self.threshold, 0, 1)
 
     def least(self, transitions: int) -> int:
         return self.particles * (transitions + 1)
@@ -131,14 +131,15 @@ class MonteCarlo(Policy):
         weights = self._log_weights([node.score for node in nodes])
         for step in range(chain.sampler.transitions):
             # At equal weights the effective number is n itself, and nothing is gained by resampling.
-            if self._effective(weights) < self.threshold * n - 1e-9:
-                coins = torch.multinomial(weights.exp(), n, replacement=True, generator=chain.generator(2, step))
+            shares = weights.div(self.temperature).softmax(dim=0)
+            if float(1 / shares.square().sum()) < self.threshold * n - 1e-9:
+                coins = torch.multinomial(shares, n, replacement=True, generator=chain.generator(2, step))
                 nodes, weights = [nodes[i] for i in coins.tolist()], torch.zeros(n, dtype=torch.float64)
             before = [node.score for node in nodes]
             nodes = yield chain.ask([node.step(chain.noise(step, i)) for i, node in enumerate(nodes)], step + 1, nodes)
             gained = [self._gain(node.score, old) for node, old in zip(nodes, before, strict=True)]
             weights = self._log_weights(gained, weights)
-        return nodes[int(weights.argmax())]
+        return best_of(nodes)  # the weights hold gains since the last resampling, not scores
 
     @staticmethod
     def _gain(score: float, before: float) -> float:
@@ -146,16 +147,12 @@ class MonteCarlo(Policy):
         return score if before == -math.inf else score - before
 
     def _log_weights(self, gains: list[float], before: Tensor | None = None) -> Tensor:
-        """Normalised so that the largest is 0; all alike where nobody has a score."""
-        raw = torch.tensor(gains, dtype=torch.float64) / self.temperature
+        """Times the temperature, and so that the largest is 0; all alike where nobody has a score."""
+        # Divided last, so that a tiny temperature leaves 0 and -inf, not a difference of infinities.
+        raw = torch.tensor(gains, dtype=torch.float64)
         raw = raw if before is None else before + raw
         top = raw.max()
         return torch.zeros_like(raw) if top == -math.inf else raw - top
-
-    @staticmethod
-    def _effective(weights: Tensor) -> float:
-        share = weights.softmax(dim=0)
-        return float(1 / share.square().sum())
 
 
 @dataclass

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.accounting import phase
+from fastgen.checks import check_finite
 from fastgen.drafters.targets.base import unit_range
 from fastgen.pipelines.search.denoisers.base import Denoiser, as_bytes
 from fastgen.pipelines.search.interpolants import Prediction
 
-__all__ = ["Preview", "PreviewOption", "preview_of"]
+__all__ = ["Preview", "PreviewOption", "check_preview", "preview_of"]
 
 #: Makes pictures [k, 3, H, W] uint8 of predictions of k samples.
 Preview = Callable[[Denoiser, Prediction], Tensor]
@@ -36,13 +37,10 @@ def preview_of(option: PreviewOption, denoiser: Denoiser) -> Preview | None:
     Raises:
         ValueError: an unknown name, something that decodes nothing, or a decoder of latents of other channels.
     """
+    check_preview(option)
     if isinstance(option, str):
-        if option not in ("full", "pooled"):
-            raise ValueError(f"preview: {option!r} is unknown, there are full, pooled, or a decoder")
         return pooled if option == "pooled" else None
-    decode = getattr(option, "decode", option)
-    if not callable(decode):
-        raise ValueError(f"preview: {type(option).__name__} has no decode(latents)")
+    decode: Any = getattr(option, "decode", option)
     config = getattr(option, "config", None) or {}
     channels = denoiser.unpacked(torch.zeros(denoiser.shape)).shape[1]
     if config.get("latent_channels", channels) != channels:
@@ -54,6 +52,19 @@ def preview_of(option: PreviewOption, denoiser: Denoiser) -> Preview | None:
     return _Decoder(decode, config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0, dtype)
 
 
+def check_preview(option: PreviewOption) -> None:
+    """Check what needs no model.
+
+    Raises:
+        ValueError: an unknown name, or something that decodes nothing.
+    """
+    if isinstance(option, str):
+        if option not in ("full", "pooled"):
+            raise ValueError(f"preview: {option!r} is unknown, there are full, pooled, or a decoder")
+    elif not callable(getattr(option, "decode", option)):
+        raise ValueError(f"preview: {type(option).__name__} has no decode(latents)")
+
+
 @torch.no_grad()
 def pooled(denoiser: Denoiser, prediction: Prediction) -> Tensor:
     """See `PreviewOption`."""
@@ -62,7 +73,7 @@ def pooled(denoiser: Denoiser, prediction: Prediction) -> Tensor:
         height, width = grid.shape[-2:]
         half = (height + 1) // 2, (width + 1) // 2
         small = F.interpolate(grid.flatten(0, -3).unsqueeze(1), half, mode="area").view(*grid.shape[:-2], *half)
-        pictures = denoiser.decode(small).float()
+        pictures = denoiser.decoded(small).float()
         size = [round(pictures.shape[axis] * grid.shape[axis] / small.shape[axis]) for axis in (-2, -1)]
         return as_bytes(F.interpolate(pictures, size, mode="bilinear"))
 
@@ -85,4 +96,5 @@ class _Decoder:
             found = found if isinstance(found, Tensor) else found[0]
             if found.ndim != 4 or found.shape[:2] != (len(grid), 3):
                 raise ValueError(f"preview: gave shape {tuple(found.shape)}, needs ({len(grid)}, 3, height, width)")
+            check_finite(found, "pixels of the preview")
             return as_bytes(unit_range(found))

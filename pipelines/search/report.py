@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastgen.pipelines.search.engine import Chain, Node
@@ -40,6 +40,8 @@ class SearchReport:
         draft: the picture is of that effort: an interrupted search had nothing else to show.
         flops: of its evaluations and scored pictures, a shared forward pass in equal parts; None where
             nothing counted them (`fastgen.accounting.count_flops`).
+        sampler: of stochastic transitions; None where the trajectories are those of the ODE.
+        replaced: what the search put in the place of the pipeline's own, and why: "scheduler", "sampler".
     """
 
     prompt: str
@@ -62,6 +64,8 @@ class SearchReport:
     explored: int = 0
     draft: bool = False
     flops: int | None = None
+    sampler: str | None = None
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -69,7 +73,13 @@ class SearchReport:
 
 
 def report_of(
-    prompt: Any, policy: Policy, chains: Sequence[Chain], winner: Node, owner: int, stopped: str, seconds: float
+    prompt: Any,
+    policy: Policy,
+    chains: Sequence[Chain],
+    winner: Node,
+    owner: int,
+    stopped: str,
+    seconds: float,
 ) -> SearchReport:
     """The report of one prompt's chains, of which `owner` made the picture."""
     pool = chains[0].pool

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_integer, check_number
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Prediction, VariancePreserving
 
 __all__ = ["DIFFUSIONS", "Ancestral", "EulerMaruyama", "Sampler", "rollover_times"]
@@ -35,8 +36,7 @@ def rollover_times(count: int) -> list[float]:
     Raises:
         ValueError: count < 1.
     """
-    if count < 1:
-        raise ValueError(f"count: {count} is not allowed, needs an integer >= 1")
+    check_integer("count", count, 1)
     return [math.sqrt(1.0 - (1.0 - (count - i) / count) ** 2) for i in range(count)]
 
 
@@ -111,8 +111,7 @@ class Ancestral(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: {self.eta} is not allowed, needs a number in [0, 1]")
+        check_number("eta", self.eta, 0, 1)
 
     def deviation(self, index: int) -> float:
         """Of the noise that is added in that transition."""
@@ -145,8 +144,7 @@ class EulerMaruyama(Sampler):
         super().__post_init__()
         if self.diffusion not in DIFFUSIONS:
             raise ValueError(f"diffusion: {self.diffusion!r} is unknown, there are {', '.join(DIFFUSIONS)}")
-        if not self.norm >= 0:
-            raise ValueError(f"norm: {self.norm} is not allowed, needs a number >= 0")
+        check_number("norm", self.norm, 0)
         if any(math.isnan(level.d_alpha) for level in self.levels):
             raise ValueError(f"interpolant: {self.interpolant.name} has no derivatives; take the ancestral sampler")
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fastgen.checks import check_number
 from fastgen.pipelines.search.engine import Ask, Chain, Effort, Node, Program, best_of, better
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
@@ -190,8 +191,7 @@ class ZeroOrder(StartSearch):
 
     def __post_init__(self) -> None:
         check_counts(self, "neighbours", *(() if self.rounds is None else ("rounds",)))
-        if not -1 < self.cosine < 1:
-            raise ValueError(f"cosine: {self.cosine} is not allowed, needs a number between -1 and 1")
+        check_number("cosine", self.cosine, above=-1, below=1)
 
     @property
     def smallest(self) -> int:

@@ -46,8 +46,8 @@ class StepPolicy(Policy):
 
     Attributes:
         starts: noises that are drawn and scored before the first transition; the best is gone on with.
-        wave: candidates that are tried together. It changes what a search costs, not what it finds: what comes behind
-            the accepted one of a wave is paid for and forgotten.
+        wave: candidates that are tried together. It changes what a search costs, not which way it takes: what comes
+            behind the accepted one of a wave is paid for and not followed. A finished picture among them still counts.
         reserve: a trajectory that was begun can always be finished.
         previews: what is returned may be another node than the last one that was gone on with.
     """

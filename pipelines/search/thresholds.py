@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastgen.checks import check_integer, check_number
+from fastgen.errors import FastgenError
+
 __all__ = [
     "BestSoFar",
     "Fixed",
@@ -19,6 +22,7 @@ __all__ = [
     "Scheduled",
     "Threshold",
     "check_in_range",
+    "check_score",
     "quantile",
 ]
 
@@ -43,6 +47,17 @@ def check_in_range(name: str, value: float, verifier: Any) -> float:
             f"{name}: {value:g} is outside the scores of {label}, which are {bounds[0]:g} to {bounds[1]:g}"
         )
     return float(value)
+
+
+def check_score(name: str, value: object) -> float:
+    """A score to compare with: a number, infinities included, which ask for all or nothing.
+
+    Raises:
+        FastgenError: it is none.
+    """
+    if isinstance(value, float) and math.isinf(value):
+        return value
+    return check_number(name, value)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -84,6 +99,9 @@ class Fixed(Threshold):
 
     tau: float
 
+    def __post_init__(self) -> None:
+        check_score("tau", self.tau)
+
     def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
         return self.tau
 
@@ -115,8 +133,11 @@ class Scheduled(Threshold):
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not self.taus or self.times < 1:
-            raise ValueError("taus: needs at least one, and times at least 1")
+        check_integer("times", self.times, 1)
+        if not isinstance(self.taus, list | tuple) or not self.taus:
+            raise FastgenError(f"taus: {self.taus!r} is not allowed, needs a tuple of at least one")
+        for tau in self.taus:
+            check_score("taus", tau)
 
     def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
         if len(self.taus) == 1 or self.times == 1:
@@ -143,8 +164,7 @@ class OnlineQuantile(Threshold):
     q: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.q <= 1:
-            raise ValueError(f"q: {self.q} is not allowed, needs a number in [0, 1]")
+        check_number("q", self.q, 0, 1)
 
     def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
         return quantile(scores, self.q)
@@ -159,6 +179,9 @@ class PreviousPlus(Threshold):
     """The accepted score of the step before, and delta."""
 
     delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("delta", self.delta)
 
     def at(self, index: int, scores: Sequence[float], accepted: float, best: float) -> float:
         return accepted + self.delta

@@ -7,19 +7,22 @@ between. An adapter gives them for one kind of pipeline; `register_denoiser` mak
 
 from __future__ import annotations
 
-import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastgen.accounting import add_nfe, phase
+from fastgen.checks import check_finite, check_integer, check_number
+from fastgen.errors import FastgenError
+from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
+from fastgen.pipelines.search.schedulers import check_times, flow_scheduler, timesteps_of
 
 __all__ = ["Denoiser", "FlowDenoiser", "Settings", "as_bytes", "defaults_of", "denoiser_of", "register_denoiser"]
 
@@ -29,7 +32,8 @@ class Settings:
     """What a user may ask of the pipeline; None takes what the pipeline takes.
 
     Attributes:
-        num_inference_steps, guidance_scale, height, width, negative_prompt: as the pipeline's own.
+        num_inference_steps, guidance_scale, height, width: as the pipeline's own.
+        negative_prompt: one for all prompts, or a list with one for each.
         extra: further arguments of the adapter.
     """
 
@@ -37,8 +41,34 @@ class Settings:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str | Sequence[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def checked(self, prompts: int) -> Settings:
+        """The same, as Python's own numbers.
+
+        Raises:
+            FastgenError: a value that no pipeline can take, or another number of negative prompts than of prompts.
+        """
+        found: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else check_integer(name, value, 1)
+            for name in ("num_inference_steps", "height", "width")
+        }
+        if self.guidance_scale is not None:
+            found["guidance_scale"] = check_number("guidance_scale", self.guidance_scale)
+        negative = self.negative_prompt
+        several = isinstance(negative, list | tuple)
+        texts = list(negative) if several else [negative]  # type: ignore[arg-type]
+        if negative is not None and not all(isinstance(text, str) for text in texts):
+            raise FastgenError(f"negative_prompt: {negative!r} is not allowed, needs a text or a list of texts")
+        if several and len(texts) != prompts:
+            raise FastgenError(f"negative_prompt: {len(texts)} texts for {prompts} prompts; needs one, or one each")
+        return replace(self, **found)
+
+    def negatives(self, prompts: int) -> list[str] | None:
+        """One for each prompt; None: there is none."""
+        negative = self.negative_prompt
+        return [negative] * prompts if isinstance(negative, str) else None if negative is None else list(negative)
 
 
 class Denoiser(ABC):
@@ -72,12 +102,25 @@ class Denoiser(ABC):
     guided_above: ClassVar[float | None] = None
 
     def __init__(self, pipe: Any, prompts: Sequence[Any], settings: Settings) -> None:
-        self.pipe, self.prompts, self.settings = pipe, list(prompts), settings
+        self.pipe, self.prompts = pipe, list(prompts)
+        self.check_prompts()
+        self.settings = settings.checked(len(self.prompts))
         self._effort: dict[str, Any] = {}
         with phase("text"), torch.no_grad():
             self.prepare()
+        check_times(getattr(pipe, "scheduler", None), self.times)
 
     # ---- what an adapter tells ----
+
+    def check_prompts(self) -> None:
+        """Refuse what is not a text; an adapter of a model that draws classes overrides this.
+
+        Raises:
+            FastgenError: names the prompt.
+        """
+        for prompt in self.prompts:
+            if not isinstance(prompt, str):
+                raise FastgenError(f"prompt: {prompt!r} is not allowed, needs a text or a list of texts")
 
     @abstractmethod
     def prepare(self) -> None:
@@ -150,9 +193,22 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def pictures(self, prediction: Prediction) -> Tensor:
-        """Pictures [k, 3, H, W] uint8 of the clean samples."""
+        """Pictures [k, 3, H, W] uint8 of the clean samples.
+
+        Raises:
+            NotFiniteError: some pixels are not numbers.
+        """
         with phase("decode"):
-            return as_bytes(self.decode(self.unpacked(prediction.at(self.final))))
+            return as_bytes(self.decoded(self.unpacked(prediction.at(self.final))))
+
+    def decoded(self, grid: Tensor) -> Tensor:
+        """See `decode`; latents and pixels are checked in the pipeline's decoder, before it clamps them.
+
+        Raises:
+            NotFiniteError: they are not numbers.
+        """
+        with finite_decoder(self.pipe):
+            return self.decode(grid)
 
     def restless(self, generator: torch.Generator) -> Tensor:
         """Standard normal noise [1, …] for a transition."""
@@ -185,8 +241,8 @@ class FlowDenoiser(Denoiser):
 
     def schedule(self, steps: int, **kwargs: Any) -> list[float]:
         """Times of the pipeline's own scheduler after `set_timesteps(steps, **kwargs)`, the last one (0) left out."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(None if "sigmas" in kwargs else steps, device="cpu", **kwargs)
+        scheduler = flow_scheduler(self.pipe.scheduler)
+        timesteps_of(scheduler, steps, **kwargs)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
 
     def shift(self, tokens: int, max_shift: float = 1.15) -> float:
@@ -205,7 +261,12 @@ class FlowDenoiser(Denoiser):
 
 
 def as_bytes(pictures: Tensor) -> Tensor:
-    """Pictures in [0, 1] as uint8."""
+    """Pictures in [0, 1] as uint8.
+
+    Raises:
+        NotFiniteError: pixels are not numbers.
+    """
+    check_finite(pictures, "pixels")
     return pictures.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -47,6 +47,9 @@ class DiTDenoiser(ElasticDenoiser, NoiseDenoiser):
         self.none = int(config.get("num_classes") or config.get("num_embeds_ada_norm") or 1000)
         self.classes = torch.tensor([self._class(prompt) for prompt in self.prompts], device=self.device)
 
+    def check_prompts(self) -> None:
+        """Classes are checked by `_class`, which knows their names."""
+
     def _class(self, prompt: Any) -> int:
         labels = self.pipe.labels
         if isinstance(prompt, str):

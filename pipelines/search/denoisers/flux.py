@@ -30,19 +30,18 @@ class FluxDenoiser(GuidedFlowDenoiser):
         self.size(asked, pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor * 2)
         self.true_guidance(asked)
         self.distilled = asked["guidance_scale"] if pipe.transformer.config.guidance_embeds else None
-        negative = [asked["negative_prompt"]] * (self.forwards - 1)
-        self.embeds, self.pooled, self.text_ids = pipe.encode_prompt(
-            [*self.prompts, *negative],
-            device=self.device,
-            max_sequence_length=asked["max_sequence_length"],
-        )
-        self.image_ids = self._latents(None, torch.empty(0))[1]
-        steps = asked["num_inference_steps"]
-        mu = self.shift(len(self.image_ids))
+        steps, multiple = asked["num_inference_steps"], pipe.vae_scale_factor * 2
+        mu = self.shift((self.height // multiple) * (self.width // multiple))
         if pipe.scheduler.config.get("use_flow_sigmas"):
             self.times = self.schedule(steps, mu=mu)
         else:
             self.times = self.schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        self.embeds, self.pooled, self.text_ids = pipe.encode_prompt(
+            [*self.prompts, *self.negatives()],
+            device=self.device,
+            max_sequence_length=asked["max_sequence_length"],
+        )
+        self.image_ids = self._latents(None, torch.empty(0))[1]
 
     def _latents(self, generator: torch.Generator | None, latents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Noise [1, tokens, 4 channels] or the given latents, and the positions [tokens, 3] of the tokens."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_integer, check_number
 from fastgen.pipelines.search.denoisers.base import FlowDenoiser
 
 __all__ = ["GuidedFlowDenoiser"]
@@ -17,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class GuidedFlowDenoiser(FlowDenoiser):
-    """A flow-matching model with classifier-free guidance, the prompts and the negative prompt in one batch.
+    """A flow-matching model with classifier-free guidance, the prompts and the negative prompts in one batch.
 
-    An adapter gives `forward` in place of `velocity`; row P of its texts, one past the prompts, is the negative one.
+    An adapter gives `forward` in place of `velocity`; the rows of its texts are the P prompts, then what `negatives`
+    gives: one negative prompt for all, or P of them.
     Between evaluations latents are float32, whatever the model's dtype.
 
     Attributes:
@@ -38,7 +40,8 @@ class GuidedFlowDenoiser(FlowDenoiser):
     def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
         if self.forwards == 1:
             return self.forward(latents, times, which)
-        rows = torch.cat([which, torch.full_like(which, len(self.prompts))])
+        each = isinstance(self.settings.negative_prompt, list | tuple)
+        rows = torch.cat([which, len(self.prompts) + (which if each else torch.zeros_like(which))])
         cond, uncond = self.forward(torch.cat([latents, latents]), times.repeat(2), rows).chunk(2)
         return self.guide(cond, uncond)
 
@@ -47,6 +50,13 @@ class GuidedFlowDenoiser(FlowDenoiser):
         return uncond + self.scale * (cond - uncond)
 
     # ---- for `prepare` ----
+
+    def negatives(self, default: str = "") -> list[str]:
+        """Negative prompts to encode after the prompts: none without guidance, one for all, or one for each."""
+        given = self.settings.negative_prompt
+        if self.forwards == 1:
+            return []
+        return [given or default] if given is None or isinstance(given, str) else list(given)
 
     def ask(self, defaults: dict[str, Any], *extra: str, longest: int | None = None) -> dict[str, Any]:
         """The pipeline's arguments, the user's in place of its defaults.
@@ -57,7 +67,7 @@ class GuidedFlowDenoiser(FlowDenoiser):
             longest: the greatest `max_sequence_length`.
 
         Raises:
-            ValueError: an unknown extra argument, no step, a text too long.
+            ValueError: an unknown extra argument, or one that is not in its range.
         """
         settings = self.settings
         if unknown := sorted(set(settings.extra) - set(extra)):
@@ -65,11 +75,9 @@ class GuidedFlowDenoiser(FlowDenoiser):
             raise ValueError(f"{', '.join(unknown)}: a search of {name} takes none such, but {', '.join(extra)}")
         own = {name: value for name, value in vars(settings).items() if name != "extra" and value is not None}
         asked = {**defaults, **settings.extra, **own}
-        steps, length = asked["num_inference_steps"], asked["max_sequence_length"]
-        if steps < 1:
-            raise ValueError(f"num_inference_steps: {steps} is not allowed, needs an integer >= 1")
-        if length < 1 or (longest and length > longest):
-            raise ValueError(f"max_sequence_length: {length} is not allowed, needs 1 to {longest or 'any number'}")
+        asked["max_sequence_length"] = check_integer("max_sequence_length", asked["max_sequence_length"], 1, longest)
+        if "true_cfg_scale" in extra:
+            asked["true_cfg_scale"] = check_number("true_cfg_scale", asked["true_cfg_scale"])
         return asked
 
     def size(self, asked: dict[str, Any], default: int, multiple: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from typing import Any
@@ -12,12 +11,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastgen.accounting import note_path
+from fastgen.checks import check_integer
 from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.interpolants import Level, Prediction, Tabulated
+from fastgen.pipelines.search.schedulers import noise_scheduler, timesteps_of
 
-__all__ = ["NoiseDenoiser", "checked"]
+__all__ = ["NoiseDenoiser", "check_clip_skip", "checked"]
 
 _PREDICTIONS = {
     "epsilon": Prediction.of_noise,
@@ -42,6 +42,16 @@ def checked(name: str, value: Any, default: Any, kind: str | None = None) -> Any
     return value
 
 
+def check_clip_skip(value: Any, *encoders: Any) -> int | None:
+    """How many layers of the CLIP text encoders are skipped.
+
+    Raises:
+        FastgenError: no number of layers that they have.
+    """
+    layers = [encoder.config.num_hidden_layers for encoder in encoders if encoder is not None]
+    return None if value is None else check_integer("clip_skip", value, 0, min(layers) - 1 if layers else None)
+
+
 class NoiseDenoiser(Denoiser):
     """A model of discrete timesteps; an adapter gives `output` in place of `evaluate`.
 
@@ -64,12 +74,19 @@ class NoiseDenoiser(Denoiser):
         Raises:
             ValueError: a scheduler of no noise model, or too many steps.
         """
-        scheduler = _searchable(self.pipe.scheduler)
-        scheduler.set_timesteps(steps, device="cpu")
+        scheduler = noise_scheduler(self.pipe.scheduler)
+        trained = scheduler.config.num_train_timesteps
+        if steps > trained:
+            raise ValueError(f"num_inference_steps: {steps} is not allowed, the model has {trained} timesteps")
+        timesteps_of(scheduler, steps)
         self.scheduler, self.clock = scheduler, scheduler.timesteps.dtype
         self.kind = scheduler.config.prediction_type
         if self.kind not in _PREDICTIONS:
-            raise ValueError(f"prediction_type: {self.kind!r} is not supported, there are {', '.join(_PREDICTIONS)}")
+            name = type(self.pipe.scheduler).__name__
+            raise ValueError(
+                f"scheduler: prediction_type {self.kind!r} of {name} is not supported, needs one of "
+                f"{', '.join(_PREDICTIONS)}"
+            )
         self.times = [float(t) for t in scheduler.timesteps]
         self.start = float(scheduler.init_noise_sigma)
         if isinstance(scheduler, EulerDiscreteScheduler):
@@ -118,19 +135,6 @@ class NoiseDenoiser(Denoiser):
         if isinstance(self.scheduler, DDPMScheduler):
             return Prediction.of_clean(given, clean, alpha, sigma)
         return Prediction(clean, said.noise)
-
-
-def _searchable(scheduler: Any) -> Any:
-    """A copy of a scheduler, or the DDIM scheduler that takes its place."""
-    if isinstance(scheduler, DDIMScheduler | DDPMScheduler | EulerDiscreteScheduler):
-        return copy.deepcopy(scheduler)
-    name = type(scheduler).__name__
-    if "beta_start" not in scheduler.config:
-        raise ValueError(f"scheduler: {name} is not one of a model with discrete noise levels")
-    note_path("scheduler", "DDIM", f"a search branches, and {name} has a history or noise of its own, which cannot")
-    # Clipping is DDIM's default and no other scheduler's; latents are not meant to be clipped.
-    clip = scheduler.config.get("clip_sample", False)
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=clip)
 
 
 def _preserving(product: float) -> Level:

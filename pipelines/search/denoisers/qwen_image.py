@@ -35,9 +35,12 @@ class QwenImageDenoiser(GuidedFlowDenoiser):
         self.size(asked, pipe.default_sample_size * pipe.vae_scale_factor, multiple)
         self.true_guidance(asked)
         self.distilled = self._distilled(asked["guidance_scale"])
-        negative = [asked["negative_prompt"]] * (self.forwards - 1)
+        self.grid = (self.height // multiple, self.width // multiple)
+        steps = asked["num_inference_steps"]
+        mu = self.shift(self.grid[0] * self.grid[1])
+        self.times = self.schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         self.embeds, mask = pipe.encode_prompt(
-            [*self.prompts, *negative],
+            [*self.prompts, *self.negatives()],
             device=self.device,
             max_sequence_length=asked["max_sequence_length"],
         )
@@ -45,10 +48,6 @@ class QwenImageDenoiser(GuidedFlowDenoiser):
             mask = torch.ones(self.embeds.shape[:2], device=self.device)
         self.mask = mask.bool()
         self.lengths: list[int] = self.mask.sum(1).tolist()
-        self.grid = (self.height // multiple, self.width // multiple)
-        steps = asked["num_inference_steps"]
-        mu = self.shift(self.grid[0] * self.grid[1])
-        self.times = self.schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
     def _distilled(self, scale: float | None) -> float | None:
         """The guidance that the model reads.

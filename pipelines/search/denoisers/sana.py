@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import SanaPipeline
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
 from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 from torch import Tensor
 
+from fastgen.checks import check_bool
 from fastgen.drafters.targets.base import unit_range
+from fastgen.errors import FastgenError
 from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.guided import GuidedFlowDenoiser
+from fastgen.pipelines.search.schedulers import flow_scheduler, timesteps_of
 
 __all__ = ["SanaDenoiser"]
 
@@ -41,24 +43,27 @@ class SanaDenoiser(GuidedFlowDenoiser):
     guided_above = 1.0
 
     def prepare(self) -> None:
-        pipe = self.pipe
         asked = self.ask(_DEFAULTS, *_EXTRA)
+        for name in ("clean_caption", "use_resolution_binning"):
+            check_bool(name, asked[name])
+        instruction = asked["complex_human_instruction"]
+        if instruction is not None and not (
+            isinstance(instruction, list) and all(isinstance(line, str) for line in instruction)
+        ):
+            raise FastgenError(f"complex_human_instruction: {instruction!r} is not allowed, needs a list of texts")
         self._resize(asked)
+        self._schedule(asked["num_inference_steps"])
         self.scale = asked["guidance_scale"]
         self.forwards = 2 if self.scale > self.guided_above else 1
-        self.embeds, self.mask = self._encode(self.prompts, asked, asked["complex_human_instruction"])
+        self.embeds, self.mask = self._encode(self.prompts, asked, instruction)
         if self.forwards == 2:
-            embeds, mask = self._encode([asked["negative_prompt"]], asked, None)
+            embeds, mask = self._encode(self.negatives(), asked, None)
             self.embeds, self.mask = torch.cat([self.embeds, embeds]), torch.cat([self.mask, mask])
-        scheduler = pipe.scheduler
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("use_flow_sigmas"):
-            raise ValueError(f"scheduler: {type(scheduler).__name__} is not one of a flow, needs use_flow_sigmas")
-        self._schedule(asked["num_inference_steps"])
 
     def _schedule(self, steps: int) -> None:
         """Set `times`, and `stamps`, the model's timesteps at them, which the solver rounds."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(steps, device="cpu")
+        scheduler = flow_scheduler(self.pipe.scheduler)
+        timesteps_of(scheduler, steps)
         self.times = [float(sigma) for sigma in scheduler.sigmas[:-1]]
         self.stamps: dict[float, float] = dict(zip(self.times, scheduler.timesteps.tolist(), strict=True))
 

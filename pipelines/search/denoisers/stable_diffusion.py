@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from fastgen.checks import check_number
 from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
-from fastgen.pipelines.search.denoisers.noise_model import NoiseDenoiser, checked
+from fastgen.pipelines.search.denoisers.noise_model import NoiseDenoiser, check_clip_skip, checked
 
 __all__ = ["StableDiffusionDenoiser", "StableDiffusionXLDenoiser"]
 
@@ -36,16 +37,14 @@ class StableDiffusionDenoiser(NoiseDenoiser):
         # A distilled model reads the scale itself.
         self.distilled = config.time_cond_proj_dim is not None
         self.forwards = 2 if self.scale > 1 and not self.distilled else 1
-        self.rescale = settings.extra.get("guidance_rescale", self.defaults["guidance_rescale"])
-        if isinstance(self.rescale, bool) or not isinstance(self.rescale, int | float) or not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance_rescale: {self.rescale!r} is not allowed, needs a number in [0, 1]")
-        skip = settings.extra.get("clip_skip")
-        if skip is not None and (isinstance(skip, bool) or not isinstance(skip, int) or skip < 0):
-            raise ValueError(f"clip_skip: {skip!r} is not allowed, needs an integer >= 0")
+        rescale = settings.extra.get("guidance_rescale", self.defaults["guidance_rescale"])
+        self.rescale = check_number("guidance_rescale", rescale, 0, 1)
+        skip = check_clip_skip(
+            settings.extra.get("clip_skip"), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
+        )
         steps = settings.num_inference_steps
         self.schedule(checked("num_inference_steps", steps, self.defaults["num_inference_steps"], "steps"))
-        negative = None if settings.negative_prompt is None else [settings.negative_prompt] * len(self.prompts)
-        self.encode({"negative_prompt": negative, "clip_skip": skip})
+        self.encode({"negative_prompt": settings.negatives(len(self.prompts)), "clip_skip": skip})
         factor = pipe.vae_scale_factor
         self._shape = (1, config.in_channels, self.height // factor, self.width // factor)
 
@@ -128,10 +127,10 @@ class StableDiffusionXLDenoiser(StableDiffusionDenoiser):
         for name, default in (("original_size", whole), ("crops_coords_top_left", (0, 0)), ("target_size", whole)):
             pair = extra.get(name) or default
             try:
-                first, second = (float(side) for side in pair)
+                first, second = pair
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {pair!r} is not allowed, needs two numbers") from error
-            pairs.append((first, second))
+            pairs.append((check_number(name, first), check_number(name, second)))
         encoder = pipe.text_encoder_2
         width = self.pooled.shape[-1] if encoder is None else encoder.config.projection_dim
         ids = pipe._get_add_time_ids(*pairs, dtype=self.drawn, text_encoder_projection_dim=int(width))

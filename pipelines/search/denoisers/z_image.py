@@ -35,14 +35,16 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         self.scale = _DEFAULTS["guidance_scale"] if settings.guidance_scale is None else settings.guidance_scale
         guided = self.scale > self.guided_above
         self.forwards = 2 if guided else 1
-        negative = None if settings.negative_prompt is None else [settings.negative_prompt] * len(self.prompts)
-        self.cond, uncond = pipe.encode_prompt(
-            list(self.prompts), do_classifier_free_guidance=guided, negative_prompt=negative, device=self.device
-        )
-        self.uncond: list[Tensor] = uncond or []
         steps = settings.num_inference_steps or _DEFAULTS["num_inference_steps"]
         mu = self.shift((self.height // multiple) * (self.width // multiple))
         self.times = self.schedule(steps, sigmas=get_default_z_image_sigmas(steps), mu=mu)
+        self.cond, uncond = pipe.encode_prompt(
+            list(self.prompts),
+            do_classifier_free_guidance=guided,
+            negative_prompt=settings.negatives(len(self.prompts)),
+            device=self.device,
+        )
+        self.uncond: list[Tensor] = uncond or []
 
     def noise(self, generator: torch.Generator) -> Tensor:
         channels = self.pipe.transformer.in_channels

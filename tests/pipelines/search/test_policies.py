@@ -135,8 +135,7 @@ def test_costs_are_those_of_the_table(policy: Any, cost: int, forwards: int) -> 
     assert chains[0].pool.nfe == cost * forwards == sum(denoiser.rows) * forwards
     assert all(end.last and math.isfinite(end.score) for end in ends)
     best = max(visit.score for chain in chains for visit in chain.trace if visit.index == ends[0].index)
-    if not isinstance(policy, MonteCarlo):
-        assert max(end.score for end in ends) == pytest.approx(best)
+    assert max(end.score for end in ends) == pytest.approx(best)
 
 
 @settings(deadline=None, max_examples=40)
@@ -173,16 +172,16 @@ def test_no_budget_is_exceeded(name: str, budget: int, forwards: int, tau: float
         assert chains[0].pool.nfe > budget - forwards * wave
 
 
-def test_waves_change_the_cost_and_nothing_else() -> None:
-    kept = set()
-    costs = set()
+def test_waves_change_the_cost_and_may_find_a_better_end() -> None:
+    kept, scores, costs = set(), [], set()
     for wave in (1, 2, 5):
         (end,), (chain,), _ = run_policy(
             Threshold(OnlineQuantile(0.8), wave=wave, starts=3), TIMES, max_nfe=300, seed=4
         )
-        kept.add((round(end.score, 5), tuple(chain.tries)))
+        kept.add(tuple(chain.tries))
+        scores.append(end.score)
         costs.add(chain.pool.nfe)
-    assert len(kept) == 1 and len(costs) > 1
+    assert len(kept) == 1 and len(costs) > 1 and min(scores) > scores[0] - 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

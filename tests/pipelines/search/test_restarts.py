@@ -242,15 +242,8 @@ def test_the_budget_holds_and_a_finished_picture_is_returned(
     assert found[0].pool.nfe <= budget
     best = max(ends, key=lambda end: (end.last, end.score))
     assert best.last and not best.explored
-    # What stands behind the accepted candidate of a wave is forgotten, even where it is the better one.
-    known: dict[tuple[int, int | None], list[float]] = {}
-    for number, chain in enumerate(found):
-        for visit in chain.trace:
-            if visit.index == 3 and visit.effort != "exploring":
-                siblings = known.setdefault((number, visit.parent), [])
-                if not any(score > tau for score in siblings):
-                    siblings.append(visit.score)
-    assert best.score == max(score for siblings in known.values() for score in siblings)
+    finished = [visit for chain in found for visit in chain.trace if visit.index == 3 and visit.effort != "exploring"]
+    assert best.score == max(visit.score for visit in finished)
 
 
 def test_prospects_of_trajectories() -> None:

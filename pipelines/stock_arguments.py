@@ -1,0 +1,94 @@
+"""Arguments of stock pipelines, checked before anything runs: types, ranges, and lengths of lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastgen.checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_generator,
+    check_integer,
+    check_number,
+)
+from fastgen.errors import FastgenError
+
+__all__ = ["check_call", "check_labels", "check_texts"]
+
+_COUNTS = ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length")
+_NUMBERS = ("guidance_scale", "cfg_truncation")
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def check_texts(name: str, value: Any, count: int | None = None) -> None:
+    """A text or a list of texts, of `count` of them.
+
+    Raises:
+        FastgenError: it is neither, or a list of another length.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise FastgenError(f"{name}: {value!r} is not allowed, needs a text or a list of texts")
+    if count is not None and not isinstance(value, str) and len(texts) != count:
+        raise FastgenError(f"{name}: {len(texts)} texts for {count} prompts; needs one, or one each")
+
+
+def check_labels(labels: Any, classes: int) -> int:
+    """How many classes a list of numbers of classes has; the last number is that of "no class".
+
+    Raises:
+        FastgenError: it is no such list.
+    """
+    numbers = labels.tolist() if isinstance(labels, torch.Tensor) and labels.ndim == 1 else labels
+    if not isinstance(numbers, list | tuple) or not numbers:
+        raise FastgenError(f"class_labels: {labels!r} is not allowed, needs a list of numbers of classes")
+    for number in numbers:
+        check_integer("class_labels", number, 0, classes)
+    return len(numbers)
+
+
+def check_call(arguments: Mapping[str, Any], images: int, output_types: tuple[str, ...]) -> None:
+    """Check what `__call__` of a stock pipeline was given, all but prompts and classes.
+
+    Args:
+        arguments: by name.
+        images: that are to be drawn.
+        output_types: that the pipeline has.
+
+    Raises:
+        FastgenError: names the argument, its value and what is allowed.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    for name in _COUNTS:
+        if name in given:
+            check_integer(name, given[name], 1)
+    for name in _NUMBERS:
+        if name in given:
+            check_number(name, given[name])
+    if "guidance_scale" in arguments:
+        check_number("guidance_scale", arguments["guidance_scale"])
+    check_generator(arguments.get("generator"), images)
+    check_choice("output_type", arguments.get("output_type", "pil"), output_types)
+    check_bool("return_dict", arguments.get("return_dict", True))
+    check_callable("callback_on_step_end", arguments.get("callback_on_step_end"))
+    if "latents" in given and not isinstance(given["latents"], torch.Tensor):
+        raise FastgenError(f"latents: {type(given['latents']).__name__} is not allowed, needs a tensor")
+    for name in _EMBEDS:
+        value = given.get(name, ())
+        rows = isinstance(value, list | tuple) and all(isinstance(row, torch.Tensor) for row in value)
+        if not rows:
+            raise FastgenError(
+                f"{name}: {type(value).__name__} is not allowed, needs a list of tensors, one per prompt"
+            )
+    if "sigmas" in given:
+        sigmas = given["sigmas"]
+        if isinstance(sigmas, str) or not hasattr(sigmas, "__len__") or not len(sigmas):
+            raise FastgenError(f"sigmas: {sigmas!r} is not allowed, needs a list of numbers")
+        for sigma in sigmas:
+            check_number("sigmas", float(sigma) if hasattr(sigma, "item") else sigma)
+    if not isinstance(given.get("joint_attention_kwargs", {}), dict):
+        raise FastgenError(f"joint_attention_kwargs: {given['joint_attention_kwargs']!r} is not allowed, needs a dict")
