@@ -294,6 +294,7 @@ def summary(image: Path, picture: GeneratedImage) -> str:
         *([f"{found['starts']} starts", f"tries {tries}", f"{found['forced']} forced"] if tries else []),
         f"{found['evaluations']} evaluations",
         f"{found['nfe']} NFE",
+        *([f"scheduler {found['replaced']['scheduler']}"] if "scheduler" in found.get("replaced", {}) else []),
         f"{stats['wall_seconds']:.1f} s{together} ({phases})",
     ]
     return f"{image}: {', '.join(parts)}"

@@ -199,6 +199,8 @@ def calibration_for(
     """
     if given is None:
         return next((each for each in getattr(verifier, "thresholds", ()) if each.fits(pipe)), None)
+    if not isinstance(given, Calibration | str | os.PathLike):
+        raise FastgenError(f"thresholds: {given!r} is not allowed, needs a calibration or its file")
     found = given if isinstance(given, Calibration) else Calibration.load(given)
     name = getattr(verifier, "name", "")
     if name and name != found.verifier:

@@ -67,6 +67,7 @@ class SearchOverPaths(Policy):
         starts = [chain.first(i) for i in range(self.seeds)]
         nodes = yield from self._down(chain, starts, 1.0, level, [None] * self.seeds)
         best = best_of(nodes)
+        nodes = [node if node.usable else best for node in nodes]
         kept = [node.prediction.at(path.level(level)) for node in nodes]
         parents = nodes
         for number in range(self.rounds):
@@ -86,6 +87,7 @@ class SearchOverPaths(Policy):
             groups = [nodes[seed * self.copies : (seed + 1) * self.copies] for seed in range(self.seeds)]
             parents = [best_of(group) for group in groups]
             best = best_of([best, *parents])
+            parents = [node if node.usable else best_of(parents) for node in parents]
             level = after
             kept = [node.prediction.at(path.level(level)) for node in parents]
         return best

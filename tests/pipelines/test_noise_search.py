@@ -53,6 +53,15 @@ def test_one_of_one_is_the_stock_picture(tiny: ZImagePipeline) -> None:
     assert np.abs(ours - stock).max() < 0.5 / 255 + 2e-3  # rounded to bytes
 
 
+def test_each_prompt_has_its_own_negative_prompt(tiny: ZImagePipeline) -> None:
+    prompts, negatives = ["a heart", "a ring"], ["a green star", "red"]
+    search = NoiseSearchPipeline(tiny, redness, BestOfN(n=1))
+    found = search(prompts, negative_prompt=negatives, generator=seeded(1, 2), output_type="np", **CALL).images
+    for i, prompt in enumerate(prompts):
+        given = {"negative_prompt": negatives[i], "generator": seeded(1 + i)[0], "output_type": "np", **CALL}
+        assert np.abs(found[i] - tiny(prompt, **given).images[0]).max() < 0.5 / 255 + 2e-3
+
+
 @pytest.mark.parametrize("policy", [BestOfN(n=4), ValueSampling(chains=1, candidates=3), Threshold(0.2)])
 def test_a_search_finds_what_the_verifier_likes(tiny: ZImagePipeline, policy: Any) -> None:
     prompts = ["a heart", "a ring"]

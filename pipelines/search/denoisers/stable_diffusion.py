@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,20 @@ from fastgen.pipelines.search.denoisers.base import defaults_of, register_denois
 from fastgen.pipelines.search.denoisers.noise_model import NoiseDenoiser, check_clip_skip, checked
 
 __all__ = ["StableDiffusionDenoiser", "StableDiffusionXLDenoiser"]
+
+
+@contextmanager
+def _text_model(encoder: Any) -> Iterator[None]:
+    """For `clip_skip` diffusers reads `encoder.text_model`, which CLIP text models of newer transformers are
+    themselves."""
+    if hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
+        yield
+        return
+    encoder.__dict__["text_model"] = encoder  # not as a submodule of itself
+    try:
+        yield
+    finally:
+        encoder.__dict__.pop("text_model", None)
 
 
 @register_denoiser("StableDiffusionPipeline")
@@ -63,7 +79,8 @@ class StableDiffusionDenoiser(NoiseDenoiser):
 
     def encode(self, how: dict[str, Any]) -> None:
         """Set `cond` and `uncond` [P, L, D], and `drawn`."""
-        cond, uncond = self.pipe.encode_prompt(list(self.prompts), self.device, 1, self.forwards == 2, **how)
+        with _text_model(self.pipe.text_encoder):
+            cond, uncond = self.pipe.encode_prompt(list(self.prompts), self.device, 1, self.forwards == 2, **how)
         self.cond, self.uncond, self.drawn = cond, uncond, cond.dtype
 
     def output(self, latents: Tensor, clock: Tensor, which: Tensor) -> Tensor:

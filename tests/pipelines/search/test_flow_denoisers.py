@@ -106,6 +106,26 @@ def test_the_deterministic_path_is_the_pipelines_picture(name: str, given: dict[
     assert float((ours - others).abs().max()) > 0.02
 
 
+@pytest.mark.parametrize(("name", "given"), [
+    ("flux", {"true_cfg_scale": 3.0}),
+    ("sd3", {"guidance_scale": 3.0}),
+    ("sd3", {"guidance_scale": 3.0, "clip_skip": 1}),
+    ("qwen", {}),
+    ("sana", {"guidance_scale": 3.0, **UNBINNED}),
+])  # fmt: skip
+def test_each_prompt_has_its_own_negative_prompt(name: str, given: dict[str, Any]) -> None:
+    arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, **given}
+    pipe, negatives = made(name), ["blue", "a green ring left of two stars"]
+    ours = deterministic(pipe, PROMPTS, [3, 4], settings_of({**arguments, "negative_prompt": negatives}))
+    for row, prompt in enumerate(PROMPTS):
+        picture = stock(pipe, prompt, 3 + row, {**arguments, "negative_prompt": negatives[row]})
+        assert float((ours[row] - picture).abs().max()) < 1e-4
+    swapped = deterministic(pipe, PROMPTS, [3, 4], settings_of({**arguments, "negative_prompt": negatives[::-1]}))
+    assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(ours, swapped, strict=True))
+    with pytest.raises(ValueError, match="negative_prompt: 1 texts for 2 prompts"):
+        denoiser(name, PROMPTS, negative_prompt=["blue"])
+
+
 @pytest.mark.parametrize(("name", "weak", "strong"), [
     ("flux", {"guidance_scale": 1.0}, {"guidance_scale": 8.0}),
     ("flux", {"negative_prompt": "blue"}, {"negative_prompt": "blue", "true_cfg_scale": 4.0}),
@@ -210,6 +230,11 @@ def test_guidance_that_cannot_be_is_told(caplog: pytest.LogCaptureFixture) -> No
     ("sd3", {"height": 36}, "height"),
     ("sd3", {"width": 0}, "width"),
     ("sd3", {"true_cfg_scale": 2.0}, "true_cfg_scale"),
+    ("sd3", {"clip_skip": 99}, "clip_skip"),
+    ("flux", {"true_cfg_scale": "2"}, "true_cfg_scale"),
+    ("flux", {"max_sequence_length": 12.5}, "max_sequence_length"),
+    ("sana", {"clean_caption": "yes"}, "clean_caption"),
+    ("sana", {"complex_human_instruction": "think"}, "complex_human_instruction"),
     ("qwen", {"height": 36}, "height"),
     ("qwen", {"width": 12}, "width"),
     ("qwen", {"colour": 1}, "colour"),

@@ -138,6 +138,32 @@ def test_costs_are_those_of_the_table(policy: Any, cost: int, forwards: int) -> 
     assert max(end.score for end in ends) == pytest.approx(best)
 
 
+RICH: list[Any] = [
+    Threshold(0.4, wave=4, chains=2),
+    Threshold(OnlineQuantile(0.8), wave=2, starts=3),
+    Threshold(0.0, restarts=True, goal=1.5),
+    Rollover(starts=3, wave=3),
+    ValueSampling(candidates=4),
+    Blockwise(candidates=4),
+    MonteCarlo(particles=8),
+    MonteCarlo(particles=8, temperature=1e-320, threshold=0.3),
+    BestOfN(wave=3),
+    RandomSearch(),
+    ZeroOrder(neighbours=3),
+    SearchOverPaths(copies=3, steps=2),
+]
+
+
+@pytest.mark.parametrize("policy", RICH, ids=[policy.description for policy in RICH])
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 9999))
+def test_the_best_finished_picture_is_returned(policy: Any, seed: int) -> None:
+    ends, chains, _ = run_policy(policy, TIMES, max_nfe=150, seed=seed)
+    last = max(visit.index for chain in chains for visit in chain.trace)
+    best = max(visit.score for chain in chains for visit in chain.trace if visit.index == last)
+    assert max(end.score for end in ends if end.last) == best
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     name=st.sampled_from(sorted(POLICIES)),
