@@ -16,6 +16,7 @@ from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
+from diffusers.hooks.sea_cache import SeaCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
@@ -70,14 +71,15 @@ class HeldChunksMixin(CacheMixin):
         """Attach one of diffusers' step caches.
 
         Raises:
-            ValueError: the cache finds nothing here that it could keep, or one is enabled already.
+            ValueError: the cache would save nothing here, or one is enabled already.
         """
+        name = type(config).__name__
+        if isinstance(config, SeaCacheConfig):  # it attaches, and then never skips anything
+            raise FastgenError(f"config: {name} needs the scheduler's steps, which no pipeline tells it; {_TAKES}")
         super().enable_cache(config)
-        if not self.is_caching:
+        if not any(_states(module) for module in self.modules() if module is not self):
             self.disable_cache()
-            raise FastgenError(
-                f"config: {type(config).__name__} finds nothing to cache in {type(self).__name__}; {_TAKES}"
-            )
+            raise FastgenError(f"config: {name} finds nothing to cache in {type(self).__name__}; {_TAKES}")
 
     @contextmanager
     def caches(self) -> Iterator[None]:
@@ -113,6 +115,11 @@ class HeldChunksMixin(CacheMixin):
     def held_chunks(self, samples: int, grid: tuple[int, int]) -> Chunks | None:
         """The set to keep in this forward pass, or None when it is to be chosen; counts the step."""
         caches = self._caches()
+        if any(state._context is None for state in caches):
+            raise FastgenError(
+                "transformer: its step cache is not told where a generation begins; call fastgen.enable_dc(pipe) on "
+                "the stock pipeline, use DCZImagePipeline or DCDiTPipeline, or open transformer.cache_context(...)"
+            )
         context = _context(caches)
         held = self._held_sets().get(context)
         if held is None or self.training or held.used >= self._steps(caches):
@@ -150,14 +157,45 @@ class HeldChunksMixin(CacheMixin):
 
     def _caches(self) -> list[StateManager]:
         """States of the caches that are attached to any block."""
-        found: list[StateManager] = []
-        for module in self.modules():
-            registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
-            hooks: dict[str, ModelHook] = {} if registry is None else registry.hooks
-            for hook in hooks.values():
-                if hook._is_stateful:
-                    found += [value for value in vars(hook).values() if isinstance(value, StateManager)]
-        return found
+        return [state for module in self.modules() for state in _states(module)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: without the hooks of caches, which hold on to this very model."""
+        return {**vars(_without_caches(self)), "_held": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        config = state.pop("_cache_config", None)
+        super().__setstate__(state)
+        if config is not None:
+            self.enable_cache(config)
+
+
+def _states(module: nn.Module) -> list[StateManager]:
+    """States of the caches that are attached to one module."""
+    registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+    hooks: dict[str, ModelHook] = {} if registry is None else registry.hooks
+    stateful = [hook for hook in hooks.values() if hook._is_stateful]
+    return [value for hook in stateful for value in vars(hook).values() if isinstance(value, StateManager)]
+
+
+def _without_caches(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module and of all inside it, with the same parameters, without caches."""
+    twin: nn.Module = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    registry = vars(twin).get("_diffusers_hook")
+    # An empty registry names the original module, too.
+    if registry is not None and (_cached(module) or not registry.hooks):
+        del twin._diffusers_hook
+        vars(twin).pop("forward", None)
+    twin._modules = {
+        name: child if child is None else _without_caches(child) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _cached(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return any("cache" in name or name.startswith("fbc") for name in ([] if registry is None else registry.hooks))
 
 
 def _context(caches: list[StateManager]) -> str:

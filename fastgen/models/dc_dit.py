@@ -117,7 +117,7 @@ class DCDiTBlock(nn.Module):
         return hidden_states
 
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
+class DCDiTTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Class-conditional diffusion transformer that computes only the tokens its router keeps.
 
     It takes the place of `DiTTransformer2DModel` in a stock `DiTPipeline`. Loss contract: lossy (a model of its own,

@@ -127,7 +127,7 @@ class DCZImageBlock(nn.Module):
         return hidden_states
 
 
-class DCZImageTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, ElasticModelMixin):
+class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Z-Image's transformer that computes only the image tokens its router keeps.
 
     It takes the place of `ZImageTransformer2DModel` in a stock `ZImagePipeline`. Loss contract: lossy (a model of its

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import check_bool, check_integer, check_number
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.dispatch import active
 from fastgen.kernels.pack import pack
@@ -140,7 +141,7 @@ class DynamicChunking(nn.Module):
         smoothing: sigma of the smoothing Gaussian in grid units, or None.
 
     Raises:
-        ValueError: unknown router or gate.
+        ValueError: unknown router or gate, or sizes out of range.
     """
 
     def __init__(
@@ -160,11 +161,18 @@ class DynamicChunking(nn.Module):
         super().__init__()
         if residual_gate not in RESIDUAL_GATES:
             raise ValueError(f"residual_gate: {residual_gate!r} is unknown; choose one of {', '.join(RESIDUAL_GATES)}")
-        width = width or dim // 4
+        width = dim // 4 if width is None else check_integer("scaffold_dim", width, 1)
+        blocks = check_integer("scaffold_blocks", blocks, 0)
+        if router_dim is None:
+            router_dim = max(1, round(dim / 96)) * 32
+        check_integer("router_dim", router_dim, 1)
+        check_bool("center_tap", center_tap)
+        if smoothing is not None:
+            check_number("smoothing", smoothing, above=0)
         self.residual_gate = residual_gate
         self.smoothing = smoothing
         self.encoder = ScaffoldEncoder(in_channels, width, dim, conditioning, blocks)
-        self.router = build_router(router, dim, router_dim or max(1, round(dim / 96)) * 32, center_tap)
+        self.router = build_router(router, dim, router_dim, center_tap)
         self.residual = nn.Linear(dim, dim, bias=False)
         self.decoder = ScaffoldDecoder(out_channels, width, dim, conditioning, blocks)
         nn.init.zeros_(self.residual.weight)
@@ -173,7 +181,13 @@ class DynamicChunking(nn.Module):
     def of_config(
         cls, config: Any, in_channels: int, out_channels: int, dim: int, conditioning: int
     ) -> DynamicChunking:
-        """The scaffold that the configuration of a model with dynamic chunking describes."""
+        """The scaffold that the configuration of a model with dynamic chunking describes.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        check_number("compression", config.compression, above=1)
+        check_number("position_scale", config.position_scale, above=0)
         return cls(
             in_channels,
             out_channels,

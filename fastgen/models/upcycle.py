@@ -14,6 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
+from fastgen.errors import FastgenError
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.patch_grid import PatchChunking
@@ -32,8 +33,10 @@ def upcycle(model: nn.Module, **scaffold: Any) -> DCModel:
         a model in the dtype and on the device of `model`.
 
     Raises:
-        ValueError: another class, or a variant that cannot be upcycled.
+        ValueError: another class, a variant that cannot be upcycled, or weights that are not plain ones (LoRA,
+            quantisation, offloading).
     """
+    _check_plain(model)
     if isinstance(model, ZImageTransformer2DModel):
         upcycled: DCModel = _z_image(model, scaffold)
     elif isinstance(model, DiTTransformer2DModel):
@@ -45,6 +48,21 @@ def upcycle(model: nn.Module, **scaffold: Any) -> DCModel:
         )
     parameter = next(model.parameters())
     return upcycled.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse weights that cannot be copied as they are.
+
+    Raises:
+        ValueError: says what to do first.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise FastgenError("model: has LoRA layers; merge them first (model.fuse_lora(), model.unload_lora())")
+    kinds = {type(parameter).__name__ for parameter in model.parameters() if not parameter.is_floating_point()}
+    if kinds or getattr(model, "is_quantized", False):
+        raise FastgenError("model: is quantised; load it without quantisation to upcycle it")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise FastgenError("model: its weights are offloaded (on the meta device); load it without offloading")
 
 
 def _dit(model: DiTTransformer2DModel, scaffold: dict[str, Any]) -> DCDiTTransformer2DModel:
