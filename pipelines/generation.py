@@ -176,11 +176,15 @@ def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
 
 
 def check_prompt_lengths(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
-    """Refuse prompts that a Z-Image model would cut off, or has no positions for, without a word.
+    """Refuse prompts that a model would cut off, or has no positions for, without a word.
 
     Raises:
         FastgenError: names the prompt and the limit.
     """
+    if draws_tokens(type(pipe)):
+        tokens: Any = pipe
+        tokens.check_prompts(prompts)
+        return
     transformer = getattr(pipe, "transformer", None)
     lengths = getattr(getattr(transformer, "config", None), "axes_lens", None)
     if type(pipe).__name__ != "ZImagePipeline" or not lengths:

@@ -54,7 +54,8 @@ class GuidedGumbelSampler(LogitsProcessor):
         cond, uncond = scores.chunk(2)
         law = self.law
         logits = mix(cond, uncond, law)
-        broken = ~logits.amax(dim=-1).isfinite()
+        # Rows without a prompt that no guidance reads come from the same weights.
+        broken = ~(logits.amax(dim=-1).isfinite() & uncond.amax(dim=-1).isfinite())
         self.broken = broken if self.broken is None else self.broken | broken
         noise = None
         if law.temperature > 0:
