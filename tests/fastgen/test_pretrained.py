@@ -43,7 +43,7 @@ class Trap:
         folder = self.root / "model"
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("drafter"))
         for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            for name in ("evil", "pipeline", "None"):
+            for name in ("evil", "pipeline"):
                 (place / f"{name}.py").write_text(self.code)
         return folder
 
@@ -135,10 +135,10 @@ def test_code_in_a_diffusers_folder_never_runs(
     assert not (trap.root / "out.png").exists()
 
 
-@pytest.mark.parametrize("library", ["diffusers", "transformers"])
-def test_a_module_beside_a_component_is_not_taken_for_its_library(library: str, micro_z: Path, trap: Trap) -> None:
+@pytest.mark.parametrize("library", ["diffusers", "transformers", "None"])
+def test_a_module_of_a_name_that_diffusers_looks_for_is_refused(library: str, micro_z: Path, trap: Trap) -> None:
     folder = trap.folder(micro_z)
-    component = {"diffusers": "scheduler", "transformers": "tokenizer"}[library]
+    component = {"diffusers": "scheduler", "transformers": "tokenizer", "None": "."}[library]
     (folder / component / f"{library}.py").write_text(trap.code)
     with pytest.raises(FastgenError, match="never runs such code"):
         fastgen.load_pipeline(str(folder))
