@@ -35,6 +35,8 @@ def check_result(data: dict[str, Any]) -> None:
     for name in ("judge", "settings", "environment", "tasks", "metrics"):
         if data.get(name) is not None:
             _object(data, name, "")
+    if data.get("environment"):
+        _check_environment(data["environment"])
     if data.get("seconds_per_image") is not None:
         check_number("seconds_per_image", data["seconds_per_image"], 0, 1e9)
     if "n_images" in data:
@@ -52,6 +54,20 @@ def check_result(data: dict[str, Any]) -> None:
         _check_metric(name, metric, where)
     if not isinstance(data.get("rows", []), list):
         raise FastgenError(f"rows: needs a list, got {type(data['rows']).__name__}")
+
+
+def _check_environment(data: dict[str, Any]) -> None:
+    """What a report says of the machine."""
+    where = "environment."
+    for name in ("date", "cpu"):
+        _text(data, name, where, required=True)
+    _text(data, "commit", where)
+    check_integer(f"{where}threads", _field(data, "threads", where), 1, _MAX_COUNT)
+    for name in _object(data, "versions", where):
+        _text(data["versions"], name, f"{where}versions.")
+    gpus = _field(data, "gpus", where)
+    if not isinstance(gpus, list) or not all(isinstance(name, str) for name in gpus):
+        raise FastgenError(f"{where}gpus: needs a list of names, got {gpus!r}"[:200])
 
 
 # --- scores --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ _PathLike = str | os.PathLike[str]
 # What no file of ours or of the Hub comes near; larger ones are refused before they take the memory.
 _MAX_JSON_BYTES = 256 << 20
 _MAX_JSON_DEPTH = 64
+_STAGED_NAME = 100  # characters of a file's name in that of its temporary file
 _MAX_DIGITS = 100  # of an integer; transformers writes 1e30 as one
 
 _REASONS = {
@@ -84,7 +85,7 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
     try:
         for path, data in files:
             target = _resolve_target(path)
-            temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+            temporary = target.with_name(f".{target.name[:_STAGED_NAME]}.{secrets.token_hex(6)}.tmp")
             # Listed before it exists, so that an interrupt at any point finds it and removes it.
             staged.append((temporary, target))
             _write_synced(temporary, data)
@@ -100,13 +101,16 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: _PathLike) -> None:
-    """Remove what writes into `folder`, and into those in it, left when their process was killed.
+def remove_leftovers(folder: _PathLike, names: Collection[str] | None = None) -> None:
+    """Remove what writes into `folder` left when their process was killed. Nobody else may be writing there.
 
-    Nobody else may be writing there.
+    Args:
+        names: of the files that were written, in `folder` itself; None: any file, in the folders in it too.
     """
-    for path in Path(folder).rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name):
+    wanted = None if names is None else {name[:_STAGED_NAME] for name in names}
+    for path in Path(folder).rglob(".*.tmp") if names is None else Path(folder).glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.tmp", path.name)
+        if found and (wanted is None or found[1] in wanted):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from fastgen.cli.eval_checker import checker
@@ -12,6 +14,9 @@ from fastgen.cli.eval_report import report
 from fastgen.cli.eval_shapes import shapes
 
 app = typer.Typer(help="Score images and models.", no_args_is_help=True)
+
+# Pillow's warning of a large image; the readers refuse it, in one line.
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 
 
 @app.callback()

@@ -137,7 +137,7 @@ def generate(
     command goes on from there.
     """
     from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
-    from fastgen.io import check_writable
+    from fastgen.io import check_writable, remove_leftovers
     from fastgen.locks import locked_files, locked_folder
     from fastgen.pipelines.arguments import SEARCH_SETTINGS, SETTINGS, check_prompt, check_value
 
@@ -212,6 +212,7 @@ def generate(
         }
         jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
         context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
+        remove_leftovers(jobs[0].image.parent, {name for job in jobs for name in job.files})
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
         loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": drafter}
         stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search)

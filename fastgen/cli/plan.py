@@ -50,6 +50,11 @@ class Job:
     def sidecar(self) -> Path:
         return self.image.with_suffix(".json")
 
+    @property
+    def files(self) -> list[str]:
+        """Names of all files that belong to the picture."""
+        return [self.image.with_suffix(suffix).name for suffix in (".png", ".json", ".map.png", ".tree.png")]
+
 
 def read_prompts_file(path: Path) -> list[str]:
     """Prompts of a UTF-8 file, one per line; a byte-order mark and Windows line ends are fine.

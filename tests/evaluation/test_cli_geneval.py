@@ -157,7 +157,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--images", "none"], "--images: none: no such folder"),
         (["--images", "empty"], "empty: holds no prompt folders"),
         (["--images", "empty", "--steps", "3"], "--steps: not allowed with --images"),
-        (["--results", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--results", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--results", "o.jsonl", "--tail-drop", "0.5"], "--tail-drop: not allowed"),
         (["--model", "renders", "--limit", "0"], "--limit: 0"),
         (["--model", "nonsense"], "nonsense"),
