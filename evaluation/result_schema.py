@@ -33,9 +33,9 @@ def check_result(data: dict[str, Any]) -> None:
     for name in ("detector_name", "detector", "images", "partial", "differs", "model"):
         _text(data, name, "")
     for name in ("judge", "settings", "environment", "tasks", "metrics"):
-        if data.get(name) is not None:
+        if name in data:
             _object(data, name, "")
-    if data.get("environment"):
+    if "environment" in data:
         _check_environment(data["environment"])
     if data.get("seconds_per_image") is not None:
         check_number("seconds_per_image", data["seconds_per_image"], 0, 1e9)
@@ -61,6 +61,7 @@ def _check_environment(data: dict[str, Any]) -> None:
     where = "environment."
     for name in ("date", "cpu"):
         _text(data, name, where, required=True)
+    _field(data, "commit", where)  # None outside a source tree
     _text(data, "commit", where)
     check_integer(f"{where}threads", _field(data, "threads", where), 1, _MAX_COUNT)
     for name in _object(data, "versions", where):

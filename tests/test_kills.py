@@ -70,7 +70,9 @@ def kill_and_resume(
         for _ in range(rng.choice((1, 2, 3))):
             processes = launch(folder, arguments, rng.choice(sizes))
             time.sleep(rng.uniform(0.05, 1.0) * seconds)
-            victims = [rng.choice(processes)] if rng.random() < 0.3 else processes
+            # Before they have met, only a launcher can know that one is dead.
+            met = (folder / "run" / "run.json").exists()
+            victims = [rng.choice(processes)] if met and rng.random() < 0.3 else processes
             hits += any(process.is_alive() for process in victims)
             for process in victims:
                 process.kill()

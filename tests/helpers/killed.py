@@ -31,7 +31,7 @@ _CONTEXT.set_forkserver_preload(
 
 def start(target: Callable[..., None], *arguments: Any) -> Any:
     """A real process that ends in any way without the parent's help."""
-    process = _CONTEXT.Process(target=target, args=arguments)
+    process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
