@@ -101,8 +101,8 @@ def pictures(folder: Path) -> dict[str, Any]:
 def test_generate(tmp_path: Path, micro_z: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\ntwo green stars\n")
-    options = ["--model", str(micro_z), "--steps", "3", "--num-images", "4", "--batch-size", "2", "--device", "cpu"]
-    kill_and_resume(tmp_path, ["generate", "--prompts-file", str(prompts), "-o", "out", *options], pictures, 12)
+    options = ["--model", str(micro_z), "--steps", "3", "--num-images", "2", "--batch-size", "2", "--device", "cpu"]
+    kill_and_resume(tmp_path, ["generate", "--prompts-file", str(prompts), "-o", "out", *options], pictures, 10)
 
 
 def verdicts(folder: Path) -> dict[str, Any]:
@@ -117,11 +117,11 @@ GENEVAL = ["eval", "geneval", "--detector", "shapes", "--model", "renders", "--l
 
 
 def test_eval_geneval(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, [*GENEVAL, "--out", "run"], verdicts, 10)
+    kill_and_resume(tmp_path, [*GENEVAL, "--out", "run"], verdicts, 8)
 
 
 def test_eval_geneval_by_one_or_two_processes(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, [*GENEVAL, "--out", "run"], verdicts, 8, sizes=(1, 2))
+    kill_and_resume(tmp_path, [*GENEVAL, "--out", "run"], verdicts, 6, sizes=(1, 2))
 
 
 def distances(folder: Path) -> dict[str, Any]:
