@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -275,6 +276,8 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     import torch
     from accelerate import PartialState
 
+    from fastgen.io import check_writable
+    from fastgen.locks import locked_folder
     from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_checkpoint
     from fastgen.training.samples import draw_samples
@@ -291,7 +294,10 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     pipe = load_checkpoint(checkpoint, dtype="float32")
     labels = list(range(pipe.transformer.config.num_embeds_ada_norm)) if prompts is None else prompts
     pipe.set_progress_bar_config(disable=True)
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find them drawn
+    state = PartialState(cpu=not torch.cuda.is_available())
+    check_writable(data)
+    lock = locked_folder(data) if state.is_main_process else contextlib.nullcontext()
+    with state.main_process_first(), lock:  # the others find them drawn
         draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
 
 

@@ -109,3 +109,37 @@ def test_a_file_system_without_locks_is_said_and_used(
     with locked_folder(tmp_path), locked_files([tmp_path / "a"]):
         pass
     assert "make sure that no other run writes there" in caplog.text
+
+
+GENERATE = ["generate", "a red circle", "--steps", "1", "--device", "cpu", "--model"]
+EVAL = ["--model", "renders", "--limit", "1", "--images-per-prompt", "1"]
+COMMANDS: dict[str, tuple[str, list[str]]] = {
+    "generate into a folder": ("folder", [*GENERATE, "MICRO", "-o", "out"]),
+    "generate a file": ("folder", [*GENERATE, "MICRO", "-o", "out/a.png"]),
+    "generate the same file": ("files", [*GENERATE, "MICRO", "-o", "out/a.png"]),
+    "generate several files": ("files", [*GENERATE, "MICRO", "-o", "out/a.png", "--num-images", "2"]),
+    "eval shapes": ("folder", ["eval", "shapes", *EVAL, "--out", "out"]),
+    "eval geneval": ("folder", ["eval", "geneval", "--detector", "shapes", "--no-self-test", *EVAL, "--out", "out"]),
+    "eval fid": ("folder", ["eval", "fid", *EVAL, "--allow-small", "--run", "out"]),
+    "eval fid, its result": ("files", ["eval", "fid", *EVAL, "--allow-small", "--out", "out/a.json"]),
+    "train": ("folder", ["train", "detector", "--steps", "1", "--batch-size", "1", "-o", "out"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_writes_refuses_a_place_in_use(
+    tmp_path: Path, micro_z: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastgen.cli.main import run
+
+    kind, arguments = COMMANDS[name]
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "out"
+    place.mkdir()
+    files = [place / "a.json"] if "json" in arguments[-1] else [place / "a.png", place / "a-1.png"]
+    with other(kind, (place,) if kind == "folder" else files) as (said, _):
+        assert said == "held"
+        assert run([str(micro_z) if part == "MICRO" else part for part in arguments]) == 2
+        error = capsys.readouterr().err
+        assert "out is in use by another run" in error and error.count("error: ") == 1
+        assert [path.name for path in place.rglob("*")] == [".fastgen.lock"]
