@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastgen.checks import check_finite
 from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
@@ -26,13 +25,9 @@ __all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer",
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32.
-
-    Raises:
-        NotFiniteError: some pixels are NaN, or infinite, which the clamp would hide.
-    """
-    check_finite(pixels, "decoded pixels")
-    return pixels.float().add(1).div(2).clamp(0, 1)
+    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32; NaN where they are not finite."""
+    scaled = pixels.float().add(1).div(2)
+    return scaled.clamp(0, 1) + (scaled - scaled)  # the clamp alone would make 0 and 1 of infinities
 
 
 def codes_of(embedding: nn.Module) -> Tensor:

@@ -216,3 +216,21 @@ def test_a_saved_transformer_is_the_same(tmp_path: Any) -> None:
     with torch.no_grad():
         condition = model.embed_caption(None, 2)
         assert torch.equal(model(condition, tokens), again(again.embed_caption(None, 2), tokens))
+
+
+def test_captions_that_would_be_cut_are_refused(target: LlamaGenTarget) -> None:
+    frame = target.lengths(["red"])[0] - 1
+    longest = " ".join(["red"] * (12 - frame))
+    assert target.prefix([longest], False).mask.all()
+    with pytest.raises(ValueError, match="prompt: .* has 13 tokens with its frame, the model takes at most 12"):
+        target.prefix(["red", longest + " red"], True)
+
+
+def test_logits_that_are_no_numbers_are_an_error(target: LlamaGenTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = target.head
+    monkeypatch.setattr(target, "head", lambda hidden: real(hidden).index_fill(-1, torch.tensor([3]), torch.nan))
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS, True)
+    for law in (TokenLaw(3.0, 1.0, top_k=4), TokenLaw(3.0, 0.0)):
+        with pytest.raises(ValueError, match="model's logits"):
+            decode_speculative(target, JacobiSource(4), Exact(), prefix, law, [torch.Generator() for _ in PROMPTS])

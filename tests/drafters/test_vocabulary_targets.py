@@ -25,6 +25,7 @@ from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import chain, named_tree
+from fastgen.errors import NotFiniteError
 
 CODES, SIZE = 24, (3, 4)
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<boi>", "<wrapper>", "<eol>", "<image>", "3", "4", "*", "red", "ring", "a"]
@@ -258,3 +259,32 @@ def test_chameleon_pixels_need_a_decoder() -> None:
             target_of(model, target.tokenizer, size=(0, 4))
         with pytest.raises(ValueError, match="does not take"):
             target_of(model, target.tokenizer, depth=3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_an_error(target: Any, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token of the last row, which top-k would leave out without a word."""
+    real = target.head
+
+    def spoiled(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = real(hidden)
+        logits[-1, -1, 3] = value
+        return logits
+
+    monkeypatch.setattr(target, "head", spoiled)
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS, True)
+    for law in (TokenLaw(3.0, 1.0, top_k=4), TokenLaw(3.0, 0.0)):
+        with pytest.raises(NotFiniteError, match="model's logits"):
+            decode_plain(target, prefix, law, generators(2))
+        with pytest.raises(NotFiniteError, match="model's logits"):
+            decode_speculative(target, JacobiSource(4), Exact(), prefix, law, generators(2))
+
+
+def test_prompts_without_room_for_the_picture_are_refused(target: Any) -> None:
+    room = 128 - target.num_tokens
+    frame = target.lengths(["red"])[0] - 1
+    longest = " ".join(["red"] * (room - frame))
+    assert target.prefix([longest], False).mask.shape[1] == room
+    with pytest.raises(ValueError, match=f"prompt: .* has {room + 1} tokens with its frame, .* at most {room}"):
+        target.prefix(["red", longest + " red"], True)

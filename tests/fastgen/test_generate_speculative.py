@@ -68,7 +68,7 @@ def test_knobs_reach_the_sidecar(
     ("knobs", "message"),
     [
         (["--method", "speculative", "--acceptance", "loose"], "--acceptance: 'loose' is not allowed"),
-        (["--method", "speculative", "--tree", "jacobi-0"], "--tree: 'jacobi-0' is not allowed"),
+        (["--method", "speculative", "--tree", "jacobi-0"], "--tree: 'jacobi-0' is unknown"),
         (["--method", "speculative", "--tree", "chain-4"], "--tree: 'chain-4' needs a drafter"),
         (["--method", "speculative", "--model", "tiny"], "method speculative: model 'tiny' does not draw tokens"),
         (["--method", "faster"], "--method: 'faster' is not allowed"),
