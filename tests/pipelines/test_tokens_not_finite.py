@@ -68,14 +68,14 @@ SPOILS: dict[str, Spoil] = {
 }
 
 
-def spoil_head(patch: pytest.MonkeyPatch, model: Any, spoil: Spoil, since: int = 0) -> None:
-    """The head's answers from call `since` on."""
+def spoil_head(patch: pytest.MonkeyPatch, model: Any, spoil: Spoil, since: int = 0, calls_spoiled: int = 999) -> None:
+    """Some of the head's answers, from call `since` on."""
     head, calls = model.model.generation_head, [0]
     real = head.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
-        return spoil(real(hidden)) if calls[0] > since else real(hidden)
+        return spoil(real(hidden)) if since < calls[0] <= since + calls_spoiled else real(hidden)
 
     patch.setattr(head, "forward", forward)
 
@@ -123,8 +123,9 @@ def test_late_ones_are_an_error_under_every_rule(
         )
 
 
-def test_the_last_token_alone(plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_head(monkeypatch, plain.model, SPOILS["one NaN token"], since=JANUS_TOKENS - 1)
+@pytest.mark.parametrize("step", [0, 7, JANUS_TOKENS - 1])
+def test_one_step_alone(plain: JanusImagePipeline, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_head(monkeypatch, plain.model, SPOILS["one NaN token"], since=step, calls_spoiled=1)
     with pytest.raises(NotFiniteError, match="model's logits"):
         plain("a ring", top_k=2, generator=seeded(1))
 
