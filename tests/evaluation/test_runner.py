@@ -21,7 +21,7 @@ from PIL import Image
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group
 from fastgen.evaluation.fid.shapes import FDShapes
-from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.metadata import Metadata, write_metadata
 from fastgen.evaluation.geneval.rules import ImageResult
 from fastgen.evaluation.geneval.shapes import ShapesChecker
 from fastgen.evaluation.report import contact_sheet
@@ -433,6 +433,21 @@ def test_broken_folders_are_named(tmp_path, metadata, image, message: str) -> No
     with pytest.raises(FastgenError, match=message) as error:
         read_samples(folder, ShapesChecker(PixelModel()))
     assert "00000" in str(error.value)
+
+
+def test_images_are_judged_as_their_orientation_shows_them(tmp_path, caplog) -> None:
+    home = tmp_path / "00000"
+    (home / "samples").mkdir(parents=True)
+    write_metadata(home / "metadata.jsonl", PROMPTS[:1])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image = picture("x", 1).resize((64, 32))
+    image.save(home / "samples/0000.png", exif=exif.tobytes())
+    (home / "samples/0001.gif").write_bytes(b"")
+    (sample,) = read_samples(tmp_path)
+    assert sample.size() == (32, 64)
+    np.testing.assert_array_equal(sample.load(), np.rot90(np.asarray(image), -1))
+    assert "1 images of other formats are skipped: 0001.gif" in caplog.text
 
 
 def test_missing_and_empty_folders(tmp_path) -> None:

@@ -143,3 +143,33 @@ def test_every_command_that_writes_refuses_a_place_in_use(
         error = capsys.readouterr().err
         assert "out is in use by another run" in error and error.count("error: ") == 1
         assert [path.name for path in place.rglob("*")] == [".fastgen.lock"]
+
+
+@pytest.mark.parametrize("name", ["eval shapes", "eval geneval", "eval fid"])
+def test_a_run_keeps_its_folder_until_its_result_is_written(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fastgen.io
+    from fastgen.cli.main import run
+
+    write, heard = fastgen.io.atomic_write_json, []
+
+    def asked(path: Path, data: Any) -> None:
+        with other("folder", (tmp_path / "out",)) as (said, _):
+            heard.append(said)
+        write(path, data)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fastgen.io, "atomic_write_json", asked)
+    (tmp_path / "reference").mkdir()
+    arguments = COMMANDS[name][1]
+    if name == "eval fid":
+        assert run(["eval", "shapes", *EVAL, "--seed", "3", "--out", "reference"]) == 0
+        heard.clear()
+        arguments = [*arguments, "--reference", "reference", "--bootstrap", "0", "--out", "result.json"]
+    assert run(arguments) == 0
+    assert len(heard) == 1 and "out is in use by another run" in heard[0]
+    capsys.readouterr()
+    with locked_folder(tmp_path / "out"):
+        pass

@@ -102,6 +102,20 @@ def test_broken_lines_are_named(tmp_path: Path, change: dict | None, message: st
     assert str(error.value).startswith(str(tmp_path / "r.jsonl"))
 
 
+@pytest.mark.parametrize("again", ["{}", "./{}", "x/../{}"])
+def test_an_image_is_judged_once(tmp_path: Path, again: str) -> None:
+    samples, results = verdicts(1)
+    records = [official_record(s, r) for s, r in zip(samples[:3], results, strict=False)]
+    for number, record in enumerate(records):
+        record["filename"] = f"00000/samples/{number:04d}.png"
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert summarize_file(tmp_path / "r.jsonl")["n_images"] == 3
+    records[2]["filename"] = again.format(records[0]["filename"])
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(FastgenError, match=r"r.jsonl:3: filename: .* was judged in line 1 already"):
+        summarize_file(tmp_path / "r.jsonl")
+
+
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="no such file"):
         summarize_file(tmp_path / "none.jsonl")
