@@ -156,10 +156,11 @@ def smooth_kept_reference(
     full: bool = True,
 ) -> Tensor:
     """The specification of `smooth_kept`: temporaries of 2^21 numbers, as many channels at once as that allows."""
+    probabilities = probabilities.to(torch.promote_types(probabilities.dtype, tokens.dtype))  # a model in float64
     weight = probabilities.clamp(min=_TINY)[:, None]
     height, width = grid
     size = samples * height * width
-    vertical, horizontal = (_gaussian(side, sigma, tokens) for side in grid)
+    vertical, horizontal = (_gaussian(side, sigma, weight) for side in grid)
     if not full:  # one row more takes what lies behind the last token
         positions = torch.where(positions >= 0, positions, size)
 

@@ -57,7 +57,10 @@ def _check_plain(model: nn.Module) -> None:
         ValueError: says what to do first.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise FastgenError("model: has LoRA layers; merge them first (model.fuse_lora(), model.unload_lora())")
+        raise FastgenError(
+            "model: has LoRA layers; merge them first (pipe.fuse_lora() and pipe.unload_lora_weights(), or "
+            "merge_and_unload() of peft)"
+        )
     kinds = {type(parameter).__name__ for parameter in model.parameters() if not parameter.is_floating_point()}
     if kinds or getattr(model, "is_quantized", False):
         raise FastgenError("model: is quantised; load it without quantisation to upcycle it")
