@@ -16,7 +16,6 @@ from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
-from diffusers.hooks.sea_cache import SeaCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
@@ -74,7 +73,7 @@ class HeldChunksMixin(CacheMixin):
             ValueError: the cache would save nothing here, or one is enabled already.
         """
         name = type(config).__name__
-        if isinstance(config, SeaCacheConfig):  # it attaches, and then never skips anything
+        if name == "SeaCacheConfig":  # it attaches, and then never skips anything
             raise FastgenError(f"config: {name} needs the scheduler's steps, which no pipeline tells it; {_TAKES}")
         super().enable_cache(config)
         if not any(_states(module) for module in self.modules() if module is not self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DiTPipeline,
     FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
     ZImagePipeline,
     apply_first_block_cache,
+    hooks,
 )
 from micro_models import micro_dc_dit
 from safetensors.torch import save_file
 
+import fastgen
 from fastgen.models.caching import HELD_STEPS
 from fastgen.pipelines.dc_dit import DCDiTPipeline
 from fastgen.pipelines.dc_z_image import DCZImagePipeline
@@ -53,7 +58,7 @@ def last_block(pipe: Any) -> torch.nn.Module:
     """A layer inside the last block, below every module that a cache replaces."""
     model = pipe.transformer
     return (
-        model.transformer_blocks[-1].ff.net[2] if isinstance(pipe, DCDiTPipeline) else model.layers[-1].feed_forward.w1
+        model.transformer_blocks[-1].ff.net[2] if isinstance(pipe, DiTPipeline) else model.layers[-1].feed_forward.w1
     )
 
 
@@ -174,6 +179,102 @@ def test_a_held_set_is_not_used_for_another_batch_or_in_training(dit: DCDiTPipel
 def test_bad_holds(dit: DCDiTPipeline, steps: Any) -> None:
     with pytest.raises(ValueError, match="steps"):
         dit.transformer.hold_chunks(steps)
+
+
+CACHES = sorted(name for name in dir(hooks) if name.endswith(("CacheConfig", "BroadcastConfig")))
+PARTS = [r"(layers|transformer_blocks)\.\d+\.(attention|attn1|feed_forward|ff)"]
+REQUIRED: dict[str, dict[str, Any]] = {
+    "FasterCacheConfig": {"current_timestep_callback": lambda: 500},
+    "FirstBlockCacheConfig": {"threshold": 1e9},
+    "MagCacheConfig": {"mag_ratios": [1.0] * STEPS, "num_inference_steps": STEPS, "threshold": 1e9},
+    "PyramidAttentionBroadcastConfig": {
+        "spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500
+    },
+}  # fmt: skip
+
+
+def what_a_cache_does(pipe: Any, config: Any) -> str:
+    """A cell of the table in the docs."""
+    try:
+        pipe.transformer.enable_cache(config)
+    except ValueError as error:
+        assert str(error).startswith(f"config: {type(config).__name__} ") and not pipe.transformer.is_caching
+        return "refused"
+    arguments = {"output_type": "latent", "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+    with Calls(last_block(pipe)) as calls:
+        if isinstance(pipe, DiTPipeline):
+            pipe([1], **{**arguments, "output_type": "np"})
+        else:
+            pipe("a red circle", height=16, width=16, **arguments)
+    assert calls.count < STEPS, f"{type(config).__name__} attaches and saves nothing"
+    return "attaches"
+
+
+def test_the_table_of_step_caches_in_the_docs(micro_dc: Path) -> None:
+    """Every cache of diffusers, in our pipelines and in stock ones with `enable_dc`."""
+    rows = ["| Cache | Z-Image | Z-Image, stock pipeline | DiT | DiT, stock pipeline |", "|---|---|---|---|---|"]
+    taylor = (("`TaylorSeerCacheConfig`", {}), ("`TaylorSeerCacheConfig` with `cache_identifiers`", {
+        "cache_identifiers": PARTS, "taylor_factors_dtype": torch.float32}))  # fmt: skip
+    for name in CACHES:
+        variants = taylor if name == "TaylorSeerCacheConfig" else ((f"`{name}`", REQUIRED.get(name, {})),)
+        for label, settings in variants:
+            cells = []
+            for kind, stock in ((DCZImagePipeline, ZImagePipeline), (DCDiTPipeline, DiTPipeline)):
+                for plain in (False, True):
+                    pipe = (kind.from_pretrained(micro_dc, torch_dtype=torch.float32) if kind is DCZImagePipeline
+                            else micro_dc_dit(layers=3))  # fmt: skip
+                    if plain:
+                        pipe = stock(**pipe.components) if stock is ZImagePipeline else DiTPipeline(
+                            pipe.transformer, pipe.vae, pipe.scheduler)  # fmt: skip
+                        fastgen.enable_dc(pipe)
+                    pipe.set_progress_bar_config(disable=True)
+                    cells.append(what_a_cache_does(pipe, getattr(hooks, name)(**settings)))
+            rows.append(f"| {label} | {' | '.join(cells)} |")
+    documented = (Path(__file__).parents[2] / "docs" / "dynamic-chunking.md").read_text()
+    # Row by row: older versions of diffusers have fewer caches.
+    assert [row for row in rows if row not in documented] == []
+
+
+def test_a_stock_pipeline_without_enable_dc_is_told_what_a_cache_needs(z: DCZImagePipeline) -> None:
+    z.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    stock = ZImagePipeline(**z.components)
+    with pytest.raises(ValueError, match=r"step cache .* call fastgen.enable_dc\(pipe\)"):
+        stock("a red circle", height=16, width=16, num_inference_steps=2)
+
+
+def test_one_generation_at_a_time_uses_a_cache(z: DCZImagePipeline) -> None:
+    z.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+
+    def nested(*_: Any) -> dict[str, Any]:
+        draw(z)
+        return {}
+
+    with pytest.raises(ValueError, match="its step cache is in use by another generation"):
+        draw(z, callback_on_step_end=nested)
+    draw(z)
+
+
+def test_copies_of_a_cached_model_cache_for_themselves(dit: DCDiTPipeline) -> None:
+    plain = draw(dit).images
+    dit.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    cached = draw(dit).images
+    for twin in (copy.deepcopy(dit), pickle.loads(pickle.dumps(dit))):
+        with Calls(last_block(dit)) as calls:
+            assert np.array_equal(draw(twin).images, cached)
+        assert calls.count == 0 and twin.transformer.is_cache_enabled
+        twin.transformer.disable_cache()
+        assert np.array_equal(draw(twin).images, plain)
+    assert np.array_equal(draw(dit).images, cached)
+
+
+def test_compiled_transformers_take_the_budget_of_the_call(dit: DCDiTPipeline) -> None:
+    expected = [draw(dit, token_budget=budget).images for budget in (5, 3)]
+    dit.transformer.compile(backend="eager")
+    inside = [draw(dit, token_budget=budget).images for budget in (5, 3)]
+    other = micro_dc_dit(layers=3)
+    other.transformer = torch.compile(other.transformer, backend="eager", fullgraph=True)
+    outside = [draw(other, token_budget=budget).images for budget in (5, 3)]
+    assert np.array_equal(inside, expected) and np.array_equal(outside, expected)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
