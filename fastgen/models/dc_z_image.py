@@ -23,7 +23,8 @@ from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
-from fastgen.models.patch_grid import PatchChunking
+from fastgen.models.patch_grid import PatchChunking, forward_patches
+from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
@@ -55,16 +56,6 @@ class PackedRotaryAttention(nn.Module):
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
         output: Tensor = self.to_out[0](mixed.flatten(1))
         return output
-
-
-def rotary_factors(places: Tensor, axes_dims: list[int], theta: float) -> Tensor:
-    """Cosines and sines [T, sum(axes_dims) / 2, 2] of positions [T, axes], which may be fractions."""
-    angles = []
-    for axis, width in enumerate(axes_dims):
-        powers = torch.arange(0, width, 2, dtype=torch.float64, device=places.device) / width
-        angles.append(places[:, axis, None].double() * theta**-powers)
-    angle = torch.cat(angles, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
 @cacheable
@@ -143,6 +134,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         grid: "latent", tokens are latent positions, as in the paper; "patch", they are the patches of 2 x 2 of the
             model that it was upcycled from, see `fastgen.models.patch_grid`.
         floor: with grid "patch", the least share of a sample's tokens to keep.
+        n_last_layers: with grid "patch", how many of the n_layers see all patches again.
     """
 
     _supports_gradient_checkpointing = True
@@ -177,6 +169,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         compression: float = 4.0,
         grid: Grid = "latent",
         floor: float = 0.0,
+        n_last_layers: int = 1,
     ) -> None:
         super().__init__()
         if grid not in GRIDS:
@@ -204,7 +197,12 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         shape = (dim, n_heads, norm_eps, qk_norm)
         self.noise_refiner = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_refiner_layers))
         self.context_refiner = nn.ModuleList(DCZImageBlock(*shape, modulated=False) for _ in range(n_refiner_layers))
-        self.layers = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_layers))
+        if grid == "latent":
+            n_last_layers = 0
+        elif not 0 <= n_last_layers < n_layers:
+            raise ValueError(f"n_last_layers: needs 0 to {n_layers - 1}, fewer than n_layers, got {n_last_layers}")
+        self.layers = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_layers - n_last_layers))
+        self.last_layers = nn.ModuleList(DCZImageBlock(*shape) for _ in range(n_last_layers))
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaLN_out = nn.Sequential(nn.SiLU(), nn.Linear(width, dim))
 
@@ -256,14 +254,15 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         time = self.t_embedder(t * self.config.t_scale).type_as(latents)
         text, lengths, pooled = self.embed_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
-        chunked = self.chunk(latents, conditioning, tail_drop, token_budget)
-        hidden = self.backbone(chunked.tokens, text, lengths, time, chunked.chunks)
-        decoded: Tensor | None = None
-        if isinstance(self.scaffold, PatchChunking):
-            prediction = self.scaffold.predict(hidden, chunked, latents, 1 - t, conditioning)
+        if self.config.grid == "patch":
+            prediction, chunked, decoded = forward_patches(
+                self, latents, time, text, lengths, conditioning, tail_drop, token_budget
+            )
         else:
-            decoded = self.scaffold.unchunk(hidden, chunked)
-            prediction = self.scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
+            chunked = self.chunk(latents, conditioning, tail_drop, token_budget)
+            scaffold: Any = self.scaffold
+            decoded = scaffold.unchunk(self.backbone(chunked.tokens, text, lengths, time, chunked.chunks), chunked)
+            prediction = scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
         sample = list(prediction[:, :, None].unbind(0))
         if not return_dict:
             return (sample,)
@@ -297,8 +296,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
 
         index, width = chunks.positions % chunks.grid_size, chunks.grid[1]
         after = (text_segments.cu_seqlens.diff() + 1).index_select(0, chunks.segments.sequence_ids)
-        scale = 1.0 if self.config.grid == "patch" else self.config.position_scale
-        grid_places = [(place + 0.5) * scale - 0.5 for place in (index // width, index % width)]
+        grid_places = [(place + 0.5) * self.config.position_scale - 0.5 for place in (index // width, index % width)]
         image_rotary = rotary_factors(torch.stack([after.double(), *grid_places], dim=1), *rope)
 
         for block in self.noise_refiner:

@@ -235,7 +235,12 @@ class ElasticModelMixin(HeldChunksMixin):
         return budget.of_batch(samples, float(sigma.flatten()[0]) if needs_sigma else 0.0, step)
 
     def chunk(
-        self, latents: Tensor, conditioning: Tensor, tail_drop: TailDrop | None, token_budget: int | None
+        self,
+        latents: Tensor,
+        conditioning: Tensor,
+        tail_drop: TailDrop | None,
+        token_budget: int | None,
+        **given: Tensor,
     ) -> Chunked:
         """Latents [n, C, H, W] to packed kept tokens, those of the held set where there is one; tells the account, and
         whoever records them, what was kept.
@@ -247,9 +252,9 @@ class ElasticModelMixin(HeldChunksMixin):
         check_budget(tail_drop, token_budget, len(latents), grid[0] * grid[1])
         if torch.compiler.is_compiling() and token_budget is not None and self._hold is None:
             # All is known beforehand: one graph, which tells nobody.
-            return self.scaffold.chunk(latents, conditioning, None, token_budget)
+            return self.scaffold.chunk(latents, conditioning, None, token_budget, **given)
         held = self.held_chunks(len(latents), grid)
-        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held)
+        chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held, **given)
         chunks = chunked.chunks
         if held is None:
             self.keep_chunks(chunks)

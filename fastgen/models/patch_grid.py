@@ -1,21 +1,23 @@
 """Dynamic chunking on the backbone's own patch grid: nothing that a trained model knows has to be learned again.
 
-On the paper's grid every latent position is a token, so a trained model's patch embedding and head are of no use and
-its blocks meet tokens they do not know. Here the tokens are the trained model's own patches. Its embedding and head
-stay, and with all patches kept the model computes exactly what it was upcycled from. A dropped patch is filled in:
+On the paper's grid every latent position is a token, so a trained model's patch embedding and head are of no use, its
+blocks meet tokens they do not know, and a scaffold of convolutions has to learn what the ends of the model did. Here
+the tokens are the trained model's own patches, and its own first and last blocks are the scaffold:
 
-1. Kept patches give data, x_0 = x_t + sigma v, not velocities: the velocity holds the noise of its own patch, which no
-   neighbour has, whereas data are smooth.
-2. Of those a dropped patch takes what `dechunk` gives it, and its own noisy latents, each weighted by its precision:
-   between two Gaussians around x_0, of variance s^2 and (sigma / (1 - sigma))^2, the mean of the product is the best
-   guess. s^2 is learned for each feature of a patch.
-3. A small convolutional decoder corrects the guess. It begins as zero.
+1. Patch embedding and noise refiner see all patches; the router reads their output z.
+2. The layers between see the kept ones alone, with the caption.
+3. They write an update h - z of the residual stream. A dropped patch takes that of its nearest kept patch, as
+   `dechunk` gives it, on top of its own z, which holds the patch's noise.
+4. The last layers and the head see all patches again.
+
+With all patches kept it computes exactly what the model it was upcycled from computes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,21 @@ from torch import Tensor, nn
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.pack import pack, scatter
 from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
+from fastgen.models.packing import Segments, adaptive
+from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import PredictabilityRouter
-from fastgen.models.scaffold import Chunked, ScaffoldDecoder, ScaffoldEncoder
+from fastgen.models.scaffold import Chunked
 from fastgen.models.z_image_batch import patchify
 
-__all__ = ["PATCH", "PatchChunking", "fill_in", "unpatchify"]
+if TYPE_CHECKING:
+    from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+
+__all__ = ["PATCH", "PatchChunking", "forward_patches", "unpatchify"]
 
 PATCH = 2
 """Latent positions a side of a patch."""
 _KEEP_ALL = 1.5
 """First logit of every patch: all are kept, whatever the noise, and training can still change it soon."""
-_FIRST_VARIANCE = 0.3
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -43,33 +49,14 @@ def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return blocks.reshape(n, -1, grid[0] * PATCH, grid[1] * PATCH)
 
 
-def fill_in(noisy: Tensor, spread: Tensor, sigma: Tensor, variance: Tensor) -> Tensor:
-    """Velocity of dropped patches: (x_0 - x_t) / sigma, x_0 the mean of what the neighbours say of it and what the
-    patch itself shows, weighted by precision.
-
-    Args:
-        noisy: x_t, [n, L, F].
-        spread: x_0 of the neighbours, [n, L, F], taken to be off by `variance`.
-        sigma: noise levels in [0, 1], [n].
-        variance: [F], positive.
-
-    Returns:
-        [n, L, F]; finite at every level, spread - x_t at sigma 1.
-    """
-    level = sigma.to(noisy.dtype)[:, None, None]
-    precision = variance * (1 - level).square() + level.square()
-    return ((variance * (1 - level) - level) * noisy + level * spread) / precision
-
-
 class PatchChunking(nn.Module):
-    """Encoder, router and decoder on the patch grid; takes the place of `DynamicChunking`.
+    """Router and de-chunking on the patch grid, with the trained model's patch embedding and head; takes the place of
+    `DynamicChunking`.
 
     Args:
         channels: C of the latents.
         dim: width D of the backbone.
         conditioning: width of the conditioning vector.
-        width: d, of the convolutions; None takes D / 4.
-        blocks: residual blocks of encoder and of decoder.
         router_dim: the router's bottleneck; None takes 32.
         center_tap: see `PredictabilityRouter`.
         smoothing: sigma of the smoothing Gaussian in patches, or None.
@@ -81,34 +68,29 @@ class PatchChunking(nn.Module):
         channels: int,
         dim: int,
         conditioning: int,
-        width: int | None = None,
-        blocks: int = 2,
         router_dim: int | None = None,
         center_tap: bool = False,
         smoothing: float | None = 1.0,
         floor: float = 0.0,
     ) -> None:
         super().__init__()
-        width, features = width or dim // 4, PATCH**2 * channels
         self.smoothing, self.floor = smoothing, floor
         # The trained model's own.
-        self.embed = nn.Linear(features, dim)
-        self.head = nn.Linear(dim, features)
-        # New. All that reaches the trained parts begins as zero, and the router begins by keeping everything.
-        self.encoder = ScaffoldEncoder(features, width, width, conditioning, blocks)
-        self.join = nn.Linear(width, dim, bias=False)
-        self.router = PredictabilityRouter(width, router_dim or 32, center_tap)
-        self.carry = nn.Linear(dim, width)
-        self.log_variance = nn.Parameter(torch.full((features,), _FIRST_VARIANCE).log())
-        self.decoder = ScaffoldDecoder(features, width, 2 * features + width + 1, conditioning, blocks)
-        nn.init.zeros_(self.join.weight)
+        self.embed = nn.Linear(PATCH**2 * channels, dim)
+        self.head = nn.Linear(dim, PATCH**2 * channels)
+        # New: which patches to keep, and how much of its neighbour's update a dropped one takes.
+        self.router = PredictabilityRouter(dim, router_dim or 32, center_tap)
+        self.router_shift = nn.Linear(conditioning, dim)
+        self.share = nn.Linear(conditioning, dim)
+        nn.init.zeros_(self.share.weight)
+        nn.init.ones_(self.share.bias)
         with torch.no_grad():
             self.router.head.weight.mul_(0.1)  # an order to drop them in, and no more
         nn.init.constant_(self.router.head.bias, _KEEP_ALL)  # type: ignore[arg-type]
 
     @classmethod
     def of_config(cls, config: Any, channels: int, dim: int, conditioning: int) -> PatchChunking:
-        """The scaffold that a model's configuration describes.
+        """The one that a model's configuration describes.
 
         Raises:
             ValueError: it asks for what the patch grid does not have.
@@ -118,17 +100,8 @@ class PatchChunking(nn.Module):
                 "grid: 'patch' needs router 'predictability' and residual_gate 'confidence', "
                 f"got {config.router!r} and {config.residual_gate!r}"
             )
-        return cls(
-            channels,
-            dim,
-            conditioning,
-            width=config.scaffold_dim,
-            blocks=config.scaffold_blocks,
-            router_dim=config.router_dim,
-            center_tap=config.center_tap,
-            smoothing=config.smoothing,
-            floor=config.floor,
-        )
+        given = {name: config[name] for name in ("router_dim", "center_tap", "smoothing", "floor")}
+        return cls(channels, dim, conditioning, **given)
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
         """Patches of latents [n, C, H, W], (H / 2, W / 2).
@@ -148,59 +121,124 @@ class PatchChunking(nn.Module):
         tail_drop: TailDrop | None,
         token_budget: int | None,
         held: Chunks | None = None,
+        features: Tensor | None = None,
     ) -> Chunked:
-        """Latents [n, C, H, W] to packed kept patches; those of `held` when given.
+        """Refined patches `features` [n, L, D] of latents [n, C, H, W] to packed kept ones, those of `held` if given.
 
         Raises:
-            ValueError: see `fastgen.models.chunking.check_budget`; a budget below the floor; sides that do not divide.
+            ValueError: see `fastgen.models.chunking.select_chunks`; sides that do not divide.
         """
         grid = self.grid_of(latents)
-        patches = patchify(latents)
-        found = self.encoder(patches.mT.unflatten(2, grid), conditioning)
-        probabilities = torch.sigmoid(self.router(found, grid))
+        if features is None:
+            raise ValueError("features: needs the refined patches")
+        probabilities = torch.sigmoid(self.router(features + self.router_shift(conditioning)[:, None], grid))
         if held is None:
             chunks = select_chunks(probabilities, grid, tail_drop, token_budget, self.floor)
         else:
             chunks = replace(held, probabilities=probabilities, natural=probabilities > THRESHOLD)
-        features = self.embed(patches) + self.join(found)
         return Chunked(pack(features, chunks.packing), chunks, features)
 
-    def predict(
-        self, hidden: Tensor, chunked: Chunked, latents: Tensor, sigma: Tensor, conditioning: Tensor
-    ) -> Tensor:
-        """The backbone's output [T, D] on kept patches to the velocity [n, C, H, W] of all.
-
-        Args:
-            hidden: [T, D].
-            chunked: of `chunk`.
-            latents: x_t, [n, C, H, W].
-            sigma: noise levels, [n].
-            conditioning: of encoder and decoder, [n, c].
-        """
+    def unchunk(self, hidden: Tensor, chunked: Chunked, conditioning: Tensor) -> Tensor:
+        """What the layers made of the kept patches, [T, D], to all of them, [n, L, D]."""
         chunks = chunked.chunks
-        own = self.head(hidden)
-        velocity = scatter(own, chunks.packing)
-        if not all(length == chunks.grid_size for length in chunks.lengths):
-            noisy = patchify(latents)
-            velocity = torch.where(
-                chunks.mask[..., None], velocity, self._dropped(own, hidden, chunks, noisy, sigma, conditioning)
-            )
-        if torch.is_grad_enabled():  # one, with a gradient for the router
-            velocity = velocity * straight_through(confidence(chunks))[..., None].to(velocity.dtype)
-        return unpatchify(velocity, chunks.grid)
+        whole = scatter(hidden, chunks.packing)
+        if sum(chunks.lengths) < chunks.samples * chunks.grid_size:
+            where = (chunks.positions, chunks.probabilities, chunks.mask, chunks.grid)
+            update = dechunk(hidden - chunked.tokens, *where, self.smoothing, chunks.rows)
+            guess = chunked.features + self.share(conditioning)[:, None] * update
+            whole = torch.where(chunks.mask[..., None], whole, guess)
+        if torch.is_grad_enabled():  # times one, with a gradient for the router
+            one = straight_through(confidence(chunks))[..., None].to(whole.dtype)
+            whole = chunked.features + one * (whole - chunked.features)
+        return whole
 
-    def _dropped(
-        self, own: Tensor, hidden: Tensor, chunks: Chunks, noisy: Tensor, sigma: Tensor, conditioning: Tensor
-    ) -> Tensor:
-        """Velocities [n, L, F] as they are filled in; only those of dropped patches count."""
-        packing = chunks.packing
-        levels = sigma.to(own.dtype).index_select(0, packing.sequence_ids)[:, None]
-        data = pack(noisy, packing) + levels * own
-        carried = torch.cat([data, self.carry(hidden)], dim=-1)
-        spread = dechunk(
-            carried, chunks.positions, chunks.probabilities, chunks.mask, chunks.grid, self.smoothing, chunks.rows
-        )
-        guess = fill_in(noisy, spread[..., : noisy.shape[-1]], sigma, self.log_variance.exp().to(noisy.dtype))
-        seen = torch.cat([noisy, spread, chunks.mask[..., None].to(noisy.dtype)], dim=-1)
-        correction = self.decoder(seen, chunks.grid, conditioning)
-        return guess + correction.flatten(2).mT
+
+def forward_patches(
+    model: DCZImageTransformer2DModel,
+    latents: Tensor,
+    time: Tensor,
+    text: Tensor,
+    text_lengths: list[int],
+    conditioning: Tensor,
+    tail_drop: TailDrop | None,
+    token_budget: int | None,
+) -> tuple[Tensor, Chunked, Tensor]:
+    """Velocity [n, C, H, W], what was kept, and what the head reads, [n, L, D].
+
+    Args:
+        model: with grid "patch".
+        latents: [n, C, H, W].
+        time: timestep embedding [n, c].
+        text, text_lengths: of `embed_captions`.
+        conditioning: [n, c].
+        tail_drop, token_budget: see `select_chunks`.
+    """
+    scaffold: Any = model.scaffold
+    grid, device, n = scaffold.grid_of(latents), latents.device, len(latents)
+    length = grid[0] * grid[1]
+    every = Segments.of([length] * n, device)
+    captions = Segments.of(text_lengths, device)
+    rope = (list(model.config.axes_dims), model.config.rope_theta)
+    text_rotary = rotary_factors(_text_places(captions), *rope)
+    image_rotary = rotary_factors(_image_places(grid, captions), *rope)
+
+    image = scaffold.embed(patchify(latents)).flatten(0, 1)
+    for block in model.noise_refiner:
+        image = model._run(block, image, image_rotary, every, time)
+    for block in model.context_refiner:
+        text = model._run(block, text, text_rotary, captions)
+
+    chunked = model.chunk(latents, conditioning, tail_drop, token_budget, features=image.view(n, length, -1))
+    chunks = chunked.chunks
+    kept = _Part(chunked.tokens, image_rotary.index_select(0, chunks.positions), chunks.segments, chunks.lengths)
+    hidden, text = _run_joined(model, model.layers, kept, _Part(text, text_rotary, captions, text_lengths), time)
+    image = scaffold.unchunk(hidden, chunked, conditioning).flatten(0, 1)
+    whole = _Part(image, image_rotary, every, [length] * n)
+    image, _ = _run_joined(model, model.last_layers, whole, _Part(text, text_rotary, captions, text_lengths), time)
+    _, normed = adaptive(image, every, scale=model.adaLN_out(time), eps=model.norm_out.eps)
+    normed = normed.view(n, length, -1)
+    return unpatchify(scaffold.head(normed), grid), chunked, normed
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Packed tokens of one kind, their rotary factors, and how they divide into samples."""
+
+    tokens: Tensor
+    rotary: Tensor
+    segments: Segments
+    lengths: Sequence[int]
+
+
+def _run_joined(
+    model: DCZImageTransformer2DModel, blocks: nn.ModuleList, image: _Part, text: _Part, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blocks on one sequence per sample, its image tokens and then its caption; returns both packed again."""
+    if not len(blocks):
+        return image.tokens, text.tokens
+    order = torch.cat([image.segments.sequence_ids, text.segments.sequence_ids]).argsort(stable=True)
+    hidden = torch.cat([image.tokens, text.tokens]).index_select(0, order)
+    rotary = torch.cat([image.rotary, text.rotary]).index_select(0, order)
+    segments = Segments.of([a + b for a, b in zip(image.lengths, text.lengths, strict=True)], hidden.device)
+    for block in blocks:
+        hidden = model._run(block, hidden, rotary, segments, time)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    packed = hidden.index_select(0, places)
+    return packed[: len(image.tokens)], packed[len(image.tokens) :]
+
+
+def _text_places(captions: Segments) -> Tensor:
+    """Rotary places [T, 3] of caption tokens: 1, 2, … along the first axis."""
+    starts = captions.cu_seqlens.index_select(0, captions.sequence_ids)
+    places = torch.zeros(len(starts), 3, device=starts.device, dtype=torch.float64)
+    places[:, 0] = torch.arange(len(starts), device=starts.device) - starts + 1
+    return places
+
+
+def _image_places(grid: tuple[int, int], captions: Segments) -> Tensor:
+    """Rotary places [n h w, 3] of all patches: behind the caption, then row and column."""
+    after = captions.cu_seqlens.diff().double() + 1
+    index = torch.arange(grid[0] * grid[1], device=after.device)
+    own = torch.stack([index // grid[1], index % grid[1]], dim=1).double()
+    first = after[:, None, None].expand(-1, len(index), 1)
+    return torch.cat([first, own.expand(len(after), -1, -1)], dim=-1).flatten(0, 1)

@@ -110,8 +110,10 @@ def _z_image(model: ZImageTransformer2DModel, scaffold: dict[str, Any]) -> DCZIm
     copied = ["in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "norm_eps", "qk_norm"]
     copied += ["cap_feat_dim", "rope_theta", "t_scale", "axes_dims"]
     upcycled = DCZImageTransformer2DModel(**{**{name: config[name] for name in copied}, **scaffold})
-    for name in ("t_embedder", "cap_embedder", "noise_refiner", "context_refiner", "layers"):
+    for name in ("t_embedder", "cap_embedder", "noise_refiner", "context_refiner"):
         getattr(upcycled, name).load_state_dict(getattr(model, name).state_dict())
+    for new, old in zip([*upcycled.layers, *upcycled.last_layers], model.layers, strict=True):
+        new.load_state_dict(old.state_dict())
     final = model.all_final_layer["2-1"]
     upcycled.adaLN_out.load_state_dict(final.adaLN_modulation.state_dict())
     if isinstance(upcycled.scaffold, PatchChunking):

@@ -31,7 +31,7 @@ from fastgen.training.z_image import caption_tokens
 
 __all__ = ["PatchRecipe", "drop_cost_loss", "level_loss", "wanted_share"]
 
-SCAFFOLD: dict[str, Any] = {"scaffold_dim": 48, "scaffold_blocks": 1, "compression": 4.0}
+SCAFFOLD: dict[str, Any] = {"compression": 4.0, "floor": 0.0625}
 BAND = 4
 """Samples of neighbouring noise levels that keep the wanted share together."""
 HELD_OUT = 128
@@ -91,7 +91,7 @@ class PatchModule(torch.nn.Module):
 
     def __init__(self, transformer: DCZImageTransformer2DModel) -> None:
         super().__init__()
-        groups = ("context_refiner", "noise_refiner", "layers")
+        groups = ("context_refiner", "noise_refiner", "layers", "last_layers")
         blocks = {group: len(getattr(transformer, group)) for group in groups}
         self.compiled_parts = [f"transformer.{group}.{i}" for group, n in blocks.items() for i in range(n)]
         self.transformer = transformer

@@ -15,7 +15,7 @@ from micro_models import awake
 
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.models.patch_grid import fill_in, unpatchify
+from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
 from fastgen.pipelines.checkpoint import embedded_folder
@@ -26,7 +26,7 @@ def stock(seed: int = 0) -> ZImageTransformer2DModel:
     model = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
-        n_layers=2,
+        n_layers=3,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
@@ -40,7 +40,7 @@ def stock(seed: int = 0) -> ZImageTransformer2DModel:
 
 
 def fresh(**scaffold: Any) -> Any:
-    return upcycle(stock(), **{"grid": "patch", "scaffold_dim": 16, "scaffold_blocks": 1, **scaffold}).eval()
+    return upcycle(stock(), **{"grid": "patch", **scaffold}).eval()
 
 
 def micro(**scaffold: Any) -> Any:
@@ -65,11 +65,13 @@ def run(model: Any, arguments: tuple[Any, Any, Any], **knobs: Any) -> torch.Tens
 
 
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 16), (4, 32)])
-@pytest.mark.parametrize("smoothing", [None, 1.0])
-def test_upcycled_it_computes_what_its_teacher_computes(size: tuple[int, int], smoothing: float | None) -> None:
+@pytest.mark.parametrize(("smoothing", "last"), [(None, 1), (1.0, 1), (1.0, 0), (1.0, 2)])
+def test_upcycled_it_computes_what_its_teacher_computes(
+    size: tuple[int, int], smoothing: float | None, last: int
+) -> None:
     """Everything is kept of its own accord; up to the rounding of packed attention."""
     teacher, arguments = stock(), inputs(size=size)
-    model: Any = upcycle(teacher, grid="patch", scaffold_dim=16, smoothing=smoothing).eval()
+    model: Any = upcycle(teacher, grid="patch", smoothing=smoothing, n_last_layers=last).eval()
     with torch.no_grad():
         output = model(*arguments, output_chunks=True)
     assert bool(output.chunks.natural.all()) and bool(output.chunks.mask.all())
@@ -88,7 +90,7 @@ def test_the_embedded_model_draws_the_same_picture_upcycled() -> None:
         return np.asarray(images.images[0]).astype(int)
 
     before = draw()
-    pipe.transformer = upcycle(pipe.transformer, grid="patch", scaffold_dim=48, scaffold_blocks=1)
+    pipe.transformer = upcycle(pipe.transformer, grid="patch")
     assert np.abs(draw() - before).max() <= 1
 
 
@@ -99,19 +101,42 @@ def test_training_begins_there_too() -> None:
     torch.testing.assert_close(torch.stack(model(*arguments).sample), run(teacher, arguments), rtol=1e-4, atol=1e-5)
 
 
-def test_kept_patches_are_the_heads_own() -> None:
-    """Whatever the decoder says: it speaks of dropped patches alone."""
-    model, arguments = micro(), inputs()
+@pytest.mark.parametrize("smoothing", [None, 1.0])
+def test_dropped_patches_take_the_update_of_their_nearest_kept_one(smoothing: float | None) -> None:
+    """On top of their own features; kept ones are what the layers made of them, bit for bit."""
+    model: Any = fresh(smoothing=smoothing)
+    scaffold, generator = model.scaffold, torch.Generator().manual_seed(2)
+    features, latents = torch.randn(2, 32, 32, generator=generator), torch.randn(2, 4, 8, 16, generator=generator)
+    conditioning = torch.randn(2, 32, generator=generator)
     with torch.no_grad():
-        output = model(*arguments, token_budget=13, output_chunks=True)
-        for parameter in (*model.scaffold.decoder.parameters(), *model.scaffold.carry.parameters()):
-            parameter.normal_()
-        again = model(*arguments, token_budget=13, output_chunks=True)
-    assert torch.equal(output.chunks.mask, again.chunks.mask)
-    for a, b, mask in zip(output.sample, again.sample, output.chunks.mask, strict=True):
-        one, two = (patchify(sample[None, :, 0])[0] for sample in (a, b))
-        assert torch.equal(one[mask], two[mask])
-        assert not torch.isclose(one[~mask], two[~mask]).all(dim=-1).any()
+        chunked = scaffold.chunk(latents, conditioning, None, 5, features=features)
+        hidden = torch.randn(10, 32, generator=generator)
+        whole = scaffold.unchunk(hidden, chunked, conditioning)
+    mask = chunked.chunks.mask
+    assert torch.equal(whole[mask], hidden)
+    for sample in range(2):
+        kept = mask[sample].nonzero().flatten()
+        for place in (~mask[sample]).nonzero().flatten().tolist():
+            distance = (kept // 8 - place // 8) ** 2 + (kept % 8 - place % 8) ** 2
+            nearest = int(kept[distance.argmin()])
+            if smoothing is None:
+                update = whole[sample, nearest] - features[sample, nearest]
+                torch.testing.assert_close(whole[sample, place], features[sample, place] + update)
+            else:  # the same for all that are nearest to it
+                assert not torch.equal(whole[sample, place], features[sample, place])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16)])
+def test_a_flat_picture_needs_one_patch(size: tuple[int, int]) -> None:
+    """Where the layers write the same to every patch, dropping all but one changes nothing."""
+    model: Any = fresh(smoothing=None)
+    conditioning, latents = torch.randn(1, 32), torch.randn(1, 4, *size)
+    length = size[0] * size[1] // 4
+    features, update = torch.randn(1, length, 32), torch.randn(32)
+    with torch.no_grad():
+        chunked = model.scaffold.chunk(latents, conditioning, None, 1, features=features)
+        whole = model.scaffold.unchunk(chunked.tokens + update, chunked, conditioning)
+    torch.testing.assert_close(whole, features + update)
 
 
 @settings(max_examples=15, deadline=None)
@@ -129,47 +154,6 @@ def test_a_batch_equals_its_samples_alone(rhos: list[float], size: tuple[int, in
             alone = model([images[i]], t[i : i + 1], [captions[i]], tail_drop=rho, output_chunks=True)
             assert torch.equal(alone.chunks.mask[0], batch.chunks.mask[i])
             torch.testing.assert_close(alone.sample[0], batch.sample[i], rtol=1e-3, atol=5e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(sigma=st.floats(0, 1), variance=st.floats(1e-3, 10), seed=st.integers(0, 1000))
-def test_a_dropped_patch_is_the_precision_weighted_mean(sigma: float, variance: float, seed: int) -> None:
-    """Against the product of two Gaussians in float64, where the noise level allows to divide by it."""
-    rng = np.random.default_rng(seed)
-    noisy, spread = rng.standard_normal((2, 2, 3, 4))
-    tensors = (torch.from_numpy(value).float() for value in (noisy, spread))
-    level, widths = torch.tensor([sigma, 1.0]), torch.full((4,), variance)
-    ours = fill_in(*tensors, level, widths).double().numpy()
-    assert np.isfinite(ours).all()
-    np.testing.assert_allclose(ours[1], spread[1] - noisy[1], rtol=1e-4, atol=1e-5)
-    if 0.02 < sigma < 0.999:
-        mine, own = 1 / variance, ((1 - sigma) / sigma) ** 2
-        data = (mine * spread[0] + own * noisy[0] / (1 - sigma)) / (mine + own)
-        np.testing.assert_allclose(ours[0], (data - noisy[0]) / sigma, rtol=2e-3, atol=2e-3)
-
-
-def test_at_no_noise_the_noise_is_what_it_is_on_average() -> None:
-    noisy, spread = torch.randn(2, 1, 3, 4)
-    torch.testing.assert_close(fill_in(noisy, spread, torch.zeros(1), torch.rand(4) + 0.1), noisy)
-
-
-def test_a_flat_picture_needs_one_patch() -> None:
-    """A teacher that knows the data, all of whose patches are equal: one kept patch tells all the others."""
-    model: Any = fresh()
-    with torch.no_grad():
-        model.scaffold.log_variance.fill_(-30)  # trust the neighbours
-    data, noise = torch.randn(1, 4, 1, 1).expand(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    sigma = torch.tensor([0.6])
-    noisy = 0.4 * data + 0.6 * noise
-    velocity = patchify(data - noise)
-    conditioning = torch.randn(1, 32)
-    with torch.no_grad():
-        chunked = model.scaffold.chunk(noisy, conditioning, None, 1)
-        kept = chunked.chunks.mask
-        model.scaffold.head.weight.zero_()
-        model.scaffold.head.bias.copy_(velocity[kept][0])
-        filled = model.scaffold.predict(torch.randn(1, 32), chunked, noisy, sigma, conditioning)
-    torch.testing.assert_close(filled, data - noise, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2, 2), (2, 3, 4, 6), (3, 16, 8, 2)])
@@ -193,7 +177,9 @@ def test_upcycling_copies_embedding_and_head_too() -> None:
     assert torch.equal(model.scaffold.embed.weight, before["all_x_embedder.2-1.weight"])
     assert torch.equal(model.scaffold.head.bias, before["all_final_layer.2-1.linear.bias"])
     assert {"scaffold.embed.weight", "scaffold.head.weight"} <= set(names)
-    assert not any(name.startswith(("scaffold.encoder", "scaffold.router", "time_adaptor")) for name in names)
+    assert not any(name.startswith(("scaffold.router", "scaffold.share", "time_adaptor")) for name in names)
+    for new, old in zip([*model.layers, *model.last_layers], source.layers, strict=True):
+        assert torch.equal(new.feed_forward.w1.weight, old.feed_forward.w1.weight)
 
 
 # --- floor -------------------------------------------------------------------------------------------------------
@@ -242,7 +228,13 @@ def test_sizes_that_do_not_divide_name_both_numbers(size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"grid": "hexagon"}, "grid: 'hexagon'"), ({"router": "cosine"}, "cosine"), ({"residual_gate": "mask"}, "mask")],
+    [
+        ({"grid": "hexagon"}, "grid: 'hexagon'"),
+        ({"router": "cosine"}, "cosine"),
+        ({"residual_gate": "mask"}, "mask"),
+        ({"n_last_layers": 3}, "n_last_layers: needs 0 to 2"),
+        ({"n_last_layers": -1}, "n_last_layers: needs 0 to 2"),
+    ],
 )
 def test_choices_that_the_patch_grid_does_not_have(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -280,7 +272,7 @@ def test_step_caches_hold_its_kept_set() -> None:
 
 def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
     pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    model = awake(upcycle(pipe.transformer, grid="patch", scaffold_dim=16))
+    model = awake(upcycle(pipe.transformer, grid="patch"))
     pipe.transformer = model
     pipe.set_progress_bar_config(disable=True)
     model.set_budget(tail_drop=0.2, uncond_tail_drop=0.9, images=1)
