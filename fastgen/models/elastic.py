@@ -252,7 +252,7 @@ class ElasticModelMixin(HeldChunksMixin):
         check_budget(tail_drop, token_budget, len(latents), grid[0] * grid[1])
         if torch.compiler.is_compiling() and token_budget is not None and self._hold is None:
             # All is known beforehand: one graph, which tells nobody.
-            return self.scaffold.chunk(latents, conditioning, None, token_budget, **given)
+            return self.scaffold.chunk(latents, conditioning, None, token_budget, None, **given)
         held = self.held_chunks(len(latents), grid)
         chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held, **given)
         chunks = chunked.chunks
