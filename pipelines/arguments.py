@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-from fastgen.drafters.names import RULES, check_temperature, check_tree_name
+from fastgen.checks import check_integer, check_number
+from fastgen.drafters.names import RULES, check_tree_name
 from fastgen.errors import FastgenError
 
 __all__ = ["SEARCH_SETTINGS", "SETTINGS", "check_prompt", "check_value"]
@@ -44,7 +43,8 @@ SEARCH_SETTINGS = (
 )
 
 _COUNTS = ("steps", "height", "width", "top_k", "token_budget", "max_nfe", "starts", "chains")
-_NUMBERS = ("guidance_scale", "temperature", "top_p", "max_seconds", "target_score", "tau")
+_NUMBERS = ("guidance_scale", "target_score", "tau")
+_LARGEST = 2**31 - 1
 
 
 def check_prompt(prompt: object, label: str = "prompt") -> str:
@@ -74,24 +74,21 @@ def check_value(label: str, name: str, value: object) -> None:
         FastgenError: `label`, the value and what is allowed.
     """
     if name in _COUNTS:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs an integer >= 1")
+        check_integer(label, value, 1, _LARGEST)
+    elif name == "temperature":
+        check_number(label, value, 0)
+    elif name == "top_p":
+        check_number(label, value, above=0, maximum=1)
+    elif name == "max_seconds":
+        check_number(label, value, above=0)
     elif name in _NUMBERS:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs a finite number")
-        if name == "temperature":
-            check_temperature(label, value)
-        if name == "max_seconds" and value <= 0:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number > 0")
-        if name == "top_p" and not 0 < value <= 1:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs 0 < top_p <= 1")
+        check_number(label, value)
     elif name in ("tail_drop", "uncond_tail_drop", "explore", "explore_uncond"):
         # Lists and functions of the step are checked by the pipeline.
-        if isinstance(value, int | float) and (isinstance(value, bool) or not 0 <= value < 1):
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number in [0, 1)")
+        if isinstance(value, str | bool | int | float):
+            check_number(label, value, 0, below=1)
     elif name == "quality":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs a number from 0 (exact) to 1 (fastest)")
+        check_number(label, value, 0, 1)
     elif name == "acceptance":
         if value not in RULES:
             raise FastgenError(f"{label}: {value!r} is not allowed, needs one of {', '.join(RULES)}")

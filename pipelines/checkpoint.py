@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ __all__ = [
     "embedded_folder",
     "find_checkpoint",
     "find_drafter",
+    "with_variant",
 ]
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Checkpoint:
         fixed_size: the only height and width in pixels, if the model can draw no other.
         max_size: the largest height and width in pixels, if the configuration tells one.
         drafter: folder of its drafter for speculative decoding ("drafter" in fastgen.json: a folder relative to it).
+        variant: of the weight files that are read, as in diffusers ("fp16").
         base: folder of the model whose components and defaults stand in for those that `folder` does not hold
             ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
     """
@@ -83,6 +85,7 @@ class Checkpoint:
     max_size: int | None = None
     drafter: Path | None = None
     base: Path | None = None
+    variant: str | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -159,6 +162,17 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         f"model {name!r} is unknown: it is neither an embedded model ({', '.join(EMBEDDED_MODELS)}), "
         "nor a folder, nor a Hub id of the form owner/name"
     )
+
+
+def with_variant(checkpoint: Checkpoint, variant: object) -> Checkpoint:
+    """The same model with weight files of a variant ("fp16"); None for those of none.
+
+    Raises:
+        FastgenError: no such variant can exist.
+    """
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
+        raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
+    return replace(checkpoint, variant=variant)
 
 
 def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) -> Path | None:
@@ -342,12 +356,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     """
     folder = checkpoint.folder
     if checkpoint.kind == "janus":
-        check_weight_folder(folder, "model")
+        check_weight_folder(folder, "model", checkpoint.variant)
         return
     for component in map(checkpoint.component, _components(read_object(folder / "model_index.json"))):
         # Schedulers and processors have configuration files of other names and no weights.
         if (component / "config.json").is_file():
-            check_weight_folder(component)
+            check_weight_folder(component, variant=checkpoint.variant)
 
 
 # ---- Hub ----

@@ -14,6 +14,7 @@ from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
 from fastgen.pipelines.finite import finite_call
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.stock_arguments import check_call, check_texts
 from fastgen.pretrained import load_pretrained
 
@@ -57,6 +58,9 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
         prompts = _prompts(arguments)
         images = prompts * check_integer("num_images_per_prompt", arguments.get("num_images_per_prompt", 1), 1)
         check_call(arguments, images, ("pil", "np", "pt", "latent"))
+        given = (arguments.get("prompt"), arguments.get("negative_prompt"))
+        texts = [text for each in given for text in ([each] if isinstance(each, str) else each or ())]
+        check_prompt_lengths(self, texts, arguments.get("max_sequence_length"))
         return run_elastic(
             self,
             finite_call(self, super().__call__),

@@ -28,12 +28,12 @@ from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import Checkpoint
 from fastgen.pipelines.finite import finite_decoder
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.settings import draws_tokens, pipeline_arguments, resolve_settings
 
 __all__ = [
     "GeneratedImage",
     "Progress",
-    "check_prompt_lengths",
     "generate_images",
     "set_checkpoint",
     "unknown_words",
@@ -152,6 +152,9 @@ def generate_images(
             raise FastgenError(f"record_steps: {type(pipe).__name__} has no dynamic chunking to record")
         resolved["output_chunks"] = True
     negative_prompt = settings.get("negative_prompt")
+    if takes_classes(type(pipe)):
+        for prompt in prompts:
+            class_label(pipe, prompt)
     check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
 
@@ -170,33 +173,31 @@ def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def takes_classes(pipe_class: type) -> bool:
+    """Whether the pipeline draws classes, as DiT does: a prompt is the name or the number of one."""
+    accepted = inspect.signature(pipe_class.__call__).parameters
+    return "class_labels" in accepted and "prompt" not in accepted
+
+
+def class_label(pipe: Any, prompt: str) -> int:
+    """The class that a prompt means: its number, or one of its names.
+
+    Raises:
+        FastgenError: the model has no such class.
+    """
+    count = int(getattr(pipe.transformer.config, "num_embeds_ada_norm", None) or 0)
+    names: dict[str, int] = getattr(pipe, "labels", None) or {}
+    text = prompt.strip()
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else names.get(text, -1)
+    if not 0 <= number < (count or number + 1):
+        numbers = f"a number below {count}" if count else "a number"
+        raise FastgenError(f"prompt: the model has no class {text[:40]!r}, needs {numbers} or the name of a class")
+    return number
+
+
 def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
     """Remember which model `pipe` was loaded from, for its defaults and its size limits."""
     _checkpoints[pipe] = checkpoint
-
-
-def check_prompt_lengths(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
-    """Refuse prompts that a model would cut off, or has no positions for, without a word.
-
-    Raises:
-        FastgenError: names the prompt and the limit.
-    """
-    if draws_tokens(type(pipe)):
-        tokens: Any = pipe
-        tokens.check_prompts(prompts)
-        return
-    transformer = getattr(pipe, "transformer", None)
-    lengths = getattr(getattr(transformer, "config", None), "axes_lens", None)
-    if type(pipe).__name__ != "ZImagePipeline" or not lengths:
-        return
-    # The text is padded to a multiple of 32; positions start at 1 and the picture has the one after the text.
-    limit = min(512, (int(lengths[0]) - 2) // 32 * 32)
-    for prompt in prompts:
-        text = pipe.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        if (length := len(pipe.tokenizer(text)["input_ids"])) > limit:
-            raise FastgenError(f"prompt: {prompt[:40]!r}… has {length} tokens with its frame, the model takes {limit}")
 
 
 def _generate(
@@ -271,8 +272,11 @@ def _call(
     pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
     try:
         with stages, finite_decoder(pipe):
+            if "prompt" in accepted:
+                arguments["prompt"] = list(prompts)  # some pipelines write into the list that they are given
+            else:
+                arguments["class_labels"] = [class_label(pipe, prompt) for prompt in prompts]
             output = pipe(
-                prompt=list(prompts),  # some pipelines write into the list that they are given
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 output_type="np",
                 **arguments,

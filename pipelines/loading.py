@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ from fastgen.pipelines.checkpoint import (
     explain_hub_error,
     find_checkpoint,
     find_drafter,
+    with_variant,
 )
 from fastgen.pipelines.generation import (
     GeneratedImage,
@@ -36,6 +38,7 @@ from fastgen.pipelines.generation import (
     unknown_words,
 )
 from fastgen.pipelines.settings import pipeline_class
+from fastgen.pipelines.weight_files import check_safetensors, variant_of
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -47,11 +50,20 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Share of a checkpoint's weights that its network may have no place for.
+_MOST_UNUSED = 0.03
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pipeline(
-    model: str, *, device: str = "cpu", dtype: str = "auto", method: str | None = None, drafter: str | None = None
+    model: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    method: str | None = None,
+    drafter: str | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
@@ -63,6 +75,7 @@ def load_pipeline(
             float16.
         method: "speculative" for a `SpeculativeImagePipeline` around a model that draws tokens.
         drafter: of that pipeline: a folder or a Hub id, "none", or None for the one that comes with the model.
+        variant: of the weight files, as in diffusers: "fp16" reads NAME.fp16.safetensors where there is one.
 
     Returns:
         the pipeline class that the model names, or a `JanusImagePipeline`.
@@ -72,7 +85,8 @@ def load_pipeline(
             had; told in one line.
     """
     check_names(device, dtype)
-    return load_checkpoint(find_checkpoint(model), device=device, dtype=dtype, method=method, drafter=drafter)
+    checkpoint = with_variant(find_checkpoint(model), variant)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter)
 
 
 def load_checkpoint(
@@ -114,6 +128,8 @@ def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.devi
         where = torch.device(device)
     except RuntimeError as error:
         raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps") from error
+    if where.type == "meta":
+        raise FastgenError("device: 'meta' holds no weights, nothing can be drawn there")
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise FastgenError("device: 'cuda' is not available here (no NVIDIA GPU, or torch was built without CUDA)")
@@ -153,7 +169,7 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
         folder = download_janus(hub_id)
     else:
         try:
-            folder = Path(DiffusionPipeline.download(hub_id, trust_remote_code=False))
+            folder = Path(DiffusionPipeline.download(hub_id, variant=checkpoint.variant, trust_remote_code=False))
         except Exception as error:
             raise explain_hub_error(hub_id, error) from error
     return Checkpoint(**{**_fields(checkpoint), "folder": folder})
@@ -169,7 +185,9 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
     folder = checkpoint.folder
 
     def load() -> JanusImagePipeline:
-        pipe, info = load_pretrained(JanusImagePipeline, folder, torch_dtype=dtype, output_loading_info=True)
+        pipe, info = load_pretrained(
+            JanusImagePipeline, folder, torch_dtype=dtype, variant=checkpoint.variant, output_loading_info=True
+        )
         _check_keys(folder, info)
         return pipe
 
@@ -197,13 +215,16 @@ def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipe
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
     random numbers), then the rest through the stock loader."""
     folder = checkpoint.folder
-    networks = {}
+    networks: dict[str, Any] = {}
     for name, entry in read_json(folder / "model_index.json").items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
+        if entry[0] is None:  # left out; to some pipelines that must be said
+            networks[name] = None
+            continue
         network_class = _network_class(*entry)
         if network_class is not None:
-            networks[name] = _load_network(network_class, checkpoint.component(name), dtype)
+            networks[name] = _load_network(network_class, checkpoint.component(name), dtype, checkpoint.variant)
         elif checkpoint.base is not None and (folder / name).is_dir():
             raise FastgenError(f"{folder / name}: only networks may differ from the base, this is none")
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
@@ -241,11 +262,15 @@ def _network_class(library: str | None, name: str | None) -> Any:
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
 
 
-def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _load_network(network_class: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
     keyword = "dtype" if network_class.__module__.startswith("transformers") else "torch_dtype"
+    if not any(variant_of(file) == variant for file in folder.iterdir()):
+        variant = None
 
     def load() -> torch.nn.Module:
-        network, info = load_pretrained(network_class, folder, output_loading_info=True, **{keyword: dtype})
+        network, info = load_pretrained(
+            network_class, folder, output_loading_info=True, variant=variant, **{keyword: dtype}
+        )
         _check_keys(folder, info)
         return network.eval()
 
@@ -253,13 +278,27 @@ def _load_network(network_class: Any, folder: Path, dtype: torch.dtype) -> torch
 
 
 def _check_keys(folder: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that leaves a weight unset; weights that the network has no place for are only logged."""
+    """Refuse a checkpoint that leaves a weight unset, or that the network has no place for in a large part."""
     if missing := sorted(info.get("missing_keys") or ()):
         raise FastgenError(f"checkpoint {folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
     if mismatched := sorted(map(str, info.get("mismatched_keys") or ())):
         raise FastgenError(f"checkpoint {folder} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}")
     if unexpected := sorted(info.get("unexpected_keys") or ()):
-        logger.warning("checkpoint %s has %d weights without use, e.g. %r", folder, len(unexpected), unexpected[0])
+        told = f"checkpoint {folder} has {len(unexpected)} weights without use, e.g. {unexpected[0]!r}"
+        sizes = {
+            name: entry["shape"] for file in folder.glob("*.safetensors") for name, entry in _header(file).items()
+        }
+        elements = {name: math.prod(shape) for name, shape in sizes.items()}
+        if sum(elements.get(name, 0) for name in unexpected) > _MOST_UNUSED * sum(elements.values()):
+            raise FastgenError(f"{told}: they do not fit its configuration")
+        logger.warning("%s", told)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        return check_safetensors(file)
+    except FastgenError:  # of a variant that is not read
+        return {}
 
 
 def _explained(folder: Path, load: Callable[[], T]) -> T:

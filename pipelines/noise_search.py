@@ -19,7 +19,7 @@ from fastgen.checks import check_bool, check_callable, check_choice, check_gener
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.pipelines.finite import check_output, finite_decoder
-from fastgen.pipelines.generation import check_prompt_lengths
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ __all__ = ["draws_tokens", "pipeline_arguments", "pipeline_class", "resolve_sett
 
 # Our names of arguments -> those of diffusers pipelines, where they differ.
 _PIPELINE_NAMES = {"steps": "num_inference_steps"}
+
+
+# Names of pipelines that begin with a picture, also where diffusers gives that argument a default.
+_FROM_IMAGE = "Img2Img|Inpaint|Edit|Upscale|ControlNet|Pix2Pix|Depth|Fill|Redux|Variation"
 
 
 def draws_tokens(pipe_class: type) -> bool:
@@ -112,5 +117,19 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
         raise FastgenError(
             f"model {checkpoint.model!r} needs {checkpoint.pipeline_class}, which the installed diffusers "
             "does not have; update it (pipelines with code of their own are not run)"
+        )
+    takes = inspect.signature(found.__call__).parameters
+    from_image = re.search(_FROM_IMAGE, found.__name__)
+    needs_more = [
+        name
+        for name, parameter in takes.items()
+        if name not in ("self", "prompt", "class_labels")
+        and parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if from_image or needs_more or not {"prompt", "class_labels"} & takes.keys():
+        raise FastgenError(
+            f"model {checkpoint.model!r} is a {found.__name__}; only pipelines that draw from a text or a class are "
+            "supported"
         )
     return found

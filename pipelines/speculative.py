@@ -28,6 +28,7 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.errors import FastgenError
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["SpeculativeImagePipeline"]
 
@@ -90,7 +91,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
                 f"{folder} holds no saved pipeline (model_index.json); for a model alone call "
                 f'fastgen.load_pipeline({str(folder)!r}, method="speculative")'
             )
-        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+        return load_pretrained(super(), os.fspath(pretrained_model_name_or_path), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write a folder that `from_pretrained` loads; arguments as of `DiffusionPipeline.save_pretrained`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,48 @@ from typing import Any
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 
-__all__ = ["check_safetensors", "check_weight_folder"]
+__all__ = ["check_safetensors", "check_weight_folder", "variant_of"]
 
 
-def check_weight_folder(folder: Path, stem: str | None = None) -> None:
-    """Check the weight files of a folder.
+# model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
+_VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.(safetensors|bin)$|\.index\.([A-Za-z]\w*)\.json$")
+
+
+def variant_of(file: Path) -> str | None:
+    """The variant that a weight file or an index belongs to, as its name says."""
+    found = _VARIANT.search(file.name)
+    return found and (found[1] or found[4])
+
+
+def check_weight_folder(folder: Path, stem: str | None = None, variant: str | None = None) -> None:
+    """Check the weight files of a folder that are read; those of other variants are left alone.
 
     Args:
         folder: of a network.
         stem: name of the file that is expected, for the message.
+        variant: read these where there are any, as diffusers does.
 
     Raises:
         FastgenError: one is missing or broken.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    every = [
+        file for pattern in ("*.safetensors", "*.bin", "*.safetensors.index*.json") for file in folder.glob(pattern)
+    ]
+    variants = {each for file in every if (each := variant_of(file)) is not None}
+    chosen = [file for file in every if variant_of(file) == (variant if variant in variants else None)]
+    files = sorted(file for file in chosen if file.suffix == ".safetensors")
+    for index in sorted(file for file in chosen if file.suffix == ".json"):
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict):
             raise FastgenError(f"{index} has no weight_map")
         for shard in sorted(set(map(str, shards.values()))):
             if not (folder / shard).is_file():
                 raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
-    if not files and not any(folder.glob("*.bin")):
+    if not chosen and variants:
+        raise FastgenError(
+            f"{folder} holds only weights of the variant {' and '.join(sorted(variants))}: choose one with variant="
+        )
+    if not files and not any(file.suffix == ".bin" for file in chosen):
         expected = f"{stem}.safetensors" if stem else "*.safetensors"
         raise FastgenError(f"weight file {folder / expected} is missing")
     for file in files:

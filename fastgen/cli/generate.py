@@ -45,6 +45,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the weight files, as in diffusers, e.g. fp16.", show_default=False)
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -163,11 +166,11 @@ def generate(
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint, find_drafter
+    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint, find_drafter, with_variant
 
     check_names("cpu" if device == "auto" else device, dtype)
     model = model if model is not None else METHODS[method or "base"]
-    checkpoint = find_checkpoint(model)
+    checkpoint = with_variant(find_checkpoint(model), variant)
     is_chunked = checkpoint.has_dynamic_chunking
     check_method(method, checkpoint)
     if save_map and method == "search":
@@ -201,6 +204,7 @@ def generate(
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint, drafts),
+            **({} if variant is None else {"variant": variant}),
             "method": method or ("dc" if is_chunked else "base"),
             **{name: call.get(name) for name in asked},
             **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
@@ -276,6 +280,7 @@ def _make(
     import transformers
 
     from fastgen.accounting import account, phase
+    from fastgen.cli.notes import warnings_shown
     from fastgen.environment import versions
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
@@ -293,7 +298,7 @@ def _make(
         if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
             shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
             typer.echo(f"note: the model has no token for: {shown}", err=True)
-        with _progress_bar(len(jobs)) as report:
+        with warnings_shown(), _progress_bar(len(jobs)) as report:
             common: dict[str, Any] = {
                 **call,
                 "batch_size": batch_size,

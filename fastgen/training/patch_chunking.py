@@ -24,6 +24,7 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.upcycle import upcycle
 from fastgen.models.z_image_batch import forward_batch, patchify, use_real_rotary
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_defaults, write_record
 from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
@@ -138,7 +139,7 @@ class PatchRecipe:
         from fastgen.io import read_object
 
         self.warm_up, self.anneal, self.cost = warm_up, anneal, cost
-        pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+        pipe = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32)
         defaults = pipeline / "fastgen.json"
         self.defaults = read_object(defaults) if defaults.is_file() else {}
         self.teacher: Any = pipe.transformer.eval().requires_grad_(False)
@@ -146,7 +147,7 @@ class PatchRecipe:
         if init is None:
             made: Any = upcycle(self.teacher, grid="patch", **{**SCAFFOLD, **scaffold})
         else:
-            made = DCZImageTransformer2DModel.from_pretrained(init)
+            made = load_pretrained(DCZImageTransformer2DModel, init)
             if made.config.grid != "patch":
                 raise FastgenError(f"--init: {init} has grid {made.config.grid!r}, recipe {self.name} needs 'patch'")
         self.transformer: DCZImageTransformer2DModel = made

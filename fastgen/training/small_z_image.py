@@ -17,6 +17,7 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.models.grow import grow
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import use_real_rotary
+from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_defaults, write_record
 from fastgen.training.dc_z_image import DenseModule
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
@@ -51,7 +52,7 @@ class SmallRecipe:
     def __init__(self, seed: int, pipeline: Path, init: Path | None = None) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-        pipe = ZImagePipeline.from_pretrained(init or pipeline, torch_dtype=torch.float32)
+        pipe = load_pretrained(ZImagePipeline, init or pipeline, torch_dtype=torch.float32)
         if init is None:
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=SHIFT)
             pipe.register_modules(transformer=grow(pipe.transformer, LAYERS, ROPE_THETA), scheduler=scheduler)

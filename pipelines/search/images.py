@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
-from fastgen.pipelines.generation import GeneratedImage, Progress, check_prompt_lengths
+from fastgen.pipelines.generation import GeneratedImage, Progress
 from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.samplers import Sampler

@@ -20,8 +20,8 @@ from fastgen.drafters.loading import build_rule
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.tree import named_tree
 from fastgen.pipelines import speculative
-from fastgen.pipelines.generation import check_prompt_lengths
 from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 CALIBRATION = Calibration((Level(0.5, 0.1, -1.0, 2.0, 0.3, (9, 0, 9)),), {"model": "micro"})
