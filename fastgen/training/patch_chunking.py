@@ -11,6 +11,7 @@ picture is laid out.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from fastgen.training.z_image import caption_tokens
 
 __all__ = ["PatchRecipe", "drop_cost_loss", "level_loss", "wanted_share"]
 
-SCAFFOLD: dict[str, Any] = {"compression": 4.0, "floor": 0.0625}
+SCAFFOLD: dict[str, Any] = {"compression": 4.0, "floor": 0.125}
 BAND = 4
 """Samples of neighbouring noise levels that keep the wanted share together."""
 HELD_OUT = 128
@@ -172,12 +173,14 @@ class PatchRecipe:
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
         compression = self.transformer.config.compression
         share = wanted_share(start, self.warm_up, self.anneal, compression)
-        budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+        budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))] if share < 1 else 0.0
+        patches = (self.size // 8) ** 2
+        least = math.ceil(self.transformer.config.floor * patches - 1e-9)
         return {
             "images": torch.from_numpy(data.images),
             **caption_tokens(self.pipe.tokenizer, texts),
             "share": share,
-            "token_budget": max(1, round(share * (1 - budget * (share < 1)) * (self.size // 8) ** 2)),
+            "token_budget": max(1, least, round(share * (1 - budget) * patches)),
         }
 
     def loss(

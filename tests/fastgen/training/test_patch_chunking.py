@@ -106,5 +106,7 @@ def test_budgets_fall_with_the_share() -> None:
     drawn = [[recipe.batch(start, 1, generator)["token_budget"] for _ in range(40)] for start in (5, 15, 30)]
     assert set(drawn[0]) == {64}  # 8 x 8 patches, all of them
     assert (max(drawn[1]), min(drawn[1])) == (40, 16)
-    assert (max(drawn[2]), min(drawn[2])) == (16, 6)
+    assert (max(drawn[2]), min(drawn[2])) == (16, 8)  # not below the floor, an eighth
+    lower = PatchRecipe(0, embedded_folder("tiny"), warm_up=0, anneal=0, floor=0.0)
+    assert min(lower.batch(9, 1, generator)["token_budget"] for _ in range(40)) == 6
     assert isinstance(recipe.transformer, DCZImageTransformer2DModel)
