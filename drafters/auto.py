@@ -19,8 +19,10 @@ from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import AcceptanceRule, Exact
 from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.drafter import Drafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
+from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.tree import Tree, chain, static_tree, widths_tree
 from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reject_in_turn, strict, turns
@@ -156,6 +158,7 @@ def choose_source(
     law: TokenLaw,
     repeats: int = 2,
     compile: bool = False,
+    heads: WindowHeads | None = None,
 ) -> tuple[DraftSource, str]:
     """What drafts fastest here.
 
@@ -167,6 +170,7 @@ def choose_source(
         law: the sampler's settings; temperature 0 is measured like 1.
         repeats: pictures of each measurement.
         compile: measure compiled rounds.
+        heads: windows are also tried with them.
 
     Returns:
         a source, and its name.
@@ -189,7 +193,9 @@ def choose_source(
 
     # A rule that compares the hidden states of a place's candidates needs several.
     names = [*(f"jacobi-{window}" for window in WINDOWS), *(WIDE_WINDOWS if rule.needs_hidden else ())]
-    sources: dict[str, DraftSource] = {name: JacobiSource.of_name(name, rule) for name in names}
+    if heads is not None:
+        names += [f"heads-{window}" for window in WINDOWS if window <= heads.config.window]
+    sources: dict[str, DraftSource] = {name: window_source(name, rule, heads) for name in names}
     if drafter is not None:
         tree = best_tree(*_measure(drafter, seconds_a_token))
         widths = "-".join(str(len(level)) for level in tree.levels[1:])

@@ -216,7 +216,7 @@ class _Rounds:
         add_accepted(accepted)
         add_passes("target", rounds + 1)
         each, first = self.source.passes
-        if first:
+        if each or first:
             add_passes("drafter", first + rounds * each)
         return Decoded(self.tokens[:, :total], rounds + 1, (lengths >= 0).sum(dim=0), accepted, self.counts)
 

@@ -12,7 +12,7 @@ from fastgen.drafters.cache import KVCache
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
 from fastgen.errors import FastgenError
 
-__all__ = ["DraftState", "Drafter"]
+__all__ = ["DraftState", "Drafter", "check_fits", "describe"]
 
 
 @dataclass
@@ -49,13 +49,7 @@ class Drafter(ABC):
         Raises:
             FastgenError: names the mismatch.
         """
-        config: Any = getattr(self, "config", {})
-        for name, value in describe(target).items():
-            if name in config and config[name] != value:
-                raise FastgenError(f"drafter: made for a model of {name} {config[name]}, this one has {value}")
-        dtype = getattr(self, "dtype", target.dtype)
-        if dtype != target.dtype and target.dtype.is_floating_point:  # quantised weights are integers
-            raise FastgenError(f"drafter: is {dtype}, the model {target.dtype}; convert one with .to(dtype)")
+        check_fits("drafter", self, describe(target), target)
 
     @abstractmethod
     def features(self, output: TargetPass) -> Tensor:
@@ -102,6 +96,21 @@ class Drafter(ABC):
     @abstractmethod
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
         """Logits [R, k, V] of the tokens after nodes of states [R, k, D] at a depth (0: the root)."""
+
+
+def check_fits(label: str, part: Any, wanted: dict[str, Any], target: Target) -> None:
+    """Refuse a part whose configuration is for another target, or whose weights have another dtype.
+
+    Raises:
+        FastgenError: names the mismatch.
+    """
+    config: Any = getattr(part, "config", {})
+    for name, value in wanted.items():
+        if name in config and config[name] != value:
+            raise FastgenError(f"{label}: made for a model of {name} {config[name]}, this one has {value}")
+    dtype = getattr(part, "dtype", target.dtype)
+    if dtype != target.dtype and target.dtype.is_floating_point:  # quantised weights are integers
+        raise FastgenError(f"{label}: is {dtype}, the model {target.dtype}; convert one with .to(dtype)")
 
 
 def describe(target: Target) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import torch
 from fastgen.drafters.acceptance import GSD, AcceptanceRule, Block, CoolSD, Exact, Lantern, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.names import RULES
 from fastgen.drafters.targets import Target
 from fastgen.pretrained import load_pretrained
 
-__all__ = ["build_rule", "load_drafter"]
+__all__ = ["build_rule", "has_heads", "heads_beside", "load_drafter"]
 
 _KINDS: dict[str, Any] = {
     "exact": Exact,
@@ -29,13 +30,13 @@ _KINDS: dict[str, Any] = {
     "cool-sd": CoolSD,
     "cascade": CascadeConfig,
 }
-_DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter)}
+_DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter, WindowHeads)}
 # Codes around each code that a rule may look at, as far as the codebook has so many.
 _LANTERN_NEAR = 1000
 
 
 def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:
-    """A saved drafter, whatever its class.
+    """A saved drafter, or heads of a window, whatever its class.
 
     Args:
         folder: written by `save_pretrained`, or a Hub id of an EAGLE drafter of ours.
@@ -44,14 +45,30 @@ def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = Non
     Raises:
         ValueError: the folder holds no drafter that we know.
     """
-    path = Path(folder) / "config.json"
     if Path(folder).is_dir():
-        kind = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+        kind = _kind(Path(folder))
         if kind not in _DRAFTERS:
             raise ValueError(f"drafter: {os.fspath(folder)} holds none that we know (found {kind})")
     else:
         kind = EagleDrafter.__name__
     return load_pretrained(_DRAFTERS[kind], os.fspath(folder), torch_dtype=dtype).eval()
+
+
+def _kind(folder: Path) -> str | None:
+    """The class that a folder's configuration names."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+
+
+def has_heads(folder: str | os.PathLike[str]) -> bool:
+    """Whether a drafter's folder holds heads of a window: itself, or in `heads`."""
+    return (Path(folder) / "heads").is_dir() or _kind(Path(folder)) == WindowHeads.__name__
+
+
+def heads_beside(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> WindowHeads | None:
+    """The heads in a drafter's folder (`heads`), if there are some."""
+    path = Path(folder) / "heads"
+    return load_drafter(path, dtype) if path.is_dir() else None
 
 
 def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:

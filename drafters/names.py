@@ -32,7 +32,7 @@ SMALLEST_TEMPERATURE = 1e-6
 
 _CHAIN = re.compile(r"chain-([1-9]\d{0,5})")
 _WIDTHS = re.compile(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*")
-_WINDOW = re.compile(r"jacobi-([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?")
+_WINDOW = re.compile(r"(?:jacobi|heads)-([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?")
 
 
 def check_temperature(label: str, value: object) -> float:
@@ -69,8 +69,8 @@ def tree_widths(name: str) -> tuple[int, ...] | None:
 
 
 def is_tree_name(name: str) -> bool:
-    """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12", "jacobi-12x4"), or is
-    "auto"."""
+    """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12", "jacobi-12x4",
+    "heads-12"), or is "auto"."""
     return name == "auto" or tree_widths(name) is not None or _WINDOW.fullmatch(name) is not None
 
 
@@ -89,7 +89,7 @@ def check_tree_name(label: str, name: str) -> None:
 
 
 def window_of(name: str, label: str = "tree") -> tuple[int, int]:
-    """Places of the window "jacobi-12", and candidates of each: "jacobi-12x4" has 4.
+    """Places of the window "jacobi-12" or "heads-12", and candidates of each: "jacobi-12x4" has 4.
 
     Raises:
         FastgenError: no such name, or a window that is too large.

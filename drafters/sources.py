@@ -215,17 +215,24 @@ class JacobiSource(DraftSource):
             self.noise = noise.unflatten(1, (places, target.vocab_size))
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
-        scores = self.laws.log()
+        noise = gumbel
         if self.noise is not None:
             places = index[:, None] + 1 + torch.arange(self.window, device=root.device)
             rows = torch.arange(len(root), device=root.device)[:, None]
-            scores = scores + self.noise[rows, places]
-        elif gumbel is not None:
-            scores = scores + gumbel
+            noise = self.noise[rows, places]
+        laws = self.draft_laws(root, index, noise)
+        scores = laws.log() if noise is None else laws.log() + noise
         drawn = scores.topk(self.width, dim=-1).indices.flatten(1)
-        draft = self.laws.new_zeros(len(root), self.nodes, self.laws.shape[-1])
-        draft[:, self.spine[:-1]] = self.laws
+        draft = laws.new_zeros(len(root), self.nodes, laws.shape[-1])
+        draft[:, self.spine[:-1]] = laws
         return Proposal(self.tree, torch.cat([root[:, None], drawn], dim=1), draft)
+
+    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> Tensor:
+        """Laws [B, L, V] of the places, drawn with their noise [B, L, V]: what the round before left.
+
+        A place's law may depend on the noise of places before it, not on its own or that of later ones.
+        """
+        return self.laws
 
     def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
         # The root moves on by accepted + 1 places: what was said `accepted` places further now stands for each place.

@@ -197,7 +197,8 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
 def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Speculative decoding of a pipeline's model."""
     from fastgen.drafters.calibration import Calibration
-    from fastgen.drafters.loading import load_drafter
+    from fastgen.drafters.heads import WindowHeads
+    from fastgen.drafters.loading import heads_beside, load_drafter
 
     if folder is None:
         plain: DiffusionPipeline = kind(pipe.model, pipe.tokenizer)
@@ -205,7 +206,11 @@ def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype
 
     def load() -> DiffusionPipeline:
         drafter = load_drafter(folder, dtype)
-        made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder))
+        if isinstance(drafter, WindowHeads):
+            only: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, heads=drafter)
+            return only
+        heads = heads_beside(folder, dtype)
+        made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder), heads)
         return made
 
     return _explained(folder, load)

@@ -20,10 +20,12 @@ from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_speculative
 from fastgen.drafters.drafter import Drafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.names import RULES, check_tree_name, tree_widths
-from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
+from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.errors import FastgenError
@@ -49,6 +51,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         drafter: made for this model, e.g. a `fastgen.drafters.eagle.EagleDrafter`. None drafts without one: the
             target's own guesses of the round before (Jacobi), which need no training.
         calibration: thresholds of CASCADE-R for this model and drafter, for the `quality` knob.
+        heads: made for this model; they correct the windows "heads-12".
 
     Every call uses the parts that the pipeline has then: a part may be replaced, moved, or changed in place.
 
@@ -57,8 +60,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     """
 
     loss: Loss = "distribution"
-    model_cpu_offload_seq = "model->drafter"
-    _optional_components = ["drafter"]
+    model_cpu_offload_seq = "model->drafter->heads"
+    _optional_components = ["drafter", "heads"]
 
     def __init__(
         self,
@@ -66,15 +69,17 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         tokenizer: Any,
         drafter: Any = None,
         calibration: Calibration | Mapping[str, Any] | None = None,
+        heads: Any = None,
     ) -> None:
         super().__init__()
         if isinstance(calibration, Mapping):
             calibration = Calibration.of_dict(calibration)
-        _check_parts(model, tokenizer, drafter, calibration)
+        _check_parts(model, tokenizer, drafter, calibration, heads)
         self.calibration = calibration
         self._compile = False
         self._chosen: dict[Any, tuple[str | Tree | DynamicShape, str]] = {}
-        self.register_modules(model=model, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), drafter=drafter)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.register_modules(model=model, tokenizer=tokenizer, drafter=drafter, heads=heads)
 
     # ---- loading and saving ----
 
@@ -103,7 +108,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     @property
     def target(self) -> Target:
         """The model as speculative decoding sees it, made of the present parts; keep it no longer than they stay."""
-        return _check_parts(self.model, self.tokenizer, self.drafter, self.calibration)
+        return _check_parts(self.model, self.tokenizer, self.drafter, self.calibration, self.heads)
 
     @property
     def image_size(self) -> int | None:
@@ -161,7 +166,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             temperature: divisor of the guided logits; 0 takes the most likely token.
             top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
-                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens. "auto"
+                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens, or
+                "heads-12", one that heads correct. "auto"
                 measures which is fastest here, once for each acceptance rule and law (that takes a dozen pictures
                 or more). None takes "4-4-2-2-1-1" with a drafter and "jacobi-12" without.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
@@ -249,13 +255,15 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     def _choose(self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
         """The fastest source, measured once for the present model and drafter."""
         # By their numbers: a model that is gone must not be kept, and the worst that a mistake costs is speed.
-        parts = (id(self.model), id(self.drafter), str(target.device), target.dtype)
+        parts = (id(self.model), id(self.drafter), id(self.heads), str(target.device), target.dtype)
         key = (rule.name, getattr(rule, "config", None), law, *parts, self._compile)
         if key not in self._chosen:
             drafter = None if rule.name == "block" else self.drafter  # block verification takes chains only
             with phase("auto"):
                 prefix = target.prefix(prompts[:1], law.guided)
-                source, name = choose_source(target, drafter, rule, prefix, law, compile=self._compile)
+                source, name = choose_source(
+                    target, drafter, rule, prefix, law, compile=self._compile, heads=self.heads
+                )
             # What is kept holds no part of the pipeline.
             self._chosen[key] = (source.tree if isinstance(source, TreeSource) else name, name)
         shape, name = self._chosen[key]
@@ -284,7 +292,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
     ) -> DraftSource:
         """What drafts."""
         if isinstance(shape, str) and tree_widths(shape) is None:
-            return JacobiSource.of_name(shape, rule)
+            return window_source(shape, rule, self.heads)
         topology = named_tree(shape) if isinstance(shape, str) else shape
         free = law.temperature > 0 and isinstance(topology, Tree)
         return TreeSource(self.drafter, topology, free if sampled is None else sampled)
@@ -317,13 +325,17 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         return report
 
 
-def _check_parts(model: Any, tokenizer: Any, drafter: Any, calibration: Any) -> Target:
+def _check_parts(model: Any, tokenizer: Any, drafter: Any, calibration: Any, heads: Any) -> Target:
     """The model as a target, and whether the other parts fit it."""
     target = target_of(model, tokenizer)
     if drafter is not None:
         if not isinstance(drafter, Drafter):
             raise FastgenError(f"drafter: {type(drafter).__name__} is no drafter")
         drafter.check(target)
+    if heads is not None:
+        if not isinstance(heads, WindowHeads):
+            raise FastgenError(f"heads: {type(heads).__name__} are no heads of a window")
+        heads.check(target)
     if calibration is not None and not isinstance(calibration, Calibration):
         raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
     return target

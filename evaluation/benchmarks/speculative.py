@@ -23,9 +23,11 @@ from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.loading import build_rule, load_drafter
-from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
+from fastgen.drafters.loading import build_rule, heads_beside, load_drafter
+from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
 from fastgen.environment import environment, native_bfloat16
@@ -56,7 +58,7 @@ VARIANTS = (
 )
 
 
-_NONE = "none (Jacobi)"
+_NONE, _HEADS = "none (Jacobi)", "heads"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ Choose = Callable[[AcceptanceRule, Any], tuple[DraftSource, str]]
 
 
 def parse_variant(
-    text: str, target: Target, drafters: Mapping[str, Any] | None = None, choose: Choose | None = None
+    text: str,
+    target: Target,
+    drafters: Mapping[str, Any] | None = None,
+    choose: Choose | None = None,
+    heads: WindowHeads | None = None,
 ) -> Variant:
     """ "RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
 
@@ -90,6 +96,7 @@ def parse_variant(
         target: the model.
         drafters: by name, each with its calibration or None; a tree takes the first where none is named.
         choose: what "auto" drafts with, for a rule and a drafter.
+        heads: of windows such as "heads-12".
 
     Raises:
         ValueError: it cannot be read, or needs a drafter that is not there.
@@ -117,10 +124,12 @@ def parse_variant(
     rule = build_rule(words[0], target, **settings)
     if tree == "auto" and choose is not None:
         source, found = choose(rule, drafter)
-        return Variant(text, rule, partial(copy, source), name if isinstance(source, TreeSource) else _NONE, found)
-    if tree.startswith("jacobi-"):
-        JacobiSource.of_name(tree, rule)  # a name that cannot be read is refused here
-        return Variant(text, rule, partial(JacobiSource.of_name, tree, rule), _NONE, tree)
+        drafts = name if isinstance(source, TreeSource) else _HEADS if isinstance(source, HeadsSource) else _NONE
+        return Variant(text, rule, partial(copy, source), drafts, found)
+    if tree.startswith(("jacobi-", "heads-")):
+        window_source(tree, rule, heads)  # a name that cannot be read is refused here
+        drafts = _HEADS if tree.startswith("heads-") else _NONE
+        return Variant(text, rule, partial(window_source, tree, rule, heads), drafts, tree)
     if drafter is None:
         raise ValueError(f"variant: {text!r} needs a drafter, there is {', '.join(given) or 'none'}")
     return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), name, tree)
@@ -187,6 +196,7 @@ def benchmark_speculative(
     pipes: dict[str, Any] = {}
     targets: dict[str, Target] = {}
     known: dict[str, dict[str, Any]] = {}
+    heads: dict[str, WindowHeads | None] = {}
     for kind in dict.fromkeys(("float32", dtype)):
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
         target = target_of(pipe.model, pipe.tokenizer)
@@ -194,10 +204,12 @@ def benchmark_speculative(
             name: (load_drafter(place, target.dtype).to(target.device), Calibration.beside(place))
             for name, place in folders.items()
         }
+        own_heads = None if checkpoint.drafter is None else heads_beside(checkpoint.drafter, target.dtype)
+        heads[kind] = None if own_heads is None else own_heads.to(target.device)
         pipes[kind], targets[kind] = pipe, target
     # What "auto" takes is one of the kinds that the others are.
     fixed = [text for text in variants if text.split()[1:2] != ["auto"]]
-    gated = [parse_variant(text, targets["float32"], known["float32"]) for text in fixed]
+    gated = [parse_variant(text, targets["float32"], known["float32"], heads=heads["float32"]) for text in fixed]
     target = targets[dtype]
     scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
     law = TokenLaw(scale)
@@ -210,9 +222,9 @@ def benchmark_speculative(
         report(f"auto {rule.name}")
         with torch.no_grad():
             prefix = target.prefix(chosen[:1], law.guided)
-        return choose_source(target, drafter, rule, prefix, law, compile=compile)
+        return choose_source(target, drafter, rule, prefix, law, compile=compile, heads=heads[dtype])
 
-    rows_of = [parse_variant(text, target, known[dtype], choose) for text in variants]
+    rows_of = [parse_variant(text, target, known[dtype], choose, heads[dtype]) for text in variants]
     scored = _scores(target, law, rows_of, prompts, folder, images_per_prompt, batch_size, checkpoint, report, quality)
     report("time")
     rows = _timed(pipes, targets, law, chosen, rows_of, dtype, runs, compile)

@@ -81,7 +81,8 @@ def generate(
     tree: Annotated[
         str | None,
         typer.Option(
-            help="What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; auto measures "
+            help="What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; "
+            "heads-12, one that heads correct; auto measures "
             "(speculative).",
             show_default=False,
         ),
@@ -187,6 +188,7 @@ def generate(
     check_writable(target if is_folder else target.parent)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
         from fastgen.drafters.calibration import FILE as CALIBRATION
+        from fastgen.drafters.loading import has_heads
         from fastgen.pipelines.loading import resolve_device
         from fastgen.pipelines.settings import pipeline_class, resolve_settings
 
@@ -195,8 +197,10 @@ def generate(
         search = None
         if method == "search":
             search = searching.plan_search(checkpoint, kind, call, sought, save_tree)
-        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "auto")):
+        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "heads-", "auto")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
+        if call.get("tree", "").startswith("heads-") and (drafts is None or not has_heads(drafts)):
+            raise FastgenError(f"--tree: {tree!r} needs heads of this model; train them with `fastgen train heads`")
         if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
             raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)

@@ -21,8 +21,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="vae, vq, detector, verifier, z-image, small, janus, drafter, dc, dc-dense, dc-patch, dc-graft, "
-            "dc-finetune, cascade-calibrate, search-calibrate."
+            help="vae, vq, detector, verifier, z-image, small, janus, drafter, heads, dc, dc-dense, dc-patch, "
+            "dc-graft, dc-finetune, cascade-calibrate, search-calibrate."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
@@ -111,7 +111,9 @@ def train(
         max_seconds=60.0 * max_minutes,
     )
     choices = _choices(choose or [])
-    if samples:
+    if samples and recipe == "heads":
+        _record(part, data, init, samples, prompts_file, seed)
+    elif samples:
         _draw(recipe, part, data, samples, prompts_file, seed)
     built = build_recipe(recipe, seed, part, init, data, choices)
 
@@ -299,6 +301,21 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     lock = locked_folder(data) if state.is_main_process else contextlib.nullcontext()
     with state.main_process_first(), lock:  # the others find them drawn
         draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
+
+
+def _record(
+    part: Path | None, data: Path | None, init: Path | None, count: int, prompts: str | None, seed: int
+) -> None:
+    """Fill `data` with windows of the model `part`, corrected by the heads `init` if there are some."""
+    from fastgen.errors import FastgenError
+
+    if part is None or data is None or count < 0:
+        raise FastgenError("--samples: recipe heads needs --part, --data and an integer >= 0")
+    from fastgen.training.heads import record
+    from fastgen.training.recipes import janus_folder
+
+    texts = _prompts(prompts or "shapesworld", count)
+    record(janus_folder("heads", part), data, texts, count, init=init, seed=seed, report=_say_samples)
 
 
 def _prompts(name: str, count: int) -> list[str]:

@@ -59,7 +59,8 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 ```
 
 In `drafter` lies its drafter for speculative decoding, a `fastgen.drafters.eagle.EagleDrafter` of width 128 with the
-thresholds of CASCADE-R for both of them (`fastgen generate --model tiny-janus --method speculative`).
+thresholds of CASCADE-R for both of them (`fastgen generate --model tiny-janus --method speculative`). In
+`drafter/heads` lie `fastgen.drafters.heads.WindowHeads`, which correct Jacobi windows (`--tree heads-16`).
 
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
@@ -126,6 +127,7 @@ _PARTS = {
     "dc": "tiny",
     "dc-dense": "tiny",
     "drafter": "tiny-janus",
+    "heads": "tiny-janus",
 }
 _REMARKS = {
     "held_out_psnr": "PSNR on fresh renders (dB)",
@@ -294,7 +296,7 @@ def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[
     for name in _assets.names(root):
         forget_paths(root / name)
         records: dict[str, Any] = {}
-        for folder in (root / name, root / name / "drafter"):
+        for folder in (root / name, root / name / "drafter", root / name / "drafter" / "heads"):
             if (folder / "training.json").is_file():
                 records |= json.loads((folder / "training.json").read_text(encoding="utf-8"))
         path = results / f"shapesworld-{name}.json"

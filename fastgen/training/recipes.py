@@ -92,6 +92,13 @@ RECIPES: dict[str, RecipeEntry] = {
         continues=True,
         draws=True,
     ),
+    "heads": RecipeEntry(
+        "heads that correct the Jacobi windows of a Janus (name, folder or Hub id)",
+        {"steps": 4000, "batch_size": 12, "lr": 2e-3, "warmup": 50, "decay": 0.5, "ema_decay": 0.99},
+        needs="janus",
+        part="model",
+        continues=True,
+    ),
     "dc": RecipeEntry(
         "a small Z-Image transformer with dynamic chunking, for many compute budgets",
         {"steps": 10000, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
@@ -161,21 +168,23 @@ def build_recipe(
         part: folder of the trained part that the recipe needs (VAE, VQ, or a pipeline), or name of an embedded model.
         init: folder of a model to go on from.
         data: folder of samples to learn from (`fastgen.training.samples`): upcycling, and the drafter where it is not
-            to learn from renders.
+            to learn from renders; for heads, of recorded windows (`fastgen.training.windows`).
         choices: what else the recipe lets one choose: of `drafter` the fields of `DrafterTerms`, `kind`, and the
-            configuration of a new drafter.
+            configuration of a new drafter; of `heads` the configuration of new heads.
 
     Raises:
         FastgenError: unknown recipe, a folder that is missing, absent or not understood, or a choice it does not have.
         ValueError: a choice out of range.
     """
     entry = _entry(name)
-    if choices and name != "drafter":
+    if choices and name not in ("drafter", "heads"):
         raise FastgenError(f"recipe {name} lets nothing be chosen, got {', '.join(choices)}")
     if entry.upcycles:
         return _upcycling(name, seed, part, init, data)
     if name == "drafter" and part is not None:
         return _drafter(seed, part, init, data, choices or {})
+    if name == "heads" and part is not None:
+        return _heads(seed, part, init, data, choices or {})
     if data is not None:
         raise FastgenError(f"recipe {name} renders its data and takes no --data")
     if entry.needs and part is None and (init is None or entry.needs in ("z-image", "janus")):
@@ -254,15 +263,40 @@ def _drafter(seed: int, part: Path, init: Path | None, data: Path | None, choice
     if init is not None and drafter:
         raise FastgenError(f"recipe drafter: {', '.join(drafter)} belong to a new drafter, not to one of --init")
 
-    checkpoint = find_checkpoint(str(part))
-    if checkpoint.kind != "janus":
-        raise FastgenError(f"recipe drafter: {part} is no Janus model")
-    folder = checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
+    folder = janus_folder("drafter", part)
     drawn = None if data is None else Samples(data, seed)
     try:
         return DrafterRecipe(seed, folder, init, terms, samples=drawn, **drafter)
     except TypeError as error:
         raise FastgenError(f"recipe drafter: {error}") from error
+
+
+def _heads(seed: int, part: Path, init: Path | None, data: Path | None, choices: Mapping[str, Any]) -> Recipe:
+    from fastgen.training.heads import HeadsRecipe, load_heads, load_target
+    from fastgen.training.windows import Windows
+
+    if data is None:
+        raise FastgenError("recipe heads needs --data, a folder of recorded windows; with --samples they are recorded")
+    if init is not None and choices:
+        raise FastgenError(f"recipe heads: {', '.join(choices)} belong to new heads, not to those of --init")
+    folder = janus_folder("heads", part)
+    windows, heads = Windows(data, seed), None if init is None else load_heads(init)
+    try:
+        return HeadsRecipe(seed, load_target(folder), windows, heads, **choices)
+    except TypeError as error:
+        raise FastgenError(f"recipe heads: {error}") from error
+
+
+def janus_folder(recipe: str, part: Path) -> Path:
+    """Folder of the Janus that a recipe needs, downloaded if need be.
+
+    Raises:
+        FastgenError: it is none.
+    """
+    checkpoint = find_checkpoint(str(part))
+    if checkpoint.kind != "janus":
+        raise FastgenError(f"recipe {recipe}: {part} is no Janus model")
+    return checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
 
 
 def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:

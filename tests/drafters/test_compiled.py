@@ -18,6 +18,8 @@ from fastgen.drafters import decode
 from fastgen.drafters.compiled import compiled, many_graphs
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import HeadsSource
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.medusa import MedusaDrafter
@@ -51,6 +53,8 @@ def make_source(target: Target, name: str) -> DraftSource:
     torch.manual_seed(0)
     if name.startswith("jacobi"):
         return JacobiSource(4, width=2 if "wide" in name else 1, coupled="coupled" in name)
+    if name == "heads":
+        return HeadsSource(WindowHeads.for_target(target, window=4, width=16, heads=2, taps=(1,)).eval(), 4)
     if name == "medusa":
         return TreeSource(MedusaDrafter.for_target(target, depth=3), named_tree("3-2-1"), sampled=True)
     eagle = EagleDrafter.for_target(target, variant=3 if "3" in name else 1, heads=2)
@@ -60,7 +64,7 @@ def make_source(target: Target, name: str) -> DraftSource:
 
 
 @pytest.mark.parametrize(
-    "name", ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "dynamic", "medusa"]
+    "name", ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "dynamic", "medusa", "heads"]
 )
 def test_a_round_is_one_graph_and_draws_the_same(target: Target, graphs: CompileCounterWithBackend, name: str) -> None:
     with torch.no_grad():

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.training.engine import Recipe, Trainer
+from fastgen.training.heads import record
 from fastgen.training.recipes import RECIPES, build_recipe, train_config
 from fastgen.training.samples import draw_samples
 
@@ -39,18 +40,27 @@ def draw(folder: Path) -> None:
         draw_samples(pipe, folder, ["a red circle", "two blue squares"], 6, num_inference_steps=1, height=64, width=64)
 
 
+def record_windows(folder: Path) -> None:
+    """Windows for the recipe of heads, recorded once."""
+    with PartialState(cpu=True).main_process_first():
+        record(embedded_folder("tiny-janus"), folder, ["a red circle", "two blue squares"], 2)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(sys.argv[1])
     parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3]), "z-image": embedded_folder("tiny")}
     parts["janus"] = embedded_folder("tiny-janus")
     draw(scratch / "samples")
+    record_windows(scratch / "windows")
     for name, entry in RECIPES.items():
         config = train_config(name, scratch / name, steps=2, batch_size=4, accumulate=2, warmup=0, decay=0.0)
         part, init, data = parts.get(entry.needs), None, None
         if entry.upcycles:
             part, data = embedded_folder("tiny"), scratch / "samples"
             init = scratch / "dc-graft" / "model" / "transformer" if name == "dc-finetune" else None
+        if name == "heads":
+            data = scratch / "windows"
         trainer = Trainer(build_recipe(name, 0, part, init, data), config)
         starts = record_starts(trainer.recipe)
         before = [param.detach().clone() for param in trainer.trained]

@@ -323,7 +323,7 @@ def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
         train_config("mystery", tmp_path)
     assert set(RECIPES) == {
         *("vae", "vq", "detector", "verifier", "z-image", "small", "janus"),
-        *("drafter", "dc", "dc-dense", "dc-patch", "dc-graft", "dc-finetune"),
+        *("drafter", "heads", "dc", "dc-dense", "dc-patch", "dc-graft", "dc-finetune"),
     }
 
 
