@@ -21,6 +21,7 @@ from fastgen.training.dc_z_image import DCRecipe
 from fastgen.training.engine import Trainer
 from fastgen.training.flow_matching import encode_latents, flow_matching_batch
 from fastgen.training.recipes import train_config
+from fastgen.training.z_image import text_features
 
 #: What is changed: arguments of the recipe. The last is what all of them replace.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -144,7 +145,9 @@ def _errors(
         batch = recipe.batch(_HELD_OUT + start, size, generator)
         noisy, sigma, target = flow_matching_batch(encode_latents(recipe.vae, batch["images"], generator), generator)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
-        captions = [row[:length] for row, length in zip(recipe.captions(batch), lengths, strict=True)]
+        captions = [
+            row[:length] for row, length in zip(text_features(recipe.text_encoder, batch), lengths, strict=True)
+        ]
         images = list(noisy[:, :, None].unbind(0))
         for number, rho in enumerate(tail_drops):
             knobs = {} if recipe.dense else {"tail_drop": rho}

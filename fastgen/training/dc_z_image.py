@@ -9,7 +9,6 @@ arXiv 2603.06351), after a warm-up with none, and adds the ratio loss.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from torch import Tensor
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.chunking import ratio_loss
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.upcycle import upcycle
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.pretrained import load_pretrained
-from fastgen.training.cards import write_defaults, write_record
+from fastgen.training.cards import write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens, save_pipeline, text_features
 
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _CAPTION_DROPOUT = 0.1
@@ -187,23 +185,13 @@ class DCRecipe:
             "tail_drop": draw_tail_drop(start, self.warm_up, generator),
         }
 
-    @torch.no_grad()
-    def captions(self, batch: dict[str, Any]) -> Tensor:
-        """Text features [n, L, D]."""
-        self.text_encoder.to(batch["input_ids"].device)
-        hidden = self.text_encoder(
-            batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-        )
-        features: Tensor = hidden.hidden_states[-2]
-        return features
-
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity, plus layout loss, plus ratio loss."""
         latents = encode_latents(self.vae, batch["images"], generator)
         noisy, sigma, target = flow_matching_batch(latents, generator)
-        features, lengths = self.captions(batch), batch["attention_mask"].sum(dim=1)
+        features, lengths = text_features(self.text_encoder, batch), batch["attention_mask"].sum(dim=1)
         if self.teacher is not None:
             with torch.no_grad():
                 target = forward_batch(self.teacher.to(noisy.device), noisy, 1 - sigma, features, lengths)[0].float()
@@ -222,11 +210,6 @@ class DCRecipe:
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save a whole pipeline in half precision; without dynamic chunking it is a stock one."""
-        pipe = copy.deepcopy(self.pipe)
-        # Ours carries the padding of training.
-        pipe.register_modules(transformer=copy.deepcopy(self.transformer), tokenizer=build_text_tokenizer())
-        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-            part.to(torch.float16)
-        pipe.save_pretrained(folder)
-        write_defaults(folder, height=64, width=64, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        defaults = {"height": 64, "width": 64, "steps": STEPS, "guidance_scale": GUIDANCE_SCALE}
+        save_pipeline(folder, self.pipe, defaults, self.transformer)
         write_record(folder, self.name, record)

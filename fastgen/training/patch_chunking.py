@@ -10,7 +10,6 @@ picture is laid out.
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.upcycle import upcycle
 from fastgen.models.z_image_batch import forward_batch, patchify, use_real_rotary
 from fastgen.pretrained import load_pretrained
-from fastgen.training.cards import write_defaults, write_record
+from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
-from fastgen.training.z_image import caption_tokens
+from fastgen.training.z_image import caption_tokens, save_pipeline, text_features
 
 __all__ = ["PatchRecipe", "drop_cost_loss", "level_loss", "wanted_share"]
 
@@ -190,12 +188,9 @@ class PatchRecipe:
         latents = encode_latents(self.vae, batch["images"], generator)
         # Noise levels of the teacher's own training, at its size.
         noisy, sigma, _ = flow_matching_batch(latents, generator, 1.2 + torch.tensor(self.size / 64).log().item())
-        mask = batch["attention_mask"]
-        lengths = mask.sum(dim=1)
+        lengths = batch["attention_mask"].sum(dim=1)
+        features = text_features(self.text_encoder, batch)
         with torch.no_grad():
-            self.text_encoder.to(mask.device)
-            hidden = self.text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-            features = hidden.hidden_states[-2]
             target = forward_batch(self.teacher.to(noisy.device), noisy, 1 - sigma, features, lengths)[0].float()
         captions = [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
         output, chunks = module(noisy, 1 - sigma, captions, batch["token_budget"])
@@ -217,11 +212,5 @@ class PatchRecipe:
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save a whole pipeline in half precision."""
-        pipe = copy.deepcopy(self.pipe)
-        # Ours carries the padding of training.
-        pipe.register_modules(transformer=copy.deepcopy(self.transformer), tokenizer=build_text_tokenizer())
-        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-            part.to(torch.float16)
-        pipe.save_pretrained(folder)
-        write_defaults(folder, **self.defaults)
+        save_pipeline(folder, self.pipe, self.defaults, self.transformer)
         write_record(folder, self.name, record)

@@ -6,7 +6,6 @@ matching on ShapesWorld renders of that size.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.grow import grow
-from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import use_real_rotary
 from fastgen.pretrained import load_pretrained
-from fastgen.training.cards import write_defaults, write_record
+from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import DenseModule
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import patch_labels
-from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens, save_pipeline, text_features
 
 SIZE = 128
 LAYERS = 8
@@ -81,15 +79,6 @@ class SmallRecipe:
             **patch_labels(data, 8),
         }
 
-    @torch.no_grad()
-    def captions(self, batch: dict[str, Any]) -> Tensor:
-        """Text features [n, L, D]."""
-        mask = batch["attention_mask"]
-        self.text_encoder.to(mask.device)
-        hidden = self.text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        features: Tensor = hidden.hidden_states[-2]
-        return features
-
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
@@ -98,18 +87,14 @@ class SmallRecipe:
         noisy, sigma, target = flow_matching_batch(latents, generator, _LOGIT_MEAN)
         lengths = batch["attention_mask"].sum(dim=1)
         labels = (batch["patch_shapes"], batch["patch_colors"])
-        output, layout = module(noisy, 1 - sigma, self.captions(batch), lengths, *labels)
+        output, layout = module(noisy, 1 - sigma, text_features(self.text_encoder, batch), lengths, *labels)
         loss, numbers = self.metric.loss(output, target, sigma)
         numbers["layout"] = float(layout.detach())
         return loss + _LAYOUT_WEIGHT * layout, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole pipeline in half precision, loadable by stock diffusers."""
-        # The trained module shares its weights with self.pipe, which already holds them.
-        pipe = copy.deepcopy(self.pipe)
-        pipe.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
-        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-            part.to(torch.float16)
-        pipe.save_pretrained(folder)
-        write_defaults(folder, height=SIZE, width=SIZE, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        save_pipeline(
+            folder, self.pipe, {"height": SIZE, "width": SIZE, "steps": STEPS, "guidance_scale": GUIDANCE_SCALE}
+        )
         write_record(folder, self.name, record)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
@@ -137,15 +139,38 @@ class ZImageRecipe:
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the whole pipeline in half precision, loadable by stock diffusers."""
-        import copy
-
-        # The trained module shares its weights with self.pipe, which already holds them.
-        pipe = copy.deepcopy(self.pipe)
-        pipe.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
-        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-            part.to(torch.float16)
-        pipe.save_pretrained(folder)
-        write_defaults(folder, height=64, width=64, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        save_pipeline(folder, self.pipe, {"height": 64, "width": 64, "steps": STEPS, "guidance_scale": GUIDANCE_SCALE})
         for part in self.parts:
             inherit_records(folder, part)
         write_record(folder, "z-image", record)
+
+
+def save_pipeline(
+    folder: Path, pipe: Any, defaults: dict[str, Any], transformer: torch.nn.Module | None = None
+) -> None:
+    """Save a whole Z-Image pipeline in half precision, with the defaults of `fastgen generate`.
+
+    Args:
+        folder: new.
+        pipe: shares its weights with what is trained, and stays as it is.
+        defaults: settings of pictures.
+        transformer: in place of the pipeline's.
+    """
+    copied = copy.deepcopy(pipe)
+    if transformer is not None:
+        copied.register_modules(transformer=copy.deepcopy(transformer))
+    copied.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
+    for part in (copied.transformer, copied.text_encoder, copied.vae):
+        part.to(torch.float16)
+    copied.save_pretrained(folder)
+    write_defaults(folder, **defaults)
+
+
+@torch.no_grad()
+def text_features(text_encoder: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Features [n, L, D] of tokenised captions by a frozen text encoder, as the pipeline takes them."""
+    mask = batch["attention_mask"]
+    text_encoder.to(mask.device)
+    hidden = text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+    features: Tensor = hidden.hidden_states[-2]
+    return features
