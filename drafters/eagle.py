@@ -81,8 +81,6 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
             self.fuse = nn.Linear(2 * width, width, bias=False)
             self.write = nn.Identity() if width == hidden_size else nn.Linear(width, hidden_size, bias=False)
         self.head_dim = width // heads
-        powers = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        self.register_buffer("frequencies", (rope_theta**-powers).float(), persistent=False)
 
     @classmethod
     def for_target(cls, target: Target, **config: Any) -> EagleDrafter:
@@ -182,6 +180,8 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """Cosines and sines of positions [R, k]."""
-        angles = positions[..., None].float() * self.frequencies
+        # Not a buffer: nothing calls this module's forward, with which hooks of offloading would bring it in.
+        powers = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
+        angles = positions[..., None].float() * (self.config.rope_theta**-powers).float()
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _get_group_onload_device, _is_group_offload_enabled
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,9 +33,20 @@ def unit_range(pixels: Tensor) -> Tensor:
 
 def codes_of(embedding: nn.Module) -> Tensor:
     """All vectors [V, d] of a codebook in float32; by its own forward, so that hooks of offloading see it."""
-    weight = next(embedding.parameters())
-    codes: Tensor = embedding(torch.arange(len(weight), device=weight.device))
+    count = len(next(embedding.parameters()))
+    codes: Tensor = embedding(torch.arange(count, device=device_of(embedding)))
     return codes.detach().float()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: with offloading its weights are elsewhere until its forward runs."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    if _is_group_offload_enabled(module):
+        return torch.device(_get_group_onload_device(module))
+    return next(module.parameters()).device
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -229,7 +241,7 @@ class Target(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.layers[0].query.parameters()).device
+        return device_of(self.layers[0].query)
 
     @property
     def hidden_size(self) -> int:

@@ -20,7 +20,8 @@ __all__ = ["ChameleonTarget", "Emu3Target", "VocabularyTarget"]
 class VocabularyTarget(Target):
     """Local ids are the image codes in the order of the codebook, then the special tokens; `ids` are the model's.
 
-    The head is the model's, cut to these words: exact, because the grammar forbids all others.
+    The head is the model's, cut to these words: exact, because the grammar forbids all others. A head with adapters or
+    offloading computes all words and is cut afterwards.
 
     Args:
         model: the whole model, with `lm_head`.
@@ -65,6 +66,9 @@ class VocabularyTarget(Target):
     def head(self, hidden: Tensor) -> Tensor:
         ids = self.ids.to(hidden.device)
         head = self.model.lm_head
+        if type(head) is not torch.nn.Linear or "forward" in vars(head) or head._forward_pre_hooks:
+            logits: Tensor = head(hidden)[..., ids]  # adapters, or hooks that bring the weights in
+            return logits
         bias = None if head.bias is None else head.bias[ids]
         return torch.nn.functional.linear(hidden, head.weight[ids], bias)
 
