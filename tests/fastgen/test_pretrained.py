@@ -189,6 +189,15 @@ def test_every_auto_class_refuses_code(kind: str, trap: Trap) -> None:
         load_pretrained(getattr(transformers, kind), folder, trust_remote_code=True)
 
 
+def test_a_loader_that_trusts_by_itself_is_not_trusted() -> None:
+    class Loader:
+        @staticmethod
+        def from_pretrained(source: str, trust_remote_code: bool = True) -> bool:
+            return trust_remote_code
+
+    assert load_pretrained(Loader, "folder") is False
+
+
 @pytest.mark.parametrize("name", ["DCZImagePipeline", "JanusImagePipeline"])
 def test_our_pipelines_refuse_code_when_loaded_directly(
     name: str, micro_dc: Path, micro_z: Path, micro_janus: Path, trap: Trap

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from micro_models import micro_dc_dit
+from tiny_flows import tiny_sd3
 from tiny_unets import ddim, tiny_sd, tiny_sdxl
 from torch import Tensor
 
@@ -196,6 +197,13 @@ def test_searches(sd: Any, wrong: dict[str, Any], untouched: None) -> None:
     call = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 3, "max_nfe": 12, **wrong}
     with pytest.raises((ValueError, TypeError), match=list(wrong)[-1]):
         NoiseSearchPipeline(sd, brightness, BestOfN(n=2))(**call)
+
+
+@pytest.mark.parametrize("scale", [NAN, INF, "7", True])
+def test_searches_with_flow_models(scale: Any, untouched: None) -> None:
+    search = NoiseSearchPipeline(tiny_sd3(), brightness, BestOfN(n=2))
+    with pytest.raises((ValueError, TypeError), match="guidance_scale"):
+        search("a cat", height=32, width=32, num_inference_steps=3, guidance_scale=scale)
 
 
 @pytest.mark.parametrize("wrong", CHUNKED, ids=names(CHUNKED))

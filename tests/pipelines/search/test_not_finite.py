@@ -21,6 +21,7 @@ from fastgen.pipelines.dc_z_image import DCZImagePipeline
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.budget import Budget
+from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.images import search_images
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.names import POLICIES, named_policy
@@ -161,6 +162,32 @@ def test_the_last_step_alone_may_fail(name: str, seed: int, monkeypatch: pytest.
     monkeypatch.setattr(Spoiled, "some", 1.0)
     ends, _, _ = run_policy(small(name), max_nfe=160, seed=seed)
     assert all(end.fault is not None for end in ends)
+
+
+@pytest.mark.parametrize(("time", "rows"), [(0.56, 1), (0.495, 3)], ids=["seed", "copies"])
+def test_a_path_that_fails_goes_on_from_the_best(time: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last evaluation of a seed, and of all copies of one, is spoiled: nothing is computed from it."""
+    sizes: list[int] = []
+
+    class First(ToyDenoiser):
+        def predict(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+            assert torch.isfinite(latents).all()
+            said = super().predict(latents, times, which)
+            if math.isclose(float(times[0]), time):
+                sizes.append(len(latents))
+                said.clean[:rows] = math.nan
+            return said
+
+    monkeypatch.setattr("toy_search.ToyDenoiser", First)
+    ends, _, denoiser = run_policy(small("search-over-paths"), max_nfe=160)
+    assert sizes == [2 * rows] and ends[0].fault is None and len(denoiser.rows) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_pixels_are_checked_without_a_decoder_of_the_pipeline(value: float) -> None:
+    latents = torch.full((1, 1, 1, 2), value)
+    with pytest.raises(NotFiniteError, match="pixels"):
+        Denoiser.pictures(ToyDenoiser(TIMES), Prediction(latents, torch.zeros_like(latents)))
 
 
 # ---- with pipelines ----
