@@ -23,8 +23,14 @@ _CONTEXT.set_forkserver_preload(
         "fastgen.evaluation.fid.evaluate",
         "fastgen.evaluation.geneval.judges",
         "fastgen.evaluation.shapesworld",
+        "fastgen.pipelines.dc_z_image",
         "fastgen.pipelines.loading",
+        "fastgen.pipelines.speculative",
         "fastgen.training.engine",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.janus.modeling_janus",
+        "transformers.models.qwen3.modeling_qwen3",
     ]
 )
 

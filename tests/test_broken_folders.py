@@ -1,0 +1,78 @@
+"""A model folder with anything broken in it: a picture, or one line and exit status 2, in bounded time."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_folders import copies, generate
+from killed import start
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 25.0
+ARGUMENTS = {
+    "tiny": ["--steps", "1"],
+    "tiny-dc": ["--steps", "1"],
+    "tiny-janus": ["--method", "speculative", "--acceptance", "cascade", "--quality", "0.5", "--tree", "chain-4"],
+    "micro-dc": ["--steps", "1"],
+    "micro-janus": [],
+    "stable-diffusion": ["--steps", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    micro: Any = importlib.import_module("micro_models")
+    unets: Any = importlib.import_module("tiny_unets")
+    from fastgen.pipelines.checkpoint import embedded_folder
+
+    root = tmp_path_factory.mktemp("folders")
+    for name in ("tiny", "tiny-dc", "tiny-janus"):
+        shutil.copytree(embedded_folder(name), root / name)
+    micro.save_micro_dc(root / "micro-dc", micro.save_micro_z_image(root / "micro-z"))
+    micro.save_micro_janus(root / "micro-janus")
+    unets.tiny_sd(unets.ddim()).save_pretrained(root / "stable-diffusion")
+    return {name: root / name for name in ARGUMENTS}
+
+
+def fault(model: Path, arguments: list[str], place: Path) -> str | None:
+    """What is wrong with how the command ends; None if nothing."""
+    place.mkdir()
+    words = ["generate", "a red circle", "--model", str(model), "-o", "out.png", "--device", "cpu", *arguments]
+    process = start(generate, str(place), words)
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"runs for more than {SECONDS:g} s"
+    said = place.with_name(f"{place.name}-said-0.txt").read_text(encoding="utf-8", errors="replace")
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    if process.exitcode == 0 and not errors and (place / "out.png").is_file():
+        return None
+    if process.exitcode == 2 and len(errors) == 1 and "Traceback" not in said and not (place / "out.png").exists():
+        return None
+    return f"exit status {process.exitcode}: {said[-600:]}"
+
+
+def cases() -> list[tuple[str, int]]:
+    return [(name, seed) for name in ARGUMENTS for seed in range(4)]
+
+
+@pytest.mark.parametrize(("name", "seed"), cases())
+def test_a_broken_folder_ends_in_one_line(folders: dict[str, Path], tmp_path: Path, name: str, seed: int) -> None:
+    faults = []
+    for number, (done, folder) in enumerate(copies(folders[name], tmp_path, 10, seed)):
+        if (found := fault(folder, ARGUMENTS[name], tmp_path / f"run-{number}")) is not None:
+            faults.append(f"{done}: {found}")
+        shutil.rmtree(folder)
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_whole_folder_draws(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    assert fault(folders[name], ARGUMENTS[name], tmp_path / "run") is None
+    assert (tmp_path / "run" / "out.png").is_file()
