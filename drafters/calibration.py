@@ -30,6 +30,7 @@ from fastgen.drafters.redundancy import (
 )
 from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
 from fastgen.errors import FastgenError
+from fastgen.io import read_object
 
 __all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels"]
 
@@ -151,7 +152,7 @@ class Calibration:
     @classmethod
     def beside(cls, folder: str | os.PathLike[str]) -> Calibration | None:
         """The calibration in a drafter's folder, if there is one."""
-        return cls.load(folder) if (Path(folder) / FILE).is_file() else None
+        return cls.load(folder) if (Path(folder) / FILE).exists() else None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Calibration:
@@ -161,13 +162,9 @@ class Calibration:
             ValueError: there is none, or it cannot be read.
         """
         path = Path(folder) / FILE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FastgenError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`") from None
-        except ValueError as error:
-            raise FastgenError(f"quality: {path} cannot be read: {error}") from error
-        return cls.of_dict(data, path)
+        if not path.exists():
+            raise FastgenError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`")
+        return cls.of_dict(read_object(path), path)
 
 
 class PairRecorder(AcceptanceRule):

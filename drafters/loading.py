@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.names import RULES
 from fastgen.drafters.targets import Target
+from fastgen.errors import FastgenError
+from fastgen.io import read_object
 from fastgen.pretrained import load_pretrained
 
 __all__ = ["build_rule", "has_heads", "heads_beside", "load_drafter"]
@@ -43,21 +44,26 @@ def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = Non
         dtype: of the weights; None as stored.
 
     Raises:
-        ValueError: the folder holds no drafter that we know.
+        FastgenError: the folder holds no drafter that we know, or its weights do not fit its configuration.
     """
     if Path(folder).is_dir():
         kind = _kind(Path(folder))
         if kind not in _DRAFTERS:
-            raise ValueError(f"drafter: {os.fspath(folder)} holds none that we know (found {kind})")
+            raise FastgenError(f"drafter: {os.fspath(folder)} holds none that we know (found {str(kind)[:60]})")
     else:
         kind = EagleDrafter.__name__
-    return load_pretrained(_DRAFTERS[kind], os.fspath(folder), torch_dtype=dtype).eval()
+    drafter, info = load_pretrained(_DRAFTERS[kind], os.fspath(folder), torch_dtype=dtype, output_loading_info=True)
+    for fault in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, info.get(f"{fault}_keys") or ())):
+            raise FastgenError(f"drafter {os.fspath(folder)} has {len(keys)} {fault} weights, e.g. {keys[0]!r}")
+    return drafter.eval()
 
 
 def _kind(folder: Path) -> str | None:
     """The class that a folder's configuration names."""
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+    found = read_object(path).get("_class_name") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def has_heads(folder: str | os.PathLike[str]) -> bool:

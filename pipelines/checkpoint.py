@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
+from fastgen.pipelines.config_limits import check_numbers
 from fastgen.pipelines.weight_files import check_weight_folder
 
 __all__ = [
@@ -49,6 +50,8 @@ Kind = Literal["diffusers", "janus"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_FILES = ("*.json", "*/*.json")
+# What networks and schedulers are built from.
+_NETWORK_FILES = ("config.json", "scheduler_config.json", "generation_config.json", "model_index.json")
 _JANUS_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 # Beyond it a tokenizer table takes longer to parse than the check is worth.
 _LARGEST_PARSED_JSON = 32 * 2**20
@@ -220,6 +223,9 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         pipeline_class = index.get("_class_name")
         if not isinstance(pipeline_class, str):
             raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
+        for component, entry in index.items():
+            if isinstance(entry, list) and not all(part is None or isinstance(part, str) for part in entry):
+                raise FastgenError(f"{folder / 'model_index.json'}: {component} must name a library and a class")
         base = _base_folder(folder, defaults.pop("base", None))
         if base is not None:
             defaults = {**_defaults(base), **defaults}
@@ -228,7 +234,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
                 raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
         entry = index.get("transformer")
         if isinstance(entry, list) and len(entry) == 2:
-            pipeline_class = _PIPELINE_OF_TRANSFORMER.get(entry[1], pipeline_class)
+            pipeline_class = _PIPELINE_OF_TRANSFORMER.get(str(entry[1]), pipeline_class)
         for place in (folder, base):
             if place is not None:
                 _check_json_files(place)
@@ -257,7 +263,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
                 "JanusImagePipeline",
                 defaults,
                 fixed_size=_janus_size(folder, config),
-                drafter=None if drafter is None else _drafter_folder(folder / str(drafter)),
+                drafter=None if drafter is None else _own_drafter(folder, drafter),
             )
         raise FastgenError(
             f"model {model!r} is a transformers {config.get('model_type', 'model of unknown type')!r}; "
@@ -275,17 +281,25 @@ def _base_folder(folder: Path, base: Any) -> Path | None:
     """The folder that "base" in fastgen.json means."""
     if base is None:
         return None
-    if not isinstance(base, str) or not base:
-        raise FastgenError(f"{folder / 'fastgen.json'}: base must name a model, got {base!r}")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise FastgenError(f"{folder / 'fastgen.json'}: base must name a model, got {str(base)[:60]!r}")
     found = embedded_folder(base) if base in EMBEDDED_MODELS else folder / base
     if not (found / "model_index.json").is_file() or "base" in _defaults(found):
         raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no whole pipeline")
     return found
 
 
+def _own_drafter(folder: Path, drafter: Any) -> Path:
+    """The folder that "drafter" in fastgen.json means."""
+    if not isinstance(drafter, str) or not drafter or "\0" in drafter:
+        raise FastgenError(f"{folder / 'fastgen.json'}: drafter must name a folder, got {str(drafter)[:60]!r}")
+    return _drafter_folder(folder / drafter)
+
+
 def _drafter_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FastgenError(f"drafter {os.fspath(folder)!r}: there is no config.json in such a folder")
+    _check_json_files(folder)
     return folder
 
 
@@ -305,7 +319,11 @@ def _check_json_files(folder: Path) -> None:
     for pattern in _CONFIG_FILES:
         for file in sorted(folder.glob(pattern)):
             if file.stat().st_size <= _LARGEST_PARSED_JSON:
-                read_json(file)
+                content = read_json(file)
+                if file.name in _NETWORK_FILES:
+                    if not isinstance(content, dict):
+                        raise FastgenError(f"{file} is not a JSON object")
+                    check_numbers(content, file)
 
 
 def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:

@@ -11,6 +11,7 @@ import importlib
 import logging
 import math
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.accounting import phase
 from fastgen.errors import FastgenError
 from fastgen.io import read_json
+from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.checkpoint import (
+    EMBEDDED_MODELS,
     Checkpoint,
     check_names,
     check_weights,
@@ -42,7 +45,7 @@ from fastgen.pipelines.weight_files import check_safetensors, variant_of
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
 
@@ -110,6 +113,8 @@ def load_checkpoint(
         pipe = _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_diffusers(checkpoint, kind)
         if method == "speculative":
             pipe = _with_drafter(kind_of_pipeline, pipe, find_drafter(checkpoint, drafter), kind)
+        for part in pipe.components.values():
+            check_chat_template(part, f"model {checkpoint.model!r}")
         try:
             pipe.to(where)
         except torch.OutOfMemoryError as error:
@@ -317,6 +322,33 @@ def _explained(folder: Path, load: Callable[[], T]) -> T:
     except pickle.UnpicklingError as error:
         raise FastgenError(f"checkpoint {folder}: a weight file is no archive of tensors, or is corrupt") from error
     except Exception as error:  # every loader, and every class that it builds, raises its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines)[:300] or type(error).__name__
-        raise FastgenError(f"checkpoint {folder} cannot be loaded: {reason}") from error
+        raise FastgenError(f"checkpoint {folder} cannot be loaded: {_reason(error)}") from error
+
+
+@contextmanager
+def explained_drawing(checkpoint: Checkpoint) -> Iterator[None]:
+    """What a model of the user's cannot compute becomes one line that names it.
+
+    The first call shows what its configuration hides: shapes that do not fit, a missing token. A model that comes
+    with the package has no such faults; there an error is a bug and keeps its traceback.
+
+    Raises:
+        FastgenError: in place of the errors of torch, diffusers and transformers.
+    """
+    try:
+        yield
+    except (FastgenError, OSError):
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory") from error
+    except Exception as error:
+        if checkpoint.model in EMBEDDED_MODELS:
+            raise
+        raise FastgenError(
+            f"model {checkpoint.model!r} cannot draw: {_reason(error)} (FASTGEN_DEBUG=1 shows the traceback)"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

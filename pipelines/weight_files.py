@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.io import read_object
+from fastgen.io import parse_json, read_object
 
 __all__ = ["check_safetensors", "check_weight_folder", "variant_of"]
 
 
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
 _VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.(safetensors|bin)$|\.index\.([A-Za-z]\w*)\.json$")
+
+_BITS = re.compile(r"\d+")  # of one element: F32, BF16, F8_E4M3, U8 …
 
 
 def variant_of(file: Path) -> str | None:
@@ -82,9 +83,9 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     if not header_bytes:
         raise FastgenError(f"weight file {path} is truncated or not in safetensors format ({size} bytes)")
     try:
-        header = json.loads(header_bytes)
+        header = parse_json(header_bytes, f"the header of weight file {path}")
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        needed = 8 + len(header_bytes) + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        needed = 8 + len(header_bytes) + max(map(_end, tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise FastgenError(f"weight file {path} is corrupt: its header cannot be read") from error
     if size < needed:
@@ -92,3 +93,18 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     if size > needed:
         raise FastgenError(f"weight file {path} is corrupt: it has {size} bytes, its header accounts for {needed}")
     return tensors
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor ends in the file.
+
+    Raises:
+        ValueError, TypeError, KeyError: the entry contradicts itself, or is something else.
+    """
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+        raise ValueError("a shape or an offset is no integer >= 0")
+    bits = int(_BITS.search(entry["dtype"])[0]) if entry["dtype"] != "BOOL" else 8  # type: ignore[index]
+    if math.prod(shape) * bits != 8 * (end - start):
+        raise ValueError("a shape does not fit its data")
+    return int(end)

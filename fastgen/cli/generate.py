@@ -287,7 +287,7 @@ def _make(
     from fastgen.cli.notes import warnings_shown
     from fastgen.environment import versions
     from fastgen.pipelines.generation import generate_images, unknown_words
-    from fastgen.pipelines.loading import load_checkpoint
+    from fastgen.pipelines.loading import explained_drawing, load_checkpoint
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -299,10 +299,10 @@ def _make(
         if compile:
             pipe.compile()
         prompts = [job.prompt for job in jobs]
-        if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
-            shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
-            typer.echo(f"note: the model has no token for: {shown}", err=True)
-        with warnings_shown(), _progress_bar(len(jobs)) as report:
+        with explained_drawing(checkpoint), warnings_shown(), _progress_bar(len(jobs)) as report:
+            if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
+                shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
+                typer.echo(f"note: the model has no token for: {shown}", err=True)
             common: dict[str, Any] = {
                 **call,
                 "batch_size": batch_size,
