@@ -352,3 +352,13 @@ def test_bad_input_of_the_parts() -> None:
         smooth_kept(tokens.double(), positions, p.flatten()[positions].double(), (2, 5), 1, 1.0)
     kept = p.flatten()[positions]
     assert smooth_kept_reference(tokens.double(), positions, kept.double(), (2, 5), 1, 1.0).dtype == torch.float64
+
+
+def test_float64_tokens_are_smoothed_in_float64() -> None:
+    """Also with the float32 probabilities of a router."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    p = torch.rand(5, generator=generator)
+    where = torch.tensor([0, 2, 5, 6, 11])
+    found, exact = (smooth_kept_reference(tokens, where, each, (2, 3), 2, 1.0) for each in (p, p.double()))
+    assert found.dtype == torch.float64 and torch.equal(found, exact)
