@@ -313,9 +313,9 @@ def _check_packed(tokens: Tensor, positions: Tensor, probabilities: Tensor | Non
         raise ValueError(f"tokens: need floats [T, D], got {shown(tokens)}")
     if positions.dtype != torch.int64:
         raise ValueError(f"positions: need int64 [T], got {shown(positions)}")
-    wanted = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    if probabilities is not None and probabilities.dtype != wanted:
-        raise ValueError(f"probabilities: need {wanted} for these tokens, got {shown(probabilities)}")
+    wanted = {torch.float32, torch.promote_types(tokens.dtype, torch.float32)}  # a router gives float32
+    if probabilities is not None and probabilities.dtype not in wanted:
+        raise ValueError(f"probabilities: need float32 (or float64 for such tokens), got {shown(probabilities)}")
 
 
 # ---- operators ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgen.checks import check_integer, check_number
-from fastgen.drafters.names import RULES, check_tree_name
+from fastgen.drafters.names import RULES, check_temperature, check_tree_name
 from fastgen.errors import FastgenError
 
 __all__ = ["SEARCH_SETTINGS", "SETTINGS", "check_prompt", "check_value"]
@@ -76,7 +76,7 @@ def check_value(label: str, name: str, value: object) -> None:
     if name in _COUNTS:
         check_integer(label, value, 1, _LARGEST)
     elif name == "temperature":
-        check_number(label, value, 0)
+        check_temperature(label, value)
     elif name == "top_p":
         check_number(label, value, above=0, maximum=1)
     elif name == "max_seconds":
