@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from oracle_drafter import OracleDrafter
@@ -288,3 +290,19 @@ def test_prompts_without_room_for_the_picture_are_refused(target: Any) -> None:
     assert target.prefix([longest], False).mask.shape[1] == room
     with pytest.raises(ValueError, match=f"prompt: .* has {room + 1} tokens with its frame, .* at most {room}"):
         target.prefix(["red", longest + " red"], True)
+
+
+@torch.no_grad()
+def test_a_model_with_sequential_offload_draws_the_same_tokens(target: Any) -> None:
+    moved = copy.deepcopy(target.model)
+    accelerate.cpu_offload(moved, torch.device("cpu"), offload_buffers=False)
+    assert moved.lm_head.weight.is_meta
+    options = {"line_end": target.line_end} if hasattr(target, "line_end") else {}
+    away = target_of(moved, target.tokenizer, size=target.size, **options)
+    law, source = TokenLaw(3.0), JacobiSource(4)
+    expected, tokens = (
+        decode_speculative(one, source, Exact(), one.prefix(PROMPTS, True), law, generators(2)).tokens
+        for one in (target, away)
+    )
+    assert torch.equal(tokens, expected)
+    assert torch.equal(away.codebook.nan_to_num(), target.codebook.nan_to_num())
