@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.checks import check_number
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_json, read_object
 from fastgen.pipelines.search.prospects import Prospects
@@ -53,6 +54,10 @@ class Schedule:
     price: float
     taus: tuple[float, ...]
     evaluations: float
+
+    def __post_init__(self) -> None:
+        for name in ("price", "evaluations"):
+            check_number(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Calibration:
     prospects: Prospects | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.signature, Mapping) or not isinstance(self.signature.get("config", {}), Mapping):
+            raise ValueError("signature: needs an object with an object config")
         falling = all(after < before for before, after in zip(self.times, self.times[1:], strict=False))
         if not self.times or not falling:
             raise ValueError(f"times: {list(self.times)} is not allowed, needs numbers that fall")

@@ -1,0 +1,149 @@
+"""Hostile values in the files of a model, each refused in one line before its networks are built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_folders import HOSTILE
+
+from fastgen.drafters.loading import load_drafter
+from fastgen.errors import FastgenError
+from fastgen.models.chat_templates import check_chat_template
+from fastgen.pipelines.checkpoint import embedded_folder, find_checkpoint
+from fastgen.pipelines.config_limits import check_numbers
+from fastgen.pipelines.loading import explained_drawing, load_pipeline
+from fastgen.pipelines.search.calibration import Calibration
+from fastgen.pipelines.weight_files import check_safetensors
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**6),
+        ("n_layers", -(10**9)),
+        ("hidden_size", 10**9),
+        ("num_train_timesteps", 10**9),
+        ("block_out_channels", [8, 10**9]),
+        ("anything", 10**30),
+        ("rope_theta", float("inf")),
+        ("scaling_factor", float("nan")),
+    ],
+)
+def test_a_number_that_nothing_can_be_built_of_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(FastgenError, match=f"config.json: {key} is"):
+        check_numbers({"outer": [{key: value}]}, Path("config.json"))
+
+
+def test_numbers_of_published_models_pass() -> None:
+    check_numbers(
+        {"rope_theta": 1e11, "vocab_size": 256_000, "max_position_embeddings": 10_485_760, "num_hidden_layers": 126},
+        Path("config.json"),
+    )
+
+
+@pytest.mark.parametrize("entry", [[1, "UNet2DConditionModel"], ["diffusers", 10**30], [[], {}], ["diffusers", True]])
+def test_a_component_of_a_wrong_type_is_refused(tmp_path: Path, entry: list[Any]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline", "transformer": entry}))
+    with pytest.raises(FastgenError, match="transformer must name a library and a class"):
+        find_checkpoint(tmp_path)
+
+
+class Templated:
+    """A tokenizer that renders as those of transformers do."""
+
+    def __init__(self, template: Any) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **settings: Any) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        return render_jinja_template([messages], chat_template=self.chat_template)[0][0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'x' * 2000000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ 'x'.ljust(2000000000) }}",
+        5,
+    ],
+)
+def test_a_template_without_end_is_refused(template: Any) -> None:
+    begin = time.monotonic()
+    with pytest.raises(FastgenError, match="m: the chat template"):
+        check_chat_template(Templated(template), "m")
+    assert time.monotonic() - begin < 20
+
+
+def test_the_templates_of_the_embedded_models_pass() -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}, {% endif %}{% endfor %}"
+    check_chat_template(Templated(template), "m")
+    check_chat_template(load_pipeline("tiny").tokenizer, "tiny")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "X", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": None, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F16", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        [],
+        None,
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: Any) -> None:
+    header = json.dumps({"weight": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(FastgenError, match="its header cannot be read"):
+        check_safetensors(tmp_path / "model.safetensors")
+
+
+def test_a_drafter_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(embedded_folder("tiny-janus") / "drafter", tmp_path / "drafter")
+    file = tmp_path / "drafter" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    del weights["read.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(FastgenError, match=r"1 missing weights, e\.g\. 'read.weight'"):
+        load_drafter(tmp_path / "drafter")
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: str(value)[:12].replace("\0", ""))
+@pytest.mark.parametrize("key", ["signature", "config", "evaluations", "price", "taus", "times", "quantiles", "fixed"])
+def test_a_broken_file_of_thresholds_is_refused_or_of_use(tmp_path: Path, key: str, value: Any) -> None:
+    data = json.loads((embedded_folder("shapes-verifier") / "thresholds" / "tiny.json").read_text(encoding="utf-8"))
+    holder = {"config": data["signature"], **dict.fromkeys(("evaluations", "price", "taus"), data["schedules"][0])}
+    holder.get(key, data)[key] = value
+    (tmp_path / "thresholds.json").write_text(json.dumps(data), encoding="utf-8")
+    try:
+        found = Calibration.load(tmp_path)
+    except FastgenError:
+        return
+    found.fits(object())
+    found.threshold([0.9, 0.5], 20.0)
+
+
+def test_an_error_of_a_users_model_is_one_line_and_a_bug_of_ours_is_not(tmp_path: Path) -> None:
+    shutil.copytree(embedded_folder("tiny-janus"), tmp_path / "model")
+    users = find_checkpoint(tmp_path / "model")
+    with pytest.raises(FastgenError, match="cannot draw: RuntimeError: shapes differ"), explained_drawing(users):
+        raise RuntimeError("shapes\ndiffer")
+    with pytest.raises(RuntimeError, match="shapes"), explained_drawing(find_checkpoint("tiny")):
+        raise RuntimeError("shapes\ndiffer")
