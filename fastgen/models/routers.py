@@ -55,11 +55,11 @@ class PredictabilityRouter(nn.Module):
         self.head = nn.Conv2d(bottleneck, 1, 1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits, float32 [n, L], of features [n, L, width] on a grid (H, W)."""
+        """Logits [n, L], float32 or wider, of features [n, L, width] on a grid (H, W)."""
         z = self.proj(self.norm(tokens)).transpose(1, 2).unflatten(2, grid)
         predicted = self.predictor(_padded(z))
         score = self.head(F.silu(self.scorer(_padded(z - predicted))))
-        return score.flatten(1).float()
+        return _wide(score.flatten(1))
 
 
 class CosineRouter(nn.Module):
@@ -77,14 +77,14 @@ class CosineRouter(nn.Module):
         self.to_k = nn.Linear(width, bottleneck, bias=False)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits, float32 [n, L], of features [n, L, width] on a grid (H, W)."""
+        """Logits [n, L], float32 or wider, of features [n, L, width] on a grid (H, W)."""
         normed = self.norm(tokens)
         q, k = (
-            F.normalize(layer(normed).float(), dim=-1).transpose(1, 2).unflatten(2, grid)
+            F.normalize(_wide(layer(normed)), dim=-1).transpose(1, 2).unflatten(2, grid)
             for layer in (self.to_q, self.to_k)
         )
         # The sum of the neighbours' keys, and how many there are: at the edge of the grid fewer.
-        ones = torch.ones(3, 3, device=q.device)
+        ones = torch.ones(3, 3, device=q.device, dtype=q.dtype)
         ones[1, 1] = 0
         around = F.conv2d(k, ones.expand(k.shape[1], 1, 3, 3), padding=1, groups=k.shape[1])
         count = F.conv2d(torch.ones_like(q[:1, :1]), ones.expand(1, 1, 3, 3), padding=1).clamp(min=1)
@@ -109,3 +109,8 @@ def build_router(kind: RouterKind, width: int, bottleneck: int, center_tap: bool
     if kind == "cosine":
         return CosineRouter(width, bottleneck)
     raise ValueError(f"router: {kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32; values in float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

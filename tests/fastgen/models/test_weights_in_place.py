@@ -32,15 +32,22 @@ def call_dit(model: Any, dtype: torch.dtype) -> Tensor:
     return model(latents, torch.tensor([5, 9]), torch.tensor([1, 2]), tail_drop=0.3).sample
 
 
-def z_image() -> nn.Module:
+def z_image(**config: Any) -> nn.Module:
     shape = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 32}
-    return awake(DCZImageTransformer2DModel(**shape, axes_dims=(4, 6, 6)))
+    return awake(DCZImageTransformer2DModel(**shape, axes_dims=(4, 6, 6), **config))
 
 
 def call_z_image(model: Any, dtype: torch.dtype) -> Tensor:
     latents = torch.randn(2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     captions = [torch.ones(5, 32, dtype=dtype), torch.ones(7, 32, dtype=dtype)]
     return torch.stack(model(list(latents), torch.tensor([0.5, 0.2], dtype=dtype), captions, return_dict=False)[0])
+
+
+def call_patch_grid(model: Any, dtype: torch.dtype) -> Tensor:
+    latents = torch.randn(2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    captions = [torch.ones(5, 32, dtype=dtype), torch.ones(7, 32, dtype=dtype)]
+    knobs = {"tail_drop": 0.4, "return_dict": False}
+    return torch.stack(model(list(latents), torch.tensor([0.5, 0.2], dtype=dtype), captions, **knobs)[0])
 
 
 def llamagen() -> nn.Module:
@@ -72,6 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, torch.dtype], Te
     "dit": (dit, call_dit),
     "dit-cosine": (lambda: dit(router="cosine", residual_gate="mask"), call_dit),
     "z-image": (z_image, call_z_image),
+    "patch-grid": (lambda: z_image(grid="patch", n_last_layers=1), call_patch_grid),
     "llamagen": (llamagen, call_llamagen),
     "eagle-1": (lambda: EagleDrafter(**SIZES, width=32), call_eagle),
     "eagle-3": (lambda: EagleDrafter(**SIZES, variant=3), call_eagle),
@@ -143,7 +151,7 @@ def test_models_run_in_float64(name: str) -> None:
     assert torch.allclose(call(model.double(), torch.float64).float(), expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dit", "z-image"])
+@pytest.mark.parametrize("name", ["dit", "z-image", "patch-grid"])
 @torch.no_grad()
 def test_a_token_budget_compiles_to_one_graph(name: str) -> None:
     model, _ = made(name)
@@ -151,9 +159,9 @@ def test_a_token_budget_compiles_to_one_graph(name: str) -> None:
         arguments: Any = (torch.randn(2, 4, 4, 4), torch.tensor([5, 6]), torch.tensor([1, 2]))
     else:
         arguments = ([torch.randn(4, 1, 4, 4)] * 2, torch.tensor([0.5, 0.2]), [torch.ones(5, 32), torch.ones(7, 32)])
-    expected = model(*arguments, token_budget=7, return_dict=False)[0]
-    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments, token_budget=7, return_dict=False)[
-        0
-    ]
+    budget = 3 if name == "patch-grid" else 7  # a sample has 4 patches, or 16 positions
+    expected = model(*arguments, token_budget=budget, return_dict=False)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    actual = compiled(*arguments, token_budget=budget, return_dict=False)[0]
     for one, other in zip(actual, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
