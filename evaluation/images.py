@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastgen.errors import FastgenError
 
@@ -89,6 +89,8 @@ def _opened(data: bytes, label: str) -> Iterator[Image.Image]:
             yield image
     except FastgenError:
         raise
+    except UnidentifiedImageError as error:
+        raise FastgenError(f"{label}: not a readable image: its format is none of {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise errors of a dozen types for damaged files
         raise FastgenError(f"{label}: not a readable image: {error}") from error
 

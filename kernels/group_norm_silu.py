@@ -7,6 +7,7 @@ and arithmetic are in float32, rounded once. For inference: where gradients are 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ def group_norm_silu_reference(
     silu: bool = True,
 ) -> Tensor:
     """The specification."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) > 1:  # which torch takes in some combinations only
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+        return group_norm_silu_reference(x.to(wide), groups, weight, bias, eps, silu).to(x.dtype)
     normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
     return F.silu(normed) if silu else normed
 

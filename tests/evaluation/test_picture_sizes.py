@@ -127,5 +127,5 @@ def test_names_of_other_detectors_stay() -> None:
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path, prompts: list[Metadata]) -> None:
     folder = write(tmp_path / "o", prompts[:1], [Image.new("RGB", (64, 64))])
     (folder / "00000/samples/0000.png").write_bytes(b"no picture")
-    with pytest.raises(FastgenError, match=r"0000\.png: cannot be read as an image"):
+    with pytest.raises(FastgenError, match=r"0000\.png: not a readable image: its format is none of"):
         size_name(read_samples(folder))
