@@ -15,6 +15,7 @@ from typing import Any
 from killed import command
 
 MEMORY = 6 << 30
+CPU_SECONDS = 25  # which do not depend on what else the machine does
 
 _DEEP = "[" * 100_000 + "]" * 100_000
 _RAW = {"<1e400>": "1e400", "<-1e400>": "-1e400", "<deep>": _DEEP, "<digits>": "9" * 5000, "<half>": '"\\ud800"'}
@@ -150,4 +151,5 @@ def _place(root: Any, randoms: random.Random) -> tuple[Any, Any]:
 def generate(place: str, arguments: list[str]) -> None:
     """In a process of its own, which cannot take the machine's memory."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     command(Path(place), arguments)
