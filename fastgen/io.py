@@ -246,16 +246,23 @@ def file_sha256(path: _PathLike) -> str:
     return digest.hexdigest()
 
 
-def check_writable(folder: _PathLike) -> Path:
+def check_writable(folder: _PathLike, *, create: bool = True) -> Path:
     """Make sure that files can be written into `folder`; it is created, with its parents, when missing.
+
+    Args:
+        create: False: a folder that is missing stays so, and the nearest one above it is tried.
 
     Raises:
         FastgenError: it is not a folder, cannot be created or cannot be written to.
     """
     folder = Path(folder)
-    probe = folder / f".{secrets.token_hex(6)}.tmp"
+    name = f".{secrets.token_hex(6)}.tmp"
+    probe = folder / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / name
         # Trying is the only reliable test: os.access knows nothing of full, remote or read-only file systems.
         probe.touch(exist_ok=False)
     except FileExistsError as error:

@@ -10,7 +10,9 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
+from fastgen.io import read_object
 from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
 
@@ -80,10 +82,21 @@ def resolve_settings(
         raise FastgenError("quality: is a knob of acceptance cascade")
     if "token_budget" in settings and (settings.get("tail_drop") or "uncond_tail_drop" in settings):
         raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
+    if "token_budget" in settings and checkpoint is not None and checkpoint.has_dynamic_chunking:
+        sides = (settings.get(name, accepted[name].default) for name in ("height", "width"))
+        _check_token_budget(settings["token_budget"], checkpoint, *sides)
     guidance = settings.get("guidance_scale")
     if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
         raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
     return settings
+
+
+def _check_token_budget(budget: int, checkpoint: Checkpoint, height: object, width: object) -> None:
+    """Refuse more tokens than a picture of that size has, as far as the configuration tells."""
+    config = read_object(checkpoint.component("transformer") / "config.json")
+    side = checkpoint.size_multiple if config.get("grid") == "patch" else checkpoint.size_multiple // 2
+    if side and isinstance(height, int) and isinstance(width, int):
+        check_integer("token_budget", budget, 1, (height // side) * (width // side))
 
 
 def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:

@@ -43,7 +43,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
-    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+    from fastgen.cli.eval_run import check_device
+    from fastgen.pipelines.checkpoint import find_checkpoint
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
     if runs < 1:
@@ -52,7 +53,7 @@ def generate(
         raise FastgenError(f"--batch: {min(batches)} is not allowed, needs an integer >= 1")
     if steps < 1:
         raise FastgenError(f"--steps: {steps} is not allowed, needs an integer >= 1")
-    check_names(device, dtype)
+    check_device(device, dtype)
     for name in models:
         find_checkpoint(name)
     check_files(out)
@@ -122,12 +123,13 @@ def dc(
     as_json: JsonOption = False,
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking, its baseline, and peers."""
-    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+    from fastgen.cli.eval_run import check_device
+    from fastgen.pipelines.checkpoint import find_checkpoint
 
-    check_names(device, "auto")
+    check_device(device)
     for name in (model, dense):
         find_checkpoint(name)
-    check_files(out, plot)
+    check_files(out, plot, folder=folder)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
         from fastgen.evaluation.dc_results import dc_quality_markdown, dc_quality_plot
@@ -171,7 +173,7 @@ def dc_ablations(
     from fastgen.pipelines.checkpoint import find_checkpoint
 
     base = find_checkpoint(part)
-    check_files(out)
+    check_files(out, folder=folder)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.dc_results import dc_ablations_markdown
         from fastgen.training.dc_ablations import benchmark_dc_ablations
@@ -209,7 +211,7 @@ def drafter_ablations(
     checkpoint = find_checkpoint(part)
     if checkpoint.kind != "janus":
         raise FastgenError(f"--part: {part} is no Janus model")
-    check_files(out)
+    check_files(out, folder=folder)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.speculative_results import drafter_ablations_markdown
         from fastgen.training.drafter_ablations import benchmark_drafter_ablations
@@ -257,11 +259,20 @@ def speculative(
     as_json: JsonOption = False,
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
-    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+    from fastgen.checks import check_choice
+    from fastgen.cli.eval_run import check_device
+    from fastgen.drafters.names import RULES
+    from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
 
-    check_names(device, dtype)
-    find_checkpoint(model)
-    check_files(out, plot)
+    check_device(device, dtype)
+    checkpoint = find_checkpoint(model)
+    for path in drafter or []:
+        find_drafter(checkpoint, path)
+    for text in variant or []:
+        if len(text.split()) < 2:
+            raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
+        check_choice("--variant", text.split()[0], RULES)
+    check_files(out, plot, folder=folder)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot

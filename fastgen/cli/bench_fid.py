@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.publish import publish
+from fastgen.cli.publish import check_files, publish
 
 __all__ = ["fid"]
 
@@ -28,11 +28,9 @@ def fid(
 ) -> None:
     """What the FID family costs beside its network: statistics, several processes, memory."""
     from fastgen.cli.eval_run import check_device
-    from fastgen.io import check_writable
 
     check_device(device)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     from fastgen.evaluation.benchmarks.fid import benchmark_fid, fid_markdown
 
     result = benchmark_fid(

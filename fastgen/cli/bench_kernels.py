@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.publish import publish
+from fastgen.cli.publish import check_files, publish
 
 __all__ = ["kernels"]
 
@@ -32,11 +32,10 @@ def kernels(
 ) -> None:
     """Fused kernels against their references, eager and compiled, and against the memory's speed."""
     from fastgen.cli.eval_run import check_device
-    from fastgen.io import atomic_write_json, check_writable
+    from fastgen.io import atomic_write_json
 
     check_device(device)
-    if out is not None:
-        check_writable(out.parent)
+    check_files(out)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.kernels import benchmark_kernels
         from fastgen.evaluation.kernel_results import kernels_markdown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -48,12 +48,22 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Noise search: ShapesWorld-GenEval against NFE and seconds for all policies, with paired tests."""
-    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+    from fastgen.checks import check_choice
+    from fastgen.cli.eval_run import check_device
+    from fastgen.evaluation.verifiers.names import verifier_class
+    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.noise_search import SamplerName
+    from fastgen.pipelines.search.names import POLICIES
 
-    check_names(device, dtype)
+    check_device(device, dtype)
     find_checkpoint(model)
-    check_files(out, plot)
+    check_choice("--sampler", sampler, get_args(SamplerName))
     part = None if share is None else _share(share)
+    for name in (verifier, *([] if heldout is None else [heldout])):
+        verifier_class(name)
+    for text in policy or []:
+        check_choice("--policy", text.split()[0], ["none", *POLICIES])
+    check_files(out, plot, folder=folder)
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
         from fastgen.evaluation.search_results import search_markdown, search_plot
@@ -85,7 +95,7 @@ def _share(text: str) -> tuple[int, int]:
     from fastgen.errors import FastgenError
 
     first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal()):
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise FastgenError(f"--share: {text!r} is not allowed, needs I/N, e.g. 1/8")
     return int(first), int(count)
 
@@ -99,9 +109,10 @@ def search_overhead(
     as_json: JsonOption = False,
 ) -> None:
     """What wrapping a pipeline for noise search costs while its search is off."""
-    from fastgen.pipelines.checkpoint import check_names, find_checkpoint
+    from fastgen.cli.eval_run import check_device
+    from fastgen.pipelines.checkpoint import find_checkpoint
 
-    check_names(device, dtype)
+    check_device(device, dtype)
     find_checkpoint(model)
     check_files(out)
     with contextlib.redirect_stdout(sys.stderr):

@@ -170,6 +170,7 @@ def fid(
                 context.with_resource(locked_files([path]))
         against = _reference(reference, reference_protocol, settings)
         where = user_cache_dir() if cache is None else cache
+        _check_cache(where)
         made: dict[str, Any] = {}
         with account() as stats, progress(group.is_main) as on_progress:
             if images is not None:
@@ -205,6 +206,15 @@ def fid(
         for store in stores:
             store.discard()
         typer.echo(json.dumps(data) if as_json else _text(data, out))
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FastgenError(f"--cache: {folder}: {error.strerror}") from error
 
 
 def _metrics(extractor: str, metrics: str | None, protocol: str, has_prompts: bool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,11 +115,16 @@ def geneval(
     transformers.utils.logging.disable_progress_bar()
     if images is not None and not images.is_dir():
         raise FastgenError(f"--images: {images}: no such folder")
+    for option, path in (("--metadata", metadata), ("--self-test-photos", self_test_photos)):
+        if path is not None and not os.path.exists(path):
+            raise FastgenError(f"{option}: {path}: there is no such {'file' if path is metadata else 'folder'}")
     if out is not None:
-        check_writable(out)
+        check_writable(out, create=False)
     group = Group.from_environment(device)
     with group.reporting(), account() as stats, progress(group.is_main) as on_progress:
         judge = load_judge(detector, color_model, device=group.device(device), photos=self_test_photos, test=self_test)
+        if out is not None:
+            check_writable(out)
         folder, target, report = images, out, dict[str, Any]()
         expected = _prompts(metadata, judge, limit) if metadata is not None or images is None else None
         if folder is None:

@@ -136,6 +136,31 @@ class Generation:
             others = self._options("model", "steps", "guidance_scale", "limit", "method")
             refuse_with_images(others | budget | decoding | {_option(name): value for name, value in search.items()})
         check_device(self.device, self.dtype)
+        if images is None and self.model != "renders":
+            self._check_model()
+
+    def _check_model(self) -> None:
+        """FastgenError when the model is not there, or does not take the options; loads no weights."""
+        from fastgen.pipelines.checkpoint import check_weights, find_checkpoint, find_drafter
+
+        checkpoint = find_checkpoint(self.model or METHODS[self.method or "base"])
+        check_method(self.method, checkpoint)
+        if self.method == "speculative":
+            find_drafter(checkpoint, self.drafter)
+        if checkpoint.hub_id is None:
+            check_weights(checkpoint)
+        if self.method == "search":
+            self._planned_search(checkpoint)
+        else:
+            self._resolved(checkpoint)
+
+    def _resolved(self, checkpoint: Checkpoint) -> tuple[type, dict[str, Any]]:
+        """Class and settings of the model's pipeline."""
+        from fastgen.pipelines.arguments import SETTINGS
+        from fastgen.pipelines.settings import pipeline_class, resolve_settings
+
+        kind = pipeline_class(checkpoint, self.method)
+        return kind, resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})
 
     def _options(self, *names: str) -> dict[str, Any]:
         return {_option(name): getattr(self, name) for name in names}
@@ -175,8 +200,10 @@ class Generation:
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
             search = self._planned_search(checkpoint) if self.method == "search" else None
-        elif self.method is not None:
-            raise FastgenError(f"--method {self.method}: {model} is no model")
+        else:
+            made = self._options(*_DRAWING, "method", "drafter")
+            if given := [name for name, value in made.items() if value is not None]:
+                raise FastgenError(f"{given[-1] if '--method' in given else given[0]}: {model} is no model")
         same = (field.name for field in fields(RunSettings))
         settings = {name: getattr(self, name) for name in same if name in self.__slots__ and name != "model"}
         settings["method"] = self.method if self.method in ("speculative", "search") else None
@@ -190,11 +217,7 @@ class Generation:
 
     def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
         """Checked with the model's configuration."""
-        from fastgen.pipelines.arguments import SETTINGS
-        from fastgen.pipelines.settings import pipeline_class, resolve_settings
-
-        kind = pipeline_class(checkpoint, self.method)
-        call = resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})
+        kind, call = self._resolved(checkpoint)
         return searching.plan_search(checkpoint, kind, call, self._search(), save_tree=False), call
 
 

@@ -164,6 +164,8 @@ def generate(
     prompts = [prompt] if prompt is not None else read_prompts_file(prompts_file or Path())
     for text in prompts:
         check_prompt(text)
+    if num_images * len(prompts) > 10**6:
+        raise FastgenError(f"--num-images: {num_images} of {len(prompts)} prompts is not allowed, needs at most 10**6")
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
@@ -185,7 +187,6 @@ def generate(
     if method != "speculative" and (drafter is not None or compile):
         raise FastgenError(f"--{'compile' if drafter is None else 'drafter'}: needs --method speculative")
     drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
-    check_writable(target if is_folder else target.parent)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
         from fastgen.drafters.calibration import FILE as CALIBRATION
         from fastgen.drafters.loading import has_heads
@@ -204,6 +205,7 @@ def generate(
         if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
             raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
+        check_writable(target if is_folder else target.parent)
         weight_type = str(weights).removeprefix("torch.")
         settings: dict[str, Any] = {
             "model": model,

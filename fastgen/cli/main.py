@@ -7,8 +7,12 @@ Exit codes: 0 done, 2 a mistake the user can mend (one line on stderr), 130 inte
 from __future__ import annotations
 
 import dis
+import errno
+import functools
 import importlib
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,6 +35,10 @@ COMMANDS = {
 
 # typer carries its own copy of click in some releases and imports click in others: reach its base error through typer.
 ClickException: type[Any] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+#: Characters of an error that are shown.
+_LONGEST = 1500
 
 
 class Interrupted(BaseException):
@@ -61,7 +69,41 @@ class LazyGroup(TyperGroup):
             # typer offers shell completion on every app, but only a program's outermost one can install it.
             completion = ("install_completion", "show_completion")
             command.params = [parameter for parameter in command.params if parameter.name not in completion]
+            for leaf in getattr(command, "commands", {name: command}).values():
+                leaf.callback = _checked(leaf)
         return name, command, rest
+
+
+def _checked(command: Any) -> Any:
+    """The function of a command, called only with values that some option could mean."""
+    from fastgen.checks import check_integer, check_number
+
+    act = command.callback
+    labels = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
+
+    @functools.wraps(act)
+    def checked(*args: Any, **values: Any) -> Any:
+        for name, value in values.items():
+            label = labels.get(name, name)
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, str | os.PathLike):
+                    _check_text(label, os.fspath(part))
+                elif isinstance(part, float):
+                    check_number(label, part)
+                elif isinstance(part, int) and not isinstance(part, bool) and not 0 <= part < 2**31:
+                    # Seeds check their own, larger range.
+                    check_integer(label, part, 0, 2**63 - 1 if name == "seed" else 2**31 - 1)
+        return act(*args, **values)
+
+    return checked
+
+
+def _check_text(label: str, text: str) -> None:
+    if not text.strip():
+        raise FastgenError(f"{label}: an empty text is not allowed")
+    # Lone surrogates are what Python makes of bytes that the locale cannot decode.
+    if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
+        raise FastgenError(f"{label}: {ascii(text)} is not text: it holds control characters or undecodable bytes")
 
 
 app = typer.Typer(
@@ -107,9 +149,20 @@ def _raised_on_purpose(error: BaseException) -> bool:
 def _fail(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("FASTGEN_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    # Messages of other libraries run over several lines; ours is one.
-    typer.echo(f"error: {' '.join(message.split()) or type(error).__name__}", err=True)
+    # Messages of other libraries run over several lines; ours is one, also where a value is endless.
+    line = " ".join(message.split()) or type(error).__name__
+    typer.echo(f"error: {line if len(line) <= _LONGEST else line[:_LONGEST] + '…'}", err=True)
     return code
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno == errno.EPIPE
+
+
+def _drop_stdout() -> None:
+    """Nobody reads what is left in the buffer; Python would complain when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: Sequence[str]) -> int:
@@ -119,16 +172,22 @@ def run(args: Sequence[str]) -> int:
         Exception: a bug in fastgen or in a library it calls; the traceback is the report.
     """
     try:
+        for option, value in zip(args, [*args, "-"][1:], strict=True):
+            # As a path it would be the working directory.
+            if option.startswith("-") and (value == "" or re.fullmatch(r"--[\w-]+=", option)):
+                raise FastgenError(f"{option.rstrip('=')}: an empty text is not allowed")
         result = typer.main.get_command(app).main(args=list(args), prog_name="fastgen", standalone_mode=False)
         sys.stdout.flush()  # so that a closed pipe is noticed here
         return result if isinstance(result, int) else 0
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         return _fail(error, "interrupted", 130)
     except SystemExit as error:
+        if _is_broken_pipe(error):  # typer ends with 1 where it notices first
+            _drop_stdout()
+            return 141
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BrokenPipeError:
-        # The reader (`| head`) has what it wants. Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has what it wants
+        _drop_stdout()
         return 141
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group called without a command
@@ -138,6 +197,8 @@ def run(args: Sequence[str]) -> int:
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(error, error.format_message().rstrip(".") + hint, 2)
     except (FastgenError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+            _drop_stdout()
         return _fail(error, str(error), 2)
     except (ValueError, TypeError) as error:
         if not _raised_on_purpose(error):
@@ -149,6 +210,9 @@ def main() -> None:
     """Entry point of the `fastgen` script."""
     # What transformers notes while it is imported is of no use here; an error of ours stands alone on its line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the locale cannot show end no run
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

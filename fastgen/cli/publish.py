@@ -8,22 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
+from fastgen.errors import FastgenError
+
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 OutOption = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
-def check_files(*files: Path | None) -> None:
-    """Refuse files that cannot be written, before anything is measured.
+def check_files(*files: Path | None, folder: Path | None = None) -> None:
+    """Refuse files and a folder that cannot be written, before anything is measured.
 
     Raises:
         FastgenError: of the first folder that is not writable.
     """
     from fastgen.io import check_writable
 
+    if folder is not None:
+        check_writable(folder, create=False)
     for file in files:
         if file is not None:
+            if file.is_dir():
+                raise FastgenError(f"{file}: is a folder, needs the name of a file")
             check_writable(file.parent)
 
 

@@ -95,7 +95,9 @@ def train(
         _refuse(recipe, trained)
         _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return
-    from fastgen.training.recipes import build_recipe, train_config
+    from fastgen.errors import FastgenError
+    from fastgen.io import check_writable
+    from fastgen.training.recipes import RECIPES, build_recipe, train_config
 
     config = train_config(
         recipe,
@@ -111,6 +113,9 @@ def train(
         max_seconds=60.0 * max_minutes,
     )
     choices = _choices(choose or [])
+    if prompts_file is not None and not (RECIPES[recipe].draws or recipe == "heads"):
+        raise FastgenError(f"--prompts-file: recipe {recipe} draws no samples")
+    check_writable(output, create=False)
     if samples and recipe == "heads":
         _record(part, data, init, samples, prompts_file, seed)
     elif samples:

@@ -45,7 +45,7 @@ def test_lite_cfg_takes_fewer_flops(micro_dc: Path, tmp_path: Path, capsys: pyte
         (["--uncond-tail-drop", "nan"], "--uncond-tail-drop: nan is not allowed"),
         (["--token-budget", "0"], "--token-budget: 0 is not allowed"),
         (["--token-budget", "3", "--tail-drop", "0.1"], "token_budget: cannot be used together"),
-        (["--token-budget", "17"], "token_budget: needs an integer from 1 to 16"),
+        (["--token-budget", "17"], "token_budget: 17 is not allowed, needs an integer from 1 to 16"),
     ],
 )
 def test_bad_knobs_end_in_one_line(
