@@ -11,6 +11,7 @@ needs no new binary when token counts change.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -171,11 +172,21 @@ def adaln_reference(
         z = rms_norm(hidden, weight, eps)
         z = z if bias is None else z + bias
     else:
-        z = F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
+        z = _layer_norm(hidden, weight, bias, eps)
     if scale is None:
         return hidden, z if shift is None else z + rows(shift)
     factor = rows(1 + scale)
     return hidden, z * factor if shift is None else torch.addcmul(rows(shift), z, factor)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """That of torch, which takes parameters of another dtype in some combinations only."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def _check(

@@ -125,8 +125,8 @@ def test_generation_options_are_refused_with_images(tmp_path, capsys) -> None:
 def test_changed_settings_are_refused(tmp_path, capsys) -> None:
     assert run([*RENDERS, "--out", "o", "--json"]) == 0
     capsys.readouterr()
-    assert run([*RENDERS, "--out", "o", "--steps", "9"]) == 2
-    assert "steps is None there and 9 now" in capsys.readouterr().err
+    assert run([*RENDERS, "--out", "o", "--seed", "9"]) == 2
+    assert "seed is 0 there and 9 now" in capsys.readouterr().err
     assert run([*RENDERS, "--out", "o", "--limit", "2"]) == 2
     assert "prompts are others" in capsys.readouterr().err
 
