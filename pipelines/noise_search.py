@@ -245,7 +245,7 @@ class NoiseSearchPipeline:
             reports, winners = _reports(policy, prompts, chains, ends, started, cause is not None)
             replaced = _replaced(stats)
             reports = [replace(report, sampler=name, replaced=replaced) for report in reports]
-            pictures = [_picture(denoiser, node) for node in winners]
+            pictures = [_picture(denoiser, node, prompt) for prompt, node in enumerate(winners)]
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
         output, fault = _output(pictures, reports, output_type, stats.as_dict())
@@ -292,7 +292,7 @@ class NoiseSearchPipeline:
         policy.check(budget, transitions, denoiser.forwards, bool(explore))
         chains = []
         for prompt, generator in enumerate(generators):
-            start = denoiser.noise(generator)
+            start = denoiser.begin(generator, prompt)
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             pool = Pool(budget, denoiser.forwards, started)
             place = (seed, start, pool, explore)
@@ -336,10 +336,12 @@ def _replaced(stats: Stats) -> dict[str, str]:
     return found
 
 
-def _picture(denoiser: Denoiser, node: Node) -> Tensor | NotFiniteError:
+def _picture(denoiser: Denoiser, node: Node, prompt: int) -> Tensor | NotFiniteError:
     """[1, 3, H, W] uint8, or why there is none; what was scored at the end of a trajectory is kept."""
+    if node.fault is not None or node.picture is not None:
+        return node.fault or node.picture
     try:
-        return node.fault or (denoiser.pictures(node.prediction) if node.picture is None else node.picture)
+        return denoiser.pictures(node.prediction, torch.tensor([prompt]))
     except NotFiniteError as error:
         return error
 

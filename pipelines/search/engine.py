@@ -192,7 +192,7 @@ class Chain:
         """Latents [1, …] of start `number`; the first of the first chain is the pipeline's own."""
         if number == 0 and self.number == 0:
             return self.start
-        return self.denoiser.noise(self.generator(0, number))
+        return self.denoiser.begin(self.generator(0, number), self.prompt)
 
     def noise(self, step: int, number: int, trajectory: int = 0) -> Tensor:
         """Noise [1, …] of try `number` at transition `step` of a trajectory."""

@@ -113,9 +113,10 @@ def _shown(part: Sequence[tuple[_Row, Prediction]], preview: Preview | None) -> 
         return []
     denoiser = part[0][0][0].denoiser
     said = Prediction(*(torch.cat([getattr(said, name) for _, said in part]) for name in ("clean", "noise")))
+    which = torch.tensor([chain.prompt for (chain, _, _), _ in part])
     try:
         with _billed([row for row, _ in part]):
-            return list((denoiser.pictures(said) if preview is None else preview(denoiser, said)).split(1))
+            return list((denoiser.pictures(said, which) if preview is None else preview(denoiser, said)).split(1))
     except NotFiniteError as error:
         if len(part) == 1:
             return [error.with_traceback(None)]

@@ -130,6 +130,10 @@ class Denoiser(ABC):
     def noise(self, generator: torch.Generator) -> Tensor:
         """Latents [1, …] of pure noise as the pipeline draws them with this generator."""
 
+    def begin(self, generator: torch.Generator, prompt: int) -> Tensor:
+        """The same, of a prompt; where the pipeline starts from an image too, they differ by prompt."""
+        return self.noise(generator)
+
     @abstractmethod
     def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
         """One evaluation of the model.
@@ -143,6 +147,10 @@ class Denoiser(ABC):
     @abstractmethod
     def decode(self, grid: Tensor) -> Tensor:
         """Pictures [k, 3, H, W] in [0, 1] of latents as `unpacked` gives them, of any height and width."""
+
+    def decode_of(self, grid: Tensor, which: Tensor) -> Tensor:
+        """The same, of latents of prompts `which` [k]; inpainting puts the known parts of each prompt in."""
+        return self.decode(grid)
 
     def unpacked(self, latents: Tensor) -> Tensor:
         """Latents [k, …, h, w] of samples [k, …]: the same, where the model does not read them as tokens."""
@@ -192,23 +200,24 @@ class Denoiser(ABC):
             return self.evaluate(latents, times, which)
 
     @torch.no_grad()
-    def pictures(self, prediction: Prediction) -> Tensor:
-        """Pictures [k, 3, H, W] uint8 of the clean samples.
+    def pictures(self, prediction: Prediction, which: Tensor | None = None) -> Tensor:
+        """Pictures [k, 3, H, W] uint8 of the clean samples of prompts `which` [k]; None: of the first prompt.
 
         Raises:
             NotFiniteError: some pixels are not numbers.
         """
+        which = torch.zeros(len(prediction.clean), dtype=torch.int64) if which is None else which
         with phase("decode"):
-            return as_bytes(self.decoded(self.unpacked(prediction.at(self.final))))
+            return as_bytes(self.decoded(self.unpacked(prediction.at(self.final)), which))
 
-    def decoded(self, grid: Tensor) -> Tensor:
-        """See `decode`; latents and pixels are checked in the pipeline's decoder, before it clamps them.
+    def decoded(self, grid: Tensor, which: Tensor | None = None) -> Tensor:
+        """See `decode_of`; latents and pixels are checked in the pipeline's decoder, before it clamps them.
 
         Raises:
             NotFiniteError: they are not numbers.
         """
         with finite_decoder(self.pipe):
-            return self.decode(grid)
+            return self.decode(grid) if which is None else self.decode_of(grid, which)
 
     def restless(self, generator: torch.Generator) -> Tensor:
         """Standard normal noise [1, …] for a transition."""
@@ -290,10 +299,10 @@ def register_denoiser(*pipelines: str) -> Any:
 
 
 def denoiser_of(pipe: Any) -> type[Denoiser]:
-    """The adapter of a pipeline, or of a class of pipelines.
+    """The adapter of a pipeline, or of a class of pipelines; without one of its family, its own call serves.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it cannot be searched.
     """
     from fastgen.pipelines.search.denoisers import adapters
 
@@ -302,7 +311,11 @@ def denoiser_of(pipe: Any) -> type[Denoiser]:
     for kind in found.__mro__:
         if kind.__name__ in _DENOISERS:
             return _DENOISERS[kind.__name__]
+    if hasattr(found, "prepare_latents"):
+        from fastgen.pipelines.search.denoisers.stock import StockDenoiser
+
+        return StockDenoiser
     raise ValueError(
-        f"pipe: {found.__name__} has no denoiser; there are some for {', '.join(sorted(_DENOISERS))}, and "
-        "fastgen.pipelines.search.denoisers.base.register_denoiser takes yours"
+        f"pipe: {found.__name__} cannot be searched: its start noise was not found (no prepare_latents); "
+        "fastgen.pipelines.search.denoisers.base.register_denoiser takes an adapter of yours"
     )

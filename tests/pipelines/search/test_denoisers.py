@@ -68,5 +68,5 @@ def test_bad_settings_of_z_image(tiny: ZImagePipeline, settings: Settings, word:
 
 
 def test_a_pipeline_without_an_adapter() -> None:
-    with pytest.raises(ValueError, match="Linear has no denoiser"):
+    with pytest.raises(ValueError, match="Linear cannot be searched: its start noise was not found"):
         denoiser_of(torch.nn.Linear(1, 1))

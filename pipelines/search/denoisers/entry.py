@@ -1,0 +1,398 @@
+"""A stock diffusers pipeline whose `__call__` can be entered at any step of its schedule and left again.
+
+A search evaluates the model of a pipeline at one step, for latents of its own, hundreds of times. The pipeline's own
+`__call__` already does everything around that: text and image conditions, guidance, ControlNet, IP-Adapter, offload,
+decoding. `Entry` runs that call on a shallow copy of the pipeline in which four things differ:
+
+- `scheduler` is a probe: `set_timesteps` leaves only the step that is wanted, `step` hands out the model's output;
+- `prepare_latents` returns the search's latents in place of the pipeline's first ones;
+- `get_timesteps` (img2img, inpainting) leaves only the wanted step after it has applied `strength`;
+- methods that compute conditions are run once and remembered.
+
+The user's pipeline is never changed: the copy has its own attributes, and shares the models. So nothing has to be put
+back after an error or Ctrl-C, and two threads do not meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Entry", "Left", "Said"]
+
+#: Networks that denoise, by the names that pipelines have for them.
+DENOISERS = ("transformer", "unet", "prior")
+#: Methods that compute what stays the same over a search.
+CONDITIONS = (
+    "encode_prompt",
+    "encode_image",
+    "prepare_image",
+    "prepare_image_latents",
+    "prepare_control_image",
+    "prepare_mask_latents",
+    "prepare_ip_adapter_image_embeds",
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the pipeline gave to `scheduler.step`.
+
+    Attributes:
+        output: of the model, guided, [k, …].
+        timestep: its timestep.
+        sample: the latents that it read, [k, …].
+        rows: of the model, in all its forward passes.
+    """
+
+    output: Tensor
+    timestep: float
+    sample: Tensor
+    rows: int
+
+
+class Left(BaseException):
+    """Ends a call of the pipeline; not an `Exception`, so that no pipeline handles it."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found
+
+
+@dataclass
+class _Visit:
+    """One call of the pipeline: where it is entered, with what, and where it is left.
+
+    Attributes:
+        latents: those that replace the pipeline's own; None leaves them.
+        times: timesteps that the loop runs over; None: the whole schedule.
+        index: of the last of them in the schedule.
+        passing: how many steps are passed over: the model is not run, `step` returns the latents.
+        leave: "latents" (when they are prepared), "step", or "" (the call returns pictures).
+        start: what `prepare_latents` gave.
+        rows: of the model until now.
+        calls: of the methods that compute conditions.
+    """
+
+    latents: Tensor | None = None
+    times: Tensor | None = None
+    index: int = 0
+    passing: int = 0
+    leave: str = "step"
+    start: Tensor | None = None
+    rows: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Entry:
+    """See the module.
+
+    Args:
+        pipe: the pipeline; it is not changed.
+        scheduler: in place of the pipeline's; is copied.
+        arguments: of the call, without `generator`.
+
+    Attributes:
+        timesteps: the pipeline's schedule, after `strength`; known after `start`.
+        scheduler: the probe; after `start` with the whole schedule set.
+        batches: whether several samples can share a call; False where conditions depend on the generator.
+
+    Raises:
+        ValueError: the pipeline has no `prepare_latents`, or its scheduler no `step`.
+    """
+
+    def __init__(self, pipe: Any, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+        name = type(pipe).__name__
+        for owner, what, part in (
+            (pipe, "prepare_latents", "start noise"),
+            (scheduler, "step", "scheduler step"),
+            (scheduler, "set_timesteps", "schedule"),
+        ):
+            if not callable(getattr(owner, what, None)):
+                raise ValueError(f"pipe: {name} cannot be searched: its {part} was not found (no {what})")
+        self.arguments = dict(arguments)
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
+        self.masked = self.arguments.get("mask_image") is not None
+        self.batches = "num_images_per_prompt" in self.accepted
+        self.timesteps: Tensor = torch.empty(0)
+        self._name = name
+        self._offset = 0
+        self._cut_later = False
+        self._visit = _Visit()
+        self._memory: dict[tuple[Any, ...], Any] = {}
+        self._prepared: dict[int, Any] = {}
+        self._last_output: Any = None
+        self.scheduler = _probe(scheduler, self)
+        self._pipe = self._copy(pipe)
+
+    # ---- what a search asks for ----
+
+    def begin(self, generator: torch.Generator) -> tuple[Tensor, Said]:
+        """The latents [1, …] that the pipeline itself would start from with this generator, and what its model says of
+        them. What the pipeline draws for its conditions (latents of images and masks) is kept for the other calls."""
+        self._memory.clear()
+        self._prepared.clear()
+        visit = _Visit()
+        said: Said = self._run(visit, generator)
+        start = visit.start
+        if start is None or start.shape != said.sample.shape or not torch.equal(start.to(said.sample), said.sample):
+            raise ValueError(f"pipe: {self._name} cannot be searched: its start noise was not found (prepare_latents)")
+        return start, said
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """The latents [1, …] that the pipeline would start from with this generator, its conditions kept."""
+        found: Tensor = self._run(_Visit(leave="latents"), generator)
+        return found
+
+    def output(self, latents: Tensor, timestep: float, index: int) -> Said:
+        """The model's output for latents [k, …] of one time.
+
+        Args:
+            latents: k samples; k > 1 only where `batches`.
+            timestep: of the model.
+            index: of the timestep in the schedule, for schedulers that scale what the model reads.
+        """
+        passing = 1 if self.masked and index else 0
+        times = self.timesteps.new_full((1 + passing,), timestep)
+        found: Said = self._run(_Visit(latents, times, index, passing), None)
+        return found
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Pictures [k, 3, H, W] in [0, 1] of clean latents [k, …], by the pipeline's own decoding."""
+        # img2img asks for a step, and inpainting puts the known parts in after it: it is passed over.
+        times, passing = (self.timesteps[-1:], 1) if self._cut_later else (self.timesteps[:0], 0)
+        found = self._run(_Visit(latents, times, len(self.timesteps) - 1, passing, ""), None)
+        images = getattr(found, "images", None)
+        images = found[0] if images is None else images
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images).movedim(-1, 1)
+        return torch.as_tensor(images).float()
+
+    # ---- a call ----
+
+    def _run(self, visit: _Visit, generator: torch.Generator | None) -> Any:
+        """Call the pipeline until it is left; what it was left with, or what it returned."""
+        self._visit = visit
+        count = 1 if visit.latents is None else len(visit.latents)
+        arguments = dict(self.arguments)
+        if count > 1:
+            arguments["num_images_per_prompt"] = count
+        if "output_type" in self.accepted:
+            arguments["output_type"] = "pt"
+        # The pipeline must not touch the global random state; what it draws here is not used.
+        arguments["generator"] = torch.Generator().manual_seed(0) if generator is None else generator
+        for name, value in arguments.items():
+            if isinstance(value, list):  # some pipelines write into the lists that they are given
+                arguments[name] = list(value)
+        try:
+            result = self._pipe(**arguments)
+        except Left as left:
+            return left.found
+        if visit.leave:
+            raise ValueError(f"pipe: {self._name} cannot be searched: its {visit.leave} was not found")
+        return result
+
+    def _copy(self, pipe: Any) -> Any:
+        """A shallow copy with the probe and the wrapped methods. `__dict__` is written, not `setattr`: a pipeline's
+        own records its components in its configuration, which the copy shares."""
+        twin = copy.copy(pipe)
+        changed: dict[str, Any] = {"scheduler": self.scheduler, "_progress_bar_config": {"disable": True}}
+        changed["prepare_latents"] = self._replacing(pipe.prepare_latents.__func__.__get__(twin))
+        if hasattr(pipe, "get_timesteps"):
+            changed["get_timesteps"] = self._cutting(pipe.get_timesteps.__func__.__get__(twin))
+        for name in CONDITIONS:
+            method = getattr(type(pipe), name, None)
+            if callable(method):
+                changed[name] = self._remembering(name, method.__get__(twin))
+        for name in DENOISERS:
+            model = getattr(pipe, name, None)
+            if isinstance(model, torch.nn.Module):
+                changed[name] = _Passing(model, self)
+        vars(twin).update(changed)
+        return twin
+
+    def _replacing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`prepare_latents`: the search's latents, and what the pipeline itself prepares with its own."""
+
+        @functools.wraps(original)
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            visit = self._visit
+            count = 1 if visit.latents is None else len(visit.latents)
+            bound = inspect.signature(original).bind(*args, **kwargs).arguments
+            if bound.get("image") is not None:
+                self.batches = False
+            prepared = self._prepared.get(count)
+            if prepared is None or visit.latents is None:
+                prepared = original(*args, **kwargs)
+                self._prepared.setdefault(count, prepared)
+            first, *rest = prepared if isinstance(prepared, tuple) else (prepared,)
+            if visit.leave == "latents":
+                raise Left(first)
+            visit.start = first
+            if visit.latents is not None:
+                first = visit.latents.to(first)
+            return (first, *rest) if isinstance(prepared, tuple) else first
+
+        return prepare_latents
+
+    def _cutting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`get_timesteps`, which applies `strength`: the wanted step of what it leaves."""
+
+        @functools.wraps(original)
+        def get_timesteps(*args: Any, **kwargs: Any) -> Any:
+            times, count = original(*args, **kwargs)
+            self._cut_later = True
+            self._offset = len(self.scheduler.timesteps) - len(times)
+            self.timesteps = times
+            if self._visit.times is None:
+                return times, count
+            self._enter(self.scheduler)
+            return self._visit.times.to(times), len(self._visit.times)
+
+        return get_timesteps
+
+    def _remembering(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A method whose result stays the same: computed once for each way in which a call asks for it."""
+
+        @functools.wraps(original)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            visit = self._visit
+            visit.calls[name] += 1
+            given = [*args, *kwargs.items()]
+            if any(isinstance(value, torch.Generator) for value in [*args, *kwargs.values()]):
+                self.batches = False
+            key = (name, visit.calls[name], tuple(map(_shape_of, given)))
+            if key not in self._memory:
+                self._memory[key] = original(*args, **kwargs)
+            return _fresh(self._memory[key])
+
+        return remembered
+
+    # ---- called by the probe and by the model ----
+
+    def _scheduled(self, probe: Any) -> None:
+        """After `set_timesteps`."""
+        if self._cut_later:
+            return
+        self.timesteps = probe.timesteps
+        if self._visit.times is not None and not hasattr(self._pipe, "get_timesteps"):
+            self._enter(probe)
+            probe.timesteps = self._visit.times.to(probe.timesteps)
+            if hasattr(probe, "num_inference_steps"):
+                probe.num_inference_steps = len(probe.timesteps)
+
+    def _enter(self, probe: Any) -> None:
+        probe._step_index = self._offset + self._visit.index
+
+    def _stepped(self, probe: Any, output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
+        """In `step`."""
+        visit = self._visit
+        if visit.passing:
+            visit.passing -= 1
+            self._enter(probe)
+            return _Stepped(sample, sample) if return_dict else (sample, sample)
+        raise Left(Said(output, float(timestep), sample, visit.rows))
+
+
+class _Stepped(dict[str, Tensor]):
+    """The output of a scheduler's step, as an object and as a dict."""
+
+    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
+        super().__init__(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        self.prev_sample, self.pred_original_sample = prev_sample, pred_original_sample
+
+
+class _Passing:
+    """Stands for the model in the copied pipeline: counts rows, and does not run it in a step that is passed over."""
+
+    def __init__(self, model: torch.nn.Module, entry: Entry) -> None:
+        self._model, self._entry = model, entry
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        entry = self._entry
+        visit = entry._visit
+        if visit.passing and entry._last_output is not None:
+            return entry._last_output
+        sample = next((kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), None)
+        sample = args[0] if sample is None and args else sample
+        visit.rows += len(sample) if isinstance(sample, Tensor | list | tuple) else 0
+        entry._last_output = self._model(*args, **kwargs)
+        return entry._last_output
+
+
+def _probe(scheduler: Any, entry: Entry) -> Any:
+    """A copy of a scheduler whose schedule and steps are the entry's."""
+    probe = copy.deepcopy(scheduler)
+    kind: Any = type(scheduler)
+    probe.__class__ = _probe_class(kind)
+    probe._entry = _Uncopied(entry)
+    return probe
+
+
+class _Uncopied:
+    """Holds an object that copies of its owner share."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
+        return self
+
+
+@functools.cache
+def _probe_class(kind: type) -> type:
+    """A subclass with the scheduler's own name and signatures, which pipelines inspect."""
+    base: Any = kind
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.set_timesteps(self, *args, **kwargs)
+        self._entry.held._scheduled(self)
+
+    @functools.wraps(base.step)
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(base.step).bind(self, model_output, timestep, sample, *args, **kwargs)
+        return self._entry.held._stepped(
+            self, model_output, timestep, sample, bool(bound.arguments.get("return_dict", True))
+        )
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "step": step, "__module__": kind.__module__})
+
+
+def _shape_of(value: Any) -> Any:
+    """What tells one request for a condition from another within a search, whose arguments never change: numbers and
+    texts by value, tensors and pictures by their shape."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return value[0], _shape_of(value[1])
+    if isinstance(value, Tensor | np.ndarray):
+        return tuple(value.shape)
+    if isinstance(value, list | tuple):
+        return tuple(map(_shape_of, value))
+    if isinstance(value, str | int | float | bool | torch.dtype | torch.device) or value is None:
+        return value
+    return type(value).__name__
+
+
+def _fresh(value: Any) -> Any:
+    """The same tensors in new lists, into which a pipeline may write."""
+    if isinstance(value, list):
+        return [_fresh(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_fresh(item) for item in value)
+    return value

@@ -1,0 +1,98 @@
+"""Any diffusers pipeline as a denoiser, through its own `__call__`."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.pipelines.search.denoisers.base import Denoiser
+from fastgen.pipelines.search.denoisers.entry import Entry, Said
+from fastgen.pipelines.search.denoisers.schedules import levels_of, prediction_of, searchable
+from fastgen.pipelines.search.interpolants import Prediction
+
+__all__ = ["StockDenoiser"]
+
+
+class StockDenoiser(Denoiser):
+    """A pipeline of any family: its `__call__` is entered at the step that a search wants and left behind the model.
+
+    `settings.extra` may have every argument of the pipeline's `__call__`: `image`, `strength`, `mask_image`,
+    `control_image`, `true_cfg_scale` … Samples of one prompt and time share a forward pass where the pipeline takes
+    `num_images_per_prompt` and nothing that it is given is encoded with random numbers.
+    """
+
+    def prepare(self) -> None:
+        scheduler = searchable(self.pipe.scheduler)
+        self.entries = [Entry(self.pipe, scheduler, self._arguments(prompt)) for prompt in self.prompts]
+        first = self.entries[0]
+        start, said = first.begin(torch.Generator().manual_seed(0))
+        self._shape = tuple(start.shape)
+        self.forwards = max(1, said.rows)
+        self.interpolant, self.times, self.final = levels_of(first.scheduler, first.timesteps)
+        self._stamps = dict(zip(self.times, first.timesteps.tolist(), strict=True))
+        self._begun: set[int] = set()
+
+    def _arguments(self, prompt: Any) -> dict[str, Any]:
+        """Of the pipeline's call.
+
+        Raises:
+            ValueError: one that the pipeline does not take, or that a search sets itself.
+        """
+        settings = self.settings
+        own = {name: value for name, value in vars(settings).items() if name != "extra" and value is not None}
+        asked = {**settings.extra, **own}
+        name = type(self.pipe).__name__
+        accepted = inspect.signature(type(self.pipe).__call__).parameters
+        for argument in asked:
+            if argument not in accepted or argument in _SET_BY_SEARCH:
+                raise ValueError(f"{argument}: a search of {name} does not take it")
+        return {"prompt": prompt, **asked}
+
+    def begin(self, generator: torch.Generator, prompt: int) -> Tensor:
+        """The first of a prompt also draws what its conditions need, as the pipeline does."""
+        entry = self.entries[prompt]
+        if prompt in self._begun or (entry.batches and not entry.masked):
+            return entry.start(generator).float()
+        self._begun.add(prompt)
+        return entry.begin(generator)[0].float()
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        return self.begin(generator, 0)
+
+    def evaluate(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
+        groups: dict[tuple[int, float], list[int]] = defaultdict(list)
+        for row, (prompt, time) in enumerate(zip(which.tolist(), times.tolist(), strict=True)):
+            groups[prompt, time].append(row)
+        clean, noise = torch.empty_like(latents), torch.empty_like(latents)
+        for (prompt, time), rows in groups.items():
+            size = len(rows) if self.entries[prompt].batches else 1
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                said = self._predict(self.entries[prompt], latents[part], time)
+                clean[part], noise[part] = said.clean.to(latents), said.noise.to(latents)
+        return Prediction(clean, noise)
+
+    def _predict(self, entry: Entry, latents: Tensor, time: float) -> Prediction:
+        index = self.times.index(time) if time in self._stamps else 0
+        stamp = self._stamps.get(time, time * float(entry.scheduler.config.num_train_timesteps))
+        said: Said = entry.output(latents, stamp, index)
+        # DiT hands both halves of its guidance to the scheduler.
+        sample, output = (part[: len(latents)].float() for part in (said.sample, said.output))
+        level = self.interpolant.level(time)
+        return prediction_of(entry.scheduler, sample, output, level)
+
+    def decode(self, grid: Tensor) -> Tensor:
+        return self.decode_of(grid, torch.zeros(len(grid), dtype=torch.int64))
+
+    def decode_of(self, grid: Tensor, which: Tensor) -> Tensor:
+        if self.entries[0].batches:
+            return self.entries[0].pictures(grid)
+        rows = zip(which.tolist(), grid.split(1), strict=True)
+        return torch.cat([self.entries[prompt].pictures(part) for prompt, part in rows])
+
+
+_SET_BY_SEARCH = ("prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt")
