@@ -379,9 +379,13 @@ def test_models_that_cannot_be_searched(
     assert code == 2 and "draws tokens, there is no noise to search" in stderr and stderr.count("\n") == 1
     other = Path(shutil.copytree(micro_z, tmp_path / "other"))
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "Lumina2Pipeline"}))
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "ErnieImagePipeline"}))
     code, _, stderr = call(capsys, "a", *options, "--verifier", verifier, "--model", other)
-    assert code == 2 and "Lumina2Pipeline has no denoiser; there are some for " in stderr and stderr.count("\n") == 1
+    assert (
+        code == 2
+        and "ErnieImagePipeline cannot be searched: its start noise was not found" in stderr
+        and stderr.count("\n") == 1
+    )
     code, _, stderr = call(capsys, "a", *options, "--model", micro_z)
     assert code == 2 and stderr.startswith("error: --verifier: needs one for model ") and stderr.count("\n") == 1
     assert not (tmp_path / "o.png").exists()

@@ -65,15 +65,15 @@ def t5(words: Any, seed: int, channels: int = 16) -> Any:
     return shaken(T5EncoderModel(config), seed)
 
 
-def vae(seed: int, channels: int = 4) -> Any:
-    """A VAE that makes pictures four times as large as latents."""
+def vae(seed: int, channels: int = 4, blocks: int = 3) -> Any:
+    """A VAE that makes pictures four times as large as latents; each further block doubles that."""
     from diffusers import AutoencoderKL
 
     return shaken(
         AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=(8,) * blocks,
             layers_per_block=1,
             latent_channels=channels,
             norm_num_groups=4,

@@ -161,7 +161,7 @@ def test_bad_arguments(tiny: ZImagePipeline, arguments: dict[str, Any], word: st
 
 
 def test_bad_parts(tiny: ZImagePipeline) -> None:
-    with pytest.raises(ValueError, match="has no denoiser"):
+    with pytest.raises(ValueError, match="cannot be searched"):
         NoiseSearchPipeline(torch.nn.Linear(1, 1), redness)
     with pytest.raises(ValueError, match="verifier"):
         NoiseSearchPipeline(tiny, None)

@@ -7,7 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from fastgen.accounting import note_path
@@ -22,6 +28,10 @@ _PREDICTIONS = {
 }
 
 
+#: Schedulers whose deterministic step is DDIM's.
+_DDIM = DDIMScheduler | CogVideoXDDIMScheduler
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler is one of a flow: x = (1 - sigma) x_0 + sigma eps, and the model predicts eps - x_0."""
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
@@ -33,7 +43,7 @@ def searchable(scheduler: Any) -> Any:
     Raises:
         ValueError: a scheduler whose noise levels a search cannot read.
     """
-    if is_flow(scheduler) or isinstance(scheduler, DDIMScheduler | DDPMScheduler | EulerDiscreteScheduler):
+    if is_flow(scheduler) or isinstance(scheduler, _DDIM | DDPMScheduler | EulerDiscreteScheduler):
         return copy.deepcopy(scheduler)
     name = type(scheduler).__name__
     if "beta_start" not in scheduler.config:
@@ -75,7 +85,7 @@ def levels_of(scheduler: Any, timesteps: Sequence[float] | Tensor) -> tuple[Inte
         steps = len(scheduler.timesteps)
         raise ValueError(f"num_inference_steps: {steps} is not allowed, the model has {len(table)} timesteps")
     final = Level(1.0, 0.0)
-    if isinstance(scheduler, DDIMScheduler):
+    if isinstance(scheduler, _DDIM):
         before = int(times[-1]) - len(table) // scheduler.num_inference_steps
         final = table[before] if before >= 0 else _preserving(float(scheduler.final_alpha_cumprod))
     return Tabulated({float(t): level for t, level in enumerate(table)}), times, final
@@ -96,7 +106,7 @@ def prediction_of(scheduler: Any, sample: Tensor, output: Tensor, level: Level) 
     given, alpha, sigma = sample / scale, level.alpha / scale, level.sigma / scale
     said = _PREDICTIONS[scheduler.config.prediction_type](given, output, alpha, sigma)
     config = scheduler.config
-    if isinstance(scheduler, EulerDiscreteScheduler):
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         return said
     if config.thresholding:
         clean = scheduler._threshold_sample(said.clean)

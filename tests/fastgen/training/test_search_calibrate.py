@@ -191,7 +191,10 @@ def test_the_command_line(micro_z: Path, verifier: str, tmp_path: Path, capsys: 
         (["--part", "MODEL", "--init", "VERIFIER", "--data", "x"], "--data: recipe search-calibrate takes none"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "colour=1"], "settings: colour is unknown"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "branches=0"], "branches: 0 is not allowed"),
-        (["--part", "tiny-janus", "--init", "VERIFIER"], "JanusImagePipeline has no denoiser"),
+        (
+            ["--part", "tiny-janus", "--init", "VERIFIER"],
+            "JanusImagePipeline cannot be searched: its start noise was not found",
+        ),
         (["--part", "nowhere", "--init", "VERIFIER"], "'nowhere' is unknown"),
     ],
 )

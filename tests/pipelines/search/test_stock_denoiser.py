@@ -1,0 +1,195 @@
+"""A search of any diffusers pipeline through its own call: one evaluation at a time gives the stock picture."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from stock_families import FAMILIES, family
+from tiny_unets import ddim, tiny_sd
+
+from fastgen import NoiseSearchPipeline
+from fastgen.pipelines.search.denoisers.base import Settings
+from fastgen.pipelines.search.denoisers.stock import StockDenoiser
+from fastgen.pipelines.search.names import named_policy
+from fastgen.pipelines.search.samplers import Sampler
+
+STEPS = 5
+PROMPTS = ["a red circle", "two blue squares and one green star"]
+SEEDS = [3, 4]
+
+
+def made(pipe: Any, prompts: list[str], call: dict[str, Any], steps: int = STEPS) -> StockDenoiser:
+    return StockDenoiser(pipe, prompts, Settings(steps, extra=call))
+
+
+def drawn(denoiser: StockDenoiser, seeds: list[int]) -> torch.Tensor:
+    """Pictures [B, 3, H, W] of the deterministic path, all prompts together."""
+    sampler = Sampler(denoiser.interpolant, denoiser.times)
+    starts = [denoiser.begin(torch.Generator().manual_seed(seed), row) for row, seed in enumerate(seeds)]
+    latents, which = torch.cat(starts), torch.arange(len(seeds))
+    for index, time in enumerate(denoiser.times):
+        said = denoiser.predict(latents, torch.full((len(seeds),), time, dtype=torch.float64), which)
+        if index < sampler.transitions:
+            latents = sampler.step(latents, said, index, None)
+    with torch.no_grad():
+        return denoiser.decode_of(said.at(denoiser.final), which)
+
+
+def stock(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    images: torch.Tensor = pipe(prompt, num_inference_steps=STEPS, generator=generator, output_type="pt", **call)[0]
+    return images[0]
+
+
+def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.float().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_single_evaluations_make_the_stock_picture(name: str) -> None:
+    pipe, call = family(name), FAMILIES[name][1]
+    before = {key: id(value) for key, value in vars(pipe).items()}
+    ours = drawn(made(pipe, PROMPTS, call), SEEDS)
+    assert {key: id(value) for key, value in vars(pipe).items()} == before
+    for row, prompt in enumerate(PROMPTS):
+        theirs = stock(pipe, prompt, SEEDS[row], call)
+        spread = float(theirs.std())
+        assert spread > 0.05  # a picture of one colour would show nothing
+        assert float((ours[row] - theirs).abs().max()) < 5e-5 * max(1.0, spread)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    drawn(made(family("flux"), PROMPTS[:1], FAMILIES["flux"][1]), [3])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_candidates_of_one_prompt_share_a_forward_pass() -> None:
+    pipe, call = family("chroma"), FAMILIES["chroma"][1]
+    rows: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        denoiser = made(pipe, PROMPTS, call)
+        latents = torch.cat([denoiser.begin(torch.Generator().manual_seed(seed), 0) for seed in range(3)])
+        rows.clear()
+        time = torch.full((3,), denoiser.times[2], dtype=torch.float64)
+        together = denoiser.predict(latents, time, torch.tensor([0, 1, 0]))
+        assert sorted(rows) == [1, 1, 2, 2]  # guidance calls the model twice
+    finally:
+        hook.remove()
+    for row, prompt in enumerate((0, 1, 0)):
+        alone = denoiser.predict(latents[row : row + 1], time[:1], torch.tensor([prompt]))
+        torch.testing.assert_close(together.clean[row : row + 1], alone.clean, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_are_encoded_once() -> None:
+    pipe, call = family("lumina2"), FAMILIES["lumina2"][1]
+    calls = []
+    hook = pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
+    try:
+        denoiser = made(pipe, PROMPTS[:1], call)
+        first = len(calls)
+        latents = denoiser.begin(torch.Generator().manual_seed(0), 0)
+        for time in denoiser.times:
+            denoiser.predict(latents, torch.tensor([time], dtype=torch.float64), torch.tensor([0]))
+        assert len(calls) == first > 0
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("policy", ["threshold", "rbf", "svdd", "code", "smc", "best-of-n", "random", "zero-order"])
+@pytest.mark.parametrize("name", ["lumina2", "pixart-sigma", "stable-diffusion-inpaint"])
+def test_policies_search_pipelines_without_an_adapter(name: str, policy: str) -> None:
+    pipe, call = family(name), FAMILIES[name][1]
+    options = {"tau": 0.4} if policy == "threshold" else {}
+    search = NoiseSearchPipeline(pipe, brightness, named_policy(policy, **options) if options else policy)
+    found = search(PROMPTS[0], num_inference_steps=2, max_nfe=400, generator=torch.Generator().manual_seed(1), **call)
+    assert len(found.images) == 1 and found.reports[0].nfe <= 400
+
+
+def test_one_candidate_is_the_stock_picture() -> None:
+    pipe, call = family("sdxl-inpaint"), FAMILIES["sdxl-inpaint"][1]
+    nfe = 2 * len(made(pipe, PROMPTS[:1], call).times)
+    search = NoiseSearchPipeline(pipe, brightness, "best-of-n")
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    found = search(PROMPTS[0], num_inference_steps=STEPS, max_nfe=nfe, generator=generator, output_type="pt", **call)
+    theirs = stock(pipe, PROMPTS[0], SEEDS[0], call)
+    assert float((found.images[0] - theirs).abs().max()) <= 1.01 / 255  # pictures are bytes
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_pipeline_is_as_before_after_an_error(error: type[BaseException]) -> None:
+    pipe, call = family("chroma"), FAMILIES["chroma"][1]
+    before = {key: id(value) for key, value in vars(pipe).items()}
+    denoiser = made(pipe, PROMPTS[:1], call)
+    latents = denoiser.begin(torch.Generator().manual_seed(0), 0)
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    hook = pipe.transformer.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(error):
+            denoiser.predict(latents, torch.tensor(denoiser.times[:1], dtype=torch.float64), torch.tensor([0]))
+    finally:
+        hook.remove()
+    assert {key: id(value) for key, value in vars(pipe).items()} == before
+
+
+def test_searches_in_threads_do_not_meet() -> None:
+    """Two pipelines on one set of weights."""
+    pipe, call = family("lumina2"), FAMILIES["lumina2"][1]
+    other = type(pipe)(**{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)})
+    other.set_progress_bar_config(disable=True)
+    alone = [drawn(made(each, [prompt], call), [7]) for each, prompt in zip((pipe, other), PROMPTS, strict=True)]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(place: int, each: Any, prompt: str) -> None:
+        found[place] = drawn(made(each, [prompt], call), [7])
+
+    threads = [
+        threading.Thread(target=work, args=(place, each, prompt))
+        for place, (each, prompt) in enumerate(zip((pipe, other), PROMPTS, strict=True))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place in (0, 1):
+        torch.testing.assert_close(found[place], alone[place], atol=1e-5, rtol=0)  # rounding moves in threads
+
+
+@pytest.mark.parametrize("argument", ["no_such", "latents", "generator", "num_images_per_prompt", "output_type"])
+def test_arguments_that_a_search_does_not_take(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: a search of ChromaPipeline does not take it"):
+        made(family("chroma"), PROMPTS, {argument: 1})
+
+
+def test_what_cannot_be_searched_says_what_was_not_found() -> None:
+    class NoStep(StableDiffusionPipeline):
+        def __call__(self, prompt: str, num_inference_steps: int = 4, generator: Any = None) -> Any:
+            return self.vae.decode(torch.zeros(1, 4, 8, 8))
+
+    class OtherStart(StableDiffusionPipeline):
+        def __call__(self, prompt: str, num_inference_steps: int = 4, generator: Any = None) -> Any:
+            self.scheduler.set_timesteps(num_inference_steps)
+            latents = self.prepare_latents(1, 4, 32, 32, torch.float32, "cpu", generator)
+            return self.scheduler.step(latents, self.scheduler.timesteps[0], latents + 1)
+
+    class NoNoise:
+        scheduler = ddim()
+
+    pipe = tiny_sd(ddim())
+    for kind, missing in ((NoStep, "its step"), (OtherStart, "its start noise")):
+        pipe.__class__ = kind
+        with pytest.raises(ValueError, match=f"^pipe: {kind.__name__} cannot be searched: {missing} was not found"):
+            StockDenoiser(pipe, PROMPTS, Settings(2))
+    with pytest.raises(ValueError, match="^pipe: NoNoise cannot be searched: its start noise was not found"):
+        NoiseSearchPipeline(NoNoise(), brightness)
