@@ -218,20 +218,24 @@ class Entry:
             if isinstance(model, torch.nn.Module):
                 changed[name] = _Passing(model, self)
         vars(twin).update(changed)
+        # Asked for many times in a call, by a walk over all modules each; it stays the same over a search.
+        kind: Any = type(pipe)
+        twin.__class__ = _entered_class(kind)
+        vars(twin)["_entered_device"] = pipe._execution_device
         return twin
 
     def _replacing(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """`prepare_latents`: the search's latents, and what the pipeline itself prepares with its own."""
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             visit = self._visit
             count = 1 if visit.latents is None else len(visit.latents)
-            bound = inspect.signature(original).bind(*args, **kwargs).arguments
-            if bound.get("image") is not None:
-                self.batches = False
             prepared = self._prepared.get(count)
             if prepared is None or visit.latents is None:
+                if signature.bind(*args, **kwargs).arguments.get("image") is not None:
+                    self.batches = False
                 prepared = original(*args, **kwargs)
                 self._prepared.setdefault(count, prepared)
             first, *rest = prepared if isinstance(prepared, tuple) else (prepared,)
@@ -314,8 +318,9 @@ class _Stepped(dict[str, Tensor]):
 class _Passing:
     """Stands for the model in the copied pipeline: counts rows, and does not run it in a step that is passed over."""
 
-    def __init__(self, model: torch.nn.Module, entry: Entry) -> None:
+    def __init__(self, model: Any, entry: Entry) -> None:
         self._model, self._entry = model, entry
+        self.dtype = getattr(model, "dtype", None)  # found by a walk over all parameters
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -367,12 +372,20 @@ def _probe_class(kind: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(base.step).bind(self, model_output, timestep, sample, *args, **kwargs)
-        return self._entry.held._stepped(
-            self, model_output, timestep, sample, bool(bound.arguments.get("return_dict", True))
-        )
+        return self._entry.held._stepped(self, model_output, timestep, sample, bool(kwargs.get("return_dict", True)))
 
     return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "step": step, "__module__": kind.__module__})
+
+
+@functools.cache
+def _entered_class(kind: Any) -> type:
+    """A subclass of a pipeline's class, of the same name, that knows its device."""
+
+    def device(self: Any) -> torch.device:
+        found: torch.device = self._entered_device
+        return found
+
+    return type(kind.__name__, (kind,), {"_execution_device": property(device), "__module__": kind.__module__})
 
 
 def _shape_of(value: Any) -> Any:
