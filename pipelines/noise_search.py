@@ -338,8 +338,10 @@ def _replaced(stats: Stats) -> dict[str, str]:
 
 def _picture(denoiser: Denoiser, node: Node, prompt: int) -> Tensor | NotFiniteError:
     """[1, 3, H, W] uint8, or why there is none; what was scored at the end of a trajectory is kept."""
-    if node.fault is not None or node.picture is not None:
-        return node.fault or node.picture
+    if node.fault is not None:
+        return node.fault
+    if node.picture is not None:
+        return node.picture
     try:
         return denoiser.pictures(node.prediction, torch.tensor([prompt]))
     except NotFiniteError as error:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Interpolant", "Level", "Linear", "Prediction", "Tabulated", "VariancePreserving"]
+__all__ = ["Factor", "Interpolant", "Level", "Linear", "Prediction", "Tabulated", "VariancePreserving"]
 
 #: A factor of the samples: the same for all, or [k, 1, …].
 Factor = float | Tensor

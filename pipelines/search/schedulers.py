@@ -6,12 +6,18 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from fastgen.accounting import note_path
 from fastgen.errors import FastgenError
 
-__all__ = ["check_times", "flow_scheduler", "noise_scheduler", "timesteps_of"]
+__all__ = ["check_times", "flow_scheduler", "is_flow", "noise_scheduler", "timesteps_of"]
 
 #: Solvers of the ODE (some of them with noise) with the noise levels of any diffusion model: their steps need a
 #: history or noise of their own, which a search cannot branch.
@@ -38,6 +44,11 @@ _NOISE_SOLVERS = _SOLVERS | {
 _REASON = "a search branches, and {} has a history or noise of its own, which cannot"
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether it is of a flow: x = (1 - sigma) x_0 + sigma eps, and the model predicts eps - x_0."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def noise_scheduler(scheduler: Any) -> Any:
     """A copy of the scheduler of a model of discrete noise levels, or the DDIM scheduler that takes its place.
 
@@ -45,7 +56,7 @@ def noise_scheduler(scheduler: Any) -> Any:
         FastgenError: names the scheduler and says why a search cannot follow it.
     """
     name = type(scheduler).__name__
-    if _steps_as(scheduler, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler):
+    if _steps_as(scheduler, DDIMScheduler, CogVideoXDDIMScheduler, DDPMScheduler, EulerDiscreteScheduler):
         note_path("scheduler", name)
         return copy.deepcopy(scheduler)
     flow = scheduler.config.get("use_flow_sigmas") and scheduler.config.get("prediction_type") != "flow_prediction"

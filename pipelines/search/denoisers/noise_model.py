@@ -7,23 +7,17 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastgen.checks import check_integer
 from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.search.denoisers.base import Denoiser
-from fastgen.pipelines.search.interpolants import Level, Prediction, Tabulated
+from fastgen.pipelines.search.denoisers.schedules import noise_levels, noise_prediction
+from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.schedulers import noise_scheduler, timesteps_of
 
 __all__ = ["NoiseDenoiser", "check_clip_skip", "checked"]
-
-_PREDICTIONS = {
-    "epsilon": Prediction.of_noise,
-    "v_prediction": Prediction.of_v,
-    "sample": Prediction.of_clean,
-}
 
 
 def checked(name: str, value: Any, default: Any, kind: str | None = None) -> Any:
@@ -80,27 +74,8 @@ class NoiseDenoiser(Denoiser):
             raise ValueError(f"num_inference_steps: {steps} is not allowed, the model has {trained} timesteps")
         timesteps_of(scheduler, steps)
         self.scheduler, self.clock = scheduler, scheduler.timesteps.dtype
-        self.kind = scheduler.config.prediction_type
-        if self.kind not in _PREDICTIONS:
-            name = type(self.pipe.scheduler).__name__
-            raise ValueError(
-                f"scheduler: prediction_type {self.kind!r} of {name} is not supported, needs one of "
-                f"{', '.join(_PREDICTIONS)}"
-            )
-        self.times = [float(t) for t in scheduler.timesteps]
+        self.interpolant, self.times, self.final = noise_levels(scheduler, scheduler.timesteps)
         self.start = float(scheduler.init_noise_sigma)
-        if isinstance(scheduler, EulerDiscreteScheduler):
-            sigmas = [float(sigma) for sigma in scheduler.sigmas]
-            self.interpolant = Tabulated.of(self.times, [1.0] * steps, sigmas[:steps])
-            self.final = Level(1.0, sigmas[steps])
-            return
-        levels = [_preserving(float(product)) for product in scheduler.alphas_cumprod]
-        if self.times[0] >= len(levels):
-            raise ValueError(f"num_inference_steps: {steps} is not allowed, the model has {len(levels)} timesteps")
-        self.interpolant = Tabulated({float(t): level for t, level in enumerate(levels)})
-        if isinstance(scheduler, DDIMScheduler):
-            before = int(self.times[-1]) - len(levels) // steps
-            self.final = levels[before] if before >= 0 else _preserving(float(scheduler.final_alpha_cumprod))
 
     def noise(self, generator: torch.Generator) -> Tensor:
         latents: Tensor = randn_tensor(self._shape, generator=generator, device=self.device, dtype=self.drawn)
@@ -119,27 +94,7 @@ class NoiseDenoiser(Denoiser):
         sigma = _column([level.sigma / size for level, size in zip(levels, scales, strict=True)], latents)
         given = latents / scale
         said = self.output(given, times.to(self.clock), which).to(latents)
-        return self._clipped(given, _PREDICTIONS[self.kind](given, said, alpha, sigma), alpha, sigma)
-
-    def _clipped(self, given: Tensor, said: Prediction, alpha: Tensor, sigma: Tensor) -> Prediction:
-        config = self.scheduler.config
-        if isinstance(self.scheduler, EulerDiscreteScheduler):
-            return said
-        if config.thresholding:
-            clean = self.scheduler._threshold_sample(said.clean)
-        elif config.clip_sample:
-            clean = said.clean.clamp(-config.clip_sample_range, config.clip_sample_range)
-        else:
-            return said
-        # DDIM keeps the noise that the model told; DDPM's posterior holds what is left beside the clipped sample.
-        if isinstance(self.scheduler, DDPMScheduler):
-            return Prediction.of_clean(given, clean, alpha, sigma)
-        return Prediction(clean, said.noise)
-
-
-def _preserving(product: float) -> Level:
-    """The level of a cumulative product of alphas."""
-    return Level(math.sqrt(product), math.sqrt(1.0 - product))
+        return noise_prediction(self.scheduler, given, said, alpha, sigma)
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
-from fastgen.pipelines.search.denoisers.schedules import levels_of, prediction_of, searchable
+from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
 from fastgen.pipelines.search.interpolants import Prediction
+from fastgen.pipelines.search.schedulers import flow_scheduler, is_flow, noise_scheduler
 
 __all__ = ["StockDenoiser"]
 
@@ -26,13 +28,18 @@ class StockDenoiser(Denoiser):
     """
 
     def prepare(self) -> None:
-        scheduler = searchable(self.pipe.scheduler)
+        self.flow = is_flow(self.pipe.scheduler)
+        scheduler = (flow_scheduler if self.flow else noise_scheduler)(self.pipe.scheduler)
         self.entries = [Entry(self.pipe, scheduler, self._arguments(prompt)) for prompt in self.prompts]
         first = self.entries[0]
         start, said = first.begin(torch.Generator().manual_seed(0))
         self._shape = tuple(start.shape)
         self.forwards = max(1, said.rows)
-        self.interpolant, self.times, self.final = levels_of(first.scheduler, first.timesteps)
+        self.interpolant, self.times, self.final = (
+            flow_levels(first.scheduler, len(first.timesteps))
+            if self.flow
+            else noise_levels(first.scheduler, first.timesteps)
+        )
         self._stamps = dict(zip(self.times, first.timesteps.tolist(), strict=True))
         self._begun: set[int] = set()
 
@@ -83,7 +90,10 @@ class StockDenoiser(Denoiser):
         # DiT hands both halves of its guidance to the scheduler.
         sample, output = (part[: len(latents)].float() for part in (said.sample, said.output))
         level = self.interpolant.level(time)
-        return prediction_of(entry.scheduler, sample, output, level)
+        if self.flow:
+            return Prediction.of_velocity(sample, output, level.alpha, level.sigma)
+        scale = math.hypot(level.alpha, level.sigma)
+        return noise_prediction(entry.scheduler, sample / scale, output, level.alpha / scale, level.sigma / scale)
 
     def decode(self, grid: Tensor) -> Tensor:
         return self.decode_of(grid, torch.zeros(len(grid), dtype=torch.int64))
