@@ -62,7 +62,7 @@ class ToyDenoiser(FlowDenoiser):
     def decode(self, grid: Tensor) -> Tensor:
         return grid
 
-    def pictures(self, prediction: Prediction) -> Tensor:
+    def pictures(self, prediction: Prediction, which: Tensor | None = None) -> Tensor:
         return prediction.at(self.final)
 
 

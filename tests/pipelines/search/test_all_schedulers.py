@@ -36,7 +36,13 @@ SCHEDULERS = sorted(
     and issubclass(kind, SchedulerMixin)
     and kind is not SchedulerMixin
 )
-FOLLOWED = {"DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
+FOLLOWED = {
+    "CogVideoXDDIMScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
