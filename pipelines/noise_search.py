@@ -92,7 +92,7 @@ class NoiseSearchPipeline:
             None takes what the verifier has in `thresholds` for this model.
 
     Raises:
-        ValueError: a pipeline without an adapter, no verifier, an unknown policy, a tau that is no score of the
+        ValueError: a pipeline that cannot be searched, no verifier, an unknown policy, a tau that is no score of the
             verifier, or thresholds that are of another verifier or model, or not asked for.
     """
 
@@ -192,7 +192,7 @@ class NoiseSearchPipeline:
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
             on_round: called after each round of evaluations with how many chains are still running.
-            extra: what the adapter of the pipeline takes beside.
+            extra: further arguments: what the pipeline's adapter takes, or any of the pipeline's own call.
 
         Candidates whose latents, pixels or score are not numbers are dropped.
 

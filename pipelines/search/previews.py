@@ -35,14 +35,21 @@ def preview_of(option: PreviewOption, denoiser: Denoiser) -> Preview | None:
     """The preview that was asked for; None: a full decode.
 
     Raises:
-        ValueError: an unknown name, something that decodes nothing, or a decoder of latents of other channels.
+        ValueError: an unknown name, something that decodes nothing, a decoder of latents of other channels, or latents
+            that are no image.
     """
     check_preview(option)
-    if isinstance(option, str):
-        return pooled if option == "pooled" else None
+    if option == "full":
+        return None
+    grid = denoiser.unpacked(torch.zeros(denoiser.shape))
+    if grid.ndim < 4:
+        name = type(denoiser.pipe).__name__
+        raise ValueError(f"preview: latents of {name} are tokens of shape {tuple(grid.shape)}; only full decodes them")
+    if option == "pooled":
+        return pooled
     decode: Any = getattr(option, "decode", option)
     config = getattr(option, "config", None) or {}
-    channels = denoiser.unpacked(torch.zeros(denoiser.shape)).shape[1]
+    channels = grid.shape[1]
     if config.get("latent_channels", channels) != channels:
         raise ValueError(
             f"preview: {type(option).__name__} decodes latents of {config['latent_channels']} channels, "

@@ -15,6 +15,7 @@ from fastgen import NoiseSearchPipeline
 from fastgen.pipelines.search.denoisers.base import Settings
 from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 from fastgen.pipelines.search.names import named_policy
+from fastgen.pipelines.search.previews import preview_of
 from fastgen.pipelines.search.samplers import Sampler
 
 STEPS = 5
@@ -170,6 +171,15 @@ def test_searches_in_threads_do_not_meet() -> None:
 def test_arguments_that_a_search_does_not_take(argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: a search of ChromaPipeline does not take it"):
         made(family("chroma"), PROMPTS, {argument: 1})
+
+
+def test_cheap_previews_need_latents_that_are_an_image() -> None:
+    packed = made(family("chroma"), PROMPTS[:1], FAMILIES["chroma"][1])
+    for option in ("pooled", lambda latents: latents):
+        with pytest.raises(ValueError, match="^preview: latents of ChromaPipeline are tokens"):
+            preview_of(option, packed)
+    assert preview_of("full", packed) is None
+    assert preview_of("pooled", made(family("lumina2"), PROMPTS[:1], FAMILIES["lumina2"][1])) is not None
 
 
 def test_what_cannot_be_searched_says_what_was_not_found() -> None:
