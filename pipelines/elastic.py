@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from fastgen.accounting import Stats, account, note_path
-from fastgen.checks import check_bool, check_callable, check_generator, check_integer, check_number
+from fastgen.checks import check_bool
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
@@ -90,14 +90,13 @@ def run_elastic(
     output_chunks: bool,
     **knobs: Any,
 ) -> DCPipelineOutput | tuple[Any]:
-    """Call a stock pipeline with a budget of this call.
+    """Call a stock pipeline with a budget of this call; its own arguments were checked (`stock_arguments.check_call`).
 
     Raises:
         ValueError: a knob out of range; or knobs with a transformer that has no dynamic chunking.
     """
     return_dict = arguments.pop("return_dict", True)
     check_bool("output_chunks", output_chunks)
-    _check_stock(arguments)
     budget = ElasticBudget(**knobs, images=images_of(arguments))
     with account() as stats, ExitStack() as stack:
         transformer = stack.enter_context(elastic_generation(pipe, budget))
@@ -138,21 +137,6 @@ def _elastic(transformer: Any) -> ElasticModelMixin:
 
 def _budget_outside(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, compiled._orig_mod.with_budget(args, kwargs)
-
-
-def _check_stock(arguments: dict[str, Any]) -> None:
-    """Refuse wrong types and values of stock arguments by name.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    for name in ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length"):
-        if arguments.get(name) is not None:
-            check_integer(name, arguments[name], 1)
-    if "guidance_scale" in arguments:
-        check_number("guidance_scale", arguments["guidance_scale"])
-    check_generator(arguments.get("generator"))
-    check_callable("callback_on_step_end", arguments.get("callback_on_step_end"))
 
 
 def images_of(arguments: dict[str, Any]) -> int | None:
