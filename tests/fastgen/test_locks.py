@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from other_process import other
 
 from fastgen.errors import FastgenError
 from fastgen.locks import locked_files, locked_folder
-
-
-def _hold(kind: str, argument: Any, pipe: Connection) -> None:
-    try:
-        with locked_folder(*argument) if kind == "folder" else locked_files(argument):
-            pipe.send("held")
-            pipe.recv()
-    except FastgenError as error:
-        pipe.send(str(error))
-
-
-@contextmanager
-def other(kind: str, argument: Any) -> Iterator[tuple[str, Any]]:
-    """Another process that takes a lock: what came of it, and the process."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(kind, argument, theirs))
-    process.start()
-    try:
-        assert ours.poll(60)
-        yield ours.recv(), process
-    finally:
-        ours.close()
-        process.kill()
-        process.join()
-
 
 Lock = Callable[[Path], Any]
 FOLDER: Lock = lambda folder: locked_folder(folder)  # noqa: E731

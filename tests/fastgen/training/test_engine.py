@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_process import other
 
 from fastgen.errors import FastgenError
-from fastgen.locks import locked_folder
 from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
 from fastgen.training.recipes import build_recipe
 
@@ -325,18 +325,8 @@ def test_a_folder_in_use_is_refused_and_what_ended_meanwhile_is_gone_on_from(tmp
     waiting = Trainer(LineRecipe(), _config(tmp_path))
     _run(tmp_path)
     assert waiting.run()["steps_done"] == 12 and waiting.recipe.starts == []
-    with locked_folder(tmp_path):
-        process = multiprocessing.get_context("spawn").Process(target=_refused, args=(tmp_path,))
-        process.start()
-        process.join()
-        assert process.exitcode == 7
-
-
-def _refused(folder: Path) -> None:
-    try:
-        _run(folder)
-    except FastgenError as error:
-        raise SystemExit(7 if "in use by another run" in str(error) else 1) from error
+    with other("folder", (tmp_path,)), pytest.raises(FastgenError, match="in use by another run"):
+        _run(tmp_path)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,55 @@
+"""Other processes of tests. They find these functions by name; those of a test module they would not find."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import fastgen
+from fastgen.errors import FastgenError
+from fastgen.locks import locked_files, locked_folder
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def _hold(kind: str, argument: Any, pipe: Connection) -> None:
+    try:
+        with locked_folder(*argument) if kind == "folder" else locked_files(argument):
+            pipe.send("held")
+            pipe.recv()
+    except FastgenError as error:
+        pipe.send(str(error))
+
+
+@contextmanager
+def other(kind: str, argument: Any) -> Iterator[tuple[str, Any]]:
+    """Another process that takes a lock: what came of it, and the process."""
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_hold, args=(kind, argument, theirs))
+    process.start()
+    try:
+        assert ours in wait([ours, process.sentinel], 60), "the other process ended or said nothing"
+        yield ours.recv(), process
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+
+
+def _count_enabled(path: Path) -> dict[str, int]:
+    pipe = pickle.loads(path.read_bytes())
+    counts = fastgen.enable_kernels(pipe)
+    fastgen.disable_kernels(pipe)
+    return counts
+
+
+def enabled_elsewhere(path: Path) -> dict[str, int]:
+    """How many operations of a pickled pipeline another process enables."""
+    with ProcessPoolExecutor(1, mp_context=_SPAWN) as pool:
+        return pool.submit(_count_enabled, path).result()
