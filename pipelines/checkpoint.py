@@ -73,6 +73,7 @@ class Checkpoint:
         max_size: the largest height and width in pixels, if the configuration tells one.
         drafter: folder of its drafter for speculative decoding ("drafter" in fastgen.json: a folder relative to it).
         variant: of the weight files that are read, as in diffusers ("fp16").
+        revision: branch, tag or commit on the Hub.
         base: folder of the model whose components and defaults stand in for those that `folder` does not hold
             ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
     """
@@ -89,6 +90,7 @@ class Checkpoint:
     drafter: Path | None = None
     base: Path | None = None
     variant: str | None = None
+    revision: str | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -98,6 +100,12 @@ class Checkpoint:
     @property
     def has_dynamic_chunking(self) -> bool:
         return self.pipeline_class in OWN_PIPELINES
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """Content of its model_index.json; empty for a folder of transformers."""
+        path = self.folder / "model_index.json"
+        return read_object(path) if path.is_file() else {}
 
     def component(self, name: str) -> Path:
         """Folder of a component of a diffusers pipeline."""
@@ -140,8 +148,12 @@ def embedded_folder(name: str) -> Path:
     raise FastgenError(f"model {name!r} is missing from this installation of fastgen; reinstall the package")
 
 
-def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Find `model` and read its configuration files; for a Hub id they are downloaded if need be.
+
+    Args:
+        model: an embedded model, a folder, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         FastgenError: there is no such model, or its configuration is broken; the message names what is missing and
@@ -151,14 +163,17 @@ def find_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     if not name:
         raise FastgenError("model: an empty name is not allowed")
     path = Path(name).expanduser()
+    on_hub = name not in EMBEDDED_MODELS and not path.exists() and _HUB_ID.fullmatch(name)
+    if revision is not None and not (isinstance(revision, str) and revision and on_hub):
+        raise FastgenError(f"revision: {revision!r} is not allowed, needs a branch, tag or commit of a Hub id")
     if name in EMBEDDED_MODELS:
         return _read_checkpoint(name, embedded_folder(name), None)
     if path.is_dir():
         return _read_checkpoint(name, path, None)
     if path.exists():
         raise FastgenError(f"model {name!r} is a file; needs the folder that holds model_index.json or config.json")
-    if _HUB_ID.fullmatch(name):
-        return _read_checkpoint(name, _hub_configs(name), name)
+    if on_hub:
+        return replace(_read_checkpoint(name, _hub_configs(name, revision), name), revision=revision)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise FastgenError(f"model {name!r}: there is no such folder")
     raise FastgenError(
@@ -385,17 +400,17 @@ def check_weights(checkpoint: Checkpoint) -> None:
 # ---- Hub ----
 
 
-def _hub_configs(model: str) -> Path:
+def _hub_configs(model: str, revision: str | None) -> Path:
     """Download the configuration files of a Hub model, or find them in the local cache."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_CONFIG_FILES)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_CONFIG_FILES)))
     except Exception as error:
         raise explain_hub_error(model, error) from error
 
 
-def download_janus(model: str) -> Path:
+def download_janus(model: str, revision: str | None = None) -> Path:
     """Download the files of a Janus model, or find them in the local cache.
 
     Raises:
@@ -404,7 +419,7 @@ def download_janus(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_JANUS_FILES)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_JANUS_FILES)))
     except Exception as error:
         raise explain_hub_error(model, error) from error
 

@@ -40,12 +40,13 @@ from fastgen.pipelines.generation import (
     set_checkpoint,
     unknown_words,
 )
+from fastgen.pipelines.load_options import LoadOptions, LoRA
 from fastgen.pipelines.settings import pipeline_class
 from fastgen.pipelines.weight_files import check_safetensors, variant_of
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
 
@@ -67,6 +68,11 @@ def load_pipeline(
     method: str | None = None,
     drafter: str | None = None,
     variant: str | None = None,
+    revision: str | None = None,
+    scheduler: str | None = None,
+    loras: Iterable[str | LoRA] | str | None = None,
+    offload: str = "none",
+    vae_tiling: bool = False,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
@@ -79,6 +85,12 @@ def load_pipeline(
         method: "speculative" for a `SpeculativeImagePipeline` around a model that draws tokens.
         drafter: of that pipeline: a folder or a Hub id, "none", or None for the one that comes with the model.
         variant: of the weight files, as in diffusers: "fp16" reads NAME.fp16.safetensors where there is one.
+        revision: branch, tag or commit of a Hub id.
+        scheduler: class of diffusers in place of the model's own, e.g. "DPMSolverMultistepScheduler".
+        loras: LoRA weights, each PATH or PATH:WEIGHT: a .safetensors file, a folder or a Hub id.
+        offload: "none"; "model", "group" or "sequential" keep weights in main memory until a GPU needs them; "auto"
+            takes the first of these that fits.
+        vae_tiling: decode in tiles, for large pictures in little memory.
 
     Returns:
         the pipeline class that the model names, or a `JanusImagePipeline`.
@@ -88,8 +100,9 @@ def load_pipeline(
             had; told in one line.
     """
     check_names(device, dtype)
-    checkpoint = with_variant(find_checkpoint(model), variant)
-    return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter)
+    options = LoadOptions.of(scheduler, loras, offload, vae_tiling)
+    checkpoint = with_variant(find_checkpoint(model, revision), variant)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=options)
 
 
 def load_checkpoint(
@@ -99,13 +112,16 @@ def load_checkpoint(
     dtype: str = "auto",
     method: str | None = None,
     drafter: str | None = None,
+    options: LoadOptions | None = None,
 ) -> DiffusionPipeline:
     """`load_pipeline` for a model that was found before."""
     check_names(device, dtype)
+    options = options or LoadOptions()
     kind_of_pipeline = pipeline_class(checkpoint, method)
     if drafter is not None and method != "speculative":
         raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)
+    options.check(kind_of_pipeline, checkpoint.index, where)
     with phase("load"):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
@@ -115,8 +131,9 @@ def load_checkpoint(
             pipe = _with_drafter(kind_of_pipeline, pipe, find_drafter(checkpoint, drafter), kind)
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
+        options.apply(pipe)
         try:
-            pipe.to(where)
+            options.place(pipe, where)
         except torch.OutOfMemoryError as error:
             raise FastgenError(f"model {checkpoint.model!r} does not fit into the memory of {where}") from error
     set_checkpoint(pipe, checkpoint)
@@ -171,10 +188,11 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
     if checkpoint.kind == "janus":
-        folder = download_janus(hub_id)
+        folder = download_janus(hub_id, checkpoint.revision)
     else:
+        which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
         try:
-            folder = Path(DiffusionPipeline.download(hub_id, variant=checkpoint.variant, trust_remote_code=False))
+            folder = Path(DiffusionPipeline.download(hub_id, **which, trust_remote_code=False))
         except Exception as error:
             raise explain_hub_error(hub_id, error) from error
     return Checkpoint(**{**_fields(checkpoint), "folder": folder})

@@ -48,6 +48,31 @@ def generate(
     variant: Annotated[
         str | None, typer.Option(help="Of the weight files, as in diffusers, e.g. fp16.", show_default=False)
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="A class of diffusers in place of the model's own, e.g. DPMSolverMultistep.", show_default=False
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATH or PATH:WEIGHT: a .safetensors file, a folder or a Hub id; repeat.", show_default=False
+        ),
+    ] = None,
+    offload: Annotated[
+        str,
+        typer.Option(
+            help="none; model, group or sequential keep weights in main memory until a GPU needs them; auto takes the "
+            "first that fits."
+        ),
+    ] = "none",
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles, for large pictures in little memory.")
+    ] = False,
     method: Annotated[
         str | None,
         typer.Option(
@@ -170,10 +195,12 @@ def generate(
 
     # 2. What needs the model's configuration, but not its weights.
     from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint, find_drafter, with_variant
+    from fastgen.pipelines.load_options import LoadOptions
 
     check_names("cpu" if device == "auto" else device, dtype)
     model = model if model is not None else METHODS[method or "base"]
-    checkpoint = with_variant(find_checkpoint(model), variant)
+    options = LoadOptions.of(scheduler, lora, offload, vae_tiling)
+    checkpoint = with_variant(find_checkpoint(model, revision), variant)
     is_chunked = checkpoint.has_dynamic_chunking
     check_method(method, checkpoint)
     if save_map and method == "search":
@@ -205,12 +232,14 @@ def generate(
         if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
             raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
+        options.check(kind, checkpoint.index, where)
         check_writable(target if is_folder else target.parent)
         weight_type = str(weights).removeprefix("torch.")
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint, drafts),
             **({} if variant is None else {"variant": variant}),
+            **options.recorded,
             "method": method or ("dc" if is_chunked else "base"),
             **{name: call.get(name) for name in asked},
             **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
@@ -224,7 +253,13 @@ def generate(
         context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
         remove_leftovers(jobs[0].image.parent, {name for job in jobs for name in job.files})
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": drafter}
+        loading: dict[str, Any] = {
+            "device": str(where),
+            "dtype": weight_type,
+            "method": method,
+            "drafter": drafter,
+            "options": options,
+        }
         stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search)
 
     made = {job.image for job in todo}

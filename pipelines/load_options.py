@@ -1,0 +1,298 @@
+"""What a user may add to a model while it is loaded: another scheduler, LoRA weights, offloading, a tiled decoder.
+
+All of it is diffusers' own. What stands here is checked before the weights load, and nothing of it fails in silence.
+Imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastgen.checks import check_bool, check_choice
+from fastgen.errors import FastgenError
+from fastgen.io import file_sha256
+from fastgen.pipelines.weight_files import check_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OFFLOADS", "LoadOptions", "LoRA", "choose_offload", "scheduler_class"]
+
+Offload = Literal["none", "auto", "model", "group", "sequential"]
+OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
+"""Where weights wait: on the device; there if they fit; whole networks, groups of layers, or single layers in main
+memory until they are needed."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Schedulers of flow models that read the noise levels and the shift that their pipelines pass.
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "UniPCMultistepScheduler")
+# Of models distilled to few steps; diffusers does not list them among the schedulers that share a configuration.
+_FEW_STEPS = ("LCMScheduler", "TCDScheduler")
+_WORKING_MEMORY = 1.3
+"""Memory that drawing takes, as a multiple of the weights that are on the device."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank weights to load into a pipeline.
+
+    Args:
+        source: a .safetensors file, a folder, or a Hub id.
+        weight: factor of their update.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: object) -> LoRA:
+        """PATH or PATH:WEIGHT.
+
+        Raises:
+            FastgenError: no text, a weight that is no finite number, or nothing there.
+        """
+        if isinstance(text, cls):
+            text._check()
+            return text
+        if not isinstance(text, str | os.PathLike):
+            raise FastgenError(f"lora: needs PATH or PATH:WEIGHT, got {type(text).__name__}")
+        source, weight = os.fspath(text), 1.0
+        head, colon, tail = source.rpartition(":")
+        if colon and not os.path.exists(source):
+            try:
+                source, weight = head, float(tail)
+            except ValueError as error:
+                raise FastgenError(f"lora: {tail!r} in {source!r} is not a number; needs PATH:WEIGHT") from error
+        made = cls(source, weight)
+        made._check()
+        return made
+
+    @property
+    def from_hub(self) -> bool:
+        return not os.path.exists(self.source)
+
+    def _check(self) -> None:
+        if not self.source:
+            raise FastgenError("lora: there is no file or folder ''")
+        if not math.isfinite(self.weight):
+            raise FastgenError(f"lora: weight {self.weight} is not allowed, needs a finite number")
+        path = Path(self.source)
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise FastgenError(f"lora: {self.source} is not allowed, only .safetensors files are loaded")
+            check_safetensors(path)
+        elif path.is_dir():
+            if not self.files():
+                raise FastgenError(f"lora: {self.source} holds no .safetensors file")
+            for file in self.files():
+                check_safetensors(file)
+        elif not _HUB_ID.fullmatch(self.source) or self.source.endswith(".safetensors"):
+            raise FastgenError(f"lora: there is no file or folder {self.source!r}")
+
+    def files(self) -> list[Path]:
+        """Its weight files on this machine; none for a Hub id."""
+        path = Path(self.source)
+        return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+
+    def load(self, pipe: Any, name: str) -> None:
+        """Load as adapter `name`.
+
+        Raises:
+            FastgenError: they do not fit the pipeline's layers.
+        """
+        path = Path(self.source)
+        where = {"weight_name": path.name} if path.is_file() else {}
+        try:
+            folder = path.parent if path.is_file() else self.source
+            pipe.load_lora_weights(os.fspath(folder), adapter_name=name, use_safetensors=True, **where)
+        except Exception as error:  # of diffusers, peft and the Hub
+            reason = " ".join(str(error).split())[:300]
+            raise FastgenError(f"lora: {self.source} cannot be loaded into {type(pipe).__name__}: {reason}") from error
+        if not any(name in names for names in pipe.get_list_adapters().values()):
+            raise FastgenError(f"lora: {self.source} has no weights for any layer of {type(pipe).__name__}")
+
+
+def scheduler_class(current: str, asked: str) -> type:
+    """The scheduler that takes the place of a model's own.
+
+    Args:
+        current: class of the model's own scheduler.
+        asked: a class of diffusers, with or without "Scheduler" at its end.
+
+    Raises:
+        FastgenError: there is none of that name, or it does not read such a model's configuration.
+    """
+    import diffusers
+
+    own = getattr(diffusers, current, None)
+    if current.startswith("FlowMatch"):
+        names = list(_FLOW)
+    else:
+        names = sorted(set(getattr(own, "_compatibles", ())) | {current})
+        names += _FEW_STEPS if len(names) > 1 else ()
+    found = next((name for name in names if name.removesuffix("Scheduler") == asked.removesuffix("Scheduler")), None)
+    if found is None:
+        raise FastgenError(
+            f"scheduler: {asked!r} is not allowed, a model with {current} needs one of {', '.join(names)}"
+        )
+    chosen: type = getattr(diffusers, found)
+    return chosen
+
+
+def _with_scheduler(pipe: Any, asked: str) -> None:
+    config = pipe.scheduler.config
+    chosen: Any = scheduler_class(type(pipe.scheduler).__name__, asked)
+    extra: dict[str, Any] = {}
+    if chosen.__name__ == "UniPCMultistepScheduler" and type(pipe.scheduler).__name__.startswith("FlowMatch"):
+        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
+    pipe.scheduler = chosen.from_config(config, **extra)
+
+
+def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
+    """The fastest way that fits into `free` bytes of a device's memory.
+
+    Args:
+        sizes: bytes of each network's weights.
+    """
+    if sum(sizes.values()) * _WORKING_MEMORY <= free:
+        return "none"
+    if max(sizes.values(), default=0) * _WORKING_MEMORY <= free:
+        return "model"
+    return "group"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What is added to a model while it is loaded.
+
+    Args:
+        scheduler: a class of diffusers that reads the configuration of the model's own.
+        loras: LoRA weights.
+        offload: see `OFFLOADS`.
+        vae_tiling: decode in tiles, for large pictures in little memory; pixels change near their borders.
+
+    Raises:
+        FastgenError: a value that is not allowed, or files that are not there.
+    """
+
+    scheduler: str | None = None
+    loras: tuple[LoRA, ...] = ()
+    offload: Offload = "none"
+    vae_tiling: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        scheduler: str | None = None,
+        loras: Iterable[Any] | str | None = None,
+        offload: str = "none",
+        vae_tiling: bool = False,
+    ) -> LoadOptions:
+        """From what a user writes: `loras` as PATH or PATH:WEIGHT, one or several."""
+        if scheduler is not None and not isinstance(scheduler, str):
+            raise FastgenError(f"scheduler: needs the name of a class, got {type(scheduler).__name__}")
+        given = (loras,) if isinstance(loras, str | os.PathLike | LoRA) else tuple(loras or ())
+        check_bool("vae_tiling", vae_tiling)
+        check_choice("offload", offload, OFFLOADS)
+        return cls(scheduler, tuple(LoRA.parse(each) for each in given), offload, vae_tiling)  # type: ignore[arg-type]
+
+    def check(self, kind: type, index: Mapping[str, Any], device: torch.device) -> None:
+        """Before weights load.
+
+        Args:
+            kind: the pipeline's class.
+            index: content of its model_index.json.
+            device: where it goes.
+
+        Raises:
+            FastgenError: something that the pipeline or the device cannot do.
+        """
+        if self.scheduler is not None:
+            entry = index.get("scheduler")
+            if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], str):
+                raise FastgenError(f"scheduler: {kind.__name__} has none")
+            scheduler_class(entry[1], self.scheduler)
+        if self.loras and not hasattr(kind, "load_lora_weights"):
+            raise FastgenError(f"lora: {kind.__name__} does not take LoRA weights")
+        if self.loras:
+            try:
+                import peft  # noqa: F401
+            except ImportError as error:
+                raise FastgenError("lora: needs peft, which is not installed (python -m pip install peft)") from error
+        if self.vae_tiling and "vae" not in index:
+            raise FastgenError(f"vae_tiling: {kind.__name__} has no VAE")
+        if self.offload not in ("none", "auto") and device.type == "cpu":
+            raise FastgenError(f"offload: {self.offload!r} moves weights to a GPU, and the device is the CPU")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a picture depends on, for its sidecar; without what was not asked for."""
+        loras = [
+            {"source": each.source, "weight": each.weight, "sha256": [file_sha256(file) for file in each.files()]}
+            for each in self.loras
+        ]
+        asked = {"scheduler": self.scheduler, "loras": loras, "vae_tiling": self.vae_tiling}
+        return {name: value for name, value in asked.items() if value}
+
+    def apply(self, pipe: Any) -> None:
+        """Scheduler, LoRA weights and tiling of a pipeline whose weights are loaded.
+
+        Raises:
+            FastgenError: LoRA weights of another model; a VAE without tiles.
+        """
+        if self.scheduler is not None:
+            _with_scheduler(pipe, self.scheduler)
+        names = [f"lora_{i}" for i in range(len(self.loras))]
+        for lora, name in zip(self.loras, names, strict=True):
+            lora.load(pipe, name)
+        if names:
+            pipe.set_adapters(names, [lora.weight for lora in self.loras])
+        if self.vae_tiling:
+            if not hasattr(pipe.vae, "enable_tiling"):
+                raise FastgenError(f"vae_tiling: {type(pipe.vae).__name__} does not decode in tiles")
+            pipe.vae.enable_tiling()
+
+    def place(self, pipe: Any, device: torch.device) -> Offload:
+        """Move the pipeline to its device, or let its parts wait in main memory; the way that was taken.
+
+        Raises:
+            FastgenError: the pipeline cannot be offloaded in that way.
+        """
+        import torch
+
+        way = self.offload
+        if way == "auto":
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+            way = "none" if free is None else choose_offload(_sizes(pipe), free)
+        if way == "none":
+            pipe.to(device)
+            return way
+        try:
+            if way == "model":
+                pipe.enable_model_cpu_offload(device=device)
+            elif way == "sequential":
+                pipe.enable_sequential_cpu_offload(device=device)
+            else:
+                stream = device.type == "cuda"
+                pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=stream)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FastgenError(f"offload: {type(pipe).__name__} cannot do {way!r}: {reason}") from error
+        return way
+
+
+def _sizes(pipe: Any) -> dict[str, int]:
+    """Bytes of each network's weights."""
+    import torch
+
+    return {
+        name: sum(each.numel() * each.element_size() for each in part.parameters())
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
