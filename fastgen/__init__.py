@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastgen.models.dc_dit import DCDiTTransformer2DModel
     from fastgen.models.dc_z_image import DCZImageTransformer2DModel
     from fastgen.models.upcycle import upcycle
+    from fastgen.pipelines.accelerate import Plan, accelerate, accelerated, restore
     from fastgen.pipelines.dc_dit import DCDiTPipeline
     from fastgen.pipelines.dc_z_image import DCZImagePipeline
     from fastgen.pipelines.elastic import disable_dc, enable_dc
@@ -34,8 +35,11 @@ _EXPORTS = {
     "FastgenError": "fastgen.errors",
     "GeneratedImage": "fastgen.pipelines.loading",
     "NoiseSearchPipeline": "fastgen.pipelines.noise_search",
+    "Plan": "fastgen.pipelines.accelerate",
     "SpeculativeImagePipeline": "fastgen.pipelines.speculative",
     "Stats": "fastgen.accounting",
+    "accelerate": "fastgen.pipelines.accelerate",
+    "accelerated": "fastgen.pipelines.accelerate",
     "account": "fastgen.accounting",
     "disable_dc": "fastgen.pipelines.elastic",
     "disable_kernels": "fastgen.pipelines.kernels",
@@ -43,6 +47,7 @@ _EXPORTS = {
     "enable_kernels": "fastgen.pipelines.kernels",
     "generate_images": "fastgen.pipelines.loading",
     "load_pipeline": "fastgen.pipelines.loading",
+    "restore": "fastgen.pipelines.accelerate",
     "upcycle": "fastgen.models.upcycle",
 }
 _MODULES = ("accounting", "contracts", "data", "drafters", "errors", "evaluation", "kernels", "models", "pipelines")
@@ -55,9 +60,12 @@ __all__ = [
     "FastgenError",
     "GeneratedImage",
     "NoiseSearchPipeline",
+    "Plan",
     "SpeculativeImagePipeline",
     "Stats",
     "__version__",
+    "accelerate",
+    "accelerated",
     "account",
     "accounting",
     "contracts",
@@ -68,6 +76,7 @@ __all__ = [
     "errors",
     "generate_images",
     "load_pipeline",
+    "restore",
     "upcycle",
 ]
 

@@ -63,6 +63,21 @@ def enable_kernels(pipe: Any) -> dict[str, int]:
     return dict(counts)
 
 
+def served(pipe: Any) -> tuple[int, int]:
+    """How many modules compute with kernels now, and how many others could; changes nothing."""
+    enabled = others = 0
+    for module in _modules(pipe):
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, fused_attention.FusedProcessor):
+            enabled += 1
+        elif type(module) in _FORWARDS:
+            ours = any(_is_ours(forward) for forward in _layers_of_forward(module))
+            enabled, others = enabled + ours, others + (not ours)
+        elif type(processor) in fused_attention.PROCESSORS:
+            others += 1
+    return enabled, others
+
+
 def disable_kernels(pipe: Any) -> None:
     """Take everything back that `enable_kernels` did; without it, nothing happens."""
     for module in _modules(pipe):

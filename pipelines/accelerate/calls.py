@@ -1,0 +1,105 @@
+"""Parts that change the arguments of a pipeline's call, or need to know which step it is at."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+__all__ = ["Change", "Progress", "change_calls", "progress", "takes"]
+
+Change = Callable[[dict[str, Any]], None]
+"""Changes the arguments of a call, by name, in place; those that the user left out are not among them."""
+
+
+@dataclass
+class Progress:
+    """Passes of the denoiser that a call has made so far, its steps, and its guidance scale."""
+
+    steps: int
+    guidance_scale: float
+    passes: int = 0
+
+
+progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+"""Of the call that this thread is in."""
+
+_changes: weakref.WeakKeyDictionary[Any, list[Change]] = weakref.WeakKeyDictionary()
+
+
+def takes(pipe: Any, name: str) -> bool:
+    """Whether the pipeline's call has an argument of that name."""
+    return name in inspect.signature(type(pipe).__call__).parameters
+
+
+def change_calls(pipe: Any, change: Change) -> Callable[[], None]:
+    """Let every later call of this pipeline pass through `change`; returns what takes that back.
+
+    The object gets a class of its own below its class, which differs in `__call__` alone: Python looks that up on the
+    class. Name and module stay, so that `save_pretrained` writes what it wrote.
+    """
+    if pipe not in _changes:
+        _changes[pipe] = []
+        stock: Any = type(pipe)
+        pipe.__class__ = _subclass(stock)
+    _changes[pipe].append(change)
+
+    def undo() -> None:
+        _changes[pipe].remove(change)
+        if not _changes[pipe]:
+            del _changes[pipe]
+            pipe.__class__ = type(pipe).__mro__[1]
+
+    return undo
+
+
+def _plain(stock: Any, state: dict[str, Any]) -> Any:
+    made = stock.__new__(stock)
+    made.__dict__.update(state)
+    return made
+
+
+@functools.cache
+def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = {name: value for name, value in bound.items() if name != "self"}
+        rest = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
+        given |= {name: value for each in rest for name, value in given.pop(each, {}).items()}
+        for change in _changes.get(self, ()):
+            change(given)
+        asked = [given.get(name, _default(signature, name)) for name in ("num_inference_steps", "guidance_scale")]
+        steps, scale = (each if isinstance(each, int | float) else 0 for each in asked)
+        with ExitStack() as stack:
+            token = progress.set(Progress(int(steps), scale))
+            stack.callback(progress.reset, token)
+            return stock.__call__(self, **given)
+
+    def reduced(self: Any, protocol: Any) -> Any:  # a copy is a plain one: the changes belong to this object
+        return _plain, (stock, vars(self))
+
+    return type(
+        stock.__name__,
+        (stock,),
+        {
+            "__call__": call,
+            "__reduce_ex__": reduced,
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+        },
+    )
+
+
+def _default(signature: inspect.Signature, name: str) -> Any:
+    return signature.parameters[name].default if name in signature.parameters else None

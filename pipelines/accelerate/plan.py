@@ -1,0 +1,111 @@
+"""Which parts are on, at which settings, and why: what `accelerate` returns and `fastgen tune` writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgen.contracts import LOSSES, Loss
+from fastgen.errors import FastgenError
+from fastgen.io import atomic_write_json, read_object
+from fastgen.pipelines.accelerate.parts import Part, made_part
+
+__all__ = ["Plan", "Row"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part in a plan.
+
+    Args:
+        part: with its settings.
+        on: whether it is on.
+        why: why it is off, or what it gave where that was measured.
+    """
+
+    part: Part
+    on: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts of `accelerate` for a pipeline.
+
+    Args:
+        pipeline: class of the pipeline.
+        rows: all parts that were considered, those that are on in the order in which they are turned on.
+        measured: of `fastgen tune`: seconds a picture, scores, versions, device; empty where nothing was measured.
+    """
+
+    pipeline: str
+    rows: tuple[Row, ...]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that are on."""
+        return [row.part for row in self.rows if row.on]
+
+    @property
+    def loss(self) -> Loss:
+        """Contract of all parts together: that of the weakest."""
+        return max((part.loss for part in self.parts), key=LOSSES.index, default="exact")
+
+    def __str__(self) -> str:
+        lines = [["part", "", "contract", "settings", "why"]]
+        for row in self.rows:
+            settings = ", ".join(f"{name}={value}" for name, value in row.part.settings.items())
+            lines.append([row.part.name, "on" if row.on else "off", row.part.loss, settings, row.why])
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        table = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        return f"{self.pipeline}, loss contract {self.loss}\n{table}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON."""
+        atomic_write_json(path, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            {"part": row.part.name, "settings": row.part.settings, "on": row.on, "why": row.why} for row in self.rows
+        ]
+        return {"format": _FORMAT, "pipeline": self.pipeline, "parts": rows, "measured": self.measured}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` or `fastgen tune` wrote.
+
+        Raises:
+            FastgenError: there is no such file, or it is no plan.
+        """
+        if not Path(path).is_file():
+            raise FastgenError(f"plan: there is no file {os.fspath(path)!r}")
+        return cls.of_dict(read_object(path), os.fspath(path))
+
+    @classmethod
+    def of_dict(cls, data: dict[str, Any], label: str = "plan") -> Plan:
+        """From what `as_dict` gives.
+
+        Raises:
+            FastgenError: it is no plan.
+        """
+        if data.get("format") != _FORMAT:
+            raise FastgenError(f"{label}: is no plan of this version (format {data.get('format')!r}, needs {_FORMAT})")
+        rows, pipeline, measured = data.get("parts"), data.get("pipeline"), data.get("measured", {})
+        if not isinstance(pipeline, str) or not isinstance(rows, list) or not isinstance(measured, dict):
+            raise FastgenError(f"{label}: needs a pipeline, parts and measured numbers")
+        return cls(pipeline, tuple(_rows(rows, label)), measured)
+
+
+def _rows(rows: list[Any], label: str) -> Iterator[Row]:
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("on", True), bool):
+            raise FastgenError(f"{label}: a part must be an object with a name, settings and on")
+        yield Row(made_part(row.get("part"), row.get("settings", {})), row.get("on", True), str(row.get("why", "")))
