@@ -18,6 +18,8 @@ from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
+    from fastgen.contracts import Loss
+    from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage, Progress
 
@@ -146,6 +148,17 @@ def generate(
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
     ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="What `fastgen tune` found to make the model faster here.", show_default=False),
+    ] = None,
+    accelerate: Annotated[
+        str,
+        typer.Option(
+            help="exact turns on what changes no picture beyond rounding, off nothing; auto is exact on a GPU, off on "
+            "a CPU. Without --plan."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Pictures made together, at most.")] = 8,
@@ -180,6 +193,11 @@ def generate(
     if batch_size < 1:
         raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
     check_method_name(method)
+    if accelerate not in ("auto", "off", "exact"):
+        raise FastgenError(f"--accelerate: {accelerate!r} is not allowed, needs auto, off or exact")
+    if plan is not None and (accelerate != "auto" or method in ("search", "speculative")):
+        other = f"--accelerate {accelerate}" if accelerate != "auto" else f"--method {method}"
+        raise FastgenError(f"--plan: not with {other}")
     asked = {name: context.params[name] for name in SETTINGS}
     for name, value in asked.items():
         if value is not None:
@@ -235,6 +253,7 @@ def generate(
         options.check(kind, checkpoint.index, where)
         check_writable(target if is_folder else target.parent)
         weight_type = str(weights).removeprefix("torch.")
+        faster = _faster(plan, accelerate, kind, where, method)
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint, drafts),
@@ -244,6 +263,7 @@ def generate(
             **{name: call.get(name) for name in asked},
             **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
             **({"compile": True} if compile else {}),
+            **_recorded(faster),
             **({} if search is None else search.settings),
             "device": where.type,
             "dtype": weight_type,
@@ -260,7 +280,7 @@ def generate(
             "drafter": drafter,
             "options": options,
         }
-        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search)
+        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search, faster)
 
     made = {job.image for job in todo}
     kept = [job for job in jobs if job.image not in made]
@@ -297,6 +317,33 @@ def _output(output: Path | None, many: bool) -> tuple[Path, bool]:
     return path, False
 
 
+def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method: str | None) -> Plan | str | None:
+    """The plan to follow, "exact" for what is exact and pays, or None.
+
+    Raises:
+        FastgenError: a plan of another pipeline, or a broken one.
+    """
+    from fastgen.pipelines.accelerate import Plan
+
+    if path is not None:
+        plan = Plan.load(path)
+        if plan.pipeline != kind.__name__:
+            raise FastgenError(f"--plan: {path} is of a {plan.pipeline}, and the model is a {kind.__name__}")
+        return plan
+    if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
+        return None
+    return "exact"
+
+
+def _recorded(faster: Plan | str | None) -> dict[str, Any]:
+    """What of it the pixels depend on."""
+    if faster is None:
+        return {}
+    if isinstance(faster, str):
+        return {"accelerate": faster}
+    return {"plan": [[part.name, part.settings] for part in faster.parts]}
+
+
 def _best_device() -> str:
     import torch
 
@@ -313,6 +360,7 @@ def _make(
     batch_invariant: bool,
     save_map: bool,
     search: searching.Search | None,
+    faster: Plan | str | None,
 ) -> dict[str, Any]:
     """Make and write the pictures; what the run did."""
     if not jobs:
@@ -323,6 +371,8 @@ def _make(
     from fastgen.accounting import account, phase
     from fastgen.cli.notes import warnings_shown
     from fastgen.environment import versions
+    from fastgen.pipelines.accelerate import Plan
+    from fastgen.pipelines.accelerate import accelerate as turn_on
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import explained_drawing, load_checkpoint
 
@@ -335,6 +385,8 @@ def _make(
         pipe: Any = load_checkpoint(checkpoint, **loading)
         if compile:
             pipe.compile()
+        if faster is not None:
+            faster = turn_on(pipe, plan=None if isinstance(faster, str) else faster)
         prompts = [job.prompt for job in jobs]
         with explained_drawing(checkpoint), warnings_shown(), _progress_bar(len(jobs)) as report:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
@@ -357,7 +409,7 @@ def _make(
                     extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
                     if search is not None and search.save_tree:
                         extra.append(searching.tree_file(job.image, picture.search or {}, picture.image))
-                    _save(job, picture, made_with, extra)
+                    _save(job, picture, made_with, extra, "exact" if not isinstance(faster, Plan) else faster.loss)
                 if search is not None:
                     typer.echo(searching.summary(job.image, picture), err=True)
     return stats.as_dict()
@@ -371,8 +423,11 @@ def _map(pipe: Any, picture: GeneratedImage) -> bytes:
     return encode_png(chunk_sheet(pipe.vae, picture.steps or (), picture.image, picture.sample), {})
 
 
-def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]]) -> None:
+def _save(
+    job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], parts: Loss
+) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
+    from fastgen.contracts import weakest
     from fastgen.io import atomic_write_many, encode_json, encode_png
 
     # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
@@ -384,7 +439,7 @@ def _save(job: Job, picture: GeneratedImage, versions: dict[str, str], extra: li
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
-        "loss": picture.loss,
+        "loss": weakest((picture.loss, parts)),
         "versions": versions,
         "stats": picture.stats,
     }

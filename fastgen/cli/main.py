@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
     "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
+    "tune": ("fastgen.cli.tune", "Measure what makes a model faster here, and write a plan."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
     "info": ("fastgen.cli.info", "Show versions, devices and which fast paths are available."),
 }

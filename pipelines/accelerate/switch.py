@@ -31,7 +31,7 @@ from fastgen.pipelines.accelerate.parts import (
 )
 from fastgen.pipelines.accelerate.plan import Plan, Row
 
-__all__ = ["accelerate", "accelerated", "restore"]
+__all__ = ["accelerate", "accelerated", "exact_plan", "restore"]
 
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
@@ -112,11 +112,16 @@ def accelerated(
         restore(pipe)
 
 
+def exact_plan(pipeline: str) -> Plan:
+    """What `accelerate` tries on a pipeline of that class without a plan."""
+    off = [Row(part, False, "by a plan only: see `fastgen tune`") for part in _BY_PLAN]
+    return Plan(pipeline, (*(Row(part, True) for part in _EXACT), *off))
+
+
 def _wanted(pipe: Any, plan: Any) -> Plan:
     name = type(pipe).__name__
     if plan is None:
-        off = [Row(part, False, "by a plan only: see `fastgen tune`") for part in _BY_PLAN]
-        return Plan(name, (*(Row(part, True) for part in _EXACT), *off))
+        return exact_plan(name)
     if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)
     elif not isinstance(plan, Plan):

@@ -1,0 +1,311 @@
+"""Which parts of `accelerate` pay for a model on this machine, by measuring: what `fastgen tune` does.
+
+Every plan is timed against the stock pipeline picture by picture, one after the other and with the same seeds, so that
+a machine that slows down meets both. Parts are chosen greedily with a look back: the fastest plan whose score is not
+too low is taken, every other setting is tried on top of it, and then without each of its parts. Fewer steps alone are
+always measured: a lossy plan that is not above them at its seconds gives its user nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastgen.contracts import LOSSES, Loss
+from fastgen.errors import FastgenError
+from fastgen.io import parse_json
+from fastgen.pipelines.accelerate.parts import (
+    ChannelsLast,
+    Compile,
+    FewerSteps,
+    Guidance,
+    Kernels,
+    Part,
+    StepCache,
+    TailDrops,
+    made_part,
+)
+from fastgen.pipelines.accelerate.switch import accelerated
+from fastgen.pipelines.loading import generate_images
+
+__all__ = ["Metric", "Trial", "Tuner", "beats_fewer_steps", "candidates", "front", "ssim"]
+
+Metric = Callable[[list[Image.Image], list[str], list[Image.Image]], list[float]]
+"""Scores of pictures, given their prompts and the stock pictures of the same seeds; higher is better."""
+
+_SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
+
+
+def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
+    """Parts and settings to try on a pipeline: those that can be used with it and are allowed."""
+    parts: list[Part] = [Kernels(), ChannelsLast(), *([Compile()] if compile else [])]
+    if loss == "lossy":
+        parts += [FewerSteps(share) for share in _SHARES]
+        parts += [Guidance(share) for share in (0.75, 0.5, 0.25)]
+        parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
+        parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
+        parts += [TailDrops(0.0, 0.5), TailDrops(0.25, 0.5), TailDrops(0.5, 0.75)]
+    return [part for part in parts if part.why_not(pipe) is None]
+
+
+def ssim(images: list[Image.Image], prompts: list[str], stock: list[Image.Image]) -> list[float]:
+    """Structural similarity to the stock pictures, 1 for equal ones."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    pairs = zip(map(_tensor, images), map(_tensor, stock), strict=True)
+    return [float(structural_similarity_index_measure(ours, theirs, data_range=1.0)) for ours, theirs in pairs]
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured.
+
+    Args:
+        parts: that were on.
+        seconds, stock_seconds: of each picture and of the stock one that was drawn just before.
+        scores, stock_scores: of each picture.
+        largest_difference: of a pixel's channel, 0 to 255, over all pictures.
+        first_seconds: of the first picture, with what is compiled then.
+        peak_bytes: of GPU memory, where there is one.
+    """
+
+    parts: tuple[Part, ...]
+    seconds: tuple[float, ...]
+    stock_seconds: tuple[float, ...]
+    scores: tuple[float, ...]
+    stock_scores: tuple[float, ...]
+    largest_difference: int
+    first_seconds: float
+    peak_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return " + ".join(_short(part) for part in self.parts) or "stock"
+
+    @property
+    def ratio(self) -> tuple[float, float, float]:
+        """Seconds over stock seconds: geometric mean, and the ends of its 95 % interval."""
+        logs = np.log(np.divide(self.seconds, self.stock_seconds))
+        middle, half = float(logs.mean()), _half_width(logs)
+        return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+    @property
+    def drop(self) -> tuple[float, float]:
+        """How much lower the score is than the stock one: paired mean, and half its 95 % interval."""
+        lost = np.subtract(self.stock_scores, self.scores)
+        return float(lost.mean()), _half_width(lost)
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def loss(self) -> Loss:
+        return max((part.loss for part in self.parts), key=LOSSES.index, default="exact")
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"}
+        return {"parts": _key(self.parts), **own}
+
+    @classmethod
+    def of_dict(cls, data: dict[str, Any]) -> Trial:
+        values: dict[str, Any] = dict(data)
+        values |= {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+        values["parts"] = tuple(made_part(part, settings) for part, settings in data["parts"])
+        return cls(**values)
+
+
+def _half_width(values: np.ndarray) -> float:
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return math.inf
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+
+
+def _short(part: Part) -> str:
+    shown = {"kind", "threshold"} if getattr(part, "kind", "") == "first-block" else {"kind", "interval"}
+    settings = [str(v) for k, v in part.settings.items() if part.name != "step_cache" or k in shown]
+    return f"{part.name}({', '.join(settings)})" if settings else part.name
+
+
+def _key(parts: Iterable[Part]) -> list[list[Any]]:
+    return [[part.name, part.settings] for part in parts]
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other one beats in both seconds and score, from the fastest."""
+    ordered = sorted(trials, key=lambda trial: (trial.ratio[0], -trial.score))
+    best, kept = -math.inf, []
+    for trial in ordered:
+        if trial.score > best:
+            kept.append(trial)
+            best = trial.score
+    return kept
+
+
+@dataclass
+class Tuner:
+    """Measures plans for a pipeline.
+
+    Args:
+        pipe: loaded, without `accelerate`.
+        prompts: texts to draw; each with one seed.
+        metric: scores the pictures.
+        call: arguments of `generate_images`.
+        log: file of finished trials; those in it are not measured again.
+        header: what the numbers in the log depend on; another one starts the log anew.
+        deadline: `time.monotonic` after which no new trial starts.
+        report: is told about every trial.
+    """
+
+    pipe: Any
+    prompts: list[str]
+    metric: Metric
+    call: dict[str, Any]
+    log: Path
+    header: dict[str, Any]
+    deadline: float = math.inf
+    report: Callable[[Trial], None] = lambda trial: None
+    trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stock: list[Image.Image] = []
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
+        known: list[Any] = []
+        with suppress(FastgenError):  # what a kill left of the last line
+            known.extend(parse_json(line, self.log) for line in lines)
+        if known and known[0] == json.loads(json.dumps(self.header)):
+            self.trials = [Trial.of_dict(data) for data in known[1:]]
+            text = "".join(line + "\n" for line in lines[: len(known)])
+            self.log.write_text(text, encoding="utf-8")
+        else:
+            self.log.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+
+    @property
+    def time_is_up(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def tune(self, parts: Sequence[Part], max_drop: float) -> Trial:
+        """Measure, and choose the fastest plan whose score drops by no more than `max_drop`.
+
+        Args:
+            parts: to choose from.
+            max_drop: of the mean score.
+        """
+        exact = [part for part in parts if part.loss == "exact"]
+        chosen = self.measure(())
+        for part in exact:
+            alone = self._try((part,))
+            if alone is not None and alone.ratio[2] < 1:
+                chosen = self._try((*chosen.parts, part)) or chosen
+        lossy = [part for part in parts if part.loss != "exact"]
+        for part in lossy:  # fewer steps first: the rival of all others
+            self._try((*chosen.parts, part))
+        chosen = self._best(max_drop, chosen)
+        while not self.time_is_up:
+            before = chosen
+            for part in lossy:
+                others = tuple(each for each in chosen.parts if each.name != part.name)
+                self._try((*others, part))
+            for part in chosen.parts:  # the look back
+                self._try(tuple(each for each in chosen.parts if each is not part))
+            chosen = self._best(max_drop, chosen)
+            if chosen is before:
+                break
+        return chosen
+
+    def _best(self, max_drop: float, default: Trial) -> Trial:
+        good = [trial for trial in self.trials if trial.drop[0] <= max_drop and trial.ratio[2] < 1]
+        return min(good, key=lambda trial: trial.ratio[0], default=default)
+
+    def _try(self, parts: tuple[Part, ...]) -> Trial | None:
+        known = next((trial for trial in self.trials if set(trial.parts) == set(parts)), None)
+        if known is not None or self.time_is_up:
+            return known
+        return self.measure(parts)
+
+    def measure(self, parts: tuple[Part, ...]) -> Trial:
+        """Draw every prompt without and with the parts, one after the other."""
+        known = next((trial for trial in self.trials if set(trial.parts) == set(parts)), None)
+        if known is not None and (self.stock or not parts):
+            return known
+        if not self.stock:  # the first pictures also warm up
+            self.stock = [self._draw(i)[0] for i in range(len(self.prompts))]
+        if known is not None:
+            return known
+        with accelerated(self.pipe, plan=parts):
+            first = self._draw(0)[1]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        times, stock_times, images = [], [], []
+        for i in range(len(self.prompts)):
+            stock_times.append(self._draw(i)[1])
+            with accelerated(self.pipe, plan=parts):
+                image, seconds = self._draw(i)
+            images.append(image)
+            times.append(seconds)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        scores = self.metric(images, self.prompts, self.stock)
+        stock_scores = self.metric(self.stock, self.prompts, self.stock)
+        difference = max(_difference(a, b) for a, b in zip(images, self.stock, strict=True))
+        trial = Trial(
+            parts, tuple(times), tuple(stock_times), tuple(scores), tuple(stock_scores), difference, first, peak
+        )
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(trial.as_dict()) + "\n")
+        self.trials.append(trial)
+        self.report(trial)
+        return trial
+
+    def draw(self, parts: tuple[Part, ...], count: int) -> list[Image.Image]:
+        """The first pictures under a plan."""
+        with accelerated(self.pipe, plan=parts):
+            return [self._draw(i)[0] for i in range(min(count, len(self.prompts)))]
+
+    def _draw(self, index: int) -> tuple[Image.Image, float]:
+        _synchronize()
+        start = time.perf_counter()
+        (picture,) = generate_images(self.pipe, [self.prompts[index]], [index], **self.call)
+        _synchronize()
+        return picture.image, time.perf_counter() - start
+
+
+def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
+    """Whether a lossy plan scores above the stock pipeline with fewer steps in the same time, by the line through
+    those that were measured; None where they do not reach that time, or for fewer steps themselves."""
+    if trial.loss == "exact" or all(part.name == "fewer_steps" or part.loss == "exact" for part in trial.parts):
+        return None
+    rivals = [
+        each for each in trials if all(part.loss == "exact" or part.name == "fewer_steps" for part in each.parts)
+    ]
+    points = sorted((each.ratio[0], each.score) for each in front(rivals))
+    seconds, scores = zip(*points, strict=True)
+    if not seconds[0] <= trial.ratio[0] <= seconds[-1]:
+        return None
+    return trial.score > float(np.interp(trial.ratio[0], seconds, scores))
+
+
+def _difference(a: Image.Image, b: Image.Image) -> int:
+    first, second = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (a, b))
+    return int(np.abs(first - second).max())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

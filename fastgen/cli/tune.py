@@ -1,0 +1,219 @@
+"""`fastgen tune`: which parts of `accelerate` pay for a model on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastgen.errors import FastgenError
+
+if TYPE_CHECKING:
+    from fastgen.evaluation.tuning import Metric, Trial
+
+app = typer.Typer(help="Measure what makes a model faster here, and write a plan.")
+
+_SHEET = 6  # pictures of a row
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    prompts_file: Annotated[Path, typer.Option(help="UTF-8, one prompt per line; the first --prompts are drawn.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go beside it.")],
+    model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
+    minutes: Annotated[float, typer.Option(help="After them no new measurement starts.")] = 10.0,
+    loss: Annotated[
+        str, typer.Option(help="exact: only parts that change no picture beyond rounding; lossy: all parts.")
+    ] = "lossy",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What a plan may lose: ssim (similarity to the stock pictures), or a verifier: shapes-verifier, "
+            "clip-score, pick-score …"
+        ),
+    ] = "ssim",
+    max_drop: Annotated[float, typer.Option(help="How much lower the mean score of the plan may be.")] = 0.05,
+    prompts: Annotated[int, typer.Option(help="Pictures of each measurement.")] = 12,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Try regional compilation too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Measure what makes a model faster here, and write a plan.
+
+    Every plan is timed against the stock pipeline picture by picture, with the same seeds. Fewer steps alone are
+    always among the plans. A run that was ended goes on from its log.
+
+    fastgen tune --model tiny --prompts-file prompts.txt --minutes 5 -o plan.json
+
+    fastgen generate "a red circle" --plan plan.json
+    """
+    from fastgen.cli.plan import read_prompts_file, weights_digest
+    from fastgen.io import check_writable
+    from fastgen.locks import locked_files
+    from fastgen.pipelines.arguments import check_prompt, check_value
+    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
+
+    if loss not in ("exact", "lossy"):
+        raise FastgenError(f"--loss: {loss!r} is not allowed, needs exact or lossy")
+    if not minutes > 0:
+        raise FastgenError(f"--minutes: {minutes} is not allowed, needs a number above 0")
+    if max_drop < 0:
+        raise FastgenError(f"--max-drop: {max_drop} is not allowed, needs a number >= 0")
+    if prompts < 3:
+        raise FastgenError(f"--prompts: {prompts} is not allowed, needs an integer >= 3")
+    if output.suffix != ".json":
+        raise FastgenError(f"--output: {output} is not allowed, plans are written as .json")
+    if steps is not None:
+        check_value("--steps", "steps", steps)
+    texts = [check_prompt(text) for text in read_prompts_file(prompts_file)]
+    texts = [texts[i % len(texts)] for i in range(prompts)]
+    check_names("cpu" if device == "auto" else device, dtype)
+    checkpoint = find_checkpoint(model)
+    if checkpoint.hub_id is None:
+        check_weights(checkpoint)
+    check_writable(output.parent)
+    log = output.with_suffix(".log.jsonl")
+    files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]
+    context.with_resource(locked_files(files))
+
+    with contextlib.redirect_stdout(sys.stderr):
+        import torch
+
+        from fastgen.evaluation import tune_report
+        from fastgen.evaluation.tuning import Tuner, candidates, front
+        from fastgen.io import atomic_write_bytes
+        from fastgen.pipelines.loading import load_checkpoint, resolve_device
+        from fastgen.pipelines.settings import draws_tokens, pipeline_class
+
+        if draws_tokens(pipeline_class(checkpoint)):
+            raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        where, weights = resolve_device(best if device == "auto" else device, dtype)
+        kind = str(weights).removeprefix("torch.")
+        scorer = _metric(metric, str(where))
+        call = {"steps": steps, "batch_size": 1}
+        pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind)
+        digest = checkpoint.folder.name if checkpoint.hub_id else weights_digest(checkpoint.folders)
+        header = _header(model, digest, where, kind, texts, metric, call)
+        tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _told)
+        parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
+        chosen = tuner.tune(parts, max_drop)
+        plan = _plan(pipe, tuner.trials, chosen, header, metric, max_drop)
+        shown = dict.fromkeys([(), chosen.parts, *(trial.parts for trial in front(tuner.trials))])
+        names = {trial.parts: trial.name for trial in tuner.trials}
+        rows = [(names[parts], tuner.draw(parts, _SHEET)) for parts in shown]
+        atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
+        tune_report.plot(tuner.trials, chosen, metric, files[2])
+        plan.save(output)
+    typer.echo(str(plan))
+    typer.echo(f"{output}, {files[2]}, {files[3]}", err=True)
+
+
+def _metric(name: str, device: str) -> Metric:
+    """What scores pictures.
+
+    Raises:
+        FastgenError: no such verifier, or its weights cannot be had.
+    """
+    if name == "ssim":
+        from fastgen.evaluation.tuning import ssim
+
+        return ssim
+    import numpy as np
+
+    from fastgen.evaluation.verifiers.base import picture_scores
+    from fastgen.evaluation.verifiers.names import load_verifier
+
+    verifier = load_verifier(name, device)
+
+    def scored(images: list[Any], prompts: list[str], stock: list[Any]) -> list[float]:
+        return list(picture_scores(verifier, (np.array(image.convert("RGB")) for image in images), prompts))
+
+    return scored
+
+
+def _header(
+    model: str, digest: str, device: Any, dtype: str, prompts: list[str], metric: str, call: dict[str, Any]
+) -> dict[str, Any]:
+    """What the measurements depend on."""
+    from fastgen.environment import environment
+
+    here = environment()
+    return {
+        "model": model,
+        "weights": digest,
+        "device": device.type,
+        "processor": here["gpus"][device.index or 0] if device.type == "cuda" else here["cpu"],
+        "threads": here["threads"],
+        "dtype": dtype,
+        "versions": here["versions"],
+        "commit": here["commit"],
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "images": len(prompts),
+        "metric": metric,
+        "settings": call,
+    }
+
+
+def _told(trial: Trial) -> None:
+    typer.echo(_line(trial), err=True)
+
+
+def _line(trial: Trial) -> str:
+    if not trial.parts:
+        return f"stock: score {trial.score:.4f}"
+    ratio, (drop, half) = trial.ratio, trial.drop
+    return (
+        f"{trial.name}: {ratio[0]:.3f} of the stock seconds ({ratio[1]:.3f} to {ratio[2]:.3f}), "
+        f"score {trial.score:.4f}, drop {drop:.4f} ± {half:.4f}"
+    )
+
+
+def _plan(pipe: Any, trials: list[Trial], chosen: Trial, header: dict[str, Any], metric: str, max_drop: float) -> Any:
+    """The chosen plan with all that was measured."""
+    from fastgen.environment import environment
+    from fastgen.evaluation.tuning import beats_fewer_steps, front
+    from fastgen.pipelines.accelerate import Plan, Row
+
+    rows = [Row(part, True, _line(chosen)) for part in chosen.parts]
+    alone = {trial.parts[-1]: trial for trial in trials if trial.parts and trial.parts[-1] not in chosen.parts}
+    rows += [Row(part, False, _line(trial)) for part, trial in alone.items()]
+    ratio, (drop, half) = chosen.ratio, chosen.drop
+    on_front = {trial.name for trial in front(trials)}
+    table = [
+        {
+            "plan": trial.name,
+            "ratio": trial.ratio,
+            "seconds": sum(trial.seconds) / len(trial.seconds),
+            "score": trial.score,
+            "drop": trial.drop if trial.parts else (0.0, 0.0),
+            "largest_difference": trial.largest_difference,
+            "first_seconds": trial.first_seconds,
+            "peak_bytes": trial.peak_bytes,
+            "loss": trial.loss,
+            "front": trial.name in on_front,
+            "beats_fewer_steps": beats_fewer_steps(trial, trials),
+        }
+        for trial in trials
+    ]
+    measured = {
+        "ratio": ratio,
+        "score": chosen.score,
+        "drop": (drop, half),
+        "metric": metric,
+        "max_drop": max_drop,
+        **header,
+        "environment": environment(),
+        "trials": table,
+    }
+    return Plan(type(pipe).__name__, tuple(rows), json.loads(json.dumps(measured)))
