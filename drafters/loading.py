@@ -20,7 +20,7 @@ from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pretrained import load_pretrained
 
-__all__ = ["build_rule", "has_heads", "heads_beside", "load_drafter"]
+__all__ = ["build_rule", "drafter_class", "has_heads", "heads_beside", "load_drafter"]
 
 _KINDS: dict[str, Any] = {
     "exact": Exact,
@@ -46,17 +46,24 @@ def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = Non
     Raises:
         FastgenError: the folder holds no drafter that we know, or its weights do not fit its configuration.
     """
-    if Path(folder).is_dir():
-        kind = _kind(Path(folder))
-        if kind not in _DRAFTERS:
-            raise FastgenError(f"drafter: {os.fspath(folder)} holds none that we know (found {str(kind)[:60]})")
-    else:
-        kind = EagleDrafter.__name__
-    drafter, info = load_pretrained(_DRAFTERS[kind], os.fspath(folder), torch_dtype=dtype, output_loading_info=True)
+    kind = drafter_class(folder) if Path(folder).is_dir() else EagleDrafter
+    drafter, info = load_pretrained(kind, os.fspath(folder), torch_dtype=dtype, output_loading_info=True)
     for fault in ("missing", "unexpected", "mismatched"):
         if keys := sorted(map(str, info.get(f"{fault}_keys") or ())):
             raise FastgenError(f"drafter {os.fspath(folder)} has {len(keys)} {fault} weights, e.g. {keys[0]!r}")
     return drafter.eval()
+
+
+def drafter_class(folder: str | os.PathLike[str]) -> Any:
+    """The class of the drafter, or of the heads, in a folder.
+
+    Raises:
+        FastgenError: the folder holds none that we know.
+    """
+    kind = _kind(Path(folder))
+    if kind not in _DRAFTERS:
+        raise FastgenError(f"drafter: {os.fspath(folder)} holds none that we know (found {str(kind)[:60]})")
+    return _DRAFTERS[kind]
 
 
 def _kind(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import Checkpoint
 from fastgen.pipelines.finite import finite_decoder
+from fastgen.pipelines.networks import drawing_fault, explained_drawing
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.settings import draws_tokens, pipeline_arguments, resolve_settings
 
@@ -35,6 +37,7 @@ __all__ = [
     "GeneratedImage",
     "Progress",
     "generate_images",
+    "model_fault",
     "set_checkpoint",
     "unknown_words",
 ]
@@ -155,7 +158,8 @@ def generate_images(
     if takes_classes(type(pipe)):
         for prompt in prompts:
             class_label(pipe, prompt)
-    check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
+    with explained_drawing(_checkpoints.get(pipe)):  # reads the prompts with the model's tokenizer and template
+        check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
 
 
@@ -200,6 +204,12 @@ def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
     _checkpoints[pipe] = checkpoint
 
 
+def model_fault(error: Exception) -> FastgenError | None:
+    """The line for an error that ended a command, where a model that the user brought was loaded; else None."""
+    faults = (drawing_fault(checkpoint, error) for checkpoint in _checkpoints.values())
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def _generate(
     pipe: DiffusionPipeline,
     prompts: list[str],
@@ -237,10 +247,7 @@ def _generate(
                 "one picture at a time" if alone else f"up to {batch_size} pictures together",
                 "batch_invariant: rounding depends on the batch shape" if alone and batch_size > 1 else None,
             )
-            if flops:
-                with count_flops():
-                    pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
-            else:
+            with explained_drawing(_checkpoints.get(pipe)), count_flops() if flops else nullcontext():
                 pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
         summary = {"images": count, **stats.as_dict()}
         for i, picture in enumerate(pictures):

@@ -7,23 +7,17 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
-import importlib
-import logging
-import math
-import pickle
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.accounting import phase
 from fastgen.errors import FastgenError
-from fastgen.io import read_json
+from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.checkpoint import (
-    EMBEDDED_MODELS,
     Checkpoint,
     check_names,
     check_weights,
@@ -33,6 +27,7 @@ from fastgen.pipelines.checkpoint import (
     find_drafter,
     with_variant,
 )
+from fastgen.pipelines.config_schema import check_arguments
 from fastgen.pipelines.generation import (
     GeneratedImage,
     Progress,
@@ -41,21 +36,14 @@ from fastgen.pipelines.generation import (
     unknown_words,
 )
 from fastgen.pipelines.load_options import LoadOptions, LoRA
+from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
 from fastgen.pipelines.settings import pipeline_class
-from fastgen.pipelines.weight_files import check_safetensors, variant_of
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable
 
 __all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-# Share of a checkpoint's weights that its network may have no place for.
-_MOST_UNUSED = 0.03
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,9 +114,14 @@ def load_checkpoint(
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
         check_weights(checkpoint)
-        pipe = _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_diffusers(checkpoint, kind)
+        drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
+        if checkpoint.kind == "janus":
+            _check_janus(checkpoint, drafts)
+            pipe = _load_janus(checkpoint, kind)
+        else:
+            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint))
         if method == "speculative":
-            pipe = _with_drafter(kind_of_pipeline, pipe, find_drafter(checkpoint, drafter), kind)
+            pipe = _with_drafter(kind_of_pipeline, pipe, drafts, kind)
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
@@ -211,10 +204,10 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
         pipe, info = load_pretrained(
             JanusImagePipeline, folder, torch_dtype=dtype, variant=checkpoint.variant, output_loading_info=True
         )
-        _check_keys(folder, info)
+        check_keys(folder, info)
         return pipe
 
-    return _explained(folder, load)
+    return explained(folder, load)
 
 
 def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
@@ -236,137 +229,64 @@ def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype
         made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder), heads)
         return made
 
-    return _explained(folder, load)
+    return explained(folder, load)
 
 
-def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
-    random numbers), then the rest through the stock loader."""
+def _check_janus(checkpoint: Checkpoint, drafter: Path | None) -> None:
+    """What can be refused before weights are read: a model that its files do not fit, a drafter of another model."""
+    from transformers import AutoTokenizer, JanusForConditionalGeneration
+
+    from fastgen.drafters.calibration import Calibration
+    from fastgen.drafters.loading import drafter_class
+    from fastgen.drafters.targets import target_of
+
     folder = checkpoint.folder
+    model = empty_network(JanusForConditionalGeneration, folder, checkpoint.variant)
+    if drafter is None:
+        return
+    parts = [drafter, *(heads for heads in [drafter / "heads"] if heads.is_dir())]
+    networks = [empty_network(drafter_class(part), part) for part in parts]
+    Calibration.beside(drafter)
+    if model is not None:
+        tokenizer = explained(folder, lambda: load_pretrained(AutoTokenizer, folder))
+        target = explained(folder, lambda: target_of(model.float(), tokenizer))
+        for network in networks:
+            if network is not None:
+                network.float().check(target)
+
+
+def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The classes of a pipeline's networks, None for those left out, after every check that needs no weights."""
+    file = checkpoint.folder / "model_index.json"
+    index = read_object(file)
+    settings = {name: value for name, value in index.items() if not isinstance(value, list) or len(value) != 2}
+    check_arguments(settings, pipeline_class(checkpoint), file)
     networks: dict[str, Any] = {}
-    for name, entry in read_json(folder / "model_index.json").items():
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
         if entry[0] is None:  # left out; to some pipelines that must be said
             networks[name] = None
             continue
-        network_class = _network_class(*entry)
-        if network_class is not None:
-            networks[name] = _load_network(network_class, checkpoint.component(name), dtype, checkpoint.variant)
-        elif checkpoint.base is not None and (folder / name).is_dir():
-            raise FastgenError(f"{folder / name}: only networks may differ from the base, this is none")
+        kind, folder = component_class(*entry), checkpoint.component(name)
+        if kind is not None and issubclass(kind, torch.nn.Module):
+            networks[name] = kind
+            empty_network(kind, folder, checkpoint.variant)
+        elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
+            raise FastgenError(f"{folder}: only networks may differ from the base, this is none")
+        elif kind is not None and (scheduler := folder / "scheduler_config.json").is_file():
+            check_arguments(read_object(scheduler), kind, scheduler)
+    return networks
+
+
+def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any]) -> DiffusionPipeline:
+    """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
+    random numbers), then the rest through the stock loader."""
+    loaded = {
+        name: kind and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant)
+        for name, kind in networks.items()
+    }
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
     # What is no network (scheduler, tokenizer) comes from the base where there is one.
-    rest = checkpoint.base or folder
-    return _explained(folder, lambda: load_pretrained(loader, rest, **networks))
-
-
-def _network_class(library: str | None, name: str | None) -> Any:
-    """The class of a component that has weights; None for others and for those that only the pipeline knows.
-
-    Raises:
-        FastgenError: there is no such class, or it is of a library from which no components come: importing a module
-            runs its code.
-    """
-    if library is None or name is None:
-        return None
-    # Of our classes diffusers writes the whole module's name.
-    if library not in ("diffusers", "transformers") and not library.startswith("fastgen.models."):
-        from diffusers import pipelines
-
-        module = getattr(pipelines, library, None)
-        if getattr(module, "__name__", None) != f"{pipelines.__name__}.{library}":
-            raise FastgenError(
-                f"the model needs {name} of {library!r}, which is no part of diffusers, transformers or fastgen; "
-                "fastgen runs no other code"
-            )
-        return None
-    try:
-        found = getattr(importlib.import_module(library), name, None)
-    except ImportError:
-        found = None
-    if found is None:
-        raise FastgenError(f"the model needs {library}.{name}, which the installed {library} does not have; update it")
-    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
-
-
-def _load_network(network_class: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-    keyword = "dtype" if network_class.__module__.startswith("transformers") else "torch_dtype"
-    if not any(variant_of(file) == variant for file in folder.iterdir()):
-        variant = None
-
-    def load() -> torch.nn.Module:
-        network, info = load_pretrained(
-            network_class, folder, output_loading_info=True, variant=variant, **{keyword: dtype}
-        )
-        _check_keys(folder, info)
-        return network.eval()
-
-    return _explained(folder, load)
-
-
-def _check_keys(folder: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that leaves a weight unset, or that the network has no place for in a large part."""
-    if missing := sorted(info.get("missing_keys") or ()):
-        raise FastgenError(f"checkpoint {folder} lacks {len(missing)} weights, the first is {missing[0]!r}")
-    if mismatched := sorted(map(str, info.get("mismatched_keys") or ())):
-        raise FastgenError(f"checkpoint {folder} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}")
-    if unexpected := sorted(info.get("unexpected_keys") or ()):
-        told = f"checkpoint {folder} has {len(unexpected)} weights without use, e.g. {unexpected[0]!r}"
-        sizes = {
-            name: entry["shape"] for file in folder.glob("*.safetensors") for name, entry in _header(file).items()
-        }
-        elements = {name: math.prod(shape) for name, shape in sizes.items()}
-        if sum(elements.get(name, 0) for name in unexpected) > _MOST_UNUSED * sum(elements.values()):
-            raise FastgenError(f"{told}: they do not fit its configuration")
-        logger.warning("%s", told)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    try:
-        return check_safetensors(file)
-    except FastgenError:  # of a variant that is not read
-        return {}
-
-
-def _explained(folder: Path, load: Callable[[], T]) -> T:
-    """Run a stock loader; what it cannot load becomes one line that names the folder."""
-    try:
-        return load()
-    except FastgenError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise FastgenError(f"checkpoint {folder} does not fit into memory") from error
-    except pickle.UnpicklingError as error:
-        raise FastgenError(f"checkpoint {folder}: a weight file is no archive of tensors, or is corrupt") from error
-    except Exception as error:  # every loader, and every class that it builds, raises its own
-        raise FastgenError(f"checkpoint {folder} cannot be loaded: {_reason(error)}") from error
-
-
-@contextmanager
-def explained_drawing(checkpoint: Checkpoint) -> Iterator[None]:
-    """What a model of the user's cannot compute becomes one line that names it.
-
-    The first call shows what its configuration hides: shapes that do not fit, a missing token. A model that comes
-    with the package has no such faults; there an error is a bug and keeps its traceback.
-
-    Raises:
-        FastgenError: in place of the errors of torch, diffusers and transformers.
-    """
-    try:
-        yield
-    except (FastgenError, OSError):
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory") from error
-    except Exception as error:
-        if checkpoint.model in EMBEDDED_MODELS:
-            raise
-        raise FastgenError(
-            f"model {checkpoint.model!r} cannot draw: {_reason(error)} (FASTGEN_DEBUG=1 shows the traceback)"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    rest = checkpoint.base or checkpoint.folder
+    return explained(rest, lambda: load_pretrained(loader, rest, **loaded))

@@ -11,11 +11,13 @@ from typing import Any
 from fastgen.errors import FastgenError
 from fastgen.io import parse_json, read_object
 
-__all__ = ["check_safetensors", "check_weight_folder", "variant_of"]
+__all__ = ["check_safetensors", "check_weight_folder", "read_files", "variant_of"]
 
 
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
 _VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.(safetensors|bin)$|\.index\.([A-Za-z]\w*)\.json$")
+
+_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 
 _BITS = re.compile(r"\d+")  # of one element: F32, BF16, F8_E4M3, U8 …
 
@@ -37,11 +39,7 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
     Raises:
         FastgenError: one is missing or broken.
     """
-    every = [
-        file for pattern in ("*.safetensors", "*.bin", "*.safetensors.index*.json") for file in folder.glob(pattern)
-    ]
-    variants = {each for file in every if (each := variant_of(file)) is not None}
-    chosen = [file for file in every if variant_of(file) == (variant if variant in variants else None)]
+    chosen, variants = _of_variant(folder, variant)
     files = sorted(file for file in chosen if file.suffix == ".safetensors")
     for index in sorted(file for file in chosen if file.suffix == ".json"):
         shards = read_object(index).get("weight_map")
@@ -59,6 +57,26 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
         raise FastgenError(f"weight file {folder / expected} is missing")
     for file in files:
         check_safetensors(file)
+
+
+def read_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of a folder that the libraries read: the whole one, else the parts that the index lists."""
+    chosen, _ = _of_variant(folder, variant)
+    for suffix in (".safetensors", ".bin"):
+        files = sorted(file for file in chosen if file.suffix == suffix)
+        whole = [file for file in files if file.name.split(".")[0] in _STEMS]
+        if files:
+            return whole or files
+    return []
+
+
+def _of_variant(folder: Path, variant: str | None) -> tuple[list[Path], set[str]]:
+    """The weight files and indices of a variant, or those of none where it has none; and which variants there are."""
+    every = [
+        file for pattern in ("*.safetensors", "*.bin", "*.safetensors.index*.json") for file in folder.glob(pattern)
+    ]
+    variants = {each for file in every if (each := variant_of(file)) is not None}
+    return [file for file in every if variant_of(file) == (variant if variant in variants else None)], variants
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

@@ -374,7 +374,7 @@ def _make(
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.accelerate import accelerate as turn_on
     from fastgen.pipelines.generation import generate_images, unknown_words
-    from fastgen.pipelines.loading import explained_drawing, load_checkpoint
+    from fastgen.pipelines.loading import load_checkpoint
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -388,7 +388,7 @@ def _make(
         if faster is not None:
             faster = turn_on(pipe, plan=None if isinstance(faster, str) else faster)
         prompts = [job.prompt for job in jobs]
-        with explained_drawing(checkpoint), warnings_shown(), _progress_bar(len(jobs)) as report:
+        with warnings_shown(), _progress_bar(len(jobs)) as report:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
                 shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
                 typer.echo(f"note: the model has no token for: {shown}", err=True)

@@ -201,10 +201,15 @@ def run(args: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
             _drop_stdout()
         return _fail(error, str(error), 2)
-    except (ValueError, TypeError) as error:
-        if not _raised_on_purpose(error):
+    except Exception as error:
+        told: BaseException | None = None
+        if isinstance(error, (ValueError, TypeError)) and _raised_on_purpose(error):
+            told = error
+        elif (generation := sys.modules.get("fastgen.pipelines.generation")) is not None:
+            told = generation.model_fault(error)  # of a model that the user brought
+        if told is None:
             raise
-        return _fail(error, str(error), 2)
+        return _fail(error, str(told), 2)
 
 
 def main() -> None:

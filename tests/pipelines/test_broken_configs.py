@@ -17,7 +17,8 @@ from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.checkpoint import embedded_folder, find_checkpoint
 from fastgen.pipelines.config_limits import check_numbers
-from fastgen.pipelines.loading import explained_drawing, load_pipeline
+from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.networks import explained_drawing
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.weight_files import check_safetensors
 

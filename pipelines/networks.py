@@ -1,0 +1,320 @@
+"""The networks of a model: built without memory first, compared with the headers of their weight files, then loaded.
+
+A configuration can ask for anything. What is built of it is limited by what the weight files hold, so that a wrong
+one ends before weights are read, in bounded time and memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import pickle
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgen.errors import FastgenError
+from fastgen.io import read_object
+from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
+from fastgen.pipelines.config_schema import check_arguments, check_config
+from fastgen.pipelines.weight_files import check_safetensors, read_files, variant_of
+from fastgen.pretrained import load_pretrained
+
+__all__ = [
+    "check_keys",
+    "component_class",
+    "drawing_fault",
+    "empty_network",
+    "explained",
+    "explained_drawing",
+    "load_network",
+]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Share of a checkpoint's weights that its network may have no place for.
+_MOST_UNUSED = 0.03
+# Parts of a network (layers, parameters, buffers) for each of its weights, and beside them.
+_PARTS_PER_WEIGHT, _MORE_PARTS = 16, 4096
+# Elements of a tensor for each that the weight files hold, and beside them (tables that are computed).
+_SIZE_PER_WEIGHT, _MORE_SIZE = 4, 2**27
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
+
+def component_class(library: str | None, name: str | None) -> Any:
+    """The class of a component; None for what only the pipeline knows.
+
+    Raises:
+        FastgenError: there is no such class, or it is of a library from which no components come: importing a module
+            runs its code.
+    """
+    if library is None or name is None:
+        return None
+    # Of our classes diffusers writes the whole module's name.
+    if library not in ("diffusers", "transformers") and not library.startswith("fastgen.models."):
+        from diffusers import pipelines
+
+        module = getattr(pipelines, library, None)
+        if getattr(module, "__name__", None) != f"{pipelines.__name__}.{library}":
+            raise FastgenError(
+                f"the model needs {name} of {library!r}, which is no part of diffusers, transformers or fastgen; "
+                "fastgen runs no other code"
+            )
+        return None
+    try:
+        found = getattr(importlib.import_module(library), name, None)
+    except ImportError:
+        found = None
+    if found is None:
+        raise FastgenError(f"the model needs {library}.{name}, which the installed {library} does not have; update it")
+    return found if isinstance(found, type) else None
+
+
+def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
+    """The network of a folder on the meta device: without weights, and with every check that needs none.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        folder: of its configuration and weight files.
+        variant: of the weight files that are read.
+
+    Returns:
+        the network, or None where its weights are of a kind that has no headers or is not as the network holds it.
+
+    Raises:
+        FastgenError: the configuration is broken, or does not fit the names and shapes of the weights.
+    """
+    file = folder / "config.json"
+    config = read_object(file)
+    config_kind = getattr(kind, "config_class", None)
+    if config_kind is None:
+        check_arguments(config, kind, file)
+        if not isinstance(config.get("_class_name", ""), str):
+            raise FastgenError(f"{file}: _class_name is no text")
+    else:
+        check_config(config, config_kind, file)
+    if config.get("quantization_config") is not None:
+        return None
+    headers: dict[str, Any] = {}
+    for weights in read_files(folder, variant):
+        if weights.suffix != ".safetensors":
+            return None
+        headers |= check_safetensors(weights)
+    weights_held = {
+        name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
+        for name, entry in headers.items()
+    }
+
+    def build() -> Any:
+        with _silent(), _limited(folder, weights_held):
+            if config_kind is not None:
+                return _of_transformers(kind, load_pretrained(config_kind, folder), weights_held)
+            return _of_diffusers(kind, config, weights_held)
+
+    network, info = explained(folder, build)
+    check_keys(folder, info, {name: tensor.numel() for name, tensor in weights_held.items()})
+    return network
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+    """The network of a folder with its weights.
+
+    Raises:
+        FastgenError: as `empty_network`, or a weight file is broken.
+    """
+    keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+    if not any(variant_of(file) == variant for file in folder.iterdir()):
+        variant = None
+
+    def load() -> torch.nn.Module:
+        network, info = load_pretrained(kind, folder, output_loading_info=True, variant=variant, **{keyword: dtype})
+        check_keys(folder, info)
+        return network.eval()
+
+    return explained(folder, load)
+
+
+def check_keys(folder: Path, info: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> None:
+    """Refuse a checkpoint that leaves a weight unset, or that the network has no place for in a large part.
+
+    Args:
+        folder: for the message.
+        info: missing, mismatched and unexpected keys, as the libraries' loaders return them.
+        sizes: elements of each weight in the files; None leaves unexpected ones unjudged.
+    """
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    faults = []
+    if missing := sorted(info.get("missing_keys") or ()):
+        faults.append(f"lacks {len(missing)} weights, e.g. {missing[0]!r}")
+    if mismatched := sorted(info.get("mismatched_keys") or (), key=str):
+        name, held, built = mismatched[0]
+        shapes = f"{name!r} is {list(held)}, its configuration needs {list(built)}"
+        faults.append(f"has {len(mismatched)} weights of a wrong shape, e.g. {shapes}")
+    if unexpected:
+        unused = f"has {len(unexpected)} weights without use, e.g. {unexpected[0]!r}"
+        share = 0.0 if sizes is None else sum(sizes.get(name, 0) for name in unexpected) / max(1, sum(sizes.values()))
+        if share > _MOST_UNUSED:
+            faults.append(f"{unused} ({share:.1%} of all)")
+        elif not faults and sizes is not None:
+            logger.warning("checkpoint %s %s", folder, unused)
+    if faults:
+        raise FastgenError(f"checkpoint {folder} does not fit its configuration: it {', it '.join(faults)}")
+
+
+def explained(folder: Path, load: Callable[[], T]) -> T:
+    """Run a stock loader; what it cannot load becomes one line that names the folder."""
+    try:
+        return load()
+    except FastgenError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise FastgenError(f"checkpoint {folder} does not fit into memory") from error
+    except pickle.UnpicklingError as error:
+        raise FastgenError(f"checkpoint {folder}: a weight file is no archive of tensors, or is corrupt") from error
+    except Exception as error:  # every loader, and every class that it builds, raises its own
+        raise FastgenError(f"checkpoint {folder} cannot be loaded: {reason(error)}") from error
+
+
+@contextmanager
+def explained_drawing(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """What a model of the user's cannot compute becomes one line that names it.
+
+    The first call shows what its configuration hides: shapes that do not fit, a missing token. A model that comes
+    with the package has no such faults; there an error is a bug and keeps its traceback, and so it does without a
+    checkpoint, in a pipeline that the user loaded.
+
+    Raises:
+        FastgenError: in place of the errors of torch, diffusers and transformers.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or (found := drawing_fault(checkpoint, error)) is None:
+            raise
+        raise found from error
+
+
+def drawing_fault(checkpoint: Checkpoint, error: Exception) -> FastgenError | None:
+    """The line for an error of drawing with a model; None where the error says enough, or is a bug of ours."""
+    if isinstance(error, (FastgenError, OSError)):
+        return None
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory")
+    if checkpoint.model in EMBEDDED_MODELS:
+        return None
+    told = f"model {checkpoint.model!r} cannot draw: {reason(error)}"
+    return FastgenError(f"{told} (FASTGEN_DEBUG=1 shows the traceback)")
+
+
+def reason(error: BaseException) -> str:
+    """An error of a library in one line."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _of_diffusers(kind: Any, config: dict[str, Any], held: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        network = kind.from_config(config)
+    names = dict(held)
+    network._fix_state_dict_keys_on_load(names)
+    built = network.state_dict()
+    ignored = type(network)._keys_to_ignore_on_load_unexpected or ()
+    unknown = names.keys() - built.keys()
+    return network, {
+        "missing_keys": built.keys() - names.keys(),
+        "unexpected_keys": {name for name in unknown if not any(re.search(each, name) for each in ignored)},
+        "mismatched_keys": [
+            (name, names[name].shape, built[name].shape)
+            for name in names.keys() & built.keys()
+            if names[name].shape != built[name].shape
+        ],
+    }
+
+
+def _of_transformers(kind: Any, config: Any, held: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """By the library's own loader, which knows under which names older versions saved a weight."""
+    network, info = load_pretrained(
+        kind,
+        None,
+        config=config,
+        state_dict=dict(held),
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return network, info
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, the libraries log no warnings: what they say of an empty network, they say again when it is loaded."""
+    import diffusers
+    import transformers
+
+    with ExitStack() as restore:
+        for library in (diffusers, transformers):
+            logs: Any = library.utils.logging
+            restore.callback(logs.set_verbosity, logs.get_verbosity())
+            logs.set_verbosity_error()
+            if logs.is_progress_bar_enabled():
+                restore.callback(logs.enable_progress_bar)
+                logs.disable_progress_bar()
+        yield
+
+
+@contextmanager
+def _limited(folder: Path, held: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, no network of more parts and no tensor larger than the weight files account for can be built."""
+    left = _PARTS_PER_WEIGHT * len(held) + _MORE_PARTS
+    thread = threading.get_ident()
+    many = f"checkpoint {folder}: its configuration asks for a larger network than its {len(held)} weights make"
+
+    def count(module: Any, name: str, part: Any) -> None:
+        nonlocal left
+        if threading.get_ident() == thread:
+            left -= 1
+            if left < 0:
+                raise FastgenError(many)
+
+    with ExitStack() as hooks:
+        for register in (
+            torch_module.register_module_module_registration_hook,
+            torch_module.register_module_parameter_registration_hook,
+            torch_module.register_module_buffer_registration_hook,
+        ):
+            hooks.callback(register(count).remove)
+        elements = sum(tensor.numel() for tensor in held.values())
+        hooks.enter_context(_LargestTensor(_SIZE_PER_WEIGHT * elements + _MORE_SIZE, many))
+        yield
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Refuses operations that ask for a tensor of more elements."""
+
+    def __init__(self, limit: int, message: str) -> None:
+        super().__init__()
+        self._limit, self._message = limit, message
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        counts = func.__name__.startswith(("arange", "linspace", "logspace"))
+        for value in args:
+            sizes = value if isinstance(value, (list, tuple)) else [value] if counts else []
+            if all(type(size) in (int, float) for size in sizes) and math.prod(sizes) > self._limit:
+                raise FastgenError(self._message)
+        return func(*args, **(kwargs or {}))
