@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 
+from fastgen.io import read_object
+
 ROOT = Path(__file__).resolve().parent / "assets"
 CHECKSUMS = "checksums.json"  # {"tiny": {"unet/config.json": sha256, ...}, ...}
 
@@ -35,8 +37,8 @@ def size(folder: Path) -> int:
 def problem(name: str, root: Path = ROOT) -> str | None:
     """What is wrong with the embedded checkpoint `name`, or None when every file is as it was published."""
     try:
-        expected = json.loads((root / CHECKSUMS).read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError) as error:
+        expected = read_object(root / CHECKSUMS).get(name)
+    except (OSError, ValueError) as error:
         return f"no readable {CHECKSUMS} to compare with ({type(error).__name__})"
     if not isinstance(expected, dict):
         return f"{CHECKSUMS} does not list it"

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
 from fastgen.pipelines.config_limits import check_numbers
@@ -159,9 +160,7 @@ def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
         FastgenError: there is no such model, or its configuration is broken; the message names what is missing and
             how to get it.
     """
-    name = os.fspath(model)
-    if not name:
-        raise FastgenError("model: an empty name is not allowed")
+    name = _name("model", model)
     path = Path(name).expanduser()
     on_hub = name not in EMBEDDED_MODELS and not path.exists() and _HUB_ID.fullmatch(name)
     if revision is not None and not (isinstance(revision, str) and revision and on_hub):
@@ -203,14 +202,15 @@ def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) ->
     Raises:
         FastgenError: there is no such drafter, or its weights are not whole.
     """
-    if name is None:
+    text = None if name is None else _name("drafter", name)
+    if text is None:
         folder = checkpoint.drafter
-    elif os.fspath(name) == "none":
+    elif text == "none":
         folder = None
-    elif not Path(name).is_dir() and _HUB_ID.fullmatch(os.fspath(name)):
-        folder = _drafter_folder(download_janus(os.fspath(name)))
+    elif not Path(text).is_dir() and _HUB_ID.fullmatch(text):
+        folder = _drafter_folder(download_janus(text))
     else:
-        folder = _drafter_folder(Path(name))
+        folder = _drafter_folder(Path(text))
     if folder is not None and (checkpoint.hub_id is None or folder != checkpoint.drafter):
         check_weight_folder(folder)
     return folder
@@ -224,8 +224,17 @@ def check_names(device: str, dtype: str) -> None:
     """
     if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d+)?", device):
         raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps")
-    if dtype not in DTYPES:
-        raise FastgenError(f"dtype: {dtype!r} is not allowed, needs one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
+
+
+def _name(argument: str, value: object) -> str:
+    """The name or the folder that an argument means."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise FastgenError(f"{argument}: {str(value)[:60]!r} is not allowed, needs a name, a folder or a Hub id")
+    if not text:
+        raise FastgenError(f"{argument}: an empty name is not allowed")
+    return text
 
 
 # ---- configuration ----

@@ -26,7 +26,7 @@ _DICTS = (dict, collections.abc.Mapping)
 _SIGNED = re.compile(r"token|(^|_)id$|index|layer$|shift|mean|min|_start")
 
 
-def check_arguments(config: Mapping[str, Any], kind: type, file: Path) -> None:
+def check_arguments(config: Mapping[str, Any], kind: Any, file: Path) -> None:
     """Refuse values that the arguments of `kind` cannot take; keys that are no arguments are left to the library.
 
     Args:
@@ -39,7 +39,7 @@ def check_arguments(config: Mapping[str, Any], kind: type, file: Path) -> None:
     """
     if not isinstance(config, Mapping):
         raise FastgenError(f"{file}: {_shown(config)} is not allowed, needs a JSON object")
-    build: Any = kind.__init__
+    build = kind.__init__
     parameters = inspect.signature(build).parameters
     try:
         hints = get_type_hints(build)

@@ -25,13 +25,20 @@ from fastgen.checks import check_bool, check_callable, check_finite, check_integ
 from fastgen.contracts import Loss
 from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
+from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt
-from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.networks import drawing_fault, explained_drawing
 from fastgen.pipelines.prompts import check_prompt_lengths
-from fastgen.pipelines.settings import draws_tokens, pipeline_arguments, resolve_settings
+from fastgen.pipelines.settings import (
+    class_number,
+    draws_tokens,
+    pipeline_arguments,
+    resolve_settings,
+    takes_classes,
+)
 
 __all__ = [
     "GeneratedImage",
@@ -158,7 +165,11 @@ def generate_images(
     if takes_classes(type(pipe)):
         for prompt in prompts:
             class_label(pipe, prompt)
-    with explained_drawing(_checkpoints.get(pipe)):  # reads the prompts with the model's tokenizer and template
+    checkpoint = _checkpoints.get(pipe)
+    if checkpoint is not None and checkpoint.model not in EMBEDDED_MODELS:
+        for part in pipe.components.values():
+            check_chat_template(part, f"model {checkpoint.model!r}", list(dict.fromkeys(prompts)))
+    with explained_drawing(checkpoint):  # reads the prompts with the model's tokenizer and template
         check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
 
@@ -177,26 +188,14 @@ def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def takes_classes(pipe_class: type) -> bool:
-    """Whether the pipeline draws classes, as DiT does: a prompt is the name or the number of one."""
-    accepted = inspect.signature(pipe_class.__call__).parameters
-    return "class_labels" in accepted and "prompt" not in accepted
-
-
 def class_label(pipe: Any, prompt: str) -> int:
-    """The class that a prompt means: its number, or one of its names.
+    """The class that a prompt means to a pipeline that draws classes.
 
     Raises:
         FastgenError: the model has no such class.
     """
     count = int(getattr(pipe.transformer.config, "num_embeds_ada_norm", None) or 0)
-    names: dict[str, int] = getattr(pipe, "labels", None) or {}
-    text = prompt.strip()
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else names.get(text, -1)
-    if not 0 <= number < (count or number + 1):
-        numbers = f"a number below {count}" if count else "a number"
-        raise FastgenError(f"prompt: the model has no class {text[:40]!r}, needs {numbers} or the name of a class")
-    return number
+    return class_number(prompt, getattr(pipe, "labels", None) or {}, count)
 
 
 def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:

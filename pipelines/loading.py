@@ -14,9 +14,11 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.accounting import phase
+from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
+from fastgen.pipelines.arguments import SETTINGS
 from fastgen.pipelines.checkpoint import (
     Checkpoint,
     check_names,
@@ -37,7 +39,7 @@ from fastgen.pipelines.generation import (
 )
 from fastgen.pipelines.load_options import LoadOptions, LoRA
 from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
-from fastgen.pipelines.settings import pipeline_class
+from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -105,7 +107,10 @@ def load_checkpoint(
     """`load_pipeline` for a model that was found before."""
     check_names(device, dtype)
     options = options or LoadOptions()
+    if method is not None:
+        check_choice("method", method, ("base", "dc", "speculative", "search"))
     kind_of_pipeline = pipeline_class(checkpoint, method)
+    resolve_settings(kind_of_pipeline, checkpoint, dict.fromkeys(SETTINGS))  # the model's own
     if drafter is not None and method != "speculative":
         raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from fastgen.checks import check_integer
+from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
 
-__all__ = ["draws_tokens", "pipeline_arguments", "pipeline_class", "resolve_settings"]
+__all__ = [
+    "check_classes",
+    "class_number",
+    "draws_tokens",
+    "pipeline_arguments",
+    "pipeline_class",
+    "resolve_settings",
+    "takes_classes",
+]
 
 # Our names of arguments -> those of diffusers pipelines, where they differ.
 _PIPELINE_NAMES = {"steps": "num_inference_steps"}
@@ -92,11 +101,59 @@ def resolve_settings(
 
 
 def _check_token_budget(budget: int, checkpoint: Checkpoint, height: object, width: object) -> None:
-    """Refuse more tokens than a picture of that size has, as far as the configuration tells."""
+    """Refuse more tokens than a picture of that size has, or fewer than the model keeps at least, as far as the
+    configuration tells."""
     config = read_object(checkpoint.component("transformer") / "config.json")
     side = checkpoint.size_multiple if config.get("grid") == "patch" else checkpoint.size_multiple // 2
     if side and isinstance(height, int) and isinstance(width, int):
-        check_integer("token_budget", budget, 1, (height // side) * (width // side))
+        length, floor = (height // side) * (width // side), config.get("floor", 0.0)
+        least = math.ceil(check_number("floor", floor, 0, 1) * length - 1e-9)
+        check_integer("token_budget", budget, max(1, least), length)
+
+
+def takes_classes(pipe_class: type) -> bool:
+    """Whether the pipeline draws classes, as DiT does: a prompt is the name or the number of one."""
+    accepted = inspect.signature(pipe_class.__call__).parameters
+    return "class_labels" in accepted and "prompt" not in accepted
+
+
+def class_number(prompt: str, names: Mapping[str, int], count: int) -> int:
+    """The class that a prompt means: its number, or one of its names.
+
+    Args:
+        prompt: of the user.
+        names: of the classes.
+        count: of classes; 0 where it is not known.
+
+    Raises:
+        FastgenError: the model has no such class.
+    """
+    text = prompt.strip()
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else names.get(text, -1)
+    if not 0 <= number < (count or number + 1):
+        numbers = f"a number below {count}" if count else "a number"
+        raise FastgenError(f"prompt: the model has no class {text[:40]!r}, needs {numbers} or the name of a class")
+    return number
+
+
+def check_classes(checkpoint: Checkpoint, prompts: Iterable[str]) -> None:
+    """Refuse prompts that name no class of a model that draws classes; other models take any. Needs no weights.
+
+    Raises:
+        FastgenError: names the first such prompt.
+    """
+    if checkpoint.kind == "janus" or not takes_classes(pipeline_class(checkpoint)):
+        return
+    file = checkpoint.folder / "model_index.json"
+    listed = read_object(file).get("id2label") or {}
+    if not isinstance(listed, dict) or not all(
+        number.isdecimal() and isinstance(label, str) for number, label in listed.items()
+    ):
+        raise FastgenError(f"{file}: id2label is no table of numbers and names")
+    names = {name.strip(): int(number) for number, label in listed.items() for name in label.split(",")}
+    count = read_object(checkpoint.component("transformer") / "config.json").get("num_embeds_ada_norm")
+    for prompt in dict.fromkeys(prompts):
+        class_number(prompt, names, count if isinstance(count, int) else 0)
 
 
 def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:

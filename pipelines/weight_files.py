@@ -11,7 +11,7 @@ from typing import Any
 from fastgen.errors import FastgenError
 from fastgen.io import parse_json, read_object
 
-__all__ = ["check_safetensors", "check_weight_folder", "read_files", "variant_of"]
+__all__ = ["check_safetensors", "check_weight_folder", "read_files", "variant_of", "weight_map"]
 
 
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
@@ -42,10 +42,7 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
     chosen, variants = _of_variant(folder, variant)
     files = sorted(file for file in chosen if file.suffix == ".safetensors")
     for index in sorted(file for file in chosen if file.suffix == ".json"):
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise FastgenError(f"{index} has no weight_map")
-        for shard in sorted(set(map(str, shards.values()))):
+        for shard in sorted(set(weight_map(index).values())):
             if not (folder / shard).is_file():
                 raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
     if not chosen and variants:
@@ -57,6 +54,21 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
         raise FastgenError(f"weight file {folder / expected} is missing")
     for file in files:
         check_safetensors(file)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file of its folder each weight is in, from an index.
+
+    Raises:
+        FastgenError: the index is broken, or names something else than files of its folder.
+    """
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise FastgenError(f"{index} has no weight_map")
+    for name, file in places.items():
+        if not isinstance(file, str) or not file or Path(file).name != file or "\0" in file:
+            raise FastgenError(f"{index}: {name} is in {str(file)[:60]!r}, needs the name of a file in its folder")
+    return places
 
 
 def read_files(folder: Path, variant: str | None = None) -> list[Path]:

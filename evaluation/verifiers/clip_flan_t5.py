@@ -8,7 +8,6 @@ published model code, as the files themselves were not at hand: the T5 under tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, part
 from fastgen.io import read_object
+from fastgen.pipelines.weight_files import weight_map
 from fastgen.pretrained import load_pretrained
 
 __all__ = ["TOWER_USE", "CLIPFlanT5", "load_network", "vision_source"]
@@ -148,7 +148,7 @@ def _tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """The tensors of wanted names, from whichever of the checkpoint's files they are in."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            places: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            places = weight_map(folder / index)
             files = sorted({file for name, file in places.items() if wanted(name)})
             break
     else:

@@ -190,6 +190,7 @@ class Generation:
 
         from fastgen.evaluation.runner import EvaluationRun, RunSettings
         from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
+        from fastgen.pipelines.settings import check_classes
 
         model = self.model or METHODS[self.method or "base"]
         drawer = (drawers or {}).get(model)
@@ -197,6 +198,7 @@ class Generation:
         if drawer is None:
             checkpoint = find_checkpoint(model)
             check_method(self.method, checkpoint)
+            check_classes(checkpoint, (prompt.prompt for prompt in prompts))
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
             search = self._planned_search(checkpoint) if self.method == "search" else None

@@ -236,10 +236,11 @@ def generate(
         from fastgen.drafters.calibration import FILE as CALIBRATION
         from fastgen.drafters.loading import has_heads
         from fastgen.pipelines.loading import resolve_device
-        from fastgen.pipelines.settings import pipeline_class, resolve_settings
+        from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
 
         kind = pipeline_class(checkpoint, method)
         call = resolve_settings(kind, checkpoint, asked)
+        check_classes(checkpoint, prompts)
         search = None
         if method == "search":
             search = searching.plan_search(checkpoint, kind, call, sought, save_tree)

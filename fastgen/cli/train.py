@@ -153,6 +153,7 @@ def _learnt_from(part: Path | None, init: Path | None, data: Path | None, choice
 def _choices(texts: list[str]) -> dict[str, Any]:
     """KEY=VALUE, the value read as JSON where it is some, else as a word."""
     from fastgen.errors import FastgenError
+    from fastgen.io import parse_json
 
     found: dict[str, Any] = {}
     for text in texts:
@@ -160,7 +161,7 @@ def _choices(texts: list[str]) -> dict[str, Any]:
         if not equals or not key or key in found:
             raise FastgenError(f"--set: {text!r} is not allowed, needs KEY=VALUE, each key once")
         try:
-            found[key] = json.loads(value)
+            found[key] = parse_json(value, "--set")
         except ValueError:
             found[key] = value
     return found

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from fastgen import _assets
+from fastgen.io import read_json, read_object
 
 _TITLES = {
     "tiny": "fastgen tiny: a ZImagePipeline for ShapesWorld",
@@ -142,7 +143,7 @@ _REMARKS = {
 def write_record(folder: Path, part: str, record: dict[str, Any]) -> None:
     """Add the record of `part` ("vae", "z-image", …) to `folder/training.json`."""
     path = folder / "training.json"
-    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    records = read_object(path) if path.exists() else {}
     records[part] = record
     _write(path, records)
 
@@ -156,7 +157,7 @@ def inherit_records(folder: Path, part: Path) -> None:
     """Copy the records of a part that was trained before (the folder above `part`) into `folder/training.json`."""
     path = part.parent / "training.json"
     if path.exists():
-        for name, record in json.loads(path.read_text(encoding="utf-8")).items():
+        for name, record in read_object(path).items():
             write_record(folder, name, record)
 
 
@@ -178,14 +179,14 @@ def share_components(folder: Path, base: Path) -> list[str]:
         else:
             stay.append(component.name)
     path = folder / "fastgen.json"
-    _write(path, {**json.loads(path.read_text(encoding="utf-8")), "base": base.name})
+    _write(path, {**read_object(path), "base": base.name})
     return stay
 
 
 def forget_paths(folder: Path) -> None:
     """Drop `_name_or_path`, the folder a model was loaded from, from every JSON file below `folder`."""
     for path in folder.rglob("*.json"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
             _write(path, value)
 
@@ -298,12 +299,12 @@ def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[
         records: dict[str, Any] = {}
         for folder in (root / name, root / name / "drafter", root / name / "drafter" / "heads"):
             if (folder / "training.json").is_file():
-                records |= json.loads((folder / "training.json").read_text(encoding="utf-8"))
+                records |= read_object(folder / "training.json")
         path = results / f"shapesworld-{name}.json"
-        scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        scores = read_object(path) if path.exists() else None
         target = root / name / "README.md"
         paths = sorted((root / name / "thresholds").glob("*.json"))
-        calibrations = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        calibrations = [read_object(path) for path in paths]
         size = _size(root / name) if name in _SIZED else ""
         target.write_text(card(name, records, scores, calibrations, size), encoding="utf-8")
         written.append(target)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
+from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, parse_json, read_json
 from fastgen.pipelines.settings import draws_tokens
 from fastgen.training.families import Family, family_of
 
@@ -66,7 +66,7 @@ class Samples:
         with safe_open(_shard(self.folder, shard), "pt") as file:  # mapped: only the one row is read
             sample = file.get_slice("samples")[row : row + 1][0]
             if shard not in self._labels:
-                self._labels[shard] = json.loads(file.metadata()["labels"])
+                self._labels[shard] = parse_json(file.metadata()["labels"], f"labels of {_shard(self.folder, shard)}")
         return sample.float() if sample.is_floating_point() else sample.long(), self._labels[shard][row]
 
 

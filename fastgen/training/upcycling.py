@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.errors import FastgenError
+from fastgen.io import read_object
 from fastgen.models.chunking import ratio_loss
 from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
@@ -202,11 +204,9 @@ def load_student(folder: Path) -> DCModel:
     Raises:
         ValueError: the folder holds another model.
     """
-    import json
-
     path = folder / "config.json"
-    kind = json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
-    if kind not in _STUDENTS:
-        raise ValueError(f"init: {folder} holds no transformer with dynamic chunking (found {kind})")
+    kind = read_object(path).get("_class_name") if path.is_file() else None
+    if not isinstance(kind, str) or kind not in _STUDENTS:
+        raise FastgenError(f"init: {folder} holds no transformer with dynamic chunking (found {str(kind)[:60]})")
     student: DCModel = load_pretrained(_STUDENTS[kind], folder)
     return student
