@@ -3,6 +3,7 @@
     <folder>/run.json                  settings; a run never continues under others
     <folder>/timing.json               images made and seconds spent, over all sessions of the run (one more file,
                                        timing-N.json, for each further process)
+    <folder>/notes.json                what the user should know of the images, if anything (and notes-N.json)
     <folder>/NNNNN/metadata.jsonl      one prompt
     <folder>/NNNNN/samples/0000.png    its images
     <folder>/results.jsonl             one verdict an image, in the fields of the official scorer
@@ -28,9 +29,10 @@ from typing import Any
 
 from PIL import Image
 
+from fastgen.accounting import account
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
-from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
+from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
 from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
 from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers
@@ -65,6 +67,7 @@ class RunSettings:
     Attributes:
         model: what the user named.
         model_fingerprint: of its files, see `model_fingerprint`.
+        variant: of its weight files ("fp16"); None for those of none.
         images_per_prompt: >= 1.
         seed: of the run; each image has a seed of its own, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
@@ -95,6 +98,7 @@ class RunSettings:
     quality: float | None = None
     drafter: str | None = None
     search: dict[str, Any] | None = None
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
@@ -105,6 +109,13 @@ class RunSettings:
             raise ValueError(f"steps: needs an integer >= 1, got {self.steps}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale: needs a number >= 0, got {self.guidance_scale}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the run keeps them; those of runs from before there were variants stay as they were."""
+        settings = asdict(self)
+        if self.variant is None:
+            del settings["variant"]
+        return settings
 
 
 def image_seed(seed: int, prompt: str, image: int) -> int:
@@ -147,7 +158,8 @@ class EvaluationRun:
         group: the processes that share the run.
 
     Raises:
-        FastgenError: the folder holds another run, other settings or prompts, foreign files, or is not writable.
+        FastgenError: a task has a prompt twice; or the folder holds another run, other settings or prompts, foreign
+            files, or is not writable.
     """
 
     def __init__(
@@ -155,16 +167,17 @@ class EvaluationRun:
     ) -> None:
         if not prompts:
             raise ValueError("prompts: needs at least one")
+        check_distinct(prompts, [f"prompt {number}" for number in range(1, len(prompts) + 1)])
         self.folder, self.prompts, self.settings = Path(folder), list(prompts), settings
         self.group = group or Group()
         self.group.meet()  # no process holds the folder for an earlier part of the run
         self._sealed = self.group.main_first(self._open)
-        self._digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps(settings.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def _open(self) -> bool:
         """Check or make the record of the run; whether its images have seals."""
         digest = hashlib.sha256(format_metadata(self.prompts)).hexdigest()
-        record = {"format": _FORMAT, "settings": asdict(self.settings), "metadata_sha256": digest, "sealed": True}
+        record = {"format": _FORMAT, "settings": self.settings.as_dict(), "metadata_sha256": digest, "sealed": True}
         path = self.folder / "run.json"
         check_writable(self.folder)
         with locked_folder(self.folder) if self.group.is_main else contextlib.nullcontext():
@@ -245,30 +258,42 @@ class EvaluationRun:
         wanted = set(missing)
         asked = self._own(missing)
         if asked:
-            prompts = [self.prompts[p].prompt for p, _ in asked]
-            seeds = [image_seed(self.settings.seed, self.prompts[p].prompt, i) for p, i in asked]
-            images = generate(prompts, seeds)
-            made, seconds = _timing(self._timing_file())
-            clock = time.perf_counter()
-            count = done = 0
-            for count, (pair, image) in enumerate(zip(asked, images, strict=False), start=1):  # noqa: B007
-                group.check()
-                if pair not in wanted:
-                    continue  # was there; its batch is made anew for the others in it
-                self._prepare(pair[0])
-                atomic_write_bytes(self.sample(*pair), sealed_png(image, self._identity(pair)))
-                now = time.perf_counter()
-                made, seconds, clock, done = made + 1, seconds + now - clock, now, done + 1
-                atomic_write_json(self._timing_file(), {"images": made, "seconds": seconds})
-                told(1 if group.size > 1 else done)
-            if count < len(asked):
-                raise RuntimeError(f"the generator returned too few images: {count} of {len(asked)}")
+            self._draw(asked, wanted, generate, lambda done: told(1 if group.size > 1 else done))
         group.meet(lambda: told(0) if group.size > 1 else None)
         if group.is_main and (left := self.missing()):
             raise RuntimeError(
                 f"{len(left)} of {len(missing)} images are missing; do all processes see {self.folder}?"
             )
         return len(missing)
+
+    def _draw(
+        self,
+        asked: Sequence[tuple[int, int]],
+        wanted: set[tuple[int, int]],
+        generate: Generate,
+        told: Callable[[int], None],
+    ) -> None:
+        """Make the images that this process is asked for, and write those that are wanted."""
+        prompts = [self.prompts[p].prompt for p, _ in asked]
+        seeds = [image_seed(self.settings.seed, self.prompts[p].prompt, i) for p, i in asked]
+        with account() as stats:
+            images = generate(prompts, seeds)
+            made, seconds = _timing(self._own_file("timing"))
+            clock = time.perf_counter()
+            count = done = 0
+            for count, (pair, image) in enumerate(zip(asked, images, strict=False), start=1):  # noqa: B007
+                self.group.check()
+                if pair not in wanted:
+                    continue  # was there; its batch is recomputed for the others in it
+                self._prepare(pair[0])
+                self._keep_notes(stats.notes)
+                atomic_write_bytes(self.sample(*pair), sealed_png(image, self._identity(pair)))
+                now = time.perf_counter()
+                made, seconds, clock, done = made + 1, seconds + now - clock, now, done + 1
+                atomic_write_json(self._own_file("timing"), {"images": made, "seconds": seconds})
+                told(done)
+        if count < len(asked):
+            raise RuntimeError(f"the generator returned too few images: {count} of {len(asked)}")
 
     def _own(self, missing: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """What this process asks its generator for, in order.
@@ -292,15 +317,35 @@ class EvaluationRun:
             check_writable(home / "samples")
             atomic_write_bytes(home / "metadata.jsonl", format_metadata([self.prompts[prompt]]))
 
-    def _timing_file(self) -> Path:
+    def _own_file(self, name: str) -> Path:
+        """The file of this process for what all sessions add to."""
         rank = self.group.rank
-        return self.folder / (f"timing-{rank}.json" if rank else "timing.json")
+        return self.folder / (f"{name}-{rank}.json" if rank else f"{name}.json")
+
+    def _keep_notes(self, found: Sequence[str]) -> None:
+        """Before the image that they are of, so that a kill loses none."""
+        file = self._own_file("notes")
+        held = _notes(file)
+        if new := [note for note in found if note not in held]:
+            atomic_write_json(file, [*held, *new])
+
+    def notes(self) -> list[str]:
+        """What the user should know of the images, over all sessions and processes of the run; each once."""
+        files = sorted(self.folder.glob("notes*.json"))
+        return list(dict.fromkeys(note for path in files for note in _notes(path)))
 
     def timing(self) -> tuple[int, float]:
         """(images made, seconds spent on them) over all sessions and processes of the run, saving included, loading
         excluded."""
         found = [_timing(path) for path in sorted(self.folder.glob("timing*.json"))]
         return sum(made for made, _ in found), sum(seconds for _, seconds in found)
+
+
+def _notes(path: Path) -> list[str]:
+    found = read_json(path) if path.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(note, str) for note in found):
+        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier notes")
+    return found
 
 
 def _timing(path: Path) -> tuple[int, float]:

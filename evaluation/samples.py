@@ -17,7 +17,7 @@ from fastgen.data.scenes import IMAGE_SIZE
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore, run_chunks
 from fastgen.evaluation.distributed import Group, OnProgress
-from fastgen.evaluation.geneval.metadata import Metadata, check_vocabulary, read_metadata
+from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, check_vocabulary, read_metadata
 from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
 from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
 from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image, image_size, name_skipped
@@ -73,7 +73,7 @@ def read_samples(
 
     Raises:
         FastgenError: the folder is missing or holds no prompt folder, a prompt folder has no valid metadata or no
-            image, or a prompt names what the detector cannot see.
+            image, a prompt names what the detector cannot see, or a task has a prompt twice.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -82,6 +82,7 @@ def read_samples(
     if not homes:
         raise FastgenError(f"{folder}: holds no prompt folders (00000/metadata.jsonl, 00000/samples/0000.png, ...)")
     samples: list[Sample] = []
+    prompts: list[Metadata] = []
     for home in homes:
         items = read_metadata(home / "metadata.jsonl")
         if len(items) != 1:
@@ -94,7 +95,9 @@ def read_samples(
         found = sample_files(home)
         if not found:
             raise FastgenError(f"{home / 'samples'}: holds no image")
+        prompts.append(items[0])
         samples += [Sample(path, int(home.name), items[0]) for path in found]
+    check_distinct(prompts, [home / "metadata.jsonl" for home in homes])
     return samples
 
 

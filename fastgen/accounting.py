@@ -55,6 +55,7 @@ class Stats:
     accepted_lengths: list[int] = field(default_factory=list)  # per verification
     verifier_calls: int = 0
     paths: dict[str, dict[str, str | None]] = field(default_factory=dict)  # what -> path that ran -> why this one
+    notes: list[str] = field(default_factory=list)  # what the user should know of the pictures
     peak_memory: dict[str, int] = field(default_factory=dict)  # "process", "cuda:0" ... -> bytes
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ class Stats:
                 "peak_memory_bytes": self.peak_memory_bytes,
                 "peak_memory": dict(self.peak_memory),
                 "paths": {name: dict(used) for name, used in self.paths.items()},
+                "notes": list(self.notes),
             }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,12 +162,14 @@ class phase:
 
     def __enter__(self) -> None:
         self._stats = _active.get()
+        self._thread_id = threading.get_ident()
+        outer = _phases.get()
         if not self._stats:
+            self._children = 0.0
+            _phases.set((*outer, self))
             return
         if self.sync:
             _synchronize()
-        self._thread_id = threading.get_ident()
-        outer = _phases.get()
         # A copied context carries the phase of the thread that started this one; that phase goes on meanwhile.
         self._parent = outer[-1] if outer and outer[-1]._thread_id == self._thread_id else None
         self._children = 0.0
@@ -175,12 +179,12 @@ class phase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _phases.set(tuple(other for other in _phases.get() if other is not self))
         if not self._stats:
             return
         if self.sync and kind is None:  # after a CUDA error a wait would raise again and hide the first one
             _synchronize()
         elapsed = time.perf_counter() - self._start
-        _phases.set(tuple(other for other in _phases.get() if other is not self))
         if self._parent is not None:
             self._parent._children += elapsed
         own = max(0.0, elapsed - self._children)
@@ -291,6 +295,19 @@ def note_path(name: str, used: str, reason: str | None = None) -> None:
     if reason is not None and key not in _logged_paths:
         _logged_paths.add(key)
         logger.info("%s: %s runs, because %s", name, used, reason)
+
+
+def is_in(name: str) -> bool:
+    """Whether this context is inside ``phase(name)``."""
+    return any(outer.name == name for outer in _phases.get())
+
+
+def add_note(text: str) -> None:
+    """Report what the user should know of the pictures ("this end of a prompt is cut off: ..."), kept once."""
+    for stats in _active.get():
+        with stats._lock:
+            if text not in stats.notes:
+                stats.notes.append(text)
 
 
 def _report_flops(kind: str, n: int) -> None:

@@ -31,7 +31,6 @@ __all__ = [
     "embedded_folder",
     "find_checkpoint",
     "find_drafter",
-    "with_variant",
 ]
 
 logger = logging.getLogger(__name__)
@@ -149,18 +148,26 @@ def embedded_folder(name: str) -> Path:
     raise FastgenError(f"model {name!r} is missing from this installation of fastgen; reinstall the package")
 
 
-def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    model: str | os.PathLike[str], variant: str | None = None, revision: str | None = None
+) -> Checkpoint:
     """Find `model` and read its configuration files; for a Hub id they are downloaded if need be.
 
     Args:
-        model: an embedded model, a folder, or a Hub id.
+        model: the name of an embedded model, a folder, or a Hub id.
+        variant: of the weight files, as in diffusers ("fp16"); None for those of none.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
         FastgenError: there is no such model, or its configuration is broken; the message names what is missing and
-            how to get it.
+            how to get it. Or no such variant can exist.
     """
-    name = _name("model", model)
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
+        raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
+    return replace(_find_checkpoint(_name("model", model), revision), variant=variant)
+
+
+def _find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     path = Path(name).expanduser()
     on_hub = name not in EMBEDDED_MODELS and not path.exists() and _HUB_ID.fullmatch(name)
     if revision is not None and not (isinstance(revision, str) and revision and on_hub):
@@ -179,17 +186,6 @@ def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
         f"model {name!r} is unknown: it is neither an embedded model ({', '.join(EMBEDDED_MODELS)}), "
         "nor a folder, nor a Hub id of the form owner/name"
     )
-
-
-def with_variant(checkpoint: Checkpoint, variant: object) -> Checkpoint:
-    """The same model with weight files of a variant ("fp16"); None for those of none.
-
-    Raises:
-        FastgenError: no such variant can exist.
-    """
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
-        raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
-    return replace(checkpoint, variant=variant)
 
 
 def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) -> Path | None:

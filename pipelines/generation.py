@@ -9,6 +9,7 @@ one picture at a time unless it is told that rounding does not matter; `JanusIma
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from fastgen.accounting import account, add_nfe, add_passes, count_flops, note_path, phase
+from fastgen.accounting import account, add_nfe, add_note, add_passes, count_flops, note_path, phase
 from fastgen.checks import check_bool, check_callable, check_finite, check_integer
 from fastgen.contracts import Loss
 from fastgen.drafters.names import LOSSLESS
@@ -170,8 +171,9 @@ def generate_images(
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}", list(dict.fromkeys(prompts)))
     with explained_drawing(checkpoint):  # reads the prompts with the model's tokenizer and template
-        check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
-    return _generate(pipe, prompts, seeds, resolved, batch_size, batch_invariant, flops, callback)
+        cut = check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
+    notes = [[*cut.get(prompt, ()), *cut.get(negative_prompt or "", ())] for prompt in prompts]
+    return _generate(pipe, prompts, seeds, notes, resolved, batch_size, batch_invariant, flops, callback)
 
 
 def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
@@ -213,6 +215,7 @@ def _generate(
     pipe: DiffusionPipeline,
     prompts: list[str],
     seeds: list[int],
+    notes: list[list[str]],
     settings: dict[str, Any],
     batch_size: int,
     batch_invariant: bool,
@@ -241,6 +244,8 @@ def _generate(
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
         with account() as stats:
+            for note in itertools.chain.from_iterable(notes[chunk]):
+                add_note(note)
             note_path(
                 "batch",
                 "one picture at a time" if alone else f"up to {batch_size} pictures together",

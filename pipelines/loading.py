@@ -27,7 +27,6 @@ from fastgen.pipelines.checkpoint import (
     explain_hub_error,
     find_checkpoint,
     find_drafter,
-    with_variant,
 )
 from fastgen.pipelines.config_schema import check_arguments
 from fastgen.pipelines.generation import (
@@ -91,7 +90,7 @@ def load_pipeline(
     """
     check_names(device, dtype)
     options = LoadOptions.of(scheduler, loras, offload, vae_tiling)
-    checkpoint = with_variant(find_checkpoint(model, revision), variant)
+    checkpoint = find_checkpoint(model, variant, revision)
     return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=options)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from fastgen.accounting import add_note
 from fastgen.errors import FastgenError
 from fastgen.pipelines.settings import draws_tokens
 
@@ -22,32 +24,40 @@ _NO_LIMIT = 10**6
 
 def check_prompt_lengths(
     pipe: DiffusionPipeline, prompts: Sequence[str], max_sequence_length: int | None = None
-) -> None:
+) -> dict[str, list[str]]:
     """Refuse prompts that a Z-Image model or a model of tokens has no room for; log what other text encoders cut off.
 
     Stable Diffusion and its relatives draw from the beginning of a long prompt: one log line per prompt and encoder
-    quotes the rest.
+    quotes the rest. It is also among the notes of open accounts (`fastgen.accounting`).
 
     Args:
         pipe: the pipeline that will be called.
         prompts: all that it will be given, negative ones too.
         max_sequence_length: as it will be passed to the call; None for the pipeline's default.
 
+    Returns:
+        the lines of each prompt that is cut off.
+
     Raises:
         FastgenError: names the prompt and the limit.
     """
+    notes: dict[str, list[str]] = defaultdict(list)
     prompts = list(dict.fromkeys(prompts))
     if draws_tokens(type(pipe)):
         tokens: Any = pipe
         tokens.check_prompts(prompts)
-        return
+        return notes
     if any(base.__name__ == "ZImagePipeline" for base in type(pipe).__mro__):
         _check_z_image(pipe, prompts, max_sequence_length or 512)
-        return
+        return notes
     for name, tokenizer, limit in _readers(pipe, max_sequence_length):
         for prompt in prompts:
             if rest := _beyond(tokenizer, prompt, limit):
-                logger.warning("%s reads %d tokens; this end of a prompt is cut off: %r", name, limit, rest)
+                note = f"{name} reads {limit} tokens; this end of a prompt is cut off: {rest!r}"
+                logger.warning("%s", note)
+                add_note(note)
+                notes[prompt].append(note)
+    return notes
 
 
 def _check_z_image(pipe: Any, prompts: Sequence[str], limit: int) -> None:

@@ -47,7 +47,8 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
                 raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
     if not chosen and variants:
         raise FastgenError(
-            f"{folder} holds only weights of the variant {' and '.join(sorted(variants))}: choose one with variant="
+            f"{folder} holds only weights of the variant {' and '.join(sorted(variants))}: choose one with variant= "
+            "or --variant"
         )
     if not files and not any(file.suffix == ".bin" for file in chosen):
         expected = f"{stem}.safetensors" if stem else "*.safetensors"

@@ -29,7 +29,7 @@ from fastgen.evaluation.geneval.shapes import load_detector
 from fastgen.evaluation.router_statistics import router_statistics
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.pipelines.checkpoint import find_checkpoint
+from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_checkpoint
 
@@ -67,6 +67,7 @@ def benchmark_dc_quality(
     dense: str,
     folder: Path,
     *,
+    model_variant: str | None = None,
     tail_drops: Sequence[float] = TAIL_DROPS,
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
     peers: bool = True,
@@ -84,6 +85,7 @@ def benchmark_dc_quality(
         model: a pipeline with dynamic chunking.
         dense: its baseline, a stock Z-Image pipeline.
         folder: of the pictures; a killed run continues there.
+        model_variant: of the weight files of both models, as in diffusers.
         tail_drops: rho of the rows without Lite-CFG; its rows take 0.9 for the unconditional branch.
         guidance_scales: beside the models' own, for the baseline, all tokens, and the schedule of late drops.
         peers: measure first-block cache and token merging on the baseline as well.
@@ -110,14 +112,20 @@ def benchmark_dc_quality(
         raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
     if not all(0 <= scale < float("inf") for scale in guidance_scales):
         raise FastgenError(f"guidance_scales: {list(guidance_scales)} is not allowed, needs numbers >= 0")
-    variants = list(_variants(model, dense, tail_drops, guidance_scales, peers, device))
+    checkpoints = [find_checkpoint(name, model_variant) for name in (model, dense)]
+    variants = list(_variants(checkpoints, tail_drops, guidance_scales, peers, device))
     prompts = shapes_prompts(limit)
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
     for variant in variants:
         report(variant.name)
         settings = RunSettings(
-            variant.name, variant.fingerprint, images_per_prompt, device=device, batch_size=batch_size
+            variant.name,
+            variant.fingerprint,
+            images_per_prompt,
+            device=device,
+            batch_size=batch_size,
+            variant=model_variant,
         )
         scores = score_row(folder, prompts, settings, partial(_pictures, variant, batch_size), detector)
         judge = scores.pop("detector")
@@ -144,6 +152,7 @@ def benchmark_dc_quality(
         "settings": {
             "model": model,
             "dense": dense,
+            "model_variant": model_variant,
             "images_per_prompt": images_per_prompt,
             "prompts": len(prompts),
             "batch_size": batch_size,
@@ -152,20 +161,23 @@ def benchmark_dc_quality(
             "device": device,
         },
         "router": router,
-        "flops_beside": _flops_beside(chunked, find_checkpoint(model).defaults, chosen[:1]),
+        "flops_beside": _flops_beside(chunked, checkpoints[0].defaults, chosen[:1]),
         "rows": rows,
     }
 
 
 def _variants(
-    model: str, dense: str, tail_drops: Sequence[float], scales: Sequence[float], peers: bool, device: str
+    checkpoints: Sequence[Checkpoint],
+    tail_drops: Sequence[float],
+    scales: Sequence[float],
+    peers: bool,
+    device: str,
 ) -> Iterator[Variant]:
-    checkpoints = [find_checkpoint(name) for name in (model, dense)]
     chunked, baseline = (load_checkpoint(found, device=device, dtype="float32") for found in checkpoints)
     if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
-        raise FastgenError(f"model: {model} has no dynamic chunking")
+        raise FastgenError(f"model: {checkpoints[0].model} has no dynamic chunking")
     if type(baseline) is not ZImagePipeline:
-        raise FastgenError(f"dense: {dense} is no stock Z-Image pipeline")
+        raise FastgenError(f"dense: {checkpoints[1].model} is no stock Z-Image pipeline")
     ours, theirs = (model_fingerprint(*found.folders) for found in checkpoints)
     # An adapted pipeline does not know which model it was made of.
     defaults = checkpoints[1].defaults

@@ -25,6 +25,7 @@ _STAGES = ("denoise", "tokens")
 def benchmark_generate(
     models: Sequence[str] = ("tiny", "tiny-janus"),
     *,
+    variant: str | None = None,
     runs: int = 5,
     batches: Sequence[int] = (1, 8),
     steps: int | None = 8,
@@ -38,6 +39,7 @@ def benchmark_generate(
 
     Args:
         models: names, folders or Hub ids.
+        variant: of their weight files, as in diffusers.
         runs: measured runs of each row.
         batches: numbers of pictures per call.
         steps: denoising steps of diffusion models; None takes each model's default.
@@ -59,15 +61,16 @@ def benchmark_generate(
     cold_rows = []
     if cold:
         report("cold start")
-        cold_rows = _cold_rows(models, runs, steps, device, dtype)
+        cold_rows = _cold_rows(models, variant, runs, steps, device, dtype)
     warm_rows = []
     for model in models:
-        warm_rows += _warm_rows(model, runs, batches, steps, compile, device, dtype, report)
+        warm_rows += _warm_rows(model, variant, runs, batches, steps, compile, device, dtype, report)
     return {
         "benchmark": "generate",
         "environment": environment(),
         "settings": {
             "models": list(models),
+            "variant": variant,
             "runs": runs,
             "batches": list(batches),
             "steps": steps,
@@ -83,7 +86,9 @@ def benchmark_generate(
 # ---- cold ----
 
 
-def _cold_rows(models: Sequence[str], runs: int, steps: int | None, device: str, dtype: str) -> list[dict[str, Any]]:
+def _cold_rows(
+    models: Sequence[str], variant: str | None, runs: int, steps: int | None, device: str, dtype: str
+) -> list[dict[str, Any]]:
     timed_import = "import time; t = time.perf_counter(); import fastgen; print(time.perf_counter() - t)"
     rows = [_cold_row("import fastgen", [sys.executable, "-c", timed_import], runs, printed_seconds=True)]
     command = [sys.executable, "-m", "fastgen.cli.main"]
@@ -93,6 +98,7 @@ def _cold_rows(models: Sequence[str], runs: int, steps: int | None, device: str,
             arguments = ["generate", PROMPT, "--model", model, "--overwrite", "--device", device, "--dtype", dtype]
             if steps is not None and _is_diffusion(model):
                 arguments += ["--steps", str(steps)]
+            arguments += [] if variant is None else ["--variant", variant]
             arguments += ["-o", str(Path(folder, "out.png"))]
             rows.append(_cold_row(f"fastgen generate --model {model}", [*command, *arguments], runs))
     return rows
@@ -123,6 +129,7 @@ def _is_diffusion(model: str) -> bool:
 
 def _warm_rows(
     model: str,
+    variant: str | None,
     runs: int,
     batches: Sequence[int],
     steps: int | None,
@@ -135,7 +142,7 @@ def _warm_rows(
 
     from fastgen.pipelines.loading import load_pipeline
 
-    pipe = load_pipeline(model, device=device, dtype=dtype)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
     diffusion = _is_diffusion(model)
     options = {"steps": steps} if diffusion and steps is not None else {}
     report(f"{model}: same pixels for every batch size")

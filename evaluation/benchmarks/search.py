@@ -42,6 +42,7 @@ from fastgen.io import atomic_write_json, atomic_write_many, check_writable, enc
 from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
 
 __all__ = ["BUDGETS", "SEEDS", "VARIANTS", "benchmark_search"]
@@ -74,6 +75,7 @@ def benchmark_search(
     model: str,
     folder: Path,
     *,
+    variant: str | None = None,
     verifier: str = "shapes-verifier",
     heldout: str | None = None,
     policies: Sequence[str] = VARIANTS,
@@ -93,6 +95,7 @@ def benchmark_search(
         model: a diffusion pipeline that draws ShapesWorld.
         folder: of the pictures and of what every search did; a killed run continues there, and so does one with more
             prompts, seeds, policies or budgets.
+        variant: of the weight files, as in diffusers.
         verifier: that is searched.
         heldout: another one, which scores the pictures that were found.
         policies: see `parse_variant`; the pipeline without a search is always measured.
@@ -122,15 +125,17 @@ def benchmark_search(
         raise FastgenError(f"share: {share[0]}/{share[1]} is not allowed, needs I/N with 1 <= I <= N")
     variants = [parse_variant(text) for text in dict.fromkeys((NONE, *policies))]
     prompts = _numbered(limit)
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
     asked, held = load_verifier(verifier, device), None if heldout is None else load_verifier(heldout, device)
     detector = load_detector(device=device)
     bench = _bench(checkpoint, asked, {"sampler": sampler, "batch_size": batch_size}, device, dtype)
+    check_prompt_lengths(bench.pipe, [item.prompt for _, item in prompts])
     record = {
         "format": _FORMAT,
         "model": model_fingerprint(*checkpoint.folders),
+        **({} if variant is None else {"variant": variant}),
         "verifier": _identity(asked),
         **bench.call,
         **bench.search,

@@ -20,6 +20,7 @@ from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
+from fastgen.pipelines.prompts import check_prompt_lengths
 
 __all__ = ["benchmark_search_overhead"]
 
@@ -29,6 +30,7 @@ STOCK, WRAPPED, CONTROL = "stock", "wrapped, no policy", "stock again"
 def benchmark_search_overhead(
     model: str,
     *,
+    variant: str | None = None,
     runs: int = 30,
     device: str = "cpu",
     dtype: str = "auto",
@@ -38,6 +40,7 @@ def benchmark_search_overhead(
 
     Args:
         model: a diffusion pipeline.
+        variant: of the weight files, as in diffusers.
         runs: rounds after one of warm-up; each draws one picture with every call, and begins with another one.
         device, dtype: of the model.
         report: told what is going on.
@@ -51,7 +54,7 @@ def benchmark_search_overhead(
     """
     if runs < 2:
         raise FastgenError(f"runs: {runs} is not allowed, needs an integer >= 2")
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
     pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype)
@@ -64,6 +67,7 @@ def benchmark_search_overhead(
     }
     prompts = shapes_prompts()
     chosen = [prompts[index].prompt for index in spread(len(prompts), runs)]
+    check_prompt_lengths(pipe, chosen)
     report("warm-up")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(-1, runs):

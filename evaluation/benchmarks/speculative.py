@@ -139,6 +139,7 @@ def benchmark_speculative(
     model: str,
     folder: Path,
     *,
+    model_variant: str | None = None,
     drafters: Mapping[str, Path] | None = None,
     variants: Sequence[str] = VARIANTS,
     quality: bool = True,
@@ -158,6 +159,7 @@ def benchmark_speculative(
     Args:
         model: one that draws tokens.
         folder: of the pictures; a killed run continues there.
+        model_variant: of the weight files, as in diffusers.
         drafters: folders of drafters by name, for variants with trees; None takes the model's own.
         variants: see `parse_variant`.
         quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
@@ -186,7 +188,7 @@ def benchmark_speculative(
     for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
         if number < 1:
             raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_checkpoint(model, model_variant)
     if checkpoint.kind != "janus":
         raise FastgenError(f"model: {model} does not draw tokens")
     if dtype == "auto":
@@ -236,6 +238,7 @@ def benchmark_speculative(
         "environment": environment(),
         "settings": {
             "model": model,
+            "model_variant": model_variant,
             "drafters": list(folders),
             "guidance_scale": scale,
             "images_per_prompt": images_per_prompt,
@@ -310,7 +313,9 @@ def _scores(
     for variant in (None, *variants):
         name = "plain" if variant is None else variant.name
         report(name)
-        settings = RunSettings(name, fingerprint, images_per_prompt, device=device, batch_size=batch_size)
+        settings = RunSettings(
+            name, fingerprint, images_per_prompt, device=device, batch_size=batch_size, variant=checkpoint.variant
+        )
         scored.append(
             score_row(
                 folder, prompts, settings, partial(_pictures, target, law, variant, batch_size), detector, verifier

@@ -101,8 +101,8 @@ def read_metadata(
         color_names: the colours the classifier knows; None accepts any.
 
     Raises:
-        FastgenError: the file is missing, not UTF-8 or empty, or a line is blank, malformed or names an unknown
-            class or colour; the message starts with `path:line`.
+        FastgenError: the file is missing, not UTF-8 or empty, or a line is blank, malformed, names an unknown class
+            or colour, or asks a task for a prompt again; the message starts with `path:line`.
     """
     path = Path(path)
     try:
@@ -126,7 +126,20 @@ def read_metadata(
         except ValueError as error:  # FastgenError is one
             raise FastgenError(f"{path}:{number}: {error}") from error
         out.append(metadata)
+    check_distinct(out, [f"{path}:{number}" for number in range(1, len(out) + 1)])
     return out
+
+
+def check_distinct(prompts: Sequence[Metadata], places: Sequence[object]) -> None:
+    """Refuse a prompt that a task asks for twice: it would be drawn from the same noise, or counted as two.
+
+    Raises:
+        FastgenError: begins with the second place and names the first.
+    """
+    first: dict[tuple[str, str], object] = {}
+    for item, place in zip(prompts, places, strict=True):
+        if (before := first.setdefault((item.tag, item.prompt), place)) is not place:
+            raise FastgenError(f"{place}: {item.prompt!r} stands in {before} already; a task needs each prompt once")
 
 
 def format_metadata(items: Iterable[Metadata]) -> bytes:

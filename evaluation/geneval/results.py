@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.metadata import Metadata
+from fastgen.evaluation.geneval.metadata import Metadata, check_distinct
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.io import parse_json, read_limited
 
@@ -55,8 +55,8 @@ def read_results(path: str | Path) -> Verdicts:
     Images of one prompt are told by equal metadata, as in the official summary.
 
     Raises:
-        FastgenError: the file cannot be read, is empty, has a line that is no verdict, or judges an image twice; the
-            message starts with `path:line`.
+        FastgenError: the file cannot be read, is empty, has a line that is no verdict, judges an image twice, or
+            has other metadata for a prompt than before; the message starts with `path:line`.
     """
     path = Path(path)
     try:
@@ -81,6 +81,10 @@ def read_results(path: str | Path) -> Verdicts:
         reasons = tuple((record["reason"] or "").splitlines())
         found.results.append(ImageResult(metadata.tag, metadata.to_json(), record["correct"], reasons))
         found.detectors.add(record.get("detector", "unknown"))
+    # Other metadata under the same prompt of a task would count as a prompt of its own.
+    first = {item.to_json(): (item, number) for number, item in reversed(list(enumerate(found.prompts, start=1)))}
+    distinct = sorted(first.values(), key=lambda entry: entry[1])
+    check_distinct([item for item, _ in distinct], [f"{path}:{number}" for _, number in distinct])
     return found
 
 

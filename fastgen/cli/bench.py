@@ -12,6 +12,8 @@ import typer
 from fastgen.cli.bench_fid import fid
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
+from fastgen.cli.methods import VariantOption, find_model, variant_option
+from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 from fastgen.errors import FastgenError
 
@@ -32,6 +34,7 @@ app.command("search-overhead")(search_overhead)
 @app.command("generate")
 def generate(
     model: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: tiny and tiny-janus.")] = None,
+    variant: VariantOption = None,
     out: OutOption = None,
     runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
     batch: Annotated[list[int] | None, typer.Option(help="Pictures per call; repeat. Default: 1 and 8.")] = None,
@@ -44,7 +47,6 @@ def generate(
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
     from fastgen.cli.eval_run import check_device
-    from fastgen.pipelines.checkpoint import find_checkpoint
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
     if runs < 1:
@@ -55,19 +57,15 @@ def generate(
         raise FastgenError(f"--steps: {steps} is not allowed, needs an integer >= 1")
     check_device(device, dtype)
     for name in models:
-        find_checkpoint(name)
+        find_model(name, variant)
     check_files(out)
-    with contextlib.redirect_stdout(sys.stderr):
-        import diffusers
-        import transformers
-
+    with measuring() as notes:
         from fastgen.evaluation.benchmarks.generate import benchmark_generate
         from fastgen.evaluation.results import generate_markdown
 
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
         result = benchmark_generate(
             models,
+            variant=variant,
             runs=runs,
             batches=batches,
             steps=steps,
@@ -77,7 +75,7 @@ def generate(
             dtype=dtype,
             report=lambda line: typer.echo(line, err=True),
         )
-    publish(result, out, as_json, generate_markdown(result))
+    publish(result, out, as_json, generate_markdown(result), notes.texts)
 
 
 @app.command("data")
@@ -103,6 +101,7 @@ def dc(
         str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
     ] = "tiny-dc",
     dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
+    variant: VariantOption = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
         "fastgen-bench-dc"
     ),
@@ -124,13 +123,12 @@ def dc(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking, its baseline, and peers."""
     from fastgen.cli.eval_run import check_device
-    from fastgen.pipelines.checkpoint import find_checkpoint
 
     check_device(device)
     for name in (model, dense):
-        find_checkpoint(name)
+        find_model(name, variant)
     check_files(out, plot, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
+    with measuring() as notes:
         from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
         from fastgen.evaluation.dc_results import dc_quality_markdown, dc_quality_plot
 
@@ -138,6 +136,7 @@ def dc(
             model,
             dense,
             folder,
+            model_variant=variant,
             tail_drops=tail_drop or TAIL_DROPS,
             guidance_scales=guidance_scale or GUIDANCE_SCALES,
             peers=peers,
@@ -150,7 +149,7 @@ def dc(
         )
         if plot is not None:
             dc_quality_plot(result, plot)
-    publish(result, out, as_json, dc_quality_markdown(result))
+    publish(result, out, as_json, dc_quality_markdown(result), notes.texts)
 
 
 @app.command("dc-ablations")
@@ -232,6 +231,7 @@ def drafter_ablations(
 @app.command("speculative")
 def speculative(
     model: Annotated[str, typer.Option(help="A model that draws tokens.")] = "tiny-janus",
+    model_variant: Annotated[str | None, variant_option("--model-variant")] = None,
     drafter: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of a drafter, for variants with trees; repeat. Default: the model's own."),
@@ -262,10 +262,13 @@ def speculative(
     from fastgen.checks import check_choice
     from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
-    from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
+    from fastgen.pipelines.checkpoint import find_drafter
 
     check_device(device, dtype)
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_model(model, model_variant)
+    names = [path.name for path in drafter or []]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise FastgenError(f"--drafter: {twice[0]!r} names two folders; variants could not tell them apart")
     for path in drafter or []:
         find_drafter(checkpoint, path)
     for text in variant or []:
@@ -273,13 +276,14 @@ def speculative(
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
         check_choice("--variant", text.split()[0], RULES)
     check_files(out, plot, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
+    with measuring() as notes:
         from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
             model,
             folder,
+            model_variant=model_variant,
             drafters=None if drafter is None else {path.name: path for path in drafter},
             variants=variant or VARIANTS,
             quality=quality,
@@ -295,7 +299,7 @@ def speculative(
         )
         if plot is not None:
             speculative_plot(result, plot)
-    publish(result, out, as_json, speculative_markdown(result))
+    publish(result, out, as_json, speculative_markdown(result), notes.texts)
 
 
 @app.command("speculative-cost")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
+from fastgen.cli.methods import VariantOption, find_model
+from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 
 __all__ = ["search", "search_overhead"]
@@ -16,6 +16,7 @@ __all__ = ["search", "search_overhead"]
 
 def search(
     model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
+    variant: VariantOption = None,
     verifier: Annotated[
         str, typer.Option(help="That is searched: a name, NAME:FOLDER, or a folder.")
     ] = "shapes-verifier",
@@ -51,12 +52,11 @@ def search(
     from fastgen.checks import check_choice
     from fastgen.cli.eval_run import check_device
     from fastgen.evaluation.verifiers.names import verifier_class
-    from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.noise_search import SamplerName
     from fastgen.pipelines.search.names import POLICIES
 
     check_device(device, dtype)
-    find_checkpoint(model)
+    find_model(model, variant)
     check_choice("--sampler", sampler, get_args(SamplerName))
     part = None if share is None else _share(share)
     for name in (verifier, *([] if heldout is None else [heldout])):
@@ -64,13 +64,14 @@ def search(
     for text in policy or []:
         check_choice("--policy", text.split()[0], ["none", *POLICIES])
     check_files(out, plot, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
+    with measuring() as notes:
         from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
         from fastgen.evaluation.search_results import search_markdown, search_plot
 
         result = benchmark_search(
             model,
             folder,
+            variant=variant,
             verifier=verifier,
             heldout=heldout,
             policies=policy or VARIANTS,
@@ -88,7 +89,7 @@ def search(
             return
         if plot is not None:
             search_plot(result, plot)
-    publish(result, out, as_json, search_markdown(result))
+    publish(result, out, as_json, search_markdown(result), notes.texts)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -102,6 +103,7 @@ def _share(text: str) -> tuple[int, int]:
 
 def search_overhead(
     model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
+    variant: VariantOption = None,
     runs: Annotated[int, typer.Option(help="Measured rounds.")] = 30,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -110,16 +112,20 @@ def search_overhead(
 ) -> None:
     """What wrapping a pipeline for noise search costs while its search is off."""
     from fastgen.cli.eval_run import check_device
-    from fastgen.pipelines.checkpoint import find_checkpoint
 
     check_device(device, dtype)
-    find_checkpoint(model)
+    find_model(model, variant)
     check_files(out)
-    with contextlib.redirect_stdout(sys.stderr):
+    with measuring() as notes:
         from fastgen.evaluation.benchmarks.search_overhead import benchmark_search_overhead
         from fastgen.evaluation.search_results import search_overhead_markdown
 
         result = benchmark_search_overhead(
-            model, runs=runs, device=device, dtype=dtype, report=lambda line: typer.echo(line, err=True)
+            model,
+            variant=variant,
+            runs=runs,
+            device=device,
+            dtype=dtype,
+            report=lambda line: typer.echo(line, err=True),
         )
-    publish(result, out, as_json, search_overhead_markdown(result))
+    publish(result, out, as_json, search_overhead_markdown(result), notes.texts)

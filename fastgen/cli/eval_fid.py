@@ -11,6 +11,7 @@ import typer
 from fastgen.cli import eval_run as options
 from fastgen.cli import search as searching
 from fastgen.cli.eval_run import Generation, progress
+from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def fid(
         str | None,
         typer.Option("--model", help="Draw the images first: tiny, a folder, a Hub id, or renders (ShapesWorld)."),
     ] = None,
+    variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,

@@ -12,6 +12,7 @@ import typer
 from fastgen.cli import eval_run as options
 from fastgen.cli import search as searching
 from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
+from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def geneval(
         Path | None,
         typer.Option("--self-test-photos", help="Folder of photographs named after what they show, e.g. cat.jpg."),
     ] = None,
+    variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,

@@ -7,14 +7,14 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name
+from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Generation:
     """The options of generation, by the names of `RunSettings`; `model` None when a folder is scored instead."""
 
     model: str | None
+    variant: str | None
     images_per_prompt: int
     steps: int | None
     guidance_scale: float | None
@@ -133,7 +134,7 @@ class Generation:
         search = self._search()
         searching.check_options(self.method, search, save_tree=False)
         if images is not None:
-            others = self._options("model", "steps", "guidance_scale", "limit", "method")
+            others = self._options("model", "variant", "steps", "guidance_scale", "limit", "method")
             refuse_with_images(others | budget | decoding | {_option(name): value for name, value in search.items()})
         check_device(self.device, self.dtype)
         if images is None and self.model != "renders":
@@ -141,14 +142,12 @@ class Generation:
 
     def _check_model(self) -> None:
         """FastgenError when the model is not there, or does not take the options; loads no weights."""
-        from fastgen.pipelines.checkpoint import check_weights, find_checkpoint, find_drafter
+        from fastgen.pipelines.checkpoint import find_drafter
 
-        checkpoint = find_checkpoint(self.model or METHODS[self.method or "base"])
+        checkpoint = find_model(self.model or METHODS[self.method or "base"], self.variant)
         check_method(self.method, checkpoint)
         if self.method == "speculative":
             find_drafter(checkpoint, self.drafter)
-        if checkpoint.hub_id is None:
-            check_weights(checkpoint)
         if self.method == "search":
             self._planned_search(checkpoint)
         else:
@@ -196,14 +195,14 @@ class Generation:
         drawer = (drawers or {}).get(model)
         identity, search = model, None
         if drawer is None:
-            checkpoint = find_checkpoint(model)
+            checkpoint = find_checkpoint(model, self.variant)
             check_method(self.method, checkpoint)
             check_classes(checkpoint, (prompt.prompt for prompt in prompts))
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
             search = self._planned_search(checkpoint) if self.method == "search" else None
         else:
-            made = self._options(*_DRAWING, "method", "drafter")
+            made = self._options(*_DRAWING, "method", "drafter", "variant")
             if given := [name for name, value in made.items() if value is not None]:
                 raise FastgenError(f"{given[-1] if '--method' in given else given[0]}: {model} is no model")
         same = (field.name for field in fields(RunSettings))
@@ -213,7 +212,7 @@ class Generation:
         settings["search"] = None if search is None else search[0].settings
         run = RunSettings(model=model, model_fingerprint=identity, **settings)
         if out is None:
-            key = hashlib.sha256(json.dumps([asdict(run), self.limit]).encode()).hexdigest()[:8]
+            key = hashlib.sha256(json.dumps([run.as_dict(), self.limit]).encode()).hexdigest()[:8]
             out = Path("fastgen-eval") / f"{benchmark}-{Path(model).name}-{key}"
         return GenerationRun(EvaluationRun(out, prompts, run, group), drawer, self.batch_size, search)
 
@@ -235,15 +234,20 @@ class GenerationRun:
 
     def make(self, on_progress: OnProgress) -> dict[str, Any]:
         """Draw what is missing; what goes into the report about it."""
-        from fastgen.accounting import phase
+        from fastgen.accounting import add_note, phase
+        from fastgen.cli.notes import quiet_libraries, warnings_shown
 
         run = self.run
-        with phase("generate"):
+        quiet_libraries()
+        with phase("generate"), warnings_shown(run.group.is_main) as notes:
             made = run.generate(self.drawer or _generator(run, self.batch_size, self.search), on_progress)
+        for note in run.notes():  # those of other sessions and processes too
+            notes.show(note)
+            add_note(note)
         count, seconds = run.timing()
         return {
             "model": run.settings.model,
-            "settings": {**asdict(run.settings), "prompts": len(run.prompts), "images_made_now": made},
+            "settings": {**run.settings.as_dict(), "prompts": len(run.prompts), "images_made_now": made},
             "seconds_per_image": seconds / count if count else None,
         }
 
@@ -314,6 +318,7 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
             dtype=settings.dtype,
             method=settings.method,
             drafter=settings.drafter,
+            variant=settings.variant,
         )
         batches: dict[str, Any] = {"batch_size": batch_size, "batch_invariant": settings.batch_size is None}
         if search is not None:

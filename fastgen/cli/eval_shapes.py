@@ -11,6 +11,7 @@ import typer
 from fastgen.cli import eval_run as options
 from fastgen.cli import search as searching
 from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
+from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 
@@ -23,6 +24,7 @@ def shapes(
         ),
     ] = None,
     images: options.Images = None,
+    variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,

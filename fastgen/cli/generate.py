@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name
+from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Of the weight files, as in diffusers, e.g. fp16.", show_default=False)
-    ] = None,
+    variant: VariantOption = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
     ] = None,
@@ -212,13 +210,13 @@ def generate(
     target, is_folder = _output(output, prompts_file is not None)
 
     # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint, find_drafter, with_variant
+    from fastgen.pipelines.checkpoint import check_names, find_drafter
     from fastgen.pipelines.load_options import LoadOptions
 
     check_names("cpu" if device == "auto" else device, dtype)
     model = model if model is not None else METHODS[method or "base"]
     options = LoadOptions.of(scheduler, lora, offload, vae_tiling)
-    checkpoint = with_variant(find_checkpoint(model, revision), variant)
+    checkpoint = find_model(model, variant, revision)
     is_chunked = checkpoint.has_dynamic_chunking
     check_method(method, checkpoint)
     if save_map and method == "search":
@@ -227,8 +225,6 @@ def generate(
         raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
     if checkpoint.fixed_size is None:
         checkpoint.check_size(height, width)
-    if checkpoint.hub_id is None:
-        check_weights(checkpoint)
     if method != "speculative" and (drafter is not None or compile):
         raise FastgenError(f"--{'compile' if drafter is None else 'drafter'}: needs --method speculative")
     drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
@@ -366,20 +362,15 @@ def _make(
     """Make and write the pictures; what the run did."""
     if not jobs:
         return {}
-    import diffusers
-    import transformers
-
     from fastgen.accounting import account, phase
-    from fastgen.cli.notes import warnings_shown
+    from fastgen.cli.notes import quiet_libraries, warnings_shown
     from fastgen.environment import versions
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.accelerate import accelerate as turn_on
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     made_with = versions()
     with account() as stats:
         verifier = None if search is None else search.load_verifier(loading["device"])

@@ -81,6 +81,7 @@ def _checked(command: Any) -> Any:
 
     act = command.callback
     labels = {parameter.name: max(parameter.opts, key=len) for parameter in command.params}
+    repeated = {p.name for p in command.params if getattr(p, "multiple", False) or p.nargs == -1}
 
     @functools.wraps(act)
     def checked(*args: Any, **values: Any) -> Any:
@@ -94,6 +95,8 @@ def _checked(command: Any) -> Any:
                 elif isinstance(part, int) and not isinstance(part, bool) and not 0 <= part < 2**31:
                     # Seeds check their own, larger range.
                     check_integer(label, part, 0, 2**63 - 1 if name == "seed" else 2**31 - 1)
+            if name in repeated and value:
+                values[name] = list(dict.fromkeys(value))  # what is asked for twice is one row of a result
         return act(*args, **values)
 
     return checked

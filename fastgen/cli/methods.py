@@ -1,15 +1,25 @@
-"""The methods of drawing that `fastgen generate` and `fastgen eval` offer, and what each asks of a model."""
+"""What the commands that draw with a model share: its options, the methods, and what each asks of a model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
     from fastgen.pipelines.checkpoint import Checkpoint
 
-__all__ = ["METHODS", "check_method", "check_method_name"]
+__all__ = ["METHODS", "VariantOption", "check_method", "check_method_name", "find_model", "variant_option"]
+
+
+def variant_option(name: str = "--variant") -> Any:
+    """The option for the weight files of `--model`; `name` where `--variant` means something else."""
+    return typer.Option(name, help="Of the weight files, as in diffusers, e.g. fp16.", show_default=False)
+
+
+VariantOption = Annotated[str | None, variant_option()]
 
 #: Methods, each with the embedded model that it takes by default.
 METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}
@@ -28,3 +38,17 @@ def check_method(method: str | None, checkpoint: Checkpoint) -> None:
         raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
     if method == "search" and checkpoint.kind == "janus":
         raise FastgenError(f"--method search: model {model!r} draws tokens, there is no noise to search")
+
+
+def find_model(model: str, variant: str | None = None, revision: str | None = None) -> Checkpoint:
+    """The model with its configuration, and a look at its weight files where they are on this machine.
+
+    Raises:
+        FastgenError: there is no such model, it is broken, or it has no weights of this variant.
+    """
+    from fastgen.pipelines.checkpoint import check_weights, find_checkpoint
+
+    checkpoint = find_checkpoint(model, variant, revision)
+    if checkpoint.hub_id is None:
+        check_weights(checkpoint)
+    return checkpoint

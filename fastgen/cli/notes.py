@@ -1,43 +1,81 @@
-"""What libraries warn of while pictures are made reaches the user: one line on stderr, each only once."""
+"""What fastgen and the libraries warn of while pictures are made reaches the user: on stderr, and in the record."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-__all__ = ["warnings_shown"]
+from fastgen.accounting import add_note, is_in
+
+__all__ = ["Notes", "measuring", "quiet_libraries", "warnings_shown"]
 
 # Said better by `fastgen.pipelines.prompts`.
 _REPEATED = ("truncated because CLIP can only handle", "Token indices sequence length is longer")
 
 
-class _Notes(logging.Handler):
-    def __init__(self) -> None:
+class Notes(logging.Handler):
+    """Shows each line once, and adds it to the notes of open accounts.
+
+    Attributes:
+        texts: the lines, in order.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
         super().__init__(logging.WARNING)
-        self._seen = set(_REPEATED)
+        self.texts: list[str] = []
+        self._shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        if not any(seen in text for seen in self._seen):
-            self._seen.add(text)
-            typer.echo(f"note: {text}", err=True)
+        text = " ".join(line.strip() for line in record.getMessage().splitlines())
+        # What libraries say while they load is of no use here.
+        if not any(part in text for part in _REPEATED) and (record.name.startswith("fastgen") or not is_in("load")):
+            add_note(text)
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """One line, unless it was shown before."""
+        if text not in self.texts:
+            self.texts.append(text)
+            if self._shown:
+                typer.echo(f"note: {text}", err=True)
 
 
 @contextmanager
-def warnings_shown() -> Iterator[None]:
-    """Inside, warnings of fastgen, diffusers and transformers are printed; what is said while loading is no news."""
-    notes = _Notes()
+def warnings_shown(shown: bool = True) -> Iterator[Notes]:
+    """Inside, warnings of fastgen, diffusers and transformers are noted; `shown` False prints none of them."""
+    notes = Notes(shown)
     loggers = [logging.getLogger(name) for name in ("fastgen", "diffusers", "transformers")]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     try:
         for logger in loggers:
             logger.handlers, logger.propagate = [notes], False
             logger.setLevel(logging.WARNING)
-        yield
+        yield notes
     finally:
         for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+@contextmanager
+def measuring() -> Iterator[Notes]:
+    """Around a benchmark: stdout is for its result, and what the user should know of its pictures is shown."""
+    with contextlib.redirect_stdout(sys.stderr):
+        quiet_libraries()
+        with warnings_shown() as notes:
+            yield notes
+
+
+def quiet_libraries() -> None:
+    """No progress bars, no advice; their warnings are shown by `warnings_shown`."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

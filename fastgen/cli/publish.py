@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,10 +34,18 @@ def check_files(*files: Path | None, folder: Path | None = None) -> None:
             check_writable(file.parent)
 
 
-def publish(result: dict[str, Any], out: Path | None, as_json: bool, table: str) -> None:
-    """Write the JSON file, and print JSON or the table."""
+def publish(
+    result: dict[str, Any], out: Path | None, as_json: bool, table: str, notes: Sequence[str] | None = None
+) -> None:
+    """Write the JSON file, and print JSON or the table.
+
+    Args:
+        notes: what the user should know of the pictures; None where the benchmark draws none.
+    """
     from fastgen.io import atomic_write_json
 
+    if notes is not None:
+        result = {**result, "notes": list(notes)}
     if out is not None:
         atomic_write_json(out, result)
     typer.echo(json.dumps(result) if as_json else table)

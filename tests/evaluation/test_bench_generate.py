@@ -72,7 +72,7 @@ def test_cold_rows_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return float(len(commands)), 1000, "0.125\n"
 
     monkeypatch.setattr(bench, "measure_process", fake)
-    rows = bench._cold_rows(["tiny", "tiny-janus"], 3, 8, "cpu", "auto")
+    rows = bench._cold_rows(["tiny", "tiny-janus"], None, 3, 8, "cpu", "auto")
     assert len(commands) == 4 * 4 and all(row["n"] == 3 for row in rows)
     assert rows[0]["seconds"] == {"p20": 0.125, "p50": 0.125, "p80": 0.125}
     assert rows[1]["first_run_seconds"] == 5.0 and rows[1]["seconds"]["p50"] == 7.0

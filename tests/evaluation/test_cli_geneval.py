@@ -245,3 +245,51 @@ def test_metadata_that_nobody_can_judge(
     Path("m.jsonl").write_text(json.dumps(prompt("cat")) + "\n" + json.dumps(second) + "\n")
     error = fails(["--model", "tiny", "--metadata", "m.jsonl", *judges], capsys)
     assert "m.jsonl:2: " in error and not Path("fastgen-eval").exists()
+
+
+JUDGED = ["eval", "geneval", "--detector", "shapes", "--no-self-test"]
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ([*JUDGED, "--model", "renders", "--metadata", "twice.jsonl"], "twice.jsonl:3"),
+        ([*JUDGED, "--images", "o", "--partial"], "o/00002/metadata.jsonl"),
+        (["eval", "shapes", "--images", "o"], "o/00002/metadata.jsonl"),
+        (["eval", "geneval", "--results", "other.jsonl"], "other.jsonl:3"),
+        (["eval", "fid", "--model", "tiny", "--prompts", "twice.jsonl"], "twice.jsonl:3"),
+        (["eval", "fid", "--model", "tiny", "--prompts", "twice.txt"], "prompt 3"),
+    ],
+)
+def test_a_prompt_that_stands_twice_is_refused_before_anything_is_drawn_or_judged(
+    words: list[str], place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result of such prompts would be one that `report` and `compare` refuse, or count the same pictures twice."""
+    items = [prompt(name) for name in ("circle", "ring", "circle")]
+    folder_of(*items)
+    Path("twice.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    Path("twice.txt").write_text("".join(item["prompt"] + "\n" for item in items))
+    verdicts = [
+        {"filename": f"{i}.png", "tag": item["tag"], "prompt": item["prompt"], "correct": True, "reason": ""}
+        | {"metadata": {**item, "include": [{"class": "circle", "count": 1 + i}]}}
+        for i, item in enumerate(items)
+    ]
+    Path("other.jsonl").write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    for part in ("samples.judge_samples", "runner.EvaluationRun.generate"):
+        monkeypatch.setattr(f"fastgen.evaluation.{part}", None)  # neither drawn nor judged
+    assert run(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert place in err and "already" in err
+
+
+def test_an_option_given_twice_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "data", "--images", "8", "--runs", "1", "--processes", "1", "--processes", "1", "--json"]
+    assert run(words) == 0
+    once = json.loads(capsys.readouterr().out)
+    assert len([row for row in once["rows"] if row.get("processes") == 1]) == 1, once["rows"]
+
+
+def test_drafters_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "speculative", "--drafter", "a/x", "--drafter", "b/x"]) == 2
+    assert "--drafter: 'x' names two folders" in capsys.readouterr().err

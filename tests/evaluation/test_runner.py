@@ -390,10 +390,10 @@ def test_samples_are_read_in_order(finished: Path) -> None:
 
 def test_reads_the_official_layout_too(tmp_path) -> None:
     """Four or five digits, a grid beside the samples, and files that are none of ours."""
-    for name in ("00000", "00001", "00010"):
+    for name, item in zip(("00000", "00001", "00010"), PROMPTS, strict=False):
         samples = tmp_path / name / "samples"
         samples.mkdir(parents=True)
-        (tmp_path / name / "metadata.jsonl").write_text(PROMPTS[0].to_json())
+        (tmp_path / name / "metadata.jsonl").write_text(item.to_json())
         for image in ("00000.png", "00001.png", "00010.png"):
             picture("x", 0).save(samples / image)
         (samples / "0000.json").write_text("{}")
@@ -422,7 +422,8 @@ ALIEN = Metadata.from_dict({"tag": "x", "include": [{"class": "zebra", "count": 
     ("metadata", "image", "message"),
     [
         (None, b"", "cannot read the metadata"),
-        (GOOD + "\n" + GOOD, b"", "exactly one line"),
+        (GOOD + "\n" + PROMPTS[1].to_json(), b"", "exactly one line"),
+        (GOOD + "\n" + GOOD, b"", "stands in .*metadata.jsonl:1 already"),
         ("{", b"", "not valid JSON"),
         (GOOD, None, "no image"),
         (ALIEN, b"", "unknown class 'zebra'"),

@@ -265,9 +265,9 @@ def test_a_revision_is_that_of_the_local_cache(folder: Path, tmp_path: Path, mon
         index = repository / "snapshots" / commit / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"_commit": commit}))
     assert find_checkpoint("owner/name").folder.name == "a" * 40
-    found = find_checkpoint("owner/name", "old")
+    found = find_checkpoint("owner/name", revision="old")
     assert found.folder.name == "b" * 40 and found.revision == "old"
     with pytest.raises(FastgenError, match="model 'owner/name'"):
-        find_checkpoint("owner/name", "none")
+        find_checkpoint("owner/name", revision="none")
     pipe = load_pipeline("owner/name", revision="old")
     assert type(pipe).__name__ == "StableDiffusionPipeline"

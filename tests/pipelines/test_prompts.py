@@ -15,7 +15,9 @@ from tiny_flows import tiny_flux, tiny_qwen_image, tiny_sd3
 from tiny_unets import ddim, tiny_dit, tiny_sd, tiny_sdxl
 
 import fastgen
+from fastgen.cli.main import run
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.pipelines.prompts import check_prompt_lengths
 
 END = "a blue circle at the end"
@@ -150,3 +152,101 @@ def test_weights_that_the_configuration_leaves_unused_are_an_error(micro_z: Path
     (folder / "transformer/config.json").write_text(json.dumps({**config, "n_layers": 0}))
     with pytest.raises(FastgenError, match="weights without use.*do not fit"):
         fastgen.load_pipeline(str(folder))
+
+
+LONG = "red " * 60 + END
+
+
+def metadata(prompt: str) -> str:
+    return json.dumps({"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": prompt}) + "\n"
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command; its result and the notes that it printed on stderr."""
+
+    def call(*words: object) -> tuple[dict[str, Any], list[str]]:
+        assert run([*map(str, words), "--json"]) == 0, capsys.readouterr().err
+        out, err = capsys.readouterr()
+        return json.loads(out), [line for line in err.splitlines() if line.startswith("note: ")]
+
+    return call
+
+
+@pytest.mark.parametrize("method", [[], ["--method", "search", "--policy", "random", "--max-nfe", "8"]])
+def test_evaluations_say_once_what_is_cut_off_and_keep_it_in_the_record(
+    method: list[str], sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(metadata("a circle") + metadata(LONG) + metadata("x " + LONG))
+    words = ["eval", "geneval", "--detector", "shapes", "--no-self-test", "--metadata", "prompts.jsonl"]
+    words += ["--model", sd / "plain", "--steps", "2", "--images-per-prompt", "2", "--out", "new"]
+    words += [*method, *(["--verifier", "shapes-verifier"] if method else [])]
+    result, notes = told(*words)
+    assert len(notes) == 2 and all(END in note and "text_encoder reads 24 tokens" in note for note in notes), notes
+    assert result["stats"]["notes"] == [note.removeprefix("note: ") for note in notes]
+    again, same = told(*words)  # a finished run loads no model, and says it all the same
+    assert again["settings"]["images_made_now"] == 0
+    assert again["stats"]["notes"] == result["stats"]["notes"] and same == notes
+    assert json.loads(Path("new/scores.json").read_text())["stats"]["notes"] == result["stats"]["notes"]
+
+
+def test_a_killed_run_keeps_what_was_cut_off(sd: Path, tmp_path: Path, told: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(metadata(LONG) + metadata("a circle"))
+    words = ["eval", "geneval", "--detector", "shapes", "--no-self-test", "--metadata", "prompts.jsonl"]
+    words += ["--model", sd / "plain", "--steps", "2", "--images-per-prompt", "1", "--out", "new"]
+    first, _ = told(*words)
+    Path("new/00001/samples/0000.png").unlink()  # as if it had been killed after the first picture
+    second, notes = told(*words)
+    assert second["settings"]["images_made_now"] == 1
+    assert second["stats"]["notes"] == first["stats"]["notes"] and len(notes) == 1
+
+
+def test_benchmarks_say_what_is_cut_off_and_keep_it_in_the_record(
+    sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgen.evaluation.benchmarks.generate.PROMPT", LONG)
+    words = ["bench", "generate", "--no-cold", "--no-compile", "--runs", "2", "--steps", "1", "--batch", "1"]
+    result, notes = told(*words, "--model", sd / "plain", "--out", "x.json")
+    assert [note.removeprefix("note: ") for note in notes] == result["notes"]
+    assert len(notes) == 1 and END in notes[0]
+    assert json.loads(Path("x.json").read_text())["notes"] == result["notes"]
+
+
+@pytest.mark.slow
+def test_benchmarks_of_searches_say_what_is_cut_off(sd: Path, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fastgen.evaluation.benchmarks.search_overhead.shapes_prompts",
+        lambda: [Metadata.from_dict(json.loads(metadata(LONG)))],
+    )
+    result, notes = told("bench", "search-overhead", "--model", sd / "plain", "--runs", "2")
+    assert len(result["notes"]) == len(notes) == 1 and END in notes[0]
+
+
+def test_the_sidecar_of_a_picture_holds_its_own_notes(sd: Path, tmp_path: Path, told: Any) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a circle\n{LONG}\n")
+    words = ["generate", "--prompts-file", tmp_path / "prompts.txt", "--model", sd / "plain", "--steps", "1"]
+    result, notes = told(*words, "-o", tmp_path / "new")
+    first, second = (json.loads(Path(file).read_text())["stats"]["notes"] for file in result["sidecars"])
+    assert first == [] and len(second) == 1 and f"note: {second[0]}" in notes and END in second[0]
+
+
+def test_warnings_of_libraries_reach_the_user_of_an_evaluation(
+    sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.check_inputs
+
+    def warns(self: Any, *arguments: Any, **named: Any) -> None:
+        logging.getLogger("diffusers.pipelines.stable_diffusion").warning("the picture\n will be strange")
+        stock(self, *arguments, **named)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "check_inputs", warns)
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "shapes", "--model", sd / "plain", "--steps", "1", "--limit", "1", "--images-per-prompt", "1"]
+    result, notes = told(*words, "--out", "new")
+    assert notes == ["note: the picture will be strange"]
+    assert result["stats"]["notes"] == ["the picture will be strange"]
