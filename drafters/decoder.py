@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, Sight
+from fastgen.drafters.offload import group_hook
 from fastgen.models.rotary import rotate_halves, rotate_pairs
 
 __all__ = ["DecoderLayer", "Rotary", "RotaryTable", "layers_of", "run_layers"]
@@ -35,6 +36,7 @@ class DecoderLayer:
         head_dim: width of a head.
         rotary: "halves" rotates feature i with i + d/2 (transformers), "pairs" 2 i with 2 i + 1 (LlamaGen).
         norm_after: the norms act on what a branch returns, not on what it reads (Chameleon's "swin" layers).
+        block: the layer itself, whose forward is not called.
     """
 
     query: nn.Module
@@ -49,6 +51,7 @@ class DecoderLayer:
     key_norm: nn.Module | None = None
     rotary: RotaryStyle = "halves"
     norm_after: bool = False
+    block: nn.Module | None = None
 
 
 def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
@@ -78,6 +81,7 @@ def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
                 key_norm=getattr(attention, "k_norm", None),
                 rotary=rotary,
                 norm_after=type(layer).__name__ == "ChameleonSwinDecoderLayer",
+                block=layer,
             )
         )
     return views
@@ -137,11 +141,16 @@ def run_layers(
     for index, layer in enumerate(layers):
         if index in taps:
             tapped[index] = hidden
+        offload = group_hook(layer.block)
+        if offload is not None:
+            offload.pre_forward(layer.block)
         branch = hidden if layer.norm_after else layer.norm1(hidden)
         branch = _attend(layer, index, branch, rotary, cache, slots, mask)
         hidden = hidden + (layer.norm1(branch) if layer.norm_after else branch)
         branch = layer.feed_forward(hidden if layer.norm_after else layer.norm2(hidden))
         hidden = hidden + (layer.norm2(branch) if layer.norm_after else branch)
+        if offload is not None:
+            offload.post_forward(layer.block, hidden)
     return hidden, [tapped[index] for index in taps]
 
 

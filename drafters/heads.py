@@ -193,7 +193,8 @@ class WindowHeads(ModelMixin, ConfigMixin):
         parts = reading.hidden.unflatten(-1, (-1, self.config.hidden_size))
         parts = F.rms_norm(parts, parts.shape[-1:], eps=1e-6)  # states and inputs of layers are of other sizes
         states = self.read(parts.flatten(-2)) + tables[reading.tokens, kinds].sum(dim=-2)
-        states = states + self.place.weight[: states.shape[1]] + self.fresh(reading.fresh)
+        places = torch.arange(states.shape[1], device=states.device)
+        states = states + self.place(places) + self.fresh(reading.fresh)
         states = F.dropout(states, _DROPOUT, self.training)
         for block in self.blocks:
             states = block(states)

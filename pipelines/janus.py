@@ -22,6 +22,7 @@ from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.offload import brought_in
 from fastgen.drafters.targets import check_lengths, check_tokenizer, unit_range
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
@@ -174,7 +175,7 @@ class JanusImagePipeline(DiffusionPipeline):
         check_bool("return_dict", return_dict)
         check_callable("callback_on_step_end", callback_on_step_end)
         self.check_prompts(prompts)
-        with account() as stats:
+        with account() as stats, brought_in(self.model):
             with phase("text"):
                 texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
             tokens = self._draw(texts, law, generators, batch_invariant, callback_on_step_end)
@@ -228,8 +229,6 @@ class JanusImagePipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stock generation of one batch: tokens [B, N] and the margin [B] of the sampler."""
         model = self.model
-        if hook := getattr(getattr(model, "_hf_hook", None), "pre_forward", None):
-            hook(model)  # CPU offload acts on forward(); generate() reaches the parts of the model directly
         with phase("text"):
             ids, mask = (tensor.to(self._execution_device) for tensor in prompt_ids(self.tokenizer, texts))
         sampler = GuidedGumbelSampler(law, generators, on_token)

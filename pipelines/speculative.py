@@ -25,6 +25,7 @@ from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.names import RULES, check_tree_name, tree_widths
+from fastgen.drafters.offload import brought_in
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
@@ -198,14 +199,14 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         check_bool("return_dict", return_dict)
         check_callable("callback_on_step_end", callback_on_step_end)
         target.check_prompts(prompts)
-        rule = self._rule(target, acceptance, quality)
-        rule.check(target)
-        source = None if shape == "auto" else self._source(shape, sampled, law, rule)
-        if source is not None:
-            source.check(target, law, rule)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
-        with account() as stats:
-            if source is None:
+        with account() as stats, brought_in(self.model, self.drafter, self.heads):
+            rule = self._rule(target, acceptance, quality)
+            rule.check(target)
+            source = None if shape == "auto" else self._source(shape, sampled, law, rule)
+            if source is not None:
+                source.check(target, law, rule)
+            else:
                 source = self._choose(target, prompts, rule, law)
             note_path("acceptance", rule.name)
             note_path("draft", type(source).__name__)

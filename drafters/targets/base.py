@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _get_group_onload_device, _is_group_offload_enabled
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
+from fastgen.drafters.offload import device_of
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.attention import padded_causal_mask
 
@@ -36,17 +36,6 @@ def codes_of(embedding: nn.Module) -> Tensor:
     count = len(next(embedding.parameters()))
     codes: Tensor = embedding(torch.arange(count, device=device_of(embedding)))
     return codes.detach().float()
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: with offloading its weights are elsewhere until its forward runs."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    if _is_group_offload_enabled(module):
-        return torch.device(_get_group_onload_device(module))
-    return next(module.parameters()).device
 
 
 def check_tokenizer(tokenizer: object) -> None:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
+from fastgen.checks import check_integer
 from fastgen.pipelines.dc_dit import DCDiTPipeline
 from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
@@ -56,11 +57,7 @@ class DiTDenoiser(ElasticDenoiser, NoiseDenoiser):
             if prompt not in labels:
                 raise ValueError(f"prompt: {prompt!r} is not the name of a class, see pipe.labels")
             return int(labels[prompt])
-        if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt <= self.none:
-            raise ValueError(
-                f"prompt: {prompt!r} is not allowed, needs the number (0 to {self.none}) or name of a class"
-            )
-        return prompt
+        return check_integer("prompt", prompt, 0, self.none)
 
     def output(self, latents: Tensor, clock: Tensor, which: Tensor) -> Tensor:
         transformer, guided = self.pipe.transformer, self.forwards == 2
