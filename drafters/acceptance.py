@@ -123,6 +123,12 @@ class AcceptanceRule(ABC):
     looks_ahead = False
     tables: tuple[str, ...] = ()
 
+    @property
+    def draws_anew(self) -> bool:
+        """Whether a window must draw the noise of its places in every round: a rule that looks ahead knows something
+        of noise that it then does not pass, and one that promises the target's law may not use it again."""
+        return self.looks_ahead and self.loss != "lossy"
+
     def check(self, target: Target) -> None:
         """Refuse a model of another vocabulary than the tables have.
 

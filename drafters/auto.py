@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fastgen.accounting import wait_for
 from fastgen.drafters.acceptance import AcceptanceRule, Exact
-from fastgen.drafters.decode import decode_speculative
+from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
+from fastgen.drafters.names import PLAIN
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.tree import Tree, chain, static_tree, widths_tree
@@ -159,7 +160,7 @@ def choose_source(
     repeats: int = 2,
     compile: bool = False,
     heads: WindowHeads | None = None,
-) -> tuple[DraftSource, str]:
+) -> tuple[DraftSource | None, str]:
     """What drafts fastest here.
 
     Args:
@@ -173,19 +174,21 @@ def choose_source(
         heads: windows are also tried with them.
 
     Returns:
-        a source, and its name.
+        a source, and its name; None and "plain" where the plain loop is faster than all.
     """
     warm = TokenLaw(law.guidance_scale, law.temperature or 1.0, law.top_k, law.top_p)
 
-    def seconds_a_token(source: DraftSource, judge: AcceptanceRule) -> tuple[float, float]:
+    def seconds_a_token(source: DraftSource | None, judge: AcceptanceRule) -> tuple[float, float]:
         """Of the fastest picture; and of a round."""
         speeds = []
         for repeat in range(repeats + 1):
             generators = [torch.Generator().manual_seed(repeat) for _ in range(prefix.images)]
             start = time.perf_counter()
-            decoded = decode_speculative(
-                target, source, judge, prefix, warm, generators, compile=compile and not isinstance(judge, _Recorder)
-            )
+            if source is None:
+                decoded = decode_plain(target, prefix, warm, generators, compile=compile)
+            else:
+                graph = compile and not isinstance(judge, _Recorder)
+                decoded = decode_speculative(target, source, judge, prefix, warm, generators, compile=graph)
             wait_for(prefix.embeds.device)
             elapsed = time.perf_counter() - start
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
@@ -195,7 +198,7 @@ def choose_source(
     names = [*(f"jacobi-{window}" for window in WINDOWS), *(WIDE_WINDOWS if rule.needs_hidden else ())]
     if heads is not None:
         names += [f"heads-{window}" for window in WINDOWS if window <= heads.config.window]
-    sources: dict[str, DraftSource] = {name: window_source(name, rule, heads) for name in names}
+    sources: dict[str, DraftSource | None] = {PLAIN: None} | {name: window_source(name, rule, heads) for name in names}
     if drafter is not None:
         tree = best_tree(*_measure(drafter, seconds_a_token))
         widths = "-".join(str(len(level)) for level in tree.levels[1:])

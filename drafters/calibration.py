@@ -20,6 +20,7 @@ from torch import Tensor
 from fastgen.checks import check_number
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig
+from fastgen.drafters.pace import Pace
 from fastgen.drafters.redundancy import (
     are_siblings,
     convergence,
@@ -79,10 +80,12 @@ class Calibration:
     Attributes:
         levels: in the order of their quality.
         about: what it was made with.
+        pace: which sources are fastest, where that was measured.
     """
 
     levels: tuple[Level, ...]
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    pace: Pace | None = None
 
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
         """Thresholds of the highest level that is not above `quality`; nothing is relaxed below the first.
@@ -130,7 +133,8 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
+        made = {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
+        return made if self.pace is None else {**made, "pace": asdict(self.pace)}
 
     @classmethod
     def of_dict(cls, data: Any, source: object = "the calibration") -> Calibration:
@@ -145,7 +149,8 @@ class Calibration:
         """
         try:
             made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in data["levels"]]
-            return cls(tuple(sorted(made, key=lambda level: level.quality)), dict(data.get("about", {})))
+            pace = None if data.get("pace") is None else Pace.of_dict(data["pace"])
+            return cls(tuple(sorted(made, key=lambda level: level.quality)), dict(data.get("about", {})), pace)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FastgenError(f"quality: {source} cannot be read: {error}") from error
 

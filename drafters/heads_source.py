@@ -109,4 +109,4 @@ def window_source(name: str, rule: AcceptanceRule, heads: WindowHeads | None) ->
     if heads is None:
         raise FastgenError(f"tree: {name!r} needs heads of this model; train them with `fastgen train heads`")
     window, width = window_of(name)
-    return HeadsSource(heads, window, width, coupled=not rule.looks_ahead)
+    return HeadsSource(heads, window, width, coupled=not rule.draws_anew)

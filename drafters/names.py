@@ -10,12 +10,14 @@ from fastgen.errors import FastgenError
 __all__ = [
     "LOSSLESS",
     "MOST_NODES",
+    "PLAIN",
     "RULES",
     "TREES",
     "check_nodes",
     "check_temperature",
     "check_tree_name",
     "is_tree_name",
+    "levels_of",
     "tree_widths",
     "window_of",
 ]
@@ -25,6 +27,8 @@ RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
 LOSSLESS = ("exact", "block")
 #: Nodes at each depth of named trees, below the root; the two large ones have those that LANTERN publishes.
 TREES = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
+#: One token after the other: nothing is drafted.
+PLAIN = "plain"
 #: A round verifies no more tokens than this: its masks grow with the square.
 MOST_NODES = 1024
 #: Logits divided by less than this overflow, or leave nothing but their rounding.
@@ -68,10 +72,15 @@ def tree_widths(name: str) -> tuple[int, ...] | None:
     return tuple(map(int, name.split("-"))) if _WIDTHS.fullmatch(name) else None
 
 
+def levels_of(name: str) -> int:
+    """Passes of a small network in a round of a source by name: one for heads, one a level for a drafter's tree."""
+    return 1 if name.startswith("heads-") else len(tree_widths(name) or ())
+
+
 def is_tree_name(name: str) -> bool:
     """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12", "jacobi-12x4",
-    "heads-12"), or is "auto"."""
-    return name == "auto" or tree_widths(name) is not None or _WINDOW.fullmatch(name) is not None
+    "heads-12"), or is "auto" or "plain"."""
+    return name in ("auto", PLAIN) or tree_widths(name) is not None or _WINDOW.fullmatch(name) is not None
 
 
 def check_tree_name(label: str, name: str) -> None:
@@ -81,7 +90,9 @@ def check_tree_name(label: str, name: str) -> None:
         FastgenError: names the value and what is allowed.
     """
     if not is_tree_name(name):
-        allowed = ", ".join([*TREES, "chain-5", "4-2-1 (nodes at each depth)", "jacobi-12", "jacobi-12x4", "auto"])
+        allowed = ", ".join(
+            [*TREES, "chain-5", "4-2-1 (nodes at each depth)", "jacobi-12", "jacobi-12x4", "heads-12", "auto", PLAIN]
+        )
         raise FastgenError(f"{label}: {name!r} is unknown; there are {allowed}")
     if _WINDOW.fullmatch(name):
         window_of(name, label)

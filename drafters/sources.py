@@ -165,7 +165,8 @@ class JacobiSource(DraftSource):
             which end a path when one of them is accepted (and show rules that read it what the target makes of them).
         coupled: a place keeps its noise from round to round, so that its tokens change only where its law does
             (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise, as
-            long as the rule does not look ahead).
+            long as the rule does not look ahead). A lossy rule may look ahead all the same; what the pictures lose is
+            measured with it.
 
     Raises:
         ValueError: a window or a width below 1.
@@ -189,12 +190,11 @@ class JacobiSource(DraftSource):
             ValueError: no such name.
         """
         window, width = window_of(name)
-        return cls(window, width, coupled=not rule.looks_ahead)
+        return cls(window, width, coupled=not rule.draws_anew)
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
-        if self.coupled and rule.looks_ahead:
-            # A place that the rule has looked at, and then not passed, would keep noise of which something is known.
-            raise ValueError(f'coupled: acceptance "{rule.name}" looks ahead; it needs coupled=False')
+        if self.coupled and rule.draws_anew:
+            raise FastgenError(f'coupled: acceptance "{rule.name}" looks ahead; it needs coupled=False')
         if self.width > target.vocab_size:
             raise FastgenError(f"tree: {self.width} candidates of a place, the model has {target.vocab_size} tokens")
         rule.check_tree(self.width, True, law.temperature)

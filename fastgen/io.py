@@ -39,6 +39,7 @@ __all__ = [
     "read_limited",
     "remove_leftovers",
     "save_png",
+    "user_cache_dir",
 ]
 
 _PathLike = str | os.PathLike[str]
@@ -312,3 +313,11 @@ def _sync_folder(folder: Path) -> None:
 
 def _reason(error: OSError) -> str:
     return _REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+
+
+def user_cache_dir() -> Path:
+    """$FASTGEN_CACHE, else $XDG_CACHE_HOME/fastgen, else ~/.cache/fastgen."""
+    if os.environ.get("FASTGEN_CACHE"):
+        return Path(os.environ["FASTGEN_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastgen"

@@ -227,7 +227,8 @@ def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype
     def load() -> DiffusionPipeline:
         drafter = load_drafter(folder, dtype)
         if isinstance(drafter, WindowHeads):
-            only: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, heads=drafter)
+            calibration = Calibration.beside(folder)
+            only: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, calibration=calibration, heads=drafter)
             return only
         heads = heads_beside(folder, dtype)
         made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder), heads)

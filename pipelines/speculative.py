@@ -18,14 +18,16 @@ from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
-from fastgen.drafters.decode import Decoded, decode_speculative
+from fastgen.drafters.choices import fingerprint, keep, kept, place
+from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
-from fastgen.drafters.names import RULES, check_tree_name, tree_widths
+from fastgen.drafters.names import LOSSLESS, PLAIN, RULES, check_tree_name, tree_widths, window_of
 from fastgen.drafters.offload import brought_in
+from fastgen.drafters.pace import Pace, machine_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
@@ -35,8 +37,8 @@ from fastgen.pretrained import load_pretrained
 
 __all__ = ["SpeculativeImagePipeline"]
 
-#: With a drafter, and without one.
-DEFAULT_TREE, DEFAULT_WINDOW = "4-4-2-2-1-1", "jacobi-12"
+#: Where nobody measured what is fastest: places of a window, and the tree of a rule that compares siblings.
+DEFAULT_PLACES, DEFAULT_TREE = {"jacobi": 12, "heads": 16}, "4-4-2-2-1-1"
 DEFAULT_QUALITY = 0.5
 
 
@@ -78,7 +80,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         _check_parts(model, tokenizer, drafter, calibration, heads)
         self.calibration = calibration
         self._compile = False
-        self._chosen: dict[Any, tuple[str | Tree | DynamicShape, str]] = {}
+        self._chosen: dict[Any, tuple[str | Tree, str]] = {}
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.register_modules(model=model, tokenizer=tokenizer, drafter=drafter, heads=heads)
 
@@ -168,9 +170,11 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
                 or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens, or
-                "heads-12", one that heads correct. "auto"
-                measures which is fastest here, once for each acceptance rule and law (that takes a dozen pictures
-                or more). None takes "4-4-2-2-1-1" with a drafter and "jacobi-12" without.
+                "heads-12", one that heads correct; "plain" is the plain loop, which drafts nothing. "auto" measures
+                which is fastest here, once for each acceptance rule and law (that takes a dozen pictures or more),
+                and keeps it in the user's cache. None takes the source of the least expected time by the
+                calibration's measured costs, or the plain loop where none is faster; without such costs a window,
+                which heads correct where there are some.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
@@ -194,7 +198,9 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         scale = target.default_law.guidance_scale if guidance_scale is None else guidance_scale
         law = TokenLaw(scale, temperature, top_k, top_p)
         generators = one_per_image(generator, len(prompts))
-        shape = self._shape(tree, sampled)
+        shape = (
+            None if tree is None and sampled is None else self._shape(DEFAULT_TREE if tree is None else tree, sampled)
+        )
         check_bool("batch_invariant", batch_invariant)
         check_bool("return_dict", return_dict)
         check_callable("callback_on_step_end", callback_on_step_end)
@@ -203,13 +209,22 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         with account() as stats, brought_in(self.model, self.drafter, self.heads):
             rule = self._rule(target, acceptance, quality)
             rule.check(target)
-            source = None if shape == "auto" else self._source(shape, sampled, law, rule)
+            reason: str | None = None
+            if shape is None:
+                shape, reason = self._fastest(target, rule)
+            if shape == PLAIN and rule.name not in LOSSLESS:
+                raise FastgenError(f"acceptance: {rule.name!r} judges what is drafted, tree 'plain' drafts nothing")
+            source = None if shape in ("auto", PLAIN) else self._source(shape, sampled, law, rule)
             if source is not None:
                 source.check(target, law, rule)
+            if shape == "auto":
+                shape, name = self._choose(target, prompts, rule, law)
+                source, reason = self._source(shape, None, law, rule), "measured here"
             else:
-                source = self._choose(target, prompts, rule, law)
+                name = shape if isinstance(shape, str) else type(shape).__name__
             note_path("acceptance", rule.name)
-            note_path("draft", type(source).__name__)
+            note_path("draft", "plain loop" if source is None else type(source).__name__)
+            note_path("tree", name, reason)
             decoded = [
                 self._draw(
                     target,
@@ -253,28 +268,60 @@ class SpeculativeImagePipeline(DiffusionPipeline):
             raise FastgenError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
         return build_rule("cascade", target, **asdict(self.calibration.config(quality)))
 
-    def _choose(self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw) -> DraftSource:
-        """The fastest source, measured once for the present model and drafter."""
+    def _fastest(self, target: Target, rule: AcceptanceRule) -> tuple[str, str]:
+        """The source of the least expected time, without measuring, and why."""
+
+        def usable(name: str) -> bool:
+            if tree_widths(name) is not None:
+                return self.drafter is not None and rule.name != "block"
+            places, width = window_of(name)
+            if width > 1 and rule.name == "block":
+                return False
+            return not name.startswith("heads-") or (self.heads is not None and places <= self.heads.config.window)
+
+        pace: Pace | None = None if self.calibration is None else self.calibration.pace
+        if pace is not None and not (rule.needs_hidden and rule.name not in pace.tokens):
+            machine = machine_of(target.device.type, self._compile)
+            name, reason = pace.fastest(rule.name, machine, len(target.layers), usable)
+            if name != PLAIN or rule.name in LOSSLESS:
+                return name, reason
+        if rule.needs_hidden and self.drafter is not None:
+            return DEFAULT_TREE, "the rule compares siblings"
+        wide = "x2" if rule.needs_hidden else ""
+        if self.heads is None:
+            return f"jacobi-{DEFAULT_PLACES['jacobi']}{wide}", "nobody measured what is fastest"
+        places = min(DEFAULT_PLACES["heads"], self.heads.config.window)
+        return f"heads-{places}{wide}", "nobody measured what is fastest"
+
+    def _choose(
+        self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw
+    ) -> tuple[str | Tree, str]:
+        """The fastest source for the present parts, measured once, and its name."""
         # By their numbers: a model that is gone must not be kept, and the worst that a mistake costs is speed.
-        parts = (id(self.model), id(self.drafter), id(self.heads), str(target.device), target.dtype)
-        key = (rule.name, getattr(rule, "config", None), law, *parts, self._compile)
+        numbers = (id(self.model), id(self.drafter), id(self.heads), str(target.device), target.dtype)
+        knobs = {name: value for name, value in vars(rule).items() if isinstance(value, str | int | float)}
+        settings = {"config": getattr(rule, "config", None), **knobs}
+        key = (rule.name, str(settings), law, *numbers, self._compile)
         if key not in self._chosen:
             drafter = None if rule.name == "block" else self.drafter  # block verification takes chains only
-            with phase("auto"):
-                prefix = target.prefix(prompts[:1], law.guided)
-                source, name = choose_source(
-                    target, drafter, rule, prefix, law, compile=self._compile, heads=self.heads
-                )
-            # What is kept holds no part of the pipeline.
-            self._chosen[key] = (source.tree if isinstance(source, TreeSource) else name, name)
-        shape, name = self._chosen[key]
-        note_path("tree", name)
-        return self._source(shape, None, law, rule)
+            about = {"rule": [type(rule).__qualname__, str(settings)], "law": asdict(law), "compile": self._compile}
+            about |= {name: fingerprint(getattr(self, name)) for name in ("model", "drafter", "heads")}
+            about |= {"dtype": str(target.dtype), **place(target.device)}
+            if (found := kept(about)) is None:
+                with phase("auto"):
+                    prefix = target.prefix(prompts[:1], law.guided)
+                    source, name = choose_source(
+                        target, drafter, rule, prefix, law, compile=self._compile, heads=self.heads
+                    )
+                # What is kept holds no part of the pipeline.
+                tree = source.tree if isinstance(source, TreeSource) else None
+                found = (tree if isinstance(tree, Tree) else name, name)
+                keep(about, *found)
+            self._chosen[key] = found
+        return self._chosen[key]
 
-    def _shape(self, tree: str | Tree | DynamicShape | None, sampled: bool | None) -> str | Tree | DynamicShape:
+    def _shape(self, tree: str | Tree | DynamicShape, sampled: bool | None) -> str | Tree | DynamicShape:
         """The tree or window that the arguments of `__call__` ask for."""
-        if tree is None:
-            tree = DEFAULT_TREE if self.drafter is not None else DEFAULT_WINDOW
         if isinstance(tree, str):
             check_tree_name("tree", tree)
         elif not isinstance(tree, Tree | DynamicShape):
@@ -290,8 +337,10 @@ class SpeculativeImagePipeline(DiffusionPipeline):
 
     def _source(
         self, shape: str | Tree | DynamicShape, sampled: bool | None, law: TokenLaw, rule: AcceptanceRule
-    ) -> DraftSource:
-        """What drafts."""
+    ) -> DraftSource | None:
+        """What drafts; None in the plain loop."""
+        if shape == PLAIN:
+            return None
         if isinstance(shape, str) and tree_widths(shape) is None:
             return window_source(shape, rule, self.heads)
         topology = named_tree(shape) if isinstance(shape, str) else shape
@@ -303,7 +352,7 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         target: Target,
         prompts: list[str],
         law: TokenLaw,
-        source: DraftSource,
+        source: DraftSource | None,
         rule: AcceptanceRule,
         generators: list[torch.Generator],
         on_token: Callable[[int], None] | None,
@@ -311,6 +360,8 @@ class SpeculativeImagePipeline(DiffusionPipeline):
         with phase("text"):
             prefix = target.prefix(prompts, law.guided)
         with phase("tokens"):
+            if source is None:
+                return decode_plain(target, prefix, law, generators, on_token, self._compile)
             return decode_speculative(target, source, rule, prefix, law, generators, on_token, self._compile)
 
     def _reporter(

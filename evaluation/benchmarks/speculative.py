@@ -68,18 +68,18 @@ class Variant:
     Attributes:
         name: as it was written.
         rule: the rule.
-        source: makes the draft source of a batch.
+        source: makes the draft source of a batch; None is the plain loop.
         drafter, tree: for the table.
     """
 
     name: str
     rule: AcceptanceRule
-    source: Callable[[], DraftSource]
+    source: Callable[[], DraftSource | None]
     drafter: str
     tree: str
 
 
-Choose = Callable[[AcceptanceRule, Any], tuple[DraftSource, str]]
+Choose = Callable[[AcceptanceRule, Any], tuple[DraftSource | None, str]]
 
 
 def parse_variant(
@@ -220,7 +220,7 @@ def benchmark_speculative(
     report("gate")
     _gate(targets["float32"], law, chosen[:2], gated)
 
-    def choose(rule: AcceptanceRule, drafter: Any) -> tuple[DraftSource, str]:
+    def choose(rule: AcceptanceRule, drafter: Any) -> tuple[DraftSource | None, str]:
         report(f"auto {rule.name}")
         with torch.no_grad():
             prefix = target.prefix(chosen[:1], law.guided)
@@ -267,9 +267,10 @@ def _draw(
     """Tokens of a batch; without a variant by the plain loop."""
     prefix = target.prefix(prompts, law.guided)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if variant is None:
+    source = None if variant is None else variant.source()
+    if variant is None or source is None:
         return decode_plain(target, prefix, law, generators, compile=compile)
-    return decode_speculative(target, variant.source(), variant.rule, prefix, law, generators, compile=compile)
+    return decode_speculative(target, source, variant.rule, prefix, law, generators, compile=compile)
 
 
 def _gate(target: Target, law: TokenLaw, prompts: Sequence[str], variants: Sequence[Variant]) -> None:
@@ -280,6 +281,8 @@ def _gate(target: Target, law: TokenLaw, prompts: Sequence[str], variants: Seque
         if variant.rule.loss == "lossy":
             continue
         source = variant.source()
+        if source is None:
+            continue
         if isinstance(source, TreeSource):
             source = TreeSource(source.drafter, source.tree, sampled=False)
         prefix = target.prefix(prompts, law.guided)

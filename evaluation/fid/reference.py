@@ -18,8 +18,9 @@ from fastgen.evaluation.fid.features import check_count, extract
 from fastgen.evaluation.fid.npz import NpzSource, StatisticsFile, holds_statistics, read_statistics
 from fastgen.evaluation.fid.readers import ImageSource, open_images
 from fastgen.evaluation.fid.statistics import Gaussian, Moments
+from fastgen.io import user_cache_dir
 
-__all__ = ["Reference", "ReferenceStatistics", "load_reference", "open_reference", "user_cache_dir"]
+__all__ = ["Reference", "ReferenceStatistics", "load_reference", "open_reference"]
 
 _FORMAT = 1  # of the kept statistics
 
@@ -209,11 +210,3 @@ def _kept(store: ChunkStore, dims: int, count: int) -> bytes | None:
         except ValueError:
             pass
     return None
-
-
-def user_cache_dir() -> Path:
-    """$FASTGEN_CACHE, else $XDG_CACHE_HOME/fastgen, else ~/.cache/fastgen."""
-    if os.environ.get("FASTGEN_CACHE"):
-        return Path(os.environ["FASTGEN_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastgen"

@@ -25,12 +25,12 @@ from fastgen.evaluation.fid.features import extract
 from fastgen.evaluation.fid.frechet import frechet_distance
 from fastgen.evaluation.fid.protocols import count_name
 from fastgen.evaluation.fid.readers import CallbackSource, ImageSource
-from fastgen.evaluation.fid.reference import Reference, load_reference, user_cache_dir
+from fastgen.evaluation.fid.reference import Reference, load_reference
 from fastgen.evaluation.fid.statistics import Gaussian, Moments
 from fastgen.evaluation.geneval.shapes import ShapesModel, model_batch
 from fastgen.evaluation.geneval.types import check_image
 
-__all__ = ["REFERENCE_IMAGES", "REFERENCE_SEED", "FDResult", "FDShapes", "render_reference", "user_cache_dir"]
+__all__ = ["REFERENCE_IMAGES", "REFERENCE_SEED", "FDResult", "FDShapes", "render_reference"]
 
 REFERENCE_SEED = 1_000_003  # never a training seed: recipes use small ones
 REFERENCE_IMAGES = 10_000

@@ -138,7 +138,7 @@ def fid(
     )
     generation.check(images)
     from fastgen.evaluation.fid.evaluate import FidSettings, check_evaluation, evaluate_images, load_extractors
-    from fastgen.evaluation.fid.reference import user_cache_dir
+    from fastgen.io import user_cache_dir
 
     settings = FidSettings(
         metrics=_metrics(extractor, metrics, protocol, prompts is not None),

@@ -105,13 +105,12 @@ def geneval(
 
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
-    from fastgen.evaluation.fid.reference import user_cache_dir
     from fastgen.evaluation.geneval.judges import load_judge
     from fastgen.evaluation.geneval.scoring import score_images
     from fastgen.evaluation.results import scores_markdown
     from fastgen.evaluation.samples import results_jsonl
     from fastgen.evaluation.shapesworld import DETECTOR, RENDERS, render_prompts
-    from fastgen.io import atomic_write_json, atomic_write_many, check_writable
+    from fastgen.io import atomic_write_json, atomic_write_many, check_writable, user_cache_dir
     from fastgen.locks import locked_folder
 
     transformers.utils.logging.disable_progress_bar()

@@ -107,8 +107,8 @@ def generate(
         str | None,
         typer.Option(
             help="What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; "
-            "heads-12, one that heads correct; auto measures "
-            "(speculative).",
+            "heads-12, one that heads correct; plain, nothing; auto measures and remembers "
+            "(speculative). Default: what is fastest here by the model's calibration.",
             show_default=False,
         ),
     ] = None,
@@ -240,7 +240,7 @@ def generate(
         search = None
         if method == "search":
             search = searching.plan_search(checkpoint, kind, call, sought, save_tree)
-        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "heads-", "auto")):
+        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "heads-", "auto", "plain")):
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         if call.get("tree", "").startswith("heads-") and (drafts is None or not has_heads(drafts)):
             raise FastgenError(f"--tree: {tree!r} needs heads of this model; train them with `fastgen train heads`")
@@ -278,6 +278,8 @@ def generate(
             "options": options,
         }
         stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search, faster)
+        for name, reason in stats.get("paths", {}).get("tree", {}).items():
+            typer.echo(f"tree {name}" + (f": {reason}" if reason else ""), err=True)
 
     made = {job.image for job in todo}
     kept = [job for job in jobs if job.image not in made]

@@ -18,13 +18,24 @@ from fastgen.drafters import auto
 from fastgen.drafters.acceptance import Block, Exact
 from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_source
 from fastgen.drafters.cascade import Cascade, CascadeConfig
-from fastgen.drafters.decode import decode_speculative
+from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.names import is_tree_name
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
 from fastgen.drafters.verify import strict, walk
+
+
+def slow_plain(now: list[float]) -> Any:
+    """The plain loop, on a clock by which it takes for ever."""
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        now[0] += 1e9
+        return decode_plain(*args, **kwargs)
+
+    return decode
+
 
 RATES = st.lists(st.lists(st.floats(0.05, 0.95), min_size=2, max_size=2), min_size=2, max_size=2)
 
@@ -106,10 +117,34 @@ def test_recorded_rates_predict_the_accepted_length() -> None:
 def test_a_choice_for_a_real_target(target: Target) -> None:
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:1], True)
-    source, name = choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1)
-    assert isinstance(source, JacobiSource) and name == f"jacobi-{source.window}" and source.coupled
-    source, _ = choose_source(target, None, Block(), prefix, TokenLaw(3.0), repeats=1)
-    assert isinstance(source, JacobiSource) and not source.coupled
+    for rule in (Exact(), Block()):
+        source, name = choose_source(target, None, rule, prefix, TokenLaw(3.0), repeats=1)
+        if source is None:
+            assert name == "plain"
+        else:
+            assert isinstance(source, JacobiSource) and name == f"jacobi-{source.window}"
+            assert source.coupled == (rule.name == "exact")
+
+
+def test_the_plain_loop_wins_where_nothing_pays(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a round takes a thousand times as long as a token of the plain loop."""
+    now = [0.0]
+
+    def timed(decode: Any, cost: float) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            decoded = decode(*args, **kwargs)
+            now[0] += decoded.target_passes * cost
+            return decoded
+
+        return run
+
+    monkeypatch.setattr(auto, "decode_speculative", timed(decode_speculative, 1000.0))
+    monkeypatch.setattr(auto, "decode_plain", timed(decode_plain, 1.0))
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(auto, "WINDOWS", (2, 4))
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:1], True)
+    assert choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1) == (None, "plain")
 
 
 def test_wide_windows_for_a_rule_that_compares_candidates(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,13 +157,14 @@ def test_wide_windows_for_a_rule_that_compares_candidates(target: Target, monkey
         return decoded
 
     monkeypatch.setattr(auto, "decode_speculative", decode)
+    monkeypatch.setattr(auto, "decode_plain", slow_plain(now))
     monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(auto, "WINDOWS", (2, 4))
     monkeypatch.setattr(auto, "WIDE_WINDOWS", ("jacobi-2x3",))
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:1], True)
     source, name = choose_source(target, None, Cascade(CascadeConfig()), prefix, TokenLaw(3.0), repeats=1)
-    assert isinstance(source, JacobiSource) and name == "jacobi-2x3" and source.width == 3 and not source.coupled
+    assert isinstance(source, JacobiSource) and name == "jacobi-2x3" and source.width == 3 and source.coupled
     _, name = choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1)
     assert name in ("jacobi-2", "jacobi-4")
 
@@ -156,6 +192,7 @@ def test_windows_are_tried_beside_the_tree(target: Target, dear: str, monkeypatc
         return decoded
 
     monkeypatch.setattr(auto, "decode_speculative", decode)
+    monkeypatch.setattr(auto, "decode_plain", slow_plain(now))
     monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(auto, "WINDOWS", (2, 4))
     with torch.no_grad():

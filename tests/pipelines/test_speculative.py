@@ -14,6 +14,7 @@ from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.names import RULES
+from fastgen.drafters.pace import Pace
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
 from fastgen.pipelines.janus import JanusImagePipeline
@@ -111,8 +112,50 @@ def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> No
         assert pipe("a ring", acceptance=acceptance, tree="jacobi-4", output_type="tokens").tokens.shape[1] == 16
 
 
-def test_auto_is_measured_once(plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def drafted(output: Any) -> str:
+    """The source that the statistics name."""
+    (name,) = output.stats["paths"]["tree"]
+    return str(name)
+
+
+def test_without_a_tree_the_fastest_by_the_calibration_draws(pipe: SpeculativeImagePipeline) -> None:
+    """Also the plain loop; and what was not measured, or whose parts are missing, is not taken."""
+    tokens = {"exact": {"jacobi-4": 3.0, "jacobi-6": 3.5, "3-2": 2.0, "heads-4": 9.0}}
+    seconds = {"plain": 1.0, "jacobi-4": 2.0, "jacobi-6": 3.0, "3-2": 1.5, "heads-4": 1.0}
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    for change, wanted in (
+        ({}, "jacobi-4"),
+        ({"jacobi-4": 4.0}, "3-2"),
+        ({"jacobi-4": 4.0, "3-2": 3.0, "jacobi-6": 3.4}, "jacobi-6"),
+        ({"plain": 0.5}, "plain"),
+    ):
+        pace = Pace(tokens, {"cpu eager": {**seconds, **change}})
+        tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, Calibration((), pace=pace))
+        output = tuned("a ring", generator=seeded(1), **arguments)
+        assert drafted(output) == wanted and "measured on cpu eager" in output.stats["paths"]["tree"][wanted]
+        assert torch.equal(output.tokens, tuned("a ring", tree=wanted, generator=seeded(1), **arguments).tokens)
+    assert drafted(pipe("a ring", **arguments)) == "jacobi-12", "nobody measured the drafter"
+    assert drafted(pipe("a ring", acceptance="cascade", **arguments)) == "4-4-2-2-1-1"
+    assert drafted(pipe("a ring", sampled=False, **arguments)) == "4-4-2-2-1-1"
+
+
+def test_the_plain_loop_is_a_choice(plain: JanusImagePipeline, pipe: SpeculativeImagePipeline) -> None:
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    ours = pipe(PROMPTS[:2], tree="plain", generator=seeded(1, 2), **arguments)
+    assert torch.equal(ours.tokens, plain(PROMPTS[:2], generator=seeded(1, 2), **arguments).tokens)
+    assert ours.stats["passes"] == {"target": 2 * JANUS_TOKENS} and drafted(ours) == "plain"
+    with pytest.raises(ValueError, match="'plain' drafts nothing"):
+        pipe("a ring", tree="plain", acceptance="gsd")
+
+
+def test_auto_is_measured_once(
+    plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """By a pipeline, and by all later ones of the same parts and versions."""
+    from fastgen.drafters import choices
     from fastgen.pipelines import speculative
+
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
 
     calls: list[str] = []
     real = speculative.choose_source
@@ -131,8 +174,13 @@ def test_auto_is_measured_once(plain: JanusImagePipeline, monkeypatch: pytest.Mo
     assert calls == ["exact"] and torch.equal(again.tokens[:1], first.tokens)
     fixed = pipe("a ring", generator=seeded(1), **{**arguments, "tree": window})
     assert torch.equal(fixed.tokens, first.tokens)
-    pipe("a ring", acceptance="lantern", **arguments)
-    assert calls == ["exact", "lantern"]
+    pipe("a ring", acceptance="gsd", **arguments)
+    assert calls == ["exact", "gsd"]
+    later = SpeculativeImagePipeline(plain.model, plain.tokenizer)
+    assert drafted(later("a ring", generator=seeded(1), **arguments)) == window and calls == ["exact", "gsd"]
+    monkeypatch.setattr(choices, "versions", lambda: {"torch": "another"})
+    SpeculativeImagePipeline(plain.model, plain.tokenizer)("a ring", **arguments)
+    assert calls == ["exact", "gsd", "exact"] and not recwarn.list
 
 
 def test_quality_is_a_knob_of_cascade(pipe: SpeculativeImagePipeline) -> None:

@@ -113,7 +113,10 @@ def test_another_drafter_and_calibration_are_used(parts: Any) -> None:
         pipe("a ring")
 
 
-def test_the_fastest_tree_is_measured_for_the_present_drafter(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_tree_is_measured_for_the_present_drafter(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
     measured: list[Any] = []
 
     def choose(target: Any, drafter: Any, rule: Any, *args: Any, **kwargs: Any) -> Any:

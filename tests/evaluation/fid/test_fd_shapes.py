@@ -13,8 +13,9 @@ from evaluation_fakes import FakeModel
 from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.readers import CallbackSource
-from fastgen.evaluation.fid.shapes import FDShapes, render_reference, user_cache_dir
+from fastgen.evaluation.fid.shapes import FDShapes, render_reference
 from fastgen.evaluation.fid.statistics import Moments
+from fastgen.io import user_cache_dir
 
 
 def oracle(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,111 @@
+"""What `tree=None` takes, and what is kept of `tree="auto"`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgen.drafters.calibration import Calibration
+from fastgen.drafters.choices import fingerprint, keep, kept
+from fastgen.drafters.pace import Pace, machine_of
+from fastgen.drafters.tree import named_tree
+from fastgen.errors import FastgenError
+
+NAMES = ("jacobi-4", "heads-4", "4-2")
+TOKENS = {"exact": {"jacobi-4": 3.0, "heads-4": 4.0, "4-2": 2.0}}
+SECONDS = st.fixed_dictionaries({name: st.floats(0.1, 10.0) for name in (*NAMES, "plain")})
+
+
+@given(seconds=SECONDS, without=st.sampled_from([None, *NAMES]))
+def test_no_usable_source_is_expected_to_be_faster(seconds: dict[str, float], without: str | None) -> None:
+    pace = Pace(TOKENS, {"cpu eager": seconds})
+    name, reason = pace.fastest("exact", "cpu eager", 4, lambda name: name != without)
+    costs = {other: seconds[other] / TOKENS["exact"].get(other, 1.0) for other in seconds if other != without}
+    assert name != without and costs[name] == min(costs.values()) and "measured on cpu eager" in reason
+
+
+def test_a_device_that_nobody_measured_is_counted_by_passes_and_levels() -> None:
+    pace = Pace(TOKENS, {})
+    assert pace.fastest("exact", "cuda compiled", 24, lambda name: True)[0] == "heads-4"
+    # With one layer, heads cost a pass more: 2 passes for 4 tokens are dearer than 1 for 3.
+    assert pace.fastest("exact", "cuda eager", 1, lambda name: True)[0] == "jacobi-4"
+    assert pace.fastest("exact", "cuda eager", 1, lambda name: name == "4-2")[0] == "plain"
+    assert pace.fastest("gsd", "cuda compiled", 24, lambda name: True)[0] == "heads-4", "as the exact rule"
+    assert machine_of("cuda", True) == "cuda compiled"
+
+
+def test_a_calibration_keeps_the_pace(tmp_path: Path) -> None:
+    made = Calibration((), pace=Pace(TOKENS, {"cpu eager": {"plain": 1.0}}))
+    made.save(tmp_path)
+    assert Calibration.load(tmp_path) == made
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        {"tokens": {}},
+        {"tokens": [], "seconds": {}},
+        {"tokens": {"exact": 3}, "seconds": {}},
+        {"tokens": {"exact": {"tall": 3.0}}, "seconds": {}},
+        {"tokens": {"exact": {"jacobi-4": 0.0}}, "seconds": {}},
+        {"tokens": {"exact": {"jacobi-4": "3"}}, "seconds": {}},
+    ],
+)
+def test_a_broken_pace_is_refused(broken: Any) -> None:
+    with pytest.raises(FastgenError, match="cannot be read"):
+        Calibration.of_dict({"levels": [], "pace": broken})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
+    return tmp_path / "speculative"
+
+
+def test_a_choice_is_kept_for_its_key_alone(cache: Path) -> None:
+    key = {"model": "a", "versions": {"torch": "1"}}
+    assert kept(key) is None
+    keep(key, "heads-16", "heads-16")
+    assert kept(key) == ("heads-16", "heads-16")
+    assert kept({"model": "a", "versions": {"torch": "2"}}) is None
+    for widths in ("4-2-1", "1-1-1", "5"):
+        keep(key, named_tree(widths), f"auto {widths}")
+        found = kept(key)
+        assert found is not None and found[1] == f"auto {widths}"
+        assert torch.equal(found[0].parents, named_tree(widths).parents)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"\xff", b'{"key": {}, "name": "jacobi-4", "paths": null}', "name", "paths"]
+)
+def test_a_broken_choice_is_ignored_with_one_line(cache: Path, content: Any) -> None:
+    key = {"model": "a"}
+    keep(key, "jacobi-4", "jacobi-4")
+    (path,) = cache.iterdir()
+    if isinstance(content, str):
+        content = json.dumps({**json.loads(path.read_text()), content: "tall"}).encode()
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="measured again") as caught:
+        assert kept(key) is None
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_a_cache_that_cannot_be_written_is_told(cache: Path) -> None:
+    cache.write_text("a file")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        keep({"model": "a"}, "jacobi-4", "jacobi-4")
+
+
+def test_networks_have_fingerprints_of_their_own() -> None:
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert fingerprint(first) == fingerprint(first) != fingerprint(second)
+    second.load_state_dict(first.state_dict())
+    assert fingerprint(first) == fingerprint(second) != fingerprint(first.double()) and fingerprint(None) is None
