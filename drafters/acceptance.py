@@ -111,7 +111,6 @@ class AcceptanceRule(ABC):
         name: as on the command line.
         loss: "distribution" for the exact rule, "lossy" for all others.
         needs_hidden: whether it reads `Drafted.hidden`.
-        draws_everywhere: whether it draws a token at every depth of a path, not only at its end.
         looks_ahead: whether what it decides at a node depends on the tokens drafted below.
         tables: names of its attributes that are tables of the codebook, a row for every token.
     """
@@ -119,7 +118,6 @@ class AcceptanceRule(ABC):
     name: str = ""
     loss: Loss = "lossy"
     needs_hidden = False
-    draws_everywhere = False
     looks_ahead = False
     tables: tuple[str, ...] = ()
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastgen.checks import check_number
-from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
-from fastgen.drafters.cascade import Cascade, CascadeConfig
+from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.pace import Pace
 from fastgen.drafters.redundancy import (
     are_siblings,
@@ -176,31 +176,30 @@ class PairRecorder(AcceptanceRule):
     """The exact rule, which remembers how alike siblings were and how far apart the laws behind them.
 
     Args:
-        config: which similarity, entropy gate and horizon.
-        neighbours: for the radius.
+        horizon: levels of descendants looked at.
+        codebook: for the radius.
     """
 
     name, loss = "exact", "distribution"
     tables = ("codebook",)
     needs_hidden = True
 
-    def __init__(self, config: CascadeConfig, neighbours: Neighbours) -> None:
-        self.config, self._cascade, self.codebook = config, Cascade(config, neighbours), neighbours.codebook
+    def __init__(self, horizon: int, codebook: Tensor) -> None:
+        self.horizon, self.codebook = horizon, codebook
         self._seen: list[Tensor] = []
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         children = drafted.inner_children()
-        alike = similarity(drafted, self.config.similarity)
+        alike = similarity(drafted)
         codes = self.codebook[drafted.child_tokens()]
         apart = torch.cdist(codes, codes) * sensitivity(drafted, self.codebook)[..., None, None]
         values = (
             sibling_pairs(alike, children),
-            sibling_pairs(convergence(alike, drafted.tree, self.config.horizon), children),
+            sibling_pairs(convergence(alike, drafted.tree, self.horizon), children),
             apart,
             sibling_pairs(total_variation(drafted.target), children),
         )
         pairs = are_siblings(children).triu(1)
-        pairs &= self._cascade.may_relax(drafted, torch.zeros_like(spent))[..., None, None]
         self._seen.append(torch.stack([value[pairs] for value in values], dim=1).cpu())
         return strict(drafted, noise)
 

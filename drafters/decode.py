@@ -270,10 +270,8 @@ class _Rounds:
             torch.rand(self.source.nodes, generator=g, dtype=torch.float64, device=g.device) for g in self.generators
         ]
         coins = torch.stack([row.to(device) for row in rows])
-        own = self.path if self.rule.draws_everywhere else 1
-        gumbel = gumbel_noise(self.generators, (own + draws) * vocabulary, device)
-        gumbel = gumbel.unflatten(1, (own + draws, vocabulary))
-        return Noise(coins, gumbel[:, :own]), gumbel[:, own:] if draws else None
+        gumbel = gumbel_noise(self.generators, (1 + draws) * vocabulary, device).unflatten(1, (1 + draws, vocabulary))
+        return Noise(coins, gumbel[:, :1]), gumbel[:, 1:] if draws else None
 
     def _commit(self, drafted: Drafted, way: Walk, output: TargetPass, remaining: Tensor) -> None:
         kept = torch.where(remaining > 0, way.length + 1, 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from fastgen.drafters.tree import Tree
 from fastgen.drafters.verify import Drafted
 
 __all__ = [
-    "Similarity",
     "are_siblings",
     "convergence",
     "law_distance_bound",
@@ -21,29 +18,18 @@ __all__ = [
     "total_variation",
 ]
 
-Similarity = Literal["cosine", "l2", "tv"]
 
-
-def similarity(drafted: Drafted, kind: Similarity) -> Tensor:
-    """Similarity [B, n, n] of all pairs of nodes, at most 1 (equal).
-
-    "cosine" centres the hidden states first: raw ones all point one way. "l2" is 1 - |g_u - g_w| / |g_u|, made
-    symmetric by the larger norm. "tv" is 1 - TV(p_u, p_w).
+def similarity(drafted: Drafted) -> Tensor:
+    """Cosine [B, n, n] of all pairs of nodes' hidden states, which are centred first: raw ones all point one way.
 
     Raises:
-        ValueError: the drafted tree has no hidden states, and `kind` needs them.
+        ValueError: the drafted tree has no hidden states.
     """
-    if kind == "tv":
-        return 1 - total_variation(drafted.target)
     if drafted.hidden is None:
-        raise ValueError(f"similarity: {kind!r} needs the target's hidden states")
+        raise ValueError("similarity: needs the target's hidden states")
     states = drafted.hidden.float()
-    if kind == "cosine":
-        centred = torch.nn.functional.normalize(states - states.mean(dim=1, keepdim=True), dim=-1)
-        return centred @ centred.mT
-    norms = states.norm(dim=-1)
-    largest = torch.maximum(norms[:, :, None], norms[:, None, :]).clamp_min(1e-12)
-    return 1 - torch.cdist(states, states) / largest
+    centred = torch.nn.functional.normalize(states - states.mean(dim=1, keepdim=True), dim=-1)
+    return centred @ centred.mT
 
 
 def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:

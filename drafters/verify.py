@@ -99,13 +99,11 @@ class Decisions:
     Attributes:
         child: [B, n] int64, the child that is accepted; -1: none.
         law: [B, n, V], the law of the token that comes instead; where there are no children, p.
-        token: [B, n] int64, that token where the rule has drawn it already.
         counts: for the log, by name: [B, n] number each, counted where the walk passes.
     """
 
     child: Tensor
     law: Tensor
-    token: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -144,20 +142,6 @@ def reject_in_turn(drafted: Drafted, coins: Tensor, rule: Rejection) -> Outcome:
 def turns(chance: Tensor) -> Tensor:
     """Probability [..., C] that it comes to each child: all before it are refused."""
     return torch.cat([torch.ones_like(chance[..., :1]), 1 - chance[..., :-1]], dim=-1).cumprod(dim=-1)
-
-
-def expected_length(drafted: Drafted, chance: Tensor) -> Tensor:
-    """How many tokens below each node will be accepted on average, [B, n], from p, q and the drawn tokens alone.
-
-    V(v) = sum_j prod_{i<j} (1 - chance_i) chance_j (1 + V(c_j)).
-    """
-    children = drafted.inner_children()
-    first = turns(chance) * chance
-    value = torch.zeros_like(drafted.tokens, dtype=chance.dtype)
-    for _ in range(drafted.tree.max_depth):
-        below = value.gather(1, children.clamp_min(0).flatten(1)).view_as(children)
-        value = spread(drafted, (first * (1 + below)).sum(dim=-1), 0.0)
-    return value
 
 
 def child_of(drafted: Drafted, slot: Tensor) -> Tensor:
@@ -230,11 +214,8 @@ def walk(drafted: Drafted, decisions: Decisions, noise: Noise, remaining: Tensor
     """
     path, length = follow(decisions.child, remaining, drafted.tree.max_depth)
     node = path[:, -1]
-    if decisions.token is None:
-        law = decisions.law.gather(1, node[:, None, None].expand(-1, 1, decisions.law.shape[-1]))
-        bonus = draw(law, noise.at(length[:, None]))[:, 0]
-    else:
-        bonus = pick(decisions.token, node)
+    law = decisions.law.gather(1, node[:, None, None].expand(-1, 1, decisions.law.shape[-1]))
+    bonus = draw(law, noise.at(length[:, None]))[:, 0]
     # Where the image ends before the path, the accepted child is the last token: by itself it has the law of a node.
     child = pick(decisions.child, node)
     bonus = torch.where(child >= 0, pick(drafted.tokens, child.clamp_min(0)), bonus)

@@ -110,9 +110,7 @@ def parse_variant(
         try:
             settings[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
         except ValueError:
-            if key not in ("mode", "similarity"):
-                raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
-            settings[key] = value
+            raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
     tree, _, name = words[1].partition("@")
     given = drafters or {}
     name = name or next(iter(given), "")

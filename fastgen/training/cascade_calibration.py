@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fastgen.data.shapes import ShapesWorld
-from fastgen.drafters.acceptance import Neighbours
 from fastgen.drafters.calibration import Calibration, PairRecorder, calibrate_levels
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.decode import decode_speculative
@@ -72,9 +71,7 @@ def calibrate_cascade(
     source = TreeSource(made.to(target.device, target.dtype), named_tree(tree), sampled=True)
     scale = float(pipe.model.generation_config.guidance_scale or target.default_law.guidance_scale)
     law = TokenLaw(guidance_scale=scale)
-    config = CascadeConfig()
-    near = min(config.near, len(target.codebook) - 1)
-    recorder = PairRecorder(config, Neighbours.known(target.model, target.codebook, near))
+    recorder = PairRecorder(CascadeConfig().horizon, target.codebook)
     for number in range(pictures):
         prefix = target.prefix([texts[number % len(texts)]], law.guided)
         generator = torch.Generator().manual_seed(seed + number)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_speculation import Toy
 
-from fastgen.drafters.acceptance import Neighbours
 from fastgen.drafters.calibration import Calibration, Level, PairRecorder, calibrate_levels
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.tree import named_tree
@@ -59,7 +58,7 @@ def test_quality_picks_a_level() -> None:
     calibration = Calibration(levels)
     assert calibration.config(0.0) == CascadeConfig.off() == calibration.config(0.2)
     assert calibration.config(0.6).breadth == 0.75 and calibration.config(1.0).radius == 1.0
-    assert calibration.config(0.5, mode="quotient").mode == "quotient"
+    assert calibration.config(0.5, delta=0.1).delta == 0.1
     for bad in (-0.1, 1.1, float("nan"), True):
         with pytest.raises(ValueError, match="quality"):
             calibration.config(bad)
@@ -85,7 +84,7 @@ def test_the_recorder_decides_exactly_and_sees_every_pair() -> None:
     noise = toy.noise(200, tree, generator)
     spots = torch.arange(6.0)
     book = torch.stack([spots.div(2, rounding_mode="floor") + 0.01 * (spots % 2), torch.zeros(6)], dim=1)
-    recorder = PairRecorder(CascadeConfig(min_entropy=0.0), Neighbours.of(book, 3))
+    recorder = PairRecorder(2, book)
     assert torch.equal(recorder.verify(drafted, noise, torch.zeros(200)).child, strict(drafted, noise).child)
     pairs = recorder.pairs
     count = sum(k * (k - 1) // 2 for k in (drafted.inner_children() >= 0)[0].sum(dim=1).tolist())

@@ -81,7 +81,7 @@ def test_a_round_is_one_graph_and_draws_the_same(target: Target, graphs: Compile
 def test_every_rule_is_captured(target: Target, graphs: CompileCounterWithBackend, rule: str) -> None:
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:2], True)
-    settings = {"min_entropy": 0.0, "breadth": 0.2, "radius": 0.5} if rule == "cascade" else {}
+    settings = {"breadth": 0.2, "radius": 0.5} if rule == "cascade" else {}
     made, results = build_rule(rule, target, **settings), []
     for compile in (False, True):
         source: DraftSource = JacobiSource(3, coupled=False) if rule == "block" else make_source(target, "eagle-1")

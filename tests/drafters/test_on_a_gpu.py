@@ -47,7 +47,7 @@ def make_source(target: Target, name: str) -> DraftSource:
 
 def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> _Rounds:
     source = copy.copy(make_source(target, name))
-    settings: dict[str, Any] = {"radius": 0.5, "min_entropy": 0.0} if rule == "cascade" else {}
+    settings: dict[str, Any] = {"radius": 0.5} if rule == "cascade" else {}
     with torch.no_grad():
         with torch.device("meta"):
             model = JanusForConditionalGeneration(janus.model.config).requires_grad_(False)

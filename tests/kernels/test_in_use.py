@@ -44,7 +44,7 @@ def seeded(count: int) -> list[torch.Generator]:
     ids=["exact", "cascade", "greedy"],
 )
 def test_speculative_decoding_draws_the_same_tokens(target: Target, rule: str, law: TokenLaw) -> None:
-    relaxed = {"min_entropy": 0.0, "breadth": 0.2, "radius": 0.5} if rule == "cascade" else {}
+    relaxed = {"breadth": 0.2, "radius": 0.5} if rule == "cascade" else {}
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:1], True)
     torch.manual_seed(0)
