@@ -55,7 +55,7 @@ def figure_of(panels: int) -> tuple[Any, list[Any]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FastgenError("--plot: needs matplotlib; install fastgen[report]") from error
+        raise FastgenError("--plot: needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
     return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 

@@ -271,7 +271,7 @@ def html_page(
     try:
         import jinja2
     except ImportError as error:
-        raise FastgenError("the HTML report needs jinja2: pip install fastgen[report]") from error
+        raise FastgenError("the HTML report needs jinja2: pip install jinja2") from error
     loader = jinja2.PackageLoader("fastgen.evaluation")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     grids = [grid for result in results if (grid := grid_of(result, images, folders)) is not None]

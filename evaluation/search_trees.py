@@ -35,7 +35,7 @@ def search_tree(search: Mapping[str, Any], picture: Image.Image | None = None) -
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FastgenError("search_tree: needs matplotlib; install fastgen[report]") from error
+        raise FastgenError("search_tree: needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(9.0, 4.8), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 0.28), height_ratios=(1, 1))

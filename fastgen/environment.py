@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            # Its metadata would be those of another project: this one is distributed under a longer name.
+            own = sys.modules["fastgen"].__version__ if name == "fastgen" else None
+            found[name] = own or importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

@@ -65,15 +65,24 @@ def configuration(repository: Path) -> dict[str, Any]:
         return dict(tomllib.load(file))
 
 
+def copy_sources(repository: Path, tree: Path) -> None:
+    """What an installation reads, without the links of an editable one."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        links = {name for name in names if Path(folder, name).is_symlink()}
+        return links | shutil.ignore_patterns(*NOT_PUBLISHED)(folder, names)
+
+    for name in FOLDERS.values():
+        shutil.copytree(repository / name, tree / name, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "build_backend.py"):
+        shutil.copy(repository / name, tree)
+
+
 @pytest.fixture(scope="session")
 def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the tree, with nothing that building here before may have left."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(*NOT_PUBLISHED)
-    for folder in FOLDERS.values():
-        shutil.copytree(repository / folder, tree / folder, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(repository / name, tree)
+    copy_sources(repository, tree)
     command = [
         sys.executable,
         "-m",
@@ -162,6 +171,53 @@ def test_every_module_of_the_wheel_imports(repository: Path, empty_environment: 
     modules = [module_name(name) for name in published_files(repository) if name.endswith(".py")]
     code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
     run_python(code, tmp_path, empty_environment / "python")
+
+
+def editable_wheel(tree: Path, out: Path, before: str = "pass") -> Path:
+    code = f"import build_backend; {before}; print(build_backend.build_editable({str(out)!r}))"
+    return out / run_python(code, tree).splitlines()[-1]
+
+
+def test_type_checkers_and_python_find_an_editable_install(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    tree, out, elsewhere = (tmp_path / name for name in ("tree", "out", "elsewhere"))
+    for folder in (tree, out, elsewhere):
+        folder.mkdir()
+    copy_sources(repository, tree)
+    built = editable_wheel(tree, out)
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=os.name != "nt")
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+    (tree / "kernels" / "later.py").write_text("answer: int = 42\n")
+    text = "from fastgen.errors import FastgenError\nfrom fastgen.kernels.later import answer\nreveal_type(answer)\n"
+    (elsewhere / "script.py").write_text(text)
+    options = ["--strict", "--python-executable", python, "--cache-dir", tmp_path / "cache", "script.py"]
+    command = [sys.executable, "-m", "mypy", *options]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    report = done.stdout
+    assert done.returncode == 0, report + done.stderr
+    assert 'Revealed type is "int"' in report.replace("builtins.", "")
+
+    code = "import fastgen, fastgen.kernels.later, os; print(os.path.realpath(fastgen.kernels.later.__file__))"
+    assert run_python(code, elsewhere, python) == str(tree / "kernels" / "later.py")
+    shutil.rmtree(tree / "build")  # `git clean` takes the links away; setuptools' hook is still there
+    assert run_python(code, elsewhere, python) == str(tree / "kernels" / "later.py")
+    no_leaks = (
+        "import importlib.util as u; print([n for n in ('kernels', 'pipelines', 'evaluation') if u.find_spec(n)])"
+    )
+    assert run_python(no_leaks, elsewhere, python) == "[]"
+
+
+def test_an_editable_install_needs_no_links(repository: Path, tmp_path: Path) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    tree.mkdir()
+    copy_sources(repository, tree)
+    refuse = "build_backend.Path.symlink_to = lambda *a, **k: (_ for _ in ()).throw(OSError('no links here'))"
+    with zipfile.ZipFile(editable_wheel(tree, out, refuse)) as archive:
+        assert not [name for name in archive.namelist() if "links" in name]
+        assert [name for name in archive.namelist() if name.endswith("_finder.py")]
 
 
 # --- our folders and other people's packages ---------------------------------------------------------------------
@@ -397,8 +453,49 @@ def test_the_oldest_versions_allowed_are_those_that_were_tested(
     allowed = dict(re.match(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in wanted)  # type: ignore[union-attr]
     lines = (repository / ".ci" / "minimum.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert tested.pop("torchvision")  # the one that fits that torch, for open-clip-torch
+    # Of the extra `geneval`, with the torchvision that fits that torch.
+    assert f"open-clip-torch>={tested.pop('open-clip-torch')}" in project["optional-dependencies"]["geneval"]
+    assert tested.pop("torchvision")
     assert tested == allowed
+
+
+# `fastgen` after an installer's words, and extras of that name, without our longer name.
+OTHER_PROJECT = re.compile(r"install\b[^\n`.;]*[\s\"'=]fastgen(?![-\w])|\bfastgen\[\w")
+
+
+def test_no_text_says_to_install_the_other_project(repository: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True)
+    texts = [repository / name for name in listed.stdout.split() if name != "tests/test_packaging.py"]
+    for path in texts:
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".jinja", ".yaml", "") and path.is_file():
+            found = OTHER_PROJECT.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{path}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("pip install fastgen[report]", True),
+        ('pip install "fastgen"', True),
+        ("install fastgen", True),
+        ("uv pip install -U fastgen", True),
+        ("(the extra fastgen[report])", True),
+        ("pip install fastgen-diffusers", False),
+        ("pip install -e . && fastgen generate", False),
+        ("an editable install. fastgen is", False),
+        ("pip install matplotlib", False),
+    ],
+)
+def test_the_other_project_is_recognised(text: str, wrong: bool) -> None:
+    assert bool(OTHER_PROJECT.search(text)) is wrong
+
+
+def test_the_distribution_is_not_named_as_the_other_project(configuration: dict[str, Any]) -> None:
+    from fastgen.cli.info import DISTRIBUTION
+
+    assert configuration["project"]["name"] == DISTRIBUTION == "fastgen-diffusers"
+    for extra, requirements in configuration["project"]["optional-dependencies"].items():
+        assert not any(re.match(r"fastgen(?!-diffusers)", one) for one in requirements), extra
 
 
 def test_version_is_the_one_of_the_metadata(configuration: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pkgutil
 import platform
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from fastgen.environment import cpu_name
 
 app = typer.Typer(help="Show versions, devices and which fast paths are available.", add_completion=False)
 
+DISTRIBUTION = "fastgen-diffusers"
 # Distribution -> module and a name to import from it. diffusers and transformers load their parts when they are asked
 # for, so that a broken installation shows only then.
 PACKAGES = {
@@ -38,8 +40,8 @@ PACKAGES = {
 }
 # Looked up by their metadata only: from a checkout, `import kernels` would find the folder of that name.
 OPTIONAL = {
-    "matplotlib": "figures of reports (fastgen[report])",
-    "jinja2": "HTML reports (fastgen[report])",
+    "matplotlib": "figures of reports and searches",
+    "jinja2": "HTML reports",
     "flash-attn": "flash attention outside torch",
     "kernels": "attention kernels from the Hub in diffusers and transformers",
 }
@@ -53,6 +55,7 @@ def collect() -> dict[str, Any]:
         "fast_paths": _fast_paths,
         "models": _models,
         "optional": _optional,
+        "conflicts": _conflicts,
     }
     return {
         "fastgen": fastgen.__version__,
@@ -243,6 +246,24 @@ def _optional() -> dict[str, dict[str, str | None]]:
     return {name: {"version": _version(name), "use": use} for name, use in OPTIONAL.items()}
 
 
+def _conflicts() -> list[str]:
+    """What stands in the way of this package's name: another project has the same import name and command."""
+    found = []
+    for other in importlib.metadata.distributions():
+        scripts = {entry.name: entry.value for entry in other.entry_points if entry.group == "console_scripts"}
+        foreign = not scripts.get("fastgen", "fastgen.cli.main:main").startswith("fastgen.cli.main:")
+        name = other.metadata["Name"] or ""
+        if name.lower() != DISTRIBUTION and (name.lower() == "fastgen" or foreign):
+            found.append(
+                f"the distribution {name} {other.version} is another project with the same import name or command: "
+                f"pip uninstall {name}, then install {DISTRIBUTION} again"
+            )
+    command = shutil.which("fastgen")
+    if command is not None and b"fastgen.cli.main" not in Path(command).read_bytes():
+        found.append(f"the command {command} belongs to another project; `python -m fastgen` runs this one")
+    return found
+
+
 def _lines(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Sections of (name, text) rows for people."""
 
@@ -300,6 +321,9 @@ def info(
         typer.echo(json.dumps(found, indent=2))
         return
     typer.echo(f"fastgen {found['fastgen']}, Python {found['python']}, {found['platform']}")
+    conflicts = found["conflicts"]
+    for text in conflicts if isinstance(conflicts, list) else [conflicts["error"]]:
+        typer.echo(f"warning: {text}", err=True)
     for title, part in _lines(found):
         typer.echo(f"\n{title}")
         width = max(len(name) for name, _ in part)

@@ -138,7 +138,7 @@ def check_options(method: str | None, asked: dict[str, Any], save_tree: bool) ->
         if value is not None:
             check_value(_option(name), name, value)
     if save_tree and importlib.util.find_spec("matplotlib") is None:
-        raise FastgenError("--save-tree: needs matplotlib; install fastgen[report]")
+        raise FastgenError("--save-tree: needs matplotlib: pip install matplotlib")
 
 
 def plan_search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,49 @@ def test_text_names_everything(capsys: pytest.CaptureFixture[str], report: dict[
         for name in report[part]:
             assert name in text
     assert report["packages"]["torch"]["version"] in text
+
+
+def save_distribution(folder: Path, name: str, script: str) -> None:
+    metadata = folder / f"{name}-9.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n")
+    (metadata / "entry_points.txt").write_text(f"[console_scripts]\nfastgen = {script}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "warned"),
+    [
+        ("fastgen", "fastgen.main:run", True),
+        ("fastgen", "fastgen.cli.main:main", True),  # the name alone is enough
+        ("of_another_name", "somewhere:main", True),
+        ("of_another_name", "fastgen.cli.main:main", False),
+    ],
+)
+def test_another_project_of_the_name_is_warned_of(
+    name: str,
+    script: str,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    save_distribution(tmp_path, name, script)
+    assert run(["info"]) == 0
+    error = capsys.readouterr().err
+    assert (f"warning: the distribution {name} 9.0 is another project" in error) is warned
+    assert (f"pip uninstall {name}" in error) is warned
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script needs an extension there")
+def test_a_command_of_another_project_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "fastgen"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, warned in (("from fastgen.cli.main import main", False), ("from fastgen.other import run", True)):
+        command.write_text(f"#!/usr/bin/env python\n{text}\n")
+        command.chmod(0o755)
+        found = [text for text in info._conflicts() if str(command) in text]
+        assert bool(found) is warned, found
 
 
 def break_imports(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception]) -> None:
