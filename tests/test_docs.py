@@ -4,13 +4,15 @@ those of docs/ with the slow tests.
 A comment on the line before a block changes that:
 
 ``<!-- skip: REASON -->``   is not run (it needs the network, a GPU ...)
-``<!-- tests -->``          the command that runs these tests: `.ci/run` runs it, and this file cannot
+``<!-- main-job -->``       sets up a fresh environment and draws: `.ci/run` runs it
+``<!-- tests -->``          sets up a fresh environment and runs these tests: `.ci/run` runs it, and this file cannot
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import fastgen
+from fastgen.cli.main import run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
@@ -74,13 +79,12 @@ def parameters() -> Iterator[object]:
     for block in ALL:
         if block.language not in RUNNABLE:
             continue
-        # Most of a block's time is the import of the libraries, in a process of its own.
         marks: list[pytest.MarkDecorator] = [pytest.mark.slow] if block.page.parent.name == "docs" else []
         for mark in block.marks:
             if mark.startswith("skip: "):
                 marks.append(pytest.mark.skip(reason=mark.removeprefix("skip: ")))
-            elif mark == "tests":
-                marks.append(pytest.mark.skip(reason="this is the command that runs the tests"))
+            elif mark in ("main-job", "tests"):
+                marks.append(pytest.mark.skip(reason="sets up an environment of its own, in .ci/run"))
         yield pytest.param(block, marks=marks, id=f"{block.page.name}:{block.line}")
 
 
@@ -90,20 +94,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
     return {page: tmp_path_factory.mktemp(page.stem) for page in PAGES}
 
 
-@pytest.mark.parametrize("block", list(parameters()))
-def test_block_runs(block: Block, folders: dict[Path, Path]) -> None:
+def commands(script: str) -> list[list[str]] | None:
+    """The words of a script that is nothing but `fastgen` commands, None for any other."""
+    lines = script.replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"fastgen [^|&;<>$`*?~(){}]*$", line)]
+    return found if len(found) == len([line for line in lines if line.split("#")[0].strip()]) else None
+
+
+def run_here(block: Block) -> None:
+    """In this process, which has imported the libraries already; that is most of a short block's time."""
     if block.language == "python":
-        command = [sys.executable, "-c", block.text]
-    else:
-        command = ["bash", "-euo", "pipefail", "-c", shell_script(block)]
+        exec(compile(block.text, f"{block.page.name}:{block.line}", "exec"), {"__name__": "__main__"})
+        return
+    for words in commands(shell_script(block)) or []:
+        assert run(words[1:]) == 0, f"{block.page.name}:{block.line}: {' '.join(words)}"
+
+
+def run_in_a_shell(block: Block, folder: Path) -> None:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "MPLBACKEND": "agg",
     }
     done = subprocess.run(
-        command,
-        cwd=folders[block.page],
+        ["bash", "-euo", "pipefail", "-c", shell_script(block)],
+        cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -115,21 +130,60 @@ def test_block_runs(block: Block, folders: dict[Path, Path]) -> None:
     )
 
 
+@pytest.mark.parametrize("block", list(parameters()))
+def test_block_runs(block: Block, folders: dict[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    if block.language != "python" and commands(shell_script(block)) is None:
+        run_in_a_shell(block, folders[block.page])
+        return
+    monkeypatch.chdir(folders[block.page])
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    run_here(block)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("fastgen info --json\n", [["fastgen", "info", "--json"]]),
+        (
+            'fastgen generate "a # b"\n\n# more\nfastgen info\n',
+            [["fastgen", "generate", "a # b"], ["fastgen", "info"]],
+        ),
+        ("fastgen generate 'a b' \\\n  -o x.png  # why\n", [["fastgen", "generate", "a b", "-o", "x.png"]]),
+        ("fastgen info > info.txt\n", None),
+        ("fastgen info && ls\n", None),
+        ("ls\nfastgen info\n", None),
+        ("fastgen eval fid *.png\n", None),
+    ],
+)
+def test_scripts_that_are_commands_alone(script: str, words: list[list[str]] | None) -> None:
+    assert commands(script) == words
+
+
 def test_every_block_says_what_it_is() -> None:
     for block in ALL:
         assert block.language in RUNNABLE | SHOWN, f"{block.page.name}:{block.line}: {block.language!r}"
         for mark in block.marks:
-            assert re.fullmatch(r"skip: \S.*|tests|main-job|install-cpu", mark), f"{block.page.name}: {mark!r}"
+            assert re.fullmatch(r"skip: \S.*|tests|main-job", mark), f"{block.page.name}: {mark!r}"
 
 
-@pytest.mark.parametrize("name", ["main-job", "tests", "install-cpu"])
+@pytest.mark.parametrize("name", ["main-job", "tests"])
 def test_ci_finds_its_commands_in_the_readme(name: str) -> None:
     script = [sys.executable, ROOT / ".ci" / "snippet", name]
     command = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
     (block,) = [block for block in ALL if name in block.marks]
     assert command == block.text.strip()
-    if name != "install-cpu":
-        assert "\n" not in command
+    assert "\n" not in command and command.startswith("python -m pip install -e ")
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    modules = {name for name in fastgen.__all__ if f"fastgen.{name}" in named}
+    missing = set(fastgen.__all__) - modules - {name.rpartition(".")[2] for name in named} - {"__version__"}
+    for name in missing.copy():  # of a module that is shown whole
+        if getattr(fastgen, name).__module__ in named:
+            missing.remove(name)
+    assert not missing
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:

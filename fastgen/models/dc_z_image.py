@@ -125,11 +125,10 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
     own, whose budget is set at call time).
 
     Args:
-        in_channels, dim, n_layers, n_refiner_layers, n_heads, norm_eps, qk_norm, cap_feat_dim, rope_theta, t_scale,
-            axes_dims: as in `ZImageTransformer2DModel`.
+        in_channels: as all arguments up to `axes_dims`, those of `ZImageTransformer2DModel`.
         position_scale: rotary units of a latent position; one half, as Z-Image counts patches of 2. With grid "patch"
             a token is such a patch, and this is not used.
-        scaffold_dim, scaffold_blocks, router, router_dim, center_tap, residual_gate, smoothing: see `DynamicChunking`.
+        scaffold_dim: as all arguments up to `smoothing`, those of `DynamicChunking`.
         compression: N, the target of the ratio loss.
         grid: "latent", tokens are latent positions, as in the paper; "patch", they are the patches of 2 x 2 of the
             model that it was upcycled from, see `fastgen.models.patch_grid`.

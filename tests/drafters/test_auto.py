@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long_tail import long_tail
 from micro_models import PROMPTS
 from oracle_drafter import OracleDrafter
 from toy_speculation import Toy
@@ -180,7 +181,7 @@ def test_names_of_windows() -> None:
             JacobiSource.of_name(name, Exact())
 
 
-@pytest.mark.parametrize("dear", ["trees", "windows"])
+@pytest.mark.parametrize("dear", long_tail(["trees", "windows"], fast=("trees",)))
 def test_windows_are_tried_beside_the_tree(target: Target, dear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock on which a pass of one kind of source takes a hundred times as long as one of the other."""
     now = [0.0]

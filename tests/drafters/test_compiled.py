@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from long_tail import long_tail
 from micro_models import JANUS_TOKENS, PROMPTS
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -64,7 +65,11 @@ def make_source(target: Target, name: str) -> DraftSource:
 
 
 @pytest.mark.parametrize(
-    "name", ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "dynamic", "medusa", "heads"]
+    "name",
+    long_tail(
+        ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "dynamic", "medusa", "heads"],
+        fast=("jacobi", "dynamic", "heads"),
+    ),
 )
 def test_a_round_is_one_graph_and_draws_the_same(target: Target, graphs: CompileCounterWithBackend, name: str) -> None:
     with torch.no_grad():
@@ -77,7 +82,7 @@ def test_a_round_is_one_graph_and_draws_the_same(target: Target, graphs: Compile
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name != "exact"])
+@pytest.mark.parametrize("rule", long_tail((name for name in RULES if name != "exact"), fast=("block", "cascade")))
 def test_every_rule_is_captured(target: Target, graphs: CompileCounterWithBackend, rule: str) -> None:
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:2], True)
@@ -92,7 +97,7 @@ def test_every_rule_is_captured(target: Target, graphs: CompileCounterWithBacken
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", long_tail([0.0, 1.0], fast=(1.0,)))
 def test_the_plain_step_serves_prompts_of_all_lengths(
     target: Target, graphs: CompileCounterWithBackend, temperature: float
 ) -> None:

@@ -189,6 +189,7 @@ def test_the_test_of_the_law_sees_heads_that_know_the_noise_of_their_place(janus
     assert p_value(tokens, law_of_pictures(target, LAWS["plain"]), 4) < 1e-9
 
 
+@pytest.mark.slow
 def test_acceptances_drafts_and_tokens_have_their_laws_and_one_percent_is_seen(janus: JanusImagePipeline) -> None:
     """6,000 pictures of 16 tokens. Under the exact rule |z| > 4.5 has probability 7e-6; acceptances that are 1 % too
     high move z by 6.8, which 4.5 misses once in a hundred."""

@@ -42,7 +42,7 @@ print(type(model).__name__, tuple(model.decode_image_tokens(tokens).shape))
     ("name", "code", "expected"),
     [
         ("tiny", _Z_IMAGE, "ZImageTransformer2DModel (64, 64)"),
-        ("tiny-janus", _JANUS, "JanusForConditionalGeneration (1, 64, 64, 3)"),
+        pytest.param("tiny-janus", _JANUS, "JanusForConditionalGeneration (1, 64, 64, 3)", marks=pytest.mark.slow),
     ],
 )
 def test_stock_libraries_load_and_generate_without_fastgen(

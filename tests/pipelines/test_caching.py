@@ -267,6 +267,7 @@ def test_copies_of_a_cached_model_cache_for_themselves(dit: DCDiTPipeline) -> No
     assert np.array_equal(draw(dit).images, cached)
 
 
+@pytest.mark.slow
 def test_compiled_transformers_take_the_budget_of_the_call(dit: DCDiTPipeline) -> None:
     expected = [draw(dit, token_budget=budget).images for budget in (5, 3)]
     dit.transformer.compile(backend="eager")

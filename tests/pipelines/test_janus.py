@@ -115,7 +115,7 @@ def test_close_decisions_are_made_again_alone(
         return logits + (noise * 2 - 1) * bound
 
     monkeypatch.setattr(sampling, "mix", rounded)
-    n = 24
+    n = 12
     prompts = [PROMPTS[i % 8] for i in range(n)]
     call = {"guidance_scale": 3.0, "output_type": "tokens", **options}
     alone = torch.cat([pipe(p, generator=seeded(i), **call).tokens for i, p in enumerate(prompts)])

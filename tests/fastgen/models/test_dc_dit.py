@@ -204,6 +204,7 @@ def test_stock_pipeline_takes_it() -> None:
     assert images.shape == (2, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_blocks_compile_without_a_break_for_changing_lengths() -> None:
     """The same graph serves every length: after the first two, nothing is compiled again."""
     import torch._dynamo

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from long_tail import long_tail
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -36,7 +37,7 @@ def _few_held_out() -> Iterator[None]:
     """Short runs are measured on few pictures."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("vae", "vq"):
-            patch.setattr(f"fastgen.training.{module}.HELD_OUT", 128)
+            patch.setattr(f"fastgen.training.{module}.HELD_OUT", 32)
         yield
 
 
@@ -117,6 +118,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert again < 1.25 * max(first)
 
 
+@pytest.mark.slow
 def test_small_grows_from_the_embedded_tiny_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +164,7 @@ def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     assert again < 0.97 * _losses(tmp_path / "first")[0]
 
 
-@pytest.mark.parametrize("name", ["dc", "dc-dense"])
+@pytest.mark.parametrize("name", long_tail(["dc", "dc-dense"], fast=("dc",)))
 def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
     from fastgen.pipelines.checkpoint import embedded_folder
     from fastgen.pipelines.loading import load_pipeline

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from long_tail import long_tail
 from stock_families import FAMILIES, family
 from tiny_unets import ddim, tiny_sd
 
@@ -106,7 +107,9 @@ def test_texts_are_encoded_once() -> None:
 
 
 @pytest.mark.parametrize("policy", ["threshold", "rbf", "svdd", "code", "smc", "best-of-n", "random", "zero-order"])
-@pytest.mark.parametrize("name", ["lumina2", "pixart-sigma", "stable-diffusion-inpaint"])
+@pytest.mark.parametrize(
+    "name", long_tail(["lumina2", "pixart-sigma", "stable-diffusion-inpaint"], fast=("pixart-sigma",))
+)
 def test_policies_search_pipelines_without_an_adapter(name: str, policy: str) -> None:
     pipe, call = family(name), FAMILIES[name][1]
     options = {"tau": 0.4} if policy == "threshold" else {}
