@@ -45,6 +45,7 @@ __all__ = [
     "GeneratedImage",
     "Progress",
     "generate_images",
+    "loaded_models",
     "model_fault",
     "set_checkpoint",
     "unknown_words",
@@ -52,6 +53,7 @@ __all__ = [
 
 # Which model a pipeline was loaded from. Kept outside the pipeline: diffusers saves and compares its attributes.
 _checkpoints: weakref.WeakKeyDictionary[DiffusionPipeline, Checkpoint] = weakref.WeakKeyDictionary()
+_loaded: list[Checkpoint] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +205,21 @@ def class_label(pipe: Any, prompt: str) -> int:
 def set_checkpoint(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> None:
     """Remember which model `pipe` was loaded from, for its defaults and its size limits."""
     _checkpoints[pipe] = checkpoint
+    _loaded.append(checkpoint)
 
 
-def model_fault(error: Exception) -> FastgenError | None:
-    """The line for an error that ended a command, where a model that the user brought was loaded; else None."""
-    faults = (drawing_fault(checkpoint, error) for checkpoint in _checkpoints.values())
+def loaded_models() -> int:
+    """How many models this process has loaded so far."""
+    return len(_loaded)
+
+
+def model_fault(error: Exception, earlier: int) -> FastgenError | None:
+    """The line for an error that ended a command, where it had loaded a model that the user brought; else None.
+
+    Args:
+        earlier: `loaded_models` before the command.
+    """
+    faults = (drawing_fault(checkpoint, error) for checkpoint in _loaded[earlier:])
     return next((fault for fault in faults if fault is not None), None)
 
 

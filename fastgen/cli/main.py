@@ -175,6 +175,8 @@ def run(args: Sequence[str]) -> int:
     Raises:
         Exception: a bug in fastgen or in a library it calls; the traceback is the report.
     """
+    generation = sys.modules.get("fastgen.pipelines.generation")
+    earlier = generation.loaded_models() if generation is not None else 0
     try:
         for option, value in zip(args, [*args, "-"][1:], strict=True):
             # As a path it would be the working directory.
@@ -209,7 +211,7 @@ def run(args: Sequence[str]) -> int:
         if isinstance(error, (ValueError, TypeError)) and _raised_on_purpose(error):
             told = error
         elif (generation := sys.modules.get("fastgen.pipelines.generation")) is not None:
-            told = generation.model_fault(error)  # of a model that the user brought
+            told = generation.model_fault(error, earlier)  # of a model that the user brought
         if told is None:
             raise
         return _fail(error, str(told), 2)

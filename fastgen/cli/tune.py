@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli.methods import VariantOption, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def tune(
     prompts_file: Annotated[Path, typer.Option(help="UTF-8, one prompt per line; the first --prompts are drawn.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go beside it.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
+    variant: VariantOption = None,
     minutes: Annotated[float, typer.Option(help="After them no new measurement starts.")] = 10.0,
     loss: Annotated[
         str, typer.Option(help="exact: only parts that change no picture beyond rounding; lossy: all parts.")
@@ -61,7 +63,7 @@ def tune(
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
     from fastgen.pipelines.arguments import check_prompt, check_value
-    from fastgen.pipelines.checkpoint import check_names, check_weights, find_checkpoint
+    from fastgen.pipelines.checkpoint import check_names
 
     if loss not in ("exact", "lossy"):
         raise FastgenError(f"--loss: {loss!r} is not allowed, needs exact or lossy")
@@ -78,9 +80,7 @@ def tune(
     texts = [check_prompt(text) for text in read_prompts_file(prompts_file)]
     texts = [texts[i % len(texts)] for i in range(prompts)]
     check_names("cpu" if device == "auto" else device, dtype)
-    checkpoint = find_checkpoint(model)
-    if checkpoint.hub_id is None:
-        check_weights(checkpoint)
+    checkpoint = find_model(model, variant)
     check_writable(output.parent)
     log = output.with_suffix(".log.jsonl")
     files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]

@@ -39,6 +39,19 @@ MORE = {
         "--steps",
         "1",
     ],
+    "tune": [
+        "tune",
+        "--prompts-file",
+        "p.txt",
+        "-o",
+        "plan.json",
+        "--prompts",
+        "3",
+        "--steps",
+        "1",
+        "--loss",
+        "exact",
+    ],
     "bench search": ["bench", "search", "--policy", "random", "--budget", "12", "--seeds", "1", "--limit", "1"],
 }
 
@@ -57,6 +70,7 @@ def halves(request: pytest.FixtureRequest, micro_z: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "others").mkdir()
+    (tmp_path / "p.txt").write_text("a ring")
     side = json.loads((micro_z / "fastgen.json").read_text())["height"]
     for number in range(4):
         Image.effect_noise((side, side), 40 + number).convert("RGB").save(tmp_path / f"others/{number}.png")
