@@ -44,14 +44,16 @@ def check_arguments(config: Mapping[str, Any], kind: Any, file: Path) -> None:
     try:
         hints = get_type_hints(build)
     except Exception:  # a name that only type checkers see
-        hints = {}
+        hints = {name: each.annotation for name, each in parameters.items() if not isinstance(each.annotation, str)}
     for name, parameter in parameters.items():
         if name not in config or name == "self" or parameter.kind is parameter.VAR_KEYWORD:
             continue
         hint, default, value = hints.get(name, Any), parameter.default, config[name]
-        hint = Any if hint is type(None) else hint  # it is worked out while the class is built
-        default = None if default is parameter.empty or callable(default) else default
-        if not (_fits(value, hint) or _resembles(value, default)):
+        if hint in (type(None), parameter.empty):  # it is worked out while the class is built
+            hint = Any
+        if not isinstance(default, (bool, int, float, str, list, tuple, dict)):
+            default = None
+        if not _allowed(value, hint, default):
             allowed = _written(hint) if hint is not Any else type(default).__name__
             raise FastgenError(f"{file}: {name} is {_shown(value)}, needs {allowed}")
         if _is_number(value):
@@ -66,6 +68,16 @@ def check_config(config: Mapping[str, Any], kind: Any, file: Path) -> None:
             check_config(config[name], inner, file)
 
 
+def _allowed(value: Any, hint: Any, default: Any) -> bool:
+    # No value is always allowed: libraries write it for what is not set.
+    if value is None or (hint is Any and default is None):
+        return True
+    if hint is Any:
+        return _resembles(value, default)
+    # Hints of libraries are not always right, defaults are; but a whole number is one.
+    return _fits(value, hint) or (not (hint is int and type(default) is int) and _resembles(value, default))
+
+
 def _check_range(name: str, value: float, default: Any, file: Path) -> None:
     if not math.isfinite(value) and value != default:
         raise FastgenError(f"{file}: {name} is {value}, needs a finite number")
@@ -74,12 +86,15 @@ def _check_range(name: str, value: float, default: Any, file: Path) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be of a type. No value fits everything: libraries write it for what is not set."""
+    """Whether a value of JSON can be of a type."""
     origin, inner = get_origin(hint), get_args(hint)
     if value is None or hint is Any or (origin is None and not isinstance(hint, type)):
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, each) for each in inner)
+        endless = [kind for kind in inner if get_origin(kind) in _LISTS and get_args(kind)[1:] in ((), (...,))]
+        members = [get_args(kind)[0] for kind in endless]
+        mixed = isinstance(value, list) and members and all(any(_fits(x, kind) for kind in members) for x in value)
+        return bool(mixed) or any(_fits(value, each) for each in inner)
     if origin is Literal:
         return value in inner
     bare = origin or hint
@@ -109,7 +124,7 @@ def _members_fit(value: list[Any], bare: Any, inner: tuple[Any, ...]) -> bool:
 
 
 def _resembles(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's kind: hints of libraries are not always right, defaults are."""
+    """Whether a value is of the default's kind."""
     if default is None:
         return False
     if isinstance(default, (list, tuple)):

@@ -21,13 +21,19 @@ ARGUMENTS = {
     "micro-dc": ["--steps", "1"],
     "micro-janus": [],
     "stable-diffusion": ["--steps", "1"],
+    "sdxl": ["--steps", "1"],
+    "flux": ["--steps", "1", "--height", "32", "--width", "32"],
+    "sd3": ["--steps", "1", "--height", "32", "--width", "32"],
+    "dit": ["--steps", "1"],
 }
+PROMPTS = {"dit": "7"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     micro: Any = importlib.import_module("micro_models")
     unets: Any = importlib.import_module("tiny_unets")
+    flows: Any = importlib.import_module("tiny_flows")
     from fastgen.pipelines.checkpoint import embedded_folder
 
     root = tmp_path_factory.mktemp("folders")
@@ -36,14 +42,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     micro.save_micro_dc(root / "micro-dc", micro.save_micro_z_image(root / "micro-z"))
     micro.save_micro_janus(root / "micro-janus")
     unets.tiny_sd(unets.ddim()).save_pretrained(root / "stable-diffusion")
+    unets.tiny_sdxl(unets.euler()).save_pretrained(root / "sdxl")
+    unets.tiny_dit(unets.ddim()).save_pretrained(root / "dit")
+    flows.tiny_flux(True).save_pretrained(root / "flux")
+    flows.tiny_sd3(True).save_pretrained(root / "sd3")
     return {name: root / name for name in ARGUMENTS}
 
 
-def fault(model: Path, arguments: list[str], place: Path) -> str | None:
+def fault(name: str, model: Path, place: Path) -> str | None:
     """What is wrong with how the command ends; None if nothing."""
     place.mkdir()
-    words = ["generate", "a red circle", "--model", str(model), "-o", "out.png", "--device", "cpu", *arguments]
-    process = start(generate, str(place), words)
+    words = ["generate", PROMPTS.get(name, "a red circle"), "--model", str(model), "-o", "out.png", "--device", "cpu"]
+    process = start(generate, str(place), [*words, *ARGUMENTS[name]])
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
@@ -66,7 +76,7 @@ def cases() -> list[tuple[str, int]]:
 def test_a_broken_folder_ends_in_one_line(folders: dict[str, Path], tmp_path: Path, name: str, seed: int) -> None:
     faults = []
     for number, (done, folder) in enumerate(copies(folders[name], tmp_path, 10, seed)):
-        if (found := fault(folder, ARGUMENTS[name], tmp_path / f"run-{number}")) is not None:
+        if (found := fault(name, folder, tmp_path / f"run-{number}")) is not None:
             faults.append(f"{done}: {found}")
         shutil.rmtree(folder)
     assert not faults, "\n".join(faults)
@@ -74,5 +84,5 @@ def test_a_broken_folder_ends_in_one_line(folders: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_the_whole_folder_draws(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    assert fault(folders[name], ARGUMENTS[name], tmp_path / "run") is None
+    assert fault(name, folders[name], tmp_path / "run") is None
     assert (tmp_path / "run" / "out.png").is_file()

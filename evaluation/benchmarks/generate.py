@@ -140,8 +140,11 @@ def _warm_rows(
 ) -> list[dict[str, Any]]:
     import torch
 
+    from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.settings import check_classes
 
+    check_classes(find_checkpoint(model, variant), [PROMPT])
     pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
     diffusion = _is_diffusion(model)
     options = {"steps": steps} if diffusion and steps is not None else {}

@@ -44,6 +44,7 @@ from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
+from fastgen.pipelines.settings import check_classes
 
 __all__ = ["BUDGETS", "SEEDS", "VARIANTS", "benchmark_search"]
 
@@ -128,6 +129,7 @@ def benchmark_search(
     checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
+    check_classes(checkpoint, (item.prompt for _, item in prompts))
     asked, held = load_verifier(verifier, device), None if heldout is None else load_verifier(heldout, device)
     detector = load_detector(device=device)
     bench = _bench(checkpoint, asked, {"sampler": sampler, "batch_size": batch_size}, device, dtype)

@@ -21,6 +21,7 @@ from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.prompts import check_prompt_lengths
+from fastgen.pipelines.settings import check_classes
 
 __all__ = ["benchmark_search_overhead"]
 
@@ -57,6 +58,9 @@ def benchmark_search_overhead(
     checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
+    prompts = shapes_prompts()
+    chosen = [prompts[index].prompt for index in spread(len(prompts), runs)]
+    check_classes(checkpoint, chosen)
     pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     call = call_of(checkpoint)
@@ -65,8 +69,6 @@ def benchmark_search_overhead(
         WRAPPED: NoiseSearchPipeline(pipe, policy=None),
         CONTROL: pipe,
     }
-    prompts = shapes_prompts()
-    chosen = [prompts[index].prompt for index in spread(len(prompts), runs)]
     check_prompt_lengths(pipe, chosen)
     report("warm-up")
     seconds: dict[str, list[float]] = {name: [] for name in calls}

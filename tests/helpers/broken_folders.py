@@ -30,7 +30,11 @@ TEMPLATES = (
     "{% for i in range(10000000000) %}x{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "{{ 'x' * 2000000000 }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** 999999999 }}",
+    "{% if false %}{{ 'x'|center(2000000000) }}{% endif %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "{{ '%*d' % (2000000000, 5) }}",
+    "{{ lipsum(n=100000000) }}",
     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     "{{ messages",
     "{{ nothing.at.all }}",
@@ -58,7 +62,7 @@ def _break(file: Path, randoms: random.Random) -> str:
     file.unlink()  # a link to the original
     kinds: list[Callable[[Path, bytes, random.Random], str]] = [_spoil]
     if file.suffix == ".json":
-        kinds = [_set, _set, _set, _set, _delete, _spoil]
+        kinds = [_set, _set, _set, _set, _change, _change, _delete, _spoil]
     elif file.suffix == ".safetensors":
         kinds = [_header, _header, _header, _spoil]
     elif file.suffix == ".jinja":
@@ -95,6 +99,28 @@ def _set(file: Path, data: bytes, randoms: random.Random) -> str:
         text = text.replace(json.dumps(name), raw)
     file.write_text(text, encoding="utf-8")
     return f"{key} = {str(value)[:60]!r}"
+
+
+def _change(file: Path, data: bytes, randoms: random.Random) -> str:
+    """A value of the right kind, or nearly: another number, a list of another length, its text."""
+    root = json.loads(data)
+    holder, key = _place(root, randoms)
+    if holder is None:
+        return "nothing"
+    value = holder[key]
+    if isinstance(value, (bool, str)) or value is None:
+        changed = randoms.choice([not value, [value], str(value), f"{value}2", 1])
+    elif isinstance(value, (int, float)):
+        changed = randoms.choice(
+            [-value, value * 1000, value + 1, value / 3, value // 2, str(value), [value] * 3, True]
+        )
+    elif isinstance(value, list):
+        changed = randoms.choice([value[:-1], value * 2, value[::-1], value * 5000, [value], value[:1] or [0]])
+    else:
+        changed = randoms.choice([list(value), {**value, "other": value}, {}, str(value)])
+    holder[key] = changed
+    file.write_text(json.dumps(root), encoding="utf-8")
+    return f"{key} from {str(value)[:30]!r} to {str(changed)[:30]!r}"
 
 
 def _delete(file: Path, data: bytes, randoms: random.Random) -> str:
