@@ -109,3 +109,22 @@ def test_an_error_of_a_users_model_is_one_line_and_a_bug_of_ours_is_not(tmp_path
         raise RuntimeError("shapes\ndiffer")
     with pytest.raises(RuntimeError, match="shapes"), explained_drawing(find_checkpoint("tiny")):
         raise RuntimeError("shapes\ndiffer")
+
+
+def test_every_command_explains_a_users_model_that_cannot_draw(
+    micro_z: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastgen.cli import main
+    from fastgen.pipelines.loading import load_pipeline
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pipe = load_pipeline(model)
+        assert pipe is not None
+        raise RuntimeError("shapes\ndiffer")
+
+    monkeypatch.setattr(main.typer.main, "get_command", lambda app: fail)
+    monkeypatch.setattr(fail, "main", fail, raising=False)
+    model = str(micro_z)
+    assert main.run(["bench", "search"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: model ") and "cannot draw: RuntimeError: shapes differ" in said
