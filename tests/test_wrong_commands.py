@@ -70,6 +70,7 @@ WORDS = {
     "metadata": ["/absent"],
     "prompts_file": ["/absent"],
     "variant": ["fp 16", "../fp16"],
+    "model_variant": ["fp 16", "../fp16"],
     "protocol": ["own"],
     "metrics": ["own", ","],
     "extractor": ["own"],

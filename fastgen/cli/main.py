@@ -107,7 +107,10 @@ def _check_text(label: str, text: str) -> None:
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that the locale cannot decode.
     if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
-        raise FastgenError(f"{label}: {ascii(text)} is not text: it holds control characters or undecodable bytes")
+        raise FastgenError(
+            f"{label}: {ascii(text)} is not text: it holds control characters, or bytes that the locale "
+            f"({sys.getfilesystemencoding()}) cannot decode"
+        )
 
 
 app = typer.Typer(
@@ -169,6 +172,24 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_closed_streams() -> None:
+    """Give a process that was started with closed streams some of its own.
+
+    Otherwise the next file that is opened, perhaps a picture, takes their numbers, and what a library prints goes into
+    it. A closed standard output is a pipe without a reader: what is printed ends in exit code 141.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        for number in {reader, writer} - {1}:
+            os.close(number)
+        sys.stdout = open(1, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def run(args: Sequence[str]) -> int:
     """Run the command line `args` (without the program's name) and return the exit code.
 
@@ -221,6 +242,7 @@ def main() -> None:
     """Entry point of the `fastgen` script."""
     # What transformers notes while it is imported is of no use here; an error of ours stands alone on its line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that the locale cannot show end no run
             stream.reconfigure(errors="backslashreplace")
