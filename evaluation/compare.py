@@ -182,9 +182,10 @@ def _common(a: Result, b: Result) -> list[tuple[Measure, Measure]]:
     if a.benchmark != b.benchmark:
         raise FastgenError(f"{a.path} holds {a.benchmark}, {b.path} holds {b.benchmark}: they do not compare")
     for key, what in (("detector_name", "detectors"), ("detector", "weights of the detector")):
-        held, other = a.data.get(key), b.data.get(key)
-        if held and other and held != other:
-            raise FastgenError(f"{a.path} and {b.path} were judged by other {what}: {held[:20]} and {other[:20]}")
+        held, other = a.data.get(key) or "", b.data.get(key) or ""
+        if held != other:
+            names = [name[:20] or "unnamed ones" for name in (held, other)]
+            raise FastgenError(f"{a.path} and {b.path} were judged by other {what}: {names[0]} and {names[1]}")
     colors = [result.data.get("judge", {}).get("color_model_sha256") for result in (a, b)]
     if all(colors) and colors[0] != colors[1]:
         raise FastgenError(f"{a.path} and {b.path} had their colours named by other weights")

@@ -38,7 +38,7 @@ def check_result(data: dict[str, Any]) -> None:
     if "environment" in data:
         _check_environment(data["environment"])
     if data.get("seconds_per_image") is not None:
-        check_number("seconds_per_image", data["seconds_per_image"], 0, 1e9)
+        check_number("seconds_per_image", data["seconds_per_image"], 1e-9, 1e9)
     if "n_images" in data:
         check_integer("n_images", data["n_images"], 1, _MAX_COUNT)
     if "tasks" in data or "overall" in data:

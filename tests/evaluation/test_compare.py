@@ -179,6 +179,8 @@ def test_what_does_not_compare(tmp_path: Path) -> None:
         (fid(3.0), "do not compare"),
         ({**a, "detector_name": "hf"}, "other detectors: shapes and hf"),
         ({**a, "detector": "other"}, "other weights of the detector"),
+        ({**a, "detector": None}, "other weights of the detector: .* and unnamed ones"),
+        ({key: value for key, value in a.items() if key != "detector_name"}, "other detectors: shapes and unnamed"),
         (others, "other prompts"),
     ):
         with pytest.raises(FastgenError, match=message):

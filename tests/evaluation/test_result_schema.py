@@ -133,8 +133,13 @@ def _no_list(data: dict[str, Any]) -> None:
     data["prompts"] = {"a": 1}
 
 
+def _no_time(data: dict[str, Any]) -> None:
+    data["seconds_per_image"] = 1e-320
+
+
 CONTRADICTIONS: list[tuple[Change, str]] = [
     (_no_images, "n_images: 0"),
+    (_no_time, "seconds_per_image: 1e-320"),
     (_above, "prompts[0].correct: 5"),
     (_twice, "prompts[18].prompt"),
     (_missing, "tasks.counting.score: is missing"),
