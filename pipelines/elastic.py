@@ -22,6 +22,7 @@ from fastgen.contracts import Loss
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
 from fastgen.models.elastic import ElasticBudget, ElasticModelMixin, Schedule, StepRecord
+from fastgen.pipelines.pickling import PickledMixin
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class DCPipelineOutput(BaseOutput):
         return None if self.steps is None else [record.chunks for record in self.steps]
 
 
-class FromPipeMixin:
+class FromPipeMixin(PickledMixin):
     """Says what `from_pipe` of another pipeline class needs: diffusers leaves a transformer with dynamic chunking out,
     as its class is not the one that the other pipeline names."""
 
@@ -178,7 +179,7 @@ class _EnabledMixin(FromPipeMixin):
     _fastgen_dc: _Enabled
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class has no name to be found by
-        return _blank, (self._stock,), self.__dict__
+        return _blank, (self._stock,), self.__getstate__()
 
 
 def _blank(stock: type) -> Any:
@@ -217,6 +218,7 @@ def enable_dc(
 
     The budget belongs to the calls of this pipeline: other pipelines with the same transformer, in other threads too,
     keep theirs. Calling it again sets another budget. A budget by step begins with the first step of every call.
+    Pickled and copied pipelines come back enabled; a pipeline loaded from a saved folder comes back plain.
 
     Args:
         pipe: a pipeline with a transformer of the same interface.

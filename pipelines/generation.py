@@ -142,16 +142,14 @@ def generate_images(
             before the first picture is asked for.
     """
     for name, values in (("prompts", prompts), ("seeds", seeds)):
-        if isinstance(values, str) or not isinstance(values, Sequence):
+        if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
             raise FastgenError(f"{name}: {values!r} is not allowed, needs a list")
     prompts, seeds = list(prompts), list(seeds)
     if len(prompts) != len(seeds):
         raise FastgenError(f"seeds: {len(seeds)} seeds for {len(prompts)} prompts; needs one seed per prompt")
     for prompt in prompts:
         check_prompt(prompt)
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise FastgenError(f"seed: {seed!r} is not allowed, needs an integer from 0 to 2**63 - 1")
+    seeds = [check_integer("seed", seed, 0, 2**63 - 1) for seed in seeds]
     batch_size = check_integer("batch_size", batch_size, 1)
     for name, flag in (("batch_invariant", batch_invariant), ("flops", flops), ("record_steps", record_steps)):
         check_bool(name, flag)

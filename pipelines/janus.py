@@ -26,6 +26,7 @@ from fastgen.drafters.offload import brought_in
 from fastgen.drafters.targets import check_lengths, check_tokenizer, unit_range
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
+from fastgen.pipelines.pickling import PickledMixin
 from fastgen.pipelines.sampling import GuidedGumbelSampler
 from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
 from fastgen.pretrained import load_pretrained
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-class JanusImagePipeline(DiffusionPipeline):
+class JanusImagePipeline(PickledMixin, DiffusionPipeline):
     """Text-to-image pipeline around a Janus model.
 
     Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same law; only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from fastgen.checks import check_bool, check_callable, check_choice, check_gener
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.pipelines.finite import check_output, finite_decoder
+from fastgen.pipelines.pickling import restore, without_recorders
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.calibration import Calibration, calibration_for
@@ -126,6 +129,18 @@ class NoiseSearchPipeline:
     def loss(self) -> Loss:
         """The loss contract."""
         return "exact" if self.policy is None else self.policy.loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        pipe = self.pipe
+        if isinstance(pipe, DiffusionPipeline):  # a stock one cannot be pickled once it has drawn
+            pipe = copy.copy(pipe)
+            vars(pipe).update(without_recorders(vars(pipe)))
+        return {**vars(self), "pipe": pipe}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
+        if isinstance(self.pipe, DiffusionPipeline):
+            restore(self.pipe, vars(self.pipe))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "pipe":

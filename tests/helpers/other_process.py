@@ -53,3 +53,25 @@ def enabled_elsewhere(path: Path) -> dict[str, int]:
     """How many operations of a pickled pipeline another process enables."""
     with ProcessPoolExecutor(1, mp_context=_SPAWN) as pool:
         return pool.submit(_count_enabled, path).result()
+
+
+def brightness(images: Any, prompts: list[str]) -> Any:
+    """A verifier that another process finds by its name."""
+    return images.float().mean(dim=(1, 2, 3)) / 255
+
+
+def draw_pictures(pipe: Any, call: dict[str, Any]) -> Any:
+    """Pictures of a pipeline, always of the same seed."""
+    import torch
+
+    return pipe(generator=torch.Generator().manual_seed(0), **call).images
+
+
+def _draw_pickled(folder: Path) -> dict[str, Any]:
+    return {file.name: draw_pictures(*pickle.loads(file.read_bytes())) for file in folder.iterdir()}
+
+
+def drawn_elsewhere(folder: Path) -> dict[str, Any]:
+    """Pictures that another process draws with the pipelines and calls that were pickled into a folder, by file."""
+    with ProcessPoolExecutor(1, mp_context=_SPAWN) as pool:
+        return pool.submit(_draw_pickled, folder).result()
