@@ -131,6 +131,21 @@ def smooth_kept(
     if rows is not None and (rows.shape != (size,) or rows.dtype != torch.int64):
         raise ValueError(f"rows: needs int64 [{size}], got {shown(rows)}")
     check_ascending("positions", positions, size, full)
+    return _smoothed(tokens, positions, probabilities, grid, samples, sigma, rows, full)
+
+
+def _smoothed(
+    tokens: Tensor,
+    positions: Tensor,
+    probabilities: Tensor,
+    grid: tuple[int, int],
+    samples: int,
+    sigma: float,
+    rows: Tensor | None,
+    full: bool,
+) -> Tensor:
+    """`smooth_kept` of arguments that were checked."""
+    size = samples * grid[0] * grid[1]
     reason = None if tokens.dtype in _TYPES and probabilities.dtype == torch.float32 else f"{tokens.dtype}"
     # Not timed on a GPU: taken for the reference's dense fields [n, L, D] in float32 that it does without.
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
@@ -221,8 +236,13 @@ def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> 
         raise ValueError(f"index: needs int64 [n * L], got {shown(index)}")
     if index.shape[0] % length:
         raise ValueError(f"length: {length} is not allowed, needs a divisor of the {index.shape[0]} numbers of index")
-    check_range("index", index, tokens.shape[0])
     check_ascending("positions", positions, index.shape[0], False)
+    return _spread(tokens, index, positions, length)
+
+
+def _spread(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
+    """`plug_back` of arguments that were checked, all but the numbers in `index`."""
+    check_range("index", index, tokens.shape[0])
     if looks(index) and looks(positions):
         places = torch.arange(len(index), device=index.device)
         if not torch.equal(positions[index] // length, places // length):
@@ -288,11 +308,11 @@ def dechunk(
     check_ascending("positions", positions, samples * length, full)
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
+    index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # it checks `rows`
     if sigma is not None:
         kept = probabilities.flatten().index_select(0, positions if full else positions.clamp_min(0))
-        tokens = smooth_kept(tokens, positions, kept, grid, samples, sigma, rows, full)
-    index = nearest_kept(mask.view(samples, height, width), rows).flatten()
-    return plug_back(tokens, index, positions, length).view(samples, length, tokens.shape[1])
+        tokens = _smoothed(tokens, positions, kept, grid, samples, sigma, rows, full)
+    return _spread(tokens, index, positions, length).view(samples, length, tokens.shape[1])
 
 
 def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -> int:
