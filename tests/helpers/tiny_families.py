@@ -7,7 +7,7 @@ from typing import Any
 from tiny_pipelines import quiet, shaken, t5, tokenizer, vae
 
 
-def _flow(**config: Any) -> Any:
+def flow(**config: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**config)
@@ -66,7 +66,7 @@ def tiny_aura_flow() -> Any:
         caption_projection_dim=16,
         pos_embed_max_size=64,
     )
-    return quiet(AuraFlowPipeline(words, shaken(encoder, 3), vae(1), shaken(transformer, 4), _flow(shift=1.73)))
+    return quiet(AuraFlowPipeline(words, shaken(encoder, 3), vae(1), shaken(transformer, 4), flow(shift=1.73)))
 
 
 def tiny_chroma() -> Any:
@@ -85,7 +85,7 @@ def tiny_chroma() -> Any:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    return quiet(ChromaPipeline(_flow(), vae(1), t5(words, 3), words, shaken(transformer, 4)))
+    return quiet(ChromaPipeline(flow(), vae(1), t5(words, 3), words, shaken(transformer, 4)))
 
 
 def tiny_lumina2() -> Any:
@@ -118,7 +118,7 @@ def tiny_lumina2() -> Any:
         axes_lens=(300, 32, 32),
         cap_feat_dim=16,
     )
-    return quiet(Lumina2Pipeline(shaken(transformer, 4), _flow(shift=6.0), vae(1), shaken(encoder, 3), words))
+    return quiet(Lumina2Pipeline(shaken(transformer, 4), flow(shift=6.0), vae(1), shaken(encoder, 3), words))
 
 
 def tiny_cogview4() -> Any:
@@ -150,7 +150,7 @@ def tiny_cogview4() -> Any:
         sample_size=8,
         rope_axes_dim=(16, 16),
     )
-    scheduler = _flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True)
+    scheduler = flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True)
     return quiet(CogView4Pipeline(words, shaken(encoder, 3), vae(1), shaken(transformer, 4), scheduler))
 
 
@@ -245,7 +245,7 @@ def tiny_ovis_image() -> Any:
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
-    pipe = OvisImagePipeline(_flow(), vae(1), shaken(encoder, 3), words, shaken(transformer, 4))
+    pipe = OvisImagePipeline(flow(), vae(1), shaken(encoder, 3), words, shaken(transformer, 4))
     return quiet(pipe)
 
 

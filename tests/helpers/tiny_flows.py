@@ -7,13 +7,15 @@ from typing import Any
 from tiny_pipelines import clip, quiet, shaken, t5, tokenizer, vae
 
 
-def tiny_flux(distilled: bool) -> Any:
-    """FLUX.1 of sizes that are multiples of 8: with guidance distilled and a dynamic shift as dev, else as schnell."""
+def tiny_flux(distilled: bool, reads: int = 16) -> Any:
+    """FLUX.1 of sizes that are multiples of 8: with guidance distilled and a dynamic shift as dev, else as schnell;
+    `reads` channels of latents and conditions."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     words = tokenizer(24)
     transformer = FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=reads,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -31,15 +33,15 @@ def tiny_flux(distilled: bool) -> Any:
     )
 
 
-def tiny_sd3(dynamic: bool = False) -> Any:
-    """Stable Diffusion 3 of sizes that are multiples of 8."""
+def tiny_sd3(dynamic: bool = False, channels: int = 4) -> Any:
+    """Stable Diffusion 3 of sizes that are multiples of 8, its latents of 4 channels or of 16."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     words = tokenizer(24)
     transformer = SD3Transformer2DModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -56,7 +58,7 @@ def tiny_sd3(dynamic: bool = False) -> Any:
             scheduler=FlowMatchEulerDiscreteScheduler(
                 shift=3.0, use_dynamic_shifting=dynamic, base_image_seq_len=4, max_image_seq_len=1024
             ),
-            vae=vae(1),
+            vae=vae(1, channels),
             text_encoder=clip(words, 2, projected=True),
             tokenizer=words,
             text_encoder_2=clip(words, 3, projected=True),

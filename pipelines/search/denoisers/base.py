@@ -21,6 +21,7 @@ from fastgen.accounting import add_nfe, phase
 from fastgen.checks import check_finite, check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.pipelines.finite import finite_decoder
+from fastgen.pipelines.search.denoisers.loops import denoising_loops
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
 from fastgen.pipelines.search.schedulers import check_times, flow_scheduler, timesteps_of
 
@@ -311,7 +312,7 @@ def denoiser_of(pipe: Any) -> type[Denoiser]:
     for kind in found.__mro__:
         if kind.__name__ in _DENOISERS:
             return _DENOISERS[kind.__name__]
-    if hasattr(found, "prepare_latents"):
+    if hasattr(found, "prepare_latents") or _starts_from_latents(found):
         from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 
         return StockDenoiser
@@ -319,3 +320,9 @@ def denoiser_of(pipe: Any) -> type[Denoiser]:
         f"pipe: {found.__name__} cannot be searched: its start noise was not found (no prepare_latents); "
         "fastgen.pipelines.search.denoisers.base.register_denoiser takes an adapter of yours"
     )
+
+
+def _starts_from_latents(pipeline: type) -> bool:
+    """Whether a class without `prepare_latents` denoises the `latents` of its call itself."""
+    call: Any = pipeline.__call__
+    return "__call__" in vars(pipeline) and "latents" in defaults_of(pipeline) and bool(denoising_loops(call))

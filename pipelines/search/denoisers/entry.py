@@ -9,6 +9,10 @@ decoding. `Entry` runs that call on a shallow copy of the pipeline in which four
 - `get_timesteps` (img2img, inpainting) leaves only the wanted step after it has applied `strength`;
 - methods that compute conditions are run once and remembered.
 
+A pipeline without `prepare_latents` must take `latents` in its call. Where the loop reads the number of the step
+(`control_guidance_end`, `cfg_trunc_ratio`, guiders), the schedule is the whole one, and the steps before the wanted
+one are passed over: their models are not run.
+
 The user's pipeline is never changed: the copy has its own attributes, and shares the models. So nothing has to be put
 back after an error or Ctrl-C, and two threads do not meet.
 """
@@ -27,10 +31,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.accounting import note_path
+from fastgen.pipelines.search.denoisers.loops import counts_steps
+from fastgen.pipelines.search.denoisers.probes import Stepped, entered_class, probe_of
+
 __all__ = ["Entry", "Left", "Said"]
 
 #: Networks that denoise, by the names that pipelines have for them.
 DENOISERS = ("transformer", "unet", "prior")
+#: Other networks of the loop.
+HELPERS = ("controlnet", "adapter")
 #: Methods that compute what stays the same over a search.
 CONDITIONS = (
     "encode_prompt",
@@ -40,6 +50,7 @@ CONDITIONS = (
     "prepare_control_image",
     "prepare_mask_latents",
     "prepare_ip_adapter_image_embeds",
+    "generate_prior_tokens",
 )
 
 
@@ -107,20 +118,20 @@ class Entry:
         batches: whether several samples can share a call; False where conditions depend on the generator.
 
     Raises:
-        ValueError: the pipeline has no `prepare_latents`, or its scheduler no `step`.
+        ValueError: the pipeline has neither `prepare_latents` nor an argument `latents`, or its scheduler no `step`.
     """
 
     def __init__(self, pipe: Any, scheduler: Any, arguments: Mapping[str, Any]) -> None:
         name = type(pipe).__name__
-        for owner, what, part in (
-            (pipe, "prepare_latents", "start noise"),
-            (scheduler, "step", "scheduler step"),
-            (scheduler, "set_timesteps", "schedule"),
-        ):
-            if not callable(getattr(owner, what, None)):
+        for what, part in (("step", "scheduler step"), ("set_timesteps", "schedule")):
+            if not callable(getattr(scheduler, what, None)):
                 raise ValueError(f"pipe: {name} cannot be searched: its {part} was not found (no {what})")
         self.arguments = dict(arguments)
         self.accepted = inspect.signature(type(pipe).__call__).parameters
+        self._prepares = callable(getattr(pipe, "prepare_latents", None))
+        if not self._prepares and "latents" not in self.accepted:
+            raise ValueError(f"pipe: {name} cannot be searched: its start noise was not found (no prepare_latents)")
+        self._counts = counts_steps(type(pipe).__call__)
         self.masked = self.arguments.get("mask_image") is not None
         self.batches = "num_images_per_prompt" in self.accepted
         self.timesteps: Tensor = torch.empty(0)
@@ -130,8 +141,8 @@ class Entry:
         self._visit = _Visit()
         self._memory: dict[tuple[Any, ...], Any] = {}
         self._prepared: dict[int, Any] = {}
-        self._last_output: Any = None
-        self.scheduler = _probe(scheduler, self)
+        self._outputs: dict[tuple[str, int], Any] = {}
+        self.scheduler = probe_of(scheduler, self)
         self._pipe = self._copy(pipe)
 
     # ---- what a search asks for ----
@@ -143,10 +154,15 @@ class Entry:
         self._prepared.clear()
         visit = _Visit()
         said: Said = self._run(visit, generator)
-        start = visit.start
+        start = visit.start if self._prepares else said.sample
         if start is None or start.shape != said.sample.shape or not torch.equal(start.to(said.sample), said.sample):
             raise ValueError(f"pipe: {self._name} cannot be searched: its start noise was not found (prepare_latents)")
         return start, said
+
+    def follow(self, other: Entry) -> None:
+        """Take the schedule of an entry of the same pipeline and arguments that has begun."""
+        self.timesteps, self._offset, self._cut_later = other.timesteps, other._offset, other._cut_later
+        self.batches = other.batches
 
     def start(self, generator: torch.Generator) -> Tensor:
         """The latents [1, …] that the pipeline would start from with this generator, its conditions kept."""
@@ -161,8 +177,13 @@ class Entry:
             timestep: of the model.
             index: of the timestep in the schedule, for schedulers that scale what the model reads.
         """
-        passing = 1 if self.masked and index else 0
-        times = self.timesteps.new_full((1 + passing,), timestep)
+        if self._counts:
+            passing, times = index, self.timesteps.clone()
+            times[index] = timestep
+        else:
+            # The known parts of an inpainted picture are put in after a step.
+            passing = 1 if self.masked and index else 0
+            times = self.timesteps.new_full((1 + passing,), timestep)
         found: Said = self._run(_Visit(latents, times, index, passing), None)
         return found
 
@@ -186,6 +207,8 @@ class Entry:
         arguments = dict(self.arguments)
         if count > 1:
             arguments["num_images_per_prompt"] = count
+        if visit.latents is not None and not self._prepares:
+            arguments["latents"] = visit.latents.to(self._dtype)
         if "output_type" in self.accepted:
             arguments["output_type"] = "pt"
         # The pipeline must not touch the global random state; what it draws here is not used.
@@ -206,21 +229,30 @@ class Entry:
         own records its components in its configuration, which the copy shares."""
         twin = copy.copy(pipe)
         changed: dict[str, Any] = {"scheduler": self.scheduler, "_progress_bar_config": {"disable": True}}
-        changed["prepare_latents"] = self._replacing(pipe.prepare_latents.__func__.__get__(twin))
+        if self._prepares:
+            changed["prepare_latents"] = self._replacing(pipe.prepare_latents.__func__.__get__(twin))
         if hasattr(pipe, "get_timesteps"):
             changed["get_timesteps"] = self._cutting(pipe.get_timesteps.__func__.__get__(twin))
         for name in CONDITIONS:
             method = getattr(type(pipe), name, None)
             if callable(method):
                 changed[name] = self._remembering(name, method.__get__(twin))
-        for name in DENOISERS:
+        self._dtype = torch.float32
+        for name in (*HELPERS, *DENOISERS):
             model = getattr(pipe, name, None)
             if isinstance(model, torch.nn.Module):
-                changed[name] = _Passing(model, self)
+                changed[name] = _Passing(model, self, name)
+                self._dtype = getattr(model, "dtype", self._dtype)
+        vae = getattr(pipe, "vae", None)
+        if isinstance(vae, torch.nn.Module) and hasattr(vae, "encode"):
+            changed["vae"] = _Encoding(vae, self)
+        for name in ("guider", "ocr_guider"):
+            if getattr(pipe, name, None) is not None:
+                changed[name] = _branching(getattr(pipe, name))
         vars(twin).update(changed)
         # Asked for many times in a call, by a walk over all modules each; it stays the same over a search.
         kind: Any = type(pipe)
-        twin.__class__ = _entered_class(kind)
+        twin.__class__ = entered_class(kind)
         vars(twin)["_entered_device"] = pipe._execution_device
         return twin
 
@@ -276,7 +308,8 @@ class Entry:
                 self.batches = False
             key = (name, visit.calls[name], tuple(map(_shape_of, given)))
             if key not in self._memory:
-                self._memory[key] = original(*args, **kwargs)
+                with torch.random.fork_rng(devices=[]):  # GLM-Image seeds the global state
+                    self._memory[key] = original(*args, **kwargs)
             return _fresh(self._memory[key])
 
         return remembered
@@ -300,26 +333,22 @@ class Entry:
     def _stepped(self, probe: Any, output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
         """In `step`."""
         visit = self._visit
+        if visit.leave == "latents":
+            raise Left(sample)
         if visit.passing:
             visit.passing -= 1
             self._enter(probe)
-            return _Stepped(sample, sample) if return_dict else (sample, sample)
+            # Not what inpainting has put together in steps that were passed over before.
+            sample = sample if visit.latents is None else visit.latents.to(output)
+            return Stepped(sample, sample) if return_dict else (sample, sample)
         raise Left(Said(output, float(timestep), sample, visit.rows))
 
 
-class _Stepped(dict[str, Tensor]):
-    """The output of a scheduler's step, as an object and as a dict."""
-
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
-        super().__init__(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
-        self.prev_sample, self.pred_original_sample = prev_sample, pred_original_sample
-
-
 class _Passing:
-    """Stands for the model in the copied pipeline: counts rows, and does not run it in a step that is passed over."""
+    """Stands for a model in the copied pipeline: counts rows, and does not run it in a step that is passed over."""
 
-    def __init__(self, model: Any, entry: Entry) -> None:
-        self._model, self._entry = model, entry
+    def __init__(self, model: Any, entry: Entry, name: str) -> None:
+        self._model, self._entry, self._name = model, entry, name
         self.dtype = getattr(model, "dtype", None)  # found by a walk over all parameters
 
     @property  # type: ignore[misc]
@@ -330,62 +359,68 @@ class _Passing:
         return getattr(self._model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entry = self._entry
-        visit = entry._visit
-        if visit.passing and entry._last_output is not None:
-            return entry._last_output
+        visit, outputs = self._entry._visit, self._entry._outputs
         sample = next((kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), None)
         sample = args[0] if sample is None and args else sample
-        visit.rows += len(sample) if isinstance(sample, Tensor | list | tuple) else 0
-        entry._last_output = self._model(*args, **kwargs)
-        return entry._last_output
+        rows = len(sample) if isinstance(sample, Tensor | list | tuple) else 0
+        place = (self._name, rows)
+        if (visit.passing or visit.leave == "latents") and place in outputs:
+            return outputs[place]
+        if self._name in DENOISERS:
+            visit.rows += rows
+        outputs[place] = self._model(*args, **kwargs)
+        return outputs[place]
 
 
-def _probe(scheduler: Any, entry: Entry) -> Any:
-    """A copy of a scheduler whose schedule and steps are the entry's."""
-    probe = copy.deepcopy(scheduler)
-    kind: Any = type(scheduler)
-    probe.__class__ = _probe_class(kind)
-    probe._entry = _Uncopied(entry)
-    return probe
+class _Encoding:
+    """Stands for the VAE: encodes what it is given once, and draws from what it says once."""
+
+    def __init__(self, vae: Any, entry: Entry) -> None:
+        self._vae = vae
+        self.dtype = getattr(vae, "dtype", None)
+        self.encode = entry._remembering(
+            "vae.encode", lambda *args, **kwargs: _drawn(vae.encode(*args, **kwargs), entry)
+        )
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._vae)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
 
 
-class _Uncopied:
-    """Holds an object that copies of its owner share."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
-        return self
+def _drawn(encoded: Any, entry: Entry) -> Any:
+    if hasattr(encoded, "latent_dist"):
+        encoded.latent_dist = _Drawn(encoded.latent_dist, entry)
+    return encoded
 
 
-@functools.cache
-def _probe_class(kind: type) -> type:
-    """A subclass with the scheduler's own name and signatures, which pipelines inspect."""
-    base: Any = kind
+class _Drawn:
+    """A distribution of latents from which one sample is drawn."""
 
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.set_timesteps(self, *args, **kwargs)
-        self._entry.held._scheduled(self)
+    def __init__(self, law: Any, entry: Entry) -> None:
+        self._law, self._entry, self._found = law, entry, None
 
-    @functools.wraps(base.step)
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._entry.held._stepped(self, model_output, timestep, sample, bool(kwargs.get("return_dict", True)))
+    def sample(self, generator: torch.Generator | None = None) -> Any:
+        self._entry.batches &= generator is None
+        if self._found is None:
+            with torch.random.fork_rng(devices=[]):  # some pipelines draw without a generator
+                self._found = self._law.sample(generator)
+        return self._found
 
-    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "step": step, "__module__": kind.__module__})
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._law, name)
 
 
-@functools.cache
-def _entered_class(kind: Any) -> type:
-    """A subclass of a pipeline's class, of the same name, that knows its device."""
-
-    def device(self: Any) -> torch.device:
-        found: torch.device = self._entered_device
-        return found
-
-    return type(kind.__name__, (kind,), {"_execution_device": property(device), "__module__": kind.__module__})
+def _branching(guider: Any) -> Any:
+    """A copy of a guider, without the momentum that it carries from step to step."""
+    guider = copy.deepcopy(guider)
+    if getattr(guider, "adaptive_projected_guidance_momentum", None) is not None:
+        guider.adaptive_projected_guidance_momentum = guider.momentum_buffer = None
+        reason = "a search branches, and the momentum of guidance is a history, which cannot"
+        note_path("guider", f"{type(guider).__name__} without momentum", reason)
+    return guider
 
 
 def _shape_of(value: Any) -> Any:

@@ -30,9 +30,11 @@ class StockDenoiser(Denoiser):
     def prepare(self) -> None:
         self.flow = is_flow(self.pipe.scheduler)
         scheduler = (flow_scheduler if self.flow else noise_scheduler)(self.pipe.scheduler)
-        self.entries = [Entry(self.pipe, scheduler, self._arguments(prompt)) for prompt in self.prompts]
+        self.entries = [Entry(self.pipe, scheduler, self._arguments(place)) for place in range(len(self.prompts))]
         first = self.entries[0]
         start, said = first.begin(torch.Generator().manual_seed(0))
+        for other in self.entries[1:]:
+            other.follow(first)
         self._shape = tuple(start.shape)
         self.forwards = max(1, said.rows)
         self.interpolant, self.times, self.final = (
@@ -43,13 +45,13 @@ class StockDenoiser(Denoiser):
         self._stamps = dict(zip(self.times, first.timesteps.tolist(), strict=True))
         self._begun: set[int] = set()
 
-    def _arguments(self, prompt: Any) -> dict[str, Any]:
-        """Of the pipeline's call.
+    def _arguments(self, place: int) -> dict[str, Any]:
+        """Of the pipeline's call for one prompt.
 
         Raises:
             ValueError: one that the pipeline does not take, or that a search sets itself.
         """
-        settings = self.settings
+        settings, count = self.settings, len(self.prompts)
         own = {name: value for name, value in vars(settings).items() if name != "extra" and value is not None}
         asked = {**settings.extra, **own}
         name = type(self.pipe).__name__
@@ -57,7 +59,9 @@ class StockDenoiser(Denoiser):
         for argument in asked:
             if argument not in accepted or argument in _SET_BY_SEARCH:
                 raise ValueError(f"{argument}: a search of {name} does not take it")
-        return {"prompt": prompt, **asked}
+        encoded = any(argument.startswith("prompt_embeds") for argument in asked)
+        prompt = {} if encoded else {"prompt": self.prompts[place]}
+        return {**prompt, **{argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}}
 
     def begin(self, generator: torch.Generator, prompt: int) -> Tensor:
         """The first of a prompt also draws what its conditions need, as the pipeline does."""
@@ -84,7 +88,8 @@ class StockDenoiser(Denoiser):
         return Prediction(clean, noise)
 
     def _predict(self, entry: Entry, latents: Tensor, time: float) -> Prediction:
-        index = self.times.index(time) if time in self._stamps else 0
+        # A time between those of the schedule, of another sampler, stands in the place of the next one.
+        index = next((i for i, own in enumerate(self.times) if own <= time), len(self.times) - 1)
         stamp = self._stamps.get(time, time * float(entry.scheduler.config.num_train_timesteps))
         said: Said = entry.output(latents, stamp, index)
         # DiT hands both halves of its guidance to the scheduler.
@@ -105,4 +110,22 @@ class StockDenoiser(Denoiser):
         return torch.cat([self.entries[prompt].pictures(part) for prompt, part in rows])
 
 
-_SET_BY_SEARCH = ("prompt", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt")
+_SET_BY_SEARCH = (
+    "prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "num_images_per_prompt",
+    "callback",
+    "callback_on_step_end",
+)
+
+
+def _of_prompt(name: str, value: Any, place: int, count: int) -> Any:
+    """The part of an argument that belongs to one prompt: of texts, embeddings and their masks."""
+    if isinstance(value, list | tuple) and len(value) == count and "prompt" in name:
+        return value[place] if isinstance(value[place], str) else value[place : place + 1]
+    if isinstance(value, Tensor) and ("embeds" in name or "attention_mask" in name) and len(value) == count:
+        return value[place : place + 1]
+    return value
