@@ -75,6 +75,10 @@ class KVCache:
             return cached_attention(*given, mask)
         return tree_attention(*given, mask.lengths, mask.visible, mask.tree, mask.limit)
 
+    def narrow(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.store, self.visible, self.lengths = self.store[:, :, rows], self.visible[rows], self.lengths[rows]
+
     def commit(self, nodes: Tensor, count: Tensor) -> None:
         """Keep the nodes of an accepted path and forget the rest of the tree.
 

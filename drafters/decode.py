@@ -183,6 +183,10 @@ class _Rounds:
         self.generators = generators
         self.advance = compiled(_Rounds.step) if compile else _Rounds.step
         device, batch = prefix.embeds.device, prefix.images
+        # Numbers of the images that are still drawn, and the tokens of those that left.
+        self.images = torch.arange(batch, device=device)
+        self.finished = torch.zeros(batch, target.num_tokens, dtype=torch.int64, device=device)
+        self.narrows = not compile
         self.path = source.max_depth + 1
         self.cache = target.new_cache(prefix, source.nodes + self.path)
         self.tokens = torch.zeros(batch, target.num_tokens + self.path, dtype=torch.int64, device=device)
@@ -209,27 +213,46 @@ class _Rounds:
                     on_token(min(done, total) - 1)
                 if done >= total:
                     break
+                if self.narrows and 4 * int((self.count >= total).sum()) >= len(self.count):
+                    self._leave()
             self.round()
             rounds += 1
-        lengths = torch.stack(self.lengths) if self.lengths else self.count.new_empty(0, len(self.count))
+        lengths = torch.stack(self.lengths) if self.lengths else self.count.new_empty(0, len(self.finished))
         accepted = [length for length in lengths.flatten().tolist() if length >= 0]
         add_accepted(accepted)
         add_passes("target", rounds + 1)
         each, first = self.source.passes
         if each or first:
             add_passes("drafter", first + rounds * each)
-        return Decoded(self.tokens[:, :total], rounds + 1, (lengths >= 0).sum(dim=0), accepted, self.counts)
+        self.finished[self.images] = self.tokens[:, :total]
+        return Decoded(self.finished, rounds + 1, (lengths >= 0).sum(dim=0), accepted, self.counts)
 
     def round(self) -> None:
         """Draft, verify, commit; then what has only to be kept."""
         active = self.count < self.target.num_tokens
         length, counts = self.advance(self, *self._noise())
-        self.lengths.append(torch.where(active, length, -1))
+        everywhere = torch.full_like(self.finished[:, 0], -1)
+        self.lengths.append(everywhere.index_copy(0, self.images, torch.where(active, length, -1)))
         for name, value in counts.items():
-            value = value * active
-            self.counts[name] = self.counts[name] + value if name in self.counts else value
+            known = self.counts.setdefault(name, value.new_zeros(len(self.finished)))
+            known.index_add_(0, self.images, value * active)
         if "stolen" in counts:
-            self.spent = self.counts["stolen"].float()
+            self.spent = self.counts["stolen"][self.images].float()
+
+    def _leave(self) -> None:
+        """Images that are done leave the batch: the others go on without them. Every image has random numbers of its
+        own, so that only rounding knows of it; a compiled step is made for one batch size and keeps them."""
+        here = (self.count < self.target.num_tokens).nonzero()[:, 0]
+        if not self.source.narrow(here, self.prefix):
+            self.narrows = False
+            return
+        self.finished[self.images] = self.tokens[:, : self.target.num_tokens]
+        self.cache.narrow(self.prefix.both(here))
+        self.prefix = self.prefix.narrowed(here)
+        self.images, self.tokens, self.count, self.spent = (
+            values[here] for values in (self.images, self.tokens, self.count, self.spent)
+        )
+        self.generators = [self.generators[number] for number in here.tolist()]
 
     def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """A round without decisions on the host: accepted lengths [B] without forced tokens, and counts."""

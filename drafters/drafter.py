@@ -78,6 +78,13 @@ class Drafter(ABC):
             count: [B] how many of the m hold; 0 for finished images.
         """
 
+    def narrow(self, state: DraftState, images: Tensor, prefix: Prefix) -> bool:
+        """Go on with these images of the batch alone; False where it keeps more than the state has, and all stay."""
+        rows = prefix.both(images)
+        state.prefix, state.root = prefix.narrowed(images), state.root[rows]
+        state.cache.narrow(rows)
+        return True
+
     @abstractmethod
     def grow(
         self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int

@@ -60,6 +60,13 @@ class HeadsSource(JacobiSource):
         self._keep(last, torch.zeros_like(first)[:, None], torch.full_like(first, self.window))
         self.hidden = self.hidden.expand(-1, self.window + 1, -1).contiguous()  # strides as in later rounds
 
+    def narrow(self, images: Tensor, prefix: Prefix) -> bool:
+        for name in ("hidden", "then", "length", "picture"):
+            setattr(self, name, getattr(self, name)[images])
+        self.prefix = prefix.narrowed(images)
+        self.flag = self.prefix.watched()
+        return super().narrow(images, prefix)
+
     def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> Tensor:
         scores = self.laws.log() if noise is None else self.laws.log() + noise
         #: What the round before draws, before it is corrected.

@@ -69,6 +69,15 @@ class DraftSource(ABC):
     def check_finite(self) -> None:  # noqa: B027 - a source without a model has nothing to check
         """Raises NotFiniteError where logits of its own were not numbers. Waits for the device."""
 
+    def narrow(self, images: Tensor, prefix: Prefix) -> bool:
+        """Go on with these images of the batch alone; False where it cannot, and all stay.
+
+        Args:
+            images: their numbers.
+            prefix: of the whole batch.
+        """
+        return False
+
     @abstractmethod
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         """Draft behind the root [B], token number `index` [B] of its picture; gumbel is [B, draws, V]."""
@@ -137,6 +146,9 @@ class TreeSource(DraftSource):
 
     def check_finite(self) -> None:
         self.state.prefix.check("the drafter's logits")
+
+    def narrow(self, images: Tensor, prefix: Prefix) -> bool:
+        return self.drafter.narrow(self.state, images, prefix)
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         if isinstance(self.plan, DynamicShape):
@@ -213,6 +225,11 @@ class JacobiSource(DraftSource):
             places = target.num_tokens + self.window + 1
             noise = gumbel_noise(generators, places * target.vocab_size, device)
             self.noise = noise.unflatten(1, (places, target.vocab_size))
+
+    def narrow(self, images: Tensor, prefix: Prefix) -> bool:
+        self.laws = self.laws[images]
+        self.noise = None if self.noise is None else self.noise[images]
+        return True
 
     def propose(self, root: Tensor, index: Tensor, gumbel: Tensor | None) -> Proposal:
         noise = gumbel

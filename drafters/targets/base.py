@@ -136,6 +136,15 @@ class Prefix:
         mask = torch.nn.functional.pad(self.mask, (pads, 0), value=False)
         return replace(self, embeds=embeds, mask=mask, static=True)
 
+    def both(self, images: Tensor) -> Tensor:
+        """Numbers of the rows of images, given by their numbers."""
+        return torch.cat([images, images + self.images]) if self.guided else images
+
+    def narrowed(self, images: Tensor) -> Prefix:
+        """The same for these images alone, with a flag of its own for logits that are not numbers."""
+        rows = self.both(images)
+        return replace(self, embeds=self.embeds[rows], mask=self.mask[rows]).watched()
+
     def followed_by(self, embeds: Tensor) -> Prefix:
         """The same with vectors [R, m, D] behind."""
         mask = torch.nn.functional.pad(self.mask, (0, embeds.shape[1]), value=True)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from micro_models import JANUS_TOKENS, PROMPTS
 from oracle_drafter import OracleDrafter
+from torch import Tensor
 
 from fastgen.accounting import account
-from fastgen.drafters.acceptance import Block, Exact
+from fastgen.drafters.acceptance import Block, CoolSD, Exact
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import HeadsSource
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.medusa import MedusaDrafter
@@ -183,6 +186,46 @@ def test_an_image_does_not_depend_on_the_batch(target: Target, name: str) -> Non
             prefix = target.prefix([PROMPTS[i]], True)
         alone = decode_speculative(target, make_source(name), Exact(), prefix, law, seeded(5 + i))
         assert torch.equal(alone.tokens[0], together.tokens[i])
+
+
+@pytest.mark.parametrize("name", ["bushy", "dynamic", "jacobi", "jacobi coupled wide", "heads"])
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+def test_images_that_are_done_leave_the_batch(
+    target: Target, name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes get narrower, and each image is what it is alone, with its own rounds and counts."""
+    widths: list[int] = []
+    verify = Target.verify
+
+    def seen(self: Target, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        widths.append(len(tokens))
+        return verify(self, tokens, *args, **kwargs)
+
+    def make() -> DraftSource:
+        if name.startswith("jacobi"):
+            return JacobiSource(2, width=2 if "wide" in name else 1, coupled="coupled" in name)
+        torch.manual_seed(3)
+        if name != "heads":
+            return TreeSource(EagleDrafter.for_target(target, heads=2).eval(), TREES[name], sampled=name != "dynamic")
+        heads = WindowHeads.for_target(target, window=4, width=16, heads=2).eval()
+        torch.nn.init.normal_(heads.speak.weight)
+        return HeadsSource(heads, 2)
+
+    law, rule = TokenLaw(3.0 if guided else 1.0), CoolSD(delta=1.2)
+
+    def draw(prompts: list[str], first: int) -> Any:
+        generators = [torch.Generator().manual_seed(first + number) for number in range(len(prompts))]
+        with torch.no_grad():
+            return decode_speculative(target, make(), rule, target.prefix(prompts, guided), law, generators)
+
+    monkeypatch.setattr(Target, "verify", seen)
+    together = draw(PROMPTS, 0)
+    assert widths[0] == len(PROMPTS) and widths == sorted(widths, reverse=True) and widths[-1] <= 6
+    for number, prompt in enumerate(PROMPTS):
+        alone = draw([prompt], number)
+        assert torch.equal(alone.tokens[0], together.tokens[number])
+        assert alone.rounds[0] == together.rounds[number]
+        assert float(alone.counts["stolen"][0]) == pytest.approx(float(together.counts["stolen"][number]), rel=1e-4)
 
 
 def test_accounting(target: Target) -> None:

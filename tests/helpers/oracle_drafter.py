@@ -43,6 +43,9 @@ class OracleDrafter(Drafter):
         state.cache.advance(rows, m)
         self._root(state, tokens.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0])
 
+    def narrow(self, state: DraftState, images: Tensor, prefix: Prefix) -> bool:
+        return False  # it keeps tokens of its own
+
     def grow(
         self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int
     ) -> Tensor:
