@@ -145,7 +145,7 @@ def compare(
         raise ValueError(f"max_slowdown: needs a number > 0, got {max_slowdown}")
     pairs = _common(a, b)
     chosen = _gates(a, b, pairs, gates)
-    errors = _paired_errors(a.data, b.data)
+    errors = paired_errors(a.data, b.data)
     level = 1 - (1 - confidence) / max(len(chosen), 1)
     z = NormalDist().inv_cdf(0.5 + level / 2)
     rows = []
@@ -236,7 +236,7 @@ def _prompts(data: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
     return {(row["tag"], row["prompt"]): (row["correct"], row["images"]) for row in rows}
 
 
-def _paired_errors(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
+def paired_errors(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     """Standard error of the difference of each task, and of the mean of tasks, by prompts as pairs.
 
     With n_p images and k_p correct ones of prompt p, P prompts and s = sum k / sum n, prompt p moves a score by

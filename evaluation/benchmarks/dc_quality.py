@@ -128,7 +128,7 @@ def benchmark_dc_quality(
             variant=model_variant,
         )
         scores = score_row(folder, prompts, settings, partial(_pictures, variant, batch_size), detector)
-        judge = scores.pop("detector")
+        judge, _ = scores.pop("detector"), scores.pop("prompts")
         rows.append(
             {
                 "variant": variant.name,

@@ -27,6 +27,7 @@ from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule, heads_beside, load_drafter
+from fastgen.drafters.names import PLAIN
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
@@ -34,7 +35,9 @@ from fastgen.environment import environment, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.shapes import ShapesVerifier
@@ -120,6 +123,8 @@ def parse_variant(
             raise ValueError(f"variant: {text!r}: quality needs acceptance cascade and a calibrated drafter")
         settings = {**asdict(calibration.config(settings.pop("quality"))), **settings}
     rule = build_rule(words[0], target, **settings)
+    if tree == PLAIN:
+        return Variant(text, rule, lambda: None, _NONE, PLAIN)
     if tree == "auto" and choose is not None:
         source, found = choose(rule, drafter)
         drafts = name if isinstance(source, TreeSource) else _HEADS if isinstance(source, HeadsSource) else _NONE
@@ -150,6 +155,7 @@ def benchmark_speculative(
     device: str = "cpu",
     dtype: str = "auto",
     compile: bool = True,
+    batches: Sequence[int] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -170,13 +176,15 @@ def benchmark_speculative(
         dtype: of the variants; "auto" is bfloat16 where the device multiplies it natively. The plain loops and stock
             `generate` run in float32 as well.
         compile: compile the rounds; the plain loop runs both ways.
+        batches: also measure pictures a minute at these batch sizes, not compiled: images that are done leave.
         report: told what is going on.
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with variant, rule, drafter, tree, target_pass_ratio,
         seconds a picture, speedup_vs_fastest_plain, speedup_vs_stock, accepted_length (the bonus counted) and
-        accepted_without_bonus, stolen (mass a picture), score, stderr, fd and verifier
-        (mean score by shapes-verifier). The first rows are the plain loops and
+        accepted_without_bonus, stolen (mass a picture), score, stderr, fd, verifier (mean score by
+        shapes-verifier), "paired" (difference of the score to the plain loop's with its 95 % interval, by prompts as
+        pairs) and "pictures_a_minute" by batch size. The first rows are the plain loops and
         stock `generate`.
 
     Raises:
@@ -229,8 +237,15 @@ def benchmark_speculative(
     report("time")
     rows = _timed(pipes, targets, law, chosen, rows_of, dtype, runs, compile)
     unspeculated = next(row for row in rows if row["variant"] == f"plain loop, {dtype}")
-    for row, scores in zip([unspeculated, *rows[len(rows) - len(rows_of) :]], scored, strict=True):
-        row |= scores
+    ours = [unspeculated, *rows[len(rows) - len(rows_of) :]]
+    for row, scores in zip(ours, scored, strict=True):
+        row |= {name: value for name, value in scores.items() if name != "prompts"}
+        if scores and row is not unspeculated:
+            row["paired"] = _paired(scored[0], scores)
+    for row, variant in zip(ours, [None, *rows_of], strict=True):
+        for batch in batches:
+            report(f"batch {batch}: {row['variant']}")
+            row.setdefault("pictures_a_minute", {})[str(batch)] = _throughput(target, law, variant, chosen, batch)
     return {
         "benchmark": "speculative",
         "environment": environment(),
@@ -325,6 +340,25 @@ def _scores(
     return scored
 
 
+def _paired(plain: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The difference of the scores, and 95 % of it."""
+    difference = row["score"] - plain["score"]
+    reach = 1.96 * paired_errors(dict(plain), dict(row)).get(OVERALL, float("nan"))
+    return {"difference": difference, "ci": [difference - reach, difference + reach]}
+
+
+def _throughput(target: Target, law: TokenLaw, variant: Variant | None, prompts: Sequence[str], batch: int) -> float:
+    """Pictures a minute of the faster of two batches, after a first one."""
+    texts = [prompts[number % len(prompts)] for number in range(batch)]
+    seconds = []
+    for run in range(3):
+        start = time.perf_counter()
+        _draw(target, law, variant, texts, range(run * batch, (run + 1) * batch))
+        wait_for(target.device)
+        seconds.append(time.perf_counter() - start)
+    return 60 * batch / min(seconds[1:])
+
+
 def _pictures(
     target: Target, law: TokenLaw, variant: Variant | None, batch_size: int, prompts: list[str], seeds: list[int]
 ) -> Iterator[Image.Image]:
@@ -383,7 +417,7 @@ def _timed(
 def _decoded(variant: Variant, decoded: list[Decoded]) -> dict[str, Any]:
     """What a variant's pictures say of it."""
     accepted = [length for one in decoded for length in one.accepted]
-    mean = sum(accepted) / len(accepted)
+    mean = sum(accepted) / len(accepted) if accepted else 0.0
     passes = sum(one.target_passes for one in decoded)
     stolen = sum(float(one.counts["stolen"].sum()) for one in decoded if "stolen" in one.counts)
     return {

@@ -254,12 +254,15 @@ def speculative(
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the variants; auto: bfloat16 where it is native.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the rounds.")] = True,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Also measure pictures a minute at this batch size; repeat.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
-    from fastgen.checks import check_choice
+    from fastgen.checks import check_choice, check_integer
     from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
     from fastgen.pipelines.checkpoint import find_drafter
@@ -271,6 +274,8 @@ def speculative(
         raise FastgenError(f"--drafter: {twice[0]!r} names two folders; variants could not tell them apart")
     for path in drafter or []:
         find_drafter(checkpoint, path)
+    for size in batch or []:
+        check_integer("--batch", size, 1)
     for text in variant or []:
         if len(text.split()) < 2:
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
@@ -295,6 +300,7 @@ def speculative(
             device=device,
             dtype=dtype,
             compile=compile,
+            batches=batch or (),
             report=lambda line: typer.echo(line, err=True),
         )
         if plot is not None:

@@ -21,7 +21,7 @@ from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_specul
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
 from fastgen.pipelines.janus import JanusImagePipeline
 
-NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto"]
+NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto", "exact plain"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_rows_without_scores(
     command = ["bench", "speculative", "--model", str(micro_janus), "--drafter", str(drafter), *options]
     out = tmp_path / "r.json"
     fixed = ["--no-quality", "--dtype", "float32", "--no-compile", "--json", "--out", str(out)]
-    code = run([*command, *fixed, "--timed-prompts", "2", "--runs", "1"])
+    code = run([*command, *fixed, "--timed-prompts", "2", "--runs", "1", "--batch", "1", "--batch", "3"])
     printed = json.loads(capsys.readouterr().out)
     assert code == 0 and printed == json.loads(out.read_text())
     rows = printed["rows"]
@@ -49,8 +49,11 @@ def test_rows_without_scores(
         assert row["seconds"]["p50"] > 0 and row["score"] is None
         ratio = rows[0]["seconds"]["p50"] / row["seconds"]["p50"]
         assert row["speedup_vs_fastest_plain"] == pytest.approx(ratio)
-    exact, lantern, tree, auto = rows[2:]
-    assert auto["tree"].startswith(("jacobi-", "auto ")) and auto["target_pass_ratio"] < 1
+    exact, lantern, tree, auto, plain = rows[2:]
+    assert auto["tree"].startswith(("jacobi-", "auto ", "plain"))
+    assert plain["target_pass_ratio"] == 1 and plain["accepted_length"] == 1 and plain["tree"] == "plain"
+    for row in (rows[0], *rows[2:]):
+        assert set(row["pictures_a_minute"]) == {"1", "3"} and min(row["pictures_a_minute"].values()) > 0
     assert 1 / 4 < exact["target_pass_ratio"] < 1 and exact["accepted_length"] > 1 and exact["stolen"] == 0
     assert lantern["stolen"] > 0 and lantern["accepted_length"] > exact["accepted_length"]
     assert exact["accepted_length"] == pytest.approx(exact["accepted_without_bonus"] + 1)
