@@ -22,7 +22,7 @@ from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.names import PLAIN
+from fastgen.drafters.names import PLAIN, window_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.tree import Tree, chain, static_tree, widths_tree
@@ -195,9 +195,16 @@ def choose_source(
         return min(speeds[1:])
 
     # A rule that compares the hidden states of a place's candidates needs several.
-    names = [*(f"jacobi-{window}" for window in WINDOWS), *(WIDE_WINDOWS if rule.needs_hidden else ())]
+    places = [window for window in WINDOWS if window <= target.num_tokens]
+    wide = [name for name in WIDE_WINDOWS if rule.needs_hidden and window_of(name)[0] <= target.num_tokens]
+    names = [*(f"jacobi-{window}" for window in places), *wide]
     if heads is not None:
-        names += [f"heads-{window}" for window in WINDOWS if window <= heads.config.window]
+        names += [
+            f"heads-{window}{more}"
+            for window in places
+            if window <= heads.config.window
+            for more in ("", *(["x2"] if rule.needs_hidden else []))
+        ]
     sources: dict[str, DraftSource | None] = {PLAIN: None} | {name: window_source(name, rule, heads) for name in names}
     if drafter is not None:
         tree = best_tree(*_measure(drafter, seconds_a_token))

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgen.checks import check_number
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.cascade import CascadeConfig
-from fastgen.drafters.pace import Pace
+from fastgen.drafters.pace import Pace, machine_of
 from fastgen.drafters.redundancy import (
     are_siblings,
     convergence,
@@ -42,6 +42,13 @@ _SHARE = 0.9
 _FEWEST_PAIRS = 50
 
 
+class Drop(NamedTuple):
+    """A loss of score, with the standard error of the two scores."""
+
+    score: float
+    stderr: float
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """Thresholds of one quality.
@@ -51,7 +58,7 @@ class Level:
         limit: total variation that 90 % of the related pairs stay below.
         breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold keeps the limit.
         pairs: related pairs at these thresholds by breadth, depth and radius.
-        score_drop, score_drop_stderr: measured loss of score against the exact rule, where it was measured.
+        drops: measured loss of score against the exact rule, by source.
 
     Raises:
         FastgenError: a value of a wrong type, or out of range.
@@ -63,8 +70,7 @@ class Level:
     depth: float
     radius: float
     pairs: tuple[int, int, int]
-    score_drop: float | None = None
-    score_drop_stderr: float | None = None
+    drops: Mapping[str, Drop] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_number("quality", self.quality, maximum=1, above=0)
@@ -100,29 +106,35 @@ class Calibration:
         level = fitting[-1]
         return CascadeConfig(breadth=level.breadth, depth=level.depth, radius=level.radius, **settings)
 
-    def with_scores(self, rows: Sequence[Mapping[str, Any]]) -> Calibration:
-        """The same with the drops of score that a benchmark measured.
+    def with_results(self, data: Mapping[str, Any]) -> Calibration:
+        """The same with the pace and the drops of score that a benchmark measured.
 
         Args:
-            rows: of `fastgen bench speculative`, with variants "cascade TREE quality=Q" beside "exact TREE".
+            data: a result of `fastgen bench speculative`. A drop is that of "cascade SOURCE quality=Q" against "exact
+                SOURCE" (of SOURCE without "x2", where a window has several candidates a place).
 
         Raises:
-            ValueError: no row tells the score of one of our levels.
+            FastgenError: no such result, or one that measured neither.
         """
+        try:
+            rows, settings = list(data["rows"]), data["settings"]
+            made = Pace.of_rows(rows, machine_of(torch.device(settings["device"]).type, bool(settings["compile"])))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FastgenError(f"--data: is no result of `fastgen bench speculative`: {error!r}") from error
+        if not made.tokens:
+            raise FastgenError("--data: the result has no row of a rule at its default settings")
         scored = {row["variant"]: row for row in rows if row.get("score") is not None}
-        levels, found = [], 0
+        levels = []
         for level in self.levels:
             for name, row in scored.items():
                 words = name.split()
-                exact = scored.get(f"exact {words[1]}") if len(words) == 3 else None
+                exact = scored.get(f"exact {words[1].split('x')[0]}") if len(words) == 3 else None
                 if exact is not None and words[0] == "cascade" and words[2] == f"quality={level.quality:g}":
                     stderr = (row["stderr"] ** 2 + exact["stderr"] ** 2) ** 0.5
-                    level = replace(level, score_drop=exact["score"] - row["score"], score_drop_stderr=stderr)
-                    found += 1
+                    drop = Drop(exact["score"] - row["score"], stderr)
+                    level = replace(level, drops={**level.drops, words[1]: drop})
             levels.append(level)
-        if not found:
-            raise ValueError('rows: none has a score of "cascade TREE quality=Q" beside one of "exact TREE"')
-        return replace(self, levels=tuple(levels))
+        return replace(self, levels=tuple(levels), pace=made if self.pace is None else self.pace.updated(made))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `calibration.json`."""
@@ -148,7 +160,7 @@ class Calibration:
             FastgenError: it is none.
         """
         try:
-            made = [Level(**{**level, "pairs": tuple(level["pairs"])}) for level in data["levels"]]
+            made = [_level(**level) for level in data["levels"]]
             pace = None if data.get("pace") is None else Pace.of_dict(data["pace"])
             return cls(tuple(sorted(made, key=lambda level: level.quality)), dict(data.get("about", {})), pace)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -170,6 +182,11 @@ class Calibration:
         if not path.exists():
             raise FastgenError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`")
         return cls.of_dict(read_object(path), path)
+
+
+def _level(pairs: Sequence[int], drops: Mapping[str, Sequence[float]] | None = None, **numbers: float) -> Level:
+    """A level of JSON's numbers."""
+    return Level(**numbers, pairs=tuple(pairs), drops={name: Drop(*drop) for name, drop in (drops or {}).items()})  # type: ignore[arg-type]
 
 
 class PairRecorder(AcceptanceRule):

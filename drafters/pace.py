@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,21 @@ def machine_of(device: str, compiled: bool) -> str:
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens and seconds of a round.
+    """Tokens and cost of a round, one picture at a time.
 
     Attributes:
         tokens: by acceptance rule and source: of a round, the bonus counted.
-        seconds: by `machine_of` and source: of a round, one picture at a time; of "plain" the seconds of a token.
+        costs: by `machine_of` and source: of a round, in tokens of the plain loop.
 
     Raises:
         FastgenError: no such source, or a number that is not above 0.
     """
 
     tokens: Table
-    seconds: Table
+    costs: Table
 
     def __post_init__(self) -> None:
-        for label, table in (("tokens", self.tokens), ("seconds", self.seconds)):
+        for label, table in (("tokens", self.tokens), ("costs", self.costs)):
             for row in table.values():
                 for name, value in row.items():
                     check_tree_name(f"pace: {label}", name)
@@ -49,11 +49,11 @@ class Pace:
         Raises:
             FastgenError: it is none.
         """
-        if not isinstance(data, Mapping) or set(data) != {"tokens", "seconds"}:
-            raise FastgenError("pace: needs tokens and seconds")
+        if not isinstance(data, Mapping) or set(data) != {"tokens", "costs"}:
+            raise FastgenError("pace: needs tokens and costs")
         if not all(isinstance(row, Mapping) for table in data.values() for row in _rows(table)):
             raise FastgenError("pace: needs numbers by source")
-        return cls(data["tokens"], data["seconds"])
+        return cls(data["tokens"], data["costs"])
 
     def fastest(self, rule: str, machine: str, layers: int, usable: Callable[[str], bool]) -> tuple[str, str]:
         """A source and why: the least expected seconds a token; the plain loop where none is faster.
@@ -68,16 +68,36 @@ class Pace:
             usable: whether the parts of a source are there, and the rule takes it.
         """
         known = self.tokens.get(rule) or self.tokens.get("exact", {})
-        measured = self.seconds.get(machine)
-        costs = {name: 1 + levels_of(name) / layers for name in (*known, PLAIN)} if measured is None else measured
-        paces = {
-            name: costs[name] / (1.0 if name == PLAIN else known[name])
-            for name in costs
-            if name == PLAIN or (name in known and usable(name))
-        }
-        best = min(paces, key=lambda name: paces[name])
+        measured = self.costs.get(machine)
+        costs = {name: 1 + levels_of(name) / layers for name in known} if measured is None else measured
+        paces = {name: costs[name] / known[name] for name in known if name in costs and usable(name)}
+        best = min({**paces, PLAIN: 1.0}.items(), key=lambda pair: pair[1])[0]
         how = f"measured on {machine}" if measured is not None else f"nobody measured {machine}: by passes and levels"
         return best, f"least expected time, {how}"
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]], machine: str) -> Pace:
+        """From rows of `fastgen bench speculative` on one machine, with default settings of each rule."""
+        plain = min(row["seconds"]["p50"] for row in rows if row["variant"].startswith("plain loop"))
+        tokens: dict[str, dict[str, float]] = {}
+        costs: dict[str, float] = {}
+        for row in rows:
+            words = row["variant"].split()
+            usual = len(words) == 2 or words[2:] == ["quality=0.5"]
+            if row["rule"] is None or not usual or "@" in words[1] or words[1] in ("auto", PLAIN):
+                continue
+            tokens.setdefault(row["rule"], {})[words[1]] = 1 / row["target_pass_ratio"]
+            cost = row["seconds"]["p50"] / plain / row["target_pass_ratio"]
+            costs[words[1]] = max(cost, costs.get(words[1], 0.0))
+        return cls(tokens, {machine: costs} if costs else {})
+
+    def updated(self, other: Pace) -> Pace:
+        """With what another one measured, in place of what is known."""
+        tables = [
+            {key: {**old.get(key, {}), **new.get(key, {})} for key in {**old, **new}}
+            for old, new in ((self.tokens, other.tokens), (self.costs, other.costs))
+        ]
+        return Pace(*tables)
 
 
 def _rows(table: Any) -> list[Any]:

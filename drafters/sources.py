@@ -207,6 +207,8 @@ class JacobiSource(DraftSource):
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         if self.coupled and rule.draws_anew:
             raise FastgenError(f'coupled: acceptance "{rule.name}" looks ahead; it needs coupled=False')
+        if self.window > target.num_tokens:
+            raise FastgenError(f"tree: a window of {self.window} places, a picture has {target.num_tokens} tokens")
         if self.width > target.vocab_size:
             raise FastgenError(f"tree: {self.width} candidates of a place, the model has {target.vocab_size} tokens")
         rule.check_tree(self.width, True, law.temperature)

@@ -276,7 +276,7 @@ class SpeculativeImagePipeline(PickledMixin, DiffusionPipeline):
             if tree_widths(name) is not None:
                 return self.drafter is not None and rule.name != "block"
             places, width = window_of(name)
-            if width > 1 and rule.name == "block":
+            if places > target.num_tokens or (width > 1 and rule.name == "block"):
                 return False
             return not name.startswith("heads-") or (self.heads is not None and places <= self.heads.config.window)
 
@@ -289,10 +289,9 @@ class SpeculativeImagePipeline(PickledMixin, DiffusionPipeline):
         if rule.needs_hidden and self.drafter is not None:
             return DEFAULT_TREE, "the rule compares siblings"
         wide = "x2" if rule.needs_hidden else ""
-        if self.heads is None:
-            return f"jacobi-{DEFAULT_PLACES['jacobi']}{wide}", "nobody measured what is fastest"
-        places = min(DEFAULT_PLACES["heads"], self.heads.config.window)
-        return f"heads-{places}{wide}", "nobody measured what is fastest"
+        kind = "jacobi" if self.heads is None else "heads"
+        longest = target.num_tokens if self.heads is None else min(self.heads.config.window, target.num_tokens)
+        return f"{kind}-{min(DEFAULT_PLACES[kind], longest)}{wide}", "nobody measured what is fastest"
 
     def _choose(
         self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw

@@ -229,8 +229,6 @@ def generate(
         raise FastgenError(f"--{'compile' if drafter is None else 'drafter'}: needs --method speculative")
     drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
-        from fastgen.drafters.calibration import FILE as CALIBRATION
-        from fastgen.drafters.loading import has_heads
         from fastgen.pipelines.loading import resolve_device
         from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
 
@@ -240,12 +238,10 @@ def generate(
         search = None
         if method == "search":
             search = searching.plan_search(checkpoint, kind, call, sought, save_tree)
-        if drafts is None and not call.get("tree", "auto").startswith(("jacobi-", "heads-", "auto", "plain")):
-            raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
-        if call.get("tree", "").startswith("heads-") and (drafts is None or not has_heads(drafts)):
-            raise FastgenError(f"--tree: {tree!r} needs heads of this model; train them with `fastgen train heads`")
-        if quality is not None and (drafts is None or not (drafts / CALIBRATION).is_file()):
-            raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
+        if method == "speculative":
+            from fastgen.pipelines.speculative_files import check_speculative_files
+
+            check_speculative_files(checkpoint, drafts, call.get("tree"), quality)
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         options.check(kind, checkpoint.index, where)
         check_writable(target if is_folder else target.parent)

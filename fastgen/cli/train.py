@@ -74,7 +74,8 @@ def train(
     """Train one of the embedded models by its recipe.
 
     cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
-    a result of `fastgen bench speculative`, it writes the measured drops of score beside them. search-calibrate
+    a result of `fastgen bench speculative`, it writes the measured drops of score and costs beside them, by which the
+    default source is chosen. search-calibrate
     measures thresholds of noise search for a model (--part) with a verifier (--init) on ShapesWorld captions, or on
     --prompts-file, where nobody checks the pictures and their scores stand in for that. vae, vq, detector and
     verifier stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
@@ -177,7 +178,7 @@ def _calibrate(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores that it measured."""
+    """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores and costs that it measured."""
     from fastgen.errors import FastgenError
     from fastgen.io import read_object
 
@@ -191,7 +192,7 @@ def _calibrate(
     if data is not None:
         from fastgen.drafters.calibration import Calibration
 
-        made = Calibration.load(drafter).with_scores(read_object(data).get("rows", []))
+        made = Calibration.load(drafter).with_results(read_object(data))
         made.save(output)
     else:
         from fastgen.training.cascade_calibration import calibrate_cascade

@@ -94,16 +94,3 @@ def test_the_recorder_decides_exactly_and_sees_every_pair() -> None:
     assert float(pairs[twins, 3].max()) < 1e-6 < float(pairs[~twins, 3].min())
     finite = torch.isfinite(pairs[:, 2])
     assert float(pairs[twins & finite, 2].max()) < float(pairs[~twins & finite, 2].min())
-
-
-def test_measured_scores_stand_beside_their_levels() -> None:
-    levels = tuple(Level(quality, 0.1, 0.9, 2.0, 0.0, (9, 0, 0)) for quality in (0.5, 1.0))
-    row = {"variant": "exact chain-4@own", "score": 0.7, "stderr": 0.03}
-    relaxed = {"variant": "cascade chain-4@own quality=0.5", "score": 0.66, "stderr": 0.04}
-    unscored = {"variant": "cascade chain-4@own quality=1", "score": None, "stderr": None}
-    half, whole = Calibration(levels, {"a": 1}).with_scores([row, relaxed, unscored]).levels
-    assert half.score_drop == pytest.approx(0.04) and half.score_drop_stderr == pytest.approx(0.05)
-    assert whole == levels[1]
-    for rows in ([], [relaxed], [row, unscored]):
-        with pytest.raises(ValueError, match="none has a score"):
-            Calibration(levels).with_scores(rows)

@@ -288,7 +288,7 @@ def test_a_saved_drafter_is_the_same(target: Target, kind: str, tmp_path: Any) -
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("window", [1, 4, 30])
+@pytest.mark.parametrize("window", [1, 4, JANUS_TOKENS])
 def test_greedy_jacobi_equals_the_plain_loop(target: Target, window: int, width: int) -> None:
     """And takes fewer passes than tokens: guesses settle before they are reached."""
     prefix = prefix_of(target, 3)

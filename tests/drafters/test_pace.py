@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgen.drafters.calibration import Calibration
+from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.choices import fingerprint, keep, kept
 from fastgen.drafters.pace import Pace, machine_of
 from fastgen.drafters.tree import named_tree
@@ -19,15 +19,15 @@ from fastgen.errors import FastgenError
 
 NAMES = ("jacobi-4", "heads-4", "4-2")
 TOKENS = {"exact": {"jacobi-4": 3.0, "heads-4": 4.0, "4-2": 2.0}}
-SECONDS = st.fixed_dictionaries({name: st.floats(0.1, 10.0) for name in (*NAMES, "plain")})
+COSTS = st.fixed_dictionaries({name: st.floats(0.1, 10.0) for name in NAMES})
 
 
-@given(seconds=SECONDS, without=st.sampled_from([None, *NAMES]))
-def test_no_usable_source_is_expected_to_be_faster(seconds: dict[str, float], without: str | None) -> None:
-    pace = Pace(TOKENS, {"cpu eager": seconds})
+@given(costs=COSTS, without=st.sampled_from([None, *NAMES]))
+def test_no_usable_source_is_expected_to_be_faster(costs: dict[str, float], without: str | None) -> None:
+    pace = Pace(TOKENS, {"cpu eager": costs})
     name, reason = pace.fastest("exact", "cpu eager", 4, lambda name: name != without)
-    costs = {other: seconds[other] / TOKENS["exact"].get(other, 1.0) for other in seconds if other != without}
-    assert name != without and costs[name] == min(costs.values()) and "measured on cpu eager" in reason
+    paces = {other: costs[other] / TOKENS["exact"][other] for other in costs if other != without} | {"plain": 1.0}
+    assert name != without and paces[name] == min(paces.values()) and "measured on cpu eager" in reason
 
 
 def test_a_device_that_nobody_measured_is_counted_by_passes_and_levels() -> None:
@@ -41,7 +41,7 @@ def test_a_device_that_nobody_measured_is_counted_by_passes_and_levels() -> None
 
 
 def test_a_calibration_keeps_the_pace(tmp_path: Path) -> None:
-    made = Calibration((), pace=Pace(TOKENS, {"cpu eager": {"plain": 1.0}}))
+    made = Calibration((), pace=Pace(TOKENS, {"cpu eager": {"jacobi-4": 1.5}}))
     made.save(tmp_path)
     assert Calibration.load(tmp_path) == made
 
@@ -51,16 +51,56 @@ def test_a_calibration_keeps_the_pace(tmp_path: Path) -> None:
     [
         [],
         {"tokens": {}},
-        {"tokens": [], "seconds": {}},
-        {"tokens": {"exact": 3}, "seconds": {}},
-        {"tokens": {"exact": {"tall": 3.0}}, "seconds": {}},
-        {"tokens": {"exact": {"jacobi-4": 0.0}}, "seconds": {}},
-        {"tokens": {"exact": {"jacobi-4": "3"}}, "seconds": {}},
+        {"tokens": [], "costs": {}},
+        {"tokens": {"exact": 3}, "costs": {}},
+        {"tokens": {"exact": {"tall": 3.0}}, "costs": {}},
+        {"tokens": {"exact": {"jacobi-4": 0.0}}, "costs": {}},
+        {"tokens": {"exact": {"jacobi-4": "3"}}, "costs": {}},
     ],
 )
 def test_a_broken_pace_is_refused(broken: Any) -> None:
     with pytest.raises(FastgenError, match="cannot be read"):
         Calibration.of_dict({"levels": [], "pace": broken})
+
+
+def row(variant: str, ratio: float, seconds: float, score: float | None = None) -> dict[str, Any]:
+    rule = None if variant.startswith("plain") else variant.split()[0]
+    return {
+        "variant": variant,
+        "rule": rule,
+        "target_pass_ratio": ratio,
+        "seconds": {"p50": seconds},
+        "score": score,
+        "stderr": None if score is None else 0.03,
+    }
+
+
+def test_a_benchmark_tells_pace_and_drops() -> None:
+    """The fastest plain loop counts; rows of other settings, of another drafter, or of what was chosen do not."""
+    rows = [
+        row("plain loop, float32", 1.0, 3.0),
+        row("plain loop, float32, compiled", 1.0, 2.0, 0.7),
+        row("exact heads-4", 0.25, 1.0, 0.7),
+        row("cascade heads-4x2 quality=0.5", 0.2, 1.2, 0.66),
+        row("cascade heads-4x2 quality=1", 0.1, 1.2, 0.5),
+        row("lantern heads-4 delta=0.2", 0.1, 9.0),
+        row("exact chain-4@other", 0.1, 9.0),
+        row("exact auto", 0.1, 9.0),
+    ]
+    data = {"rows": rows, "settings": {"device": "cpu", "compile": True}}
+    level = Level(0.5, 0.1, 0.9, 2.0, 0.0, (9, 0, 0))
+    made = Calibration((level,), {"a": 1}).with_results(data)
+    assert made.pace is not None
+    assert made.pace.tokens == {"exact": {"heads-4": 4.0}, "cascade": {"heads-4x2": 5.0}}
+    assert made.pace.costs == {"cpu compiled": pytest.approx({"heads-4": 2.0, "heads-4x2": 3.0})}
+    drop = made.levels[0].drops["heads-4x2"]
+    assert drop.score == pytest.approx(0.04) and drop.stderr == pytest.approx(0.03 * 2**0.5)
+    eager = {**data, "settings": {"device": "cpu", "compile": False}}
+    assert made.with_results(eager).pace.costs.keys() == {"cpu compiled", "cpu eager"}  # type: ignore[union-attr]
+    assert Calibration.of_dict(json.loads(json.dumps(made.as_dict()))) == made
+    for broken in ({}, {"rows": rows}, {**data, "rows": rows[:2]}, {**data, "rows": [{}]}):
+        with pytest.raises(FastgenError, match="--data"):
+            made.with_results(broken)
 
 
 @pytest.fixture

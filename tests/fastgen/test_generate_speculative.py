@@ -79,6 +79,8 @@ def test_knobs_reach_the_sidecar(
         (["--method", "speculative", "--quality", "2"], "--quality: 2.0 is not allowed"),
         (["--method", "speculative", "--quality", "0.5"], "quality: is a knob of acceptance cascade"),
         (["--method", "speculative", "--acceptance", "cascade", "--quality", "1"], "--quality: needs a drafter"),
+        (["--method", "speculative", "--tree", "jacobi-17"], "'jacobi-17' is longer than a picture of 16 tokens"),
+        (["--method", "speculative", "--acceptance", "gsd", "--tree", "plain"], "'plain' drafts nothing"),
         (["--method", "speculative", "--steps", "4"], "steps: SpeculativeImagePipeline does not take it"),
     ],
 )
@@ -125,3 +127,31 @@ def test_a_broken_drafter_is_refused_first(
     shutil.rmtree(model / "drafter")
     code, _, err = call(capsys, "a ring", "--model", model, "-o", tmp_path / "y.png")
     assert code == 2 and "drafter" in err
+
+
+@pytest.mark.parametrize("part", ["drafter", "heads"])
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "target_layers"])
+def test_parts_of_another_model_are_refused_before_weights_load(
+    with_drafter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    name: str,
+) -> None:
+    model = Path(shutil.copytree(with_drafter, tmp_path / "model"))
+    folder = model / "drafter"
+    if part == "heads":
+        folder = folder / "heads"
+        shutil.copytree(model / "drafter", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_class_name": "WindowHeads"} if part == "heads" else {}
+    (folder / "config.json").write_text(json.dumps({**config, name: config[name] + 1}))
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(JanusImagePipeline, "from_pretrained", never)
+    code, _, err = call(capsys, "a ring", "--model", model, "--method", "speculative", "-o", tmp_path / "x.png")
+    assert code == 2 and f"{part} " in err and f"made for a model of {name}" in err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "x.png").exists()

@@ -170,15 +170,17 @@ def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytes
     assert [level.quality for level in levels] == [row["quality"] for row in printed] == [0.25, 0.5, 0.75, 1.0]
     about = json.loads((tmp_path / "out" / "calibration.json").read_text())["about"]
     assert about["pictures"] == 3 and about["pairs"] > 50
-    scores = {
-        "rows": [{"variant": name, "score": 0.5, "stderr": 0.1} for name in ("exact 2-1", "cascade 2-1 quality=1")]
-    }
+    numbers = {"score": 0.5, "stderr": 0.1, "target_pass_ratio": 0.5, "seconds": {"p50": 1.0}}
+    names = ("plain loop, float32", "exact 2-1", "cascade 2-1 quality=1")
+    rows = [{"variant": name, "rule": None if "," in name else name.split()[0], **numbers} for name in names]
+    scores = {"rows": rows, "settings": {"device": "cpu", "compile": False}}
     (tmp_path / "bench.json").write_text(json.dumps(scores))
     measured = ["--init", str(tmp_path / "out"), "--data", str(tmp_path / "bench.json")]
     assert run([*command, *measured, "--json"]) == 0
     capsys.readouterr()
     after = Calibration.load(tmp_path / "out")
-    assert [level.score_drop for level in after.levels] == [None, None, None, 0.0] and after.about == about
+    assert [level.drops.get("2-1", (None,))[0] for level in after.levels] == [None, None, None, 0.0]
+    assert after.about == about and after.pace is not None and after.pace.costs == {"cpu eager": {"2-1": 2.0}}
     for wrong in (
         command,
         [*command, "--init", str(tmp_path / "out"), "--data", str(tmp_path / "drafter" / "config.json")],
