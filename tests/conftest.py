@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +79,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SLOW = pytest.StashKey[Counter[str]]()  # by folder, the tests with the marker that were collected and not chosen
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if slow := [item for item in items if item.get_closest_marker("slow")]:
+        counts = slow[0].config.stash.setdefault(SLOW, Counter())
+        counts.update("/".join(item.nodeid.split("::")[0].split("/")[:2]) for item in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Workers of pytest-xdist collect, their controller reports; all collect the same."""
+    node.config.stash[SLOW] = Counter(getattr(node, "workeroutput", {}).get("slow", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow"] = dict(session.config.stash.get(SLOW, {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if counts := config.stash.get(SLOW, None):
+        terminalreporter.section("slow tests that were not run")
+        terminalreporter.line(", ".join(f"{folder}: {count}" for folder, count in sorted(counts.items())))
+        terminalreporter.line(f"{sum(counts.values())} in all; -m slow runs them, --collect-only -m slow names them")
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,7 @@ def test_rows_and_statistics(
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_an_elastic_search_is_compared_with_the_plain_one(
     micro_dc: Path, verifiers: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_shares_do_together_what_one_process_does(
         assert "share" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_a_verifier_that_crashes_at_once_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_explored_candidates_and_cheap_previews(
     micro_dc: Path, verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

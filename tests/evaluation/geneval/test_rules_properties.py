@@ -91,7 +91,7 @@ def flip_prompt(data: dict, axis: str) -> dict:
 # --- properties --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(prompts(), scenes(), st.sampled_from([1.0, 0.5]))
 def test_agrees_with_the_oracle(data: dict, objects: list[tuple], overlap: float) -> None:
     assert verdict(data, objects, RuleSettings(max_overlap=overlap)) == oracle(data, objects, overlap=overlap)
@@ -146,13 +146,13 @@ def matching_scene(data: dict, rng: np.random.Generator) -> list[tuple]:
     return objects
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(), scenes(), st.sampled_from(["x", "y"]))
 def test_mirroring_swaps_the_relations(data: dict, objects: list[tuple], axis: str) -> None:
     assert verdict(data, objects) == verdict(flip_prompt(data, axis), flip(objects, axis))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(boxes(), boxes())
 def test_relation_and_its_inverse(a, b) -> None:
     inverse = {**FLIPS["x"], **FLIPS["y"]}
@@ -161,14 +161,14 @@ def test_relation_and_its_inverse(a, b) -> None:
     assert not {"above", "below"} <= set(relations(a, b))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(), scenes(), coordinate, coordinate)
 def test_translation_changes_nothing(data: dict, objects: list[tuple], dx: float, dy: float) -> None:
     moved = [(o[0], o[1], (o[2][0] + dx, o[2][1] + dy, o[2][2] + dx, o[2][3] + dy), o[3]) for o in objects]
     assert verdict(data, objects) == verdict(data, moved)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(), scenes(), st.randoms(use_true_random=False))
 def test_order_of_detections_changes_nothing(data: dict, objects: list[tuple], random) -> None:
     shuffled = list(objects)
@@ -176,27 +176,27 @@ def test_order_of_detections_changes_nothing(data: dict, objects: list[tuple], r
     assert verdict(data, objects) == verdict(data, shuffled)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(features=()), scenes(), scenes())
 def test_more_objects_never_break_a_plain_include(data: dict, objects: list[tuple], more: list[tuple]) -> None:
     assert verdict(data, objects) <= verdict(data, objects + more)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(features=()), scenes(), st.integers(1, 4), scenes())
 def test_more_objects_never_mend_an_exclude(data: dict, objects: list[tuple], count: int, more: list[tuple]) -> None:
     data = {**data, "include": [], "exclude": [{"class": "star", "count": count}]}
     assert verdict(data, objects) >= verdict(data, objects + more)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(), scenes())
 def test_detections_below_the_threshold_do_not_exist(data: dict, objects: list[tuple]) -> None:
     threshold = 0.9 if data["tag"] == "counting" else 0.3
     assert verdict(data, objects) == verdict(data, [o for o in objects if o[1] > threshold])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(prompts(), scenes())
 def test_the_other_classes_do_not_matter(data: dict, objects: list[tuple]) -> None:
     named = {c["class"] for c in data["include"]} | {c["class"] for c in data.get("exclude", [])}

@@ -70,6 +70,7 @@ def test_a_saved_verifier_is_the_same(model: ShapesVerifier, tmp_path: Path) -> 
         assert torch.equal(model(pixels, tokens), loaded(pixels, tokens))
 
 
+@pytest.mark.slow
 def test_the_recipe_learns_and_labels() -> None:
     """Pictures without objects and of two scenes have no true caption; the loss falls on a batch seen often."""
     recipe = build_recipe("verifier", 0)

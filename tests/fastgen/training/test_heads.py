@@ -71,6 +71,7 @@ def test_a_stopped_recording_continues_and_refuses_other_settings(target: Target
         WindowRecorder(JacobiSource(WINDOW, 2))
 
 
+@pytest.mark.slow
 def test_trained_heads_agree_with_the_next_round_more_than_the_window(
     target: Target, windows: Windows, tmp_path: Path
 ) -> None:
