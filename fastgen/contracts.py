@@ -9,7 +9,6 @@ Turning a knob off gives back `"exact"`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final, Literal, get_args
 
 Loss = Literal["exact", "distribution", "lossy"]
@@ -28,11 +27,3 @@ def check_loss(value: object) -> Loss:
         if value == loss:
             return loss
     raise ValueError(f"loss contract {value!r} is unknown; allowed: {', '.join(LOSSES)}")
-
-
-def weakest(losses: Iterable[Loss]) -> Loss:
-    """Contract of several paths used together: a chain promises no more than its weakest part.
-
-    No path at all is `"exact"`: nothing was changed.
-    """
-    return max((check_loss(loss) for loss in losses), key=LOSSES.index, default="exact")

@@ -104,18 +104,6 @@ class Detections:
             raise ValueError("these detections carry no colours: a ColorClassifier is needed")
         return [self.color_names[int(best)] for best in self.color_probs.argmax(axis=1)] if len(self) else []
 
-    def permuted(self, order: Sequence[int]) -> Detections:
-        """The detections `order` (indices, repeats allowed) picks, in that order."""
-        index = np.asarray(order, dtype=np.int64)
-        return Detections(
-            labels=tuple(self.labels[int(i)] for i in index),
-            scores=self.scores[index],
-            boxes=self.boxes[index],
-            masks=None if self.masks is None else self.masks[index],
-            color_names=self.color_names,
-            color_probs=None if self.color_probs is None else self.color_probs[index],
-        )
-
 
 @runtime_checkable
 class ObjectDetector(Protocol):

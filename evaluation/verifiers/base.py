@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.pipelines.search.calibration import Calibration
-from fastgen.pipelines.search.thresholds import check_in_range
 
 __all__ = ["ModelVerifier", "Verifier", "check_images", "picture_scores"]
 
@@ -84,14 +83,6 @@ class Verifier(ABC):
     @abstractmethod
     def to(self: Own, device: str | torch.device) -> Own:
         """Move the networks; returns the verifier itself."""
-
-    def check_threshold(self, value: float) -> float:
-        """The threshold, when a score can be above or below it.
-
-        Raises:
-            ValueError: not a number, or outside `range`.
-        """
-        return check_in_range("threshold", value, self)
 
 
 def picture_scores(

@@ -157,18 +157,13 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         output: Tensor = self.caption_fc2(hidden)
         return output
 
-    def embed_class(self, labels: Tensor) -> Tensor:
-        """Condition tokens [n, 1, D] of class labels [n]; `num_classes` is no class."""
-        output: Tensor = self.class_embedding(labels)[:, None]
-        return output
-
     def forward(
         self, condition: Tensor | None = None, tokens: Tensor | None = None, condition_mask: Tensor | None = None
     ) -> Tensor:
         """Logits of every token of a picture, all at once.
 
         Args:
-            condition: [n, c, D] from `embed_caption` or `embed_class`. Without it and `tokens` the features of the
+            condition: [n, c, D] from `embed_caption`. Without it and `tokens` the features of the
                 null caption are returned: hooks that offload weights bring them in for a forward pass only.
             tokens: [n, m] codes; the last one's successor is predicted too.
             condition_mask: [n, c] bool, real caption features; None takes all.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.combine import Weighted
+from fastgen.pipelines.search.thresholds import check_in_range
 
 
 class Brightness(ModelVerifier):
@@ -111,14 +112,14 @@ def test_bad_sizes_are_refused(sizes: dict[str, int]) -> None:
 
 def test_thresholds_outside_the_range_are_refused() -> None:
     verifier = Brightness()
-    assert verifier.check_threshold(0) == 0.0 and verifier.check_threshold(300.0) == 300.0
+    assert check_in_range("threshold", 0, verifier) == 0.0 and check_in_range("threshold", 300.0, verifier) == 300.0
     for value in (-0.1, 301, float("inf")):
         with pytest.raises(ValueError, match="outside the scores of brightness, which are 0 to 300"):
-            verifier.check_threshold(value)
+            check_in_range("threshold", value, verifier)
     verifier.range = None
-    assert verifier.check_threshold(-1e9) == -1e9
+    assert check_in_range("threshold", -1e9, verifier) == -1e9
     with pytest.raises(ValueError, match="nan is no number"):
-        verifier.check_threshold(float("nan"))
+        check_in_range("threshold", float("nan"), verifier)
 
 
 # --- sums --------------------------------------------------------------------------------------------------------
