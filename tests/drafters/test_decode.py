@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from long_tail import long_tail
 from micro_models import JANUS_TOKENS, PROMPTS
 from oracle_drafter import OracleDrafter
 from torch import Tensor
@@ -115,7 +116,9 @@ def test_the_cache_after_random_paths_equals_a_fresh_one(target: Target) -> None
             assert torch.allclose(cache.store[:, :, half, :length], fresh.store[:, :, half, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("drafter", ["eagle-1", "eagle-3", "medusa", "oracle", "noisy oracle"])
+@pytest.mark.parametrize(
+    "drafter", long_tail(["eagle-1", "eagle-3", "medusa", "oracle", "noisy oracle"], fast=("eagle-3", "medusa"))
+)
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_output_equals_the_plain_loop(target: Target, tree: str, drafter: str) -> None:
     """Token for token, in a batch whose images accept other lengths."""
@@ -154,7 +157,10 @@ def make_source(name: str) -> DraftSource:
     return TreeSource(OracleDrafter(1.0), TREES[name], sampled=name != "dynamic")
 
 
-@pytest.mark.parametrize("name", ["bushy", "dynamic", "jacobi", "jacobi coupled", "jacobi coupled wide"])
+@pytest.mark.parametrize(
+    "name",
+    long_tail(["bushy", "dynamic", "jacobi", "jacobi coupled", "jacobi coupled wide"], fast=("bushy", "jacobi")),
+)
 def test_later_tokens_follow_the_target(target: Target, name: str) -> None:
     """400 pictures through a disturbed drafter: the log-likelihood of all their tokens under the target is what the
     target's entropy says, within five standard errors; a sampler that took the drafter's law would be off by more."""

@@ -14,6 +14,7 @@ from fastgen.evaluation.benchmarks import fid
 from fastgen.evaluation.benchmarks.fid import benchmark_fid, compute_metrics, fid_markdown
 
 
+@pytest.mark.slow
 def test_statistics_cost_little_beside_the_network() -> None:
     """The sums of a batch take 0.2 % of the network's arithmetic; a loaded machine shows up to a few percent."""
     found = fid._statistics(4, 2, "cpu")

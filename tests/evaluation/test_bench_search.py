@@ -114,6 +114,7 @@ def test_an_elastic_search_is_compared_with_the_plain_one(
     assert found["reach"][0]["target"] == rows[plain, 40]["score"]
 
 
+@pytest.mark.slow
 def test_a_policy_may_have_a_budget_of_its_own(micro_z: Path, verifiers: tuple[str, str], tmp_path: Path) -> None:
     names = ["best-of-n", "svdd max_nfe=24"]
     found = benchmark_search(

@@ -215,7 +215,9 @@ def kill_and_resume(
     return hit
 
 
-@pytest.mark.parametrize(("sizes", "alone", "moment"), [((1, 1), False, 0.5), ((2, 1), True, 0.4)])
+@pytest.mark.parametrize(
+    ("sizes", "alone", "moment"), [pytest.param((1, 1), False, 0.5, marks=pytest.mark.slow), ((2, 1), True, 0.4)]
+)
 def test_killed_and_restarted(tmp_path: Path, whole: dict[str, object], sizes, alone, moment) -> None:
     assert kill_and_resume(tmp_path, random.Random(0), sizes, alone, moment)
     same(outcome(tmp_path), whole)

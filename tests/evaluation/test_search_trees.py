@@ -42,12 +42,12 @@ def count(image: Image.Image, color: str) -> int:
     [
         (Threshold(-9.0, starts=3), {"max_nfe": 12}, False, True),
         (Threshold(9.0, starts=3, chains=2), {"max_nfe": 30}, True, True),
-        (Threshold(OnlineQuantile(0.0), starts=3), {"max_nfe": 30}, None, False),
-        (Rollover(chains=2, starts=3), {"max_nfe": 40}, True, False),
+        pytest.param(Threshold(OnlineQuantile(0.0), starts=3), {"max_nfe": 30}, None, False, marks=pytest.mark.slow),
+        pytest.param(Rollover(chains=2, starts=3), {"max_nfe": 40}, True, False, marks=pytest.mark.slow),
         (ValueSampling(chains=2, candidates=3), {}, True, False),
         (BestOfN(n=5), {}, False, False),
-        (MonteCarlo(particles=6), {}, False, False),
-        (SearchOverPaths(steps=3), {}, False, False),
+        pytest.param(MonteCarlo(particles=6), {}, False, False, marks=pytest.mark.slow),
+        pytest.param(SearchOverPaths(steps=3), {}, False, False, marks=pytest.mark.slow),
         (BestOfN(n=1), {"times": (1.0,)}, False, False),
     ],
 )

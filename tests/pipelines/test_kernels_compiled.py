@@ -205,7 +205,7 @@ FAST = {(name, "reference") for name in ("dit", "sd3", "qwen", "z_image")}
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("flux", "auto"),
+        ("dit", "auto"),
         *(
             pytest.param(name, mode, marks=() if (name, mode) in FAST else pytest.mark.slow)
             for name in FAMILIES
