@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgen.checks import check_integer, check_number
+from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.drafters.names import RULES, check_temperature, check_tree_name
 from fastgen.errors import FastgenError
 
@@ -82,7 +82,7 @@ def check_value(label: str, name: str, value: object) -> None:
     elif name == "max_seconds":
         check_number(label, value, above=0)
     elif name in _NUMBERS:
-        check_number(label, value)
+        check_number(label, value, -_LARGEST, _LARGEST)
     elif name in ("tail_drop", "uncond_tail_drop", "explore", "explore_uncond"):
         # Lists and functions of the step are checked by the pipeline.
         if isinstance(value, str | bool | int | float):
@@ -90,14 +90,12 @@ def check_value(label: str, name: str, value: object) -> None:
     elif name == "quality":
         check_number(label, value, 0, 1)
     elif name == "acceptance":
-        if value not in RULES:
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs one of {', '.join(RULES)}")
+        check_choice(label, value, RULES)
     elif name == "tree":
         # Trees themselves, not their names, are checked by the pipeline.
         if isinstance(value, str):
             check_tree_name(label, value)
     elif name == "preview":
-        if value not in ("full", "pooled"):
-            raise FastgenError(f"{label}: {value!r} is not allowed, needs full or pooled")
+        check_choice(label, value, ("full", "pooled"))
     else:
         check_prompt(value, label)

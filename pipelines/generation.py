@@ -31,7 +31,7 @@ from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import finite_decoder
-from fastgen.pipelines.networks import drawing_fault, explained_drawing
+from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.settings import (
     class_number,
@@ -142,7 +142,7 @@ def generate_images(
             before the first picture is asked for.
     """
     for name, values in (("prompts", prompts), ("seeds", seeds)):
-        if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
             raise FastgenError(f"{name}: {values!r} is not allowed, needs a list")
     prompts, seeds = list(prompts), list(seeds)
     if len(prompts) != len(seeds):
@@ -150,13 +150,15 @@ def generate_images(
     for prompt in prompts:
         check_prompt(prompt)
     seeds = [check_integer("seed", seed, 0, 2**63 - 1) for seed in seeds]
-    batch_size = check_integer("batch_size", batch_size, 1)
+    batch_size = check_integer("batch_size", batch_size, 1, 2**31 - 1)
     for name, flag in (("batch_invariant", batch_invariant), ("flops", flops), ("record_steps", record_steps)):
         check_bool(name, flag)
     check_callable("callback", callback)
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise FastgenError(f"{unknown[0]}: is no setting; there are {', '.join(SETTINGS)}")
+    callback = None if callback is None else of_caller(callback)
     asked = {name: settings.get(name) for name in SETTINGS}
+    asked |= {name: of_caller(value) for name, value in asked.items() if callable(value)}
     resolved = resolve_settings(type(pipe), _checkpoints.get(pipe), asked, getattr(pipe, "image_size", None))
     if record_steps:
         if "output_chunks" not in inspect.signature(type(pipe).__call__).parameters:

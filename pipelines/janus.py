@@ -28,7 +28,14 @@ from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
 from fastgen.pipelines.pickling import PickledMixin
 from fastgen.pipelines.sampling import GuidedGumbelSampler
-from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
+from fastgen.pipelines.token_images import (
+    NetworksMixin,
+    OutputType,
+    TokenImageOutput,
+    as_output,
+    one_per_image,
+    one_prompt_per_image,
+)
 from fastgen.pretrained import load_pretrained
 
 __all__ = ["JanusImagePipeline"]
@@ -39,7 +46,7 @@ logger = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-class JanusImagePipeline(PickledMixin, DiffusionPipeline):
+class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     """Text-to-image pipeline around a Janus model.
 
     Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same law; only

@@ -6,6 +6,7 @@ one ends before weights are read, in bounded time and memory.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -208,9 +209,23 @@ def explained_drawing(checkpoint: Checkpoint | None) -> Iterator[None]:
         raise found from error
 
 
+def of_caller(function: T) -> T:
+    """A function that the caller gave: what it raises is the caller's, and no fault of the model."""
+
+    @functools.wraps(function)  # type: ignore[arg-type]
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            error.of_caller = True  # type: ignore[attr-defined]
+            raise
+
+    return called  # type: ignore[return-value]
+
+
 def drawing_fault(checkpoint: Checkpoint, error: Exception) -> FastgenError | None:
     """The line for an error of drawing with a model; None where the error says enough, or is a bug of ours."""
-    if isinstance(error, (FastgenError, OSError)):
+    if isinstance(error, (FastgenError, OSError)) or getattr(error, "of_caller", False):
         return None
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory")

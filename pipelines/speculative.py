@@ -33,7 +33,14 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.errors import FastgenError
 from fastgen.pipelines.pickling import PickledMixin
-from fastgen.pipelines.token_images import OutputType, TokenImageOutput, as_output, one_per_image, one_prompt_per_image
+from fastgen.pipelines.token_images import (
+    NetworksMixin,
+    OutputType,
+    TokenImageOutput,
+    as_output,
+    one_per_image,
+    one_prompt_per_image,
+)
 from fastgen.pretrained import load_pretrained
 
 __all__ = ["SpeculativeImagePipeline"]
@@ -43,7 +50,7 @@ DEFAULT_PLACES, DEFAULT_TREE = {"jacobi": 12, "heads": 16}, "4-4-2-2-1-1"
 DEFAULT_QUALITY = 0.5
 
 
-class SpeculativeImagePipeline(PickledMixin, DiffusionPipeline):
+class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     """Wraps a transformers image model that the user has loaded.
 
     Loss contract: `distribution` with acceptance "exact" or "block" (at temperature 0 `exact`: the plain loop's

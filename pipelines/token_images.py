@@ -15,11 +15,30 @@ from fastgen.checks import check_choice, check_finite, check_generator, check_in
 from fastgen.errors import FastgenError
 from fastgen.pipelines.arguments import check_prompt
 
-__all__ = ["OutputType", "TokenImageOutput", "as_output", "one_per_image", "one_prompt_per_image"]
+__all__ = ["NetworksMixin", "OutputType", "TokenImageOutput", "as_output", "one_per_image", "one_prompt_per_image"]
 
 OutputType = Literal["pil", "np", "pt", "tokens"]
 #: Images of a prompt in one call.
 MOST_IMAGES = 100_000
+
+
+class NetworksMixin:
+    """A pipeline that refuses what is no network in the place of one, when it is put there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_network(name, value)
+        super().__setattr__(name, value)
+
+    def register_modules(self, **modules: Any) -> None:
+        for name, value in modules.items():
+            _check_network(name, value)
+        super().register_modules(**modules)  # type: ignore[misc]
+
+
+def _check_network(name: str, value: object) -> None:
+    absent = value is None and name in ("drafter", "heads")
+    if name in ("model", "drafter", "heads") and not absent and not isinstance(value, torch.nn.Module):
+        raise FastgenError(f"{name}: needs a network, got {type(value).__name__}")
 
 
 @dataclass

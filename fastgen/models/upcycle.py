@@ -14,12 +14,17 @@ import torch
 from diffusers import DiTTransformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
+from fastgen.checks import check_bool, check_choice, check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.models.dc_dit import DCDiTTransformer2DModel
-from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.dc_z_image import GRIDS, DCZImageTransformer2DModel
 from fastgen.models.patch_grid import PatchChunking
+from fastgen.models.routers import ROUTERS
+from fastgen.models.scaffold import RESIDUAL_GATES
 
 DCModel = DCDiTTransformer2DModel | DCZImageTransformer2DModel
+_NAMES = {"grid": GRIDS, "router": ROUTERS, "residual_gate": RESIDUAL_GATES}
+_COUNTS = {"scaffold_dim": 1, "scaffold_blocks": 0, "router_dim": 1, "n_last_layers": 0}
 
 
 def upcycle(model: nn.Module, **scaffold: Any) -> DCModel:
@@ -36,6 +41,9 @@ def upcycle(model: nn.Module, **scaffold: Any) -> DCModel:
         ValueError: another class, a variant that cannot be upcycled, or weights that are not plain ones (LoRA,
             quantisation, offloading).
     """
+    if not isinstance(model, nn.Module):
+        raise FastgenError(f"model: needs a transformer, got {type(model).__name__}")
+    _check_scaffold(scaffold)
     _check_plain(model)
     if isinstance(model, ZImageTransformer2DModel):
         upcycled: DCModel = _z_image(model, scaffold)
@@ -48,6 +56,28 @@ def upcycle(model: nn.Module, **scaffold: Any) -> DCModel:
         )
     parameter = next(model.parameters())
     return upcycled.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _check_scaffold(scaffold: dict[str, Any]) -> None:
+    """Refuse values that no scaffold can have; what belongs to another grid is refused by the model's class.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, value in scaffold.items():
+        if name in _COUNTS:
+            if value is not None:
+                check_integer(name, value, _COUNTS[name], 2**16)
+        elif name == "compression":
+            check_number(name, value, 1, 2**16)
+        elif name == "floor":
+            check_number(name, value, 0, 1)
+        elif name == "smoothing" and value is not None:
+            check_number(name, value, above=0, maximum=2**16)
+        elif name == "center_tap":
+            check_bool(name, value)
+        elif name in _NAMES:
+            check_choice(name, value, _NAMES[name])
 
 
 def _check_plain(model: nn.Module) -> None:

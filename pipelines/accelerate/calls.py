@@ -62,7 +62,7 @@ def change_calls(pipe: Any, change: Change) -> Callable[[], None]:
 
 def _plain(stock: Any, state: dict[str, Any]) -> Any:
     made = stock.__new__(stock)
-    made.__dict__.update(state)
+    getattr(made, "__setstate__", vars(made).update)(state)
     return made
 
 
@@ -86,7 +86,7 @@ def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             return stock.__call__(self, **given)
 
     def reduced(self: Any, protocol: Any) -> Any:  # a copy is a plain one: the changes belong to this object
-        return _plain, (stock, vars(self))
+        return _plain, (stock, getattr(self, "__getstate__", lambda: vars(self))())
 
     return type(
         stock.__name__,

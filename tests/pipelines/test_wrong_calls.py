@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from micro_models import micro_dc_dit
@@ -14,8 +16,10 @@ from tiny_flows import tiny_sd3
 from tiny_unets import ddim, tiny_sd, tiny_sdxl
 from torch import Tensor
 
+from fastgen.models.upcycle import upcycle
 from fastgen.pipelines.dc_z_image import DCZImagePipeline
 from fastgen.pipelines.generation import generate_images
+from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.names import named_policy
 from fastgen.pipelines.search.starts import BestOfN
@@ -295,3 +299,102 @@ def test_sizes_of_xl(wrong: dict[str, Any]) -> None:
     search = NoiseSearchPipeline(tiny_sdxl(ddim()), brightness, BestOfN(n=1))
     with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
         search("a cat", num_inference_steps=2, **wrong)
+
+
+NOT_A_NETWORK: list[Any] = [5, 5.5, "6", True, [], {}, b"x", object(), torch.zeros(2), lambda: 1, str]
+
+
+@pytest.mark.parametrize("method", [None, "speculative"])
+@pytest.mark.parametrize("wrong", NOT_A_NETWORK, ids=lambda value: type(value).__name__)
+def test_what_is_no_network_does_not_take_a_network_s_place(method: str | None, wrong: Any, micro_janus: Path) -> None:
+    pipe: Any = _janus(micro_janus, method)
+    for name in ("model", *(("drafter", "heads") if method else ())):
+        before = getattr(pipe, name)
+        with pytest.raises(ValueError, match=f"{name}: needs a network"):
+            setattr(pipe, name, wrong)
+        with pytest.raises(ValueError, match=f"{name}: needs a network"):
+            pipe.register_modules(**{name: wrong})
+        assert getattr(pipe, name) is before
+
+
+@cache
+def _janus(folder: Path, method: str | None) -> Any:
+    return load_pipeline(str(folder), method=method)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": 5},
+        {"model": None},
+        {"model": torch.zeros(2)},
+        {"floor": "6"},
+        {"floor": NAN},
+        {"floor": torch.tensor([1.0, 2.0])},
+        {"grid": np.array([1, 2])},
+        {"grid": 5},
+        {"router": []},
+        {"residual_gate": True},
+        {"scaffold_dim": 10**30},
+        {"scaffold_dim": 0},
+        {"scaffold_blocks": -1},
+        {"router_dim": 2.5},
+        {"compression": 0.5},
+        {"compression": 10**30},
+        {"smoothing": -1},
+        {"smoothing": INF},
+        {"center_tap": 1},
+        {"n_last_layers": "1"},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_upcycle_are_named(wrong: dict[str, Any], micro_z: Path) -> None:
+    (name,) = wrong
+    given = {"model": _stock(micro_z).transformer, "grid": "patch", **wrong}
+    with pytest.raises((ValueError, TypeError), match=f"{name}: "):
+        upcycle(given.pop("model"), **given)
+
+
+@cache
+def _stock(folder: Path) -> Any:
+    return load_pipeline(str(folder))
+
+
+class Mistake(Exception):
+    pass
+
+
+def test_what_a_caller_s_function_raises_is_the_caller_s(micro_z: Path, micro_dc: Path) -> None:
+    def fail(*args: Any) -> float:
+        raise Mistake
+
+    with pytest.raises(Mistake):
+        list(generate_images(_stock(micro_z), ["a"], [0], steps=1, callback=fail))
+    for name in ("tail_drop", "uncond_tail_drop"):
+        with pytest.raises(Mistake):
+            list(generate_images(_stock(micro_dc), ["a"], [0], steps=1, **{name: fail}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"seeds": b"x"}, "seeds"),
+        ({"prompts": b"x"}, "prompts"),
+        ({"guidance_scale": 10**30}, "guidance_scale"),
+        ({"batch_size": 10**30}, "batch_size"),
+        ({"acceptance": np.array([1, 2])}, "acceptance"),
+    ],
+    ids=str,
+)
+def test_further_wrong_arguments_of_generate_images_are_named(wrong: Any, named: str, micro_z: Path) -> None:
+    given = {"prompts": ["a"], "seeds": [0], **wrong}
+    with pytest.raises(ValueError, match=f"{named}: "):
+        generate_images(_stock(micro_z), **given)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), 3])
+def test_integers_of_numpy_are_seeds(seed: Any, micro_z: Path) -> None:
+    drawn = [next(generate_images(_stock(micro_z), ["a"], [each], steps=1)).image.tobytes() for each in (3, seed)]
+    assert drawn[0] == drawn[1]
+    (whole,) = generate_images(_stock(micro_z), ["a"], np.array([3]), steps=np.int64(1))
+    assert whole.image.tobytes() == drawn[0]
