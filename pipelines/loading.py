@@ -102,13 +102,14 @@ def load_checkpoint(
     method: str | None = None,
     drafter: str | None = None,
     options: LoadOptions | None = None,
+    begins: str | None = None,
 ) -> DiffusionPipeline:
-    """`load_pipeline` for a model that was found before."""
+    """`load_pipeline` for a model that was found before; `begins` as `pipeline_class` takes it."""
     check_names(device, dtype)
     options = options or LoadOptions()
     if method is not None:
         check_choice("method", method, ("base", "dc", "speculative", "search"))
-    kind_of_pipeline = pipeline_class(checkpoint, method)
+    kind_of_pipeline = pipeline_class(checkpoint, method, begins)
     resolve_settings(kind_of_pipeline, checkpoint, dict.fromkeys(SETTINGS))  # the model's own
     if drafter is not None and method != "speculative":
         raise FastgenError("drafter: needs method speculative")
@@ -124,6 +125,8 @@ def load_checkpoint(
             pipe = _load_janus(checkpoint, kind)
         else:
             pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint))
+        if begins is not None and not isinstance(pipe, kind_of_pipeline):
+            pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
             pipe = _with_drafter(kind_of_pipeline, pipe, drafts, kind)
         for part in pipe.components.values():

@@ -156,12 +156,13 @@ def check_classes(checkpoint: Checkpoint, prompts: Iterable[str]) -> None:
         class_number(prompt, names, count if isinstance(count, int) else 0)
 
 
-def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
+def pipeline_class(checkpoint: Checkpoint, method: str | None = None, begins: str | None = None) -> type:
     """The class that `load_pipeline` makes of a checkpoint; loads no weights.
 
     Args:
         checkpoint: of the model.
         method: "speculative" for speculative decoding of a model that draws tokens.
+        begins: "image" or "mask_image": the class that begins with a picture, or with a part of one.
 
     Raises:
         FastgenError: the installed diffusers has no such class.
@@ -172,6 +173,8 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
         from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
         return SpeculativeImagePipeline
+    if begins is not None and (checkpoint.kind == "janus" or checkpoint.has_dynamic_chunking):
+        raise FastgenError(f"--image: model {checkpoint.model!r} begins with no picture")
     if checkpoint.kind == "janus":
         from fastgen.pipelines.janus import JanusImagePipeline
 
@@ -188,6 +191,8 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
             f"model {checkpoint.model!r} needs {checkpoint.pipeline_class}, which the installed diffusers "
             "does not have; update it (pipelines with code of their own are not run)"
         )
+    if begins is not None:
+        return _from_image(checkpoint, found, begins)
     takes = inspect.signature(found.__call__).parameters
     from_image = re.search(_FROM_IMAGE, found.__name__)
     needs_more = [
@@ -203,3 +208,23 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None) -> type:
             "supported"
         )
     return found
+
+
+def _from_image(checkpoint: Checkpoint, found: type, begins: str) -> type:
+    """The class itself, or that of the same parts in diffusers, whose call takes `begins`."""
+    from diffusers.pipelines import auto_pipeline
+
+    if begins in inspect.signature(found.__call__).parameters:
+        return found
+    tables = {
+        "image": auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        "mask_image": auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
+    }
+    for name, kind in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items():
+        other: type | None = tables[begins].get(name)
+        if kind is found and other is not None:
+            return other
+    option = {"image": "--image", "mask_image": "--mask"}[begins]
+    raise FastgenError(
+        f"{option}: model {checkpoint.model!r} is a {found.__name__}, and diffusers has no pipeline for that"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model
 from fastgen.errors import FastgenError
@@ -143,6 +144,9 @@ def generate(
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
     save_tree: searching.SaveTreeOption = False,
+    image: pictures.ImageOption = None,
+    mask: pictures.MaskOption = None,
+    strength: pictures.StrengthOption = None,
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
     ] = False,
@@ -202,6 +206,7 @@ def generate(
             check_value(f"--{name.replace('_', '-')}", name, value)
     sought = {name: context.params[name] for name in SEARCH_SETTINGS}
     searching.check_options(method, sought, save_tree)
+    beginning = pictures.read_beginning(method, image, mask, strength)
     prompts = [prompt] if prompt is not None else read_prompts_file(prompts_file or Path())
     for text in prompts:
         check_prompt(text)
@@ -232,12 +237,13 @@ def generate(
         from fastgen.pipelines.loading import resolve_device
         from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
 
-        kind = pipeline_class(checkpoint, method)
+        begins = None if beginning is None else "mask_image" if beginning.masked else "image"
+        kind = pipeline_class(checkpoint, method, begins)
         call = resolve_settings(kind, checkpoint, asked)
         check_classes(checkpoint, prompts)
         search = None
         if method == "search":
-            search = searching.plan_search(checkpoint, kind, call, sought, save_tree)
+            search = searching.plan_search(checkpoint, kind, call, sought, save_tree, beginning)
         if method == "speculative":
             from fastgen.pipelines.speculative_files import check_speculative_files
 
@@ -272,6 +278,7 @@ def generate(
             "method": method,
             "drafter": drafter,
             "options": options,
+            "begins": begins,
         }
         stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search, faster)
         for name, reason in stats.get("paths", {}).get("tree", {}).items():

@@ -18,6 +18,7 @@ import typer
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
+    from fastgen.cli.pictures import Beginning
     from fastgen.cli.plan import Job
     from fastgen.evaluation.verifiers.base import Verifier
     from fastgen.pipelines.checkpoint import Checkpoint
@@ -101,6 +102,7 @@ class Search:
         cheap: `explore` and `preview` of the search, as far as they are asked for.
         save_tree: whether trees are written too.
         settings: for the sidecar.
+        beginning: arguments of the call for the picture that it begins with.
     """
 
     policy: Policy
@@ -110,6 +112,7 @@ class Search:
     cheap: dict[str, Any]
     save_tree: bool
     settings: dict[str, Any]
+    beginning: dict[str, Any]
 
     def load_verifier(self, device: str) -> Verifier:
         """The verifier, ready to score on that device."""
@@ -142,7 +145,12 @@ def check_options(method: str | None, asked: dict[str, Any], save_tree: bool) ->
 
 
 def plan_search(
-    checkpoint: Checkpoint, pipeline: type, call: dict[str, Any], asked: dict[str, Any], save_tree: bool
+    checkpoint: Checkpoint,
+    pipeline: type,
+    call: dict[str, Any],
+    asked: dict[str, Any],
+    save_tree: bool,
+    beginning: Beginning | None = None,
 ) -> Search:
     """Check what needs the model's configuration, but not its weights.
 
@@ -152,6 +160,7 @@ def plan_search(
         call: resolved settings of the pictures.
         asked: of `SEARCH_SETTINGS`, None where the user gave none.
         save_tree: whether trees are written too.
+        beginning: the picture that it begins with.
 
     Raises:
         ValueError: a model, a policy, a verifier or a sampler that there is not, a setting that the policy does not
@@ -167,6 +176,10 @@ def plan_search(
     budget = Budget(asked["max_nfe"], asked["max_seconds"], asked["target_score"])
     arguments = defaults_of(pipeline) | pipeline_arguments(call)
     steps, scale = arguments.get("num_inference_steps"), arguments.get("guidance_scale")
+    if beginning is not None:
+        if "strength" in beginning.arguments and "strength" not in arguments:
+            raise FastgenError(f"--strength: {pipeline.__name__} does not take it")
+        steps = beginning.steps(steps or 1, arguments.get("strength"))
     guided = adapter.guided_above is not None and scale is not None and scale > adapter.guided_above
     cheap = _cheap(checkpoint, asked)
     # The pipeline checks again with what the loaded model tells; here less may be known, but never too much.
@@ -176,7 +189,9 @@ def plan_search(
         name: getattr(policy, name) for name in ("starts", "chains") if name in _settings_of(policy)
     }
     settings = {**asked, "policy": policy.name, "verifier": verifier, "verifier_files": files, "sampler": sampler}
-    return Search(policy, budget, sampler, verifier, cheap, save_tree, {**settings, **values})
+    settings |= values | ({} if beginning is None else beginning.settings)
+    begin = {} if beginning is None else beginning.arguments
+    return Search(policy, budget, sampler, verifier, cheap, save_tree, settings, begin)
 
 
 def _cheap(checkpoint: Checkpoint, asked: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +275,7 @@ def searched_pictures(
     try:
         with _terminable():
             limits: dict[str, Any] = {"budget": search.budget, "sampler": search.sampler, **search.cheap}
+            limits |= search.beginning
             yield from search_images(pipe, verifier, search.policy, prompts, seeds, **limits, **arguments)
     except SearchInterrupted as error:
         if isinstance(error.__cause__, KeyboardInterrupt):

@@ -20,6 +20,9 @@ _DEFAULTS = defaults_of(FluxPipeline)
 class FluxDenoiser(GuidedFlowDenoiser):
     """`FluxPipeline`; latents are packed, [k, tokens, 4 channels].
 
+    What its own call (`StockDenoiser`) cannot: samples of several prompts and times share a forward pass, small
+    decoders preview the packed latents, and sizes that the pipeline would round are refused.
+
     As in the pipeline, `guidance_scale` is the number that guidance-distilled models read (others do not), and
     `extra` may have `true_cfg_scale`, which with a negative prompt turns true guidance on, and `max_sequence_length`.
     """

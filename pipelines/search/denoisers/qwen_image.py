@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 class QwenImageDenoiser(GuidedFlowDenoiser):
     """`QwenImagePipeline`; latents are packed, [k, tokens, 4 channels].
 
+    What its own call (`StockDenoiser`) cannot: samples of several prompts and times share a forward pass, small
+    decoders preview the packed latents, and sizes that the pipeline would round are refused.
+
     As in the pipeline, guidance needs a negative prompt, and `extra` may have its `true_cfg_scale`, and
     `max_sequence_length`; `guidance_scale` is what a guidance-distilled model reads, and others do not.
     """

@@ -35,6 +35,9 @@ _SIZES = {
 class SanaDenoiser(GuidedFlowDenoiser):
     """`SanaPipeline`, guided where `guidance_scale` > 1.
 
+    What its own call (`StockDenoiser`) cannot: samples of several prompts and times share a forward pass, previews are
+    cut to the size of the picture, and the side on which the tokenizer pads stays the user's.
+
     `extra` may have its `max_sequence_length`, `complex_human_instruction`, `clean_caption` and
     `use_resolution_binning`. The pipeline comes with a DPM solver for flows; its sigmas are the times here, and the
     deterministic path is then Euler's on the same sigmas, not the solver's.

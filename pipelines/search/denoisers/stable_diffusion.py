@@ -37,6 +37,9 @@ def _text_model(encoder: Any) -> Iterator[None]:
 class StableDiffusionDenoiser(NoiseDenoiser):
     """`StableDiffusionPipeline`; `settings.extra` takes its `guidance_rescale` and `clip_skip`.
 
+    What its own call (`StockDenoiser`) cannot: samples of several prompts and times share a forward pass, and
+    `clip_skip` works with text encoders of newer transformers.
+
     A safety checker of the pipeline sees every picture, so that the verifier scores what the user would be given.
     """
 
