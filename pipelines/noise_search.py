@@ -203,7 +203,7 @@ class NoiseSearchPipeline:
                 whole pictures explore with all of them and draw the best one anew from the same noise.
             preview: how candidates that are not at the last time are decoded for the verifier: "full", "pooled", or a
                 decoder such as `AutoencoderTiny`; see `fastgen.pipelines.search.previews.PreviewOption`.
-            batch_size: rows of a forward pass.
+            batch_size: samples of a forward pass, at most; fewer where memory does not take them.
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
             on_round: called after each round of evaluations with how many chains are still running.

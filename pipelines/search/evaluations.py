@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgen.accounting import add_verifier_calls, current, phase
 from fastgen.checks import check_finite
 from fastgen.errors import NotFiniteError
+from fastgen.pipelines.search.fitting import fitting
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.previews import Preview
 
@@ -96,6 +97,12 @@ def _slices(rows: Sequence[_Row], batch_size: int) -> Iterator[list[int]]:
 
 
 def _predict(part: Sequence[_Row]) -> Prediction:
+    """Evaluate rows of one effort, as many together as free memory allows."""
+    parts = fitting(part, part[0][0].denoiser.fits, _evaluated)
+    return Prediction(*(torch.cat([getattr(said, name) for said in parts]) for name in ("clean", "noise")))
+
+
+def _evaluated(part: Sequence[_Row]) -> Prediction:
     chain, ask, _ = part[0]
     denoiser = chain.denoiser
     places = [ask.sampler.model_level(ask.index, denoiser.interpolant) for _, ask, _ in part]
@@ -112,11 +119,15 @@ def _shown(part: Sequence[tuple[_Row, Prediction]], preview: Preview | None) -> 
     if not part:
         return []
     denoiser = part[0][0][0].denoiser
-    said = Prediction(*(torch.cat([getattr(said, name) for _, said in part]) for name in ("clean", "noise")))
-    which = torch.tensor([chain.prompt for (chain, _, _), _ in part])
-    try:
+
+    def decoded(part: Sequence[tuple[_Row, Prediction]]) -> Tensor:
+        said = Prediction(*(torch.cat([getattr(said, name) for _, said in part]) for name in ("clean", "noise")))
+        which = torch.tensor([chain.prompt for (chain, _, _), _ in part])
         with _billed([row for row, _ in part]):
-            return list((denoiser.pictures(said, which) if preview is None else preview(denoiser, said)).split(1))
+            return denoiser.pictures(said, which) if preview is None else preview(denoiser, said)
+
+    try:
+        return list(torch.cat(fitting(part, denoiser.decodes, decoded)).split(1))
     except NotFiniteError as error:
         if len(part) == 1:
             return [error.with_traceback(None)]

@@ -22,6 +22,7 @@ from fastgen.checks import check_finite, check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.search.denoisers.loops import denoising_loops
+from fastgen.pipelines.search.fitting import Fit
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
 from fastgen.pipelines.search.schedulers import check_times, flow_scheduler, timesteps_of
 
@@ -88,6 +89,7 @@ class Denoiser(ABC):
         times: N noise levels of the pipeline's own schedule in it, falling.
         final: the level at which the pipeline decodes.
         forwards: rows of the model that one evaluation takes: 2 with classifier-free guidance.
+        fits, decodes: how many samples memory takes in an evaluation and in a decode.
         effort: knobs of the model's compute for the evaluations that follow; empty, the default: as the settings say.
         guided_above: the guidance scale above which an evaluation takes two forward passes; None where the scale alone
             does not tell.
@@ -107,6 +109,7 @@ class Denoiser(ABC):
         self.check_prompts()
         self.settings = settings.checked(len(self.prompts))
         self._effort: dict[str, Any] = {}
+        self.fits, self.decodes = Fit(), Fit()
         with phase("text"), torch.no_grad():
             self.prepare()
         check_times(getattr(pipe, "scheduler", None), self.times)
