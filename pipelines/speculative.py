@@ -63,6 +63,9 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             target's own guesses of the round before (Jacobi), which need no training.
         calibration: thresholds of CASCADE-R for this model and drafter, for the `quality` knob.
         heads: made for this model; they correct the windows "heads-12".
+        options: of the model's adapter: `size` (tokens of a picture's height and width) of Emu3 and Chameleon,
+            `negative` of Emu3; `line_end`, `begin` and `decode` (a function of codes [B, height, width] to pictures in
+            [0, 1]) of Chameleon, Anole and Lumina-mGPT. A function is not saved with the pipeline.
 
     Every call uses the parts that the pipeline has then: a part may be replaced, moved, or changed in place.
 
@@ -81,11 +84,13 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         drafter: Any = None,
         calibration: Calibration | Mapping[str, Any] | None = None,
         heads: Any = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.options = dict(options or {})
         if isinstance(calibration, Mapping):
             calibration = Calibration.of_dict(calibration)
-        _check_parts(model, tokenizer, drafter, calibration, heads)
+        _check_parts(model, tokenizer, drafter, calibration, heads, self.options)
         self.calibration = calibration
         self._compile = False
         self._chosen: dict[Any, tuple[str | Tree, str]] = {}
@@ -112,6 +117,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write a folder that `from_pretrained` loads; arguments as of `DiffusionPipeline.save_pretrained`."""
         self.register_to_config(calibration=None if self.calibration is None else self.calibration.as_dict())
+        self.register_to_config(options={name: value for name, value in self.options.items() if not callable(value)})
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # ---- properties, of the parts that the pipeline has now ----
@@ -119,7 +125,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     @property
     def target(self) -> Target:
         """The model as speculative decoding sees it, made of the present parts; keep it no longer than they stay."""
-        return _check_parts(self.model, self.tokenizer, self.drafter, self.calibration, self.heads)
+        return _check_parts(self.model, self.tokenizer, self.drafter, self.calibration, self.heads, self.options)
 
     @property
     def image_size(self) -> int | None:
@@ -384,9 +390,11 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         return report
 
 
-def _check_parts(model: Any, tokenizer: Any, drafter: Any, calibration: Any, heads: Any) -> Target:
+def _check_parts(
+    model: Any, tokenizer: Any, drafter: Any, calibration: Any, heads: Any, options: Mapping[str, Any]
+) -> Target:
     """The model as a target, and whether the other parts fit it."""
-    target = target_of(model, tokenizer)
+    target = target_of(model, tokenizer, **options)
     if drafter is not None:
         if not isinstance(drafter, Drafter):
             raise FastgenError(f"drafter: {type(drafter).__name__} is no drafter")

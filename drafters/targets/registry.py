@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fastgen.checks import check_callable, check_integer
 from fastgen.drafters.targets.base import Target
 from fastgen.errors import FastgenError
 
@@ -25,16 +27,33 @@ def _llamagen(model: Any, tokenizer: Any) -> Target:
     return LlamaGenTarget(model, tokenizer)
 
 
-def _emu3(model: Any, tokenizer: Any, **options: Any) -> Target:
+def _emu3(model: Any, tokenizer: Any, size: Any = (90, 90), negative: str = "") -> Target:
     from fastgen.drafters.targets.vocabulary import Emu3Target
 
-    return Emu3Target(model, tokenizer, **options)
+    return Emu3Target(model, tokenizer, _size(size), negative)
 
 
-def _chameleon(model: Any, tokenizer: Any, **options: Any) -> Target:
+def _chameleon(
+    model: Any,
+    tokenizer: Any,
+    size: Any = (32, 32),
+    line_end: int | None = None,
+    begin: list[int] | None = None,
+    decode: Any = None,
+) -> Target:
     from fastgen.drafters.targets.vocabulary import ChameleonTarget
 
-    return ChameleonTarget(model, tokenizer, **options)
+    if line_end is not None:
+        check_integer("line_end", line_end, 0)
+    check_callable("decode", decode)
+    return ChameleonTarget(model, tokenizer, _size(size), line_end, begin, decode)
+
+
+def _size(size: Any) -> tuple[int, int]:
+    """Height and width in tokens; JSON has a list of them."""
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise FastgenError(f"size: {size!r} is not allowed, needs height and width in tokens")
+    return check_integer("size", size[0], 1), check_integer("size", size[1], 1)
 
 
 _FACTORIES: dict[str, TargetFactory] = {
@@ -59,15 +78,15 @@ def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
         options: of the adapter (`size` of Emu3 and Chameleon …).
 
     Raises:
-        ValueError: no adapter serves this class, or it does not take an option.
+        FastgenError: no adapter serves this class, or it does not take an option or its value.
     """
     for base in type(model).__mro__:
         if base.__name__ in _FACTORIES:
+            factory = _FACTORIES[base.__name__]
             try:
-                return _FACTORIES[base.__name__](model, getattr(tokenizer, "tokenizer", tokenizer), **options)
+                inspect.signature(factory).bind(model, tokenizer, **options)
             except TypeError as error:
-                if not options:
-                    raise
-                raise ValueError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
+                raise FastgenError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
+            return factory(model, getattr(tokenizer, "tokenizer", tokenizer), **options)
     known = ", ".join(sorted(_FACTORIES))
     raise FastgenError(f"model: {type(model).__name__} is no target that we know; there are {known}")

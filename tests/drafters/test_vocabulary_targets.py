@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -27,7 +28,8 @@ from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import chain, named_tree
-from fastgen.errors import NotFiniteError
+from fastgen.errors import FastgenError, NotFiniteError
+from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 CODES, SIZE = 24, (3, 4)
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<boi>", "<wrapper>", "<eol>", "<image>", "3", "4", "*", "red", "ring", "a"]
@@ -259,6 +261,28 @@ def test_chameleon_pixels_need_a_decoder() -> None:
             target_of(model, target.tokenizer, size=(0, 4))
         with pytest.raises(ValueError, match="does not take"):
             target_of(model, target.tokenizer, depth=3)
+
+
+def test_options_reach_the_model_through_the_pipeline(tmp_path: Path) -> None:
+    """Its size and line ends; a saved pipeline keeps them, but for functions."""
+    line_end = WORDS.index("<eol>")
+    model = chameleon(line_end=line_end).model
+
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        return codes[..., None].expand(-1, -1, -1, 3) / CODES
+
+    options = {"size": [2, 3], "line_end": line_end, "decode": decode}
+    pipe = SpeculativeImagePipeline(model, tokenizer(), options=options)
+    output = pipe("red ring", output_type="np", generator=torch.Generator().manual_seed(0))
+    assert output.tokens.shape == (1, 2 * (3 + 1)) and output.images.shape == (1, 2, 3, 3)
+    pipe.save_pretrained(tmp_path)
+    again = SpeculativeImagePipeline.from_pretrained(tmp_path)
+    assert again.options == {"size": [2, 3], "line_end": line_end}
+    drawn = again("red ring", output_type="tokens", generator=torch.Generator().manual_seed(0)).tokens
+    assert torch.equal(drawn, output.tokens)
+    for wrong in ({"size": 3}, {"size": [0, 3]}, {"size": ["a", 3]}, {"line_end": "x"}, {"decode": 3}, {"depth": 3}):
+        with pytest.raises(FastgenError, match="size|line_end|decode|does not take"):
+            SpeculativeImagePipeline(model, tokenizer(), options=wrong)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
