@@ -88,11 +88,6 @@ class Classes:
     of_slot: Tensor
     of_token: Tensor
 
-    @property
-    def count(self) -> int:
-        """Bound of the classes' names."""
-        return int(self.of_slot.shape[-1] + self.of_token.shape[-1])
-
 
 def form_classes(link: Tensor, mass: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
     """Complete linkage in draft order: a child joins the first class all of whose members it is linked to and whose
@@ -145,8 +140,7 @@ class Cascade(AcceptanceRule):
         self.needs_hidden = config.relaxes
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        classes = self.classes(drafted, spent)
-        return decide(drafted, noise, Lent(classes.of_token, classes.count))
+        return decide(drafted, noise, Lent(self.classes(drafted, spent).of_token))
 
     def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
         if not self.config.relaxes:
@@ -186,8 +180,11 @@ class Cascade(AcceptanceRule):
         apart = neighbours.distances[:, : self.config.near][tokens]
         inside = (apart <= reach[..., None, None]) & (children >= 0)[..., None] & may[..., None]
         # A code belongs to the nearest child only; among equally near ones to the first.
-        spots = book[tokens].where((children >= 0)[..., None], torch.inf)
-        to_each = (book[near][..., None, :] - spots[:, :, None, None]).square().sum(dim=-1).nan_to_num(nan=torch.inf)
+        spots = book[tokens]
+        squares = spots.square().sum(dim=-1).where(children >= 0, torch.inf)
+        # Up to the square of the code itself, which is the same for all children.
+        to_each = squares[:, :, None, None] - 2 * (book[near] @ spots[:, :, None].mT)
+        to_each = to_each.nan_to_num(nan=torch.inf)
         inside &= to_each.argmin(dim=-1) == torch.arange(children.shape[-1], device=children.device)[:, None]
         p = drafted.inner_target()
         for slot in range(children.shape[-1]):

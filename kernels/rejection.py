@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Lent", "Outcome", "Rejection", "Scaled", "class_mass", "draw", "follow", "normalise", "pick", "reject"]
+__all__ = ["Lent", "Outcome", "Rejection", "Scaled", "draw", "follow", "normalise", "pick", "reject"]
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -72,31 +72,27 @@ class Lent(Rejection):
     """The drafted token holds the mass of its class (LANTERN's form); its class mates are left none.
 
     Args:
-        classes: [B, A, V] int64, class of every token, a number below `count`.
-        count: bound of the classes.
+        classes: [B, A, V] int64, class of every token.
     """
 
-    def __init__(self, classes: Tensor, count: int) -> None:
-        self.classes, self.count = classes, count
+    def __init__(self, classes: Tensor) -> None:
+        self.classes = classes
+
+    def _held(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens [B, A, V] are class mates of `tokens`, and their mass [B, A]."""
+        mates = self.classes == pick(self.classes, tokens)[..., None]
+        return mates, (target * mates).sum(dim=-1)
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        held = pick(class_mass(self.classes, self.count, target), tokens)
-        return held / pick(draft, tokens).clamp_min(TINY)
+        return self._held(target, tokens)[1] / pick(draft, tokens).clamp_min(TINY)
 
     def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        held = pick(class_mass(self.classes, self.count, target), tokens)[..., None]
-        mates = self.classes == pick(self.classes, tokens)[..., None]
-        relaxed = target.masked_fill(mates, 0.0).scatter(-1, tokens[..., None], held)
+        mates, held = self._held(target, tokens)
+        relaxed = target.masked_fill(mates, 0.0).scatter(-1, tokens[..., None], held[..., None])
         return (relaxed - draft).clamp_min(0)
 
     def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        return pick(class_mass(self.classes, self.count, target), tokens) - pick(target, tokens)
-
-
-def class_mass(classes: Tensor, count: int, law: Tensor) -> Tensor:
-    """Mass [B, A, V] of every token's class under law [B, A, V]; classes int64 below `count`."""
-    whole = law.new_zeros(*law.shape[:-1], count).scatter_add(-1, classes, law)
-    return whole.gather(-1, classes)
+        return self._held(target, tokens)[1] - pick(target, tokens)
 
 
 @dataclass(frozen=True)

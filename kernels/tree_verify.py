@@ -116,7 +116,7 @@ def tree_verify_reference(
     if factor is not None:
         rule = Scaled(factor)
     elif classes is not None:
-        rule = Lent(classes, children.shape[-1] + vocabulary)
+        rule = Lent(classes)
     outcome = reject(
         target.index_select(1, internal),
         None if draft is None else draft.index_select(1, internal),
