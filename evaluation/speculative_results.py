@@ -33,21 +33,22 @@ def speculative_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench speculative`: passes and seconds beside quality."""
     rows = []
     sizes = list(dict.fromkeys(size for row in data["rows"] for size in row.get("pictures_a_minute", {})))
+    compares = any(row.get("paired") for row in data["rows"])
     for row in data["rows"]:
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
         judged = "" if row["verifier"] is None else percent(row["verifier"])
         score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
         paired = row.get("paired")
-        against = ""
+        against = [""] * compares
         if paired is not None:
             low, high = (100 * end for end in paired["ci"])
-            against = f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+            against = [f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})"]
         made = row.get("pictures_a_minute", {})
         rows.append(
             [
                 *(row["variant"], f"{row['target_pass_ratio']:.3f}", f"{row['accepted_length']:.2f}"),
                 *(f"{row['seconds']['p50']:.3f}", f"{row['speedup_vs_fastest_plain']:.2f}"),
-                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, against, distance, judged),
+                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, *against, distance, judged),
                 *(f"{made[size]:.0f}" if size in made else "" for size in sizes),
             ]
         )
@@ -61,15 +62,16 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         "stolen",
         "score",
         "± s.e.",
-        "against plain",
+        *["against plain"] * compares,
         "FD-shapes",
         "verifier",
         *(f"batch {size}" for size in sizes),
     ]
     note = (
         "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
-        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; score "
-        "against the plain loop's with 95 % of it, paired by prompt; mean score by the embedded verifier"
+        "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; "
+        + ("score against the plain loop's with 95 % of it, paired by prompt; " if compares else "")
+        + "mean score by the embedded verifier"
         + ("; pictures a minute by batch size, not compiled.\n\n" if sizes else ".\n\n")
     )
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
