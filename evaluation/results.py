@@ -28,6 +28,7 @@ _COMMANDS = {
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-elastic": "bench search --model tiny-dc",
+    "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
@@ -192,6 +193,7 @@ def results_page(folder: Path) -> str:
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
         ("bench-dc-ablations", "Dynamic chunking: ablations", dc_ablations_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
+        ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
         ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
         ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
