@@ -47,8 +47,8 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for noise that a "
-        "verifier likes the picture of). Default: what the model is.",
+        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
+        "picture a verifier scores best). Default: the model's own.",
         show_default=False,
     ),
 ]

@@ -77,13 +77,13 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for noise that a "
-            "verifier likes the picture of). Default: what the model is.",
+            help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
+            "picture a verifier scores best). Default: the model's own.",
             show_default=False,
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="UTF-8, one prompt per line; a rerun makes what is missing.")
+        Path | None, typer.Option(help="Text file with one prompt per line; a rerun makes the missing pictures.")
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (diffusion). Default: the model's.")] = None,
@@ -92,7 +92,7 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw (diffusion).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of token sampling (autoregressive).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of token sampling (autoregressive).")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens (autoregressive).")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p (autoregressive).")] = None,
     tail_drop: Annotated[
@@ -122,14 +122,16 @@ def generate(
     ] = None,
     acceptance: Annotated[
         str | None,
-        typer.Option(help="What is accepted: exact, lantern, lantern++, gsd, cool-sd, cascade … (speculative)."),
+        typer.Option(help="Acceptance rule: exact, lantern, lantern++, gsd, cool-sd, cascade … (speculative)."),
     ] = None,
     quality: Annotated[
         float | None,
-        typer.Option(help="Of acceptance cascade: 0 (exact) to 1 (fastest), as calibrated (speculative)."),
+        typer.Option(
+            help="Quality of acceptance rule cascade: 0 (exact) to 1 (fastest), as calibrated (speculative)."
+        ),
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the rounds: pays for many pictures (speculative).")
+        bool, typer.Option("--compile", help="Compile the rounds; worth it for many pictures (speculative).")
     ] = False,
     policy: searching.PolicyOption = None,
     verifier: searching.VerifierOption = None,
@@ -148,7 +150,7 @@ def generate(
     mask: pictures.MaskOption = None,
     strength: pictures.StrengthOption = None,
     save_map: Annotated[
-        bool, typer.Option("--save-map", help="Also write NAME.map.png: where the tokens are (dynamic chunking).")
+        bool, typer.Option("--save-map", help="Also write NAME.map.png: where tokens are kept (dynamic chunking).")
     ] = False,
     plan: Annotated[
         Path | None,
@@ -163,7 +165,7 @@ def generate(
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures made together, at most.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
     batch_invariant: Annotated[
         bool,
         typer.Option(

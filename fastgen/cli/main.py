@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import fastgen
+from fastgen.cli.panels import arrange
 from fastgen.errors import FastgenError
 
 # Name -> module with an `app`, and the help line. The lines stand here so that `fastgen --help` imports none of them.
@@ -70,7 +71,8 @@ class LazyGroup(TyperGroup):
             # typer offers shell completion on every app, but only a program's outermost one can install it.
             completion = ("install_completion", "show_completion")
             command.params = [parameter for parameter in command.params if parameter.name not in completion]
-            for leaf in getattr(command, "commands", {name: command}).values():
+            for word, leaf in getattr(command, "commands", {name: command}).items():
+                arrange(word, leaf, rest)
                 leaf.callback = _checked(leaf)
         return name, command, rest
 
@@ -116,7 +118,6 @@ def _check_text(label: str, text: str) -> None:
 app = typer.Typer(
     name="fastgen",
     cls=LazyGroup,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain: importing rich takes longer than everything else in `fastgen --help`

@@ -53,8 +53,9 @@ def warnings_shown(shown: bool = True) -> Iterator[Notes]:
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     try:
         for logger in loggers:
-            logger.handlers, logger.propagate = [notes], False
-            logger.setLevel(logging.WARNING)
+            logger.handlers, logger.propagate = [notes, *logger.handlers], False
+            # The level of --verbose stays.
+            logger.setLevel(logging.INFO if logger.level == logging.INFO else logging.WARNING)
         yield notes
     finally:
         for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):

@@ -37,52 +37,55 @@ PolicyOption = Annotated[
 VerifierOption = Annotated[
     str | None,
     typer.Option(
-        help="What scores: shapes-verifier, pick-score, clip-score, vqa-score …, NAME:WEIGHTS, or a folder. Default: "
-        "shapes-verifier, for the models that come with fastgen (search).",
+        help="Scoring model: shapes-verifier, pick-score, clip-score, vqa-score …, NAME:WEIGHTS, or a folder. "
+        "Default: shapes-verifier, for the models that come with fastgen (search).",
         show_default=False,
     ),
 ]
 MaxNfeOption = Annotated[
-    int | None, typer.Option(help="Forward passes for a picture, at most; guidance takes two an evaluation (search).")
+    int | None, typer.Option(help="Most forward passes per picture; guidance needs two per evaluation (search).")
 ]
-MaxSecondsOption = Annotated[float | None, typer.Option(help="Seconds of search for a picture (search).")]
-TargetScoreOption = Annotated[float | None, typer.Option(help="A picture of that score ends its search (search).")]
+MaxSecondsOption = Annotated[float | None, typer.Option(help="Most seconds per picture (search).")]
+TargetScoreOption = Annotated[float | None, typer.Option(help="Stop at this score (search).")]
 SamplerOption = Annotated[
     str | None,
     typer.Option(
-        help="Of noisy steps: ancestral, euler-maruyama or rollover. Default: ancestral (search).", show_default=False
+        help="Sampler of noisy steps: ancestral, euler-maruyama or rollover. Default: ancestral (search).",
+        show_default=False,
     ),
 ]
 TauOption = Annotated[
-    float | None, typer.Option(help="Score to exceed, of policy threshold (search).", show_default=False)
+    float | None,
+    typer.Option(help="Score that a candidate must exceed, for policy threshold (search).", show_default=False),
 ]
-StartsOption = Annotated[int | None, typer.Option(help="Starting noises of a trajectory (search).")]
-ChainsOption = Annotated[int | None, typer.Option(help="Trajectories of a picture, the best is kept (search).")]
+StartsOption = Annotated[int | None, typer.Option(help="Starting noises per trajectory (search).")]
+ChainsOption = Annotated[int | None, typer.Option(help="Trajectories per picture; the best is kept (search).")]
 ExploreOption = Annotated[
     float | None,
     typer.Option(
         "--explore",
-        help="Tail drop at which candidates are evaluated; what is kept is evaluated anew in full (search with "
-        "dynamic chunking).",
+        help="Evaluate candidates at this tail drop, and the chosen ones in full; needs dynamic chunking (search).",
         show_default=False,
     ),
 ]
 ExploreUncondOption = Annotated[
     float | None,
     typer.Option(
-        "--explore-uncond", help="The same for the unconditional branch. Default: as --explore.", show_default=False
+        "--explore-uncond",
+        help="The same for the unconditional branch. Default: as --explore (search).",
+        show_default=False,
     ),
 ]
 PreviewOption = Annotated[
     str | None,
     typer.Option(
-        help="What the verifier sees of candidates under way: full, or pooled for a quarter of the decoder's cost. "
-        "Default: full (search).",
+        help="Previews that the verifier scores during the search: full, or pooled at a quarter of the decoder's "
+        "cost. Default: full (search).",
         show_default=False,
     ),
 ]
 SaveTreeOption = Annotated[
-    bool, typer.Option("--save-tree", help="Also write NAME.tree.png: what was tried, and its scores (search).")
+    bool, typer.Option("--save-tree", help="Also write NAME.tree.png: all candidates and their scores (search).")
 ]
 
 

@@ -13,11 +13,45 @@ import typer
 CALIBRATE = "cascade-calibrate"
 SEARCH = "search-calibrate"
 
+# Options of the recipes that train, and of all.
+_TRAINING = {"steps", "batch_size", "accumulate", "compile", "precision", "lr", "workers", "max_minutes", "threads"}
+_ALWAYS = {"output", "seed", "as_json"}
+
 app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
+
+
+def summaries() -> dict[str, str]:
+    """What each recipe trains."""
+    from fastgen.training.recipes import RECIPES
+
+    calibrations = {
+        CALIBRATE: "thresholds of CASCADE-R for a model (--part) with its drafter (--init)",
+        SEARCH: "thresholds of noise search for a model (--part) with a verifier (--init)",
+    }
+    return {name: entry.summary for name, entry in RECIPES.items()} | calibrations
+
+
+def options_of(recipe: str) -> set[str]:
+    """The options that a recipe takes, by the names of their parameters."""
+    from fastgen.training.recipes import RECIPES
+
+    if recipe == CALIBRATE:
+        return _ALWAYS | {"part", "init", "data", "samples", "prompts_file"}
+    if recipe == SEARCH:
+        return _ALWAYS | {"part", "init", "samples", "prompts_file", "batch_size", "choose", "threads"}
+    entry, found = RECIPES[recipe], _ALWAYS | _TRAINING
+    if entry.needs or entry.upcycles:
+        found |= {"part"}
+    if entry.continues:
+        found |= {"init"}
+    if entry.draws or recipe == "heads":
+        found |= {"data", "samples", "prompts_file"}
+    return found | ({"choose"} if recipe in ("drafter", "heads") else set())
 
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[
         str,
         typer.Argument(
@@ -25,7 +59,9 @@ def train(
             "dc-graft, dc-finetune, cascade-calibrate, search-calibrate."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of checkpoint, log and model.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Output folder for the checkpoint, the log and the model.")
+    ],
     part: Annotated[
         Path | None,
         typer.Option(
@@ -37,7 +73,7 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder to go on from; the drafter (cascade-calibrate) or the verifier by name or folder "
+            help="Model folder to continue from; the drafter (cascade-calibrate) or the verifier, by name or folder "
             "(search-calibrate)."
         ),
     ] = None,
@@ -45,19 +81,22 @@ def train(
         Path | None, typer.Option(help="Folder of the pipeline's own samples (dc-graft, dc-finetune).")
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="Draw so many into --data first; 0 = they are there. Of a calibration: pictures.")
+        int,
+        typer.Option(
+            help="First draw this many samples into --data; 0 = use what is there. Calibrations: pictures to measure."
+        ),
     ] = 0,
     prompts_file: Annotated[
         str | None,
         typer.Option(help="Prompts of the samples, one a line, or 'shapesworld'; a DiT draws every class in turn."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps in all.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Items a step and process.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Parts a step's batch is worked off in.")] = None,
-    compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile what the recipe names.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Total optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size per process.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Gradient-accumulation steps.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32; auto is bf16 where it is native.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that draw batches ahead; 0 = none.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Data-loading processes; 0 = none.")] = None,
     choose: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,33 +106,31 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
-    max_minutes: Annotated[float, typer.Option(help="Stop with a checkpoint after so long; 0 = never.")] = 0.0,
+    max_minutes: Annotated[
+        float, typer.Option(help="Save a checkpoint and stop after this many minutes; 0 = never.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 = torch's default.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
 ) -> None:
-    """Train one of the embedded models by its recipe.
+    """Train one of the embedded models by its recipe; `fastgen train RECIPE --help` shows its options.
+
+    Run the same command again to resume from the checkpoint. Ctrl-C stops after the current step and saves one.
+
+    vae, vq, detector and verifier need no other model. z-image needs a trained vae as --part, janus a trained vq.
+    drafter learns from ShapesWorld renders, or from what its model draws (--samples, --prompts-file, --data).
 
     cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
-    a result of `fastgen bench speculative`, it writes the measured drops of score and costs beside them, by which the
-    default source is chosen. search-calibrate
-    measures thresholds of noise search for a model (--part) with a verifier (--init) on ShapesWorld captions, or on
-    --prompts-file, where nobody checks the pictures and their scores stand in for that. vae, vq, detector and
-    verifier stand alone; z-image needs the trained vae and janus the trained vq as --part. drafter learns from renders
-    of ShapesWorld, or from what its model draws (--samples, --prompts-file, --data). Run the same command again to go
-    on from the checkpoint; Ctrl-C stops after the step with a checkpoint.
+    a result of `fastgen bench speculative`, it adds the measured score drops and costs, by which
+    the default source is chosen. search-calibrate measures thresholds of noise search for a model (--part) with a
+    verifier (--init), on ShapesWorld captions or on --prompts-file. Pictures of your own prompts are not checked:
+    their scores take the place of the check.
     """
+    if recipe in (CALIBRATE, SEARCH):
+        _refuse_others(recipe, context)
     if recipe == CALIBRATE:
         _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)
         return
     if recipe == SEARCH:
-        trained: dict[str, Any] = {"--data": data, "--steps": steps, "--accumulate": accumulate, "--lr": lr}
-        trained |= {
-            "--workers": workers,
-            "--compile": compile,
-            "--precision": precision,
-            "--max-minutes": max_minutes or None,
-        }
-        _refuse(recipe, trained)
         _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return
     from fastgen.errors import FastgenError
@@ -207,13 +244,15 @@ def _calibrate(
     typer.echo(json.dumps({"levels": levels}) if as_json else f"{output / 'calibration.json'}: {json.dumps(levels)}")
 
 
-def _refuse(recipe: str, options: dict[str, Any]) -> None:
+def _refuse_others(recipe: str, context: typer.Context) -> None:
     """Refuse options that were given to a recipe that knows nothing of them."""
     from fastgen.errors import FastgenError
 
-    for name, value in options.items():
-        if value is not None:
-            raise FastgenError(f"{name}: recipe {recipe} takes none")
+    labels = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    for name in context.params.keys() - options_of(recipe) - {"recipe"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise FastgenError(f"{labels[name]}: recipe {recipe} takes none")
 
 
 def _calibrate_search(

@@ -1,0 +1,98 @@
+"""How the help of a command is laid out: panels by method, examples, and the options that every command has."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Annotated, Any
+
+import typer
+
+# What the help of an option ends with, and the panel that it goes to without that.
+PANELS = {
+    "diffusion": "Diffusion models",
+    "autoregressive": "Autoregressive models",
+    "dynamic chunking": "Dynamic chunking",
+    "speculative": "Speculative decoding (--method speculative)",
+    "search": "Noise search (--method search)",
+}
+_ENDING = re.compile(rf"\s*\(({'|'.join(PANELS)})\)\.?$")
+
+EXAMPLES = {
+    "generate": [
+        'fastgen generate "three red circles" -o out.png',
+        "fastgen generate --prompts-file prompts.txt --num-images 4 -o pictures",
+        'fastgen generate "three red circles" --method dc --tail-drop 0.3',
+        'fastgen generate "three red circles" --method speculative',
+        'fastgen generate "three red circles" --method search --max-nfe 120',
+    ],
+    "train": [
+        "fastgen train dc --help",
+        "fastgen train dc --part tiny -o runs/dc",
+        "fastgen train drafter --part tiny-janus -o runs/drafter",
+    ],
+    "shapes": ["fastgen eval shapes --model tiny --limit 5"],
+    "geneval": ["fastgen eval geneval --images pictures --detector shapes --out scored"],
+}
+
+
+def arrange(name: str, command: Any, words: list[str]) -> None:
+    """Lay out the help of a command; `words` are those that follow its name on the command line."""
+    for option in command.params:
+        if ending := _ENDING.search(getattr(option, "help", None) or ""):
+            option.help = option.help[: ending.start()].rstrip(".") + "."
+            option.rich_help_panel = PANELS[ending[1]]
+    if name in EXAMPLES:
+        command.epilog = "Examples:\n\n" + "\n\n".join(EXAMPLES[name])
+    if name == "train":
+        _of_recipe(command, words)
+    command.params.append(verbose_option())
+
+
+def verbose_option() -> Any:
+    """-v, --verbose of a command, made by typer: its own classes differ between releases."""
+    app = typer.Typer(add_completion=False)
+    app.command()(_verbose)
+    return next(option for option in typer.main.get_command(app).params if option.name == "verbose")
+
+
+def _be_verbose(context: typer.Context, value: bool) -> None:
+    if not value:
+        return
+    logger, handler = logging.getLogger("fastgen"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = logger.level
+
+    def restore() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    context.call_on_close(restore)
+
+
+def _verbose(
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v",
+            "--verbose",
+            callback=_be_verbose,
+            expose_value=False,
+            help="Log what fastgen does, and which fast paths it takes, on stderr.",
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _of_recipe(command: Any, words: list[str]) -> None:
+    """`fastgen train RECIPE --help` shows the options of that recipe."""
+    from fastgen.cli.train import options_of, summaries
+
+    recipe = next((word for word in words if word in summaries()), None)
+    if recipe is not None:
+        command.help = f"{recipe}: {summaries()[recipe]}."
+        command.epilog = None
+        for option in command.params:
+            option.hidden = option.name not in options_of(recipe)

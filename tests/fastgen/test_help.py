@@ -1,0 +1,119 @@
+"""The help of commands: panels by method, examples, the options of a recipe, completion, and --verbose."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import typer
+
+from fastgen.cli import eval as eval_group
+from fastgen.cli import generate, train
+from fastgen.cli.main import run
+from fastgen.cli.panels import PANELS, arrange, verbose_option
+from fastgen.training.recipes import RECIPES
+
+RECIPE_NAMES = [*RECIPES, train.CALIBRATE, train.SEARCH]
+
+
+def shown(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run([*words, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def test_options_stand_in_the_panel_of_their_method(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(["generate"], capsys, monkeypatch)
+    places = [text.index(f"─ {panel} ─") for panel in ("Options", *PANELS.values())]
+    assert places == sorted(places)
+    panels = dict(zip(("Options", *PANELS.values()), re.split("\n╭─", text)[2:], strict=False))
+    for panel, option in (
+        ("Options", "--seed"),
+        ("Options", "--verbose"),
+        (PANELS["diffusion"], "--negative-prompt"),
+        (PANELS["autoregressive"], "--top-k"),
+        (PANELS["dynamic chunking"], "--tail-drop"),
+        (PANELS["speculative"], "--tree"),
+        (PANELS["search"], "--explore-uncond"),
+    ):
+        assert option in panels[panel], (panel, option)
+    assert "Examples:" in text and 'fastgen generate "three red circles" -o out.png' in text
+
+
+@pytest.mark.parametrize("module", [generate, eval_group], ids=["generate", "eval"])
+def test_no_help_names_its_panel_again(module: object) -> None:
+    command = typer.main.get_command(module.app)  # type: ignore[attr-defined]
+    for name, leaf in getattr(command, "commands", {"generate": command}).items():
+        arrange(name, leaf, [])
+        for option in leaf.params:
+            text = getattr(option, "help", None) or ""
+            assert not text.rstrip(".").endswith(tuple(f"({ending})" for ending in PANELS)), (name, text)
+
+
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_a_recipe_shows_the_options_it_takes(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(["train", recipe], capsys, monkeypatch)
+    assert f"{recipe}: {train.summaries()[recipe]}"[:40] in text
+    named = {parameter.name: parameter.opts for parameter in typer.main.get_command(train.app).params}
+    for name, options in named.items():
+        if name != "recipe":
+            assert any(f"{option} " in text for option in options) is (name in train.options_of(recipe)), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        (recipe, option)
+        for recipe in RECIPE_NAMES
+        for option in ("part", "init", "data", "samples", "prompts_file", "choose")
+        if option not in train.options_of(recipe)
+    ],
+)
+def test_options_that_are_not_shown_are_refused(
+    recipe: str, option: str, tmp_path: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {"samples": "2", "choose": "width=8"}.get(option, "x")
+    label = {"prompts_file": "--prompts-file", "choose": "--set"}.get(option, f"--{option}")
+    given = ["--part", "tiny"] if "part" in train.options_of(recipe) else []
+    assert run(["train", recipe, "-o", f"{tmp_path}/o", *given, label, value]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--steps", "--lr", "--batch-size", "--max-minutes", "--threads"])
+def test_a_calibration_ignores_no_option(option: str, tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", train.CALIBRATE, "-o", f"{tmp_path}/o", "--part", "x", "--init", "y", option, "1"]) == 2
+    assert capsys.readouterr().err == f"error: {option}: recipe {train.CALIBRATE} takes none\n"
+
+
+@pytest.mark.parametrize(("words", "wanted"), [("fastgen gen", "generate"), ("fastgen generate --max-n", "--max-nfe")])
+def test_shells_complete_commands_and_options(
+    words: str, wanted: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_FASTGEN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    run([])
+    assert capsys.readouterr().out.split() == [wanted]
+
+
+def test_verbose_logs_on_stderr_inside_the_command_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgen.cli import info
+
+    def collect() -> dict[str, object]:
+        logging.getLogger("fastgen.kernels").info("the reference runs")
+        raise ValueError("enough")
+
+    monkeypatch.setattr(info, "collect", collect)
+    before = logging.getLogger("fastgen").level, list(logging.getLogger("fastgen").handlers)
+    for words, logged in (([], False), (["-v"], True), (["--verbose"], True)):
+        assert run(["info", *words]) == 2
+        assert ("fastgen.kernels: the reference runs" in capsys.readouterr().err) is logged
+        assert before == (logging.getLogger("fastgen").level, list(logging.getLogger("fastgen").handlers))
+    assert verbose_option().opts == ["-v", "--verbose"]
