@@ -53,9 +53,9 @@ def warnings_shown(shown: bool = True) -> Iterator[Notes]:
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     try:
         for logger in loggers:
-            logger.handlers, logger.propagate = [notes, *logger.handlers], False
-            # The level of --verbose stays.
-            logger.setLevel(logging.INFO if logger.level == logging.INFO else logging.WARNING)
+            verbose = logger.name == "fastgen" and logger.level == logging.INFO  # fastgen.cli.panels
+            logger.handlers, logger.propagate = [notes, *(logger.handlers if verbose else [])], False
+            logger.setLevel(logging.INFO if verbose else logging.WARNING)
         yield notes
     finally:
         for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):

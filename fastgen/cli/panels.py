@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-# What the help of an option ends with, and the panel that it goes to without that.
+# What stands in brackets at the end of a sentence of an option's help, and the panel that it goes to without that.
 PANELS = {
     "diffusion": "Diffusion models",
     "autoregressive": "Autoregressive models",
@@ -16,7 +16,7 @@ PANELS = {
     "speculative": "Speculative decoding (--method speculative)",
     "search": "Noise search (--method search)",
 }
-_ENDING = re.compile(rf"\s*\(({'|'.join(PANELS)})\)\.?$")
+_BRACKETS = re.compile(rf"\s*\(({'|'.join(PANELS)})\)(\.|$)")
 
 EXAMPLES = {
     "generate": [
@@ -39,9 +39,9 @@ EXAMPLES = {
 def arrange(name: str, command: Any, words: list[str]) -> None:
     """Lay out the help of a command; `words` are those that follow its name on the command line."""
     for option in command.params:
-        if ending := _ENDING.search(getattr(option, "help", None) or ""):
-            option.help = option.help[: ending.start()].rstrip(".") + "."
-            option.rich_help_panel = PANELS[ending[1]]
+        if found := _BRACKETS.search(getattr(option, "help", None) or ""):
+            option.help = _BRACKETS.sub(".", option.help)
+            option.rich_help_panel = PANELS[found[1]]
     if name in EXAMPLES:
         command.epilog = "Examples:\n\n" + "\n\n".join(EXAMPLES[name])
     if name == "train":
