@@ -161,9 +161,9 @@ def results_page(folder: Path) -> str:
 
     parts = [
         "# Results\n\nWritten by `python -m fastgen.evaluation.results` from the JSON files in "
-        "[results](results), which hold every number with the machine, the versions, the commit and the date it "
-        "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld: they compare with each other and "
-        "with nothing else.\n"
+        "`docs/results/`, which hold every number with the machine, the versions, the commit and the date it "
+        "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld, comparable only with each "
+        "other.\n"
     ]
 
     def scored(title: str, text: str, scores: dict[str, Any]) -> list[str]:
