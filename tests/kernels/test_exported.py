@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import DEVICE, random
+from long_tail import long_tail
 from torch import Tensor, nn
 
 from fastgen.kernels.adaln import adaln
@@ -135,7 +136,7 @@ class Exported(nn.Module):
         return self.function(*inputs)
 
 
-@pytest.mark.parametrize("mode", ["triton", "reference"])
+@pytest.mark.parametrize("mode", long_tail(["triton", "reference"], fast=("triton",)))
 @pytest.mark.parametrize("name", CASES)
 def test_the_program_does_the_same(name: str, mode: str) -> None:
     function, inputs = CASES[name]

@@ -68,6 +68,7 @@ with compile_for("cuda"):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a device")
+@pytest.mark.slow
 def test_one_entry_is_one_version(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -62,7 +62,14 @@ def test_each_prompt_has_its_own_negative_prompt(tiny: ZImagePipeline) -> None:
         assert np.abs(found[i] - tiny(prompt, **given).images[0]).max() < 0.5 / 255 + 2e-3
 
 
-@pytest.mark.parametrize("policy", [BestOfN(n=4), ValueSampling(chains=1, candidates=3), Threshold(0.2)])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        BestOfN(n=4),
+        pytest.param(ValueSampling(chains=1, candidates=3), marks=pytest.mark.slow),
+        Threshold(0.2),
+    ],
+)
 def test_a_search_finds_what_the_verifier_likes(tiny: ZImagePipeline, policy: Any) -> None:
     prompts = ["a heart", "a ring"]
     output = NoiseSearchPipeline(tiny, redness, policy)(prompts, generator=seeded(1, 2), max_nfe=60, **CALL)

@@ -205,6 +205,7 @@ def test_multi_budget_training_draws_its_tail_drops_after_the_warm_up() -> None:
     assert {recipe.batch(start, 1, generator)["tail_drop"] for start in range(100, 180)} == set(BUDGETS)
 
 
+@pytest.mark.slow
 def test_janus_trains_and_generates_with_stock_transformers(vq: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, JanusForConditionalGeneration
 
