@@ -165,7 +165,7 @@ def _warm_rows(
             try:
                 row = _warm_row(pipe, batch, batch == 1, options, runs)
             except Exception as error:  # no compiler, or a model that cannot be compiled: told, not hidden
-                row = {"batch": batch, "failed": _first_line(error)}
+                row = {"batch": batch, "failed": _first_line(error.__cause__ or error)}
             rows.append({"model": model, "engine": "torch.compile", **row})
     finally:
         pipe.transformer = eager

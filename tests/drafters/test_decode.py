@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastgen.accounting import account
 from fastgen.drafters.acceptance import Block, CoolSD, Exact
-from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.eagle import EagleDrafter
@@ -305,9 +304,8 @@ def test_greedy_jacobi_equals_the_plain_loop(target: Target, window: int, width:
     for bad in ((0, 1), (3, 0)):
         with pytest.raises(ValueError, match="window|width"):
             JacobiSource(*bad)
-    for rule in (Block(), Cascade(CascadeConfig())):
-        with pytest.raises(ValueError, match="looks ahead"):
-            decode_speculative(target, JacobiSource(4), rule, prefix, TokenLaw(3.0), seeded(0, 1, 2))
+    with pytest.raises(ValueError, match="looks ahead"):
+        decode_speculative(target, JacobiSource(4), Block(), prefix, TokenLaw(3.0), seeded(0, 1, 2))
     source = JacobiSource(2, width=target.vocab_size + 1)
     with pytest.raises(ValueError, match="candidates of a place"):
         decode_speculative(target, source, Exact(), prefix, GREEDY, seeded(0, 1, 2))

@@ -380,11 +380,11 @@ def test_models_that_cannot_be_searched(
     assert code == 2 and "draws tokens, there is no noise to search" in stderr and stderr.count("\n") == 1
     other = Path(shutil.copytree(micro_z, tmp_path / "other"))
     index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "ErnieImagePipeline"}))
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "IFPipeline"}))
     code, _, stderr = call(capsys, "a", *options, "--verifier", verifier, "--model", other)
     assert (
         code == 2
-        and "ErnieImagePipeline cannot be searched: its start noise was not found" in stderr
+        and "IFPipeline cannot be searched: its start noise was not found" in stderr
         and stderr.count("\n") == 1
     )
     code, _, stderr = call(capsys, "a", *options, "--model", micro_z)

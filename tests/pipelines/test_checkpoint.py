@@ -273,7 +273,7 @@ def test_hub_errors_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_model_from_the_cache(z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(z))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, allow_patterns: str(z))
     found = find_checkpoint("owner/name")
     assert found.hub_id == "owner/name" and found.folder == z and found.kind == "diffusers"
 

@@ -227,7 +227,7 @@ def with_heads(folders: Folders) -> tuple[Pipe, Draw]:
 def with_classes(folders: Folders) -> tuple[Pipe, Draw]:
     """CASCADE with a radius: its tables are made of the codebook."""
     pipe, _ = speculative("eagle-1")(folders)
-    rule = build_rule("cascade", pipe.target, breadth=0.2, depth=0.0, radius=2.0, near=8, boost=1.0)
+    rule = build_rule("cascade", pipe.target, breadth=0.2, depth=0.0, radius=2.0, near=8)
     return pipe, lambda pipe: token_images(pipe, acceptance=rule, tree="3-2")
 
 

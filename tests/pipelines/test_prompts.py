@@ -150,7 +150,7 @@ def test_weights_that_the_configuration_leaves_unused_are_an_error(micro_z: Path
     shutil.copytree(micro_z, folder)
     config = json.loads((folder / "transformer/config.json").read_text())
     (folder / "transformer/config.json").write_text(json.dumps({**config, "n_layers": 0}))
-    with pytest.raises(FastgenError, match="weights without use.*do not fit"):
+    with pytest.raises(FastgenError, match="does not fit its configuration"):
         fastgen.load_pipeline(str(folder))
 
 

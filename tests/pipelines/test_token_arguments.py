@@ -49,7 +49,7 @@ SPECULATIVE: list[tuple[str, Any]] = [
     ("tree", "jacobi-" + "9" * 5000),
     *(("tree", value) for value in (f"{JANUS_CODES + 1}", f"jacobi-2x{JANUS_CODES + 1}", DynamicShape(60, 1, 60))),
     *(("sampled", value) for value in ("yes", 1, [True])),
-    *(("acceptance", value) for value in (5, "x", "", ["exact"], Exact, True, "Exact", "block")),
+    *(("acceptance", value) for value in (5, "x", "", ["exact"], Exact, True, "Exact")),
     *(("quality", value) for value in ("1", float("nan"), 2, -0.1, True, [0.5])),
 ]
 
