@@ -6,6 +6,7 @@ Imports neither torch nor diffusers.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -220,11 +221,8 @@ class LoadOptions:
             scheduler_class(entry[1], self.scheduler)
         if self.loras and not hasattr(kind, "load_lora_weights"):
             raise FastgenError(f"lora: {kind.__name__} does not take LoRA weights")
-        if self.loras:
-            try:
-                import peft  # noqa: F401
-            except ImportError as error:
-                raise FastgenError("lora: needs peft, which is not installed (python -m pip install peft)") from error
+        if self.loras and importlib.util.find_spec("peft") is None:
+            raise FastgenError("lora: needs peft, which is not installed (python -m pip install peft)")
         if self.vae_tiling and "vae" not in index:
             raise FastgenError(f"vae_tiling: {kind.__name__} has no VAE")
         if self.offload not in ("none", "auto") and device.type == "cpu":
