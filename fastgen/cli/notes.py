@@ -74,6 +74,9 @@ def measuring() -> Iterator[Notes]:
 
 def quiet_libraries() -> None:
     """No progress bars, no advice; their warnings are shown by `warnings_shown`."""
+    import fastgen.pipelines  # noqa: F401  # repairs a torchvision of another torch, before its users load
+
+    # isort: split
     import diffusers
     import transformers
 
