@@ -403,7 +403,7 @@ class _Drawn:
         self._law, self._entry, self._found = law, entry, None
 
     def sample(self, generator: torch.Generator | None = None) -> Any:
-        self._entry.batches &= generator is None
+        self._entry.batches = False  # samples of a batch would each draw their own
         if self._found is None:
             with torch.random.fork_rng(devices=[]):  # some pipelines draw without a generator
                 self._found = self._law.sample(generator)

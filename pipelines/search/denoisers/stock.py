@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.errors import FastgenError
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
@@ -44,6 +45,7 @@ class StockDenoiser(Denoiser):
         )
         self._stamps = dict(zip(self.times, first.timesteps.tolist(), strict=True))
         self._begun: set[int] = set()
+        self._shared = False  # whether several samples have gone through a call together
 
     def _arguments(self, place: int) -> dict[str, Any]:
         """Of the pipeline's call for one prompt.
@@ -80,10 +82,17 @@ class StockDenoiser(Denoiser):
             groups[prompt, time].append(row)
         clean, noise = torch.empty_like(latents), torch.empty_like(latents)
         for (prompt, time), rows in groups.items():
-            size = len(rows) if self.entries[prompt].batches else 1
-            for first in range(0, len(rows), size):
-                part = rows[first : first + size]
-                said = self._predict(self.entries[prompt], latents[part], time)
+            entry = self.entries[prompt]
+            for part in [rows] if entry.batches else [[row] for row in rows]:
+                try:
+                    said = self._predict(entry, latents[part], time)
+                except (RuntimeError, ValueError) as error:
+                    told = isinstance(error, FastgenError | torch.OutOfMemoryError)
+                    if told or len(part) == 1 or self._shared:
+                        raise
+                    entry.batches = False  # PRX takes several images in its signature only
+                    return self.evaluate(latents, times, which)
+                self._shared |= len(part) > 1
                 clean[part], noise[part] = said.clean.to(latents), said.noise.to(latents)
         return Prediction(clean, noise)
 
