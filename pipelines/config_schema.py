@@ -79,6 +79,8 @@ def _allowed(value: Any, hint: Any, default: Any) -> bool:
 
 
 def _check_range(name: str, value: float, default: Any, file: Path) -> None:
+    if isinstance(value, dict):  # as transformers writes infinities
+        value = float(value["__float__"])
     if not math.isfinite(value) and value != default:
         raise FastgenError(f"{file}: {name} is {value}, needs a finite number")
     if value < 0 and _is_number(default) and default >= 0 and not _SIGNED.search(name):
@@ -105,7 +107,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if bare is bool:
         return isinstance(value, bool)
     if bare is int:
-        return _is_number(value) and (not math.isfinite(value) or value == int(value))
+        return _is_number(value) and not isinstance(value, dict) and (not math.isfinite(value) or value == int(value))
     if bare is float:
         return _is_number(value)
     if bare is str:
@@ -135,6 +137,8 @@ def _resembles(value: Any, default: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, dict) and value.keys() == {"__float__"}:  # as transformers writes infinities
+        return value["__float__"] in ("Infinity", "-Infinity", "NaN")
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -252,9 +252,9 @@ def generate(
             check_speculative_files(checkpoint, drafts, call.get("tree"), quality)
         where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
         options.check(kind, checkpoint.index, where)
+        faster = _faster(plan, accelerate, kind, where, method)
         check_writable(target if is_folder else target.parent)
         weight_type = str(weights).removeprefix("torch.")
-        faster = _faster(plan, accelerate, kind, where, method)
         settings: dict[str, Any] = {
             "model": model,
             "weights": _digest(checkpoint, drafts),

@@ -147,7 +147,7 @@ class Compile(Part):
 
         def undo() -> None:
             for module in compiled:
-                module._compiled_call_impl = None
+                vars(module).pop("_compiled_call_impl", None)  # the class has it: None
 
         return undo
 

@@ -39,19 +39,6 @@ MORE = {
         "--steps",
         "1",
     ],
-    "tune": [
-        "tune",
-        "--prompts-file",
-        "p.txt",
-        "-o",
-        "plan.json",
-        "--prompts",
-        "3",
-        "--steps",
-        "1",
-        "--loss",
-        "exact",
-    ],
     "bench search": ["bench", "search", "--policy", "random", "--budget", "12", "--seeds", "1", "--limit", "1"],
 }
 
@@ -70,7 +57,6 @@ def halves(request: pytest.FixtureRequest, micro_z: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "others").mkdir()
-    (tmp_path / "p.txt").write_text("a ring")
     side = json.loads((micro_z / "fastgen.json").read_text())["height"]
     for number in range(4):
         Image.effect_noise((side, side), 40 + number).convert("RGB").save(tmp_path / f"others/{number}.png")
@@ -143,4 +129,4 @@ def test_every_command_with_a_model_offers_its_variant() -> None:
         if any(parameter.name == "model" for parameter in leaf.params) and name.split()[0] != "train":
             helps = [getattr(parameter, "help", None) for parameter in leaf.params]
             found[name] = helps.count(variant_option().help)
-    assert set(DRAWING | MORE) | {"bench dc", "bench speculative"} == set(found) and set(found.values()) == {1}
+    assert set(DRAWING | MORE) | {"bench dc", "bench speculative", "tune"} == set(found) and set(found.values()) == {1}
