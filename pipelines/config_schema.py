@@ -78,7 +78,7 @@ def _allowed(value: Any, hint: Any, default: Any) -> bool:
     return _fits(value, hint) or (not (hint is int and type(default) is int) and _resembles(value, default))
 
 
-def _check_range(name: str, value: float, default: Any, file: Path) -> None:
+def _check_range(name: str, value: Any, default: Any, file: Path) -> None:
     if isinstance(value, dict):  # as transformers writes infinities
         value = float(value["__float__"])
     if not math.isfinite(value) and value != default:
