@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgen.contracts import LOSSES, Loss
+from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
@@ -115,7 +115,7 @@ class Trial:
 
     @property
     def loss(self) -> Loss:
-        return max((part.loss for part in self.parts), key=LOSSES.index, default="exact")
+        return weakest(part.loss for part in self.parts)
 
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"}

@@ -1,4 +1,4 @@
-"""The loss contract that every accelerated path declares. A leaf: imports only the standard library.
+"""The loss contract that every accelerated path declares. A leaf.
 
 `"exact"`         equal to the baseline, bit for bit or up to floating-point rounding
 `"distribution"`  another sample than the baseline's, drawn from the same distribution
@@ -9,7 +9,10 @@ Turning a knob off gives back `"exact"`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal, get_args
+
+from fastgen.errors import FastgenError
 
 Loss = Literal["exact", "distribution", "lossy"]
 
@@ -21,9 +24,14 @@ def check_loss(value: object) -> Loss:
     """Return `value` as a loss contract.
 
     Raises:
-        ValueError: `value` is not one of `LOSSES`.
+        FastgenError: `value` is not one of `LOSSES`.
     """
     for loss in LOSSES:
         if value == loss:
             return loss
-    raise ValueError(f"loss contract {value!r} is unknown; allowed: {', '.join(LOSSES)}")
+    raise FastgenError(f"loss: {value!r} is unknown; allowed: {', '.join(LOSSES)}")
+
+
+def weakest(losses: Iterable[Loss]) -> Loss:
+    """Contract of several paths used together; of none it is `"exact"`: nothing was changed."""
+    return max(losses, key=LOSSES.index, default="exact")

@@ -17,3 +17,8 @@ class NotFiniteError(FastgenError):
 
     Typical causes: float16 weights that overflow, broken weights, a guidance scale far outside the usual range.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, without line breaks and at most 300 characters."""
+    return " ".join(str(error).split())[:300]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgen.checks import check_bool, check_choice
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, one_line
 from fastgen.io import file_sha256
 from fastgen.pipelines.weight_files import check_safetensors
 
@@ -74,10 +74,6 @@ class LoRA:
         made._check()
         return made
 
-    @property
-    def from_hub(self) -> bool:
-        return not os.path.exists(self.source)
-
     def _check(self) -> None:
         if not self.source:
             raise FastgenError("lora: there is no file or folder ''")
@@ -113,8 +109,8 @@ class LoRA:
             folder = path.parent if path.is_file() else self.source
             pipe.load_lora_weights(os.fspath(folder), adapter_name=name, use_safetensors=True, **where)
         except Exception as error:  # of diffusers, peft and the Hub
-            reason = " ".join(str(error).split())[:300]
-            raise FastgenError(f"lora: {self.source} cannot be loaded into {type(pipe).__name__}: {reason}") from error
+            told = f"lora: {self.source} cannot be loaded into {type(pipe).__name__}"
+            raise FastgenError(f"{told}: {one_line(error)}") from error
         if not any(name in names for names in pipe.get_list_adapters().values()):
             raise FastgenError(f"lora: {self.source} has no weights for any layer of {type(pipe).__name__}")
 
@@ -280,8 +276,7 @@ class LoadOptions:
                 stream = device.type == "cuda"
                 pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=stream)
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FastgenError(f"offload: {type(pipe).__name__} cannot do {way!r}: {reason}") from error
+            raise FastgenError(f"offload: {type(pipe).__name__} cannot do {way!r}: {one_line(error)}") from error
         return way
 
 

@@ -7,6 +7,7 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,11 +196,7 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
             folder = Path(DiffusionPipeline.download(hub_id, **which, trust_remote_code=False))
         except Exception as error:
             raise explain_hub_error(hub_id, error) from error
-    return Checkpoint(**{**_fields(checkpoint), "folder": folder})
-
-
-def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    return replace(checkpoint, folder=folder)
 
 
 def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:

@@ -22,7 +22,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, one_line
 from fastgen.io import read_object
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.config_schema import check_arguments, check_config
@@ -237,7 +237,7 @@ def drawing_fault(checkpoint: Checkpoint, error: Exception) -> FastgenError | No
 
 def reason(error: BaseException) -> str:
     """An error of a library in one line."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -426,7 +426,7 @@ def _save(
     job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], parts: Loss
 ) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
-    from fastgen.contracts import LOSSES
+    from fastgen.contracts import weakest
     from fastgen.io import atomic_write_many, encode_json, encode_png
 
     # Only what the pixels depend on goes into the picture, so that equal pictures are equal files.
@@ -438,7 +438,7 @@ def _save(
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
-        "loss": max(picture.loss, parts, key=LOSSES.index),
+        "loss": weakest((picture.loss, parts)),
         "versions": versions,
         "stats": picture.stats,
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgen.contracts import LOSSES, Loss
+from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_json, read_object
 from fastgen.pipelines.accelerate.parts import Part, made_part
@@ -55,7 +55,7 @@ class Plan:
     @property
     def loss(self) -> Loss:
         """Contract of all parts together: that of the weakest."""
-        return max((part.loss for part in self.parts), key=LOSSES.index, default="exact")
+        return weakest(part.loss for part in self.parts)
 
     def __str__(self) -> str:
         lines = [["part", "", "contract", "settings", "why"]]

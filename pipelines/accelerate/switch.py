@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from fastgen.contracts import LOSSES, Loss
+from fastgen.contracts import LOSSES, Loss, check_loss
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.parts import (
     ChannelsLast,
@@ -65,8 +65,8 @@ def accelerate(
         raise FastgenError(f"pipe: needs a diffusers pipeline, got {type(pipe).__name__}")
     if denoiser_of(pipe) is None:
         raise FastgenError(f"pipe: {type(pipe).__name__} has no denoiser (a transformer or a unet)")
-    if loss is not None and loss not in LOSSES:
-        raise FastgenError(f"loss: {loss!r} is unknown; allowed: {', '.join(LOSSES)}")
+    if loss is not None:
+        check_loss(loss)
     if loss == "lossy" and plan is None:
         raise FastgenError("loss: 'lossy' needs a plan, which says at which settings: see `fastgen tune`")
     wanted = _wanted(pipe, plan)
