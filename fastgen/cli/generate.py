@@ -14,7 +14,7 @@ import typer
 
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model
+from fastgen.cli.methods import METHODS, VariantOption, best_device, check_method, check_method_name, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def generate(
     that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
     command goes on from there.
     """
-    from fastgen.cli.plan import image_paths, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
+    from fastgen.cli.plan import image_paths, model_digest, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
     from fastgen.io import check_writable, remove_leftovers
     from fastgen.locks import locked_files, locked_folder
     from fastgen.pipelines.arguments import SEARCH_SETTINGS, SETTINGS, check_prompt, check_value
@@ -250,14 +250,14 @@ def generate(
             from fastgen.pipelines.speculative_files import check_speculative_files
 
             check_speculative_files(checkpoint, drafts, call.get("tree"), quality)
-        where, weights = resolve_device(_best_device() if device == "auto" else device, dtype)
+        where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
         options.check(kind, checkpoint.index, where)
         faster = _faster(plan, accelerate, kind, where, method)
         check_writable(target if is_folder else target.parent)
         weight_type = str(weights).removeprefix("torch.")
         settings: dict[str, Any] = {
             "model": model,
-            "weights": _digest(checkpoint, drafts),
+            "weights": model_digest(checkpoint, drafts),
             **({} if variant is None else {"variant": variant}),
             **options.recorded,
             "method": method or ("dc" if is_chunked else "base"),
@@ -346,12 +346,6 @@ def _recorded(faster: Plan | str | None) -> dict[str, Any]:
     if isinstance(faster, str):
         return {"accelerate": faster}
     return {"plan": [[part.name, part.settings] for part in faster.parts]}
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _make(
@@ -446,16 +440,6 @@ def _save(
         sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}
         sidecar["search"] = picture.search
     atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
-
-
-def _digest(checkpoint: Checkpoint, drafter: Path | None) -> str:
-    """Tells which weights these are: the Hub revision, or a digest of the weight files."""
-    if checkpoint.hub_id is not None:
-        return checkpoint.folder.name
-    from fastgen.cli.plan import weights_digest
-
-    own = [] if drafter is None or drafter == checkpoint.drafter else [drafter]
-    return weights_digest([*checkpoint.folders, *own])
 
 
 @contextlib.contextmanager

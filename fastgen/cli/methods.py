@@ -11,7 +11,15 @@ from fastgen.errors import FastgenError
 if TYPE_CHECKING:
     from fastgen.pipelines.checkpoint import Checkpoint
 
-__all__ = ["METHODS", "VariantOption", "check_method", "check_method_name", "find_model", "variant_option"]
+__all__ = [
+    "METHODS",
+    "VariantOption",
+    "best_device",
+    "check_method",
+    "check_method_name",
+    "find_model",
+    "variant_option",
+]
 
 
 def variant_option(name: str = "--variant") -> Any:
@@ -23,6 +31,13 @@ VariantOption = Annotated[str | None, variant_option()]
 
 #: Methods, each with the embedded model that it takes by default.
 METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}
+
+
+def best_device() -> str:
+    """What `--device auto` means."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_method_name(method: str | None) -> None:

@@ -17,15 +17,19 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
 from fastgen.io import file_sha256, read_object
+
+if TYPE_CHECKING:
+    from fastgen.pipelines.checkpoint import Checkpoint
 
 __all__ = [
     "Job",
     "image_paths",
     "is_finished",
+    "model_digest",
     "plan_jobs",
     "read_prompts_file",
     "read_sidecar",
@@ -180,6 +184,14 @@ def _difference(job: Job) -> str:
         if there != here:
             return f"it was made with {name} {there!r}, this run has {here!r}"
     return "its settings differ"
+
+
+def model_digest(checkpoint: Checkpoint, drafter: Path | None = None) -> str:
+    """Tells which weights these are: the Hub revision, or a digest of the weight files."""
+    if checkpoint.hub_id is not None:
+        return checkpoint.folder.name
+    own = [] if drafter is None or drafter == checkpoint.drafter else [drafter]
+    return weights_digest([*checkpoint.folders, *own])
 
 
 def weights_digest(folders: Iterable[Path], *others: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.cli.methods import VariantOption, find_model
+from fastgen.cli.methods import VariantOption, best_device, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def tune(
 
     fastgen generate "a red circle" --plan plan.json
     """
-    from fastgen.cli.plan import read_prompts_file, weights_digest
+    from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
     from fastgen.pipelines.arguments import check_prompt, check_value
@@ -87,8 +87,6 @@ def tune(
     context.with_resource(locked_files(files))
 
     with contextlib.redirect_stdout(sys.stderr):
-        import torch
-
         from fastgen.evaluation import tune_report
         from fastgen.evaluation.tuning import Tuner, candidates, front
         from fastgen.io import atomic_write_bytes
@@ -97,14 +95,12 @@ def tune(
 
         if draws_tokens(pipeline_class(checkpoint)):
             raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        where, weights = resolve_device(best if device == "auto" else device, dtype)
+        where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
         kind = str(weights).removeprefix("torch.")
         scorer = _metric(metric, str(where))
         call = {"steps": steps, "batch_size": 1}
         pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind)
-        digest = checkpoint.folder.name if checkpoint.hub_id else weights_digest(checkpoint.folders)
-        header = _header(model, digest, where, kind, texts, metric, call)
+        header = _header(model, model_digest(checkpoint), where, kind, texts, metric, call)
         tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _told)
         parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
         chosen = tuner.tune(parts, max_drop)
