@@ -70,10 +70,10 @@ def served(pipe: Any) -> tuple[int, int]:
         processor = getattr(module, "processor", None)
         if isinstance(processor, fused_attention.FusedProcessor):
             enabled += 1
-        elif type(module) in _FORWARDS:
+        elif _fits(module):
             ours = any(_is_ours(forward) for forward in _layers_of_forward(module))
             enabled, others = enabled + ours, others + (not ours)
-        elif type(processor) in fused_attention.PROCESSORS:
+        elif _fused_processor(module) is not None:
             others += 1
     return enabled, others
 
@@ -104,13 +104,23 @@ def _is_ours(forward: Any) -> bool:
     return isinstance(forward, partial) and forward.func in _OURS
 
 
+def _fits(module: Any) -> bool:
+    """Whether a fused forward can take the place of the module's."""
+    kind = type(module)
+    fits = fused_blocks.fits if kind in fused_blocks.BLOCKS else fused_decoders.fits
+    return kind in _FORWARDS and fits(module)
+
+
+def _fused_processor(module: Any) -> Any:
+    """The class of the fused processor that can stand before the module's own, or None."""
+    fused = fused_attention.PROCESSORS.get(type(getattr(module, "processor", None)))
+    return fused if fused is not None and fused.fits(module) else None
+
+
 def _install_forward(module: Any) -> str | None:
     """Give a module its fused forward; "blocks" or "decoder" if it has it afterwards."""
     kind = type(module)
-    if kind not in _FORWARDS:
-        return None
-    block = kind in fused_blocks.BLOCKS
-    if not (fused_blocks.fits(module) if block else fused_decoders.fits(module)):
+    if not _fits(module):
         return None
     own = vars(module).get("forward", module.forward)
     if (_is_ours(own) or getattr(own, "__func__", None) is kind.forward) and not _hooked(module):
@@ -120,7 +130,7 @@ def _install_forward(module: Any) -> str | None:
     elif not any(_is_ours(forward) for forward in _layers_of_forward(module)):
         logger.info("%s: another hook owns its forward; enable kernels before it", kind.__name__)
         return None
-    return "blocks" if block else "decoder"
+    return "blocks" if kind in fused_blocks.BLOCKS else "decoder"
 
 
 def _hooked(module: Any) -> bool:
@@ -157,8 +167,8 @@ def _install_processor(module: Any, shared: dict[int, Any]) -> str | None:
     processor = getattr(module, "processor", None)
     if isinstance(processor, fused_attention.FusedProcessor):
         return "attention"
-    fused = fused_attention.PROCESSORS.get(type(processor))
-    if fused is None or not fused.fits(module):
+    fused = _fused_processor(module)
+    if fused is None:
         return None
     module.set_processor(shared.setdefault(id(processor), fused(processor)))
     return "attention"
