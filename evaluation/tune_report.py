@@ -84,5 +84,4 @@ def plot(trials: Sequence[Trial], chosen: Trial, metric: str, path: Path) -> Non
 def _kind(trial: Trial) -> str:
     if trial.loss == "exact":
         return "exact"
-    lossy = {part.name for part in trial.parts if part.loss != "exact"}
-    return "fewer steps" if lossy == {"fewer_steps"} else "other"
+    return "fewer steps" if trial.rival else "other"

@@ -117,6 +117,11 @@ class Trial:
     def loss(self) -> Loss:
         return weakest(part.loss for part in self.parts)
 
+    @property
+    def rival(self) -> bool:
+        """Whether fewer steps are all that is lossy in it, or nothing: what every other lossy plan has to beat."""
+        return all(part.loss == "exact" or part.name == "fewer_steps" for part in self.parts)
+
     def as_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parts"}
         return {"parts": _key(self.parts), **own}
@@ -169,9 +174,9 @@ class Tuner:
         metric: scores the pictures.
         call: arguments of `generate_images`.
         log: file of finished trials; those in it are not measured again.
-        header: what the numbers in the log depend on; another one starts the log anew.
+        header: what the numbers in the log depend on; another one begins a new log.
         deadline: `time.monotonic` after which no new trial starts.
-        report: is told about every trial.
+        report: is called with every trial.
     """
 
     pipe: Any
@@ -234,21 +239,19 @@ class Tuner:
         good = [trial for trial in self.trials if trial.drop[0] <= max_drop and trial.ratio[2] < 1]
         return min(good, key=lambda trial: trial.ratio[0], default=default)
 
+    def _known(self, parts: tuple[Part, ...]) -> Trial | None:
+        return next((trial for trial in self.trials if set(trial.parts) == set(parts)), None)
+
     def _try(self, parts: tuple[Part, ...]) -> Trial | None:
-        known = next((trial for trial in self.trials if set(trial.parts) == set(parts)), None)
-        if known is not None or self.time_is_up:
-            return known
-        return self.measure(parts)
+        """`measure`, or None where it is not known and time is up."""
+        return self._known(parts) if self.time_is_up else self.measure(parts)
 
     def measure(self, parts: tuple[Part, ...]) -> Trial:
-        """Draw every prompt without and with the parts, one after the other."""
-        known = next((trial for trial in self.trials if set(trial.parts) == set(parts)), None)
-        if known is not None and (self.stock or not parts):
+        """Draw every prompt without and with the parts, one after the other; what is known is not measured again."""
+        if (known := self._known(parts)) is not None:
             return known
         if not self.stock:  # the first pictures also warm up
             self.stock = [self._draw(i)[0] for i in range(len(self.prompts))]
-        if known is not None:
-            return known
         with accelerated(self.pipe, plan=parts):
             first = self._draw(0)[1]
         if torch.cuda.is_available():
@@ -289,12 +292,10 @@ class Tuner:
 def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
     """Whether a lossy plan scores above the stock pipeline with fewer steps in the same time, by the line through
     those that were measured; None where they do not reach that time, or for fewer steps themselves."""
-    if trial.loss == "exact" or all(part.name == "fewer_steps" or part.loss == "exact" for part in trial.parts):
+    if trial.rival:
         return None
-    rivals = [
-        each for each in trials if all(part.loss == "exact" or part.name == "fewer_steps" for part in each.parts)
-    ]
-    points = sorted((each.ratio[0], each.score) for each in front(rivals))
+    rivals = front([each for each in trials if each.rival])
+    points = sorted((each.ratio[0], each.score) for each in rivals)
     seconds, scores = zip(*points, strict=True)
     if not seconds[0] <= trial.ratio[0] <= seconds[-1]:
         return None
