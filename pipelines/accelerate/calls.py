@@ -6,14 +6,13 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-__all__ = ["Change", "Progress", "change_calls", "progress", "takes"]
+__all__ = ["Change", "Progress", "change_calls", "default_of", "progress", "takes"]
 
 Change = Callable[[dict[str, Any]], None]
 """Changes the arguments of a call, by name, in place; those that the user left out are not among them."""
@@ -37,6 +36,12 @@ _changes: weakref.WeakKeyDictionary[Any, list[Change]] = weakref.WeakKeyDictiona
 def takes(pipe: Any, name: str) -> bool:
     """Whether the pipeline's call has an argument of that name."""
     return name in inspect.signature(type(pipe).__call__).parameters
+
+
+def default_of(call: Callable[..., Any], name: str) -> Any:
+    """Default of an argument of a pipeline's call; None where there is no such argument."""
+    parameters = inspect.signature(call).parameters
+    return parameters[name].default if name in parameters else None
 
 
 def change_calls(pipe: Any, change: Change) -> Callable[[], None]:
@@ -69,6 +74,7 @@ def _plain(stock: Any, state: dict[str, Any]) -> Any:
 @functools.cache
 def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     signature = inspect.signature(stock.__call__)
+    defaults = {name: default_of(stock.__call__, name) for name in ("num_inference_steps", "guidance_scale")}
 
     @functools.wraps(stock.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,12 +84,13 @@ def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         given |= {name: value for each in rest for name, value in given.pop(each, {}).items()}
         for change in _changes.get(self, ()):
             change(given)
-        asked = [given.get(name, _default(signature, name)) for name in ("num_inference_steps", "guidance_scale")]
+        asked = (given.get(name, default) for name, default in defaults.items())
         steps, scale = (each if isinstance(each, int | float) else 0 for each in asked)
-        with ExitStack() as stack:
-            token = progress.set(Progress(int(steps), scale))
-            stack.callback(progress.reset, token)
+        token = progress.set(Progress(int(steps), scale))
+        try:
             return stock.__call__(self, **given)
+        finally:
+            progress.reset(token)
 
     def reduced(self: Any, protocol: Any) -> Any:  # a copy is a plain one: the changes belong to this object
         return _plain, (stock, getattr(self, "__getstate__", lambda: vars(self))())
@@ -99,7 +106,3 @@ def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             "__doc__": stock.__doc__,
         },
     )
-
-
-def _default(signature: inspect.Signature, name: str) -> Any:
-    return signature.parameters[name].default if name in signature.parameters else None

@@ -18,25 +18,15 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.contracts import LOSSES, Loss, check_loss
 from fastgen.errors import FastgenError
-from fastgen.pipelines.accelerate.parts import (
-    ChannelsLast,
-    Compile,
-    FewerSteps,
-    Guidance,
-    Kernels,
-    Part,
-    StepCache,
-    TailDrops,
-    denoiser_of,
-)
+from fastgen.pipelines.accelerate.part import Part, denoising_network
+from fastgen.pipelines.accelerate.parts import PARTS
 from fastgen.pipelines.accelerate.plan import Plan, Row
 
-__all__ = ["accelerate", "accelerated", "exact_plan", "restore"]
+__all__ = ["accelerate", "accelerated", "restore"]
 
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
-_EXACT: tuple[Part, ...] = (Kernels(), ChannelsLast())
-_BY_PLAN: tuple[Part, ...] = (Compile(), StepCache(), Guidance(), TailDrops(), FewerSteps())
+_WITHOUT_PLAN = ("kernels", "channels_last")
 
 
 def accelerate(
@@ -63,7 +53,7 @@ def accelerate(
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise FastgenError(f"pipe: needs a diffusers pipeline, got {type(pipe).__name__}")
-    if denoiser_of(pipe) is None:
+    if denoising_network(pipe) is None:
         raise FastgenError(f"pipe: {type(pipe).__name__} has no denoiser (a transformer or a unet)")
     if loss is not None:
         check_loss(loss)
@@ -112,16 +102,16 @@ def accelerated(
         restore(pipe)
 
 
-def exact_plan(pipeline: str) -> Plan:
+def _exact_plan(pipeline: str) -> Plan:
     """What `accelerate` tries on a pipeline of that class without a plan."""
-    off = [Row(part, False, "by a plan only: see `fastgen tune`") for part in _BY_PLAN]
-    return Plan(pipeline, (*(Row(part, True) for part in _EXACT), *off))
+    why = {name: "" if name in _WITHOUT_PLAN else "by a plan only: see `fastgen tune`" for name in PARTS}
+    return Plan(pipeline, tuple(Row(part(), not why[name], why[name]) for name, part in PARTS.items()))
 
 
 def _wanted(pipe: Any, plan: Any) -> Plan:
     name = type(pipe).__name__
     if plan is None:
-        return exact_plan(name)
+        return _exact_plan(name)
     if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)
     elif not isinstance(plan, Plan):
