@@ -45,9 +45,9 @@ T = TypeVar("T")
 
 # Share of a checkpoint's weights that its network may have no place for.
 _MOST_UNUSED = 0.03
-# Parts of a network (layers, parameters, buffers) for each of its weights, and beside them.
+# Parts of a network (layers, parameters, buffers) for each of its weights, and some more.
 _PARTS_PER_WEIGHT, _MORE_PARTS = 16, 4096
-# Elements of a tensor for each that the weight files hold, and beside them (tables that are computed).
+# Elements of a tensor for each that the weight files hold, and some more (tables that are computed).
 _SIZE_PER_WEIGHT, _MORE_SIZE = 4, 2**27
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

@@ -1,4 +1,4 @@
-"""What is told of a model, its drafter, its heads and their calibration before any weights are read."""
+"""Checks of a model, its drafter, its heads and their calibration before any weights are read."""
 
 from __future__ import annotations
 

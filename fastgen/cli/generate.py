@@ -182,6 +182,7 @@ def generate(
     that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
     command goes on from there.
     """
+    from fastgen.checks import check_choice
     from fastgen.cli.plan import image_paths, model_digest, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
     from fastgen.io import check_writable, remove_leftovers
     from fastgen.locks import locked_files, locked_folder
@@ -197,8 +198,7 @@ def generate(
     if batch_size < 1:
         raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
     check_method_name(method)
-    if accelerate not in ("auto", "off", "exact"):
-        raise FastgenError(f"--accelerate: {accelerate!r} is not allowed, needs auto, off or exact")
+    check_choice("--accelerate", accelerate, ("auto", "off", "exact"))
     if plan is not None and (accelerate != "auto" or method in ("search", "speculative")):
         other = f"--accelerate {accelerate}" if accelerate != "auto" else f"--method {method}"
         raise FastgenError(f"--plan: not with {other}")

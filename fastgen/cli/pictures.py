@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.errors import FastgenError
+from fastgen.io import file_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,10 +71,10 @@ def read_beginning(
     if image is None:
         raise FastgenError(f"{names[0]}: needs --image")
     arguments: dict[str, Any] = {"image": _read("--image", image).convert("RGB")}
-    settings: dict[str, Any] = {"image": _digest(image), "mask": None, "strength": strength}
+    settings: dict[str, Any] = {"image": file_sha256(image)[:16], "mask": None, "strength": strength}
     if mask is not None:
         arguments["mask_image"] = _read("--mask", mask).convert("L")
-        settings["mask"] = _digest(mask)
+        settings["mask"] = file_sha256(mask)[:16]
         if arguments["mask_image"].size != arguments["image"].size:
             sizes = [" x ".join(map(str, arguments[name].size)) for name in ("mask_image", "image")]
             raise FastgenError(f"--mask: {mask} has {sizes[0]} pixels, needs those of --image, {sizes[1]}")
@@ -92,7 +92,3 @@ def _read(option: str, path: Path) -> Image:
             return picture.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FastgenError(f"{option}: {path} is no picture that can be read: {str(error).splitlines()[0]}") from error
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -27,7 +27,7 @@ _SHEET = 6  # pictures of a row
 def tune(
     context: typer.Context,
     prompts_file: Annotated[Path, typer.Option(help="UTF-8, one prompt per line; the first --prompts are drawn.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go beside it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go next to it.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
     variant: VariantOption = None,
     minutes: Annotated[float, typer.Option(help="After them no new measurement starts.")] = 10.0,
@@ -59,20 +59,17 @@ def tune(
 
     fastgen generate "a red circle" --plan plan.json
     """
+    from fastgen.checks import check_choice, check_integer, check_number
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
     from fastgen.pipelines.arguments import check_prompt, check_value
     from fastgen.pipelines.checkpoint import check_names
 
-    if loss not in ("exact", "lossy"):
-        raise FastgenError(f"--loss: {loss!r} is not allowed, needs exact or lossy")
-    if not minutes > 0:
-        raise FastgenError(f"--minutes: {minutes} is not allowed, needs a number above 0")
-    if max_drop < 0:
-        raise FastgenError(f"--max-drop: {max_drop} is not allowed, needs a number >= 0")
-    if prompts < 3:
-        raise FastgenError(f"--prompts: {prompts} is not allowed, needs an integer >= 3")
+    check_choice("--loss", loss, ("exact", "lossy"))
+    check_number("--minutes", minutes, above=0)
+    check_number("--max-drop", max_drop, 0)
+    check_integer("--prompts", prompts, 3)
     if output.suffix != ".json":
         raise FastgenError(f"--output: {output} is not allowed, plans are written as .json")
     if steps is not None:

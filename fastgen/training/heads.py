@@ -18,6 +18,7 @@ from fastgen.drafters.law import TokenLaw, guide
 from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.targets import Target, target_of
 from fastgen.errors import FastgenError
+from fastgen.io import file_sha256
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.windows import Windows, record_windows
@@ -87,7 +88,7 @@ def record(
 
 def _digest(folder: Path) -> str:
     """Of the weights in a folder."""
-    parts = [hashlib.sha256(file.read_bytes()).digest() for file in sorted(folder.glob("*.safetensors"))]
+    parts = [bytes.fromhex(file_sha256(file)) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
