@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_pipelines import clip, quiet, shaken, t5, tokenizer, vae
+from tiny_pipelines import clip, quiet, qwen_vae, shaken, t5, tokenizer, vae
 
 
 def tiny_flux(distilled: bool, reads: int = 16) -> Any:
@@ -72,7 +72,6 @@ def tiny_sd3(dynamic: bool = False, channels: int = 4) -> Any:
 def tiny_qwen_image() -> Any:
     """Qwen-Image of sizes that are multiples of 8."""
     from diffusers import (
-        AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
         QwenImagePipeline,
         QwenImageTransformer2DModel,
@@ -102,19 +101,10 @@ def tiny_qwen_image() -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    decoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, -0.1],
-        latents_std=[0.8, 1.2, 1.0, 1.5],
-    )
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=1024, shift_terminal=0.02
     )
-    pipe = QwenImagePipeline(scheduler, shaken(decoder, 1), shaken(encoder, 2), words, shaken(transformer, 3))
+    pipe = QwenImagePipeline(scheduler, qwen_vae(), shaken(encoder, 2), words, shaken(transformer, 3))
     # Where the prompt begins in the template is counted in tokens of the real tokenizer.
     before = pipe.prompt_template_encode.split("{}")[0]
     pipe.prompt_template_encode_start_idx = len(words(before, add_special_tokens=False).input_ids)

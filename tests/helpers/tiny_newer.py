@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiny_families import flow
-from tiny_pipelines import clip, quiet, shaken, t5, tokenizer, vae
+from tiny_pipelines import clip, quiet, qwen_vae, shaken, t5, tokenizer, vae
 from tiny_variants import Texts
 
 _SMALL = {
@@ -243,7 +243,7 @@ def tiny_prx() -> Any:
 
 
 def tiny_krea2() -> Any:
-    from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     words = tokenizer(512)
@@ -268,16 +268,7 @@ def tiny_krea2() -> Any:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 6, 6),
     )
-    decoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, -0.1],
-        latents_std=[0.8, 1.2, 1.0, 1.5],
-    )
-    parts = (flow(use_dynamic_shifting=True), shaken(decoder, 1), shaken(encoder, 3), words, shaken(transformer, 4))
+    parts = (flow(use_dynamic_shifting=True), qwen_vae(), shaken(encoder, 3), words, shaken(transformer, 4))
     return quiet(Krea2Pipeline(*parts, text_encoder_select_layers=(1, 2)))
 
 

@@ -83,3 +83,19 @@ def vae(seed: int, channels: int = 4, blocks: int = 3) -> Any:
         ),
         seed,
     )
+
+
+def qwen_vae() -> Any:
+    """The decoder of Qwen-Image, that Krea 2 has too."""
+    from diffusers import AutoencoderKLQwenImage
+
+    decoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, -0.1],
+        latents_std=[0.8, 1.2, 1.0, 1.5],
+    )
+    return shaken(decoder, 1)
