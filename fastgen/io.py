@@ -48,6 +48,7 @@ _PathLike = str | os.PathLike[str]
 _MAX_JSON_BYTES = 256 << 20
 _MAX_JSON_DEPTH = 64
 _STAGED_NAME = 100  # characters of a file's name in that of its temporary file
+_PROBE = "fastgen-probe"  # stands for that name where there is no file, only a try whether one can be written
 _MAX_DIGITS = 100  # of an integer; transformers writes 1e30 as one
 
 _REASONS = {
@@ -86,7 +87,7 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
     try:
         for path, data in files:
             target = _resolve_target(path)
-            temporary = target.with_name(f".{target.name[:_STAGED_NAME]}.{secrets.token_hex(6)}.tmp")
+            temporary = target.with_name(_temporary_name(target.name))
             # Listed before it exists, so that an interrupt at any point finds it and removes it.
             staged.append((temporary, target))
             _write_synced(temporary, data)
@@ -100,6 +101,11 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
         for temporary, _ in staged:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(name: str) -> str:
+    """By which `remove_leftovers` knows it."""
+    return f".{name[:_STAGED_NAME]}.{secrets.token_hex(6)}.tmp"
 
 
 def remove_leftovers(folder: _PathLike, names: Collection[str] | None = None) -> None:
@@ -257,13 +263,11 @@ def check_writable(folder: _PathLike, *, create: bool = True) -> Path:
         FastgenError: it is not a folder, cannot be created or cannot be written to.
     """
     folder = Path(folder)
-    name = f".{secrets.token_hex(6)}.tmp"
-    probe = folder / name
+    place = folder if create else next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    probe = place / _temporary_name(_PROBE)
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
-        else:
-            probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / name
         # Trying is the only reliable test: os.access knows nothing of full, remote or read-only file systems.
         probe.touch(exist_ok=False)
     except FileExistsError as error:
@@ -271,8 +275,10 @@ def check_writable(folder: _PathLike, *, create: bool = True) -> Path:
     except OSError as error:
         raise FastgenError(f"output folder {folder} is not writable: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+        # This one and those of killed processes. Another process does not miss its own.
+        for left in (probe, *place.glob(f".{_PROBE}.*.tmp")):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
     return folder
 
 

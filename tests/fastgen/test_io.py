@@ -166,6 +166,37 @@ def test_missing_folder_and_file_as_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "new" / "sub").iterdir()) == []
 
 
+@pytest.mark.parametrize("names", [None, ["00000.png", "00000.json"]])
+def test_a_kill_inside_any_write_leaves_nothing_that_the_next_run_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str] | None
+) -> None:
+    with monkeypatch.context() as killed:
+        # A killed process removes and renames nothing.
+        killed.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        killed.setattr(os, "replace", lambda *args, **kwargs: None)
+        fio.check_writable(tmp_path)
+        fio.atomic_write_many([(tmp_path / "00000.png", b"picture"), (tmp_path / "00000.json", b"{}")])
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".tmp"]) == 3
+    foreign = tmp_path / ".of another program.tmp"
+    foreign.touch()
+    fio.check_writable(tmp_path)
+    fio.remove_leftovers(tmp_path, names)
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_kill_inside_the_check_leaves_nothing_once_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create: bool
+) -> None:
+    folder = tmp_path if create else tmp_path / "missing" / "sub"
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        fio.check_writable(folder, create=create)
+    assert list(tmp_path.iterdir())
+    fio.check_writable(folder, create=create)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
 def test_read_json_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.json").write_bytes(content)
