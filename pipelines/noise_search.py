@@ -28,7 +28,7 @@ from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
 from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
 from fastgen.pipelines.search.interpolants import Tabulated
-from fastgen.pipelines.search.names import named_policy
+from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import PreviewOption, check_preview, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
@@ -299,7 +299,12 @@ class NoiseSearchPipeline:
         explore: dict[str, Any],
     ) -> list[Chain]:
         if policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
-            raise ValueError(f"policy: {policy.name} needs a model with levels at any time, a flow")
+            scheduler = type(getattr(denoiser.pipe, "scheduler", None)).__name__
+            others = ", ".join(name for name, kind in POLICIES.items() if not kind.anywhere)
+            raise FastgenError(
+                f"policy: {policy.name} adds noise up to levels between timesteps, which a model with {scheduler} "
+                f"does not know; {others} can search it"
+            )
         if policy.stochastic:
             for index in range(len(path.times)):
                 path.model_level(index, denoiser.interpolant)  # raises where the model has no such level

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastgen.accounting import account
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
+from fastgen.pipelines.search.names import POLICIES
 from fastgen.pipelines.search.policies import Threshold
 from fastgen.pipelines.search.starts import BestOfN
 
@@ -43,6 +44,7 @@ FOLLOWED = {
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
 }
+LARGE = ("rbf", "svdd", "code", "smc", "search-over-paths")  # of which the least is more
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
@@ -70,6 +72,38 @@ def test_each_is_followed_replaced_or_refused_by_name(name: str, flow: bool) -> 
     (used, reason), = stats.paths["scheduler"].items()  # fmt: skip
     assert all(before > after for before, after in zip(found.times, found.times[1:], strict=False))
     assert (reason is None) == (name in FOLLOWED) and (used == name if reason is None else name in reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        pytest.param(name, policy, marks=() if place % len(POLICIES) == number else pytest.mark.slow)
+        for place, name in enumerate(SCHEDULERS)
+        for number, policy in enumerate(POLICIES)
+    ],
+)
+@pytest.mark.parametrize("flow", [False, True])
+def test_each_policy_searches_with_it_or_says_why_not_and_which_can(name: str, policy: str, flow: bool) -> None:
+    kind: Any = getattr(diffusers, name)
+    try:
+        scheduler = kind.from_config(FLOW if flow else dict(ddim().config))
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        pytest.skip("it cannot be built here")
+    pipe = made_sd3() if flow else with_scheduler(tiny_sd, scheduler)
+    pipe.scheduler = scheduler
+    size = {"height": 32, "width": 32} if flow else {}
+    try:
+        search = NoiseSearchPipeline(pipe, brightness, policy)
+        found = search(
+            "a cat", num_inference_steps=2, guidance_scale=1.0, max_nfe=130 if policy in LARGE else 20, **size
+        )
+    except ValueError as error:
+        line = str(error)
+        assert "\n" not in line and name in line
+        followed = line.startswith(f"policy: {policy} ")
+        assert not followed or (policy == "search-over-paths" and "best-of-n" in line and not flow)
+        return
+    assert len(found.images) == 1 and (policy != "search-over-paths" or flow)
 
 
 def made_sd3() -> Any:
