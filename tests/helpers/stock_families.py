@@ -94,9 +94,17 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         _controlled("StableDiffusionControlNetPipeline", _SD, variants.unet_controlnet, **_CHECKER),
         {**_SQUARE, "image": _picture(), "control_guidance_start": 0.3},
     ),
+    "stable-diffusion-edit": (
+        _as("StableDiffusionInstructPix2PixPipeline", lambda: tiny_sd(ddim(), reads=8), **_CHECKER),
+        {"image": _picture(), "guidance_scale": 3.0},
+    ),
     "sdxl": (_XL, {}),
     "sdxl-img2img": (_as("StableDiffusionXLImg2ImgPipeline", _XL, **_PLAIN), _I2I),
     "sdxl-inpaint": (_as("StableDiffusionXLInpaintPipeline", _XL, **_PLAIN), _INPAINT),
+    "sdxl-edit": (
+        _as("StableDiffusionXLInstructPix2PixPipeline", lambda: tiny_sdxl(euler(), reads=8), **_PLAIN),
+        {**_SQUARE, "image": _picture(), "guidance_scale": 3.0},
+    ),
     "sdxl-pag": (_as("StableDiffusionXLPAGPipeline", _XL, **_PLAIN, **_PAG), {"pag_scale": 2.0}),
     "sdxl-controlnet": (
         _controlled("StableDiffusionXLControlNetPipeline", _XL, variants.unet_controlnet, **_PLAIN),

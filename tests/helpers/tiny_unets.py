@@ -44,8 +44,9 @@ def _unet(seed: int, **config: Any) -> Any:
     )
 
 
-def tiny_sd(scheduler: Any, distilled: bool = False) -> Any:
-    """Stable Diffusion for pictures of 32 x 32; `distilled` reads the guidance scale itself, as an LCM."""
+def tiny_sd(scheduler: Any, distilled: bool = False, reads: int = 4) -> Any:
+    """Stable Diffusion for pictures of 32 x 32; `distilled` reads the guidance scale itself, as an LCM; `reads`: 8
+    channels for InstructPix2Pix."""
     from diffusers import StableDiffusionPipeline
 
     words = tokenizer(24)
@@ -53,7 +54,7 @@ def tiny_sd(scheduler: Any, distilled: bool = False) -> Any:
         vae(1),
         clip(words, 2),
         words,
-        _unet(3, time_cond_proj_dim=8 if distilled else None),
+        _unet(3, time_cond_proj_dim=8 if distilled else None, in_channels=reads),
         scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -64,13 +65,14 @@ def tiny_sd(scheduler: Any, distilled: bool = False) -> Any:
     return quiet(pipe)
 
 
-def tiny_sdxl(scheduler: Any) -> Any:
+def tiny_sdxl(scheduler: Any, reads: int = 4) -> Any:
     """Stable Diffusion XL for pictures of 32 x 32."""
     from diffusers import StableDiffusionXLPipeline
 
     words = tokenizer(24)
     unet = _unet(
         3,
+        in_channels=reads,
         cross_attention_dim=32,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
