@@ -233,5 +233,13 @@ def _evaluations(data: dict[str, Any]) -> str:
         table.append(
             [row["model"], row["path"], str(row["n"]), *ms, f"{low:.2f} to {high:.2f}", f"{row['share']:.2%}"]
         )
-    header = ["model", "path", "n", "ms p50", "ms outside the model", "95 % of the median", "of a stock step"]
+    header = [
+        "model",
+        "path",
+        "n",
+        "ms p50",
+        "processor ms outside the model",
+        "95 % of the median",
+        "of a stock step",
+    ]
     return "One evaluation of the model, paths in turns:\n\n" + markdown_table(header, table) + "\n"

@@ -121,8 +121,9 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
         rounds: after one of warm-up; each evaluates all times of the schedule with every path.
 
     Returns:
-        rows with model, path, n, seconds of an evaluation (percentiles), host (its seconds outside the model;
-        percentiles), host_ci (95 % of its median) and share (of a step of the stock call; of medians).
+        rows with model, path, n, seconds of an evaluation (percentiles), host (processor seconds of the calling
+        thread outside the model, which other processes do not lengthen; percentiles), host_ci (95 % of its median)
+        and share (of a step of the stock call, on a CPU in processor seconds as well; of medians).
     """
     settings, adapter = Settings(**call), denoiser_of(pipe)
     paths: dict[str, Denoiser] = {OWN: StockDenoiser(pipe, ["a red circle"], settings)}
@@ -132,22 +133,24 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     host: dict[str, list[float]] = {path: [] for path in paths}
     steps: list[float] = []
+    clock = time.thread_time if torch.device(pipe.device).type == "cpu" else time.perf_counter
     with _timed(pipe.transformer) as inside:
         for run in range(-1, rounds):
             for place, moment in enumerate(paths[OWN].times):
                 for path in list(paths) if (run + place) % 2 else reversed(paths):
                     inside.clear()
-                    started = time.perf_counter()
+                    started, busy = time.perf_counter(), time.thread_time()
                     paths[path].predict(start, torch.tensor([moment], dtype=torch.float64), which)
+                    busy = time.thread_time() - busy
                     wait_for(torch.device(pipe.device))
                     if run >= 0:
                         seconds[path].append(time.perf_counter() - started)
-                        host[path].append(seconds[path][-1] - sum(inside))
-            started = time.perf_counter()
+                        host[path].append(busy - sum(inside))
+            started = clock()
             pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
             wait_for(torch.device(pipe.device))
             if run >= 0:
-                steps.append((time.perf_counter() - started) / len(paths[OWN].times))
+                steps.append((clock() - started) / len(paths[OWN].times))
     return [
         {
             "model": name,
@@ -164,17 +167,15 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
 
 @contextmanager
 def _timed(model: Any) -> Iterator[list[float]]:
-    """Seconds of each forward pass of the model inside."""
+    """Processor seconds of each forward pass of the model inside."""
     found: list[float] = []
     began: list[float] = []
 
     def before(*_: Any) -> None:
-        wait_for(model.device)
-        began.append(time.perf_counter())
+        began.append(time.thread_time())
 
     def after(*_: Any) -> None:
-        wait_for(model.device)
-        found.append(time.perf_counter() - began.pop())
+        found.append(time.thread_time() - began.pop())
 
     handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
     try:

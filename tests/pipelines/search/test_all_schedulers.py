@@ -94,9 +94,7 @@ def test_each_policy_searches_with_it_or_says_why_not_and_which_can(name: str, p
     size = {"height": 32, "width": 32} if flow else {}
     try:
         search = NoiseSearchPipeline(pipe, brightness, policy)
-        found = search(
-            "a cat", num_inference_steps=2, guidance_scale=1.0, max_nfe=LEAST.get(policy, 20), **size
-        )
+        found = search("a cat", num_inference_steps=2, guidance_scale=1.0, max_nfe=LEAST.get(policy, 20), **size)
     except ValueError as error:
         line = str(error)
         assert "\n" not in line and name in line
