@@ -15,7 +15,9 @@ import sys
 sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
-from fastgen.kernels import adaln_operator, group_norm_silu, qk_norm_rope_operator
+from fastgen.kernels.adaln import operator as adaln_operator
+from fastgen.kernels.qk_norm_rope import operator as qk_norm_rope_operator
+from fastgen.kernels import group_norm_silu
 
 def noise(*shape):
     return torch.randn(*shape, dtype=torch.bfloat16)
@@ -60,8 +62,12 @@ sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
 from fastgen.drafters.tree import named_tree
-from fastgen.kernels import dechunk_triton, kv_compact_triton, pack_triton, sample_triton, tree_attention_triton
-from fastgen.kernels import tree_verify_triton
+from fastgen.kernels.dechunk import triton as dechunk_triton
+from fastgen.kernels.kv_compact import triton as kv_compact_triton
+from fastgen.kernels.pack import triton as pack_triton
+from fastgen.kernels.sample import triton as sample_triton
+from fastgen.kernels.tree_attention import triton as tree_attention_triton
+from fastgen.kernels.tree_verify import triton as tree_verify_triton
 
 def long(*shape):
     return torch.zeros(*shape, dtype=torch.int64)

@@ -80,7 +80,7 @@ def tree_verify(
     if not choose("tree_verify", _why_not(target), True, *given):
         return tree_verify_reference(*tensors, max_depth, factor, classes)
     if direct(*given):
-        from fastgen.kernels.tree_verify_triton import launch
+        from fastgen.kernels.tree_verify.triton import launch
 
         return Verified(*launch(*tensors, max_depth, factor, classes))
     return Verified(*torch.ops.fastgen.tree_verify(*tensors, max_depth, factor, classes))
@@ -244,7 +244,7 @@ def _operator(
     factor: Tensor | None,
     classes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.tree_verify_triton import launch
+    from fastgen.kernels.tree_verify.triton import launch
 
     return launch(target, draft, tokens, children, internal, coins, gumbel, remaining, max_depth, factor, classes)
 

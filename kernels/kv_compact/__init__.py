@@ -48,7 +48,7 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
     if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
     elif direct(store):
-        from fastgen.kernels.kv_compact_triton import launch
+        from fastgen.kernels.kv_compact.triton import launch
 
         launch(store, lengths, nodes, count)
     else:
@@ -107,7 +107,7 @@ def why_not_triton(store: Tensor, nodes: Tensor) -> str | None:
 
 @torch.library.custom_op("fastgen::kv_compact", mutates_args=("store",))
 def _operator(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
-    from fastgen.kernels.kv_compact_triton import launch
+    from fastgen.kernels.kv_compact.triton import launch
 
     launch(store, lengths, nodes, count)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.kernels.adaln import rms_norm
 from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, overlaps
 from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients, plain
-from fastgen.kernels.qk_norm_rope_operator import launch, launch_inplace
+from fastgen.kernels.qk_norm_rope.operator import launch, launch_inplace
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
 

@@ -97,7 +97,7 @@ def sample(
     if not choose("sample", _why_not(*given), default, *given):
         return sample_reference(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
     if direct(*given):
-        from fastgen.kernels.sample_triton import launch_sample
+        from fastgen.kernels.sample.triton import launch_sample
 
         return launch_sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
     drawn: Tensor = torch.ops.fastgen.sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
@@ -140,7 +140,7 @@ def token_probabilities(
     if not choose("token_probabilities", _why_not(*given), True, *given):
         return token_probabilities_reference(cond, uncond, guidance_scale, temperature, top_k, top_p)
     if direct(*given):
-        from fastgen.kernels.sample_triton import launch_law
+        from fastgen.kernels.sample.triton import launch_law
 
         return launch_law(cond, uncond, guidance_scale, temperature, top_k, top_p)
     law: Tensor = torch.ops.fastgen.token_probabilities(cond, uncond, guidance_scale, temperature, top_k, top_p)
@@ -206,7 +206,7 @@ def _sample(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    from fastgen.kernels.sample_triton import launch_sample
+    from fastgen.kernels.sample.triton import launch_sample
 
     return launch_sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
 
@@ -225,7 +225,7 @@ def _law(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    from fastgen.kernels.sample_triton import launch_law
+    from fastgen.kernels.sample.triton import launch_law
 
     return launch_law(cond, uncond, guidance_scale, temperature, top_k, top_p)
 

@@ -53,7 +53,7 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     if not choose("nearest_kept", reason, True, mask):
         return nearest_kept_reference(mask, rows)
     if direct(mask):
-        from fastgen.kernels.dechunk_triton import launch_nearest
+        from fastgen.kernels.dechunk.triton import launch_nearest
 
         return launch_nearest(mask, rows)
     found: Tensor = torch.ops.fastgen.nearest_kept(mask, rows)
@@ -154,7 +154,7 @@ def _smoothed(
         kept = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
         rows = kept.index_fill_(0, torch.where(positions >= 0, positions, size), 1)[:size].cumsum(0) - 1
     if direct(tokens, probabilities):
-        from fastgen.kernels.dechunk_triton import launch_smooth
+        from fastgen.kernels.dechunk.triton import launch_smooth
 
         return launch_smooth(tokens, positions, probabilities, rows, *grid, sigma)
     smoothed: Tensor = torch.ops.fastgen.smooth_kept(tokens, positions, probabilities, rows, *grid, sigma)
@@ -251,7 +251,7 @@ def _spread(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Te
     if not choose("plug_back", reason, False, tokens, index):
         return plug_back_reference(tokens, index)
     if direct(tokens):
-        from fastgen.kernels.dechunk_triton import launch_plug_back
+        from fastgen.kernels.dechunk.triton import launch_plug_back
 
         return launch_plug_back(tokens, index)
     spread: Tensor = torch.ops.fastgen.plug_back(tokens, index, positions, length)
@@ -343,7 +343,7 @@ def _check_packed(tokens: Tensor, positions: Tensor, probabilities: Tensor | Non
 
 @torch.library.custom_op("fastgen::nearest_kept", mutates_args=())
 def _nearest(mask: Tensor, rows: Tensor | None) -> Tensor:
-    from fastgen.kernels.dechunk_triton import launch_nearest
+    from fastgen.kernels.dechunk.triton import launch_nearest
 
     return launch_nearest(mask, rows)
 
@@ -357,7 +357,7 @@ def _(mask: Tensor, rows: Tensor | None) -> Tensor:
 def _smooth(
     tokens: Tensor, positions: Tensor, probabilities: Tensor, rows: Tensor, height: int, width: int, sigma: float
 ) -> Tensor:
-    from fastgen.kernels.dechunk_triton import launch_smooth
+    from fastgen.kernels.dechunk.triton import launch_smooth
 
     return launch_smooth(tokens, positions, probabilities, rows, height, width, sigma)
 
@@ -378,7 +378,7 @@ def _smooth_backward(
     width: int,
     sigma: float,
 ) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels.dechunk_triton import launch_blur
+    from fastgen.kernels.dechunk.triton import launch_blur
 
     def blur(values: Tensor) -> Tensor:
         return launch_blur(values.contiguous(), positions, rows, height, width, sigma)
@@ -419,7 +419,7 @@ _smooth.register_autograd(_backward_smooth, setup_context=_setup_smooth)
 
 @torch.library.custom_op("fastgen::plug_back", mutates_args=())
 def _plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    from fastgen.kernels.dechunk_triton import launch_plug_back
+    from fastgen.kernels.dechunk.triton import launch_plug_back
 
     return launch_plug_back(tokens, index)
 
@@ -431,7 +431,7 @@ def _(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
 
 @torch.library.custom_op("fastgen::plug_back_backward", mutates_args=())
 def _plug_back_backward(grad: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    from fastgen.kernels.dechunk_triton import launch_sum_back
+    from fastgen.kernels.dechunk.triton import launch_sum_back
 
     return launch_sum_back(grad, index, positions, length)
 

@@ -127,7 +127,7 @@ def _channels_inside(x: Tensor) -> bool:
 
 
 def _launch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    from fastgen.kernels import group_norm_silu_triton
+    from fastgen.kernels.group_norm_silu import triton as group_norm_silu_triton
 
     pixels = x.flatten(2).transpose(1, 2) if x.numel() else x.new_empty((0, 0, x.shape[1]))
     out = _empty(x)

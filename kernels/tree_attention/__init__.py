@@ -61,7 +61,7 @@ def tree_attention(
     if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     if direct(query, key, value, store):
-        from fastgen.kernels.tree_attention_triton import launch
+        from fastgen.kernels.tree_attention.triton import launch
 
         return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     mixed: Tensor = torch.ops.fastgen.tree_attention(
@@ -193,7 +193,7 @@ def _operator(
     tree: Tensor,
     limit: int,
 ) -> Tensor:
-    from fastgen.kernels.tree_attention_triton import launch
+    from fastgen.kernels.tree_attention.triton import launch
 
     return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
 

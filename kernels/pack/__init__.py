@@ -78,7 +78,7 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     if not choose("pack_mask", reason, default, mask):
         return pack_mask_reference(mask, capacity, full)
     if direct(mask):
-        from fastgen.kernels.pack_triton import launch_mask
+        from fastgen.kernels.pack.triton import launch_mask
 
         return _packing(launch_mask(mask, capacity), full)
     return _packing(torch.ops.fastgen.pack_mask(mask, capacity), full)
@@ -138,7 +138,7 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
         return pack_top_reference(scores.detach(), counts, capacity, full)
     scores = scores.detach()
     if direct(scores, counts):
-        from fastgen.kernels.pack_triton import launch_top
+        from fastgen.kernels.pack.triton import launch_top
 
         return _packing(launch_top(scores, counts, capacity), full)
     return _packing(torch.ops.fastgen.pack_top(scores, counts, capacity), full)
@@ -208,7 +208,7 @@ def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
 def _move(source: Tensor, packing: Packing, to_grid: bool) -> Tensor:
     tensors = (packing.mask, packing.positions, packing.rows)
     if direct(source):
-        from fastgen.kernels.pack_triton import launch_move
+        from fastgen.kernels.pack.triton import launch_move
 
         return launch_move(source, *tensors, to_grid)
     moved: Tensor = torch.ops.fastgen.move_rows(source, *tensors, to_grid)
@@ -240,7 +240,7 @@ def _check_packing(name: str, tensor: Tensor, packing: Packing) -> None:
 
 @torch.library.custom_op("fastgen::pack_mask", mutates_args=())
 def _pack_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.pack_triton import launch_mask
+    from fastgen.kernels.pack.triton import launch_mask
 
     return launch_mask(mask, capacity)
 
@@ -252,7 +252,7 @@ def _(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 @torch.library.custom_op("fastgen::pack_top", mutates_args=())
 def _pack_top(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.pack_triton import launch_top
+    from fastgen.kernels.pack.triton import launch_top
 
     return launch_top(scores, keep, capacity)
 
@@ -274,7 +274,7 @@ def _fake(grid: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 @torch.library.custom_op("fastgen::move_rows", mutates_args=())
 def _move_rows(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
-    from fastgen.kernels.pack_triton import launch_move
+    from fastgen.kernels.pack.triton import launch_move
 
     return launch_move(source, mask, positions, rows, to_grid)
 

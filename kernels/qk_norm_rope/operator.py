@@ -41,7 +41,7 @@ def launch_inplace(query: Tensor, key: Tensor, *rest: Any) -> None:
 
 
 def _forward(query: Tensor, key: Tensor, out: tuple[Tensor, Tensor], *rest: Any) -> None:
-    from fastgen.kernels import qk_norm_rope_triton
+    from fastgen.kernels.qk_norm_rope import triton as qk_norm_rope_triton
 
     cos, sin, positions, axes, *vectors, norm, eps, interleaved = rest
     heads = (x if x.ndim == 4 else x[None] for x in (query, key, *out))
@@ -96,7 +96,7 @@ def _(*arguments: Any) -> None:
 
 
 def _launch_backward(grad: Tensor, tensor: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels.qk_norm_rope_backward_triton import backward
+    from fastgen.kernels.qk_norm_rope.triton_backward import backward
 
     cos, sin, positions, axes, weight, norm, eps, interleaved = rest
     shape = tensor.shape

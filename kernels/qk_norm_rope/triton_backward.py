@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.qk_norm_rope_triton import (
+from fastgen.kernels.qk_norm_rope.triton import (
     blocks_of,
     factors,
     load_pairs,

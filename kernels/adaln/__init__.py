@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.adaln_operator import launch
+from fastgen.kernels.adaln.operator import launch
 from fastgen.kernels.arguments import check_flag, check_number, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, looks, needs_gradients
 

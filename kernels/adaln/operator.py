@@ -56,7 +56,7 @@ def launch(
     tanh_gate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel on the arguments of the operator, without autograd."""
-    from fastgen.kernels import adaln_triton
+    from fastgen.kernels.adaln import triton as adaln_triton
 
     given = (hidden, update, gate, scale, shift, weight, bias, update_weight)
     summed, normed = _outputs(update, norm, *given)
@@ -88,7 +88,7 @@ register_visible("fastgen::adaln_visible", launch).register_fake(_fake)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastgen.kernels import adaln_triton
+    from fastgen.kernels.adaln import triton as adaln_triton
 
     *given, samples, norm, eps, update_norm, update_eps, tanh_gate = arguments
     grad_summed, grad_normed, hidden, update, gate, scale, weight, update_weight, sequence_ids, bounds = given
