@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
-from fastgen.pipelines.fused_norms import runs, same_norms, turn
+from fastgen.pipelines.fused.norms import runs, same_norms, turn
 
 __all__ = ["PROCESSORS", "FusedProcessor"]
 

@@ -1,6 +1,6 @@
 """Forward passes of VAE and VQ decoders with group norm and SiLU in one, on images whose channels are neighbours.
 
-As in `fastgen.pipelines.fused_blocks`. Loss contract: exact, up to rounding.
+As in `fastgen.pipelines.fused.blocks`. Loss contract: exact, up to rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder, JanusVQVAEResnetBlock
 
 from fastgen.kernels.group_norm_silu import group_norm_silu
-from fastgen.pipelines.fused_norms import runs
+from fastgen.pipelines.fused.norms import runs
 
 __all__ = ["DECODERS", "fits"]
 

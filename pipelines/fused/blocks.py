@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor
 
-from fastgen.pipelines.fused_norms import norm_of, normed, residual, runs
+from fastgen.pipelines.fused.norms import norm_of, normed, residual, runs
 
 __all__ = ["BLOCKS", "fits"]
 
