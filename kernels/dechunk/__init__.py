@@ -8,22 +8,17 @@ column first; the kernel weighs the kept tokens of the rows around and looks at 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
-from fastgen.kernels.dispatch import check_ascending, check_range, choose, direct, looks
+from fastgen.kernels.dechunk.operator import launch_nearest, launch_smooth
+from fastgen.kernels.dechunk.reference import nearest_kept_reference, smooth_kept_reference
+from fastgen.kernels.dispatch import check_ascending, choose, looks
 
-__all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "plug_back", "plug_back_reference", "smooth_kept"]
-__all__ += ["smooth_kept_reference"]
+__all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "smooth_kept", "smooth_kept_reference"]
 
-_TINY = 1e-12
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TOGETHER = {"cpu": 2**21}
-"""Numbers of one temporary of the references: 16 MiB at most on a CPU; on a GPU `_AT_ONCE`, for fewer launches."""
-_AT_ONCE = 2**25
 _WIDEST = 256
 """Columns of a grid that the kernel looks through for the nearest."""
 
@@ -52,40 +47,7 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     # Not timed on a GPU: taken for the reference's H * W * W integers that it does without.
     if not choose("nearest_kept", reason, True, mask):
         return nearest_kept_reference(mask, rows)
-    if direct(mask):
-        from fastgen.kernels.dechunk.triton import launch_nearest
-
-        return launch_nearest(mask, rows)
-    found: Tensor = torch.ops.fastgen.nearest_kept(mask, rows)
-    return found
-
-
-def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
-    """The specification of `nearest_kept`. Memory: H * W * W integers a sample, for as many samples at once as stay
-    below 2^21 of them."""
-    n, height, width = mask.shape
-    if rows is not None:
-        starts = height * width * torch.arange(n, device=mask.device)[:, None, None]
-        return rows[nearest_kept_reference(mask) + starts]
-    together = max(1, _most(mask) // max(1, height * width * width))
-    if n > together:
-        return torch.cat([nearest_kept_reference(part) for part in mask.split(together)])
-    rows = torch.arange(height, device=mask.device)[:, None].expand(height, width)
-    far = 2 * (height + width)  # further than anything on the grid
-    # Within each column: the last kept row at or above, and the first one at or below.
-    above = torch.where(mask, rows, -far).cummax(dim=1).values
-    below = torch.where(mask, rows, height + far).flip(1).cummin(dim=1).values.flip(1)
-    up, down = rows - above, below - rows
-    row = torch.where(up <= down, above, below)  # a tie goes to the lower index
-    gap = torch.minimum(up, down).clamp(max=far)
-    columns = torch.arange(width, device=mask.device)
-    across = (columns[:, None] - columns[None, :]).square()  # [W, W']
-    index = row * width + columns
-    # Squared distance first, index second, in one integer; a column without a kept row is too far to win.
-    size = height * width
-    key = (across + gap.square()[:, :, None, :]) * size + index.clamp(0, size - 1)[:, :, None, :]
-    winner: Tensor = key.amin(dim=-1) % size
-    return winner
+    return launch_nearest(mask, rows)
 
 
 def smooth_kept(
@@ -153,114 +115,7 @@ def _smoothed(
     if rows is None:
         kept = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
         rows = kept.index_fill_(0, torch.where(positions >= 0, positions, size), 1)[:size].cumsum(0) - 1
-    if direct(tokens, probabilities):
-        from fastgen.kernels.dechunk.triton import launch_smooth
-
-        return launch_smooth(tokens, positions, probabilities, rows, *grid, sigma)
-    smoothed: Tensor = torch.ops.fastgen.smooth_kept(tokens, positions, probabilities, rows, *grid, sigma)
-    return smoothed
-
-
-def smooth_kept_reference(
-    tokens: Tensor,
-    positions: Tensor,
-    probabilities: Tensor,
-    grid: tuple[int, int],
-    samples: int,
-    sigma: float,
-    full: bool = True,
-) -> Tensor:
-    """The specification of `smooth_kept`: temporaries of 2^21 numbers, as many channels at once as that allows."""
-    probabilities = probabilities.to(torch.promote_types(probabilities.dtype, tokens.dtype))  # a model in float64
-    weight = probabilities.clamp(min=_TINY)[:, None]
-    height, width = grid
-    size = samples * height * width
-    vertical, horizontal = (_gaussian(side, sigma, weight) for side in grid)
-    if not full:  # one row more takes what lies behind the last token
-        positions = torch.where(positions >= 0, positions, size)
-
-    def blurred(values: Tensor) -> Tensor:
-        channels = values.shape[1]
-        field = values.new_zeros(size if full else size + 1, channels).index_copy(0, positions, values)
-        field = field if full else field[:size]
-        field = vertical @ field.view(samples, height, width * channels)
-        field = horizontal @ field.view(samples * height, width, channels)
-        return field.view(-1, channels).index_select(0, positions if full else positions.clamp_max(size - 1))
-
-    mass, confidence = blurred(weight), probabilities[:, None]
-
-    def smoothed(part: Tensor) -> Tensor:
-        hidden = part.to(weight.dtype)
-        return (confidence * hidden + (1 - confidence) * (blurred(hidden * weight) / mass)).to(tokens.dtype)
-
-    several = max(16, _most(tokens) // max(1, size))
-    if tokens.shape[1] <= several:
-        return smoothed(tokens)
-    return torch.cat([smoothed(part) for part in tokens.split(several, dim=1)], dim=1)
-
-
-def _most(tensor: Tensor) -> int:
-    return _TOGETHER.get(tensor.device.type, _AT_ONCE)
-
-
-def _gaussian(size: int, sigma: float, like: Tensor) -> Tensor:
-    """[size, size] of exp(-(i - j)^2 / (2 sigma^2)), float32 (float64 for float64)."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    place = torch.arange(size, device=like.device, dtype=dtype)
-    return torch.exp((place[:, None] - place[None, :]).square() / (-2 * sigma**2))
-
-
-def plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    """tokens[index], [n * L, D]: for every grid position the row of its token. The gradient is summed in fixed order.
-
-    Args:
-        tokens: [T, D].
-        index: int64 [n * L], from 0 to T - 1; a token of the same sample.
-        positions: int64 [T], sample * L + index, ascending; the gradient looks for a token's share in its own sample.
-        length: L.
-
-    Raises:
-        TypeError: what should be a tensor is none.
-        ValueError: shapes, dtypes, devices or numbers that do not fit. `index` and `positions` are looked at on a CPU,
-            and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
-    """
-    check_tensors({"tokens": tokens, "index": index, "positions": positions})
-    check_int("length", length, 1)
-    if tokens.ndim != 2 or index.ndim != 1 or positions.shape != tokens.shape[:1]:
-        raise ValueError(
-            f"plug_back: tokens {tuple(tokens.shape)}, index {tuple(index.shape)} and positions "
-            f"{tuple(positions.shape)} do not fit"
-        )
-    _check_packed(tokens, positions)
-    if index.dtype != torch.int64:
-        raise ValueError(f"index: needs int64 [n * L], got {shown(index)}")
-    if index.shape[0] % length:
-        raise ValueError(f"length: {length} is not allowed, needs a divisor of the {index.shape[0]} numbers of index")
-    check_ascending("positions", positions, index.shape[0], False)
-    return _spread(tokens, index, positions, length)
-
-
-def _spread(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    """`plug_back` of arguments that were checked, all but the numbers in `index`."""
-    check_range("index", index, tokens.shape[0])
-    if looks(index) and looks(positions):
-        places = torch.arange(len(index), device=index.device)
-        if not torch.equal(positions[index] // length, places // length):
-            raise ValueError("index: needs tokens of the position's own sample")
-    reason = None if tokens.dtype in _TYPES else f"{tokens.dtype}"
-    if not choose("plug_back", reason, False, tokens, index):
-        return plug_back_reference(tokens, index)
-    if direct(tokens):
-        from fastgen.kernels.dechunk.triton import launch_plug_back
-
-        return launch_plug_back(tokens, index)
-    spread: Tensor = torch.ops.fastgen.plug_back(tokens, index, positions, length)
-    return spread
-
-
-def plug_back_reference(tokens: Tensor, index: Tensor) -> Tensor:
-    """The specification of `plug_back`."""
-    return tokens.index_select(0, index)
+    return launch_smooth(tokens, positions, probabilities, rows, *grid, sigma)
 
 
 def dechunk(
@@ -290,7 +145,7 @@ def dechunk(
 
     Raises:
         TypeError: what should be a tensor is none.
-        ValueError: shapes, dtypes, devices or numbers that do not fit; see `smooth_kept` and `plug_back`.
+        ValueError: shapes, dtypes, devices or numbers that do not fit; see `smooth_kept`.
     """
     needed = {"tokens": tokens, "positions": positions, "probabilities": probabilities, "mask": mask}
     check_tensors(needed, {"rows": rows})
@@ -300,19 +155,26 @@ def dechunk(
     _check_grid(grid, samples, 1.0 if sigma is None else sigma, full)
     _check_packed(tokens, positions, probabilities)
     height, width = grid
-    if height * width != length or probabilities.shape != mask.shape or len(tokens) != len(positions):
+    fits = height * width == length and probabilities.shape == mask.shape
+    if not fits or tokens.ndim != 2 or positions.shape != tokens.shape[:1]:
         raise ValueError(
             f"dechunk: grid {grid}, mask {tuple(mask.shape)}, probabilities {tuple(probabilities.shape)}, "
-            f"{len(tokens)} tokens at {len(positions)} positions do not fit"
+            f"tokens {tuple(tokens.shape)} and positions {tuple(positions.shape)} do not fit"
         )
     check_ascending("positions", positions, samples * length, full)
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # it checks `rows`
+    if looks(index) and looks(positions):
+        samples_of = torch.arange(len(index), device=index.device) // length
+        inside = bool(((index >= 0) & (index < len(tokens))).all())
+        if not inside or not torch.equal(positions[index] // length, samples_of):
+            raise ValueError("mask, rows: every position needs a token of its own sample, and one has none")
     if sigma is not None:
         kept = probabilities.flatten().index_select(0, positions if full else positions.clamp_min(0))
         tokens = _smoothed(tokens, positions, kept, grid, samples, sigma, rows, full)
-    return _spread(tokens, index, positions, length).view(samples, length, tokens.shape[1])
+    # Plug-back: PyTorch copies rows as fast as a kernel of ours does.
+    return tokens.index_select(0, index).view(samples, length, tokens.shape[1])
 
 
 def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -> int:
@@ -336,118 +198,3 @@ def _check_packed(tokens: Tensor, positions: Tensor, probabilities: Tensor | Non
     wanted = {torch.float32, torch.promote_types(tokens.dtype, torch.float32)}  # a router gives float32
     if probabilities is not None and probabilities.dtype not in wanted:
         raise ValueError(f"probabilities: need float32 (or float64 for such tokens), got {shown(probabilities)}")
-
-
-# ---- operators ----
-
-
-@torch.library.custom_op("fastgen::nearest_kept", mutates_args=())
-def _nearest(mask: Tensor, rows: Tensor | None) -> Tensor:
-    from fastgen.kernels.dechunk.triton import launch_nearest
-
-    return launch_nearest(mask, rows)
-
-
-@_nearest.register_fake
-def _(mask: Tensor, rows: Tensor | None) -> Tensor:
-    return torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
-
-
-@torch.library.custom_op("fastgen::smooth_kept", mutates_args=())
-def _smooth(
-    tokens: Tensor, positions: Tensor, probabilities: Tensor, rows: Tensor, height: int, width: int, sigma: float
-) -> Tensor:
-    from fastgen.kernels.dechunk.triton import launch_smooth
-
-    return launch_smooth(tokens, positions, probabilities, rows, height, width, sigma)
-
-
-@_smooth.register_fake
-def _(tokens: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-
-
-@torch.library.custom_op("fastgen::smooth_kept_backward", mutates_args=())
-def _smooth_backward(
-    grad: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    probabilities: Tensor,
-    rows: Tensor,
-    height: int,
-    width: int,
-    sigma: float,
-) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels.dechunk.triton import launch_blur
-
-    def blur(values: Tensor) -> Tensor:
-        return launch_blur(values.contiguous(), positions, rows, height, width, sigma)
-
-    # With w_j = max(p_j, tiny), S = G w, m = G (w h) / S and out = p h + (1 - p) m; G is symmetric.
-    g, h = grad.float(), tokens.float()
-    p = probabilities[:, None]
-    weight = p.clamp(min=_TINY)
-    there = positions >= 0  # behind the last token anything may lie
-    mass = torch.where(there[:, None], blur(weight), 1.0)
-    mixed = blur(weight * h) / mass
-    passed = (1 - p) / mass * g
-    back = blur(torch.cat([passed, (passed * mixed).sum(dim=1, keepdim=True)], dim=1))
-    around, lost = back[:, :-1], back[:, -1]
-    of_weight = ((h * around).sum(dim=1) - lost) * (probabilities >= _TINY)
-    of_p = (g * (h - mixed)).sum(dim=1) + of_weight
-    of_tokens = torch.where(there[:, None], p * g + weight * around, 0.0).to(tokens.dtype)
-    return of_tokens, torch.where(there, of_p, 0.0)
-
-
-@_smooth_backward.register_fake
-def _(grad: Tensor, tokens: Tensor, positions: Tensor, probabilities: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tokens), torch.empty_like(probabilities)
-
-
-def _setup_smooth(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, positions, probabilities, rows, *ctx.numbers = inputs
-    ctx.save_for_backward(tokens, positions, probabilities, rows)
-
-
-def _backward_smooth(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    of_tokens, of_p = torch.ops.fastgen.smooth_kept_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return of_tokens, None, of_p, None, None, None, None
-
-
-_smooth.register_autograd(_backward_smooth, setup_context=_setup_smooth)
-
-
-@torch.library.custom_op("fastgen::plug_back", mutates_args=())
-def _plug_back(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    from fastgen.kernels.dechunk.triton import launch_plug_back
-
-    return launch_plug_back(tokens, index)
-
-
-@_plug_back.register_fake
-def _(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    return tokens.new_empty(index.shape[0], tokens.shape[1])
-
-
-@torch.library.custom_op("fastgen::plug_back_backward", mutates_args=())
-def _plug_back_backward(grad: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    from fastgen.kernels.dechunk.triton import launch_sum_back
-
-    return launch_sum_back(grad, index, positions, length)
-
-
-@_plug_back_backward.register_fake
-def _(grad: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    return grad.new_empty(positions.shape[0], grad.shape[1])
-
-
-def _setup_plug(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, index, positions, ctx.length = inputs
-    ctx.save_for_backward(index, positions)
-
-
-def _backward_plug(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.fastgen.plug_back_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
-
-
-_plug_back.register_autograd(_backward_plug, setup_context=_setup_plug)

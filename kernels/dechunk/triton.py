@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel, tile
+from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel
 
 _FLOOR = 1e-19
 """A Gaussian below it does not count: a token's own weight is at least 1e-12, and float32 has seven digits."""
@@ -112,46 +112,6 @@ def _band(  # type: ignore[no-untyped-def]
     tl.store(out + long[:, None] * out_stride + channel[None, :], mixed.to(out.dtype.element_ty), mask=fits)
 
 
-@triton.jit
-def _copy(source, index, target, count, width, stride, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(index + row, mask=row < count, other=0)
-    fits = (row < count)[:, None] & (column < width)[None, :]
-    values = tl.load(source + at[:, None] * stride + column[None, :] * step, mask=fits)
-    tl.store(target + row[:, None] * width + column[None, :], values, mask=fits)
-
-
-@triton.jit
-def _sum_back(  # type: ignore[no-untyped-def]
-    grad, index, positions, out, count, length, width, stride, step,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum of the gradients of a token's positions, which are in its own sample; in raster order, so always equal."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(positions + row, mask=row < count, other=-1)
-    last = tl.max(place, axis=0)
-    first = tl.min(tl.where(place >= 0, place, last), axis=0)
-    begin, end = first // length * length, (last // length + 1) * length
-    begin, end = tl.where(last >= 0, begin, 0), tl.where(last >= 0, end, 0)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(begin, end, OTHERS):
-        other = start + tl.arange(0, OTHERS)
-        token = tl.load(index + other, mask=other < end, other=-1)
-        own = (token[None, :] == row[:, None]) & (place >= 0)[:, None]
-        if tl.max(tl.max(own.to(tl.int32), axis=1), axis=0) > 0:
-            mine = tl.max(own.to(tl.int32), axis=0) > 0
-            values = tl.load(
-                grad + other[:, None] * stride + channel[None, :] * step,
-                mask=mine[:, None] & (channel < width)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            total = tl.dot(own.to(tl.float32), values, total, input_precision=PRECISION)
-    fits = (row < count)[:, None] & (channel < width)[None, :]
-    tl.store(out + row[:, None] * width + channel[None, :], total.to(out.dtype.element_ty), mask=fits)
-
-
 def launch_nearest(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     """See `fastgen.kernels.dechunk.nearest_kept`."""
     samples, height, width = mask.shape
@@ -209,44 +169,4 @@ def _banded(
         SMOOTH=smooth, PRECISION=precision, ROWS=several, OTHERS=others, BLOCK=block,
         num_warps=warps,
     )  # fmt: skip
-    return out
-
-
-def launch_plug_back(tokens: Tensor, index: Tensor) -> Tensor:
-    """See `fastgen.kernels.dechunk.plug_back`."""
-    count, width = len(index), tokens.shape[1]
-    out = torch.empty(count, width, dtype=tokens.dtype, device=tokens.device)
-    if out.numel():
-        block, together = tile(width)
-        grid = (cdiv(count, together), cdiv(width, block))
-        run_kernel(
-            _copy,
-            grid,
-            tokens,
-            index.contiguous(),
-            out,
-            count,
-            width,
-            *tokens.stride(),
-            ROWS=together,
-            BLOCK=block,
-            num_warps=8,
-        )
-    return out
-
-
-def launch_sum_back(grad: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Gradient [T, D] of `plug_back`."""
-    count, width = len(positions), grad.shape[1]
-    out = torch.empty(count, width, dtype=grad.dtype, device=grad.device)
-    if out.numel():
-        block = min(128, max(16, power_of_two(width)))
-        # A gradient of ten bits times one is exact.
-        precision = precise() if grad.dtype == torch.float32 else "tf32"
-        run_kernel(
-            _sum_back,
-            (cdiv(count, 16), cdiv(width, block)),
-            grad, index.contiguous(), positions.contiguous(), out, count, length, width, *grad.stride(),
-            PRECISION=precision, ROWS=16, OTHERS=64, BLOCK=block,
-        )  # fmt: skip
     return out

@@ -8,15 +8,15 @@ each is the other's gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
-from fastgen.kernels.dispatch import choose, direct, looks
+from fastgen.kernels.dispatch import choose, looks
+from fastgen.kernels.pack.operator import launch_mask, launch_scatter, launch_top
 
-__all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_reference", "pack_top", "pack_top_reference"]
+__all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_top", "pack_top_reference"]
 __all__ += ["scatter", "scatter_reference"]
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,11 +77,8 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     default = not torch.compiler.is_compiling() or mask.numel() <= _COMPILED
     if not choose("pack_mask", reason, default, mask):
         return pack_mask_reference(mask, capacity, full)
-    if direct(mask):
-        from fastgen.kernels.pack.triton import launch_mask
-
-        return _packing(launch_mask(mask, capacity), full)
-    return _packing(torch.ops.fastgen.pack_mask(mask, capacity), full)
+    kept, positions, cu_seqlens, ids, rows = launch_mask(mask, capacity)
+    return Packing(kept, positions, cu_seqlens, ids, rows, full)
 
 
 def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
@@ -136,12 +133,8 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
     reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
     if not choose("pack_top", reason, True, scores, counts):
         return pack_top_reference(scores.detach(), counts, capacity, full)
-    scores = scores.detach()
-    if direct(scores, counts):
-        from fastgen.kernels.pack.triton import launch_top
-
-        return _packing(launch_top(scores, counts, capacity), full)
-    return _packing(torch.ops.fastgen.pack_top(scores, counts, capacity), full)
+    mask, positions, cu_seqlens, ids, rows = launch_top(scores.detach(), counts, capacity)
+    return Packing(mask, positions, cu_seqlens, ids, rows, full)
 
 
 def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
@@ -164,18 +157,9 @@ def pack(tokens: Tensor, packing: Packing) -> Tensor:
         raise ValueError(
             f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {shown(tokens)}"
         )
-    if not choose("pack", _why_not(tokens), False, tokens, packing.positions):
-        return pack_reference(tokens, packing)
-    return _move(tokens, packing, False)
-
-
-def pack_reference(tokens: Tensor, packing: Packing) -> Tensor:
-    """The specification of `pack`."""
-    flat = tokens.flatten(0, 1)
-    if packing.full:
-        return flat.index_select(0, packing.positions)
-    there = (packing.positions >= 0)[:, None]
-    return torch.where(there, flat.index_select(0, packing.positions.clamp_min(0)), 0.0)
+    # PyTorch copies rows as fast as a kernel of ours does.
+    rows = tokens.flatten(0, 1).index_select(0, packing.positions.clamp_min(0))
+    return rows if packing.full else torch.where((packing.positions >= 0)[:, None], rows, 0.0)
 
 
 def scatter(packed: Tensor, packing: Packing) -> Tensor:
@@ -188,9 +172,10 @@ def scatter(packed: Tensor, packing: Packing) -> Tensor:
     _check_packing("packed", packed, packing)
     if packed.ndim != 2 or len(packed) != packing.capacity or not packed.is_floating_point():
         raise ValueError(f"packed: needs floating point [{packing.capacity}, D], got {shown(packed)}")
-    if not choose("scatter", _why_not(packed), True, packed, packing.rows):
+    reason = None if packed.dtype in _TYPES else f"{packed.dtype}"
+    if not choose("scatter", reason, True, packed, packing.rows):
         return scatter_reference(packed, packing)
-    return _move(packed, packing, True)
+    return launch_scatter(packed, packing.mask, packing.positions, packing.rows)
 
 
 def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
@@ -205,25 +190,6 @@ def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
     return torch.where(packing.mask.flatten()[:, None], packed.index_select(0, rows), grid).view(samples, length, -1)
 
 
-def _move(source: Tensor, packing: Packing, to_grid: bool) -> Tensor:
-    tensors = (packing.mask, packing.positions, packing.rows)
-    if direct(source):
-        from fastgen.kernels.pack.triton import launch_move
-
-        return launch_move(source, *tensors, to_grid)
-    moved: Tensor = torch.ops.fastgen.move_rows(source, *tensors, to_grid)
-    return moved
-
-
-def _why_not(tokens: Tensor) -> str | None:
-    return None if tokens.dtype in _TYPES else f"{tokens.dtype}"
-
-
-def _packing(fields: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], full: bool) -> Packing:
-    mask, positions, cu_seqlens, sequence_ids, rows = fields
-    return Packing(mask, positions, cu_seqlens, sequence_ids, rows, full)
-
-
 def _check_kept(kept: int, capacity: int, full: bool) -> None:
     if kept > capacity or (full and kept < capacity):
         raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
@@ -233,66 +199,3 @@ def _check_packing(name: str, tensor: Tensor, packing: Packing) -> None:
     if not isinstance(packing, Packing):
         raise TypeError(f"packing: needs a Packing, got {type(packing).__name__}")
     check_tensors({"packing": packing.positions, name: tensor})
-
-
-# ---- operators ----
-
-
-@torch.library.custom_op("fastgen::pack_mask", mutates_args=())
-def _pack_mask(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.pack.triton import launch_mask
-
-    return launch_mask(mask, capacity)
-
-
-@_pack_mask.register_fake
-def _(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _fake(mask, capacity)
-
-
-@torch.library.custom_op("fastgen::pack_top", mutates_args=())
-def _pack_top(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.pack.triton import launch_top
-
-    return launch_top(scores, keep, capacity)
-
-
-@_pack_top.register_fake
-def _(scores: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _fake(scores, capacity)
-
-
-def _fake(grid: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        grid.new_empty(grid.shape, dtype=torch.bool),
-        grid.new_empty(capacity, dtype=torch.int64),
-        grid.new_empty(grid.shape[0] + 1, dtype=torch.int32),
-        grid.new_empty(capacity, dtype=torch.int64),
-        grid.new_empty(grid.shape, dtype=torch.int64),
-    )
-
-
-@torch.library.custom_op("fastgen::move_rows", mutates_args=())
-def _move_rows(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
-    from fastgen.kernels.pack.triton import launch_move
-
-    return launch_move(source, mask, positions, rows, to_grid)
-
-
-@_move_rows.register_fake
-def _(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
-    shape = (*mask.shape, source.shape[-1]) if to_grid else (positions.shape[0], source.shape[-1])
-    return source.new_empty(shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask, positions, rows, ctx.to_grid = inputs
-    ctx.save_for_backward(mask, positions, rows)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    back = torch.ops.fastgen.move_rows(grad, *ctx.saved_tensors, not ctx.to_grid)
-    return back, None, None, None, None
-
-
-_move_rows.register_autograd(_backward, setup_context=_setup)

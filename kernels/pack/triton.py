@@ -84,19 +84,18 @@ def _fill(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _move(  # type: ignore[no-untyped-def]
-    source, mask, index, target, count, width, stride, step,
-    TO_GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """target[r] = source[index[r]], or zeros where there is none."""
+def _scatter(  # type: ignore[no-untyped-def]
+    packed, mask, rows, grid, count, width, stride, step, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grid[r] = packed[rows[r]], or zeros where nothing is kept."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
-    at = tl.load(index + row, mask=inside, other=-1)
-    there = (tl.load(mask + row, mask=inside, other=0) != 0) if TO_GRID else at >= 0
+    at = tl.load(rows + row, mask=inside, other=-1)
+    there = tl.load(mask + row, mask=inside, other=0) != 0
     fits = inside[:, None] & (column < width)[None, :]
-    values = tl.load(source + at[:, None] * stride + column[None, :] * step, mask=fits & there[:, None], other=0.0)
-    tl.store(target + row[:, None] * width + column[None, :], values, mask=fits)
+    values = tl.load(packed + at[:, None] * stride + column[None, :] * step, mask=fits & there[:, None], other=0.0)
+    tl.store(grid + row[:, None] * width + column[None, :], values, mask=fits)
 
 
 def launch_mask(mask: Tensor, capacity: int) -> Packed:
@@ -145,23 +144,18 @@ def _filled(
     return out_mask.view(torch.bool), positions, cu_seqlens, ids, rows
 
 
-def launch_move(source: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, to_grid: bool) -> Tensor:
-    """Packed rows to the grid (`to_grid`), or kept rows of the grid packed; see `fastgen.kernels.pack`."""
-    width = source.shape[-1]
-    flat = source if to_grid else source.reshape(-1, width)
-    count = mask.numel() if to_grid else len(positions)
-    shape = (*mask.shape, width) if to_grid else (count, width)
-    target = torch.empty(shape, dtype=source.dtype, device=source.device)
+def launch_scatter(packed: Tensor, mask: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """See `fastgen.kernels.pack.scatter`."""
+    width, count = packed.shape[1], mask.numel()
+    target = torch.empty((*mask.shape, width), dtype=packed.dtype, device=packed.device)
     if not target.numel():
         return target
     block, together = tile(width)
-    grid = (cdiv(count, together), cdiv(width, block))
-    index = rows.contiguous() if to_grid else positions.contiguous()
     run_kernel(
-        _move,
-        grid,
-        flat, mask.contiguous().view(torch.int8), index, target, count, width, flat.stride(0), flat.stride(1),
-        TO_GRID=to_grid, ROWS=together, BLOCK=block, num_warps=8,
+        _scatter,
+        (cdiv(count, together), cdiv(width, block)),
+        packed, mask.contiguous().view(torch.int8), rows.contiguous(), target, count, width, *packed.stride(),
+        ROWS=together, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return target
 
