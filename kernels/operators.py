@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import direct
+from fastgen.kernels.dispatch import direct, has_triton, interpreted
 
-__all__ = ["register_launcher"]
+__all__ = ["register_launcher", "register_visible"]
 
 
 def register_launcher(
@@ -46,3 +46,13 @@ def register_launcher(
         return launch(*arguments)
 
     return start
+
+
+def register_visible(name: str, function: Callable[..., Any]) -> Any:
+    """An operator of PyTorch, for inference, whose kernels compilers see and start themselves: calls of an opaque one
+    cost the host as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
+
+    Arguments: see `torch.library.custom_op`.
+    """
+    kind = torch.library.triton_op if has_triton() and not interpreted() else torch.library.custom_op
+    return kind(name, function, mutates_args=())

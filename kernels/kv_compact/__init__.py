@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_tensors
-from fastgen.kernels.dispatch import check_range, choose, direct, looks
+from fastgen.kernels.dispatch import check_range, choose, looks
+from fastgen.kernels.operators import register_launcher
 
 __all__ = ["kv_compact", "kv_compact_reference"]
 
 _MOST_NODES = 128
 """Nodes of a path that one program holds."""
+_launch = register_launcher(
+    "kv_compact(Tensor(a!) store, Tensor lengths, Tensor nodes, Tensor count) -> ()",
+    "fastgen.kernels.kv_compact.triton:launch",
+    lambda *arguments: None,
+    mutates=("store",),
+)
 
 
 def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
@@ -47,12 +54,8 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
     _look(store, lengths, nodes, count)
     if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
-    elif direct(store):
-        from fastgen.kernels.kv_compact.triton import launch
-
-        launch(store, lengths, nodes, count)
     else:
-        torch.ops.fastgen.kv_compact(store, lengths, nodes, count)
+        _launch(store, lengths, nodes, count)
 
 
 def kv_compact_reference(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
@@ -102,16 +105,4 @@ def why_not_triton(store: Tensor, nodes: Tensor) -> str | None:
         return "heads of the store that do not lie side by side"
     if nodes.shape[1] > _MOST_NODES:
         return f"paths of {nodes.shape[1]} nodes, more than {_MOST_NODES}"
-    return None
-
-
-@torch.library.custom_op("fastgen::kv_compact", mutates_args=("store",))
-def _operator(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
-    from fastgen.kernels.kv_compact.triton import launch
-
-    launch(store, lengths, nodes, count)
-
-
-@_operator.register_fake
-def _(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
     return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.dispatch import register_visible
+from fastgen.kernels.operators import register_visible
 
 __all__ = ["launch", "launch_inplace"]
 

@@ -7,13 +7,13 @@ depend on the batch around it.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_number, check_tensors, shown
-from fastgen.kernels.dispatch import choose, direct, needs_gradients
+from fastgen.kernels.dispatch import choose, needs_gradients
+from fastgen.kernels.operators import register_launcher
 
 __all__ = ["mix_logits", "restrict_logits", "sample", "sample_reference", "token_probabilities"]
 __all__ += ["token_probabilities_reference"]
@@ -22,6 +22,17 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = 512
 _LARGEST_VOCABULARY = 2**16
 """Tokens that one program holds in registers."""
+_SETTINGS = "float guidance_scale, float temperature, SymInt? top_k, float? top_p"
+_launch_sample = register_launcher(
+    f"sample(Tensor cond, Tensor? uncond, Tensor? gumbel, {_SETTINGS}) -> Tensor",
+    "fastgen.kernels.sample.triton:launch_sample",
+    lambda cond, *rest: cond.new_empty(cond.shape[0], dtype=torch.int64),
+)
+_launch_law = register_launcher(
+    f"token_probabilities(Tensor cond, Tensor? uncond, {_SETTINGS}) -> Tensor",
+    "fastgen.kernels.sample.triton:launch_law",
+    lambda cond, *rest: torch.empty(cond.shape, dtype=torch.float32, device=cond.device),
+)
 
 
 def mix_logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float) -> Tensor:
@@ -96,12 +107,7 @@ def sample(
     default = not torch.compiler.is_compiling() or top_k is not None or top_p is not None or len(cond) < _COMPILED
     if not choose("sample", _why_not(*given), default, *given):
         return sample_reference(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
-    if direct(*given):
-        from fastgen.kernels.sample.triton import launch_sample
-
-        return launch_sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
-    drawn: Tensor = torch.ops.fastgen.sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
-    return drawn
+    return _launch_sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
 
 
 def sample_reference(
@@ -139,12 +145,7 @@ def token_probabilities(
     given = [x for x in (cond, uncond) if x is not None]
     if not choose("token_probabilities", _why_not(*given), True, *given):
         return token_probabilities_reference(cond, uncond, guidance_scale, temperature, top_k, top_p)
-    if direct(*given):
-        from fastgen.kernels.sample.triton import launch_law
-
-        return launch_law(cond, uncond, guidance_scale, temperature, top_k, top_p)
-    law: Tensor = torch.ops.fastgen.token_probabilities(cond, uncond, guidance_scale, temperature, top_k, top_p)
-    return law
+    return _launch_law(cond, uncond, guidance_scale, temperature, top_k, top_p)
 
 
 def token_probabilities_reference(
@@ -191,45 +192,3 @@ def _why_not(*tensors: Tensor) -> str | None:
     if needs_gradients(*tensors):
         return "gradients are asked for"
     return None
-
-
-# ---- operators ----
-
-
-@torch.library.custom_op("fastgen::sample", mutates_args=())
-def _sample(
-    cond: Tensor,
-    uncond: Tensor | None,
-    gumbel: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    from fastgen.kernels.sample.triton import launch_sample
-
-    return launch_sample(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
-
-
-@_sample.register_fake
-def _(cond: Tensor, *rest: Any) -> Tensor:
-    return cond.new_empty(cond.shape[0], dtype=torch.int64)
-
-
-@torch.library.custom_op("fastgen::token_probabilities", mutates_args=())
-def _law(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    from fastgen.kernels.sample.triton import launch_law
-
-    return launch_law(cond, uncond, guidance_scale, temperature, top_k, top_p)
-
-
-@_law.register_fake
-def _(cond: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(cond.shape, dtype=torch.float32, device=cond.device)

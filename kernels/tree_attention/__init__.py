@@ -7,19 +7,25 @@ values of the nodes are written on the way.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_tensors, shown
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dispatch import Checked, check_range, choose, direct, looks, needs_gradients
+from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
+from fastgen.kernels.operators import register_launcher
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
 _checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_launch = register_launcher(
+    "tree_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) store, SymInt layer, Tensor slots, "
+    "Tensor lengths, Tensor visible, Tensor tree, SymInt limit) -> Tensor",
+    "fastgen.kernels.tree_attention.triton:launch",
+    lambda query, key, value, store, *rest: query.new_empty(query.shape, dtype=store.dtype),
+    mutates=("store",),
+)
 
 
 def tree_attention(
@@ -60,14 +66,7 @@ def tree_attention(
     _look(slots, lengths, visible, tree, limit)
     if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
-    if direct(query, key, value, store):
-        from fastgen.kernels.tree_attention.triton import launch
-
-        return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
-    mixed: Tensor = torch.ops.fastgen.tree_attention(
-        query, key, value, store, layer, slots, lengths, visible, tree, limit
-    )
-    return mixed
+    return _launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
 
 
 def tree_attention_reference(
@@ -178,26 +177,3 @@ def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: 
         committed = torch.arange(visible.shape[1], device=lengths.device) < lengths[:, None]
         if bool((blind & ~(committed & visible).any(dim=1, keepdim=True)).any()):
             raise ValueError("tree: every node needs a slot to see, and one sees none")
-
-
-@torch.library.custom_op("fastgen::tree_attention", mutates_args=("store",))
-def _operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: Tensor,
-    layer: int,
-    slots: Tensor,
-    lengths: Tensor,
-    visible: Tensor,
-    tree: Tensor,
-    limit: int,
-) -> Tensor:
-    from fastgen.kernels.tree_attention.triton import launch
-
-    return launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
-
-
-@_operator.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, store: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape, dtype=store.dtype)

@@ -13,12 +13,28 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_range, choose, direct, looks, needs_gradients
+from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
+from fastgen.kernels.operators import register_launcher
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
 
 _checked = Checked()
+
+
+def _fake(target: Tensor, draft: Any, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, max_depth = target.shape[0], rest[5]
+    nodes = tokens.new_empty(batch, max_depth + 1)
+    return nodes, tokens.new_empty(batch), tokens.new_empty(batch), target.new_empty(batch)
+
+
+_launch = register_launcher(
+    "tree_verify(Tensor target, Tensor? draft, Tensor tokens, Tensor children, Tensor internal, Tensor? coins, "
+    "Tensor? gumbel, Tensor remaining, SymInt max_depth, Tensor? factor, Tensor? classes) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "fastgen.kernels.tree_verify.triton:launch",
+    _fake,
+)
 
 
 class Verified(NamedTuple):
@@ -77,13 +93,11 @@ def tree_verify(
     _checked(lambda: _check(*tensors, max_depth, *relaxed), (*tensors, *relaxed), max_depth)
     _look(tokens, children, internal, coins, remaining, factor, classes, target.shape[2])
     given = [x for x in (*tensors, factor, classes) if x is not None]
-    if not choose("tree_verify", _why_not(target), True, *given):
+    reason = "gradients are asked for" if needs_gradients(target) else None
+    if not choose("tree_verify", reason, True, *given):
         return tree_verify_reference(*tensors, max_depth, factor, classes)
-    if direct(*given):
-        from fastgen.kernels.tree_verify.triton import launch
-
-        return Verified(*launch(*tensors, max_depth, factor, classes))
-    return Verified(*torch.ops.fastgen.tree_verify(*tensors, max_depth, factor, classes))
+    nodes, length, bonus, stolen = _launch(*tensors, max_depth, factor, classes)
+    return Verified(nodes, length, bonus, stolen)
 
 
 def tree_verify_reference(
@@ -142,12 +156,6 @@ def tree_verify_reference(
     return Verified(nodes, length, bonus, (stolen.gather(1, nodes) * passed).sum(dim=1))
 
 
-def _why_not(target: Tensor) -> str | None:
-    if needs_gradients(target):
-        return "gradients are asked for"
-    return None
-
-
 def _check(
     target: Tensor,
     draft: Tensor | None,
@@ -175,18 +183,14 @@ def _check(
         raise ValueError("factor, classes: one relaxation at a time")
     if children.ndim != 3 or children.shape[0] not in (1, batch) or children.shape[1] != n or not children.shape[2]:
         raise ValueError(f"children: need [1 or {batch}, {n}, C], got {tuple(children.shape)}")
+    noise = 1 if gumbel is None or gumbel.ndim < 2 else gumbel.shape[1]
     shapes: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = [
         ("draft", draft, (batch, n, vocabulary), torch.float32),
         ("tokens", tokens, (batch, n), torch.int64),
         ("children", children, tuple(children.shape), torch.int64),
         ("internal", internal, (internal.numel(),), torch.int64),
         ("coins", coins, (batch, n), None),
-        (
-            "gumbel",
-            gumbel,
-            (batch, 1 if gumbel is None or gumbel.ndim < 2 else gumbel.shape[1], vocabulary),
-            torch.float32,
-        ),
+        ("gumbel", gumbel, (batch, noise, vocabulary), torch.float32),
         ("remaining", remaining, (batch,), torch.int64),
         ("factor", factor, (batch, internal.numel()), torch.float32),
         ("classes", classes, (batch, internal.numel(), vocabulary), torch.int64),
@@ -228,29 +232,3 @@ def _look(
         raise ValueError("factor: needs numbers >= 1")
     if classes is not None:
         check_range("classes", classes, children.shape[2] + vocabulary)
-
-
-@torch.library.custom_op("fastgen::tree_verify", mutates_args=())
-def _operator(
-    target: Tensor,
-    draft: Tensor | None,
-    tokens: Tensor,
-    children: Tensor,
-    internal: Tensor,
-    coins: Tensor | None,
-    gumbel: Tensor | None,
-    remaining: Tensor,
-    max_depth: int,
-    factor: Tensor | None,
-    classes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastgen.kernels.tree_verify.triton import launch
-
-    return launch(target, draft, tokens, children, internal, coins, gumbel, remaining, max_depth, factor, classes)
-
-
-@_operator.register_fake
-def _(target: Tensor, draft: Any, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, max_depth = target.shape[0], rest[5]
-    nodes = tokens.new_empty(batch, max_depth + 1)
-    return nodes, tokens.new_empty(batch), tokens.new_empty(batch), target.new_empty(batch)
