@@ -33,7 +33,7 @@ from fastgen.evaluation.benchmarks.search_variants import (
     scaled,
 )
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.shapes import fingerprint, load_detector
+from fastgen.evaluation.geneval.shapes_checker import fingerprint, load_detector
 from fastgen.evaluation.runner import image_seed, model_fingerprint
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.base import Verifier

@@ -36,11 +36,11 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.compare import paired_errors
-from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.token_images import as_output

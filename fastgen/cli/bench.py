@@ -61,7 +61,7 @@ def generate(
     check_files(out)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.generate import benchmark_generate
-        from fastgen.evaluation.results import generate_markdown
+        from fastgen.evaluation.results_page import generate_markdown
 
         result = benchmark_generate(
             models,
@@ -88,7 +88,7 @@ def data(
 ) -> None:
     """Pictures a second of the ShapesWorld renderer."""
     from fastgen.evaluation.benchmarks.data import benchmark_data
-    from fastgen.evaluation.results import data_markdown
+    from fastgen.evaluation.results_page import data_markdown
 
     check_files(out)
     result = benchmark_data(images, runs, processes or (1, 2))
@@ -363,7 +363,7 @@ def dc_speed(
 
     check_device(device, dtype)
     check_files(out)
-    from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
+    from fastgen.evaluation.benchmarks.dc_speed import benchmark_dc_speed
     from fastgen.evaluation.dc_results import dc_markdown
 
     result = benchmark_dc_speed(

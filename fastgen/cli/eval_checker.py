@@ -36,9 +36,9 @@ def checker(
     check_device(device)
 
     from fastgen.environment import environment
-    from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector
+    from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
     from fastgen.evaluation.geneval.validation import VALIDATION_SEED, validate_checker
-    from fastgen.evaluation.results import checker_markdown
+    from fastgen.evaluation.results_page import checker_markdown
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable
 
     if out is not None:

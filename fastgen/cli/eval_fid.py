@@ -308,7 +308,7 @@ def _reference(path: Path | None, protocol: str | None, settings: FidSettings) -
     if path is not None:
         return open_reference(path, protocol)
     if all(METRICS[name].extractor == "shapes" for name in settings.metrics):
-        from fastgen.evaluation.fid.shapes import render_reference
+        from fastgen.evaluation.fid.fd_shapes import render_reference
 
         return render_reference()
     return None

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from evaluation_fakes import KnowingModel, PixelModel
 
-import fastgen.evaluation.geneval.shapes as checker_module
+import fastgen.evaluation.geneval.shapes_checker as checker_module
 import fastgen.evaluation.shapesworld as shapesworld
 from fastgen.cli.main import run
 from fastgen.data.shapes import ShapesWorld
-from fastgen.evaluation.fid.shapes import FDShapes
+from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.geneval.validation import VALIDATION_SEED
 
 
@@ -247,7 +247,7 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A verifier that fails in the third picture leaves two; the same command ends as if nothing had been."""
-    from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+    from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 
     assert run([*SEARCH, *SIX, "--out", "whole"]) == 0
     score, calls = ShapesVerifier._score_batch, []

@@ -15,7 +15,7 @@ from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.rules import evaluate_image
-from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector, to_model_size
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector, to_model_size
 from fastgen.evaluation.geneval.types import ColorClassifier, Detections, ObjectDetector
 from fastgen.evaluation.geneval.validation import (
     VALIDATION_SEED,
@@ -32,7 +32,7 @@ from fastgen.evaluation.geneval.validation import (
     true_objects,
     validate_checker,
 )
-from fastgen.evaluation.results import checker_markdown
+from fastgen.evaluation.results_page import checker_markdown
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 
 

@@ -11,8 +11,8 @@ from geneval_oracle import official_summary
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.prompts import official_prompts
-from fastgen.evaluation.geneval.results import read_results, summarize_file
 from fastgen.evaluation.geneval.rules import ImageResult
+from fastgen.evaluation.geneval.verdict_files import read_results, summarize_file
 from fastgen.evaluation.samples import Sample, results_jsonl
 
 

@@ -1,6 +1,6 @@
 """Result JSON as Markdown: every kind of result that fastgen writes, and the page of the committed ones.
 
-``python -m fastgen.evaluation.results`` writes ``docs/results.md``, and the table of scores in ``README.md``, anew
+``python -m fastgen.evaluation.results_page`` writes ``docs/results.md``, and the table of scores in ``README.md``,
 from the files in ``docs/results``.
 """
 
@@ -160,7 +160,7 @@ def results_page(folder: Path) -> str:
         return _read(folder, name)
 
     parts = [
-        "# Results\n\nWritten by `python -m fastgen.evaluation.results` from the JSON files in "
+        "# Results\n\nWritten by `python -m fastgen.evaluation.results_page` from the JSON files in "
         "`docs/results/`, which hold every number with the machine, the versions, the commit and the date it "
         "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld, comparable only with each "
         "other.\n"

@@ -50,7 +50,7 @@ def load_judge(
 
 
 def _shapes_judge(device: str, test: bool) -> Judge:
-    from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector
+    from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
 
     model = load_detector(device=device)
     checker = ShapesChecker(model, device=device)

@@ -9,7 +9,7 @@ import pytest
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks import dc as bench
+from fastgen.evaluation.benchmarks import dc_speed as bench
 
 
 def test_rows_have_flops_seconds_and_ratios() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastgen.evaluation import report, results
+from fastgen.evaluation import report, results_page
 
 WHERE: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -66,21 +66,21 @@ def test_provenance_names_the_device() -> None:
 
 
 def test_tables_have_every_row() -> None:
-    text = results.generate_markdown(GENERATE)
+    text = results_page.generate_markdown(GENERATE)
     assert "| fastgen generate | 5 | 1.000 | 2.000 | 3.250 | 500 |" in text
     assert "| tiny | eager | 8 | no | 5 | 1.000 | 2.000 | 3.250 | 2000.0 |" in text
     assert "| tiny | torch.compile | 1 | failed: no compiler |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| tiny")}
     assert widths == {10}
-    assert "| 2 | 5 | 3000 | 3100 | 3200 |" in results.data_markdown(DATA)
+    assert "| 2 | 5 | 3000 | 3100 | 3200 |" in results_page.data_markdown(DATA)
     assert "Some CPU" in text
 
 
 def test_page_shows_what_is_there(tmp_path: Path) -> None:
-    assert "##" not in results.results_page(tmp_path)
+    assert "##" not in results_page.results_page(tmp_path)
     for name, data in (("shapesworld-tiny", SCORES), ("bench-generate", GENERATE), ("bench-data", DATA)):
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    text = results.results_page(tmp_path)
+    text = results_page.results_page(tmp_path)
     assert "`fastgen eval shapes --model tiny --images-per-prompt 4 --fast-batches --batch-size 16`" in text
     assert "| colors | 50.0 | 6.2 | 60 | 240 |" in text and "FD-shapes[x]: **12.35**" in text
     assert text.count("\n## ") == 3 and "autoregressive" not in text
@@ -89,23 +89,23 @@ def test_page_shows_what_is_there(tmp_path: Path) -> None:
 def test_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
     (tmp_path / "shapesworld-tiny.json").write_text(json.dumps(SCORES))
     before = "# Title\n<!-- scores -->\nold\n<!-- scores -->\nrest\n"
-    after = results.with_scores(before, tmp_path)
+    after = results_page.with_scores(before, tmp_path)
     assert "| tiny | 50.0 | **50.0** | 6.2 | 12.3 |" in after and "old" not in after and after.endswith("\nrest\n")
-    assert results.with_scores(after, tmp_path) == after
+    assert results_page.with_scores(after, tmp_path) == after
     with pytest.raises(ValueError, match="two marks"):
-        results.with_scores("# Title", tmp_path)
+        results_page.with_scores("# Title", tmp_path)
 
 
 def test_committed_readme_has_the_committed_scores(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
-    assert results.with_scores(text, repository / "docs" / "results") == text
+    assert results_page.with_scores(text, repository / "docs" / "results") == text
 
 
 @pytest.mark.parametrize("page", ["results.md", "results/shapes-checker.md"])
 def test_committed_pages_are_those_of_the_committed_json(repository: Path, page: str) -> None:
     docs = repository / "docs"
     if page == "results.md":
-        expected = results.results_page(docs / "results")
+        expected = results_page.results_page(docs / "results")
     else:
-        expected = results.checker_markdown(json.loads((docs / "results" / "shapes-checker.json").read_text()))
+        expected = results_page.checker_markdown(json.loads((docs / "results" / "shapes-checker.json").read_text()))
     assert (docs / page).read_text(encoding="utf-8") == expected

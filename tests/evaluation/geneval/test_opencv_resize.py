@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fastgen.evaluation.geneval.resize import resize_linear
+from fastgen.evaluation.geneval.opencv_resize import resize_linear
 
 # sha256 (12 digits) of cv2.resize(..., INTER_LINEAR) of OpenCV 4.10.0, 4.12.0 and 5.0.0, which agree.
 DIGESTS = {
