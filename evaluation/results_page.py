@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.evaluation.benchmarks.fid import fid_markdown
-from fastgen.evaluation.dc_results import dc_ablations_markdown, dc_markdown, dc_quality_markdown
+from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 from fastgen.evaluation.speculative_results import (
-    drafter_ablations_markdown,
     speculative_cost_markdown,
     speculative_markdown,
 )
@@ -191,11 +190,9 @@ def results_page(folder: Path) -> str:
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-data", "ShapesWorld renderer", data_markdown),
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
-        ("bench-dc-ablations", "Dynamic chunking: ablations", dc_ablations_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
         ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
         ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
-        ("bench-drafter-ablations", "Drafter training: ablations", drafter_ablations_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
         ("bench-search-twelve", "Noise search: the same with one seed and more prompts", search_markdown),

@@ -37,7 +37,7 @@ STARTS: dict[str, list[str]] = {
     "eval checker": ["--n", "2"],
     "train": ["vae", "--steps", "2", "-o", "new"],
 }
-for _name in ("dc", "dc-ablations", "drafter-ablations", "speculative", "search"):
+for _name in ("dc", "speculative", "search"):
     STARTS[f"bench {_name}"] = ["--folder", "new"]
 METHODS = {
     "(speculative": ["--method", "speculative"],

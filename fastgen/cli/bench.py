@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -150,82 +148,6 @@ def dc(
         if plot is not None:
             dc_quality_plot(result, plot)
     publish(result, out, as_json, dc_quality_markdown(result), notes.texts)
-
-
-@app.command("dc-ablations")
-def dc_ablations(
-    part: Annotated[
-        str, typer.Option(help="Z-Image pipeline that gives VAE and text encoder: name or folder.")
-    ] = "tiny",
-    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
-        "fastgen-bench-dc-ablations"
-    ),
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
-    renders: Annotated[int, typer.Option(help="Held-out pictures to judge by.")] = 256,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the small model with one part of dynamic chunking changed at a time, and compare on held-out renders."""
-    from fastgen.pipelines.checkpoint import find_checkpoint
-
-    base = find_checkpoint(part)
-    check_files(out, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.dc_results import dc_ablations_markdown
-        from fastgen.training.dc_ablations import benchmark_dc_ablations
-
-        result = benchmark_dc_ablations(
-            base.folder,
-            folder,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            variants=variant,
-            renders=renders,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    publish(result, out, as_json, dc_ablations_markdown(result))
-
-
-@app.command("drafter-ablations")
-def drafter_ablations(
-    part: Annotated[str, typer.Option(help="Janus model: name or folder.")] = "tiny-janus",
-    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
-        "fastgen-bench-drafter-ablations"
-    ),
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures to judge by.")] = 64,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a drafter with one term of its loss changed at a time, and compare what the target accepts."""
-    from fastgen.pipelines.checkpoint import find_checkpoint
-
-    checkpoint = find_checkpoint(part)
-    if checkpoint.kind != "janus":
-        raise FastgenError(f"--part: {part} is no Janus model")
-    check_files(out, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.speculative_results import drafter_ablations_markdown
-        from fastgen.training.drafter_ablations import benchmark_drafter_ablations
-
-        result = benchmark_drafter_ablations(
-            checkpoint.folder,
-            folder,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            variants=variant,
-            pictures=pictures,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    publish(result, out, as_json, drafter_ablations_markdown(result))
 
 
 @app.command("speculative")
