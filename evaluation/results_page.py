@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.evaluation.benchmarks.fid import fid_markdown
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
@@ -110,13 +109,6 @@ def generate_markdown(data: dict[str, Any]) -> str:
     return "\n".join(tables) + "\n" + provenance(data) + "\n"
 
 
-def data_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench data`: pictures a second of the renderer."""
-    rows = [[str(row["processes"]), str(row["n"]), *three(row["images_per_second"], 0)] for row in data["rows"]]
-    table = markdown_table(["processes", "n", "pictures/s p20", "p50", "p80"], rows)
-    return table + "\n" + provenance(data) + "\n"
-
-
 def _megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.0f}"
 
@@ -188,7 +180,6 @@ def results_page(folder: Path) -> str:
         parts += scored("Recipe z-image, in one go", story, scores)
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
-        ("bench-data", "ShapesWorld renderer", data_markdown),
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
         ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
@@ -201,7 +192,6 @@ def results_page(folder: Path) -> str:
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
-        ("bench-fid", "Evaluators: the FID family beside its network", fid_markdown),
         ("bench-kernels", "Fused kernels", kernels_markdown),
         ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):

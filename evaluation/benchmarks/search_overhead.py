@@ -1,4 +1,4 @@
-"""What a noise search adds: to a stock call when the search is off, and to an evaluation of the model."""
+"""What wrapping a pipeline for noise search adds to its call while the search is off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from scipy.stats import bootstrap
 from fastgen.accounting import wait_for
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.flux_shaped import flux_shaped
 from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
@@ -22,15 +21,11 @@ from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.prompts import check_prompt_lengths
-from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
-from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 from fastgen.pipelines.settings import check_classes
 
 __all__ = ["benchmark_search_overhead"]
 
 STOCK, WRAPPED, CONTROL = "stock", "wrapped, no policy", "stock again"
-FAMILY, OWN, AGAIN = "adapter of the family", "the pipeline's own call", "adapter again"
-FLUX_CALL = {"height": 256, "width": 256, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
 def benchmark_search_overhead(
@@ -53,8 +48,7 @@ def benchmark_search_overhead(
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with call, n, seconds (percentiles), ratio (to the
-        stock call of the same round; percentiles) and ratio_ci (95 % of its median); and "evaluations", of the model
-        and, with `tiny`, of a FLUX-shaped one: see `evaluation_rows`.
+        stock call of the same round; percentiles) and ratio_ci (95 % of its median).
 
     Raises:
         FastgenError: runs < 2, a model that cannot be had, or pictures that are not the stock call's.
@@ -91,72 +85,11 @@ def benchmark_search_overhead(
             pictures[name] = output.images
         if not np.array_equal(pictures[STOCK], pictures[WRAPPED]):
             raise FastgenError("the wrapped pipeline draws other pictures than the stock one; nothing is reported")
-    report("evaluations")
-    evaluations = evaluation_rows(model, pipe, call, runs) if denoiser_of(pipe) is not StockDenoiser else []
-    if model == "tiny":
-        shaped = flux_shaped().to(device)
-        shaped.set_progress_bar_config(disable=True)
-        evaluations += evaluation_rows("FLUX-shaped, one block of each kind", shaped, FLUX_CALL, min(runs, 5))
     return {
         "benchmark": "search-overhead",
         "environment": environment(),
         "settings": {"model": model, "runs": runs, "device": device, "dtype": dtype, **call},
         "rows": [_row(name, seconds[name], seconds[STOCK]) for name in calls],
-        "evaluations": evaluations,
-    }
-
-
-def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """What one evaluation of the model takes by the family's adapter and by the pipeline's own call, in turns.
-
-    Args:
-        name: of the model.
-        pipe: one whose family has an adapter.
-        call: settings of a picture.
-        rounds: after one of warm-up; each evaluates all times of the schedule with every path.
-
-    Returns:
-        rows with model, path, n, seconds of an evaluation (percentiles), over (seconds above the adapter right before
-        or after; percentiles), over_ci (95 % of its median) and share (of a step of the stock call; of medians).
-    """
-    settings = Settings(**call)
-    paths: dict[str, Denoiser] = {
-        FAMILY: denoiser_of(pipe)(pipe, ["a red circle"], settings),
-        OWN: StockDenoiser(pipe, ["a red circle"], settings),
-    }
-    paths[AGAIN] = paths[FAMILY]
-    start, which = paths[FAMILY].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
-    seconds: dict[str, list[float]] = {path: [] for path in paths}
-    steps: list[float] = []
-    for run in range(-1, rounds):
-        for place, moment in enumerate(paths[FAMILY].times):
-            first = (run + place) % 3
-            for path in (*list(paths)[first:], *list(paths)[:first]):
-                started = time.perf_counter()
-                paths[path].predict(start, torch.tensor([moment], dtype=torch.float64), which)
-                wait_for(torch.device(pipe.device))
-                if run >= 0:
-                    seconds[path].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
-        wait_for(torch.device(pipe.device))
-        if run >= 0:
-            steps.append((time.perf_counter() - started) / len(paths[FAMILY].times))
-    return [_evaluation_row(name, path, seconds[path], seconds[FAMILY], steps) for path in paths]
-
-
-def _evaluation_row(
-    name: str, path: str, seconds: list[float], family: list[float], steps: list[float]
-) -> dict[str, Any]:
-    over = np.array(seconds) - np.array(family)
-    return {
-        "model": name,
-        "path": path,
-        "n": len(seconds),
-        "seconds": percentiles(seconds),
-        "over": percentiles(over.tolist()),
-        "over_ci": [0.0, 0.0] if path == FAMILY else _median_ci(over),
-        "share": float(np.median(over) / np.median(steps)),
     }
 
 

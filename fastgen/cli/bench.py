@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.bench_fid import fid
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
 from fastgen.cli.methods import VariantOption, find_model, variant_option
@@ -25,7 +24,6 @@ def _group() -> None:
 
 app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("fid")(fid)
 app.command("search-overhead")(search_overhead)
 
 
@@ -74,23 +72,6 @@ def generate(
             report=lambda line: typer.echo(line, err=True),
         )
     publish(result, out, as_json, generate_markdown(result), notes.texts)
-
-
-@app.command("data")
-def data(
-    images: Annotated[int, typer.Option(help="Pictures of one run.")] = 4096,
-    runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
-    processes: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 1 and 2.")] = None,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Pictures a second of the ShapesWorld renderer."""
-    from fastgen.evaluation.benchmarks.data import benchmark_data
-    from fastgen.evaluation.results_page import data_markdown
-
-    check_files(out)
-    result = benchmark_data(images, runs, processes or (1, 2))
-    publish(result, out, as_json, data_markdown(result))
 
 
 @app.command("dc")

@@ -7,14 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from evaluation_fakes import KnowingModel, PixelModel
+from evaluation_fakes import PixelModel
 
 import fastgen.evaluation.geneval.shapes_checker as checker_module
 import fastgen.evaluation.shapesworld as shapesworld
 from fastgen.cli.main import run
-from fastgen.data.shapes import ShapesWorld
 from fastgen.evaluation.fid.fd_shapes import FDShapes
-from fastgen.evaluation.geneval.validation import VALIDATION_SEED
 
 
 @pytest.fixture(autouse=True)
@@ -141,35 +139,6 @@ def test_missing_checker_costs_no_generation(monkeypatch, capsys) -> None:
     monkeypatch.setattr(shapesworld, "render_prompts", lambda *_: pytest.fail("started to draw"))
     assert run([*RENDERS, "--out", "o"]) == 2
     assert "no ShapesWorld detector" in capsys.readouterr().err
-
-
-# --- checker -----------------------------------------------------------------------------------------------------
-
-
-def test_checker_writes_json_and_its_table(tmp_path, monkeypatch, capsys) -> None:
-    batch = ShapesWorld(VALIDATION_SEED, held_out=False).batch(30)
-    monkeypatch.setattr(checker_module, "load_detector", lambda folder=None, device="cpu": KnowingModel(batch))
-    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5", "--out", "r/checker.json", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert json.loads((tmp_path / "r/checker.json").read_text()) == data
-    assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0
-    assert data["environment"]["date"] and data["detector"]
-    table = (tmp_path / "r/checker.md").read_text()
-    assert "**100.00 %**" in table and "gain 1.4" in table
-    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5"]) == 0
-    *shown, provenance = capsys.readouterr().out.strip().splitlines()
-    *written, when = table.strip().splitlines()
-    assert shown == written and provenance.rpartition(";")[0] == when.rpartition(";")[0]
-
-
-@pytest.mark.parametrize(
-    "args", [["--n", "0"], ["--n", "5", "--n-perturbed", "6"], ["--seed", "-1"], ["--out", "x.csv"],
-             ["--out", "file/x.json"]]
-)  # fmt: skip
-def test_checker_refuses_bad_options(tmp_path: Path, capsys, args: list[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert run(["eval", "checker", *args]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

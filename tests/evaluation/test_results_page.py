@@ -48,10 +48,6 @@ GENERATE: dict[str, Any] = {
     ],
     "environment": WHERE,
 }
-DATA: dict[str, Any] = {
-    "rows": [{"processes": 2, "n": 5, "images_per_second": {"p20": 3000.4, "p50": 3100.0, "p80": 3200.0}}],
-    "environment": WHERE,
-}
 
 
 def test_provenance_names_the_device() -> None:
@@ -60,7 +56,7 @@ def test_provenance_names_the_device() -> None:
         "Some CPU, 2 threads; python 3.11.7, torch 2.13.0; commit 0123456789ab; detector 01234567; "
         "2026-01-02T03:04:05+00:00"
     )
-    gpu = copy.deepcopy(DATA)
+    gpu = copy.deepcopy(SCORES)
     gpu["environment"]["gpus"] = ["GPU A", "GPU A"]
     assert report.provenance(gpu).startswith("GPU A, GPU A; python")
 
@@ -72,18 +68,17 @@ def test_tables_have_every_row() -> None:
     assert "| tiny | torch.compile | 1 | failed: no compiler |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| tiny")}
     assert widths == {10}
-    assert "| 2 | 5 | 3000 | 3100 | 3200 |" in results_page.data_markdown(DATA)
     assert "Some CPU" in text
 
 
 def test_page_shows_what_is_there(tmp_path: Path) -> None:
     assert "##" not in results_page.results_page(tmp_path)
-    for name, data in (("shapesworld-tiny", SCORES), ("bench-generate", GENERATE), ("bench-data", DATA)):
+    for name, data in (("shapesworld-tiny", SCORES), ("bench-generate", GENERATE)):
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     text = results_page.results_page(tmp_path)
     assert "`fastgen eval shapes --model tiny --images-per-prompt 4 --fast-batches --batch-size 16`" in text
     assert "| colors | 50.0 | 6.2 | 60 | 240 |" in text and "FD-shapes[x]: **12.35**" in text
-    assert text.count("\n## ") == 3 and "autoregressive" not in text
+    assert text.count("\n## ") == 2 and "autoregressive" not in text
 
 
 def test_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
