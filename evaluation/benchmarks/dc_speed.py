@@ -8,7 +8,6 @@ every round, so that a slow moment of the machine meets all of them; the ratio o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 
-from fastgen.accounting import account, count_flops, wait_for
-from fastgen.environment import environment
+from fastgen.accounting import account, count_flops
+from fastgen.checks import check_choice, check_integer
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
 from fastgen.models.dc_dit import PRESETS, DCDiTTransformer2DModel
 from fastgen.models.upcycle import upcycle
 
@@ -59,16 +58,13 @@ def benchmark_dc_speed(
     Raises:
         FastgenError: a number out of range, or a batch that does not equal its samples alone.
     """
-    for name, values in (("batches", batches), ("runs", (runs,))):
-        if not values or min(values) < 1:
-            raise FastgenError(f"{name}: {list(values)} is not allowed, needs integers >= 1")
-    known = (*PRESETS, Z_IMAGE)
-    if unknown := [size for size in sizes if size not in known]:
-        raise FastgenError(f"sizes: {unknown[0]!r} is unknown, choose of {', '.join(known)}")
+    check_integer("runs", runs, 1)
+    check_integer("batches", min(batches, default=0), 1)
+    check_choice("dtype", dtype, _DTYPES)
+    for size in sizes:
+        check_choice("sizes", size, (*PRESETS, Z_IMAGE))
     if image_size < 16 or image_size % 16:
         raise FastgenError(f"image_size: {image_size} is not allowed, needs a multiple of 16")
-    if dtype not in _DTYPES:
-        raise FastgenError(f"dtype: {dtype!r} is not allowed, choose of {', '.join(_DTYPES)}")
     if not all(0 <= rho < 1 for rho in tail_drops):
         raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
     rows = []
@@ -83,19 +79,15 @@ def benchmark_dc_speed(
         for batch in batches:
             report(f"{size}, batch {batch}")
             rows += _rows(size, pair, batch, tail_drops, runs)
-    return {
-        "benchmark": "dc-speed",
-        "environment": environment(),
-        "settings": {
-            "image_size": image_size,
-            "kept": KEPT,
-            "runs": runs,
-            "compile": compile,
-            "device": device,
-            "dtype": dtype,
-        },
-        "rows": rows,
+    settings = {
+        "image_size": image_size,
+        "kept": KEPT,
+        "runs": runs,
+        "compile": compile,
+        "device": device,
+        "dtype": dtype,
     }
+    return result_of("dc-speed", settings, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -189,15 +181,10 @@ def _rows(size: str, pair: _Pair, batch: int, tail_drops: Sequence[float], runs:
         )
     device = next(pair.dense.parameters()).device
     flops = [_flops(work) for _, work in variants]  # a warm-up as well
-    seconds: list[list[float]] = [[] for _ in variants]
-    for turn in range(runs + 1):
-        for place, (_, work) in enumerate(variants):
-            taken = _seconds(work, device)
-            if turn > 0:
-                seconds[place].append(taken)
+    seconds = take_turns({place: work for place, (_, work) in enumerate(variants)}, runs, device=device)
     base = percentiles(seconds[0])["p50"]
     rows = []
-    for (labels_of, _), count, times in zip(variants, flops, seconds, strict=True):
+    for (labels_of, _), count, times in zip(variants, flops, seconds.values(), strict=True):
         spread = percentiles(times)
         ratios = {"flop_ratio": count / flops[0], "time_ratio": spread["p50"] / base}
         rows.append(
@@ -210,11 +197,3 @@ def _flops(work: Callable[[], Any]) -> int:
     with account() as stats, count_flops():
         work()
     return stats.flops
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start

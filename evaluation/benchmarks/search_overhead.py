@@ -11,9 +11,9 @@ import torch
 from scipy.stats import bootstrap
 
 from fastgen.accounting import wait_for
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
 from fastgen.evaluation.shapesworld import shapes_prompts
@@ -53,8 +53,7 @@ def benchmark_search_overhead(
     Raises:
         FastgenError: runs < 2, a model that cannot be had, or pictures that are not the stock call's.
     """
-    if runs < 2:
-        raise FastgenError(f"runs: {runs} is not allowed, needs an integer >= 2")
+    check_integer("runs", runs, 2)
     checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
@@ -85,12 +84,10 @@ def benchmark_search_overhead(
             pictures[name] = output.images
         if not np.array_equal(pictures[STOCK], pictures[WRAPPED]):
             raise FastgenError("the wrapped pipeline draws other pictures than the stock one; nothing is reported")
-    return {
-        "benchmark": "search-overhead",
-        "environment": environment(),
-        "settings": {"model": model, "runs": runs, "device": device, "dtype": dtype, **call},
-        "rows": [_row(name, seconds[name], seconds[STOCK]) for name in calls],
-    }
+    rows = [_row(name, seconds[name], seconds[STOCK]) for name in calls]
+    return result_of(
+        "search-overhead", {"model": model, "runs": runs, "device": device, "dtype": dtype, **call}, rows=rows
+    )
 
 
 def _median_ci(values: Any) -> list[float]:
