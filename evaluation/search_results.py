@@ -219,4 +219,19 @@ def search_overhead_markdown(data: dict[str, Any]) -> str:
         "The stock pipeline's call, and the same one through `NoiseSearchPipeline` without a policy, in turns; ratios "
         "are within a round. A second stock call in each round shows what turns alone do.\n\n"
     )
-    return note + markdown_table(header, table) + "\n" + provenance(data) + "\n"
+    return note + markdown_table(header, table) + "\n" + _evaluations(data) + provenance(data) + "\n"
+
+
+def _evaluations(data: dict[str, Any]) -> str:
+    """What an evaluation costs by the paths to a model."""
+    if not data.get("evaluations"):
+        return ""
+    table = []
+    for row in data["evaluations"]:
+        low, high = (1e3 * end for end in row["host_ci"])
+        ms = f"{1e3 * row['seconds']['p50']:.1f}", f"{1e3 * row['host']['p50']:.2f}"
+        table.append(
+            [row["model"], row["path"], str(row["n"]), *ms, f"{low:.2f} to {high:.2f}", f"{row['share']:.2%}"]
+        )
+    header = ["model", "path", "n", "ms p50", "ms outside the model", "95 % of the median", "of a stock step"]
+    return "One evaluation of the model, paths in turns:\n\n" + markdown_table(header, table) + "\n"

@@ -1,9 +1,11 @@
-"""What wrapping a pipeline for noise search adds to its call while the search is off."""
+"""What a noise search adds: to a stock call when the search is off, and to an evaluation of the model."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from scipy.stats import bootstrap
 from fastgen.accounting import wait_for
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.flux_shaped import flux_shaped
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
@@ -21,11 +24,15 @@ from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.prompts import check_prompt_lengths
+from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
+from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 from fastgen.pipelines.settings import check_classes
 
 __all__ = ["benchmark_search_overhead"]
 
 STOCK, WRAPPED, CONTROL = "stock", "wrapped, no policy", "stock again"
+FAMILY, OWN = "adapter of the family", "the pipeline's own call"
+FLUX_CALL = {"height": 256, "width": 256, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
 def benchmark_search_overhead(
@@ -84,10 +91,91 @@ def benchmark_search_overhead(
             pictures[name] = output.images
         if not np.array_equal(pictures[STOCK], pictures[WRAPPED]):
             raise FastgenError("the wrapped pipeline draws other pictures than the stock one; nothing is reported")
+    report("evaluations")
+    evaluations: list[dict[str, Any]] = []
+    if "prompt" in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "transformer"):
+        evaluations = evaluation_rows(model, pipe, call, runs)
+    if model == "tiny":
+        shaped = flux_shaped().to(device)
+        shaped.set_progress_bar_config(disable=True)
+        evaluations += evaluation_rows("FLUX-shaped, one block of each kind", shaped, FLUX_CALL, min(runs, 5))
+    settings = {"model": model, "runs": runs, "device": device, "dtype": dtype, **call}
     rows = [_row(name, seconds[name], seconds[STOCK]) for name in calls]
-    return result_of(
-        "search-overhead", {"model": model, "runs": runs, "device": device, "dtype": dtype, **call}, rows=rows
-    )
+    return result_of("search-overhead", settings, rows=rows, evaluations=evaluations)
+
+
+def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """What one evaluation of the model takes by the pipeline's own call, and by the family's adapter where there is
+    one, in turns; and how much of it is not the model.
+
+    Args:
+        name: of the model.
+        pipe: a pipeline of text prompts.
+        call: settings of a picture.
+        rounds: after one of warm-up; each evaluates all times of the schedule with every path.
+
+    Returns:
+        rows with model, path, n, seconds of an evaluation (percentiles), host (its seconds outside the model;
+        percentiles), host_ci (95 % of its median) and share (of a step of the stock call; of medians).
+    """
+    settings, adapter = Settings(**call), denoiser_of(pipe)
+    paths: dict[str, Denoiser] = {OWN: StockDenoiser(pipe, ["a red circle"], settings)}
+    if adapter is not StockDenoiser:
+        paths[FAMILY] = adapter(pipe, ["a red circle"], settings)
+    start, which = paths[OWN].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    host: dict[str, list[float]] = {path: [] for path in paths}
+    steps: list[float] = []
+    with _timed(pipe.transformer) as inside:
+        for run in range(-1, rounds):
+            for place, moment in enumerate(paths[OWN].times):
+                for path in list(paths) if (run + place) % 2 else reversed(paths):
+                    inside.clear()
+                    started = time.perf_counter()
+                    paths[path].predict(start, torch.tensor([moment], dtype=torch.float64), which)
+                    wait_for(torch.device(pipe.device))
+                    if run >= 0:
+                        seconds[path].append(time.perf_counter() - started)
+                        host[path].append(seconds[path][-1] - sum(inside))
+            started = time.perf_counter()
+            pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
+            wait_for(torch.device(pipe.device))
+            if run >= 0:
+                steps.append((time.perf_counter() - started) / len(paths[OWN].times))
+    return [
+        {
+            "model": name,
+            "path": path,
+            "n": len(seconds[path]),
+            "seconds": percentiles(seconds[path]),
+            "host": percentiles(host[path]),
+            "host_ci": _median_ci(np.array(host[path])),
+            "share": float(np.median(host[path]) / np.median(steps)),
+        }
+        for path in paths
+    ]
+
+
+@contextmanager
+def _timed(model: Any) -> Iterator[list[float]]:
+    """Seconds of each forward pass of the model inside."""
+    found: list[float] = []
+    began: list[float] = []
+
+    def before(*_: Any) -> None:
+        wait_for(model.device)
+        began.append(time.perf_counter())
+
+    def after(*_: Any) -> None:
+        wait_for(model.device)
+        found.append(time.perf_counter() - began.pop())
+
+    handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _median_ci(values: Any) -> list[float]:
