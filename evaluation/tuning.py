@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
+from fastgen.evaluation.tune_metrics import Metric
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
     ChannelsLast,
@@ -38,10 +39,7 @@ from fastgen.pipelines.accelerate.parts import (
 from fastgen.pipelines.accelerate.switch import accelerated
 from fastgen.pipelines.loading import generate_images
 
-__all__ = ["Metric", "Trial", "Tuner", "beats_fewer_steps", "candidates", "front", "ssim"]
-
-Metric = Callable[[list[Image.Image], list[str], list[Image.Image]], list[float]]
-"""Scores of pictures, given their prompts and the stock pictures of the same seeds; higher is better."""
+__all__ = ["Trial", "Tuner", "beats_fewer_steps", "candidates", "front"]
 
 _SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
 
@@ -56,18 +54,6 @@ def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
         parts += [TailDrops(0.0, 0.5), TailDrops(0.25, 0.5), TailDrops(0.5, 0.75)]
     return [part for part in parts if part.why_not(pipe) is None]
-
-
-def ssim(images: list[Image.Image], prompts: list[str], stock: list[Image.Image]) -> list[float]:
-    """Structural similarity to the stock pictures, 1 for equal ones."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    pairs = zip(map(_tensor, images), map(_tensor, stock), strict=True)
-    return [float(structural_similarity_index_measure(ours, theirs, data_range=1.0)) for ours, theirs in pairs]
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def fid(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
     batch_invariant: options.BatchInvariant = True,
     limit: options.Limit = None,

@@ -77,6 +77,7 @@ def geneval(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 4,
     batch_invariant: options.BatchInvariant = True,
     seed: options.Seed = 0,

@@ -47,6 +47,7 @@ def shapes(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 32,
     batch_invariant: options.BatchInvariant = True,
     seed: options.Seed = 0,

@@ -13,6 +13,8 @@ import fastgen.evaluation.geneval.shapes_checker as checker_module
 import fastgen.evaluation.shapesworld as shapesworld
 from fastgen.cli.main import run
 from fastgen.evaluation.fid.fd_shapes import FDShapes
+from fastgen.pipelines.accelerate import Plan, Row
+from fastgen.pipelines.accelerate.parts import FewerSteps
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +237,25 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     assert run([*SEARCH, *SIX, "--out", "part"]) == 0
     for path in (tmp_path / "whole").glob("*/samples/*.png"):
         assert path.read_bytes() == (tmp_path / "part" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_eval_draws_with_a_plan_and_records_it(micro_z: Path, tmp_path: Path, capsys) -> None:
+    Plan("ZImagePipeline", (Row(FewerSteps(0.25), True),)).save("plan.json")
+    Plan("FluxPipeline", ()).save("other.json")
+    drawn = ["eval", "shapes", "--model", str(micro_z), "--steps", "8", "--limit", "1", "--images-per-prompt", "1"]
+    nfe = []
+    for options in ([], ["--plan", "plan.json"]):
+        assert run([*drawn, "--allow-small", "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        nfe.append(report["stats"]["nfe"])
+    assert report["settings"]["plan"] == [["fewer_steps", {"share": 0.25}]]
+    assert nfe[1] * 4 == nfe[0]
+    assert len(list((tmp_path / "fastgen-eval").iterdir())) == 2
+    for refused, message in (
+        (["--plan", "nothing.json"], "there is no file 'nothing.json'"),
+        (["--plan", "plan.json", "--method", "search"], "--plan: not with --method search"),
+        (["--plan", "other.json"], "is of a FluxPipeline, and the model is a ZImagePipeline"),
+    ):
+        assert run([*drawn, *refused]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
