@@ -80,7 +80,7 @@ def _lpips(device: str) -> Metric:
 def _shapes(prompts: list[str], device: str) -> Metric:
     """Verdicts of ShapesWorld-GenEval, 1 for a correct picture; the mean is its score where tasks are equally many."""
     from fastgen.evaluation.geneval.rules import evaluate_image
-    from fastgen.evaluation.geneval.shapes import ShapesChecker
+    from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
     from fastgen.evaluation.shapesworld import shapes_prompts
 
     known = {item.prompt: item for item in shapes_prompts()}

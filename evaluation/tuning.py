@@ -39,16 +39,26 @@ from fastgen.pipelines.accelerate.parts import (
 from fastgen.pipelines.accelerate.switch import accelerated
 from fastgen.pipelines.loading import generate_images
 
-__all__ = ["Trial", "Tuner", "beats_fewer_steps", "candidates", "front"]
+__all__ = [
+    "SHARES",
+    "Trial",
+    "Tuner",
+    "beats_fewer_steps",
+    "candidates",
+    "front",
+    "largest_difference",
+    "timed_picture",
+]
 
-_SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
+SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
+"""Of the steps, tried as fewer steps."""
 
 
 def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
     """Parts and settings to try on a pipeline: those that can be used with it and are allowed."""
     parts: list[Part] = [Kernels(), ChannelsLast(), *([Compile()] if compile else [])]
     if loss == "lossy":
-        parts += [FewerSteps(share) for share in _SHARES]
+        parts += [FewerSteps(share) for share in SHARES]
         parts += [Guidance(share) for share in (0.75, 0.5, 0.25)]
         parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
@@ -252,7 +262,7 @@ class Tuner:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         scores = self.metric(images, self.prompts, self.stock)
         stock_scores = self.metric(self.stock, self.prompts, self.stock)
-        difference = max(_difference(a, b) for a, b in zip(images, self.stock, strict=True))
+        difference = max(largest_difference(a, b) for a, b in zip(images, self.stock, strict=True))
         trial = Trial(
             parts, tuple(times), tuple(stock_times), tuple(scores), tuple(stock_scores), difference, first, peak
         )
@@ -268,11 +278,16 @@ class Tuner:
             return [self._draw(i)[0] for i in range(min(count, len(self.prompts)))]
 
     def _draw(self, index: int) -> tuple[Image.Image, float]:
-        _synchronize()
-        start = time.perf_counter()
-        (picture,) = generate_images(self.pipe, [self.prompts[index]], [index], **self.call)
-        _synchronize()
-        return picture.image, time.perf_counter() - start
+        return timed_picture(self.pipe, self.prompts[index], index, self.call)
+
+
+def timed_picture(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Image.Image, float]:
+    """A picture and its seconds; `call` as `generate_images` takes it."""
+    _synchronize()
+    start = time.perf_counter()
+    (picture,) = generate_images(pipe, [prompt], [seed], **call)
+    _synchronize()
+    return picture.image, time.perf_counter() - start
 
 
 def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
@@ -288,7 +303,8 @@ def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
     return trial.score > float(np.interp(trial.ratio[0], seconds, scores))
 
 
-def _difference(a: Image.Image, b: Image.Image) -> int:
+def largest_difference(a: Image.Image, b: Image.Image) -> int:
+    """Of a pixel's channel, 0 to 255."""
     first, second = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (a, b))
     return int(np.abs(first - second).max())
 

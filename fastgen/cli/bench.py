@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
 from fastgen.cli.methods import VariantOption, find_model, variant_option
@@ -22,6 +23,7 @@ def _group() -> None:
     """Measure speed and memory; writes JSON."""
 
 
+app.command("accelerate")(accelerate)
 app.command("kernels")(kernels)
 app.command("search")(search)
 app.command("search-overhead")(search_overhead)
