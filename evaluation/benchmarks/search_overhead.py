@@ -13,10 +13,10 @@ import torch
 from scipy.stats import bootstrap
 
 from fastgen.accounting import wait_for
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.flux_shaped import flux_shaped
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
 from fastgen.evaluation.shapesworld import shapes_prompts
@@ -55,14 +55,12 @@ def benchmark_search_overhead(
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with call, n, seconds (percentiles), ratio (to the
-        stock call of the same round; percentiles) and ratio_ci (95 % of its median); and "evaluations", of the model
-        and, with `tiny`, of a FLUX-shaped one: see `evaluation_rows`.
+        stock call of the same round; percentiles) and ratio_ci (95 % of its median).
 
     Raises:
         FastgenError: runs < 2, a model that cannot be had, or pictures that are not the stock call's.
     """
-    if runs < 2:
-        raise FastgenError(f"runs: {runs} is not allowed, needs an integer >= 2")
+    check_integer("runs", runs, 2)
     checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
@@ -101,13 +99,9 @@ def benchmark_search_overhead(
         shaped = flux_shaped().to(device)
         shaped.set_progress_bar_config(disable=True)
         evaluations += evaluation_rows("FLUX-shaped, one block of each kind", shaped, FLUX_CALL, min(runs, 5))
-    return {
-        "benchmark": "search-overhead",
-        "environment": environment(),
-        "settings": {"model": model, "runs": runs, "device": device, "dtype": dtype, **call},
-        "rows": [_row(name, seconds[name], seconds[STOCK]) for name in calls],
-        "evaluations": evaluations,
-    }
+    settings = {"model": model, "runs": runs, "device": device, "dtype": dtype, **call}
+    rows = [_row(name, seconds[name], seconds[STOCK]) for name in calls]
+    return result_of("search-overhead", settings, rows=rows, evaluations=evaluations)
 
 
 def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """Ctrl-C in a search loses that search only; the pictures are those of an uninterrupted run, and more prompts and
     policies can be added to the folder."""
-    from fastgen.evaluation.verifiers.shapes import ShapesVerifier as Wrapped
+    from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier as Wrapped
 
     arguments: dict[str, Any] = {"verifier": verifiers[0], "budgets": [16], "limit": 1, "seeds": 1}
     benchmark_search(str(micro_z), tmp_path / "whole", policies=["svdd"], **arguments)

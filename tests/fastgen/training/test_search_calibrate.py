@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
 def test_a_failing_verifier_loses_no_chunk(
     micro_z: Path, verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastgen.evaluation.verifiers.shapes import ShapesVerifier as Scorer
+    from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier as Scorer
 
     score, calls = Scorer._score_batch, []
 
