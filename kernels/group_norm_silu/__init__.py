@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
 
 __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
@@ -71,9 +71,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, e
         raise ValueError(f"x: needs floats [n, C, ...], got {shown(x)}")
     if x.shape[1] % groups:
         raise ValueError(f"groups: needs a divisor of {x.shape[1]} channels, got {groups}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {shown(vector)}")
+    check_shape("weight", weight, x.shape[1:2])
+    check_shape("bias", bias, x.shape[1:2])
     return _why_not(x, groups, weight, bias)
 
 

@@ -7,12 +7,14 @@ keep it. Loss contract: exact, up to rounding; the kernel computes in float32 an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, overlaps
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, overlaps
 from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients, plain
 from fastgen.kernels.qk_norm_rope.operator import launch, launch_inplace
 
@@ -87,10 +89,7 @@ def qk_norm_rope(
         _look_for_overlaps(query, key)
     given = [x for x in tensors if x is not None]
     if not choose("qk_norm_rope", reason, True, *given):
-        turned = (
-            _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
-            _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
-        )
+        turned = _references(*tensors[:5], axes, vectors, *options)
         return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
     arguments = (query, key, cos, sin, positions, list(axes), *vectors, *options)
     plainly = direct(*tensors)
@@ -125,11 +124,16 @@ def qk_norm_rope_reference(
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The specification."""
-    axes = axes or (query.shape[-1],)
-    options = (norm, eps, interleaved)
+    vectors = (query_weight, key_weight, query_bias, key_bias)
+    return _references(query, key, cos, sin, positions, axes or query.shape[-1:], vectors, norm, eps, interleaved)
+
+
+def _references(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    cos, sin, positions, axes, (query_weight, key_weight, query_bias, key_bias), norm, eps, interleaved = rest
+    tables, options = (cos, sin, positions, axes), (norm, eps, interleaved)
     return (
-        _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
-        _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
+        _reference(query, *tables, query_weight, query_bias, *options),
+        _reference(key, *tables, key_weight, key_bias, *options),
     )
 
 
@@ -221,6 +225,8 @@ def _check(
             f"{key.dtype} {tuple(key.shape)}"
         )
     width = query.shape[-1]
+    for name, x in zip(_VECTORS, vectors, strict=True):
+        check_shape(name, x, (width,))
     axes = (width,) if axes is None else axes
     if not 1 <= len(axes) <= 3 or sum(axes) != width or any(part % 2 or part <= 0 for part in axes):
         raise ValueError(f"axes: needs one to three even numbers that add up to {width}, got {axes}")
@@ -234,25 +240,24 @@ def _check(
     elif len(axes) > 1:
         raise ValueError("axes: are of no use without positions")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
-            continue
-        # Sizes may be symbols of a compiler: comparisons, no `in`.
-        by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
-        shaped = table.ndim == 2 or by_sample
-        if not shaped or table.shape[-1] != width // 2 or not table.is_floating_point():
-            raise ValueError(
-                f"{name}: needs floats [P, {width // 2}] or [n, P, {width // 2}], got {tuple(table.shape)}"
-            )
-        if positions is None and table.shape[-2] != length:
-            raise ValueError(f"{name}: needs a row for each of {length} tokens, got {tuple(table.shape)}")
-        if positions is not None and not table.shape[-2] and length:
-            raise ValueError(f"{name}: has no rows")
+        if table is not None:
+            _check_table(name, table, query, samples, length, positions is not None)
     if cos is not None and sin is not None and cos.shape != sin.shape:
         raise ValueError(f"sin: needs the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}")
-    for name, x in zip(_VECTORS, vectors, strict=True):
-        if x is not None and (x.shape != (width,) or not x.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
     return axes, _why_not(query, key, *vectors)
+
+
+def _check_table(name: str, table: Tensor, query: Tensor, samples: int, length: int, looked_up: bool) -> None:
+    """See that a table of cosines or sines fits."""
+    half = query.shape[-1] // 2
+    # Sizes may be symbols of a compiler: comparisons, no `in`.
+    by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
+    if not (table.ndim == 2 or by_sample) or table.shape[-1] != half or not table.is_floating_point():
+        raise ValueError(f"{name}: needs floats [P, {half}] or [n, P, {half}], got {tuple(table.shape)}")
+    if not looked_up and table.shape[-2] != length:
+        raise ValueError(f"{name}: needs a row for each of {length} tokens, got {tuple(table.shape)}")
+    if looked_up and not table.shape[-2] and length:
+        raise ValueError(f"{name}: has no rows")
 
 
 def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, length: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
 from fastgen.kernels.cached_attention import cached_attention
 from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
 from fastgen.kernels.operators import register_launcher
@@ -148,16 +148,12 @@ def _check(
     n = query.shape[1]
     if tree.ndim != 3 or tree.shape[0] not in (1, rows) or tree.shape[1] != n or tree.dtype != torch.bool:
         raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {shown(tree)}")
-    wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
-        ("key", key, (rows, n, heads, width), None),
-        ("value", value, (rows, n, heads, width), None),
-        ("slots", slots, (rows, n), torch.int64),
-        ("lengths", lengths, (rows,), torch.int64),
-        ("visible", visible, (rows, capacity), torch.bool),
-    ]
-    for name, given, shape, dtype in wanted:
-        if given.shape != shape or (dtype is not None and given.dtype != dtype):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(given)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != (rows, n, heads, width):
+            raise ValueError(f"{name}: needs floats {[rows, n, heads, width]}, got {shown(x)}")
+    check_shape("slots", slots, (rows, n), torch.int64)
+    check_shape("lengths", lengths, (rows,), torch.int64)
+    check_shape("visible", visible, (rows, capacity), torch.bool)
 
 
 def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
 from fastgen.kernels.operators import register_launcher
 from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
@@ -183,23 +183,15 @@ def _check(
         raise ValueError("factor, classes: one relaxation at a time")
     if children.ndim != 3 or children.shape[0] not in (1, batch) or children.shape[1] != n or not children.shape[2]:
         raise ValueError(f"children: need [1 or {batch}, {n}, C], got {tuple(children.shape)}")
-    noise = 1 if gumbel is None or gumbel.ndim < 2 else gumbel.shape[1]
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = [
-        ("draft", draft, (batch, n, vocabulary), torch.float32),
-        ("tokens", tokens, (batch, n), torch.int64),
-        ("children", children, tuple(children.shape), torch.int64),
-        ("internal", internal, (internal.numel(),), torch.int64),
-        ("coins", coins, (batch, n), None),
-        ("gumbel", gumbel, (batch, noise, vocabulary), torch.float32),
-        ("remaining", remaining, (batch,), torch.int64),
-        ("factor", factor, (batch, internal.numel()), torch.float32),
-        ("classes", classes, (batch, internal.numel(), vocabulary), torch.int64),
-    ]
-    for name, value, shape, dtype in shapes:
-        if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(value)}")
-    if coins is not None and not coins.is_floating_point():
-        raise ValueError(f"coins: needs floats [{batch}, {n}], got {shown(coins)}")
+    check_shape("draft", draft, (batch, n, vocabulary), torch.float32)
+    check_shape("tokens", tokens, (batch, n), torch.int64)
+    check_shape("children", children, children.shape, torch.int64)
+    check_shape("internal", internal, ("A",), torch.int64)
+    check_shape("coins", coins, (batch, n))
+    check_shape("gumbel", gumbel, (batch, "G", vocabulary), torch.float32)
+    check_shape("remaining", remaining, (batch,), torch.int64)
+    check_shape("factor", factor, (batch, len(internal)), torch.float32)
+    check_shape("classes", classes, (batch, len(internal), vocabulary), torch.int64)
     if gumbel is not None and gumbel.shape[1] != 1 and gumbel.shape[1] != max_depth + 1:
         raise ValueError(f"gumbel: needs 1 or {max_depth + 1} rows of noise, got {tuple(gumbel.shape)}")
 
