@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
-from fastgen.kernels.cached_attention import cached_attention
 from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
 from fastgen.kernels.operators import register_launcher
+from fastgen.kernels.tree_attention.reference import tree_attention_reference, tree_mask
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -67,37 +67,6 @@ def tree_attention(
     if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     return _launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
-
-
-def tree_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: Tensor,
-    layer: int,
-    slots: Tensor,
-    lengths: Tensor,
-    visible: Tensor,
-    tree: Tensor,
-    limit: int,
-) -> Tensor:
-    """The specification of `tree_attention`: one attention under a mask over all slots."""
-    return cached_attention(query, key, value, store, layer, slots, tree_mask(lengths, visible, tree, limit))
-
-
-def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Tensor:
-    """Who sees what, bool [R, 1, n, limit]: every node the committed slots of its row, its ancestors and itself.
-
-    Arguments: see `tree_attention`.
-    """
-    rows, n, m = len(lengths), *tree.shape[-2:]
-    slot = torch.arange(limit, device=tree.device)
-    committed = (slot < lengths[:, None]) & visible[:, :limit]
-    node = slot - lengths[:, None]
-    inside = (node >= 0) & (node < m)
-    index = node.clamp(0, m - 1)[:, None, :].expand(rows, n, limit)
-    among = tree.expand(rows, n, m).gather(2, index) & inside[:, None]
-    return (committed[:, None] | among)[:, None]
 
 
 def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
