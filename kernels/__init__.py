@@ -1,7 +1,7 @@
 """Fused Triton kernels, one folder an operation.
 
-The package holds the operation, which checks its arguments and chooses an implementation, and its plain PyTorch
-reference; `triton.py` holds the kernels and, where it is large, `operator.py` what compilers and autograd need.
+The package checks the arguments and chooses an implementation; `reference.py` is the specification in plain PyTorch,
+`triton.py` holds the kernels and, where it is large, `operator.py` what compilers and autograd need.
 """
 
 if __name__ == "kernels":

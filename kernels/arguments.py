@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen import checks
 
-__all__ = ["check_flag", "check_int", "check_number", "check_tensors", "overlaps", "shown"]
+__all__ = ["check_flag", "check_int", "check_number", "check_shape", "check_tensors", "overlaps", "shown"]
 
 
 def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
@@ -65,6 +65,28 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         checks.check_bool(name, value)
+
+
+def check_shape(name: str, x: Tensor | None, shape: Sequence[int | str], *dtypes: torch.dtype) -> None:
+    """See that a tensor has these sizes and one of these dtypes; None passes.
+
+    Args:
+        name: of the argument.
+        x: its value.
+        shape: sizes; a name stands for any size.
+        dtypes: none of them: all floats.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if x is None:
+        return
+    # Sizes may be symbols of a compiler: they are compared one by one.
+    fits = x.ndim == len(shape)
+    fits = fits and all(isinstance(size, str) or size == x.shape[axis] for axis, size in enumerate(shape))
+    if not fits or not (x.dtype in dtypes if dtypes else x.is_floating_point()):
+        kinds = " or ".join(map(str, dtypes)) or "floats"
+        raise ValueError(f"{name}: needs {kinds} [{', '.join(map(str, shape))}], got {shown(x)}")
 
 
 def shown(tensor: Tensor) -> str:

@@ -48,11 +48,11 @@ def register_launcher(
     return start
 
 
-def register_visible(name: str, function: Callable[..., Any]) -> Any:
+def register_visible(name: str, function: Callable[..., Any], schema: str) -> Any:
     """An operator of PyTorch, for inference, whose kernels compilers see and start themselves: calls of an opaque one
     cost the host as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
 
     Arguments: see `torch.library.custom_op`.
     """
     kind = torch.library.triton_op if has_triton() and not interpreted() else torch.library.custom_op
-    return kind(name, function, mutates_args=())
+    return kind(name, function, mutates_args=(), schema=schema)

@@ -12,6 +12,7 @@ from fastgen.kernels.operators import register_visible
 __all__ = ["launch"]
 
 _PARAMETERS = ("hidden", "update", "gate", "scale", "shift", "weight", "bias", "update_weight")
+_TENSORS = "Tensor hidden, " + ", ".join(f"Tensor? {name}" for name in _PARAMETERS[1:])
 _OPTIONS = "str norm, float eps, bool update_norm, float update_eps, bool tanh_gate"
 _INDICES = "Tensor? sequence_ids, Tensor? cu_seqlens"
 
@@ -38,26 +39,12 @@ def _outputs(update: Tensor | None, norm: str, *tensors: Any) -> tuple[Tensor, T
     return summed, torch.empty((0,) if norm == "none" else hidden.shape, dtype=kinds[1], device=hidden.device)
 
 
-def launch(
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_weight: Tensor | None,
-    sequence_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor]:
+def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run the kernel on the arguments of the operator, without autograd."""
     from fastgen.kernels.adaln import triton as adaln_triton
 
+    hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, _, *options = arguments
+    norm = options[0]
     given = (hidden, update, gate, scale, shift, weight, bias, update_weight)
     summed, normed = _outputs(update, norm, *given)
     if hidden.ndim == 2:
@@ -71,10 +58,8 @@ def launch(
         None if x is None else x.contiguous() for x in (weight, bias, update_weight, sequence_ids)
     )
     vectors = (gate, scale, shift, weight, bias, update_weight)
-    options = (norm, eps, update_norm, update_eps, tanh_gate)
     written = (None if update is None else summed, None if norm == "none" else normed)
-    run: Any = adaln_triton.forward
-    run(hidden, update, *vectors, sequence_ids, *written, *options)
+    adaln_triton.forward(hidden, update, *vectors, sequence_ids, *written, *options)
     return summed, normed
 
 
@@ -82,9 +67,10 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _outputs(arguments[1], arguments[10], *arguments[:8])
 
 
-_operator = torch.library.custom_op("fastgen::adaln", launch, mutates_args=())
+_SCHEMA = f"({_TENSORS}, {_INDICES}, {_OPTIONS}) -> (Tensor, Tensor)"
+_operator = torch.library.custom_op("fastgen::adaln", launch, mutates_args=(), schema=_SCHEMA)
 _operator.register_fake(_fake)
-register_visible("fastgen::adaln_visible", launch).register_fake(_fake)
+register_visible("fastgen::adaln_visible", launch, _SCHEMA).register_fake(_fake)
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,36 +24,11 @@ def _offset(row, length, outer, inner):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    hidden,
-    update,
-    gate,
-    scale,
-    shift,
-    weight,
-    bias,
-    update_weight,
-    ids,
-    summed,
-    normed,
-    rows,
-    length,
-    samples,
-    width,
-    hidden_outer,
-    hidden_inner,
-    update_outer,
-    update_inner,
-    gate_stride,
-    scale_stride,
-    shift_stride,
-    eps,
+    hidden, update, gate, scale, shift, weight, bias, update_weight, ids, summed, normed, rows, length, samples,
+    width, hidden_outer, hidden_inner, update_outer, update_inner, gate_stride, scale_stride, shift_stride, eps,
     update_eps,
-    NORM: tl.constexpr,
-    UPDATE_NORM: tl.constexpr,
-    TANH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    NORM: tl.constexpr, UPDATE_NORM: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = row < rows
@@ -112,23 +87,11 @@ def _shape(width: int) -> tuple[int, int, int]:
 
 
 def forward(
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_weight: Tensor | None,
-    ids: Tensor | None,
-    summed: Tensor | None,
-    normed: Tensor | None,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
+    hidden: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, update_weight: Tensor | None, ids: Tensor | None,
+    summed: Tensor | None, normed: Tensor | None, norm: str, eps: float, update_norm: bool, update_eps: float,
     tanh_gate: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Launch. hidden and update [n, L, D], conditioning [samples, D], outputs contiguous or None; rows contiguous."""
     n, length, width = hidden.shape
     rows = n * length
@@ -139,66 +102,21 @@ def forward(
     run_kernel(
         _forward,
         (cdiv(rows, together),),
-        hidden,
-        update,
-        gate,
-        scale,
-        shift,
-        weight,
-        bias,
-        update_weight,
-        ids,
-        summed,
-        normed,
-        rows,
-        length,
-        given[0].shape[0] if given else 1,
-        width,
-        *hidden.stride()[:2],
+        hidden, update, gate, scale, shift, weight, bias, update_weight, ids, summed, normed, rows, length,
+        given[0].shape[0] if given else 1, width, *hidden.stride()[:2],
         *((0, 0) if update is None else update.stride()[:2]),
-        *(0 if x is None else x.stride(0) for x in (gate, scale, shift)),
-        float(eps),
-        float(update_eps),
-        NORM=NORMS[norm],
-        UPDATE_NORM=update_norm,
-        TANH=tanh_gate,
-        ROWS=together,
-        BLOCK=block,
-        num_warps=warps,
-    )
+        *(0 if x is None else x.stride(0) for x in (gate, scale, shift)), float(eps), float(update_eps),
+        NORM=NORMS[norm], UPDATE_NORM=update_norm, TANH=tanh_gate, ROWS=together, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad_summed,
-    grad_normed,
-    hidden,
-    update,
-    gate,
-    scale,
-    weight,
-    update_weight,
-    order,
-    bounds,
-    grad_hidden,
-    grad_update,
-    sums,
-    length,
-    samples,
-    width,
-    hidden_outer,
-    hidden_inner,
-    update_outer,
-    update_inner,
-    gate_stride,
-    scale_stride,
-    eps,
-    update_eps,
-    NORM: tl.constexpr,
-    UPDATE_NORM: tl.constexpr,
-    TANH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_summed, grad_normed, hidden, update, gate, scale, weight, update_weight, order, bounds, grad_hidden,
+    grad_update, sums, length, samples, width, hidden_outer, hidden_inner, update_outer, update_inner,
+    gate_stride, scale_stride, eps, update_eps,
+    NORM: tl.constexpr, UPDATE_NORM: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (part, sample): gradients of a part of the sample's rows, and their sums over these rows.
 
     `hidden` is what was normalised. sums [3, parts, samples, D]: of dz xhat, dz and dy uhat.
@@ -280,23 +198,11 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def backward(
-    grad_summed: Tensor | None,
-    grad_normed: Tensor | None,
-    hidden: Tensor,
-    update: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    update_weight: Tensor | None,
-    order: Tensor | None,
-    bounds: Tensor | None,
-    samples: int,
-    norm: str,
-    eps: float,
-    update_norm: bool,
-    update_eps: float,
-    tanh_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_summed: Tensor | None, grad_normed: Tensor | None, hidden: Tensor, update: Tensor | None,
+    gate: Tensor | None, scale: Tensor | None, weight: Tensor | None, update_weight: Tensor | None,
+    order: Tensor | None, bounds: Tensor | None, samples: int, norm: str, eps: float, update_norm: bool,
+    update_eps: float, tanh_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and update [n, L, D], and float32 sums [3, samples, D] over the rows of each sample."""
     n, length, width = hidden.shape
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -314,29 +220,9 @@ def backward(
         run_kernel(
             _backward,
             (parts, samples),
-            grad_summed,
-            grad_normed,
-            hidden,
-            update,
-            gate,
-            scale,
-            weight,
-            update_weight,
-            order,
-            bounds,
-            grad_hidden,
-            grad_update,
-            sums,
-            length,
-            samples,
-            width,
-            *strides,
-            float(eps),
-            float(update_eps),
-            NORM=0 if grad_normed is None else NORMS[norm],
-            UPDATE_NORM=update_norm,
-            TANH=tanh_gate,
-            BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
-        )
+            grad_summed, grad_normed, hidden, update, gate, scale, weight, update_weight, order, bounds,
+            grad_hidden, grad_update, sums, length, samples, width, *strides, float(eps), float(update_eps),
+            NORM=0 if grad_normed is None else NORMS[norm], UPDATE_NORM=update_norm, TANH=tanh_gate,
+            BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
     return grad_hidden, grad_update, sums.sum(1)

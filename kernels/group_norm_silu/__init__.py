@@ -7,15 +7,14 @@ and arithmetic are in float32, rounded once. For inference: where gradients are 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
+from fastgen.kernels.group_norm_silu.reference import group_norm_silu_reference
 
 __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
 
@@ -71,33 +70,14 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, e
         raise ValueError(f"x: needs floats [n, C, ...], got {shown(x)}")
     if x.shape[1] % groups:
         raise ValueError(f"groups: needs a divisor of {x.shape[1]} channels, got {groups}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {shown(vector)}")
+    check_shape("weight", weight, x.shape[1:2])
+    check_shape("bias", bias, x.shape[1:2])
     return _why_not(x, groups, weight, bias)
 
 
 def can_use_triton(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether the kernel takes this image, wherever it is."""
     return _why_not(x, groups, weight, bias) is None
-
-
-def group_norm_silu_reference(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    silu: bool = True,
-) -> Tensor:
-    """The specification."""
-    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
-    if len(dtypes) > 1:  # which torch takes in some combinations only
-        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
-        return group_norm_silu_reference(x.to(wide), groups, weight, bias, eps, silu).to(x.dtype)
-    normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
-    return F.silu(normed) if silu else normed
 
 
 def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:

@@ -58,20 +58,9 @@ def _sums(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _fold(  # type: ignore[no-untyped-def]
-    x,
-    sums,
-    weight,
-    bias,
-    folded,
-    pixels,
-    channels,
-    width,
-    parts,
-    sample_stride,
-    eps,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x, sums, weight, bias, folded, pixels, channels, width, parts, sample_stride, eps,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Program (group, sample): the group's norm and its affine map as folded [samples, 2, channels], float32."""
     group = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -115,18 +104,9 @@ def _map(x, out, factor, shift, pixel, pixels, channel, inside, channels, pixel_
 
 @triton.jit
 def _apply(  # type: ignore[no-untyped-def]
-    x,
-    out,
-    folded,
-    pixels,
-    channels,
-    sample_stride,
-    pixel_stride,
-    SILU: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    x, out, folded, pixels, channels, sample_stride, pixel_stride,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Program (pixel block, sample, channel block), the last block first: it was read last and may be in the cache."""
     sample = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -144,20 +124,9 @@ def _apply(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _whole(  # type: ignore[no-untyped-def]
-    x,
-    out,
-    weight,
-    bias,
-    pixels,
-    channels,
-    width,
-    sample_stride,
-    pixel_stride,
-    eps,
-    SILU: tl.constexpr,
-    PIXELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x, out, weight, bias, pixels, channels, width, sample_stride, pixel_stride, eps,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Program (group, sample): a whole group in one launch, where the image is small and launches are what costs."""
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -220,20 +189,9 @@ def forward(
         run_kernel(
             _whole,
             (groups, samples),
-            x,
-            out,
-            weight,
-            bias,
-            pixels,
-            channels,
-            width,
-            *strides,
-            float(eps),
-            SILU=silu,
-            PIXELS=together,
-            WIDTH=padded,
-            num_warps=8,
-        )
+            x, out, weight, bias, pixels, channels, width, *strides, float(eps),
+            SILU=silu, PIXELS=together, WIDTH=padded, num_warps=8,
+        )  # fmt: skip
         return
     together, block, parts, tiles, warps = _plan(samples, pixels, channels)
     blocks = cdiv(channels, block)
@@ -242,45 +200,18 @@ def forward(
     run_kernel(
         _sums,
         (parts, samples, blocks),
-        x,
-        sums,
-        pixels,
-        channels,
-        *strides,
-        PIXELS=together,
-        CHANNELS=block,
-        num_warps=warps,
-    )
+        x, sums, pixels, channels, *strides,
+        PIXELS=together, CHANNELS=block, num_warps=warps,
+    )  # fmt: skip
     run_kernel(
         _fold,
         (groups, samples),
-        x,
-        sums,
-        weight,
-        bias,
-        folded,
-        pixels,
-        channels,
-        width,
-        parts,
-        strides[0],
-        float(eps),
-        PARTS=power_of_two(parts),
-        WIDTH=padded,
-        num_warps=8,
-    )
+        x, sums, weight, bias, folded, pixels, channels, width, parts, strides[0], float(eps),
+        PARTS=power_of_two(parts), WIDTH=padded, num_warps=8,
+    )  # fmt: skip
     run_kernel(
         _apply,
         (cdiv(pixels, tiles * together), samples, blocks),
-        x,
-        out,
-        folded,
-        pixels,
-        channels,
-        *strides,
-        SILU=silu,
-        PIXELS=together,
-        CHANNELS=block,
-        TILES=tiles,
-        num_warps=warps,
-    )
+        x, out, folded, pixels, channels, *strides,
+        SILU=silu, PIXELS=together, CHANNELS=block, TILES=tiles, num_warps=warps,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgen.kernels.arguments import check_tensors
 from fastgen.kernels.dispatch import check_range, choose, looks
+from fastgen.kernels.kv_compact.reference import kv_compact_reference
 from fastgen.kernels.operators import register_launcher
 
 __all__ = ["kv_compact", "kv_compact_reference"]
@@ -56,23 +57,6 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         kv_compact_reference(store, lengths, nodes, count)
     else:
         _launch(store, lengths, nodes, count)
-
-
-def kv_compact_reference(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
-    """The specification of `kv_compact`."""
-    capacity = store.shape[3]
-    if not nodes.numel() or not capacity:
-        return
-    rows = torch.arange(len(nodes), device=nodes.device)[:, None]
-    start, place = lengths[:, None], torch.arange(nodes.shape[1], device=nodes.device)
-    source, target = start + nodes, start + place
-    moves = (place < count[:, None]) & (source >= 0) & (source < capacity) & (target >= 0) & (target < capacity)
-    # What does not move does what the first node of the path does, or leaves its slot as it is.
-    first = torch.where(moves[:, :1], nodes[:, :1], 0)
-    source = torch.where(moves, source, (start + first).clamp(0, capacity - 1))
-    target = torch.where(moves, target, start.clamp(0, capacity - 1))
-    taken = store[:, :, rows, source]
-    store[:, :, rows, target] = taken
 
 
 def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:

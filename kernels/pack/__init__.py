@@ -7,14 +7,13 @@ each is the other's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
 from fastgen.kernels.dispatch import choose, looks
 from fastgen.kernels.pack.operator import launch_mask, launch_scatter, launch_top
+from fastgen.kernels.pack.reference import Packing, pack_mask_reference, pack_top_reference, scatter_reference
 
 __all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_top", "pack_top_reference"]
 __all__ += ["scatter", "scatter_reference"]
@@ -23,32 +22,6 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = 2**16
 _LARGEST_SAMPLE = 2**15
 """Positions of a sample that one program ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Which positions of n samples of L are kept, and where they lie in the packed tensor.
-
-    Attributes:
-        mask: bool [n, L], kept positions.
-        positions: int64 [capacity], sample * L + index of the kept positions, ascending; -1 behind the last.
-        cu_seqlens: int32 [n + 1], start of each sample in the packed tensor, and the number of kept tokens.
-        sequence_ids: int64 [capacity], sample of each token; n - 1 behind the last.
-        rows: int64 [n, L], kept positions at or before each one, less one: at a kept position its row.
-        full: whether the host knows that nothing lies behind the last token.
-    """
-
-    mask: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    sequence_ids: Tensor
-    rows: Tensor
-    full: bool
-
-    @property
-    def capacity(self) -> int:
-        """Rows of the packed tensor."""
-        return len(self.positions)
 
 
 def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> Packing:
@@ -79,22 +52,6 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
         return pack_mask_reference(mask, capacity, full)
     kept, positions, cu_seqlens, ids, rows = launch_mask(mask, capacity)
     return Packing(kept, positions, cu_seqlens, ids, rows, full)
-
-
-def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
-    """The specification of `pack_mask`."""
-    samples, length = mask.shape
-    rows = mask.flatten().cumsum(0) - 1
-    if not full and mask.numel():  # what is beyond the capacity
-        mask = mask & (rows < capacity).view_as(mask)
-        rows = rows.clamp_max(capacity - 1)
-    positions = torch.nonzero_static(mask.flatten(), size=capacity, fill_value=-1).squeeze(1)
-    ends = rows.view(samples, length)[:, -1] + 1 if length else rows.new_zeros(samples)
-    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    ids = positions // max(length, 1)
-    if not full:
-        ids = torch.where(positions >= 0, ids, samples - 1)
-    return Packing(mask, positions, cu_seqlens, ids, rows.view(samples, length), full)
 
 
 def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, full: bool = False) -> Packing:
@@ -137,14 +94,6 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
     return Packing(mask, positions, cu_seqlens, ids, rows, full)
 
 
-def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
-    """The specification of `pack_top`; keep int64 [n]."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    mask = torch.empty_like(order).scatter_(1, order, places) < keep[:, None]
-    return pack_mask_reference(mask, capacity, full)
-
-
 def pack(tokens: Tensor, packing: Packing) -> Tensor:
     """Kept tokens [capacity, D] of tokens [n, L, D]; zeros behind the last. Differentiable.
 
@@ -176,18 +125,6 @@ def scatter(packed: Tensor, packing: Packing) -> Tensor:
     if not choose("scatter", reason, True, packed, packing.rows):
         return scatter_reference(packed, packing)
     return launch_scatter(packed, packing.mask, packing.positions, packing.rows)
-
-
-def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
-    """The specification of `scatter`."""
-    samples, length = packing.mask.shape
-    grid = packed.new_zeros(samples * length, packed.shape[1])
-    if packing.full:
-        return grid.index_copy(0, packing.positions, packed).view(samples, length, -1)
-    rows = packing.rows.clamp_min(0).flatten()
-    if not packing.capacity:
-        return grid.view(samples, length, -1)
-    return torch.where(packing.mask.flatten()[:, None], packed.index_select(0, rows), grid).view(samples, length, -1)
 
 
 def _check_kept(kept: int, capacity: int, full: bool) -> None:

@@ -8,13 +8,12 @@ keep it. Loss contract: exact, up to rounding; the kernel computes in float32 an
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.kernels.adaln import rms_norm
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, overlaps
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, overlaps
 from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients, plain
 from fastgen.kernels.qk_norm_rope.operator import launch, launch_inplace
+from fastgen.kernels.qk_norm_rope.reference import qk_norm_rope_reference, references
 
 __all__ = ["can_use_triton", "qk_norm_rope", "qk_norm_rope_reference"]
 
@@ -87,10 +86,7 @@ def qk_norm_rope(
         _look_for_overlaps(query, key)
     given = [x for x in tensors if x is not None]
     if not choose("qk_norm_rope", reason, True, *given):
-        turned = (
-            _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
-            _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
-        )
+        turned = references(*tensors[:5], axes, vectors, *options)
         return (query.copy_(turned[0]), key.copy_(turned[1])) if inplace else turned
     arguments = (query, key, cos, sin, positions, list(axes), *vectors, *options)
     plainly = direct(*tensors)
@@ -106,91 +102,6 @@ def qk_norm_rope(
 def can_use_triton(query: Tensor, key: Tensor) -> bool:
     """Whether the kernel takes these queries and keys, wherever they are."""
     return _why_not(query, key) is None
-
-
-def qk_norm_rope_reference(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    *,
-    positions: Tensor | None = None,
-    axes: tuple[int, ...] | None = None,
-    query_weight: Tensor | None = None,
-    key_weight: Tensor | None = None,
-    query_bias: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    norm: str = "rms",
-    eps: float = 1e-6,
-    interleaved: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The specification."""
-    axes = axes or (query.shape[-1],)
-    options = (norm, eps, interleaved)
-    return (
-        _reference(query, cos, sin, positions, axes, query_weight, query_bias, *options),
-        _reference(key, cos, sin, positions, axes, key_weight, key_bias, *options),
-    )
-
-
-def _reference(
-    x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> Tensor:
-    dtype = x.dtype
-    if norm == "rms":
-        x = rms_norm(x, weight, eps)
-        x = x if bias is None else x + bias
-    elif norm == "layer":
-        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if cos is None or sin is None:
-        return x.to(dtype)
-    cos, sin = (_looked_up(table, positions, axes).unsqueeze(-2) for table in (cos, sin))
-    x = x if x.dtype == torch.float64 else x.float()
-    if x.device.type == "cpu" and x.dtype == cos.dtype == sin.dtype and not torch.compiler.is_compiling():
-        return _as_complex(x, cos, sin, interleaved).to(dtype)
-    if interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(dtype)
-
-
-def _as_complex(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The rotation as complex products: on a CPU in a half (halves) to a sixth (neighbours) of the time.
-
-    Compilers fuse the real form and cannot fuse this one.
-    """
-    if not x.numel():  # of which torch 2.13 makes no complex view
-        return x.clone()
-    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
-    return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
-
-
-def _looked_up(table: Tensor, positions: Tensor | None, axes: tuple[int, ...]) -> Tensor:
-    """Rows of a table [(n,) P, d / 2] for each token, [(n,) L, d / 2]."""
-    if positions is None:
-        return table
-    places = positions.unsqueeze(-1) if len(axes) == 1 else positions
-    columns = table.split([width // 2 for width in axes], dim=-1)
-    parts = []
-    for axis, part in enumerate(columns):
-        place = places[..., axis]
-        if part.ndim == 2:
-            parts.append(part.index_select(0, place.flatten()).unflatten(0, place.shape))
-        else:
-            place = place.expand(len(part), -1).unsqueeze(-1).expand(-1, -1, part.shape[-1])
-            parts.append(part.gather(1, place.long()))
-    return torch.cat(parts, dim=-1)
 
 
 def _check(
@@ -221,6 +132,8 @@ def _check(
             f"{key.dtype} {tuple(key.shape)}"
         )
     width = query.shape[-1]
+    for name, x in zip(_VECTORS, vectors, strict=True):
+        check_shape(name, x, (width,))
     axes = (width,) if axes is None else axes
     if not 1 <= len(axes) <= 3 or sum(axes) != width or any(part % 2 or part <= 0 for part in axes):
         raise ValueError(f"axes: needs one to three even numbers that add up to {width}, got {axes}")
@@ -234,25 +147,24 @@ def _check(
     elif len(axes) > 1:
         raise ValueError("axes: are of no use without positions")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
-            continue
-        # Sizes may be symbols of a compiler: comparisons, no `in`.
-        by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
-        shaped = table.ndim == 2 or by_sample
-        if not shaped or table.shape[-1] != width // 2 or not table.is_floating_point():
-            raise ValueError(
-                f"{name}: needs floats [P, {width // 2}] or [n, P, {width // 2}], got {tuple(table.shape)}"
-            )
-        if positions is None and table.shape[-2] != length:
-            raise ValueError(f"{name}: needs a row for each of {length} tokens, got {tuple(table.shape)}")
-        if positions is not None and not table.shape[-2] and length:
-            raise ValueError(f"{name}: has no rows")
+        if table is not None:
+            _check_table(name, table, query, samples, length, positions is not None)
     if cos is not None and sin is not None and cos.shape != sin.shape:
         raise ValueError(f"sin: needs the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}")
-    for name, x in zip(_VECTORS, vectors, strict=True):
-        if x is not None and (x.shape != (width,) or not x.is_floating_point()):
-            raise ValueError(f"{name}: needs floats [{width}], got {x.dtype} {tuple(x.shape)}")
     return axes, _why_not(query, key, *vectors)
+
+
+def _check_table(name: str, table: Tensor, query: Tensor, samples: int, length: int, looked_up: bool) -> None:
+    """See that a table of cosines or sines fits."""
+    half = query.shape[-1] // 2
+    # Sizes may be symbols of a compiler: comparisons, no `in`.
+    by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
+    if not (table.ndim == 2 or by_sample) or table.shape[-1] != half or not table.is_floating_point():
+        raise ValueError(f"{name}: needs floats [P, {half}] or [n, P, {half}], got {tuple(table.shape)}")
+    if not looked_up and table.shape[-2] != length:
+        raise ValueError(f"{name}: needs a row for each of {length} tokens, got {tuple(table.shape)}")
+    if looked_up and not table.shape[-2] and length:
+        raise ValueError(f"{name}: has no rows")
 
 
 def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, length: int) -> None:

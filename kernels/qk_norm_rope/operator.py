@@ -13,25 +13,10 @@ from fastgen.kernels.operators import register_visible
 __all__ = ["launch", "launch_inplace"]
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: list[int],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+def launch(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Run the kernel on the arguments of the operator, without autograd."""
-    tables = (cos, sin, positions, axes)
     out = (_fresh(query), _fresh(key))
-    _forward(query, key, out, *tables, query_weight, key_weight, query_bias, key_bias, norm, eps, interleaved)
+    _forward(query, key, out, *rest)
     return out
 
 
@@ -69,8 +54,13 @@ def _tables(
     return cos, sin, positions
 
 
-_operator = torch.library.custom_op("fastgen::qk_norm_rope", launch, mutates_args=())
-_visible_operator = register_visible("fastgen::qk_norm_rope_visible", launch)
+_REST = (
+    "Tensor? cos, Tensor? sin, Tensor? positions, int[] axes, Tensor? query_weight, Tensor? key_weight, "
+    "Tensor? query_bias, Tensor? key_bias, str norm, float eps, bool interleaved"
+)
+_SCHEMA = f"(Tensor query, Tensor key, {_REST}) -> (Tensor, Tensor)"
+_operator = torch.library.custom_op("fastgen::qk_norm_rope", launch, mutates_args=(), schema=_SCHEMA)
+_visible_operator = register_visible("fastgen::qk_norm_rope_visible", launch, _SCHEMA)
 
 
 @_visible_operator.register_fake
@@ -84,9 +74,7 @@ _inplace_operator = torch.library.custom_op(
     "fastgen::qk_norm_rope_",
     launch_inplace,
     mutates_args=("query", "key"),
-    schema="(Tensor(a!) query, Tensor(b!) key, Tensor? cos, Tensor? sin, Tensor? positions, int[] axes, "
-    "Tensor? query_weight, Tensor? key_weight, Tensor? query_bias, Tensor? key_bias, str norm, float eps, "
-    "bool interleaved) -> ()",
+    schema=f"(Tensor(a!) query, Tensor(b!) key, {_REST}) -> ()",
 )
 
 

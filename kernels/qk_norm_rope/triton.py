@@ -17,24 +17,10 @@ _BOTH = 1024  # features in a program up to which it takes queries and keys: pro
 
 @triton.jit
 def factors(  # type: ignore[no-untyped-def]
-    cos,
-    sin,
-    positions,
-    sample,
-    place,
-    limit,
-    half,
-    table_outer,
-    table_inner,
-    table_step,
-    place_outer,
-    place_inner,
-    place_step,
-    first,
-    second,
-    AXES: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    cos, sin, positions, sample, place, limit, half, table_outer, table_inner, table_step, place_outer,
+    place_inner, place_step, first, second,
+    AXES: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """Cosines and sines [HALF] of a token. Axis a has the columns up to its bound; positions are cut to the table."""
     column = tl.arange(0, HALF)
     row = tl.full((HALF,), 0, tl.int64) + place
@@ -117,24 +103,10 @@ def statistics(a, b, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):  # type
 
 @triton.jit
 def _turn(  # type: ignore[no-untyped-def]
-    start,
-    out,
-    weight,
-    bias,
-    c,
-    s,
-    heads,
-    head,
-    head_stride,
-    out_stride,
-    half,
-    eps,
-    ROTATE: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
+    start, out, weight, bias, c, s, heads, head, head_stride, out_stride, half, eps,
+    ROTATE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):
+):  # fmt: skip
     a, b = load_pairs(start, head_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
     if NORM != 0:
         a, b, inverse = statistics(a, b, half, eps, NORM, HALF)
@@ -149,51 +121,13 @@ def _turn(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    query,
-    key,
-    out_query,
-    out_key,
-    cos,
-    sin,
-    positions,
-    query_weight,
-    key_weight,
-    query_bias,
-    key_bias,
-    length,
-    query_heads,
-    key_heads,
-    half: tl.constexpr,
-    limit,
-    q0,
-    q1,
-    q2: tl.constexpr,
-    k0,
-    k1,
-    k2: tl.constexpr,
-    oq0,
-    oq1,
-    oq2: tl.constexpr,
-    ok0,
-    ok1,
-    ok2: tl.constexpr,
-    t0,
-    t1,
-    t2,
-    p0,
-    p1,
-    p2,
-    first,
-    second,
-    query_blocks,
+    query, key, out_query, out_key, cos, sin, positions, query_weight, key_weight, query_bias, key_bias, length,
+    query_heads, key_heads, half: tl.constexpr, limit, q0, q1, q2: tl.constexpr, k0, k1, k2: tl.constexpr, oq0,
+    oq1, oq2: tl.constexpr, ok0, ok1, ok2: tl.constexpr, t0, t1, t2, p0, p1, p2, first, second, query_blocks,
     eps,
-    AXES: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    AXES: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BOTH: tl.constexpr,
-):
+):  # fmt: skip
     """Program (token, head block): blocks of the query's heads, then of the key's; BOTH: one program does a token."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -255,22 +189,10 @@ def options_of(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    out_query: Tensor,
-    out_key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: tuple[int, ...],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_bias: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
+    query: Tensor, key: Tensor, out_query: Tensor, out_key: Tensor, cos: Tensor | None, sin: Tensor | None,
+    positions: Tensor | None, axes: tuple[int, ...], query_weight: Tensor | None, key_weight: Tensor | None,
+    query_bias: Tensor | None, key_bias: Tensor | None, norm: str, eps: float, interleaved: bool,
+) -> None:  # fmt: skip
     """Launch. query, key and outputs [n, L, heads, d]; cos and sin [n or 1, P, d / 2]; positions [n or 1, L, axes]."""
     n, length, query_heads, width = query.shape
     if not n * length:
@@ -282,29 +204,8 @@ def forward(
     run_kernel(
         _forward,
         (n * length, 1 if both else query_blocks + key_blocks),
-        query,
-        key,
-        out_query,
-        out_key,
-        cos,
-        sin,
-        positions,
-        query_weight,
-        key_weight,
-        query_bias,
-        key_bias,
-        length,
-        query_heads,
-        key.shape[2],
-        width // 2,
-        limit,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *out_query.stride()[:3],
-        *out_key.stride()[:3],
-        *table,
-        query_blocks,
-        float(eps),
-        BOTH=both,
-        **options_of(axes, norm, interleaved, heads, half, warps),
-    )
+        query, key, out_query, out_key, cos, sin, positions, query_weight, key_weight, query_bias, key_bias,
+        length, query_heads, key.shape[2], width // 2, limit, *query.stride()[:3], *key.stride()[:3],
+        *out_query.stride()[:3], *out_key.stride()[:3], *table, query_blocks, float(eps),
+        BOTH=both, **options_of(axes, norm, interleaved, heads, half, warps),
+    )  # fmt: skip

@@ -24,25 +24,10 @@ __all__ = ["backward"]
 
 @triton.jit
 def _turn_back(  # type: ignore[no-untyped-def]
-    grad,
-    start,
-    out,
-    weight,
-    c,
-    s,
-    heads,
-    head,
-    grad_stride,
-    head_stride,
-    out_stride,
-    half,
-    eps,
-    ROTATE: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
+    grad, start, out, weight, c, s, heads, head, grad_stride, head_stride, out_stride, half, eps,
+    ROTATE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of one token's heads to `out`; returns what adds to the gradients of weight and bias, [HALF] each."""
     ga, gb = load_pairs(grad, grad_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
     if ROTATE:
@@ -66,43 +51,11 @@ def _turn_back(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad,
-    tensor,
-    out,
-    cos,
-    sin,
-    positions,
-    weight,
-    sums,
-    tokens,
-    length,
-    heads,
-    half: tl.constexpr,
-    limit,
-    g0,
-    g1,
-    g2: tl.constexpr,
-    x0,
-    x1,
-    x2: tl.constexpr,
-    o0,
-    o1,
-    o2: tl.constexpr,
-    t0,
-    t1,
-    t2,
-    p0,
-    p1,
-    p2,
-    first,
-    second,
-    eps,
-    AXES: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    grad, tensor, out, cos, sin, positions, weight, sums, tokens, length, heads, half: tl.constexpr, limit, g0,
+    g1, g2: tl.constexpr, x0, x1, x2: tl.constexpr, o0, o1, o2: tl.constexpr, t0, t1, t2, p0, p1, p2, first,
+    second, eps,
+    AXES: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """Program (part, head block): a part of the tokens. sums [parts, blocks, 4, HALF]: weight, then bias, by pair."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     block, blocks = tl.program_id(1), tl.num_programs(1)
@@ -138,17 +91,9 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def backward(
-    grad: Tensor,
-    tensor: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    axes: tuple[int, ...],
-    weight: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, tensor: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+    axes: tuple[int, ...], weight: Tensor | None, norm: str, eps: float, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of queries or of keys [n, L, heads, d], and those of weight and bias [2, d] in float32."""
     n, length, count, width = tensor.shape
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -160,25 +105,9 @@ def backward(
         run_kernel(
             _backward,
             (parts, blocks),
-            grad,
-            tensor,
-            out,
-            cos,
-            sin,
-            positions,
-            weight,
-            sums,
-            n * length,
-            length,
-            count,
-            width // 2,
-            limit,
-            *grad.stride()[:3],
-            *tensor.stride()[:3],
-            *out.stride()[:3],
-            *table,
-            float(eps),
+            grad, tensor, out, cos, sin, positions, weight, sums, n * length, length, count, width // 2, limit,
+            *grad.stride()[:3], *tensor.stride()[:3], *out.stride()[:3], *table, float(eps),
             **options_of(axes, norm, interleaved, heads, half, warps),
-        )
+        )  # fmt: skip
     pairs = sums.sum((0, 1)).view(2, 2, half)[..., : width // 2]  # [weight or bias, feature of the pair, half]
     return out, (pairs.transpose(1, 2) if interleaved else pairs).reshape(2, width)

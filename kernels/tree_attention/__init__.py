@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_int, check_tensors, shown
-from fastgen.kernels.cached_attention import cached_attention
+from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
 from fastgen.kernels.operators import register_launcher
+from fastgen.kernels.tree_attention.reference import tree_attention_reference, tree_mask
 
 __all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
 
@@ -69,37 +69,6 @@ def tree_attention(
     return _launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
 
 
-def tree_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: Tensor,
-    layer: int,
-    slots: Tensor,
-    lengths: Tensor,
-    visible: Tensor,
-    tree: Tensor,
-    limit: int,
-) -> Tensor:
-    """The specification of `tree_attention`: one attention under a mask over all slots."""
-    return cached_attention(query, key, value, store, layer, slots, tree_mask(lengths, visible, tree, limit))
-
-
-def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Tensor:
-    """Who sees what, bool [R, 1, n, limit]: every node the committed slots of its row, its ancestors and itself.
-
-    Arguments: see `tree_attention`.
-    """
-    rows, n, m = len(lengths), *tree.shape[-2:]
-    slot = torch.arange(limit, device=tree.device)
-    committed = (slot < lengths[:, None]) & visible[:, :limit]
-    node = slot - lengths[:, None]
-    inside = (node >= 0) & (node < m)
-    index = node.clamp(0, m - 1)[:, None, :].expand(rows, n, limit)
-    among = tree.expand(rows, n, m).gather(2, index) & inside[:, None]
-    return (committed[:, None] | among)[:, None]
-
-
 def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
     """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
     among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
@@ -148,16 +117,12 @@ def _check(
     n = query.shape[1]
     if tree.ndim != 3 or tree.shape[0] not in (1, rows) or tree.shape[1] != n or tree.dtype != torch.bool:
         raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {shown(tree)}")
-    wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
-        ("key", key, (rows, n, heads, width), None),
-        ("value", value, (rows, n, heads, width), None),
-        ("slots", slots, (rows, n), torch.int64),
-        ("lengths", lengths, (rows,), torch.int64),
-        ("visible", visible, (rows, capacity), torch.bool),
-    ]
-    for name, given, shape, dtype in wanted:
-        if given.shape != shape or (dtype is not None and given.dtype != dtype):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(given)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != (rows, n, heads, width):
+            raise ValueError(f"{name}: needs floats {[rows, n, heads, width]}, got {shown(x)}")
+    check_shape("slots", slots, (rows, n), torch.int64)
+    check_shape("lengths", lengths, (rows,), torch.int64)
+    check_shape("visible", visible, (rows, capacity), torch.bool)
 
 
 def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:

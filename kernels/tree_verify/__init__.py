@@ -7,15 +7,15 @@ relaxed forms are the exact one. Loss contract: distribution; lossy when relaxed
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
 from fastgen.kernels.operators import register_launcher
-from fastgen.kernels.rejection import Lent, Rejection, Scaled, draw, follow, pick, reject
+from fastgen.kernels.tree_verify.reference import Verified, tree_verify_reference
 
 __all__ = ["Verified", "tree_verify", "tree_verify_reference"]
 
@@ -35,22 +35,6 @@ _launch = register_launcher(
     "fastgen.kernels.tree_verify.triton:launch",
     _fake,
 )
-
-
-class Verified(NamedTuple):
-    """An accepted path of every image.
-
-    Attributes:
-        nodes: int64 [B, max_depth + 1] from the root; past the end the last node repeats.
-        length: int64 [B], accepted nodes, the root not counted.
-        bonus: int64 [B], the token after them.
-        stolen: float32 [B], mass that relaxed acceptances were given along the path.
-    """
-
-    nodes: Tensor
-    length: Tensor
-    bonus: Tensor
-    stolen: Tensor
 
 
 def tree_verify(
@@ -100,62 +84,6 @@ def tree_verify(
     return Verified(nodes, length, bonus, stolen)
 
 
-def tree_verify_reference(
-    target: Tensor,
-    draft: Tensor | None,
-    tokens: Tensor,
-    children: Tensor,
-    internal: Tensor,
-    coins: Tensor | None,
-    gumbel: Tensor | None,
-    remaining: Tensor,
-    max_depth: int,
-    factor: Tensor | None = None,
-    classes: Tensor | None = None,
-) -> Verified:
-    """The specification of `tree_verify`: all nodes decide at once, then a walk."""
-    batch, n, vocabulary = target.shape
-    children = children.expand(batch, -1, -1)
-    if coins is None or gumbel is None:
-        best = target.argmax(dim=-1)
-        match = (tokens.gather(1, children.clamp_min(0).flatten(1)).view_as(children) == best[..., None]) & (
-            children >= 0
-        )
-        nodes, length = follow(torch.where(match, children, -1).amax(dim=-1), remaining, max_depth)
-        ends = nodes[:, -1:]
-        return Verified(nodes, length, best.gather(1, ends)[:, 0], target.new_zeros(batch))
-    inner = children.index_select(1, internal)
-    places = inner.clamp_min(0).flatten(1)
-    rule = Rejection()
-    if factor is not None:
-        rule = Scaled(factor)
-    elif classes is not None:
-        rule = Lent(classes)
-    outcome = reject(
-        target.index_select(1, internal),
-        None if draft is None else draft.index_select(1, internal),
-        tokens.gather(1, places).view_as(inner),
-        inner >= 0,
-        coins.gather(1, places).view_as(inner),
-        torch.zeros_like(inner[..., 0]),
-        rule,
-    )
-    accepted = torch.where(outcome.slot >= 0, pick(inner, outcome.slot.clamp_min(0)), -1)
-    child = torch.full_like(tokens, -1).index_copy(1, internal, accepted)
-    stolen = torch.zeros_like(target[..., 0]).index_copy(1, internal, outcome.stolen)
-    nodes, length = follow(child, remaining, max_depth)
-    end = nodes[:, -1:]
-    # A leaf's token comes from p itself: the law after the same processors as everywhere.
-    law = target.index_copy(1, internal, outcome.left).gather(1, end[..., None].expand(-1, 1, vocabulary))[:, 0]
-    row = length.clamp_max(gumbel.shape[1] - 1)[:, None, None].expand(-1, 1, vocabulary)
-    bonus = draw(law, gumbel.gather(1, row)[:, 0])
-    # Where the image ends before the path, the accepted child is the last token: by itself it has the law of a node.
-    cut = child.gather(1, end)
-    bonus = torch.where(cut[:, 0] >= 0, tokens.gather(1, cut.clamp_min(0))[:, 0], bonus)
-    passed = torch.arange(max_depth + 1, device=nodes.device) <= length[:, None]
-    return Verified(nodes, length, bonus, (stolen.gather(1, nodes) * passed).sum(dim=1))
-
-
 def _check(
     target: Tensor,
     draft: Tensor | None,
@@ -183,23 +111,15 @@ def _check(
         raise ValueError("factor, classes: one relaxation at a time")
     if children.ndim != 3 or children.shape[0] not in (1, batch) or children.shape[1] != n or not children.shape[2]:
         raise ValueError(f"children: need [1 or {batch}, {n}, C], got {tuple(children.shape)}")
-    noise = 1 if gumbel is None or gumbel.ndim < 2 else gumbel.shape[1]
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = [
-        ("draft", draft, (batch, n, vocabulary), torch.float32),
-        ("tokens", tokens, (batch, n), torch.int64),
-        ("children", children, tuple(children.shape), torch.int64),
-        ("internal", internal, (internal.numel(),), torch.int64),
-        ("coins", coins, (batch, n), None),
-        ("gumbel", gumbel, (batch, noise, vocabulary), torch.float32),
-        ("remaining", remaining, (batch,), torch.int64),
-        ("factor", factor, (batch, internal.numel()), torch.float32),
-        ("classes", classes, (batch, internal.numel(), vocabulary), torch.int64),
-    ]
-    for name, value, shape, dtype in shapes:
-        if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
-            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(value)}")
-    if coins is not None and not coins.is_floating_point():
-        raise ValueError(f"coins: needs floats [{batch}, {n}], got {shown(coins)}")
+    check_shape("draft", draft, (batch, n, vocabulary), torch.float32)
+    check_shape("tokens", tokens, (batch, n), torch.int64)
+    check_shape("children", children, children.shape, torch.int64)
+    check_shape("internal", internal, ("A",), torch.int64)
+    check_shape("coins", coins, (batch, n))
+    check_shape("gumbel", gumbel, (batch, "G", vocabulary), torch.float32)
+    check_shape("remaining", remaining, (batch,), torch.int64)
+    check_shape("factor", factor, (batch, len(internal)), torch.float32)
+    check_shape("classes", classes, (batch, len(internal), vocabulary), torch.int64)
     if gumbel is not None and gumbel.shape[1] != 1 and gumbel.shape[1] != max_depth + 1:
         raise ValueError(f"gumbel: needs 1 or {max_depth + 1} rows of noise, got {tuple(gumbel.shape)}")
 

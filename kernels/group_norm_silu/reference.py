@@ -1,0 +1,29 @@
+"""The specification of group norm and SiLU, in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["group_norm_silu_reference"]
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = True,
+) -> Tensor:
+    """The specification."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) > 1:  # which torch takes in some combinations only
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+        return group_norm_silu_reference(x.to(wide), groups, weight, bias, eps, silu).to(x.dtype)
+    normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
+    return F.silu(normed) if silu else normed
