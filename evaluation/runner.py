@@ -33,7 +33,7 @@ from fastgen.accounting import account
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
-from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
+from fastgen.evaluation.samples import Sample, judge_samples, read_samples, results_jsonl, spread
 from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers
 from fastgen.locks import locked_folder
@@ -45,7 +45,6 @@ __all__ = [
     "RunSettings",
     "Sample",
     "image_seed",
-    "iterate_images",
     "judge_samples",
     "model_fingerprint",
     "read_samples",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -202,15 +202,6 @@ def _decode_results(data: bytes, items: range) -> list[ImageResult]:
     if len(results) != len(items):
         raise ValueError(f"{len(results)} verdicts for {len(items)} images")
     return results
-
-
-def iterate_images(samples: Iterable[Sample], on_progress: OnProgress | None = None) -> Iterator[np.ndarray]:
-    """The images of `samples`, one in memory at a time."""
-    items = list(samples)
-    for done, sample in enumerate(items, start=1):
-        yield sample.load()
-        if on_progress is not None:
-            on_progress("features", done, len(items))
 
 
 def results_jsonl(

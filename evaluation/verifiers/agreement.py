@@ -7,17 +7,12 @@ are probabilities, the expected calibration error and the Brier score say whethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.runner import judge_samples, read_samples
-from fastgen.evaluation.verifiers.base import Verifier, picture_scores
-
-__all__ = ["agreement", "auroc", "folder_agreement"]
+__all__ = ["agreement", "auroc"]
 
 BINS = 10
 
@@ -78,23 +73,3 @@ def _numbers(scores: np.ndarray, correct: np.ndarray, probabilities: bool) -> di
         gaps = [abs(float((scores - correct)[bins == each].sum())) for each in range(BINS)]
         found["calibration_error"] = sum(gaps) / n
     return found
-
-
-def folder_agreement(
-    folder: str | Path, verifier: Verifier, checker: ShapesChecker, batch: int = 64
-) -> dict[str, Any]:
-    """Agreement of a verifier with the ShapesWorld checker on a folder of pictures in GenEval's layout.
-
-    Raises:
-        FastgenError: the folder cannot be read.
-    """
-    samples = read_samples(folder, checker)
-    verdicts = judge_samples(samples, checker)
-    prompts = [sample.metadata.prompt for sample in samples]
-    scores = picture_scores(verifier, (sample.load() for sample in samples), prompts, batch)
-    return agreement(
-        scores.tolist(),
-        [verdict.correct for verdict in verdicts],
-        [sample.metadata.tag for sample in samples],
-        probabilities=verifier.range == (0.0, 1.0),
-    )
