@@ -24,7 +24,7 @@ class Clause:
 
     Attributes:
         class_name: class of the object.
-        count: >= 1; at least so many in an include clause, fewer than so many in an exclude clause.
+        count: >= 1; the least number in an include clause, one more than is allowed in an exclude clause.
         color: demanded colour, include clauses only.
         position: (relation, index of an earlier include clause), include clauses only.
     """

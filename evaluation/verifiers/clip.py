@@ -82,7 +82,9 @@ class _Cosine(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         bare = Path(weights).is_dir() and not (Path(weights) / "preprocessor_config.json").is_file()
         around = cls.processor_id if bare or weights == cls.hub_id else weights
-        use = "" if around == weights else f"copy its tokenizer and preprocessor files beside the weights of {weights}"
+        use = (
+            "" if around == weights else f"copy its tokenizer and preprocessor files next to the weights of {weights}"
+        )
         processor = _load_image_processor(cls.name, around, use)
         with explained(cls.name, around, use):
             tokenizer = load_pretrained(AutoTokenizer, around)
@@ -177,7 +179,7 @@ class Aesthetic(ModelVerifier):
         with explained(cls.name, file):
             head = aesthetic_head(_read(file))
         source = part(weights, CLIP_FOLDER, CLIP_L14)
-        use = f"copy it to {CLIP_FOLDER}/ beside {file.name}"
+        use = f"copy it to {CLIP_FOLDER}/ next to {file.name}"
         processor = _load_image_processor(cls.name, source, use)
         clip = _load_clip(cls.name, source, where, kind, use)
         if head[0].in_features != clip.config.projection_dim:

@@ -25,7 +25,7 @@ from fastgen.pretrained import load_pretrained
 __all__ = ["TOWER_USE", "CLIPFlanT5", "load_network", "vision_source"]
 
 VISION_TOWER = "openai/clip-vit-large-patch14-336"
-TOWER_USE = "copy it to vision_tower/ beside the weights"
+TOWER_USE = "copy it to vision_tower/ next to the weights"
 _PROJECTOR, _TOWER = "mm_projector.", "vision_tower.vision_tower."
 
 

@@ -46,9 +46,9 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
                 raise FastgenError(
                     f"{_named(verifier)}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
                 ) from error
-            told = explain_hub_error(str(weights), cause)
-            if isinstance(told, FastgenError):
-                line = str(told).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
+            better = explain_hub_error(str(weights), cause)
+            if isinstance(better, FastgenError):
+                line = str(better).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
                 raise FastgenError(f"{_named(verifier)}: {line}") from error
         raise
 
