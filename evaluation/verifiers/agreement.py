@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from fastgen.evaluation.geneval.validation import calibration_error
+
 __all__ = ["agreement", "auroc"]
 
 BINS = 10
@@ -69,7 +71,5 @@ def _numbers(scores: np.ndarray, correct: np.ndarray, probabilities: bool) -> di
     if probabilities and n:
         found["accuracy"] = float(((scores > 0.5) == correct).mean())
         found["brier"] = float(np.square(scores - correct).mean())
-        bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-        gaps = [abs(float((scores - correct)[bins == each].sum())) for each in range(BINS)]
-        found["calibration_error"] = sum(gaps) / n
+        found["calibration_error"] = calibration_error(list(zip(scores, correct, strict=True)), BINS)
     return found

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.base import ModelVerifier
-from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, part, place
+from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, part, place, read_tensors
 from fastgen.evaluation.verifiers.pixels import processed
 from fastgen.pretrained import load_pretrained
 
@@ -177,7 +177,7 @@ class Aesthetic(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         file = find_file(cls.name, weights, cls.files)
         with explained(cls.name, file):
-            head = aesthetic_head(_read(file))
+            head = aesthetic_head(read_tensors(file))
         source = part(weights, CLIP_FOLDER, CLIP_L14)
         use = f"copy it to {CLIP_FOLDER}/ next to {file.name}"
         processor = _load_image_processor(cls.name, source, use)
@@ -194,12 +194,3 @@ class Aesthetic(ModelVerifier):
     def _score_batch(self, images: Tensor, sides: list[Any]) -> Tensor:
         found: Tensor = self.head(_image_embeddings(self.clip, self.image_processor, images))
         return found.squeeze(-1)
-
-
-def _read(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    found: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return found
