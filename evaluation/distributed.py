@@ -246,16 +246,16 @@ class Group:
         return done if self.size == 1 else int(self._ask(lambda: self._store.add(f"done/{stage}", done)))
 
     def counter(self, stage: str, total: int, on_progress: OnProgress | None) -> Callable[[int], None]:
-        """A function to be told how many items this process has just finished; the main one reports those of all."""
+        """A function to call with how many items this process has just finished; the main one reports those of all."""
         done = 0
 
-        def told(count: int) -> None:
+        def report_done(count: int) -> None:
             nonlocal done
             done = done + count if self.size == 1 else self.count(stage, count)
             if on_progress is not None and self.is_main:
                 on_progress(stage, done, total)
 
-        return told
+        return report_done
 
     def close(self) -> None:
         """Leave the group."""

@@ -128,5 +128,5 @@ def _rank_correlation(full: Tensor, cheap: Tensor) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant rows have none
         found = [float(spearmanr(a.cpu(), b.cpu()).statistic) for a, b in zip(full, cheap, strict=True)]
-    told = [value for value in found if not math.isnan(value)]
-    return sum(told) / len(told) if told else None
+    known = [value for value in found if not math.isnan(value)]
+    return sum(known) / len(known) if known else None

@@ -186,7 +186,7 @@ def grid_of(result: Result, count: int, folders: Sequence[Path] = ()) -> Grid | 
     """Up to `count` images of a result, failures first, spread over the tasks; None when it has no verdicts.
 
     A result file may come from anybody, and names files: only images below its own folder are shown, or below one of
-    `folders`, wherever links lead. Verdicts lie in results.jsonl beside the result or in the folder of the images.
+    `folders`, wherever links lead. Verdicts lie in results.jsonl next to the result or in the folder of the images.
 
     Args:
         folders: further folders whose images may be shown.

@@ -134,7 +134,7 @@ def scores_table(folder: Path) -> str:
 
 
 def with_scores(readme: str, folder: Path) -> str:
-    """The text of a README with the table between its two ``<!-- scores -->`` marks made anew.
+    """The text of a README with the table between its two ``<!-- scores -->`` marks replaced.
 
     Raises:
         ValueError: it does not have exactly two of them.
@@ -174,7 +174,7 @@ def results_page(folder: Path) -> str:
             parts += scored(f"{model} ({kind})", f"`{command}`", scores)
     if (scores := read("recipe-z-image")) is not None:
         story = (
-            "From random weights with its defaults, beside the committed `tiny`, which was trained in stages: "
+            "From random weights with its defaults, next to the committed `tiny`, which was trained in stages: "
             "`fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
             "`fastgen eval shapes --model RUNS/z-image/model`."
         )

@@ -25,7 +25,7 @@ def cell_kinds(batch: ShapesBatch, grid: int) -> dict[str, np.ndarray[Any, Any]]
 
     Returns:
         bool [n, grid * grid] each: "boundary" (pixels of an object and of something else), "inside" (one object
-        only), "background" (no object in it nor in the eight cells around it). Cells beside an object are none of
+        only), "background" (no object in it nor in the eight cells around it). Cells next to an object are none of
         these: the receptive field of a latent position reaches into them.
     """
     n, side = batch.instances.shape[:2]

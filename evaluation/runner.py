@@ -33,7 +33,7 @@ from fastgen.accounting import account
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
-from fastgen.evaluation.samples import Sample, iterate_images, judge_samples, read_samples, results_jsonl, spread
+from fastgen.evaluation.samples import Sample, judge_samples, read_samples, results_jsonl, spread
 from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers
 from fastgen.locks import locked_folder
@@ -45,7 +45,6 @@ __all__ = [
     "RunSettings",
     "Sample",
     "image_seed",
-    "iterate_images",
     "judge_samples",
     "model_fingerprint",
     "read_samples",
@@ -135,7 +134,7 @@ def model_fingerprint(*folders: Path) -> str:
     files = [(folder, path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     for folder, path in files:
         if path.suffix in (".md", ".png") or path.name == "training.json":
-            continue  # told of the model; no picture depends on it
+            continue  # describes the model; no picture depends on it
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
@@ -247,19 +246,19 @@ class EvaluationRun:
         total = len(self.prompts) * self.settings.images_per_prompt
         there = total - len(missing)
 
-        def told(done: int) -> None:
+        def report_done(done: int) -> None:
             made = group.count(f"generate/{self.folder}", done)
             if on_progress is not None and group.is_main:
                 on_progress("generate", there + (made if group.size > 1 else done), total)
 
-        told(0)
+        report_done(0)
         if not missing:
             return 0
         wanted = set(missing)
         asked = self._own(missing)
         if asked:
-            self._draw(asked, wanted, generate, lambda done: told(1 if group.size > 1 else done))
-        group.meet(lambda: told(0) if group.size > 1 else None)
+            self._draw(asked, wanted, generate, lambda done: report_done(1 if group.size > 1 else done))
+        group.meet(lambda: report_done(0) if group.size > 1 else None)
         if group.is_main and (left := self.missing()):
             raise RuntimeError(
                 f"{len(left)} of {len(missing)} images are missing; do all processes see {self.folder}?"
@@ -271,7 +270,7 @@ class EvaluationRun:
         asked: Sequence[tuple[int, int]],
         wanted: set[tuple[int, int]],
         generate: Generate,
-        told: Callable[[int], None],
+        report_done: Callable[[int], None],
     ) -> None:
         """Make the images that this process is asked for, and write those that are wanted."""
         prompts = [self.prompts[p].prompt for p, _ in asked]
@@ -291,7 +290,7 @@ class EvaluationRun:
                 now = time.perf_counter()
                 made, seconds, clock, done = made + 1, seconds + now - clock, now, done + 1
                 atomic_write_json(self._own_file("timing"), {"images": made, "seconds": seconds})
-                told(done)
+                report_done(done)
         if count < len(asked):
             raise RuntimeError(f"the generator returned too few images: {count} of {len(asked)}")
 

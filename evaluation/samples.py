@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastgen.io import parse_json, read_limited
 
 _SAMPLE = re.compile(r"\d+\.png")
 _PROMPT = re.compile(r"\d+")
-_CHUNK = 16  # images in memory while scoring, and at most so many are judged again after an interruption
+_CHUNK = 16  # images in memory while scoring, and at most this many are judged again after an interruption
 _FORMAT = 1  # of kept verdicts
 
 
@@ -143,7 +143,7 @@ def judge_samples(
     """
     group, rules = group or Group(), settings or RuleSettings()
     store = verdict_store(samples, work, identity, rules, group)
-    told = group.counter("check", len(samples), on_progress)
+    report_done = group.counter("check", len(samples), on_progress)
 
     def compute(items: range) -> list[ImageResult]:
         part = samples[items.start : items.stop]
@@ -165,7 +165,7 @@ def judge_samples(
         compute=compute,
         encode=lambda results: json.dumps([asdict(result) for result in results]).encode(),
         decode=_decode_results,
-        on_done=lambda items: told(len(items)),
+        on_done=lambda items: report_done(len(items)),
     )
     parts = dict(part for parts in group.share(group.gather(dict(own))) for part in parts.items())
     return [result for number in sorted(parts) for result in parts[number]]
@@ -202,15 +202,6 @@ def _decode_results(data: bytes, items: range) -> list[ImageResult]:
     if len(results) != len(items):
         raise ValueError(f"{len(results)} verdicts for {len(items)} images")
     return results
-
-
-def iterate_images(samples: Iterable[Sample], on_progress: OnProgress | None = None) -> Iterator[np.ndarray]:
-    """The images of `samples`, one in memory at a time."""
-    items = list(samples)
-    for done, sample in enumerate(items, start=1):
-        yield sample.load()
-        if on_progress is not None:
-            on_progress("features", done, len(items))
 
 
 def results_jsonl(

@@ -26,7 +26,7 @@ def search_tree(search: Mapping[str, Any], picture: Image.Image | None = None) -
     Args:
         search: `SearchReport.as_dict()`, as it stands under "search" in a sidecar. "taus", the thresholds at each
             time, and "verifier" may be missing.
-        picture: shown beside the tree.
+        picture: shown next to the tree.
 
     Raises:
         FastgenError: matplotlib is not installed.
@@ -100,7 +100,7 @@ def _draw_chain(
     forced = [places[node] for node in _forced(search, number)]
     if forced:
         known = any(_forced(search, before) for before in range(number))
-        label = None if known else "gone on with, not accepted"
+        label = None if known else "continued, not accepted"
         axes.scatter(*_columns(forced), s=70, marker="D", facecolors="none", edgecolors=_FORCED, label=label, zorder=6)
 
 
@@ -124,7 +124,7 @@ def _places(tree: list[list[Any]]) -> dict[int, tuple[int, float]]:
 
 
 def _forced(search: Mapping[str, Any], number: int) -> list[int]:
-    """The nodes of a chain that were gone on with though nothing was accepted there."""
+    """The nodes of a chain that were continued although nothing was accepted there."""
     tree = search["trees"][number]
     parents = {int(row[1]) for row in tree}
     ways = set(search["path"]) if number == search["chain"] else set()
@@ -152,7 +152,7 @@ def _caption(search: Mapping[str, Any]) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """One line of at most so many characters."""
+    """One line of at most `most` characters."""
     line = " ".join(text.split())
     # A dollar sign would begin a formula.
     return (line if len(line) <= most else line[: most - 1] + "…").replace("$", r"\$")

@@ -132,8 +132,10 @@ def score_folder(
             data["fd_shapes"] = {"value": None, "protocol": distance.protocol, "reason": str(error)}
         else:
             source = FolderSource(folder)
-            told = group.counter("features", len(source), on_progress)
-            result, store = distance.measure(source, allow_small=allow_small, group=group, work=work, on_done=told)
+            report_done = group.counter("features", len(source), on_progress)
+            result, store = distance.measure(
+                source, allow_small=allow_small, group=group, work=work, on_done=report_done
+            )
             data["fd_shapes"] = result.as_dict()
             stores.append(store)
     prompts = prompt_table([sample.metadata for sample in samples], results)

@@ -12,7 +12,7 @@ __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plo
 
 
 def speculative_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench speculative`: passes and seconds beside quality."""
+    """A result of `fastgen bench speculative`: passes, seconds and quality."""
     rows = []
     sizes = list(dict.fromkeys(size for row in data["rows"] for size in row.get("pictures_a_minute", {})))
     compares = any(row.get("paired") for row in data["rows"])
@@ -66,8 +66,9 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
         times = (1e3 * row[name]["p50"] for name in ("verify", "draft", "left"))
         rows.append([row["size"], str(row["nodes"]), *(f"{ms:.2f}" for ms in times), f"{row['break_even']:.2f}"])
     note = (
-        "Medians in milliseconds of a pass over so many tokens, of a drafter's level, and of the rest of a round, one "
-        "picture with guidance; a chain of so many tokens pays from that accepted length on (the bonus counted).\n\n"
+        "Medians in milliseconds of a pass over that many tokens, of a drafter's level, and of the rest of a round, "
+        "one picture with guidance; a chain of that many tokens pays from this accepted length on (the bonus "
+        "counted).\n\n"
     )
     header = ["size", "tokens", "verify", "draft", "rest", "pays from"]
     return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"

@@ -86,14 +86,14 @@ def benchmark_dc_quality(
         folder: of the pictures; a killed run continues there.
         model_variant: of the weight files of both models, as in diffusers.
         tail_drops: rho of the rows without Lite-CFG; its rows take 0.9 for the unconditional branch.
-        guidance_scales: beside the models' own, for the baseline, all tokens, and the schedule of late drops.
+        guidance_scales: besides the models' own, for the baseline, all tokens, and the schedule of late drops.
         peers: measure first-block cache and token merging on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures at once.
         timed_prompts: pictures of a timed call.
         runs: timed rounds after one of warm-up.
         device: where.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text

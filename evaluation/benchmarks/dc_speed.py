@@ -50,7 +50,7 @@ def benchmark_dc_speed(
         runs: measured rounds.
         compile: `torch.compile` the blocks of both models.
         device, dtype: where and how.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings", "rows" with flops, seconds and both ratios to the dense model.

@@ -45,7 +45,7 @@ def benchmark_generate(
         steps: denoising steps of diffusion models; None takes each model's default.
         cold: measure cold starts as well, each in a process of its own.
         compile: also measure diffusion models with their transformer under torch.compile.
-        report: told what is going on, line by line.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings", "cold" (rows) and "warm" (rows).
@@ -157,7 +157,7 @@ def _warm_rows(
             report(f"{model}: {batch} pictures, torch.compile")
             try:
                 row = _warm_row(pipe, batch, batch == 1, options, runs)
-            except Exception as error:  # no compiler, or a model that cannot be compiled: told, not hidden
+            except Exception as error:  # no compiler, or a model that cannot be compiled: the row says so
                 row = {"batch": batch, "failed": _first_line(error.__cause__ or error)}
             rows.append({"model": model, "engine": "torch.compile", **row})
     finally:

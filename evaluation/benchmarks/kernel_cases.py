@@ -27,6 +27,17 @@ def cases() -> list[Case]:
     return [*fused, *kernel_cases_routing.cases(), *kernel_cases_decode.cases()]
 
 
+Size = tuple[str, Callable[[torch.device], Inputs], bool, bool]
+"""Label, builder of the inputs, whether the share of the roofline counts, whether it is measured on a CPU."""
+
+
+def _cases(op: str, run: Any, reference: Any, moved: Callable[[Inputs], int], sizes: Sequence[Size]) -> list[Case]:
+    return [
+        Case(op, size, build, run, reference, moved, close(), large=large, on_cpu=on_cpu)
+        for size, build, large, on_cpu in sizes
+    ]
+
+
 # --- adaln -------------------------------------------------------------------------------------------------------
 
 
@@ -95,10 +106,7 @@ def _adaln() -> list[Case]:
         ("Z-Image 4128 x 2", _z_image(2, 4128, 3840), False, False),
         ("Z-Image 4128 x 8", _z_image(8, 4128, 3840), True, False),
     ]
-    return [
-        Case("adaln", size, build, adaln, adaln_reference, moved, close(), large=large, on_cpu=on_cpu)
-        for size, build, large, on_cpu in made
-    ]
+    return _cases("adaln", adaln, adaln_reference, moved, made)
 
 
 # --- qk_norm_rope ------------------------------------------------------------------------------------------------
@@ -135,20 +143,7 @@ def _qk_norm_rope() -> list[Case]:
         ("half-split 576 x 2, heads of 128", _qkv(2, 576, 16, 128, norm=False, interleaved=False), False, True),
         ("heads of 72, 4096 x 8", _qkv(8, 4096, 16, 72), True, False),
     ]
-    return [
-        Case(
-            "qk_norm_rope",
-            size,
-            build,
-            qk_norm_rope,
-            qk_norm_rope_reference,
-            moved,
-            close(),
-            large=large,
-            on_cpu=on_cpu,
-        )
-        for size, build, large, on_cpu in made
-    ]
+    return _cases("qk_norm_rope", qk_norm_rope, qk_norm_rope_reference, moved, made)
 
 
 # --- group_norm_silu ---------------------------------------------------------------------------------------------
@@ -163,7 +158,7 @@ def _image(n: int, channels: int, side: int) -> Callable[[torch.device], Inputs]
     return build
 
 
-def _group_norm_silu() -> Sequence[Case]:
+def _group_norm_silu() -> list[Case]:
     def moved(inputs: Inputs) -> int:
         x: Tensor = inputs["x"]
         # Statistics come first: two reads and a write, unless the image stays in the cache.
@@ -177,17 +172,4 @@ def _group_norm_silu() -> Sequence[Case]:
         ("VAE 256 x 512²", _image(1, 256, 512), True, False),
         ("VAE 128 x 1024² x 2", _image(2, 128, 1024), True, False),
     ]
-    return [
-        Case(
-            "group_norm_silu",
-            size,
-            build,
-            group_norm_silu,
-            group_norm_silu_reference,
-            moved,
-            close(),
-            large=large,
-            on_cpu=on_cpu,
-        )
-        for size, build, large, on_cpu in made
-    ]
+    return _cases("group_norm_silu", group_norm_silu, group_norm_silu_reference, moved, made)

@@ -51,8 +51,8 @@ def benchmark_kernels(
         device: where; on a CPU only small sizes, and no kernels.
         compile: measure the compiled reference as well.
         end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
-        seconds: after so many, references are no longer compiled, and the rows say so.
-        report: told what is going on.
+        seconds: after this time, references are no longer compiled, and the rows say so.
+        report: called with each line of progress.
         save: given the result after every row, so that a run that is cut off leaves what it has.
 
     Returns:

@@ -200,8 +200,8 @@ def benchmark_end_to_end(
         device: a CUDA device.
         names: of `MODELS`; None takes all.
         repetitions: measured steps of each way, after five.
-        seconds: after so many no other model is begun.
-        report: told what is going on.
+        seconds: after this time no other model is begun.
+        report: called with each line of progress.
         add: given every row when it is measured.
 
     Returns:

@@ -35,7 +35,7 @@ def score_row(
         settings: of the run; its model is the row's name.
         draw: pictures of prompts and seeds, one after the other.
         detector: judges them.
-        verifier: asked beside it.
+        verifier: scores the pictures as well.
 
     Returns:
         "score", "stderr", "tasks" and "fd" (ShapesWorld-GenEval and FD-shapes), "detector", and with a verifier

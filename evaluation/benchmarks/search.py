@@ -61,7 +61,7 @@ class Bench:
     Attributes:
         pipe, verifier: of the searches.
         call: arguments of every call of the pipeline.
-        search: arguments of every search beside them.
+        search: further arguments of every search.
         forwards, times: forward passes of an evaluation, and evaluations of a trajectory.
     """
 
@@ -103,13 +103,13 @@ def benchmark_search(
         policies: see `parse_variant`; the pipeline without a search is always measured.
         budgets: forward passes of the model on one sample, for each prompt.
         seeds: searches of each prompt.
-        limit: the first so many prompts of each task.
+        limit: how many prompts of each task, from the first.
         sampler: see `NoiseSearchPipeline.search`.
         batch_size: rows of a forward pass.
         device, dtype: of the model; the verifiers run there in their own precision.
         share: (i, n) does the i-th of n shares of the searches, from 1 on, and no more: n processes side by side, each
             with a core of its own. A call without it then finds all of them done.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         None of a share, else a JSON-ready dict: "environment", "detector", "settings", "skipped" (pairs of policy and
@@ -295,6 +295,10 @@ def _search(bench: Bench, search: Search, prompt: str, seed: int) -> tuple[Image
         plain = {"nfe": bench.forwards * bench.times, "evaluations": bench.times, "tries_by_time": [1] * bench.times}
         fixed = {"policy": NONE, "verifier_calls": 0, "forced": 0, "finished": True, "stopped": "finished"}
         return output.images[0], {**found, **plain, **fixed}
-    told = output.reports[0].as_dict()
+    summary = output.reports[0].as_dict()
     kept = ("policy", "nfe", "evaluations", "forced", "finished", "tries_by_time", "stopped")
-    return output.images[0], {**found, **{name: told[name] for name in kept}, "verifier_calls": stats.verifier_calls}
+    return output.images[0], {
+        **found,
+        **{name: summary[name] for name in kept},
+        "verifier_calls": stats.verifier_calls,
+    }

@@ -51,7 +51,7 @@ def benchmark_search_overhead(
         variant: of the weight files, as in diffusers.
         runs: rounds after one of warm-up; each draws one picture with every call, and begins with another one.
         device, dtype: of the model.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with call, n, seconds (percentiles), ratio (to the

@@ -1,7 +1,7 @@
 """Statistics of `fastgen bench search`: everything is by prompt, and the prompts of all rows are the same.
 
 The score is the mean of the task means. Pictures of one prompt succeed and fail together, so the prompt is the unit of
-every interval and test: bootstraps draw prompts anew within each task, the same ones for all rows, and the permutation
+every interval and test: bootstraps redraw prompts within each task, the same ones for all rows, and the permutation
 test flips the sign of a prompt's difference. Of n prompts of a task n - 1 are drawn: n would give a variance too small
 by (n - 1) / n, which matters for a handful (Rao and Wu 1988). With a single prompt a task there is no telling how
 prompts of a task differ, and the draws are over all tasks, which is too wide rather than too narrow.

@@ -39,7 +39,7 @@ __all__ = ["NONE", "VARIANTS", "Search", "Variant", "call_of", "parse_variant", 
 #: The pipeline without a search.
 NONE = "none"
 
-#: What is compared by default, beside the pipeline without a search.
+#: What is compared by default, besides the pipeline without a search.
 VARIANTS = tuple(POLICIES)
 
 # Arguments of a search that the benchmark sets itself.
@@ -121,18 +121,18 @@ def parse_variant(text: str) -> Variant:
     if name not in (NONE, *POLICIES):
         raise ValueError(f"policy: {name!r} is unknown, there are {', '.join((NONE, *POLICIES))}")
     own = set() if name == NONE else {item.name for item in fields(POLICIES[name])}  # type: ignore[arg-type]
-    beside = set() if name == NONE else set(inspect.signature(NoiseSearchPipeline.search).parameters) - _FIXED
+    further = set() if name == NONE else set(inspect.signature(NoiseSearchPipeline.search).parameters) - _FIXED
     if name == "threshold":
-        beside.add("thresholds")
+        further.add("thresholds")
     if name != NONE:
-        beside.add("max_nfe")
+        further.add("max_nfe")
     given: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not value or key in given:
             raise ValueError(f'policy: {text!r} is not of the form "POLICY [SETTING=VALUE …]"')
-        if key not in own | beside:
-            known = ", ".join(sorted(own | beside)) or "none"
+        if key not in own | further:
+            known = ", ".join(sorted(own | further)) or "none"
             raise ValueError(f"policy: {name} has no setting {key!r}, there are {known}")
         given[key] = value if key == "thresholds" else _value(value)
     file, own_budget = given.pop("thresholds", None), given.pop("max_nfe", None)
@@ -191,7 +191,7 @@ def _widest(chains: str, count: str, cost: Callable[[int, int], int], evaluation
 
     Args:
         chains, count: names of the two settings.
-        cost: evaluations of so many chains and candidates.
+        cost: evaluations that a number of chains and candidates takes.
     """
     if count in own:
         return {}

@@ -1,4 +1,4 @@
-"""Speculative decoding: accepted length, passes and seconds, beside quality, for rules, drafts and trees.
+"""Speculative decoding: accepted length, passes, seconds and quality for rules, drafts and trees.
 
 Seconds are those of one picture at a time, measured in one run in which all variants take turns, against the fastest
 of our plain loops (in float32 and in the variants' precision, compiled and not) and the fastest stock `generate`.
@@ -178,7 +178,7 @@ def benchmark_speculative(
             `generate` run in float32 as well.
         compile: compile the rounds; the plain loop runs both ways.
         batches: also measure pictures a minute at these batch sizes, not compiled: images that are done leave.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with variant, rule, drafter, tree, target_pass_ratio,

@@ -52,12 +52,12 @@ def benchmark_speculative_cost(
         nodes: tokens of a pass; 1 is the plain step.
         runs: measured rounds, after three of warm-up; all passes take turns.
         device, dtype: where and in what.
-        report: told what is going on.
+        report: called with each line of progress.
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with size, nodes, verify, draft and left (seconds), and
-        break_even, the accepted length (bonus counted) from which on a chain of so many nodes is faster than the plain
-        loop, whose pass is the fastest of all, padded where that helps.
+        break_even, the accepted length (bonus counted) from which on a chain of that many nodes is faster than the
+        plain loop, whose pass is the fastest of all, padded where that helps.
 
     Raises:
         FastgenError: an unknown size, or a number out of range.

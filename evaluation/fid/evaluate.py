@@ -45,7 +45,7 @@ class FidSettings:
     Attributes:
         metrics: names, see `fastgen.evaluation.fid.protocols.METRICS`.
         protocol: of Inception.
-        n: exactly so many images; all when None.
+        n: how many images are taken; all when None.
         reference_n: the same of the reference.
         allow_small: compute a Fréchet distance of fewer images than twice its features, which is biased upwards.
         bootstrap: replicates behind a confidence interval of Fréchet distances; 0: none.
@@ -307,14 +307,14 @@ def _measure(
         value = frechet_distance(gaussian, reference.gaussians[metric.tap])
         found = {"value": value, "dims": gaussian.dims}
         if settings.bootstrap:
-            told = None if on_progress is None else lambda done, total: on_progress("bootstrap", done, total)
+            progress = None if on_progress is None else lambda done, total: on_progress("bootstrap", done, total)
             found |= bootstrap_frechet(
                 array(features.arrays),
                 reference.gaussians[metric.tap],
                 value,
                 replicates=settings.bootstrap,
                 seed=settings.seed,
-                on_progress=told,
+                on_progress=progress,
             ).as_dict()
     elif metric.kind == "kid":
         x, y = array(features.arrays), array(reference.features)

@@ -15,6 +15,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.inception import POOL, SIDE, SPATIAL, InceptionV3, load_inception
 from fastgen.evaluation.fid.protocols import Protocol
 from fastgen.evaluation.fid.resize_modes import RESIZE
+from fastgen.evaluation.geneval.mask2former import full_precision
 from fastgen.evaluation.geneval.shapes_checker import ShapesModel, fingerprint, load_detector, model_batch
 from fastgen.pretrained import load_pretrained
 
@@ -78,13 +79,9 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, batch: Tensor, prompts: Sequence[str] = ()) -> dict[str, Tensor]:
-        """`compute` in full single precision, whatever the process allows elsewhere (TF32 moves FID)."""
-        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
+        """`compute` in full single precision, whatever the process allows elsewhere."""
+        with full_precision():
             return self.compute(batch.to(self.device), prompts)
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 class Inception(Extractor):

@@ -187,7 +187,7 @@ class FDShapes:
         if self._gaussian is None:
             done = 0
 
-            def told(count: int) -> None:
+            def report_done(count: int) -> None:
                 nonlocal done
                 done += count
                 if self._on_progress is not None:
@@ -199,7 +199,7 @@ class FDShapes:
                 taps=["pool"],
                 group=group,
                 cache=self._cache_dir,
-                on_done=told,
+                on_done=report_done,
             )
             self._gaussian = found.gaussians["pool"]
         return self._gaussian

@@ -66,7 +66,7 @@ def extract(
     """The features of the first `count` images.
 
     Args:
-        count: exactly so many; all when None.
+        count: how many are taken; all when None.
         taps: which of the extractor's; all when None.
         sums: taps whose sums are made; all of `taps` when None.
         keep: taps whose features are kept.

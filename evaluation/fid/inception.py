@@ -8,7 +8,6 @@ Inception v3: 1008 classes, average pooling that leaves the padding out, and a m
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.verifiers.hub import read_tensors
 from fastgen.io import file_sha256
 
 __all__ = ["POOL", "SIDE", "SPATIAL", "WEIGHT_FILES", "InceptionV3", "find_weights", "load_inception"]
@@ -233,12 +233,7 @@ def load_inception(path: str | Path | None = None) -> InceptionV3:
     if (wanted := re.search(r"-([0-9a-f]{8})\.pth$", file.name)) and not file_sha256(file).startswith(wanted[1]):
         raise FastgenError(f"inception: {file}: is damaged (its sha256 does not start with {wanted[1]})")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors: Mapping[str, Tensor] = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = read_tensors(file)
         model = InceptionV3()
         # Counters of batch norm are in some copies only, and of no use here.
         known = model.state_dict()

@@ -108,7 +108,7 @@ def _images(place: object, names: Iterable[str]) -> list[str]:
 
 
 def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list[str] | None:
-    """The text beside each image (.txt, or a caption in .json), or None when any image has none."""
+    """The text next to each image (.txt, or a caption in .json), or None when any image has none."""
     found: list[str] = []
     for name in names:
         stem = name[: len(name) - len(Path(name).suffix)]

@@ -145,7 +145,7 @@ def load_reference(
     dtype, the protocol and the number of images.
 
     Args:
-        count: the first so many images; all when None. A file of statistics is taken whole.
+        count: how many images are taken, from the first; all when None. A file of statistics is taken whole.
         cache: folder; `user_cache_dir()` when None.
 
     Raises:

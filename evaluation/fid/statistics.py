@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,11 +93,11 @@ class Moments:
         covariance = self.outer.addr(mean, mean, alpha=-self.count).div_(self.count - 1)
         return Gaussian(mean, covariance.add_(covariance.T.clone()).div_(2), self.count)
 
-    def to_bytes(self, **extra: Any) -> bytes:
-        """The sums as the bytes of an uncompressed npz, with further small arrays."""
+    def to_bytes(self) -> bytes:
+        """The sums as the bytes of an uncompressed npz."""
         buffer = io.BytesIO()
         arrays = {"sum": self.total.cpu().numpy(), "outer": self.outer.cpu().numpy(), "count": np.int64(self.count)}
-        np.savez(buffer, **arrays, **extra)
+        np.savez(buffer, **arrays)
         return buffer.getvalue()
 
     @classmethod

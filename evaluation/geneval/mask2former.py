@@ -31,7 +31,7 @@ from fastgen.pretrained import load_pretrained
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
 SOURCES = ("hf", "mmdet-converted")
 CONVERTED_FILE = "fastgen-mmdet.json"
-"""Written by the converter beside its weights; a folder that holds it is OpenMMLab's network."""
+"""Written by the converter next to its weights; a folder that holds it is OpenMMLab's network."""
 SHORT_SIDE, LONG_SIDE, MULTIPLE, PAD = 800, 1333, 32, 128
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _FACTOR = 1 / np.array([58.395, 57.12, 57.375])
@@ -211,7 +211,7 @@ class Mask2FormerDetector:
             ValueError: a picture is not uint8 RGB.
         """
         checked = [check_image(image, f"images[{i}]") for i, image in enumerate(images)]
-        with _full_precision():
+        with full_precision():
             return [self._detect(image) for image in checked]
 
     def _detect(self, image: np.ndarray) -> Detections:
@@ -234,11 +234,12 @@ class Mask2FormerDetector:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 convolutions on CUDA: by default they run in TF32, whose ten bits move scores across the thresholds."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def full_precision() -> Iterator[None]:
+    """float32 arithmetic on CUDA: the ten bits of TF32, the default of convolutions, move FID, and scores across the
+    thresholds."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.io import atomic_write_bytes, parse_json
+from fastgen.io import parse_json
 
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -24,7 +24,7 @@ class Clause:
 
     Attributes:
         class_name: class of the object.
-        count: >= 1; at least so many in an include clause, fewer than so many in an exclude clause.
+        count: >= 1; the least number in an include clause, one more than is allowed in an exclude clause.
         color: demanded colour, include clauses only.
         position: (relation, index of an earlier include clause), include clauses only.
     """
@@ -145,11 +145,6 @@ def check_distinct(prompts: Sequence[Metadata], places: Sequence[object]) -> Non
 def format_metadata(items: Iterable[Metadata]) -> bytes:
     """The bytes of a metadata file: one JSON object per line."""
     return "".join(item.to_json() + "\n" for item in items).encode("utf-8")
-
-
-def write_metadata(path: str | Path, items: Iterable[Metadata]) -> None:
-    """Writes `items` to `path` atomically."""
-    atomic_write_bytes(Path(path), format_metadata(items))
 
 
 def first_of_each_task(prompts: Sequence[Metadata], limit: int | None) -> list[Metadata]:

@@ -26,7 +26,7 @@ COUNTING_TAG = "counting"
 
 @dataclass(frozen=True, slots=True)
 class RuleSettings:
-    """The constants of the official scorer; change them only to study them, and say so beside the score.
+    """The constants of the official scorer; change them only to study them, and say so with the score.
 
     Attributes:
         threshold: a detection counts when its score is strictly above this.

@@ -52,7 +52,7 @@ class Verdicts:
 def read_results(path: str | Path) -> Verdicts:
     """A results file of the official scorer or of ours.
 
-    Images of one prompt are told by equal metadata, as in the official summary.
+    Images with equal metadata belong to one prompt, as in the official summary.
 
     Raises:
         FastgenError: the file cannot be read, is empty, has a line that is no verdict, judges an image twice, or

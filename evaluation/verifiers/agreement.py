@@ -7,17 +7,14 @@ are probabilities, the expected calibration error and the Brier score say whethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.runner import judge_samples, read_samples
-from fastgen.evaluation.verifiers.base import Verifier, picture_scores
+from fastgen.evaluation.geneval.validation import calibration_error
 
-__all__ = ["agreement", "auroc", "folder_agreement"]
+__all__ = ["agreement", "auroc"]
 
 BINS = 10
 
@@ -74,27 +71,5 @@ def _numbers(scores: np.ndarray, correct: np.ndarray, probabilities: bool) -> di
     if probabilities and n:
         found["accuracy"] = float(((scores > 0.5) == correct).mean())
         found["brier"] = float(np.square(scores - correct).mean())
-        bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-        gaps = [abs(float((scores - correct)[bins == each].sum())) for each in range(BINS)]
-        found["calibration_error"] = sum(gaps) / n
+        found["calibration_error"] = calibration_error(list(zip(scores, correct, strict=True)), BINS)
     return found
-
-
-def folder_agreement(
-    folder: str | Path, verifier: Verifier, checker: ShapesChecker, batch: int = 64
-) -> dict[str, Any]:
-    """Agreement of a verifier with the ShapesWorld checker on a folder of pictures in GenEval's layout.
-
-    Raises:
-        FastgenError: the folder cannot be read.
-    """
-    samples = read_samples(folder, checker)
-    verdicts = judge_samples(samples, checker)
-    prompts = [sample.metadata.prompt for sample in samples]
-    scores = picture_scores(verifier, (sample.load() for sample in samples), prompts, batch)
-    return agreement(
-        scores.tolist(),
-        [verdict.correct for verdict in verdicts],
-        [sample.metadata.tag for sample in samples],
-        probabilities=verifier.range == (0.0, 1.0),
-    )

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.base import ModelVerifier
-from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, part, place
+from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, part, place, read_tensors
 from fastgen.evaluation.verifiers.pixels import processed
 from fastgen.pretrained import load_pretrained
 
@@ -82,7 +82,9 @@ class _Cosine(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         bare = Path(weights).is_dir() and not (Path(weights) / "preprocessor_config.json").is_file()
         around = cls.processor_id if bare or weights == cls.hub_id else weights
-        use = "" if around == weights else f"copy its tokenizer and preprocessor files beside the weights of {weights}"
+        use = (
+            "" if around == weights else f"copy its tokenizer and preprocessor files next to the weights of {weights}"
+        )
         processor = _load_image_processor(cls.name, around, use)
         with explained(cls.name, around, use):
             tokenizer = load_pretrained(AutoTokenizer, around)
@@ -175,9 +177,9 @@ class Aesthetic(ModelVerifier):
         where, kind = place(device, dtype, "float32")
         file = find_file(cls.name, weights, cls.files)
         with explained(cls.name, file):
-            head = aesthetic_head(_read(file))
+            head = aesthetic_head(read_tensors(file))
         source = part(weights, CLIP_FOLDER, CLIP_L14)
-        use = f"copy it to {CLIP_FOLDER}/ beside {file.name}"
+        use = f"copy it to {CLIP_FOLDER}/ next to {file.name}"
         processor = _load_image_processor(cls.name, source, use)
         clip = _load_clip(cls.name, source, where, kind, use)
         if head[0].in_features != clip.config.projection_dim:
@@ -192,12 +194,3 @@ class Aesthetic(ModelVerifier):
     def _score_batch(self, images: Tensor, sides: list[Any]) -> Tensor:
         found: Tensor = self.head(_image_embeddings(self.clip, self.image_processor, images))
         return found.squeeze(-1)
-
-
-def _read(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    found: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    return found

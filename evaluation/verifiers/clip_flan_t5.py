@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.verifiers.hub import check_loaded, explained, part
+from fastgen.evaluation.verifiers.hub import check_loaded, explained, part, read_tensors
 from fastgen.io import read_object
 from fastgen.pipelines.weight_files import weight_map
 from fastgen.pretrained import load_pretrained
@@ -25,7 +24,7 @@ from fastgen.pretrained import load_pretrained
 __all__ = ["TOWER_USE", "CLIPFlanT5", "load_network", "vision_source"]
 
 VISION_TOWER = "openai/clip-vit-large-patch14-336"
-TOWER_USE = "copy it to vision_tower/ beside the weights"
+TOWER_USE = "copy it to vision_tower/ next to the weights"
 _PROJECTOR, _TOWER = "mm_projector.", "vision_tower.vision_tower."
 
 
@@ -155,15 +154,5 @@ def _tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         files = [file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()][:1]
     found: dict[str, Tensor] = {}
     for file in files:
-        found |= _read(folder / file, wanted)
+        found |= read_tensors(folder / file, wanted)
     return found
-
-
-def _read(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
-    held: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return {name: tensor for name, tensor in held.items() if wanted(name)}

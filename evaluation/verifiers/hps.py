@@ -51,7 +51,7 @@ class HPS(ModelVerifier):
     def load(cls, weights: str | None = None, *, device: str = "cpu", dtype: str = "auto", **kwargs: int) -> HPS:
         """From HPS_v2.1_compressed.pt, or a folder or Hub id with it.
 
-        The network is open_clip's ViT-H-14, or what an open_clip_config.json beside the file describes.
+        The network is open_clip's ViT-H-14, or what an open_clip_config.json next to the file describes.
 
         Raises:
             FastgenError: open_clip is not installed, or the file is missing or broken.

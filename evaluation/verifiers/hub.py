@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.checkpoint import check_names, explain_hub_error
 
-__all__ = ["check_loaded", "explained", "find_file", "part", "place", "snapshot"]
+__all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tensors", "snapshot"]
 
 
 @contextmanager
@@ -46,9 +47,9 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
                 raise FastgenError(
                     f"{_named(verifier)}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
                 ) from error
-            told = explain_hub_error(str(weights), cause)
-            if isinstance(told, FastgenError):
-                line = str(told).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
+            better = explain_hub_error(str(weights), cause)
+            if isinstance(better, FastgenError):
+                line = str(better).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
                 raise FastgenError(f"{_named(verifier)}: {line}") from error
         raise
 
@@ -122,6 +123,17 @@ def check_loaded(verifier: str, weights: str | Path, info: Mapping[str, Any]) ->
         raise FastgenError(
             f"{_named(verifier)}: {weights} has {len(mismatched)} weights of a wrong shape: {mismatched[0]}"
         )
+
+
+def read_tensors(file: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or PyTorch file on the CPU; `wanted` chooses some by name."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys() if not wanted or wanted(name)}  # noqa: SIM118
+    held: Mapping[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=wanted is not None)
+    return {name: tensor for name, tensor in held.items() if not wanted or wanted(name)}
 
 
 def place(device: str, dtype: str, auto: str = "auto") -> tuple[torch.device, torch.dtype]:

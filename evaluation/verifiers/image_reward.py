@@ -19,7 +19,7 @@ class ImageReward(Verifier):
     """ImageReward-v1.0, without bounds, about -2 to 2.
 
     The package was written for older versions of transformers and timm than fastgen needs; where it cannot be
-    imported beside them, `load` says so.
+    imported with them, `load` says so.
 
     Args:
         model: what `ImageReward.load` returns: `score(prompt, picture)` gives a number.
@@ -45,7 +45,7 @@ class ImageReward(Verifier):
         where, _ = place(device, "float32")
         try:
             package = importlib.import_module("ImageReward")
-        except Exception as error:  # beside other versions of its dependencies it fails in many ways
+        except Exception as error:  # with other versions of its dependencies it fails in many ways
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise FastgenError(
                 f"verifier {cls.name} needs the package image-reward: pip install image-reward ({reason})"

@@ -79,7 +79,7 @@ class VQAScore(ModelVerifier):
         with explained(cls.name, folder):
             eyes = vision_source(folder)
         words = part(str(folder), "tokenizer", _tokenizer_id(folder))
-        use = "copy its tokenizer files to tokenizer/ beside the weights"
+        use = "copy its tokenizer files to tokenizer/ next to the weights"
         find_file(cls.name, words, ("tokenizer_config.json",), use)
         with explained(cls.name, words, use):
             tokenizer = load_pretrained(AutoTokenizer, words)

@@ -44,15 +44,13 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
+    from fastgen.checks import check_integer
     from fastgen.cli.eval_run import check_device
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
-    if runs < 1:
-        raise FastgenError(f"--runs: {runs} is not allowed, needs an integer >= 1")
-    if min(batches) < 1:
-        raise FastgenError(f"--batch: {min(batches)} is not allowed, needs an integer >= 1")
-    if steps < 1:
-        raise FastgenError(f"--steps: {steps} is not allowed, needs an integer >= 1")
+    check_integer("--runs", runs, 1)
+    check_integer("--batch", min(batches), 1)
+    check_integer("--steps", steps, 1)
     check_device(device, dtype)
     for name in models:
         find_model(name, variant)

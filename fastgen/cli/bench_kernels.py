@@ -25,7 +25,7 @@ def kernels(
         bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
     ] = False,
     seconds: Annotated[
-        float, typer.Option(help="After so many, references are no longer compiled, no other model begun.")
+        float, typer.Option(help="After this many, references are no longer compiled and no other model is begun.")
     ] = 110.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,

@@ -31,7 +31,7 @@ def compare(
         typer.Option("--gate", help="Number that decides; repeat; all. Default: the mean of tasks, or all distances."),
     ] = None,
     max_slowdown: Annotated[
-        float | None, typer.Option("--max-slowdown", help="Fail when a picture takes so many times as long.")
+        float | None, typer.Option("--max-slowdown", help="Fail when a picture takes this many times as long.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the comparison here as JSON.")] = None,
     as_json: Json = False,

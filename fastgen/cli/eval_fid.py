@@ -71,7 +71,7 @@ def fid(
             help="Text file: a prompt an image in order (clip-score), or what --model draws (also GenEval .jsonl).",
         ),
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Exactly so many images; all if not set.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Number of images; all if not set.")] = None,
     reference_n: Annotated[int | None, typer.Option("--reference-n", help="The same of the reference.")] = None,
     allow_small: Annotated[
         bool, typer.Option("--allow-small", help="Even with fewer images than twice the features (biased).")

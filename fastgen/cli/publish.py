@@ -1,4 +1,4 @@
-"""What the commands of `fastgen bench` share: options, and how a result is told."""
+"""What the commands of `fastgen bench` share: options, and how a result is published."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from PIL import Image
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group
 from fastgen.evaluation.fid.fd_shapes import FDShapes
-from fastgen.evaluation.geneval.metadata import Metadata, write_metadata
+from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
 from fastgen.evaluation.geneval.rules import ImageResult
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
 from fastgen.evaluation.report import contact_sheet
@@ -439,7 +439,7 @@ def test_broken_folders_are_named(tmp_path, metadata, image, message: str) -> No
 def test_images_are_judged_as_their_orientation_shows_them(tmp_path, caplog) -> None:
     home = tmp_path / "00000"
     (home / "samples").mkdir(parents=True)
-    write_metadata(home / "metadata.jsonl", PROMPTS[:1])
+    (home / "metadata.jsonl").write_bytes(format_metadata(PROMPTS[:1]))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     image = picture("x", 1).resize((64, 32))

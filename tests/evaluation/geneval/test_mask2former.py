@@ -14,6 +14,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.mask2former import (
     CONVERTED_FILE,
     Mask2FormerDetector,
+    full_precision,
     input_size,
     postprocess,
     prepare,
@@ -261,3 +262,19 @@ def test_weights_that_are_not_here_say_how_to_get_them(monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FastgenError, match=r"hf download no-such-user/no-such-detector.*--detector FOLDER"):
         Mask2FormerDetector.load("no-such-user/no-such-detector")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_networks_that_judge_compute_in_full_precision(allowed: bool) -> None:
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        with pytest.raises(RuntimeError, match="stopped"), full_precision():
+            assert not any(backend.allow_tf32 for backend in backends)
+            raise RuntimeError("stopped")
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.evaluation.geneval.metadata import Metadata, format_metadata, read_metadata, write_metadata
+from fastgen.evaluation.geneval.metadata import Metadata, format_metadata, read_metadata
 from fastgen.evaluation.geneval.prompts import CLASSES, COLORS, METADATA_SHA256, TASKS, official_prompts
 
 # Beside the repository, or beside what holds its work tree.
@@ -78,7 +78,7 @@ def test_write_and_read_back(tmp_path: Path) -> None:
         Metadata.from_dict({**GOOD, "exclude": [{"class": "star", "count": 2}], "prompt": "a “café” \u2028 line"}),
     ]
     path = tmp_path / "m.jsonl"
-    write_metadata(path, items)
+    path.write_bytes(format_metadata(items))
     assert read_metadata(path) == items
     assert path.read_text().count("\n") == 2
 

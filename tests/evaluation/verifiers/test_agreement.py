@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from fastgen.data.captions import evaluation_prompts
-from fastgen.evaluation.geneval.metadata import Metadata, write_metadata
-from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.shapesworld import render_prompts
-from fastgen.evaluation.verifiers.agreement import agreement, auroc, folder_agreement
-from fastgen.evaluation.verifiers.base import Verifier
+from fastgen.evaluation.verifiers.agreement import agreement, auroc
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,28 +41,3 @@ def test_numbers_by_task() -> None:
 def test_bad_input_is_refused(arguments: Any, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         agreement(*arguments)
-
-
-class Redness(Verifier):
-    name, range = "redness", (0.0, 1.0)
-
-    def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        assert all(isinstance(prompt, str) for prompt in prompts)
-        return images[:, 0].float().mean(dim=(1, 2)) / 255
-
-    def to(self, device: Any) -> Redness:
-        return self
-
-
-def test_a_folder_of_pictures(tmp_path: Path) -> None:
-    """Renders are correct; where one is painted black it is not, and scores lowest."""
-    items = [Metadata.from_dict(data) for data in evaluation_prompts()[::60]]
-    pictures = list(render_prompts([item.prompt for item in items], [0] * len(items)))
-    for number, (item, picture) in enumerate(zip(items, pictures, strict=True)):
-        (tmp_path / f"{number:05d}" / "samples").mkdir(parents=True)
-        write_metadata(tmp_path / f"{number:05d}" / "metadata.jsonl", [item])
-        picture.save(tmp_path / f"{number:05d}" / "samples" / "0000.png")
-        Image.new("RGB", (64, 64)).save(tmp_path / f"{number:05d}" / "samples" / "0001.png")
-    found = folder_agreement(tmp_path, Redness(), ShapesChecker(), batch=5)
-    assert found["n"] == 12 and found["correct"] == 0.5 and found["auroc"] == 1.0
-    assert len(found["tasks"]) == 6 and found["tasks"]["counting"]["n"] == 2

@@ -69,7 +69,7 @@ def test_every_name_leads_to_a_class_of_that_name(name: str) -> None:
 def test_missing_weights_are_named_with_the_way_to_get_them(name: str, missing: str) -> None:
     use = f"then load {name.partition(':')[0]}:FOLDER"
     if name == "pick-score":
-        use = "then copy its tokenizer and preprocessor files beside the weights of yuvalkirstain/PickScore_v1"
+        use = "then copy its tokenizer and preprocessor files next to the weights of yuvalkirstain/PickScore_v1"
     if name.startswith("hps"):
         pytest.importorskip("open_clip")
     with pytest.raises(FastgenError) as caught:
@@ -100,7 +100,7 @@ def test_a_folder_with_a_part_only_says_where_the_other_belongs(vqa_folder: Path
     tensors = {"layers.0.weight": torch.zeros(1, 12), "layers.0.bias": torch.zeros(1)}
     torch.save(tensors, tmp_path / "aesthetic" / "aesthetic-model.pth")
     with pytest.raises(
-        FastgenError, match="'openai/clip-vit-large-patch14' .* copy it to clip/ beside aesthetic-model"
+        FastgenError, match="'openai/clip-vit-large-patch14' .* copy it to clip/ next to aesthetic-model"
     ):
         load_verifier(f"aesthetic:{tmp_path / 'aesthetic'}")
     shutil.copytree(vqa_folder, tmp_path / "vqa")
