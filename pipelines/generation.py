@@ -28,11 +28,11 @@ from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
-from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
+from fastgen.pipelines.schema import SETTINGS, check_prompt
 from fastgen.pipelines.settings import (
     class_number,
     draws_tokens,
@@ -128,7 +128,7 @@ def generate_images(
         flops: count FLOPs as well; takes some time.
         callback: called after every step.
         record_steps: keep latents and kept tokens of every step (dynamic chunking only).
-        settings: those of `fastgen.pipelines.arguments.SETTINGS` that differ from the model's own:
+        settings: those of `fastgen.pipelines.schema.SETTINGS` that differ from the model's own:
             steps: denoising steps (diffusion only).
             guidance_scale: as the pipeline defines it.
             height, width: pixels.

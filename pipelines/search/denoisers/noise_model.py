@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastgen.checks import check_integer
-from fastgen.pipelines.arguments import check_value
+from fastgen.pipelines.schema import SCHEMA
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.schedules import noise_levels, noise_prediction
 from fastgen.pipelines.search.interpolants import Prediction
@@ -25,14 +25,14 @@ def checked(name: str, value: Any, default: Any, kind: str | None = None) -> Any
 
     Args:
         name: of the argument.
-        kind: by which name `check_value` knows it; None: the same.
+        kind: its name in `fastgen.pipelines.schema.SCHEMA`; None: the same.
 
     Raises:
         ValueError: a value that no pipeline can take.
     """
     if value is None:
         return default
-    check_value(name, kind or name, value)
+    SCHEMA[kind or name].check(name, value)
     return value
 
 
