@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, best_device, check_method, find_model
+from fastgen.cli.methods import METHODS, best_device, check_method, find_model, read_plan
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
 
@@ -117,13 +117,8 @@ def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method:
     Raises:
         FastgenError: a plan of another pipeline, or a broken one.
     """
-    from fastgen.pipelines.accelerate import Plan
-
     if path is not None:
-        plan = Plan.load(path)
-        if plan.pipeline != kind.__name__:
-            raise FastgenError(f"--plan: {path} is of a {plan.pipeline}, and the model is a {kind.__name__}")
-        return plan
+        return read_plan(path, kind, method)
     if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
         return None
     return "exact"

@@ -15,7 +15,7 @@ import typer
 
 from fastgen.checks import check_integer, check_number
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model
+from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
 from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, ChunkingSettings, DrawSettings, SearchSettings, SpeculativeSettings
@@ -46,6 +46,9 @@ Method = Annotated[
 ]
 Drafter = Annotated[
     str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")]
 BatchInvariant = Annotated[
@@ -119,7 +122,7 @@ class Drawing:
         search = SearchSettings.of(vars(given), option_name)
         searching.check_options(given.method, search, save_tree=False)
         if images is not None:
-            own = {name: getattr(given, name) for name in ("model", "variant", "limit", "method", "drafter")}
+            own = {name: getattr(given, name) for name in ("model", "variant", "limit", "method", "drafter", "plan")}
             refuse_with_images({option_name(name): value for name, value in {**own, **draw, **search.given()}.items()})
         check_device(given.device, given.dtype)
         drawing = cls(given, getattr(given, batch_size), draw, search)
@@ -136,12 +139,20 @@ class Drawing:
 
         checkpoint = find_model(self._model(), self.given.variant)
         check_method(self.given.method, checkpoint)
+        self._planned_parts(checkpoint)
         if self.given.method == "speculative":
             find_drafter(checkpoint, self.given.drafter)
         if self.given.method == "search":
             self._planned_search(checkpoint)
         else:
             self._resolved(checkpoint)
+
+    def _planned_parts(self, checkpoint: Checkpoint) -> list[list[Any]] | None:
+        """Names and settings of the parts in the plan."""
+        if self.given.plan is None:
+            return None
+        plan = read_plan(self.given.plan, self._resolved(checkpoint)[0], self.given.method)
+        return [[part.name, part.settings] for part in plan.parts]
 
     def _resolved(self, checkpoint: Checkpoint) -> tuple[type, dict[str, Any]]:
         """Class and settings of the model's pipeline."""
@@ -172,7 +183,7 @@ class Drawing:
 
         given, model = self.given, self._model()
         drawer = (drawers or {}).get(model)
-        identity, search = model, None
+        identity, search, parts = model, None, None
         if drawer is None:
             checkpoint = find_checkpoint(model, given.variant)
             check_method(given.method, checkpoint)
@@ -180,8 +191,9 @@ class Drawing:
             own = given.drafter is None or given.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(given.drafter)))
             search = self._planned_search(checkpoint) if given.method == "search" else None
+            parts = self._planned_parts(checkpoint)
         else:
-            own_options = {name: getattr(given, name) for name in ("method", "drafter", "variant")}
+            own_options = {name: getattr(given, name) for name in ("method", "drafter", "variant", "plan")}
             if made := [name for name, value in (own_options | self.draw).items() if value is not None]:
                 raise FastgenError(f"{option_name(made[0])}: {model} is no model")
         same = ("images_per_prompt", "seed", "device", "dtype", "drafter", "variant")
@@ -191,6 +203,7 @@ class Drawing:
             method=given.method if given.method in ("speculative", "search") else None,
             batch_size=None if given.batch_invariant else self.batch_size,
             search=None if search is None else search[0].settings,
+            plan=parts,
             **{name: getattr(given, name) for name in same},
             **self.draw,
         )
@@ -267,6 +280,8 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
     """Draws with the model of the run."""
 
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        from fastgen.pipelines.accelerate import accelerate
+        from fastgen.pipelines.accelerate.parts import made_part
         from fastgen.pipelines.loading import generate_images, load_pipeline
 
         settings = run.settings
@@ -278,6 +293,8 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
             drafter=settings.drafter,
             variant=settings.variant,
         )
+        if settings.plan is not None:
+            accelerate(pipe, plan=[made_part(*part) for part in settings.plan])
         batches: dict[str, Any] = {"batch_size": batch_size, "batch_invariant": settings.batch_size is None}
         if search is not None:
             planned, call = search

@@ -28,6 +28,7 @@ def shapes(
     images_per_prompt: options.ImagesPerPrompt = 4,
     method: options.Method = None,
     drafter: options.Drafter = None,
+    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 32,
     batch_invariant: options.BatchInvariant = False,
     seed: options.Seed = 0,
@@ -52,7 +53,7 @@ def shapes(
 
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
-    from fastgen.evaluation.geneval.shapes import load_detector
+    from fastgen.evaluation.geneval.shapes_checker import load_detector
     from fastgen.evaluation.runner import results_jsonl
     from fastgen.evaluation.shapesworld import RENDERS, render_prompts, score_folder, shapes_prompts
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, save_png, user_cache_dir
