@@ -25,9 +25,7 @@ OURS = [
 @pytest.mark.parametrize("kind", OURS)
 def test_every_pipeline_of_ours_names_its_arguments(kind: Any) -> None:
     assert issubclass(kind, DiffusionPipeline)
-    kinds = {
-        parameter.kind for parameter in inspect.signature(kind.__call__, follow_wrapped=False).parameters.values()
-    }
+    kinds = {parameter.kind for parameter in inspect.signature(kind.__call__).parameters.values()}
     assert not kinds & ({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
 
 
