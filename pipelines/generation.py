@@ -269,7 +269,9 @@ def _generate(
         remember(pipe, stats)
         summary = {"images": count, **stats.as_dict()}
         for i, picture in enumerate(pictures):
-            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary, loss, steps, i)
+            others = set(itertools.chain.from_iterable(notes[chunk])) - set(notes[start + i])
+            own = {**summary, "notes": [note for note in summary["notes"] if note not in others]}
+            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], own, loss, steps, i)
 
 
 def _call(
