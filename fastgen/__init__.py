@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
     from fastgen.pipelines.noise_search import NoiseSearchPipeline
     from fastgen.pipelines.speculative import SpeculativeImagePipeline
+    from fastgen.pipelines.summary import summary
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _EXPORTS = {
     "generate_images": "fastgen.pipelines.loading",
     "load_pipeline": "fastgen.pipelines.loading",
     "restore": "fastgen.pipelines.accelerate",
+    "summary": "fastgen.pipelines.summary",
     "upcycle": "fastgen.models.upcycle",
 }
 _MODULES = ("accounting", "contracts", "data", "drafters", "errors", "evaluation", "kernels", "models", "pipelines")
@@ -75,10 +77,17 @@ __all__ = [
     "enable_kernels",
     "errors",
     "generate_images",
+    "info",
     "load_pipeline",
     "restore",
+    "summary",
     "upcycle",
 ]
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, fast paths and embedded models of this installation, as `fastgen info --json` shows them."""
+    return dict(importlib.import_module("fastgen.cli.info").collect())
 
 
 def __getattr__(name: str) -> Any:

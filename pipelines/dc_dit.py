@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, stock_arguments
 from fastgen.pipelines.finite import finite_call
 from fastgen.pipelines.stock_arguments import check_call, check_labels
 from fastgen.pretrained import load_pretrained
@@ -29,12 +28,17 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        *args: Any,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
         tail_drop: Schedule = 0.0,
         uncond_tail_drop: Schedule | None = None,
         token_budget: int | None = None,
         output_chunks: bool = False,
-        **kwargs: Any,
     ) -> DCPipelineOutput | tuple[Any]:
         """Draw images; all arguments of the stock pipeline, and the knobs of `DCZImagePipeline.__call__`.
 
@@ -43,9 +47,8 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
                 with a budget.
             NotFiniteError: latents or pixels are not numbers.
         """
-        arguments = dict(inspect.signature(DiTPipeline.__call__).bind(self, *args, **kwargs).arguments)
-        del arguments["self"]
-        images = check_labels(arguments["class_labels"], self.transformer.config.get("num_classes", 1000))
+        arguments = stock_arguments(DiTPipeline, locals())
+        images = check_labels(class_labels, self.transformer.config.get("num_classes", 1000))
         check_call(arguments, images, ("pil", "np", "pt"))
         return run_elastic(
             self,
@@ -56,5 +59,3 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
             token_budget=token_budget,
             output_chunks=output_chunks,
         )
-
-    __call__.__signature__ = with_knobs(DiTPipeline.__call__)  # type: ignore[attr-defined]

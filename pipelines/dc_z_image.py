@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, with_knobs
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, stock_arguments
 from fastgen.pipelines.finite import finite_call
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.stock_arguments import check_call, check_texts
@@ -32,12 +32,31 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
     @torch.no_grad()
     def __call__(
         self,
-        *args: Any,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 5.0,
+        cfg_normalization: bool = False,
+        cfg_truncation: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: list[torch.Tensor] | None = None,
+        negative_prompt_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
         tail_drop: Schedule = 0.0,
         uncond_tail_drop: Schedule | None = None,
         token_budget: int | None = None,
         output_chunks: bool = False,
-        **kwargs: Any,
     ) -> DCPipelineOutput | tuple[Any]:
         """Draw images; all arguments of the stock pipeline, and:
 
@@ -53,8 +72,7 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
                 with a budget.
             NotFiniteError: latents or pixels are not numbers.
         """
-        arguments = dict(inspect.signature(ZImagePipeline.__call__).bind(self, *args, **kwargs).arguments)
-        del arguments["self"]
+        arguments = stock_arguments(ZImagePipeline, locals())
         prompts = _prompts(arguments)
         images = prompts * check_integer("num_images_per_prompt", arguments.get("num_images_per_prompt", 1), 1)
         check_call(arguments, images, ("pil", "np", "pt", "latent"))
@@ -70,8 +88,6 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
             token_budget=token_budget,
             output_chunks=output_chunks,
         )
-
-    __call__.__signature__ = with_knobs(ZImagePipeline.__call__)  # type: ignore[attr-defined]
 
 
 def _prompts(arguments: dict[str, Any]) -> int:

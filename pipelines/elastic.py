@@ -23,14 +23,12 @@ from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
 from fastgen.models.elastic import ElasticBudget, ElasticModelMixin, Schedule, StepRecord
 from fastgen.pipelines.pickling import PickledMixin
+from fastgen.pipelines.summary import remember
 
 logger = logging.getLogger(__name__)
 
 LOSS: Loss = "lossy"
 """Loss contract of the pipelines: a model of its own; its budget trades quality for compute."""
-
-KNOBS: dict[str, Any] = {"tail_drop": 0.0, "uncond_tail_drop": None, "token_budget": None, "output_chunks": False}
-"""Names and defaults of what the pipelines take beside the stock arguments."""
 
 
 @dataclass
@@ -74,13 +72,14 @@ class FromPipeMixin(PickledMixin):
         return found
 
 
-def with_knobs(stock: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a stock `__call__` with the knobs of dynamic chunking as keyword arguments."""
-    signature = inspect.signature(stock)
-    knobs = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in KNOBS.items()
-    ]
-    return signature.replace(parameters=[*signature.parameters.values(), *knobs])
+def stock_arguments(stock: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a call's arguments that the stock `__call__` takes and that differ from its defaults."""
+    takes = inspect.signature(stock.__call__).parameters
+    return {
+        name: value
+        for name, value in values.items()
+        if name in takes and name != "self" and value is not takes[name].default
+    }
 
 
 def run_elastic(
@@ -104,6 +103,7 @@ def run_elastic(
         records = stack.enter_context(transformer.record_chunks()) if output_chunks else None
         note_path("transformer", "dynamic chunking")
         (pictures,) = stock(**arguments, return_dict=False)
+    remember(pipe, stats)
     return DCPipelineOutput(images=pictures, stats=stats, steps=records) if return_dict else (pictures,)
 
 

@@ -3,7 +3,7 @@
 Every picture has a `torch.Generator` of its own, on the CPU, seeded with its own seed, so that the random numbers of a
 picture depend on nothing else. Rounding does: matrix products and convolutions add up in another order when the batch
 has another shape, which moves some pixels by one level. `generate_images` therefore calls a diffusion pipeline with
-one picture at a time unless it is told that rounding does not matter; `JanusImagePipeline` looks after itself.
+`batch_size` pictures together unless ``batch_invariant=True`` asks for pixels that depend on nothing else.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
-from fastgen.pipelines.arguments import SETTINGS, check_prompt
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import finite_decoder
 from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
+from fastgen.pipelines.schema import SETTINGS, check_prompt
 from fastgen.pipelines.settings import (
     class_number,
     draws_tokens,
@@ -40,6 +40,7 @@ from fastgen.pipelines.settings import (
     resolve_settings,
     takes_classes,
 )
+from fastgen.pipelines.summary import remember
 
 __all__ = [
     "GeneratedImage",
@@ -108,7 +109,7 @@ def generate_images(
     seeds: Sequence[int],
     *,
     batch_size: int = 8,
-    batch_invariant: bool = True,
+    batch_invariant: bool = False,
     flops: bool = False,
     callback: Callable[[Progress], None] | None = None,
     record_steps: bool = False,
@@ -123,12 +124,12 @@ def generate_images(
         prompts, seeds: of equal length.
         batch_size: how many pictures are made together, at most.
         batch_invariant: the same prompt, seed and settings give the same pixels for every batch size and whatever
-            the other pictures are (same machine, same number of threads). For a diffusion pipeline that takes one
-            picture at a time; False makes `batch_size` of them together, with pixels equal up to rounding.
+            the other pictures are (same machine, same number of threads). A diffusion pipeline then draws one picture
+            at a time, which is slower. False draws `batch_size` of them together, with pixels equal up to rounding.
         flops: count FLOPs as well; takes some time.
         callback: called after every step.
         record_steps: keep latents and kept tokens of every step (dynamic chunking only).
-        settings: those of `fastgen.pipelines.arguments.SETTINGS` that differ from the model's own:
+        settings: those of `fastgen.pipelines.schema.SETTINGS` that differ from the model's own:
             steps: denoising steps (diffusion only).
             guidance_scale: as the pipeline defines it.
             height, width: pixels.
@@ -265,9 +266,12 @@ def _generate(
             )
             with explained_drawing(_checkpoints.get(pipe)), count_flops() if flops else nullcontext():
                 pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
+        remember(pipe, stats)
         summary = {"images": count, **stats.as_dict()}
         for i, picture in enumerate(pictures):
-            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], summary, loss, steps, i)
+            others = set(itertools.chain.from_iterable(notes[chunk])) - set(notes[start + i])
+            own = {**summary, "notes": [note for note in summary["notes"] if note not in others]}
+            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], own, loss, steps, i)
 
 
 def _call(

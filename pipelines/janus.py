@@ -28,6 +28,7 @@ from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
 from fastgen.pipelines.pickling import PickledMixin
 from fastgen.pipelines.sampling import GuidedGumbelSampler
+from fastgen.pipelines.summary import remember
 from fastgen.pipelines.token_images import (
     NetworksMixin,
     OutputType,
@@ -145,7 +146,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         top_p: float | None = None,
         negative_prompt: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_invariant: bool = True,
+        batch_invariant: bool = False,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[JanusImagePipeline, int, int, dict[str, Any]], Any] | None = None,
@@ -192,6 +193,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 with phase("decode"):
                     images = self._decode(tokens, output_type, one_by_one=batch_invariant)
         self.maybe_free_model_hooks()
+        remember(self, stats)
         if not return_dict:
             return (images,)
         return TokenImageOutput(images=images, tokens=tokens, stats=stats.as_dict())

@@ -19,7 +19,6 @@ from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
-from fastgen.pipelines.arguments import SETTINGS
 from fastgen.pipelines.checkpoint import (
     Checkpoint,
     check_names,
@@ -39,6 +38,7 @@ from fastgen.pipelines.generation import (
 )
 from fastgen.pipelines.load_options import LoadOptions, LoRA
 from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
+from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
 

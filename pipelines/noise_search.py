@@ -33,6 +33,7 @@ from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import PreviewOption, check_preview, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
+from fastgen.pipelines.summary import remember
 from fastgen.pipelines.token_images import as_output, one_per_image
 
 __all__ = ["NoFinitePicture", "NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
@@ -263,6 +264,7 @@ class NoiseSearchPipeline:
             pictures = [_picture(denoiser, node, prompt) for prompt, node in enumerate(winners)]
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
+        remember(self, stats)
         output, fault = _output(pictures, reports, output_type, stats.as_dict())
         if cause is not None:
             raise SearchInterrupted(f"search: {type(cause).__name__}: {cause}", output) from cause

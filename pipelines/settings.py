@@ -14,8 +14,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
+from fastgen.pipelines.schema import DRAWING, SCHEMA
 
 __all__ = [
     "check_classes",
@@ -72,7 +72,7 @@ def resolve_settings(
             value, origin = defaults.get(name), "fastgen.json: "
         if value is None:
             continue
-        check_value(origin + name, name, value)
+        SCHEMA[name].check(origin + name, value)
         if janus and name in ("height", "width"):
             if image_size is not None and value != image_size:
                 raise FastgenError(f"{origin}{name}: {value} is not allowed, the model draws {image_size} pixels only")
@@ -87,10 +87,8 @@ def resolve_settings(
         settings[name] = value
     if checkpoint is not None:
         checkpoint.check_size(settings.get("height"), settings.get("width"))
-    if "quality" in settings and settings.get("acceptance") != "cascade":
-        raise FastgenError("quality: is a knob of acceptance cascade")
-    if "token_budget" in settings and (settings.get("tail_drop") or "uncond_tail_drop" in settings):
-        raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
+    for method in DRAWING:
+        method.of(settings).check_together()
     if "token_budget" in settings and checkpoint is not None and checkpoint.has_dynamic_chunking:
         sides = (settings.get(name, accepted[name].default) for name in ("height", "width"))
         _check_token_budget(settings["token_budget"], checkpoint, *sides)

@@ -33,6 +33,7 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.errors import FastgenError
 from fastgen.pipelines.pickling import PickledMixin
+from fastgen.pipelines.summary import remember
 from fastgen.pipelines.token_images import (
     NetworksMixin,
     OutputType,
@@ -168,7 +169,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         quality: float | None = None,
         negative_prompt: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_invariant: bool = True,
+        batch_invariant: bool = False,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[SpeculativeImagePipeline, int, int, dict[str, Any]], Any] | None = None,
@@ -259,6 +260,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                     chunks = tokens.split(1 if batch_invariant else len(tokens))
                     images = as_output(torch.cat([target.pixels(chunk) for chunk in chunks]), output_type)
         self.maybe_free_model_hooks()
+        remember(self, stats)
         if not return_dict:
             return (images,)
         result = stats.as_dict()

@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 
 from fastgen.checks import check_choice, check_finite, check_generator, check_integer
 from fastgen.errors import FastgenError
-from fastgen.pipelines.arguments import check_prompt
+from fastgen.pipelines.schema import check_prompt
 
 __all__ = ["NetworksMixin", "OutputType", "TokenImageOutput", "as_output", "one_per_image", "one_prompt_per_image"]
 

@@ -45,13 +45,13 @@ def accelerate(
     from fastgen.evaluation.tuning import SHARES
     from fastgen.locks import locked_files
     from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Kernels
-    from fastgen.pipelines.arguments import check_value
+    from fastgen.pipelines.schema import SCHEMA
     from fastgen.pipelines.settings import pipeline_class
 
     check_integer("--images", images, 3)
     check_number("--minutes", minutes, above=0)
     if steps is not None:
-        check_value("--steps", "steps", steps)
+        SCHEMA["steps"].check("--steps", steps)
     rivals = [FewerSteps(each) for each in share or SHARES]
     check_device(device, dtype)
     checkpoint = find_model(model, variant)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli import search as searching
-from fastgen.cli.eval_run import Generation, progress
+from fastgen.cli.eval_run import Drawing, drawing_options, progress
 from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
@@ -30,6 +29,7 @@ _EXTRACTORS = {
 }
 
 
+@drawing_options
 def fid(
     context: typer.Context,
     images: Annotated[
@@ -91,30 +91,11 @@ def fid(
     ] = None,
     variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    tail_drop: options.TailDrop = None,
-    uncond_tail_drop: options.UncondTailDrop = None,
-    token_budget: options.TokenBudget = None,
     method: options.Method = None,
-    tree: options.Tree = None,
-    acceptance: options.Acceptance = None,
-    quality: options.Quality = None,
     drafter: options.Drafter = None,
-    policy: searching.PolicyOption = None,
-    verifier: searching.VerifierOption = None,
-    max_nfe: searching.MaxNfeOption = None,
-    target_score: searching.TargetScoreOption = None,
-    sampler: searching.SamplerOption = None,
-    tau: searching.TauOption = None,
-    starts: searching.StartsOption = None,
-    chains: searching.ChainsOption = None,
-    explore: searching.ExploreOption = None,
-    explore_uncond: searching.ExploreUncondOption = None,
-    preview: searching.PreviewOption = None,
     plan: options.PlanFile = None,
     draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
-    batch_invariant: options.BatchInvariant = True,
+    batch_invariant: options.BatchInvariant = False,
     limit: options.Limit = None,
     dtype: options.Dtype = "auto",
     run: Annotated[
@@ -129,15 +110,12 @@ def fid(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result here as JSON.")] = None,
     as_json: options.Json = False,
+    **_: Any,
 ) -> None:
     """FID, KID, IS, sFID, precision, recall, CMMD, FD-DINOv2, CLIPScore or FD-shapes, each with its protocol."""
-    given = locals()
     if (images is None) == (model is None):
         raise FastgenError("needs IMAGES to score, or --model to draw them, and not both")
-    generation = Generation(
-        **{name: given[name] for name in Generation.__slots__ if name != "batch_size"}, batch_size=draw_batch
-    )
-    generation.check(images)
+    drawing = Drawing.of(context, images, "draw_batch")
     from fastgen.evaluation.fid.evaluate import FidSettings, check_evaluation, evaluate_images, load_extractors
     from fastgen.io import user_cache_dir
 
@@ -180,7 +158,7 @@ def fid(
                 source = _images(images, prompts)
                 networks = load_extractors(settings, named, group)
             else:
-                drawn = _open(generation, prompts, settings, run, group)
+                drawn = _open(drawing, prompts, settings, run, group)
                 context.with_resource(drawn.run.locked())
                 networks = load_extractors(settings, named, group)
                 # What cannot be scored must not cost a generation first.
@@ -247,7 +225,7 @@ def _weights(options: list[str]) -> dict[str, str]:
 
 
 def _open(
-    generation: Generation, prompts: Path | None, settings: FidSettings, out: Path | None, group: Group
+    drawing: Drawing, prompts: Path | None, settings: FidSettings, out: Path | None, group: Group
 ) -> GenerationRun:
     """The run that draws the images."""
     from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task, read_metadata
@@ -261,7 +239,7 @@ def _open(
         items = read_metadata(prompts)
     else:
         items = [Metadata(tag="prompts", include=(), prompt=line) for line in _lines(prompts)]
-    return generation.open("fid", first_of_each_task(items, generation.limit), out, group, {RENDERS: render_prompts})
+    return drawing.open("fid", first_of_each_task(items, drawing.given.limit), out, group, {RENDERS: render_prompts})
 
 
 def _planned(drawn: GenerationRun) -> ImageSource:

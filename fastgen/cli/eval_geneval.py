@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli import search as searching
-from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
+from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
 from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from fastgen.evaluation.geneval.scoring import Judge
 
 
+@drawing_options
 def geneval(
     context: typer.Context,
     model: Annotated[
@@ -56,48 +56,28 @@ def geneval(
     ] = None,
     variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    tail_drop: options.TailDrop = None,
-    uncond_tail_drop: options.UncondTailDrop = None,
-    token_budget: options.TokenBudget = None,
     method: options.Method = None,
-    tree: options.Tree = None,
-    acceptance: options.Acceptance = None,
-    quality: options.Quality = None,
     drafter: options.Drafter = None,
-    policy: searching.PolicyOption = None,
-    verifier: searching.VerifierOption = None,
-    max_nfe: searching.MaxNfeOption = None,
-    target_score: searching.TargetScoreOption = None,
-    sampler: searching.SamplerOption = None,
-    tau: searching.TauOption = None,
-    starts: searching.StartsOption = None,
-    chains: searching.ChainsOption = None,
-    explore: searching.ExploreOption = None,
-    explore_uncond: searching.ExploreUncondOption = None,
-    preview: searching.PreviewOption = None,
     plan: options.PlanFile = None,
     batch_size: options.BatchSize = 4,
-    batch_invariant: options.BatchInvariant = True,
+    batch_invariant: options.BatchInvariant = False,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
+    **_: Any,
 ) -> None:
     """GenEval of a model, or of a folder of images in the official layout.
 
     Scores carry the name of their detector: "GenEval (HF-M2F)" with the weights on the Hub, which are not those of the
     official scorer.
     """
-    given = locals()
-    generation = Generation(**{name: given[name] for name in Generation.__slots__})
     chosen = [name for name, value in (("--model", model), ("--images", images), ("--results", results)) if value]
     if len(chosen) != 1:
         raise FastgenError(f"needs one of --model, --images and --results, got {' and '.join(chosen) or 'none'}")
-    generation.check(images or results)
+    drawing = Drawing.of(context, images or results)
     if results is not None:
         _summarise(results, out, as_json)
         return
@@ -131,7 +111,7 @@ def geneval(
         expected = _prompts(metadata, judge, limit) if metadata is not None or images is None else None
         if folder is None:
             drawers = {RENDERS: render_prompts} if judge.name == DETECTOR else {}
-            run = generation.open("geneval", expected or (), out, group, drawers)
+            run = drawing.open("geneval", expected or (), out, group, drawers)
             context.with_resource(run.run.locked())
             folder = target = run.run.folder
             report = run.make(on_progress)

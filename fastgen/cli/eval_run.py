@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.checks import check_integer, check_number
 from fastgen.cli import search as searching
 from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
+from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
+from fastgen.pipelines.schema import SETTINGS, ChunkingSettings, DrawSettings, SearchSettings, SpeculativeSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,17 +35,6 @@ Images = Annotated[
     Path | None, typer.Option("--images", help="Score this folder (GenEval layout) and generate nothing.")
 ]
 ImagesPerPrompt = Annotated[int, typer.Option("--images-per-prompt", help="Images a prompt.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's default if not set.")]
-GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Guidance; the model's default if not set.")
-]
-TailDrop = Annotated[float | None, typer.Option("--tail-drop", help="Share of tokens to drop (dynamic chunking).")]
-UncondTailDrop = Annotated[
-    float | None, typer.Option("--uncond-tail-drop", help="The same for the unconditional branch (Lite-CFG).")
-]
-TokenBudget = Annotated[
-    int | None, typer.Option("--token-budget", help="Exact number of image tokens (dynamic chunking).")
-]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -52,9 +44,6 @@ Method = Annotated[
         show_default=False,
     ),
 ]
-Tree = Annotated[str | None, typer.Option("--tree", help="What a round drafts, e.g. jacobi-12 (speculative).")]
-Acceptance = Annotated[str | None, typer.Option("--acceptance", help="What is accepted, e.g. exact (speculative).")]
-Quality = Annotated[float | None, typer.Option("--quality", help="Of acceptance cascade, 0 to 1 (speculative).")]
 Drafter = Annotated[
     str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
 ]
@@ -66,7 +55,7 @@ BatchInvariant = Annotated[
     bool,
     typer.Option(
         "--batch-invariant/--fast-batches",
-        help="Pixels that do not depend on the batch, or faster batches with pixels equal up to rounding.",
+        help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the run; every image gets its own from it.")]
@@ -76,112 +65,101 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of images and re
 
 #: A search, and the settings of each of its pictures.
 PlannedSearch = tuple[searching.Search, dict[str, Any]]
+#: Settings that a run does not have. No limit of seconds: what is found would depend on the machine's load, and a run
+#: that was interrupted would not end as one that was not.
+_WITHOUT = ("height", "width", "negative_prompt", "max_seconds")
+_METHODS = (DrawSettings, ChunkingSettings, SpeculativeSettings)
 #: Settings of a run that `generate_images` takes.
-_DRAWING = (
-    *("steps", "guidance_scale", "tail_drop", "uncond_tail_drop", "token_budget"),
-    *("tree", "acceptance", "quality"),
-)
+_DRAWING = tuple(name for method in _METHODS for name in method.rules() if name not in _WITHOUT)
+
+#: Gives a command the options of all methods that a run can have.
+drawing_options = with_options(*_METHODS, SearchSettings, without=_WITHOUT)
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """The options of generation, by the names of `RunSettings`; `model` None when a folder is scored instead."""
+class Drawing:
+    """How a command draws what it scores, as its options say.
 
-    model: str | None
-    variant: str | None
-    images_per_prompt: int
-    steps: int | None
-    guidance_scale: float | None
-    tail_drop: float | None
-    uncond_tail_drop: float | None
-    token_budget: int | None
-    method: str | None
-    tree: str | None
-    acceptance: str | None
-    quality: float | None
-    drafter: str | None
-    policy: str | None
-    verifier: str | None
-    max_nfe: int | None
-    target_score: float | None
-    sampler: str | None
-    tau: float | None
-    starts: int | None
-    chains: int | None
-    explore: float | None
-    explore_uncond: float | None
-    preview: str | None
-    plan: Path | None
+    Attributes:
+        given: all options of the command, by name; `model` None when a folder is scored instead.
+        batch_size: pictures drawn together, at most.
+        draw: settings of `generate_images`.
+        search: those of a search.
+    """
+
+    given: Any
     batch_size: int
-    batch_invariant: bool
-    seed: int
-    limit: int | None
-    device: str
-    dtype: str
+    draw: dict[str, Any]
+    search: SearchSettings
 
-    def check(self, images: Path | None) -> None:
-        """FastgenError naming the first option that is out of its range, or that does not go with `images`."""
-        for name in ("images_per_prompt", "steps", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FastgenError(f"{_option(name)}: {value} is not allowed, needs >= 1")
-        guidance = self.guidance_scale
-        if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-            raise FastgenError(f"--guidance-scale: {guidance} is not allowed, needs a number >= 0")
-        if not 0 <= self.seed < 2**63:
-            raise FastgenError(f"--seed: {self.seed} is not allowed, needs 0 .. 2**63 - 1")
-        budget = self._options("tail_drop", "uncond_tail_drop", "token_budget")
-        _check_budget(budget)
-        check_method_name(self.method)
-        decoding = self._options("tree", "acceptance", "quality", "drafter")
-        _check_decoding(self.method, decoding)
-        search = self._search()
-        searching.check_options(self.method, search, save_tree=False)
+    @classmethod
+    def of(cls, context: typer.Context, images: Path | None, batch_size: str = "batch_size") -> Drawing:
+        """Check the options of a command.
+
+        Args:
+            context: of the command.
+            images: scored in place of drawn ones.
+            batch_size: name of that option.
+
+        Raises:
+            FastgenError: names the first option that is out of its range, or that does not go with `images`.
+        """
+        given = SimpleNamespace(**context.params)
+        for name in ("images_per_prompt", batch_size, "limit"):
+            if (value := getattr(given, name)) is not None:
+                check_integer(option_name(name), value, 1)
+        check_integer("--seed", given.seed, 0, 2**63 - 1)
+        if given.guidance_scale is not None:
+            check_number("--guidance-scale", given.guidance_scale, 0)
+        check_method_name(given.method)
+        if given.method != "speculative":
+            for name in (*SpeculativeSettings.rules(), "drafter"):
+                if getattr(given, name) is not None:
+                    raise FastgenError(f"{option_name(name)}: needs --method speculative")
+        draw = {
+            name: value for method in _METHODS for name, value in method.of(vars(given), option_name).given().items()
+        }
+        search = SearchSettings.of(vars(given), option_name)
+        searching.check_options(given.method, search, save_tree=False)
         if images is not None:
-            others = self._options("model", "variant", "steps", "guidance_scale", "limit", "method", "plan")
-            refuse_with_images(others | budget | decoding | {_option(name): value for name, value in search.items()})
-        check_device(self.device, self.dtype)
-        if images is None and self.model != "renders":
-            self._check_model()
+            own = {name: getattr(given, name) for name in ("model", "variant", "limit", "method", "drafter", "plan")}
+            refuse_with_images({option_name(name): value for name, value in {**own, **draw, **search.given()}.items()})
+        check_device(given.device, given.dtype)
+        drawing = cls(given, getattr(given, batch_size), draw, search)
+        if images is None and given.model != "renders":
+            drawing._check_model()
+        return drawing
+
+    def _model(self) -> str:
+        return str(self.given.model or METHODS[self.given.method or "base"])
 
     def _check_model(self) -> None:
         """FastgenError when the model is not there, or does not take the options; loads no weights."""
         from fastgen.pipelines.checkpoint import find_drafter
 
-        checkpoint = find_model(self.model or METHODS[self.method or "base"], self.variant)
-        check_method(self.method, checkpoint)
+        checkpoint = find_model(self._model(), self.given.variant)
+        check_method(self.given.method, checkpoint)
         self._planned_parts(checkpoint)
-        if self.method == "speculative":
-            find_drafter(checkpoint, self.drafter)
-        if self.method == "search":
+        if self.given.method == "speculative":
+            find_drafter(checkpoint, self.given.drafter)
+        if self.given.method == "search":
             self._planned_search(checkpoint)
         else:
             self._resolved(checkpoint)
 
     def _planned_parts(self, checkpoint: Checkpoint) -> list[list[Any]] | None:
         """Names and settings of the parts in the plan."""
-        if self.plan is None:
+        if self.given.plan is None:
             return None
-        plan = read_plan(self.plan, self._resolved(checkpoint)[0], self.method)
+        plan = read_plan(self.given.plan, self._resolved(checkpoint)[0], self.given.method)
         return [[part.name, part.settings] for part in plan.parts]
 
     def _resolved(self, checkpoint: Checkpoint) -> tuple[type, dict[str, Any]]:
         """Class and settings of the model's pipeline."""
-        from fastgen.pipelines.arguments import SETTINGS
         from fastgen.pipelines.settings import pipeline_class, resolve_settings
 
-        kind = pipeline_class(checkpoint, self.method)
-        return kind, resolve_settings(kind, checkpoint, {name: getattr(self, name, None) for name in SETTINGS})
-
-    def _options(self, *names: str) -> dict[str, Any]:
-        return {_option(name): getattr(self, name) for name in names}
-
-    def _search(self) -> dict[str, Any]:
-        """Settings of a search, as `plan_search` takes them. No limit of seconds: what is found would depend on the
-        machine's load, and a run that was interrupted would not end as one that was not."""
-        from fastgen.pipelines.arguments import SEARCH_SETTINGS
-
-        return {name: getattr(self, name) if name != "max_seconds" else None for name in SEARCH_SETTINGS}
+        kind = pipeline_class(checkpoint, self.given.method)
+        return kind, resolve_settings(kind, checkpoint, dict.fromkeys(SETTINGS) | self.draw)
 
     def open(
         self,
@@ -203,37 +181,41 @@ class Generation:
         from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
         from fastgen.pipelines.settings import check_classes
 
-        model = self.model or METHODS[self.method or "base"]
+        given, model = self.given, self._model()
         drawer = (drawers or {}).get(model)
         identity, search, parts = model, None, None
         if drawer is None:
-            checkpoint = find_checkpoint(model, self.variant)
-            check_method(self.method, checkpoint)
+            checkpoint = find_checkpoint(model, given.variant)
+            check_method(given.method, checkpoint)
             check_classes(checkpoint, (prompt.prompt for prompt in prompts))
-            own = self.drafter is None or self.method is None
-            identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
-            search = self._planned_search(checkpoint) if self.method == "search" else None
+            own = given.drafter is None or given.method is None
+            identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(given.drafter)))
+            search = self._planned_search(checkpoint) if given.method == "search" else None
             parts = self._planned_parts(checkpoint)
         else:
-            made = self._options(*_DRAWING, "method", "drafter", "variant", "plan")
-            if given := [name for name, value in made.items() if value is not None]:
-                raise FastgenError(f"{given[-1] if '--method' in given else given[0]}: {model} is no model")
-        same = (field.name for field in fields(RunSettings))
-        settings = {name: getattr(self, name) for name in same if name in self.__slots__ and name != "model"}
-        settings["method"] = self.method if self.method in ("speculative", "search") else None
-        settings["batch_size"] = None if self.batch_invariant else self.batch_size
-        settings["search"] = None if search is None else search[0].settings
-        settings["plan"] = parts
-        run = RunSettings(model=model, model_fingerprint=identity, **settings)
+            own_options = {name: getattr(given, name) for name in ("method", "drafter", "variant", "plan")}
+            if made := [name for name, value in (own_options | self.draw).items() if value is not None]:
+                raise FastgenError(f"{option_name(made[0])}: {model} is no model")
+        same = ("images_per_prompt", "seed", "device", "dtype", "drafter", "variant")
+        run = RunSettings(
+            model=model,
+            model_fingerprint=identity,
+            method=given.method if given.method in ("speculative", "search") else None,
+            batch_size=None if given.batch_invariant else self.batch_size,
+            search=None if search is None else search[0].settings,
+            plan=parts,
+            **{name: getattr(given, name) for name in same},
+            **self.draw,
+        )
         if out is None:
-            key = hashlib.sha256(json.dumps([run.as_dict(), self.limit]).encode()).hexdigest()[:8]
+            key = hashlib.sha256(json.dumps([run.as_dict(), given.limit]).encode()).hexdigest()[:8]
             out = Path("fastgen-eval") / f"{benchmark}-{Path(model).name}-{key}"
         return GenerationRun(EvaluationRun(out, prompts, run, group), drawer, self.batch_size, search)
 
     def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
         """Checked with the model's configuration."""
         kind, call = self._resolved(checkpoint)
-        return searching.plan_search(checkpoint, kind, call, self._search(), save_tree=False), call
+        return searching.plan_search(checkpoint, kind, call, self.search, save_tree=False), call
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,10 +248,6 @@ class GenerationRun:
         }
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def check_device(device: str, dtype: str = "auto") -> None:
     """FastgenError when this machine cannot compute on `device` in `dtype`."""
     from fastgen.pipelines.checkpoint import check_names
@@ -284,27 +262,6 @@ def refuse_with_images(options: dict[str, Any]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise FastgenError(f"{', '.join(given)}: not allowed with --images, which generates nothing")
-
-
-def _check_decoding(method: str | None, options: dict[str, Any]) -> None:
-    """Options of speculative decoding."""
-    from fastgen.pipelines.arguments import check_value
-
-    for label, value in options.items():
-        if value is not None:
-            if method != "speculative":
-                raise FastgenError(f"{label}: needs --method speculative")
-            if label != "--drafter":  # it is looked for with the model
-                check_value(label, label.removeprefix("--"), value)
-
-
-def _check_budget(budget: dict[str, Any]) -> None:
-    """Refuse a budget that no model can take."""
-    from fastgen.pipelines.arguments import check_value
-
-    for option, value in budget.items():
-        if value is not None:
-            check_value(option, option.removeprefix("--").replace("-", "_"), value)
 
 
 def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli import search as searching
-from fastgen.cli.eval_run import Generation, progress, source_lines, task_lines
+from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
 from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 
+@drawing_options
 def shapes(
     context: typer.Context,
     model: Annotated[
@@ -26,30 +26,11 @@ def shapes(
     images: options.Images = None,
     variant: VariantOption = None,
     images_per_prompt: options.ImagesPerPrompt = 4,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    tail_drop: options.TailDrop = None,
-    uncond_tail_drop: options.UncondTailDrop = None,
-    token_budget: options.TokenBudget = None,
     method: options.Method = None,
-    tree: options.Tree = None,
-    acceptance: options.Acceptance = None,
-    quality: options.Quality = None,
     drafter: options.Drafter = None,
-    policy: searching.PolicyOption = None,
-    verifier: searching.VerifierOption = None,
-    max_nfe: searching.MaxNfeOption = None,
-    target_score: searching.TargetScoreOption = None,
-    sampler: searching.SamplerOption = None,
-    tau: searching.TauOption = None,
-    starts: searching.StartsOption = None,
-    chains: searching.ChainsOption = None,
-    explore: searching.ExploreOption = None,
-    explore_uncond: searching.ExploreUncondOption = None,
-    preview: searching.PreviewOption = None,
     plan: options.PlanFile = None,
     batch_size: options.BatchSize = 32,
-    batch_invariant: options.BatchInvariant = True,
+    batch_invariant: options.BatchInvariant = False,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
@@ -63,11 +44,10 @@ def shapes(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
+    **_: Any,
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes of a model, or of a folder of images."""
-    given = locals()
-    generation = Generation(**{name: given[name] for name in Generation.__slots__})
-    generation.check(images)
+    drawing = Drawing.of(context, images)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise FastgenError(f"--sheet: {sheet} is not allowed, needs a name that ends in .png")
 
@@ -88,7 +68,7 @@ def shapes(
         folder, target = images, out
         where = group.device(device)
         if folder is None:
-            run = generation.open("shapes", shapes_prompts(limit), out, group, {RENDERS: render_prompts})
+            run = drawing.open("shapes", shapes_prompts(limit), out, group, {RENDERS: render_prompts})
             context.with_resource(run.run.locked())
             folder = target = run.run.folder
             detector = load_detector(device=where)  # a missing checker must not cost a generation first

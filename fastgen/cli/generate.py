@@ -8,34 +8,29 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
-from fastgen.cli.methods import (
-    METHODS,
-    VariantOption,
-    best_device,
-    check_method,
-    check_method_name,
-    find_model,
-    read_plan,
-)
+from fastgen.cli.drawing import Drawing, prepare
+from fastgen.cli.methods import VariantOption, check_method_name
+from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
+from fastgen.pipelines.schema import DRAWING, SearchSettings, check_prompt
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
     from fastgen.contracts import Loss
-    from fastgen.pipelines.accelerate import Plan
-    from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage, Progress
 
 app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 
 
 @app.command()
+@with_options(*DRAWING, SearchSettings)
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
@@ -94,33 +89,7 @@ def generate(
         Path | None, typer.Option(help="Text file with one prompt per line; a rerun makes the missing pictures.")
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (diffusion). Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i of each prompt uses seed + i.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw (diffusion).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of token sampling (autoregressive).")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens (autoregressive).")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p (autoregressive).")] = None,
-    tail_drop: Annotated[
-        float | None, typer.Option(help="Share of the natural tokens to drop, 0 to below 1 (dynamic chunking).")
-    ] = None,
-    uncond_tail_drop: Annotated[
-        float | None, typer.Option(help="The same for the unconditional branch, Lite-CFG (dynamic chunking).")
-    ] = None,
-    token_budget: Annotated[
-        int | None, typer.Option(help="Exact number of image tokens, in place of tail drops (dynamic chunking).")
-    ] = None,
-    tree: Annotated[
-        str | None,
-        typer.Option(
-            help="What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; "
-            "heads-12, one that heads correct; plain, nothing; auto measures and remembers "
-            "(speculative). Default: what is fastest here by the model's calibration.",
-            show_default=False,
-        ),
-    ] = None,
     drafter: Annotated[
         str | None,
         typer.Option(
@@ -128,31 +97,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    acceptance: Annotated[
-        str | None,
-        typer.Option(help="Acceptance rule: exact, lantern, lantern++, gsd, cool-sd, cascade … (speculative)."),
-    ] = None,
-    quality: Annotated[
-        float | None,
-        typer.Option(
-            help="Quality of acceptance rule cascade: 0 (exact) to 1 (fastest), as calibrated (speculative)."
-        ),
-    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the rounds; worth it for many pictures (speculative).")
     ] = False,
-    policy: searching.PolicyOption = None,
-    verifier: searching.VerifierOption = None,
-    max_nfe: searching.MaxNfeOption = None,
-    max_seconds: searching.MaxSecondsOption = None,
-    target_score: searching.TargetScoreOption = None,
-    sampler: searching.SamplerOption = None,
-    tau: searching.TauOption = None,
-    starts: searching.StartsOption = None,
-    chains: searching.ChainsOption = None,
-    explore: searching.ExploreOption = None,
-    explore_uncond: searching.ExploreUncondOption = None,
-    preview: searching.PreviewOption = None,
     save_tree: searching.SaveTreeOption = False,
     image: pictures.ImageOption = None,
     mask: pictures.MaskOption = None,
@@ -178,11 +125,12 @@ def generate(
         bool,
         typer.Option(
             "--batch-invariant/--fast-batches",
-            help="Pixels that do not depend on the batch, or faster batches with pixels equal up to rounding.",
+            help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
         ),
-    ] = True,
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make pictures again that are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    **_: Any,
 ) -> None:
     """Make pictures from a prompt or from a file of prompts.
 
@@ -190,131 +138,84 @@ def generate(
     that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
     command goes on from there.
     """
-    from fastgen.checks import check_choice
-    from fastgen.cli.plan import image_paths, model_digest, plan_jobs, read_prompts_file, read_sidecar, unfinished_jobs
+    from fastgen.cli.plan import image_paths, plan_jobs, unfinished_jobs
     from fastgen.io import check_writable, remove_leftovers
     from fastgen.locks import locked_files, locked_folder
-    from fastgen.pipelines.arguments import SEARCH_SETTINGS, SETTINGS, check_prompt, check_value
 
-    # 1. What needs neither torch nor the model.
-    if (prompt is None) == (prompts_file is None):
-        raise FastgenError("needs a prompt or --prompts-file, and not both")
-    if num_images < 1:
-        raise FastgenError(f"--num-images: {num_images} is not allowed, needs an integer >= 1")
-    if not 0 <= seed <= 2**63 - num_images:
-        raise FastgenError(f"--seed: {seed} is not allowed, needs an integer from 0 to 2**63 - 1")
-    if batch_size < 1:
-        raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
-    check_method_name(method)
-    check_choice("--accelerate", accelerate, ("auto", "off", "exact"))
-    if plan is not None and (accelerate != "auto" or method in ("search", "speculative")):
-        other = f"--accelerate {accelerate}" if accelerate != "auto" else f"--method {method}"
-        raise FastgenError(f"--plan: not with {other}")
-    asked = {name: context.params[name] for name in SETTINGS}
-    for name, value in asked.items():
-        if value is not None:
-            check_value(f"--{name.replace('_', '-')}", name, value)
-    sought = {name: context.params[name] for name in SEARCH_SETTINGS}
-    searching.check_options(method, sought, save_tree)
+    given = SimpleNamespace(**context.params)
+    prompts = _check_options(given)
     beginning = pictures.read_beginning(method, image, mask, strength)
-    prompts = [prompt] if prompt is not None else read_prompts_file(prompts_file or Path())
-    for text in prompts:
-        check_prompt(text)
-    if num_images * len(prompts) > 10**6:
-        raise FastgenError(f"--num-images: {num_images} of {len(prompts)} prompts is not allowed, needs at most 10**6")
     target, is_folder = _output(output, prompts_file is not None)
-
-    # 2. What needs the model's configuration, but not its weights.
-    from fastgen.pipelines.checkpoint import check_names, find_drafter
-    from fastgen.pipelines.load_options import LoadOptions
-
-    check_names("cpu" if device == "auto" else device, dtype)
-    model = model if model is not None else METHODS[method or "base"]
-    options = LoadOptions.of(scheduler, lora, offload, vae_tiling)
-    checkpoint = find_model(model, variant, revision)
-    is_chunked = checkpoint.has_dynamic_chunking
-    check_method(method, checkpoint)
-    if save_map and method == "search":
-        raise FastgenError("--save-map: not with --method search")
-    if save_map and not is_chunked:
-        raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
-    if checkpoint.fixed_size is None:
-        checkpoint.check_size(height, width)
-    if method != "speculative" and (drafter is not None or compile):
-        raise FastgenError(f"--{'compile' if drafter is None else 'drafter'}: needs --method speculative")
-    drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
-        from fastgen.pipelines.loading import resolve_device
-        from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
-
-        begins = None if beginning is None else "mask_image" if beginning.masked else "image"
-        kind = pipeline_class(checkpoint, method, begins)
-        call = resolve_settings(kind, checkpoint, asked)
-        check_classes(checkpoint, prompts)
-        search = None
-        if method == "search":
-            search = searching.plan_search(checkpoint, kind, call, sought, save_tree, beginning)
-        if method == "speculative":
-            from fastgen.pipelines.speculative_files import check_speculative_files
-
-            check_speculative_files(checkpoint, drafts, call.get("tree"), quality)
-        where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
-        options.check(kind, checkpoint.index, where)
-        faster = _faster(plan, accelerate, kind, where, method)
+        drawing = prepare(given, prompts, beginning)
         check_writable(target if is_folder else target.parent)
-        weight_type = str(weights).removeprefix("torch.")
-        settings: dict[str, Any] = {
-            "model": model,
-            "weights": model_digest(checkpoint, drafts),
-            **({} if variant is None else {"variant": variant}),
-            **options.recorded,
-            "method": method or ("dc" if is_chunked else "base"),
-            **{name: call.get(name) for name in asked},
-            **({"drafter": drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
-            **({"compile": True} if compile else {}),
-            **_recorded(faster),
-            **({} if search is None else search.settings),
-            "device": where.type,
-            "dtype": weight_type,
-            "batch_invariant": batch_invariant,
-        }
-        jobs = plan_jobs(prompts, seed, settings, image_paths(target, len(prompts), num_images, folder=is_folder))
+        paths = image_paths(target, len(prompts), num_images, folder=is_folder)
+        jobs = plan_jobs(prompts, seed, drawing.settings, paths, 1 if batch_invariant else batch_size)
         context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
         remove_leftovers(jobs[0].image.parent, {name for job in jobs for name in job.files})
         todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        loading: dict[str, Any] = {
-            "device": str(where),
-            "dtype": weight_type,
-            "method": method,
-            "drafter": drafter,
-            "options": options,
-            "begins": begins,
-        }
-        stats = _make(todo, checkpoint, loading, compile, call, batch_size, batch_invariant, save_map, search, faster)
+        stats = _make(jobs, todo, drawing) if todo else {}
         for name, reason in stats.get("paths", {}).get("tree", {}).items():
             typer.echo(f"tree {name}" + (f": {reason}" if reason else ""), err=True)
+    _report(jobs, todo, drawing, stats, given)
+
+
+def _check_options(given: Any) -> list[str]:
+    """Check what needs neither torch nor the model; the prompts."""
+    from fastgen.checks import check_choice, check_integer
+    from fastgen.cli.plan import read_prompts_file
+
+    if (given.prompt is None) == (given.prompts_file is None):
+        raise FastgenError("needs a prompt or --prompts-file, and not both")
+    check_integer("--num-images", given.num_images, 1)
+    check_integer("--seed", given.seed, 0, 2**63 - given.num_images)
+    check_integer("--batch-size", given.batch_size, 1)
+    check_method_name(given.method)
+    check_choice("--accelerate", given.accelerate, ("auto", "off", "exact"))
+    if given.plan is not None and (given.accelerate != "auto" or given.method in ("search", "speculative")):
+        other = f"--accelerate {given.accelerate}" if given.accelerate != "auto" else f"--method {given.method}"
+        raise FastgenError(f"--plan: not with {other}")
+    for method in DRAWING:
+        method.of(vars(given), option_name)
+    searching.check_options(given.method, SearchSettings.of(vars(given), option_name), given.save_tree)
+    prompts = [given.prompt] if given.prompt is not None else read_prompts_file(given.prompts_file)
+    for text in prompts:
+        check_prompt(text)
+    if given.num_images * len(prompts) > 10**6:
+        raise FastgenError(
+            f"--num-images: {given.num_images} of {len(prompts)} prompts is not allowed, needs at most 10**6"
+        )
+    return prompts
+
+
+def _report(jobs: list[Job], todo: list[Job], drawing: Drawing, stats: dict[str, Any], given: Any) -> None:
+    """Print what there is now, and what of it was there before."""
+    from fastgen.cli.plan import other_batches, read_sidecar
 
     made = {job.image for job in todo}
     kept = [job for job in jobs if job.image not in made]
-    if save_tree:
+    if given.save_tree:
         searching.write_missing_trees(kept)
     if kept:
         typer.echo(f"kept {len(kept)} finished pictures (--overwrite makes them again)", err=True)
-    if as_json:
-        result = {
-            "files": [str(job.image) for job in jobs],
-            "sidecars": [str(job.sidecar) for job in jobs],
-            "seed": seed,
-            "seeds": [job.seed for job in jobs],
-            "kept": len(kept),
-            "settings": settings,
-            **({} if search is None else {"scores": [read_sidecar(job)["search"]["score"] for job in jobs]}),
-            "stats": {"images": len(todo), **stats},
-        }
-        typer.echo(json.dumps(result))
-    else:
+    if others := other_batches(kept):
+        typer.echo(f"note: {others} of them were drawn in other batches; their pixels equal up to rounding", err=True)
+    if not given.as_json:
         for job in jobs:
             typer.echo(str(job.image))
+        return
+    search = drawing.search
+    result = {
+        "files": [str(job.image) for job in jobs],
+        "sidecars": [str(job.sidecar) for job in jobs],
+        "seed": given.seed,
+        "seeds": [job.seed for job in jobs],
+        "kept": len(kept),
+        "settings": drawing.settings,
+        **({} if search is None else {"scores": [read_sidecar(job)["search"]["score"] for job in jobs]}),
+        "stats": {"images": len(todo), **stats},
+    }
+    typer.echo(json.dumps(result))
 
 
 def _output(output: Path | None, many: bool) -> tuple[Path, bool]:
@@ -329,45 +230,11 @@ def _output(output: Path | None, many: bool) -> tuple[Path, bool]:
     return path, False
 
 
-def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method: str | None) -> Plan | str | None:
-    """The plan to follow, "exact" for what is exact and pays, or None.
-
-    Raises:
-        FastgenError: a plan of another pipeline, or a broken one.
-    """
-    if path is not None:
-        return read_plan(path, kind, method)
-    if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
-        return None
-    return "exact"
-
-
-def _recorded(faster: Plan | str | None) -> dict[str, Any]:
-    """What of it the pixels depend on."""
-    if faster is None:
-        return {}
-    if isinstance(faster, str):
-        return {"accelerate": faster}
-    return {"plan": [[part.name, part.settings] for part in faster.parts]}
-
-
-def _make(
-    jobs: list[Job],
-    checkpoint: Checkpoint,
-    loading: dict[str, Any],
-    compile: bool,
-    call: dict[str, Any],
-    batch_size: int,
-    batch_invariant: bool,
-    save_map: bool,
-    search: searching.Search | None,
-    faster: Plan | str | None,
-) -> dict[str, Any]:
-    """Make and write the pictures; what the run did."""
-    if not jobs:
-        return {}
+def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
+    """Make the pictures and write those that are missing; what the run did."""
     from fastgen.accounting import account, phase
     from fastgen.cli.notes import quiet_libraries, warnings_shown
+    from fastgen.cli.plan import whole_batches
     from fastgen.environment import versions
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.accelerate import accelerate as turn_on
@@ -375,37 +242,34 @@ def _make(
     from fastgen.pipelines.loading import load_checkpoint
 
     quiet_libraries()
-    made_with = versions()
+    made_with, search, faster, save_map = versions(), drawing.search, drawing.faster, drawing.save_map
+    missing, drawn = {job.image for job in todo}, whole_batches(jobs, todo)
     with account() as stats:
-        verifier = None if search is None else search.load_verifier(loading["device"])
-        pipe: Any = load_checkpoint(checkpoint, **loading)
-        if compile:
+        verifier = None if search is None else search.load_verifier(drawing.loading["device"])
+        pipe: Any = load_checkpoint(drawing.checkpoint, **drawing.loading)
+        if drawing.compile:
             pipe.compile()
         if faster is not None:
             faster = turn_on(pipe, plan=None if isinstance(faster, str) else faster)
-        prompts = [job.prompt for job in jobs]
-        with warnings_shown(), _progress_bar(len(jobs)) as report:
+        prompts, seeds = [job.prompt for job in drawn], [job.seed for job in drawn]
+        with warnings_shown(), _progress_bar(len(drawn)) as report:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
                 shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
                 typer.echo(f"note: the model has no token for: {shown}", err=True)
-            common: dict[str, Any] = {
-                **call,
-                "batch_size": batch_size,
-                "batch_invariant": batch_invariant,
-                "flops": not compile,  # the counter does not see into compiled graphs
-                "callback": report,
-            }
-            seeds = [job.seed for job in jobs]
+            # The counter of FLOPs does not see into compiled graphs.
+            common: dict[str, Any] = {**drawing.call, "flops": not drawing.compile, "callback": report}
             if search is None:
-                pictures = generate_images(pipe, prompts, seeds, **common, record_steps=save_map)
+                found = generate_images(pipe, prompts, seeds, **common, record_steps=save_map)
             else:
-                pictures = searching.searched_pictures(pipe, verifier, search, prompts, seeds, **common)
-            for job, picture in zip(jobs, pictures, strict=True):
+                found = searching.searched_pictures(pipe, verifier, search, prompts, seeds, **common)
+            for job, picture in zip(drawn, found, strict=True):
+                if job.image not in missing:
+                    continue
                 with phase("save"):
                     extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
                     if search is not None and search.save_tree:
                         extra.append(searching.tree_file(job.image, picture.search or {}, picture.image))
-                    _save(job, picture, made_with, extra, "exact" if not isinstance(faster, Plan) else faster.loss)
+                    _save(job, picture, made_with, extra, faster.loss if isinstance(faster, Plan) else "exact")
                 if search is not None:
                     typer.echo(searching.summary(job.image, picture), err=True)
     return stats.as_dict()
@@ -435,6 +299,7 @@ def _save(
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
+        "batch": job.batch,
         "loss": weakest((picture.loss, parts)),
         "versions": versions,
         "stats": picture.stats,

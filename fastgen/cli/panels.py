@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
+from fastgen.pipelines.schema import (
+    ChunkingSettings,
+    DrawSettings,
+    SamplingSettings,
+    SearchSettings,
+    SpeculativeSettings,
+)
+
 # What stands in brackets at the end of a sentence of an option's help, and the panel that it goes to without that.
 PANELS = {
-    "diffusion": "Diffusion models",
-    "autoregressive": "Autoregressive models",
-    "dynamic chunking": "Dynamic chunking",
-    "speculative": "Speculative decoding (--method speculative)",
-    "search": "Noise search (--method search)",
+    "diffusion": DrawSettings.panel,
+    "autoregressive": SamplingSettings.panel,
+    "dynamic chunking": ChunkingSettings.panel,
+    "speculative": SpeculativeSettings.panel,
+    "search": SearchSettings.panel,
 }
 _BRACKETS = re.compile(rf"\s*\(({'|'.join(PANELS)})\)(\.|$)")
 

@@ -14,8 +14,9 @@ The picture of a search that was interrupted is not finished: it is made again.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,13 @@ __all__ = [
     "image_paths",
     "is_finished",
     "model_digest",
+    "other_batches",
     "plan_jobs",
     "read_prompts_file",
     "read_sidecar",
     "unfinished_jobs",
     "weights_digest",
+    "whole_batches",
 ]
 
 # Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
@@ -43,12 +46,18 @@ _SAMPLE = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture to be made. `settings` is all that its pixels depend on, as it stands in the sidecar."""
+    """One picture to be made.
+
+    Attributes:
+        settings: all that its pixels depend on, but for rounding, as it stands in the sidecar.
+        batch: tells which pictures it is drawn together with, and which of them it is; rounding depends on that.
+    """
 
     prompt: str
     seed: int
     image: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    batch: str = ""
 
     @property
     def sidecar(self) -> Path:
@@ -104,13 +113,37 @@ def image_paths(output: Path, prompts: int, num_images: int, *, folder: bool) ->
     return [[output / f"{p:0{digits}d}-{i}.png" for i in range(num_images)] for p in range(prompts)]
 
 
-def plan_jobs(prompts: list[str], seed: int, settings: dict[str, Any], paths: list[list[Path]]) -> list[Job]:
-    """Jobs in order: all pictures of the first prompt, then of the second. Picture i of a prompt uses seed + i."""
-    return [
+def plan_jobs(
+    prompts: list[str], seed: int, settings: dict[str, Any], paths: list[list[Path]], batch_size: int = 1
+) -> list[Job]:
+    """Jobs in order: all pictures of the first prompt, then of the second. Picture i of a prompt uses seed + i.
+
+    Args:
+        batch_size: how many are drawn together; a rerun that has a part of them to make draws all of them again.
+    """
+    jobs = [
         Job(prompt, seed + i, path, {"prompt": prompt, "seed": seed + i, **settings})
         for prompt, row in zip(prompts, paths, strict=True)
         for i, path in enumerate(row)
     ]
+    for start in range(0, len(jobs) if batch_size > 1 else 0, batch_size):
+        batch = jobs[start : start + batch_size]
+        key = json.dumps([(job.prompt, job.seed) for job in batch]).encode()
+        name = hashlib.sha256(key).hexdigest()[:12] if len(batch) > 1 else ""
+        jobs[start : start + batch_size] = [replace(job, batch=name and f"{name}-{i}") for i, job in enumerate(batch)]
+    return jobs
+
+
+def whole_batches(jobs: list[Job], todo: list[Job]) -> list[Job]:
+    """`todo`, and what was planned to be drawn together with them: the same batches whatever is there already."""
+    batches = {job.batch.partition("-")[0] for job in todo} - {""}
+    images = {job.image for job in todo}
+    return [job for job in jobs if job.image in images or job.batch.partition("-")[0] in batches]
+
+
+def other_batches(kept: list[Job]) -> int:
+    """How many of the kept pictures were drawn in other batches than this run has."""
+    return sum(read_sidecar(job).get("batch", "") != job.batch for job in kept)
 
 
 def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[Job]:

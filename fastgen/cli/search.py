@@ -9,13 +9,15 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli.options import option_name
 from fastgen.errors import FastgenError
+from fastgen.pipelines.schema import SearchSettings
 
 if TYPE_CHECKING:
     from fastgen.cli.pictures import Beginning
@@ -26,64 +28,6 @@ if TYPE_CHECKING:
     from fastgen.pipelines.search.budget import Budget
     from fastgen.pipelines.search.policy import Policy
 
-PolicyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="threshold, rbf, svdd, code, smc, best-of-n, random, zero-order or search-over-paths. Default: threshold "
-        "(search).",
-        show_default=False,
-    ),
-]
-VerifierOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Scoring model: shapes-verifier, pick-score, clip-score, vqa-score …, NAME:WEIGHTS, or a folder. "
-        "Default: shapes-verifier, for the models that come with fastgen (search).",
-        show_default=False,
-    ),
-]
-MaxNfeOption = Annotated[
-    int | None, typer.Option(help="Most forward passes per picture; guidance needs two per evaluation (search).")
-]
-MaxSecondsOption = Annotated[float | None, typer.Option(help="Most seconds per picture (search).")]
-TargetScoreOption = Annotated[float | None, typer.Option(help="Stop at this score (search).")]
-SamplerOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Sampler of noisy steps: ancestral, euler-maruyama or rollover. Default: ancestral (search).",
-        show_default=False,
-    ),
-]
-TauOption = Annotated[
-    float | None,
-    typer.Option(help="Score that a candidate must exceed, for policy threshold (search).", show_default=False),
-]
-StartsOption = Annotated[int | None, typer.Option(help="Starting noises per trajectory (search).")]
-ChainsOption = Annotated[int | None, typer.Option(help="Trajectories per picture; the best is kept (search).")]
-ExploreOption = Annotated[
-    float | None,
-    typer.Option(
-        "--explore",
-        help="Evaluate candidates at this tail drop, and the chosen ones in full; needs dynamic chunking (search).",
-        show_default=False,
-    ),
-]
-ExploreUncondOption = Annotated[
-    float | None,
-    typer.Option(
-        "--explore-uncond",
-        help="The same for the unconditional branch. Default: as --explore (search).",
-        show_default=False,
-    ),
-]
-PreviewOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Previews that the verifier scores during the search: full, or pooled at a quarter of the decoder's "
-        "cost. Default: full (search).",
-        show_default=False,
-    ),
-]
 SaveTreeOption = Annotated[
     bool, typer.Option("--save-tree", help="Also write NAME.tree.png: all candidates and their scores (search).")
 ]
@@ -129,20 +73,15 @@ class Search:
 # ---- options ----
 
 
-def check_options(method: str | None, asked: dict[str, Any], save_tree: bool) -> None:
+def check_options(method: str | None, asked: SearchSettings, save_tree: bool) -> None:
     """Check what needs neither torch nor the model.
 
     Raises:
-        FastgenError: a value out of range, an option without its method, or no library for the trees.
+        FastgenError: an option without its method, or no library for the trees.
     """
-    from fastgen.pipelines.arguments import check_value
-
-    given = [name for name, value in asked.items() if value is not None] + ["save_tree"] * save_tree
+    given = [*asked.given(), *["save_tree"] * save_tree]
     if given and method != "search":
-        raise FastgenError(f"{_option(given[0])}: needs --method search")
-    for name, value in asked.items():
-        if value is not None:
-            check_value(_option(name), name, value)
+        raise FastgenError(f"{option_name(given[0])}: needs --method search")
     if save_tree and importlib.util.find_spec("matplotlib") is None:
         raise FastgenError("--save-tree: needs matplotlib: pip install matplotlib")
 
@@ -151,7 +90,7 @@ def plan_search(
     checkpoint: Checkpoint,
     pipeline: type,
     call: dict[str, Any],
-    asked: dict[str, Any],
+    asked: SearchSettings,
     save_tree: bool,
     beginning: Beginning | None = None,
 ) -> Search:
@@ -161,7 +100,7 @@ def plan_search(
         checkpoint: of the model.
         pipeline: its class.
         call: resolved settings of the pictures.
-        asked: of `SEARCH_SETTINGS`, None where the user gave none.
+        asked: settings of the search, None where the user gave none.
         save_tree: whether trees are written too.
         beginning: the picture that it begins with.
 
@@ -175,8 +114,8 @@ def plan_search(
 
     adapter = denoiser_of(pipeline)
     policy = _policy(asked)
-    sampler = _sampler(policy, asked["sampler"])
-    budget = Budget(asked["max_nfe"], asked["max_seconds"], asked["target_score"])
+    sampler = _sampler(policy, asked.sampler)
+    budget = Budget(asked.max_nfe, asked.max_seconds, asked.target_score)
     arguments = defaults_of(pipeline) | pipeline_arguments(call)
     steps, scale = arguments.get("num_inference_steps"), arguments.get("guidance_scale")
     if beginning is not None:
@@ -191,31 +130,37 @@ def plan_search(
     values: dict[str, Any] = {
         name: getattr(policy, name) for name in ("starts", "chains") if name in _settings_of(policy)
     }
-    settings = {**asked, "policy": policy.name, "verifier": verifier, "verifier_files": files, "sampler": sampler}
+    settings = {
+        **asdict(asked),
+        "policy": policy.name,
+        "verifier": verifier,
+        "verifier_files": files,
+        "sampler": sampler,
+    }
     settings |= values | ({} if beginning is None else beginning.settings)
     begin = {} if beginning is None else beginning.arguments
     return Search(policy, budget, sampler, verifier, cheap, save_tree, settings, begin)
 
 
-def _cheap(checkpoint: Checkpoint, asked: dict[str, Any]) -> dict[str, Any]:
+def _cheap(checkpoint: Checkpoint, asked: SearchSettings) -> dict[str, Any]:
     """`explore` and `preview` of the pipeline, where they are asked for."""
-    cheap: dict[str, Any] = {} if asked["preview"] is None else {"preview": asked["preview"]}
-    given = {"tail_drop": asked["explore"], "uncond_tail_drop": asked["explore_uncond"]}
+    cheap: dict[str, Any] = {} if asked.preview is None else {"preview": asked.preview}
+    given = {"tail_drop": asked.explore, "uncond_tail_drop": asked.explore_uncond}
     explore = {name: value for name, value in given.items() if value is not None}
     if explore and not checkpoint.has_dynamic_chunking:
         raise FastgenError(f"--explore: model {checkpoint.model!r} has no dynamic chunking")
     return cheap | ({"explore": explore} if explore else {})
 
 
-def _policy(asked: dict[str, Any]) -> Policy:
+def _policy(asked: SearchSettings) -> Policy:
     from fastgen.pipelines.search.names import POLICIES, named_policy
 
-    name = asked["policy"] or "threshold"
-    given = {setting: asked[setting] for setting in ("tau", "starts", "chains") if asked[setting] is not None}
+    name = asked.policy or "threshold"
+    given = {name: value for name, value in asked.given().items() if name in ("tau", "starts", "chains")}
     for setting in given if name in POLICIES else ():
         if setting not in _settings_of(POLICIES[name]):
             having = [other for other, kind in POLICIES.items() if setting in _settings_of(kind)]
-            raise FastgenError(f"{_option(setting)}: policy {name} has none, but {', '.join(having)}")
+            raise FastgenError(f"{option_name(setting)}: policy {name} has none, but {', '.join(having)}")
     return named_policy(name, **given)
 
 
@@ -224,40 +169,30 @@ def _settings_of(policy: Any) -> list[str]:
 
 
 def _sampler(policy: Policy, asked: str | None) -> str | None:
-    from typing import get_args
-
-    from fastgen.pipelines.noise_search import SamplerName
-
-    if asked is not None and asked not in get_args(SamplerName):
-        raise FastgenError(f"--sampler: {asked!r} is not allowed, needs one of {', '.join(get_args(SamplerName))}")
     if asked is not None and not policy.stochastic:
         raise FastgenError(f"--sampler: policy {policy.name} adds no noise between the steps")
     return (asked or "ancestral") if policy.stochastic else None
 
 
-def _verifier(checkpoint: Checkpoint, asked: dict[str, Any]) -> tuple[str, str | None]:
+def _verifier(checkpoint: Checkpoint, asked: SearchSettings) -> tuple[str, str | None]:
     """Its name, and a digest of its weights and thresholds where they are in a folder."""
     from fastgen.cli.plan import weights_digest
     from fastgen.evaluation.verifiers.names import verifier_class
     from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
     from fastgen.pipelines.search.thresholds import check_in_range
 
-    name = asked["verifier"]
+    name = asked.verifier
     if name is None and checkpoint.model not in EMBEDDED_MODELS:
         raise FastgenError(f"--verifier: needs one for model {checkpoint.model!r}; there is no default that fits it")
     name = name or DEFAULT_VERIFIER
     kind, weights = verifier_class(name)
     for option in ("tau", "target_score"):
-        if asked[option] is not None:
-            check_in_range(_option(option), asked[option], kind)
+        if getattr(asked, option) is not None:
+            check_in_range(option_name(option), getattr(asked, option), kind)
     if weights is None and name == DEFAULT_VERIFIER:
         weights = str(embedded_folder(name))
     local = weights is not None and Path(weights).is_dir()
     return name, weights_digest([Path(weights or "")], "thresholds/*.json") if local else None
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # ---- pictures ----

@@ -64,8 +64,8 @@ def tune(
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
-    from fastgen.pipelines.arguments import check_prompt, check_value
     from fastgen.pipelines.checkpoint import check_names
+    from fastgen.pipelines.schema import SCHEMA, check_prompt
 
     check_choice("--loss", loss, ("exact", "lossy"))
     check_number("--minutes", minutes, above=0)
@@ -74,7 +74,7 @@ def tune(
     if output.suffix != ".json":
         raise FastgenError(f"--output: {output} is not allowed, plans are written as .json")
     if steps is not None:
-        check_value("--steps", "steps", steps)
+        SCHEMA["steps"].check("--steps", steps)
     texts = [check_prompt(text) for text in read_prompts_file(prompts_file)]
     texts = [texts[i % len(texts)] for i in range(prompts)]
     check_names("cpu" if device == "auto" else device, dtype)

@@ -26,6 +26,7 @@ from fastgen.pipelines.accelerate.text_encoder import memory_is_short
 __all__ = ["accelerate", "accelerated", "restore"]
 
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
+_on: weakref.WeakKeyDictionary[Any, list[Part]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
 _WITHOUT_PLAN = ("kernels", "channels_last", "attention")
 
@@ -80,7 +81,13 @@ def accelerate(
             undo()
         raise
     _undos[pipe] = undos
+    _on[pipe] = [row.part for row in rows if row.on]
     return Plan(wanted.pipeline, tuple(rows), wanted.measured)
+
+
+def switched_on(pipe: DiffusionPipeline) -> list[Part]:
+    """The parts that `accelerate` turned on."""
+    return list(_on.get(pipe, ())) if pipe in _undos else []
 
 
 def restore(pipe: DiffusionPipeline) -> None:

@@ -33,7 +33,7 @@ def search_images(
     budget: Budget,
     sampler: str | Sampler | None = None,
     batch_size: int = 8,
-    batch_invariant: bool = True,
+    batch_invariant: bool = False,
     flops: bool = False,
     callback: Callable[[Progress], None] | None = None,
     **settings: Any,

@@ -220,7 +220,7 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     """A verifier that fails in the third picture leaves two; the same command ends as if nothing had been."""
     from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 
-    assert run([*SEARCH, *SIX, "--out", "whole"]) == 0
+    assert run([*SEARCH, *SIX, "--batch-invariant", "--out", "whole"]) == 0
     score, calls = ShapesVerifier._score_batch, []
 
     def failing(self, images, sides):
@@ -231,10 +231,10 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(ShapesVerifier, "_score_batch", failing)
-        assert run([*SEARCH, *SIX, "--out", "part"]) != 0
+        assert run([*SEARCH, *SIX, "--batch-invariant", "--out", "part"]) != 0
     assert "out of memory" in capsys.readouterr().err and set(calls) == {1}
     assert len(list((tmp_path / "part").glob("*/samples/*.png"))) == 2
-    assert run([*SEARCH, *SIX, "--out", "part"]) == 0
+    assert run([*SEARCH, *SIX, "--batch-invariant", "--out", "part"]) == 0
     for path in (tmp_path / "whole").glob("*/samples/*.png"):
         assert path.read_bytes() == (tmp_path / "part" / path.relative_to(tmp_path / "whole")).read_bytes()
 

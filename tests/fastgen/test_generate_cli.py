@@ -70,7 +70,9 @@ def test_paths_are_printed_and_several_pictures_are_numbered(
     micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.png"
-    code, stdout, _ = call(capsys, "a ring", "-o", out, "--model", micro_z, "--num-images", 3, "--seed", 4)
+    code, stdout, _ = call(
+        capsys, "a ring", "-o", out, "--model", micro_z, "--num-images", 3, "--seed", 4, "--batch-invariant"
+    )
     names = [tmp_path / f"out-{i}.png" for i in range(3)]
     assert code == 0 and stdout.split() == [str(name) for name in names]
     call(capsys, "a ring", "-o", tmp_path / "one.png", "--model", micro_z, "--seed", 5)
@@ -78,7 +80,7 @@ def test_paths_are_printed_and_several_pictures_are_numbered(
 
 
 @pytest.mark.parametrize("kind", ["z", "janus"])
-def test_batch_size_changes_no_file(
+def test_batch_size_changes_no_batch_invariant_file(
     kind: str,
     request: pytest.FixtureRequest,
     prompts_file: Path,
@@ -101,10 +103,40 @@ def test_batch_size_changes_no_file(
             size,
             "--num-images",
             2,
+            "--batch-invariant",
         )
         assert code == 0, stderr
         seen.append(pictures(folder))
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 8 and len(set(seen[0].values())) == 8
+
+
+@pytest.mark.parametrize("kind", ["z", "janus"])
+@pytest.mark.parametrize("lost", [[0], [4], [1, 7], [2, 3, 4]])
+def test_a_rerun_draws_the_batches_of_an_uninterrupted_run(
+    kind: str,
+    lost: list[int],
+    request: pytest.FixtureRequest,
+    prompts_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--prompts-file", prompts_file, "--model", request.getfixturevalue(f"micro_{kind}"), "-o", tmp_path]
+    options += ["--num-images", 2, "--batch-size", 3]
+    assert call(capsys, *options)[0] == 0
+    whole = pictures(tmp_path)
+    for number in lost:
+        (tmp_path / sorted(whole)[number]).unlink()
+    code, _, stderr = call(capsys, *options)
+    assert code == 0 and f"kept {8 - len(lost)} " in stderr and "other batches" not in stderr
+    assert pictures(tmp_path) == whole
+
+
+def test_pictures_kept_from_other_batches_are_named(
+    micro_z: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--prompts-file", prompts_file, "--model", micro_z, "-o", tmp_path, "--num-images", 2]
+    assert call(capsys, *options, "--batch-size", 4)[0] == 0
+    assert "note: 8 of them were drawn in other batches" in call(capsys, *options, "--batch-size", 6)[2]
 
 
 def test_a_rerun_makes_only_what_is_missing(

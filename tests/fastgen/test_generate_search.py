@@ -141,9 +141,10 @@ def test_other_pictures_and_the_batch_size_change_no_file(
     batches = failing(0)
     # Eight pictures for each prompt, four of which are drawn side by side where the batch may.
     options = [*search, "--prompts-file", prompts_file, "--policy", "best-of-n", "--steps", 2, "--max-nfe", 32]
+    one_by_one = "--batch-invariant"
     seen = []
     for size in (1, 8):
-        code, _, stderr = call(capsys, *options, "-o", tmp_path / str(size), "--batch-size", size)
+        code, _, stderr = call(capsys, *options, "-o", tmp_path / str(size), one_by_one, "--batch-size", size)
         assert code == 0, stderr
         seen.append({path.name: path.read_bytes() for path in sorted((tmp_path / str(size)).glob("*.png"))})
     assert seen[0] == seen[1] and len(seen[0]) == 3
@@ -239,7 +240,8 @@ def test_a_termination_ends_a_search_as_ctrl_c_does(
     before = signal.getsignal(signal.SIGTERM)
     failing(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     out = tmp_path / "out.png"
-    code, stdout, stderr = call(capsys, "a ring", *search, "--tau", 0, "--chains", 2, "--max-nfe", 40, "-o", out)
+    options = [*search, "--tau", 0, "--chains", 2, "--max-nfe", 40, "--batch-invariant"]
+    code, stdout, stderr = call(capsys, "a ring", *options, "-o", out)
     assert code == 130 and stdout == "" and stderr.endswith("error: interrupted\n")
     assert sidecar(out)["interrupted"] and signal.getsignal(signal.SIGTERM) is before
 
@@ -265,7 +267,7 @@ def test_a_verifier_that_crashes_leaves_the_best_until_then(
         raise RuntimeError("the verifier fell over")
 
     failing(9, crash)
-    options = ["a ring", *search, "--num-images", 2, "--policy", "best-of-n", "--max-nfe", 48]
+    options = ["a ring", *search, "--num-images", 2, "--policy", "best-of-n", "--max-nfe", 48, "--batch-invariant"]
     drawn = importlib.util.find_spec("matplotlib") is not None
     code, stdout, stderr = call(capsys, *options, "-o", tmp_path / "o.png", *["--save-tree"] * drawn)
     assert code == 2 and stdout == "" and "Traceback" not in stderr

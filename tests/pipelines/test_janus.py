@@ -92,7 +92,13 @@ def test_batch_composition_does_not_change_an_image(pipe: JanusImagePipeline, op
     for size in (2, 3, 5, 8):
         for start in range(0, len(PROMPTS), size):
             batch = range(start, min(start + size, len(PROMPTS)))
-            output = pipe([PROMPTS[i] for i in batch], generator=seeded(*batch), guidance_scale=3.0, **options)
+            output = pipe(
+                [PROMPTS[i] for i in batch],
+                generator=seeded(*batch),
+                guidance_scale=3.0,
+                batch_invariant=True,
+                **options,
+            )
             for row, i in enumerate(batch):
                 assert torch.equal(output.tokens[row], alone[i].tokens[0])
                 assert np.array_equal(np.asarray(output.images[row]), np.asarray(alone[i].images[0]))
@@ -168,6 +174,7 @@ def test_output_types_order_and_callback(pipe: JanusImagePipeline) -> None:
         PROMPTS[:2],
         num_images_per_prompt=2,
         generator=seeded(0, 1, 2, 3),
+        batch_invariant=True,
         output_type="pt",
         callback_on_step_end=lambda p, i, t, kwargs: steps.append(i),
     )
@@ -188,6 +195,7 @@ def test_half_precision_runs_image_by_image(micro_janus: Path) -> None:
     output = pipe(
         PROMPTS[:3],
         generator=seeded(0, 1, 2),
+        batch_invariant=True,
         output_type="tokens",
         callback_on_step_end=lambda p, i, t, kwargs: steps.append(i),
     )

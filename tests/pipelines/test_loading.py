@@ -108,7 +108,11 @@ def test_settings_reach_the_pipeline(z_pipe: DiffusionPipeline) -> None:
 
 def test_stats_and_progress(pipe: DiffusionPipeline) -> None:
     seen: list[Progress] = []
-    pictures = list(generate_images(pipe, PROMPTS[:3], [1, 2, 3], batch_size=2, callback=seen.append, flops=True))
+    pictures = list(
+        generate_images(
+            pipe, PROMPTS[:3], [1, 2, 3], batch_size=2, callback=seen.append, flops=True, batch_invariant=True
+        )
+    )
     assert [(p.prompt, p.seed) for p in pictures] == list(zip(PROMPTS[:3], [1, 2, 3], strict=True))
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0

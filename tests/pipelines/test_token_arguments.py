@@ -19,8 +19,8 @@ from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.names import MOST_NODES, is_tree_name
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
-from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.pipelines.schema import SCHEMA
 from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 
@@ -153,15 +153,15 @@ def test_numbers_of_numpy_are_pythons() -> None:
 
 
 def test_sizes_of_trees_are_bounded_before_one_is_built() -> None:
-    check_value("--tree", "tree", f"jacobi-{MOST_NODES}")
+    SCHEMA["tree"].check("--tree", f"jacobi-{MOST_NODES}")
     assert named_tree("lantern-57").n == 58 and is_tree_name("auto") and not is_tree_name("chain-9999999")
     for name in (f"jacobi-{MOST_NODES + 1}", f"chain-{MOST_NODES + 1}", f"{MOST_NODES}-1", "x"):
         with pytest.raises(ValueError, match="^--tree: "):
-            check_value("--tree", "tree", name)
+            SCHEMA["tree"].check("--tree", name)
     for shape in ((0, 1, 1), (1, 1.5, 1), (1, 1, "2"), (True, 1, 1), (3, 1, 2), (1, 9, 40)):
         with pytest.raises(ValueError, match="^tree"):
             DynamicShape(*shape)  # type: ignore[arg-type]
     for value in (1e-40, -1, "1"):
         with pytest.raises(ValueError, match="^--temperature: "):
-            check_value("--temperature", "temperature", value)
+            SCHEMA["temperature"].check("--temperature", value)
     assert check_number("x", 1e-6) == TokenLaw(temperature=1e-6).temperature

@@ -11,8 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastgen.checks import check_integer
-from fastgen.pipelines.arguments import check_value
 from fastgen.pipelines.dc_dit import DCDiTPipeline
+from fastgen.pipelines.schema import SCHEMA
 from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
 from fastgen.pipelines.search.denoisers.schedules import noise_levels, noise_prediction
@@ -117,10 +117,10 @@ class DiTDenoiser(ElasticDenoiser):
 
 
 def _checked(name: str, value: Any, kind: str | None = None) -> Any:
-    """The value, or the pipeline's default where it is None; `kind`: by which name `check_value` knows it."""
+    """The value, or the pipeline's default where it is None; `kind`: its name in `SCHEMA`."""
     if value is None:
         return _DEFAULTS[name]
-    check_value(name, kind or name, value)
+    SCHEMA[kind or name].check(name, value)
     return value
 
 

@@ -1,0 +1,133 @@
+"""How `fastgen generate` draws: checks of what needs the model's configuration, but not its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.cli import search as searching
+from fastgen.cli.methods import METHODS, best_device, check_method, find_model, read_plan
+from fastgen.errors import FastgenError
+from fastgen.pipelines.schema import SETTINGS, SearchSettings
+
+if TYPE_CHECKING:
+    from fastgen.cli.pictures import Beginning
+    from fastgen.pipelines.accelerate import Plan
+    from fastgen.pipelines.checkpoint import Checkpoint
+
+__all__ = ["Drawing", "prepare"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn, checked.
+
+    Attributes:
+        checkpoint: of the model.
+        loading: arguments of `load_checkpoint`.
+        call: settings of `generate_images`.
+        settings: what the pixels depend on, for sidecars.
+        compile, save_map: as on the command line.
+        search: for the noise, if there is one.
+        faster: a plan, "exact", or None.
+    """
+
+    checkpoint: Checkpoint
+    loading: dict[str, Any]
+    call: dict[str, Any]
+    settings: dict[str, Any]
+    compile: bool
+    save_map: bool
+    search: searching.Search | None
+    faster: Plan | str | None
+
+
+def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Drawing:
+    """Check what needs the model's configuration, but not its weights."""
+    from fastgen.cli.plan import model_digest
+    from fastgen.pipelines.checkpoint import check_names, find_drafter
+    from fastgen.pipelines.load_options import LoadOptions
+
+    method = given.method
+    check_names("cpu" if given.device == "auto" else given.device, given.dtype)
+    model = given.model if given.model is not None else METHODS[method or "base"]
+    options = LoadOptions.of(given.scheduler, given.lora, given.offload, given.vae_tiling)
+    checkpoint = find_model(model, given.variant, given.revision)
+    _check_with_model(given, model, checkpoint)
+    drafts = find_drafter(checkpoint, given.drafter) if method == "speculative" else None
+
+    from fastgen.pipelines.loading import resolve_device
+    from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
+
+    begins = None if beginning is None else "mask_image" if beginning.masked else "image"
+    kind = pipeline_class(checkpoint, method, begins)
+    call = resolve_settings(kind, checkpoint, {name: getattr(given, name) for name in SETTINGS})
+    check_classes(checkpoint, prompts)
+    search = None
+    if method == "search":
+        asked = SearchSettings.of(vars(given))
+        search = searching.plan_search(checkpoint, kind, call, asked, given.save_tree, beginning)
+    if method == "speculative":
+        from fastgen.pipelines.speculative_files import check_speculative_files
+
+        check_speculative_files(checkpoint, drafts, call.get("tree"), given.quality)
+    where, weights = resolve_device(best_device() if given.device == "auto" else given.device, given.dtype)
+    options.check(kind, checkpoint.index, where)
+    faster = _faster(given.plan, given.accelerate, kind, where, method)
+    weight_type = str(weights).removeprefix("torch.")
+    settings: dict[str, Any] = {
+        "model": model,
+        "weights": model_digest(checkpoint, drafts),
+        **({} if given.variant is None else {"variant": given.variant}),
+        **options.recorded,
+        "method": method or ("dc" if checkpoint.has_dynamic_chunking else "base"),
+        **{name: call.get(name) for name in SETTINGS},
+        **({"drafter": given.drafter or ("none" if drafts is None else "own")} if method == "speculative" else {}),
+        **({"compile": True} if given.compile else {}),
+        **_recorded(faster),
+        **({} if search is None else search.settings),
+        "device": where.type,
+        "dtype": weight_type,
+        "batch_invariant": given.batch_invariant,
+    }
+    loading = {"device": str(where), "dtype": weight_type, "method": method, "drafter": given.drafter}
+    loading |= {"options": options, "begins": begins}
+    call |= {"batch_size": given.batch_size, "batch_invariant": given.batch_invariant}
+    return Drawing(checkpoint, loading, call, settings, given.compile, given.save_map, search, faster)
+
+
+def _check_with_model(given: Any, model: str, checkpoint: Checkpoint) -> None:
+    """Refuse options that do not go with the model or the method."""
+    method = given.method
+    check_method(method, checkpoint)
+    if given.save_map and method == "search":
+        raise FastgenError("--save-map: not with --method search")
+    if given.save_map and not checkpoint.has_dynamic_chunking:
+        raise FastgenError(f"--save-map: model {model!r} has no dynamic chunking, there is no map")
+    if checkpoint.fixed_size is None:
+        checkpoint.check_size(given.height, given.width)
+    if method != "speculative" and (given.drafter is not None or given.compile):
+        raise FastgenError(f"--{'compile' if given.drafter is None else 'drafter'}: needs --method speculative")
+
+
+def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method: str | None) -> Plan | str | None:
+    """The plan to follow, "exact" for what is exact and pays, or None.
+
+    Raises:
+        FastgenError: a plan of another pipeline, or a broken one.
+    """
+    if path is not None:
+        return read_plan(path, kind, method)
+    if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
+        return None
+    return "exact"
+
+
+def _recorded(faster: Plan | str | None) -> dict[str, Any]:
+    """What of it the pixels depend on."""
+    if faster is None:
+        return {}
+    if isinstance(faster, str):
+        return {"accelerate": faster}
+    return {"plan": [[part.name, part.settings] for part in faster.parts]}
