@@ -95,12 +95,21 @@ def _verbose(
 
 
 def _of_recipe(command: Any, words: list[str]) -> None:
-    """`fastgen train RECIPE --help` shows the options of that recipe."""
-    from fastgen.cli.train import options_of, summaries
+    """`train --help` lists the recipes, `train RECIPE --help` shows the options of that recipe."""
+    from fastgen.cli.train import helps_of, options_of, summaries
 
-    recipe = next((word for word in words if word in summaries()), None)
-    if recipe is not None:
-        command.help = f"{recipe}: {summaries()[recipe]}."
-        command.epilog = None
-        for option in command.params:
-            option.hidden = option.name not in options_of(recipe)
+    recipes = summaries()
+    recipe = next((word for word in words if word in recipes), None)
+    shown = set.intersection(*map(options_of, recipes)) if recipe is None else options_of(recipe)
+    for option in command.params:
+        option.hidden = option.name not in shown | {"recipe"}
+        if option.name == "recipe":
+            option.help = "One of:\n\n" + "\n\n".join(f"{name}: {text}" for name, text in recipes.items())
+            option.hidden = recipe is not None
+    if recipe is None:
+        return
+    command.help = f"{recipe}: {recipes[recipe]}."
+    command.epilog = None
+    helps = helps_of(recipe)
+    for option in command.params:
+        option.help = helps.get(option.name, getattr(option, "help", None))

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastgen.errors import FastgenError
+
 CALIBRATE = "cascade-calibrate"
 SEARCH = "search-calibrate"
 
@@ -49,15 +51,61 @@ def options_of(recipe: str) -> set[str]:
     return found | ({"choose"} if recipe in ("drafter", "heads") else set())
 
 
+def helps_of(recipe: str) -> dict[str, str]:
+    """What options mean for this recipe, by the names of their parameters, where it differs from the general help."""
+    from fastgen.training.recipes import RECIPES
+
+    if recipe == CALIBRATE:
+        return {
+            "part": "Model that draws tokens, by name, folder or Hub id.",
+            "init": "Folder of its drafter.",
+            "data": "Result of `fastgen bench speculative`: its score drops and costs choose the default source.",
+            "samples": "Pictures to measure, at least 0. Default: 50.",
+            "prompts_file": "Prompts, one a line, or 'shapesworld'.",
+        }
+    if recipe == SEARCH:
+        return {
+            "part": "Diffusion pipeline by name, folder or Hub id.",
+            "init": "Verifier by name or folder.",
+            "samples": "Trajectories to measure, at least 0. Default: 1000.",
+            "prompts_file": "Prompts, one a line; their scores replace the check of pictures. Default: ShapesWorld.",
+            "batch_size": "Trajectories at a time, at least 1. Default: 32.",
+            "choose": "KEY=VALUE: steps, guidance_scale, height, width, sampler or branches; repeat.",
+        }
+    entry = RECIPES[recipe]
+    parts = {
+        "vae": "Folder of a trained VAE (FOLDER/model/vae of `fastgen train vae -o FOLDER`).",
+        "vq": "Folder of a trained VQ tokenizer (FOLDER/model/vq of `fastgen train vq -o FOLDER`).",
+        "z-image": "Z-Image pipeline: an embedded name or a folder.",
+        "janus": "Janus by name, folder or Hub id.",
+        "": "Z-Image or DiT pipeline by name, folder or Hub id.",
+    }
+    labels = {"steps": "Total optimizer steps, at least 1", "lr": "Peak learning rate, above 0"}
+    labels |= {
+        "batch_size": "Batch size per process, at least 1",
+        "accumulate": "Gradient-accumulation steps, a divisor of the batch size",
+    }
+    defaults = {"accumulate": 1, **entry.settings}
+    return {
+        "part": parts[entry.needs],
+        "init": "Folder FOLDER/model/transformer of dc-graft, required."
+        if recipe == "dc-finetune"
+        else "Model folder to continue from.",
+        "data": "Folder of recorded windows." if recipe == "heads" else "Folder of the pipeline's own samples.",
+        "samples": "First draw this many samples into --data; 0 = use what is there.",
+        "choose": "KEY=VALUE of the new heads' configuration; repeat."
+        if recipe == "heads"
+        else "KEY=VALUE: a loss term, kind, or the new drafter's configuration (redundancy=class, width=128); repeat.",
+        **{name: f"{text}. Default: {defaults[name]}." for name, text in labels.items()},
+    }
+
+
 @app.command()
 def train(
     context: typer.Context,
     recipe: Annotated[
         str,
-        typer.Argument(
-            help="vae, vq, detector, verifier, z-image, small, janus, drafter, heads, dc, dc-dense, dc-patch, "
-            "dc-graft, dc-finetune, cascade-calibrate, search-calibrate."
-        ),
+        typer.Argument(help="One of the recipes below."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Output folder for the checkpoint, the log and the model.")
@@ -115,27 +163,18 @@ def train(
     """Train one of the embedded models by its recipe; `fastgen train RECIPE --help` shows its options.
 
     Run the same command again to resume from the checkpoint. Ctrl-C stops after the current step and saves one.
-
-    vae, vq, detector and verifier need no other model. z-image needs a trained vae as --part, janus a trained vq.
-    drafter learns from ShapesWorld renders, or from what its model draws (--samples, --prompts-file, --data).
-
-    cascade-calibrate measures the thresholds of CASCADE-R for a model (--part) with its drafter (--init); with --data,
-    a result of `fastgen bench speculative`, it adds the measured score drops and costs, by which
-    the default source is chosen. search-calibrate measures thresholds of noise search for a model (--part) with a
-    verifier (--init), on ShapesWorld captions or on --prompts-file. Pictures of your own prompts are not checked:
-    their scores take the place of the check.
     """
-    if recipe in (CALIBRATE, SEARCH):
-        _refuse_others(recipe, context)
+    if recipe not in summaries():
+        raise FastgenError(f"unknown recipe {recipe!r}; choose one of {', '.join(summaries())}")
+    _refuse_others(recipe, context)
     if recipe == CALIBRATE:
         _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)
         return
     if recipe == SEARCH:
         _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
         return
-    from fastgen.errors import FastgenError
     from fastgen.io import check_writable
-    from fastgen.training.recipes import RECIPES, build_recipe, train_config
+    from fastgen.training.recipes import build_recipe, train_config
 
     config = train_config(
         recipe,
@@ -151,8 +190,6 @@ def train(
         max_seconds=60.0 * max_minutes,
     )
     choices = _choices(choose or [])
-    if prompts_file is not None and not (RECIPES[recipe].draws or recipe == "heads"):
-        raise FastgenError(f"--prompts-file: recipe {recipe} draws no samples")
     check_writable(output, create=False)
     if samples and recipe == "heads":
         _record(part, data, init, samples, prompts_file, seed)
@@ -190,7 +227,6 @@ def _learnt_from(part: Path | None, init: Path | None, data: Path | None, choice
 
 def _choices(texts: list[str]) -> dict[str, Any]:
     """KEY=VALUE, the value read as JSON where it is some, else as a word."""
-    from fastgen.errors import FastgenError
     from fastgen.io import parse_json
 
     found: dict[str, Any] = {}
@@ -216,7 +252,6 @@ def _calibrate(
     as_json: bool,
 ) -> None:
     """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores and costs that it measured."""
-    from fastgen.errors import FastgenError
     from fastgen.io import read_object
 
     if part is None or drafter is None:
@@ -246,7 +281,6 @@ def _calibrate(
 
 def _refuse_others(recipe: str, context: typer.Context) -> None:
     """Refuse options that were given to a recipe that knows nothing of them."""
-    from fastgen.errors import FastgenError
 
     labels = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     for name in context.params.keys() - options_of(recipe) - {"recipe"}:
@@ -268,7 +302,6 @@ def _calibrate_search(
     as_json: bool,
 ) -> None:
     """Thresholds of noise search."""
-    from fastgen.errors import FastgenError
     from fastgen.evaluation.verifiers.names import verifier_class
 
     if part is None or verifier is None:
@@ -311,12 +344,8 @@ def _calibrate_search(
 
 def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts_file: str | None, seed: int) -> None:
     """Fill `data` with samples of the pipeline `part`."""
-    from fastgen.errors import FastgenError
-    from fastgen.training.recipes import RECIPES
-
-    drawing = [name for name, entry in RECIPES.items() if entry.draws]
-    if recipe not in drawing or part is None or data is None:
-        raise FastgenError(f"--samples: needs recipe {' or '.join(drawing)}, --part and --data")
+    if part is None or data is None:
+        raise FastgenError(f"--samples: recipe {recipe} needs --part and --data")
     if count < 0:
         raise FastgenError(f"--samples: {count} is not allowed, needs an integer >= 0")
     prompts = None if prompts_file is None else _prompts(prompts_file, count)
@@ -353,7 +382,6 @@ def _record(
     part: Path | None, data: Path | None, init: Path | None, count: int, prompts: str | None, seed: int
 ) -> None:
     """Fill `data` with windows of the model `part`, corrected by the heads `init` if there are some."""
-    from fastgen.errors import FastgenError
 
     if part is None or data is None or count < 0:
         raise FastgenError("--samples: recipe heads needs --part, --data and an integer >= 0")

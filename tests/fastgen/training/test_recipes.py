@@ -294,8 +294,8 @@ def test_detector_learns_and_loads(tmp_path: Path) -> None:
         (["z-image", "-o", "x"], "needs --part"),
         (["vae", "-o", "x", "--steps", "0"], "steps must be at least 1"),
         (["vae", "-o", "x", "--lr", "-1"], "lr must be a positive number"),
-        (["vae", "-o", "x", "--part", "."], "takes no trained part"),
-        (["detector", "-o", "x", "--init", "."], "does not take --init"),
+        (["vae", "-o", "x", "--part", "."], "--part: recipe vae takes none"),
+        (["detector", "-o", "x", "--init", "."], "--init: recipe detector takes none"),
         (["janus", "-o", "x", "--part", "nowhere"], "holds no model"),
     ],
 )
