@@ -12,10 +12,15 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-__all__ = ["Change", "Progress", "change_calls", "default_of", "progress", "takes"]
+from fastgen.pipelines.accelerate.part import denoising_network
+
+__all__ = ["Change", "Encode", "Progress", "change_calls", "change_encoding", "default_of", "progress", "takes"]
 
 Change = Callable[[dict[str, Any]], None]
 """Changes the arguments of a call, by name, in place; those that the user left out are not among them."""
+
+Encode = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Takes the place of `encode_prompt`: gets the stock method, positional and named arguments."""
 
 
 @dataclass
@@ -31,6 +36,7 @@ progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 """Of the call that this thread is in."""
 
 _changes: weakref.WeakKeyDictionary[Any, list[Change]] = weakref.WeakKeyDictionary()
+_encoders: weakref.WeakKeyDictionary[Any, Encode] = weakref.WeakKeyDictionary()
 
 
 def takes(pipe: Any, name: str) -> bool:
@@ -45,24 +51,44 @@ def default_of(call: Callable[..., Any], name: str) -> Any:
 
 
 def change_calls(pipe: Any, change: Change) -> Callable[[], None]:
-    """Let every later call of this pipeline pass through `change`; returns what takes that back.
-
-    The object gets a class of its own below its class, which differs in `__call__` alone: Python looks that up on the
-    class. Name and module stay, so that `save_pretrained` writes what it wrote.
-    """
-    if pipe not in _changes:
-        _changes[pipe] = []
-        stock: Any = type(pipe)
-        pipe.__class__ = _subclass(stock)
-    _changes[pipe].append(change)
+    """Let every later call of this pipeline pass through `change`; returns what takes that back."""
+    _intercept(pipe)
+    _changes.setdefault(pipe, []).append(change)
 
     def undo() -> None:
         _changes[pipe].remove(change)
         if not _changes[pipe]:
             del _changes[pipe]
-            pipe.__class__ = type(pipe).__mro__[1]
+        _release(pipe)
 
     return undo
+
+
+def change_encoding(pipe: Any, encode: Encode) -> Callable[[], None]:
+    """Let `encode` do what `encode_prompt` of this pipeline does; returns what takes that back."""
+    _intercept(pipe)
+    _encoders[pipe] = encode
+
+    def undo() -> None:
+        del _encoders[pipe]
+        _release(pipe)
+
+    return undo
+
+
+def _intercept(pipe: Any) -> None:
+    """The object gets a class of its own below its class, which differs in a few methods.
+
+    Python looks `__call__` up on the class. Name and module stay, so that `save_pretrained` writes what it wrote.
+    """
+    if pipe not in _changes and pipe not in _encoders:
+        stock: Any = type(pipe)
+        pipe.__class__ = _subclass(stock)
+
+
+def _release(pipe: Any) -> None:
+    if pipe not in _changes and pipe not in _encoders:
+        pipe.__class__ = type(pipe).__mro__[1]
 
 
 def _plain(stock: Any, state: dict[str, Any]) -> Any:
@@ -92,17 +118,24 @@ def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         finally:
             progress.reset(token)
 
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = functools.partial(stock.encode_prompt, self)
+        return _encoders[self](whole, args, kwargs) if self in _encoders else whole(*args, **kwargs)
+
+    def device(self: Any) -> Any:  # text encoders may wait elsewhere
+        return denoising_network(self).device if self in _encoders else stock.device.fget(self)
+
     def reduced(self: Any, protocol: Any) -> Any:  # a copy is a plain one: the changes belong to this object
         return _plain, (stock, getattr(self, "__getstate__", lambda: vars(self))())
 
-    return type(
-        stock.__name__,
-        (stock,),
-        {
-            "__call__": call,
-            "__reduce_ex__": reduced,
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "__doc__": stock.__doc__,
-        },
-    )
+    changed: dict[str, Any] = {
+        "__call__": call,
+        "__reduce_ex__": reduced,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "device": property(device),
+    }
+    if hasattr(stock, "encode_prompt"):
+        changed["encode_prompt"] = functools.wraps(stock.encode_prompt)(encode_prompt)
+    return type(stock.__name__, (stock,), changed)

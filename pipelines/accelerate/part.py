@@ -11,7 +11,7 @@ from torch import nn
 
 from fastgen.contracts import Loss
 
-__all__ = ["Part", "Undo", "denoising_network"]
+__all__ = ["Part", "Undo", "denoising_network", "remove_empty_hooks"]
 
 Undo = Callable[[], None]
 
@@ -20,6 +20,14 @@ def denoising_network(pipe: Any) -> Any:
     """The network that is called at every step, or None."""
     found = [getattr(pipe, name, None) for name in ("transformer", "unet", "prior")]
     return next((each for each in found if isinstance(each, nn.Module)), None)
+
+
+def remove_empty_hooks(modules: list[nn.Module]) -> None:
+    """Remove the empty registries that diffusers leaves where there were none."""
+    for module in modules:
+        vars(module).pop("_diffusers_hook", None)
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
 
 
 class Part(ABC):

@@ -5,28 +5,62 @@ from __future__ import annotations
 from dataclasses import fields
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.accelerate.budgets import FewerSteps, TailDrops
-from fastgen.pipelines.accelerate.exact import ChannelsLast, Compile, Kernels
+from fastgen.pipelines.accelerate.attention import Attention, QuantizedAttention
+from fastgen.pipelines.accelerate.channels_last import ChannelsLast
+from fastgen.pipelines.accelerate.compiling import Compile
+from fastgen.pipelines.accelerate.dbcache import DBCache
+from fastgen.pipelines.accelerate.decoding import VaeSlicing, VaeTiling
+from fastgen.pipelines.accelerate.fewer_steps import FewerSteps
 from fastgen.pipelines.accelerate.guidance import Guidance
+from fastgen.pipelines.accelerate.kernels import Kernels
+from fastgen.pipelines.accelerate.parallel import ContextParallel
 from fastgen.pipelines.accelerate.part import Part
+from fastgen.pipelines.accelerate.quantize import Quantize
 from fastgen.pipelines.accelerate.step_cache import StepCache
+from fastgen.pipelines.accelerate.tail_drops import TailDrops
+from fastgen.pipelines.accelerate.text_encoder import TextEncoder
 
 __all__ = [
     "PARTS",
+    "Attention",
     "ChannelsLast",
     "Compile",
+    "ContextParallel",
+    "DBCache",
     "FewerSteps",
     "Guidance",
     "Kernels",
     "Part",
+    "Quantize",
+    "QuantizedAttention",
     "StepCache",
     "TailDrops",
+    "TextEncoder",
+    "VaeSlicing",
+    "VaeTiling",
     "made_part",
 ]
 
 #: In the order in which they are turned on.
 PARTS: dict[str, type[Part]] = {
-    each.name: each for each in (Kernels, ChannelsLast, Compile, StepCache, Guidance, TailDrops, FewerSteps)
+    each.name: each
+    for each in (
+        Kernels,
+        ChannelsLast,
+        Attention,
+        QuantizedAttention,
+        VaeSlicing,
+        VaeTiling,
+        Quantize,
+        Compile,
+        ContextParallel,
+        TextEncoder,
+        StepCache,
+        DBCache,
+        Guidance,
+        TailDrops,
+        FewerSteps,
+    )
 }
 
 

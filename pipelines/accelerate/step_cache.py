@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.errors import FastgenError
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
+from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network, remove_empty_hooks
 
 __all__ = ["StepCache"]
 
@@ -60,10 +60,7 @@ class StepCache(Part):
         def undo() -> None:
             model.disable_cache()
             vars(model).pop("_cache_config", None)  # the class has it: None
-            for module in plain:  # diffusers leaves empty registries
-                vars(module).pop("_diffusers_hook", None)
-                if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-                    del module.forward
+            remove_empty_hooks(plain)
 
         if not attached:
             undo()

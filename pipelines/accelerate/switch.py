@@ -21,12 +21,13 @@ from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.part import Part, denoising_network
 from fastgen.pipelines.accelerate.parts import PARTS
 from fastgen.pipelines.accelerate.plan import Plan, Row
+from fastgen.pipelines.accelerate.text_encoder import memory_is_short
 
 __all__ = ["accelerate", "accelerated", "restore"]
 
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
-_WITHOUT_PLAN = ("kernels", "channels_last")
+_WITHOUT_PLAN = ("kernels", "channels_last", "attention")
 
 
 def accelerate(
@@ -102,16 +103,17 @@ def accelerated(
         restore(pipe)
 
 
-def _exact_plan(pipeline: str) -> Plan:
-    """What `accelerate` tries on a pipeline of that class without a plan."""
-    why = {name: "" if name in _WITHOUT_PLAN else "by a plan only: see `fastgen tune`" for name in PARTS}
-    return Plan(pipeline, tuple(Row(part(), not why[name], why[name]) for name, part in PARTS.items()))
+def _exact_plan(pipe: Any) -> Plan:
+    """What `accelerate` tries on a pipeline without a plan."""
+    tried = (*_WITHOUT_PLAN, *(("text_encoder",) if memory_is_short(pipe) else ()))
+    why = {name: "" if name in tried else "by a plan only: see `fastgen tune`" for name in PARTS}
+    return Plan(type(pipe).__name__, tuple(Row(part(), not why[name], why[name]) for name, part in PARTS.items()))
 
 
 def _wanted(pipe: Any, plan: Any) -> Plan:
     name = type(pipe).__name__
     if plan is None:
-        return _exact_plan(name)
+        return _exact_plan(pipe)
     if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)
     elif not isinstance(plan, Plan):
