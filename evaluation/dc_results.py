@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance, three
 
-__all__ = ["dc_ablations_markdown", "dc_markdown", "dc_quality_markdown", "dc_quality_plot"]
+__all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot"]
 
 
 def dc_markdown(data: dict[str, Any]) -> str:
@@ -65,32 +65,6 @@ def _router_markdown(data: dict[str, Any]) -> str:
         + "\nKept while drawing without tail drop, first to last step: "
         + ", ".join(f"{share:.0%}" for share in steps)
         + ".\n"
-    )
-
-
-def dc_ablations_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench dc-ablations`: one part changed at a time."""
-    rows = []
-    names = list(data["rows"][0]["tail_drops"])
-    for row in data["rows"]:
-        cells = [row["variant"], f"{row['flops'] / 1e9:.2f}"]
-        for rho in names:
-            values = row["tail_drops"].get(rho)
-            cells.append(
-                f"{values['weighted']:.4f} ({values['difference']:+.4f} ± {values['stderr']:.4f})" if values else ""
-            )
-        kept = [percent(row["kept"]), f"{row['boundary_to_background']:.1f}"] if row["kept"] is not None else ["", ""]
-        rows.append([*cells, *kept])
-    drops = [f"error at tail drop {rho}" for rho in names]
-    settings = data["settings"]
-    return (
-        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; weighted error of the "
-        f"velocity on {settings['renders']} held-out renders, with the paired difference to the first row and its "
-        "standard error over renders (training noise is not in it).\n\n"
-        + markdown_table(["variant", "GFLOPs", *drops, "kept %", "boundary / background"], rows)
-        + "\n"
-        + provenance(data)
-        + "\n"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.results import read_results as read_verdicts
+from fastgen.evaluation.geneval.verdict_files import read_results as read_verdicts
 from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image
 from fastgen.evaluation.measures import OVERALL, Measure, Point, Result
 from fastgen.evaluation.plots import legend, quality_plot

@@ -75,6 +75,7 @@ class RunSettings:
         method: "speculative", "search", or None for what the model is.
         tree, acceptance, quality, drafter: of speculative decoding.
         search: policy, verifier, budget and other settings of a search for noise.
+        plan: parts of `accelerate` that are on, as names and settings.
         device, dtype: as named by the user.
         batch_size: None when the pixels do not depend on it (batch-invariant generation, the default); a number makes
             rounding part of the run, and a resumed run then equals an uninterrupted one up to rounding only.
@@ -99,6 +100,7 @@ class RunSettings:
     drafter: str | None = None
     search: dict[str, Any] | None = None
     variant: str | None = None
+    plan: list[list[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
@@ -111,11 +113,9 @@ class RunSettings:
             raise ValueError(f"guidance_scale: needs a number >= 0, got {self.guidance_scale}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As the run keeps them; those of runs from before there were variants stay as they were."""
-        settings = asdict(self)
-        if self.variant is None:
-            del settings["variant"]
-        return settings
+        """As the run keeps them; without variant and plan where there are none, as older runs have them."""
+        optional = ("variant", "plan")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 
 def image_seed(seed: int, prompt: str, image: int) -> int:

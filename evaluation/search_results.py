@@ -228,10 +228,10 @@ def _evaluations(data: dict[str, Any]) -> str:
         return ""
     table = []
     for row in data["evaluations"]:
-        low, high = (1e3 * end for end in row["over_ci"])
-        ms = f"{1e3 * row['seconds']['p50']:.1f}", f"{1e3 * row['over']['p50']:+.2f}"
+        low, high = (1e3 * end for end in row["host_ci"])
+        ms = f"{1e3 * row['seconds']['p50']:.1f}", f"{1e3 * row['host']['p50']:.2f}"
         table.append(
-            [row["model"], row["path"], str(row["n"]), *ms, f"{low:+.2f} to {high:+.2f}", f"{row['share']:+.2%}"]
+            [row["model"], row["path"], str(row["n"]), *ms, f"{low:.2f} to {high:.2f}", f"{row['share']:.2%}"]
         )
-    header = ["model", "path", "n", "ms p50", "ms above the adapter", "95 % of the median", "of a stock step"]
+    header = ["model", "path", "n", "ms p50", "ms outside the model", "95 % of the median", "of a stock step"]
     return "One evaluation of the model, paths in turns:\n\n" + markdown_table(header, table) + "\n"

@@ -17,13 +17,13 @@ from fastgen.data.shapes import render
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.fid.readers import FolderSource
-from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata, first_of_each_task
-from fastgen.evaluation.geneval.results import DETECTORS, benchmark_name, prompt_table
 from fastgen.evaluation.geneval.rules import summarize
 from fastgen.evaluation.geneval.scoring import GenEvalScore
-from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, fingerprint
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, ShapesModel, fingerprint
+from fastgen.evaluation.geneval.verdict_files import DETECTORS, benchmark_name, prompt_table
 from fastgen.evaluation.report import contact_sheet
 from fastgen.evaluation.samples import judge_samples, read_samples, size_name, spread, verdict_store
 

@@ -8,25 +8,7 @@ from typing import Any
 from fastgen.errors import FastgenError
 from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
 
-__all__ = ["drafter_ablations_markdown", "speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
-
-
-def drafter_ablations_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench drafter-ablations`: one term changed at a time."""
-    trees = list(data["rows"][0]["trees"])
-    rows = []
-    for row in data["rows"]:
-        cells = (row["trees"][tree] for tree in trees)
-        shown = [f"{c['accepted_length']:.3f} ({c['difference']:+.3f} ± {c['stderr']:.3f})" for c in cells]
-        rows.append([row["variant"], f"{row['parameters'] / 1e6:.2f}", *shown])
-    settings = data["settings"]
-    note = (
-        f"{settings['steps']} steps of {settings['batch_size']} pictures each, one seed; tokens a round (the bonus "
-        f"counted) with the exact rule over {settings['pictures']} pictures, with the paired difference to the first "
-        "row and its standard error over pictures (training noise is not in it).\n\n"
-    )
-    header = ["variant", "M parameters", *(f"accepted length, {tree}" for tree in trees)]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+__all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
 
 def speculative_markdown(data: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
+from fastgen.evaluation.tune_metrics import Metric
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
     ChannelsLast,
@@ -38,36 +39,31 @@ from fastgen.pipelines.accelerate.parts import (
 from fastgen.pipelines.accelerate.switch import accelerated
 from fastgen.pipelines.loading import generate_images
 
-__all__ = ["Metric", "Trial", "Tuner", "beats_fewer_steps", "candidates", "front", "ssim"]
+__all__ = [
+    "SHARES",
+    "Trial",
+    "Tuner",
+    "beats_fewer_steps",
+    "candidates",
+    "front",
+    "largest_difference",
+    "timed_picture",
+]
 
-Metric = Callable[[list[Image.Image], list[str], list[Image.Image]], list[float]]
-"""Scores of pictures, given their prompts and the stock pictures of the same seeds; higher is better."""
-
-_SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
+SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
+"""Of the steps, tried as fewer steps."""
 
 
 def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
     """Parts and settings to try on a pipeline: those that can be used with it and are allowed."""
     parts: list[Part] = [Kernels(), ChannelsLast(), *([Compile()] if compile else [])]
     if loss == "lossy":
-        parts += [FewerSteps(share) for share in _SHARES]
+        parts += [FewerSteps(share) for share in SHARES]
         parts += [Guidance(share) for share in (0.75, 0.5, 0.25)]
         parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
         parts += [TailDrops(0.0, 0.5), TailDrops(0.25, 0.5), TailDrops(0.5, 0.75)]
     return [part for part in parts if part.why_not(pipe) is None]
-
-
-def ssim(images: list[Image.Image], prompts: list[str], stock: list[Image.Image]) -> list[float]:
-    """Structural similarity to the stock pictures, 1 for equal ones."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    pairs = zip(map(_tensor, images), map(_tensor, stock), strict=True)
-    return [float(structural_similarity_index_measure(ours, theirs, data_range=1.0)) for ours, theirs in pairs]
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
 
 
 @dataclass(frozen=True)
@@ -266,7 +262,7 @@ class Tuner:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         scores = self.metric(images, self.prompts, self.stock)
         stock_scores = self.metric(self.stock, self.prompts, self.stock)
-        difference = max(_difference(a, b) for a, b in zip(images, self.stock, strict=True))
+        difference = max(largest_difference(a, b) for a, b in zip(images, self.stock, strict=True))
         trial = Trial(
             parts, tuple(times), tuple(stock_times), tuple(scores), tuple(stock_scores), difference, first, peak
         )
@@ -282,11 +278,16 @@ class Tuner:
             return [self._draw(i)[0] for i in range(min(count, len(self.prompts)))]
 
     def _draw(self, index: int) -> tuple[Image.Image, float]:
-        _synchronize()
-        start = time.perf_counter()
-        (picture,) = generate_images(self.pipe, [self.prompts[index]], [index], **self.call)
-        _synchronize()
-        return picture.image, time.perf_counter() - start
+        return timed_picture(self.pipe, self.prompts[index], index, self.call)
+
+
+def timed_picture(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Image.Image, float]:
+    """A picture and its seconds; `call` as `generate_images` takes it."""
+    _synchronize()
+    start = time.perf_counter()
+    (picture,) = generate_images(pipe, [prompt], [seed], **call)
+    _synchronize()
+    return picture.image, time.perf_counter() - start
 
 
 def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
@@ -302,7 +303,8 @@ def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
     return trial.score > float(np.interp(trial.ratio[0], seconds, scores))
 
 
-def _difference(a: Image.Image, b: Image.Image) -> int:
+def largest_difference(a: Image.Image, b: Image.Image) -> int:
+    """Of a pixel's channel, 0 to 255."""
     first, second = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (a, b))
     return int(np.abs(first - second).max())
 

@@ -1,4 +1,8 @@
-"""Fused Triton kernels: one operation per file, each with its plain PyTorch reference."""
+"""Fused Triton kernels, one folder an operation.
+
+The package holds the operation, which checks its arguments and chooses an implementation, and its plain PyTorch
+reference; `triton.py` holds the kernels and, where it is large, `operator.py` what compilers and autograd need.
+"""
 
 if __name__ == "kernels":
     # Not `fastgen.kernels`: Python started in a checkout, and somebody (transformers, diffusers) asked for the Hugging

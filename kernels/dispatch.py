@@ -41,13 +41,13 @@ __all__ = [
     "check_range",
     "choose",
     "direct",
+    "has_triton",
     "interpreted",
     "kernels_mode",
     "looks",
     "needs_gradients",
     "plain",
     "ran",
-    "register_visible",
     "reset_ran",
     "triton_runs",
     "use_kernels",
@@ -90,7 +90,7 @@ def use_kernels(mode: str) -> Iterator[None]:
 
 def triton_runs(tensor: Tensor) -> bool:
     """Whether Triton kernels can work on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
-    return _has_triton() and (tensor.is_cuda or interpreted())
+    return has_triton() and (tensor.is_cuda or interpreted())
 
 
 def active(tensor: Tensor) -> bool:
@@ -101,7 +101,7 @@ def active(tensor: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _active(on_gpu: bool) -> bool:
     mode = kernels_mode()
-    return mode != "reference" and _has_triton() and (on_gpu or (mode == "triton" and interpreted()))
+    return mode != "reference" and has_triton() and (on_gpu or (mode == "triton" and interpreted()))
 
 
 def choose(op: str, supported: str | None, default: bool | str = True, *tensors: Tensor) -> bool:
@@ -133,7 +133,7 @@ def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> b
     mode = kernels_mode()
     if mode == "reference":
         reason = "FASTGEN_KERNELS=reference"
-    elif reason is None and not _has_triton():
+    elif reason is None and not has_triton():
         reason = "Triton is not installed"
     elif reason is None and not on_gpu and not (mode == "triton" and interpreted()):
         reason = "Triton needs a GPU"
@@ -162,16 +162,6 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def register_visible(name: str, function: Callable[..., Any]) -> Any:
-    """An operator of PyTorch, for inference, whose kernels compilers see and start themselves: calls of an opaque one
-    cost the host as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
-
-    Arguments: see `torch.library.custom_op`.
-    """
-    kind = torch.library.triton_op if _has_triton() and not interpreted() else torch.library.custom_op
-    return kind(name, function, mutates_args=())
 
 
 def plain(tensor: Tensor) -> bool:
@@ -302,7 +292,7 @@ def _checked(name: str, mode: str) -> str:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

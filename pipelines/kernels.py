@@ -21,13 +21,13 @@ from typing import Any
 
 from torch import nn
 
-from fastgen.pipelines import fused_attention, fused_blocks, fused_decoders
+from fastgen.pipelines.fused import attention, blocks, decoders
 
 __all__ = ["disable_kernels", "enable_kernels"]
 
 logger = logging.getLogger(__name__)
 
-_FORWARDS = {**fused_blocks.BLOCKS, **fused_decoders.DECODERS}
+_FORWARDS = {**blocks.BLOCKS, **decoders.DECODERS}
 _OURS = set(_FORWARDS.values())
 #: Of pipelines that hold none of this, nothing is served; they are named when they are refused.
 _FAMILIES = (
@@ -68,7 +68,7 @@ def served(pipe: Any) -> tuple[int, int]:
     enabled = others = 0
     for module in _modules(pipe):
         processor = getattr(module, "processor", None)
-        if isinstance(processor, fused_attention.FusedProcessor):
+        if isinstance(processor, attention.FusedProcessor):
             enabled += 1
         elif _fits(module):
             ours = any(_is_ours(forward) for forward in _layers_of_forward(module))
@@ -84,7 +84,7 @@ def disable_kernels(pipe: Any) -> None:
         if type(module) in _FORWARDS:
             _remove_forward(module)
         processor = getattr(module, "processor", None)
-        if isinstance(processor, fused_attention.FusedProcessor):
+        if isinstance(processor, attention.FusedProcessor):
             module.set_processor(processor.stock)
 
 
@@ -107,13 +107,13 @@ def _is_ours(forward: Any) -> bool:
 def _fits(module: Any) -> bool:
     """Whether a fused forward can take the place of the module's."""
     kind = type(module)
-    fits = fused_blocks.fits if kind in fused_blocks.BLOCKS else fused_decoders.fits
+    fits = blocks.fits if kind in blocks.BLOCKS else decoders.fits
     return kind in _FORWARDS and fits(module)
 
 
 def _fused_processor(module: Any) -> Any:
     """The class of the fused processor that can stand before the module's own, or None."""
-    fused = fused_attention.PROCESSORS.get(type(getattr(module, "processor", None)))
+    fused = attention.PROCESSORS.get(type(getattr(module, "processor", None)))
     return fused if fused is not None and fused.fits(module) else None
 
 
@@ -130,7 +130,7 @@ def _install_forward(module: Any) -> str | None:
     elif not any(_is_ours(forward) for forward in _layers_of_forward(module)):
         logger.info("%s: another hook owns its forward; enable kernels before it", kind.__name__)
         return None
-    return "blocks" if kind in fused_blocks.BLOCKS else "decoder"
+    return "blocks" if kind in blocks.BLOCKS else "decoder"
 
 
 def _hooked(module: Any) -> bool:
@@ -165,7 +165,7 @@ def _remove_forward(module: Any) -> None:
 
 def _install_processor(module: Any, shared: dict[int, Any]) -> str | None:
     processor = getattr(module, "processor", None)
-    if isinstance(processor, fused_attention.FusedProcessor):
+    if isinstance(processor, attention.FusedProcessor):
         return "attention"
     fused = _fused_processor(module)
     if fused is None:

@@ -34,10 +34,9 @@ STARTS: dict[str, list[str]] = {
     "eval shapes": ["--model", "tiny", "--limit", "1", "--out", "new"],
     "eval geneval": ["--model", "tiny", "--detector", "shapes", "--limit", "1", "--out", "new"],
     "eval fid": ["--model", "tiny", "--limit", "1", "--run", "new", "--cache", "cache"],
-    "eval checker": ["--n", "2"],
     "train": ["vae", "--steps", "2", "-o", "new"],
 }
-for _name in ("dc", "dc-ablations", "drafter-ablations", "speculative", "search"):
+for _name in ("dc", "speculative", "search"):
     STARTS[f"bench {_name}"] = ["--folder", "new"]
 METHODS = {
     "(speculative": ["--method", "speculative"],

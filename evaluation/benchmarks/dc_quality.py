@@ -7,7 +7,6 @@ apart from that, in one run: in every round all variants draw the same prompts i
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 
 from fastgen.accounting import account, count_flops
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
 from fastgen.evaluation.benchmarks.quality import score_row
-from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.router_statistics import router_statistics
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
@@ -106,8 +105,7 @@ def benchmark_dc_quality(
         FastgenError: a number out of range, or a model that does not fit.
     """
     for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
-        if number < 1:
-            raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
+        check_integer(name, number, 1)
     if not all(0 <= rho < 1 for rho in tail_drops):
         raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
     if not all(0 <= scale < float("inf") for scale in guidance_scales):
@@ -119,7 +117,7 @@ def benchmark_dc_quality(
     rows: list[dict[str, Any]] = []
     for variant in variants:
         report(variant.name)
-        settings = RunSettings(
+        run = RunSettings(
             variant.name,
             variant.fingerprint,
             images_per_prompt,
@@ -127,7 +125,7 @@ def benchmark_dc_quality(
             batch_size=batch_size,
             variant=model_variant,
         )
-        scores = score_row(folder, prompts, settings, partial(_pictures, variant, batch_size), detector)
+        scores = score_row(folder, prompts, run, partial(_pictures, variant, batch_size), detector)
         judge, _ = scores.pop("detector"), scores.pop("prompts")
         rows.append(
             {
@@ -145,25 +143,19 @@ def benchmark_dc_quality(
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     for row, cost in zip(rows, _costs(variants, chosen, runs), strict=True):
         row |= cost
-    return {
-        "benchmark": "dc-quality",
-        "environment": environment(),
-        "detector": judge,
-        "settings": {
-            "model": model,
-            "dense": dense,
-            "model_variant": model_variant,
-            "images_per_prompt": images_per_prompt,
-            "prompts": len(prompts),
-            "batch_size": batch_size,
-            "timed_prompts": len(chosen),
-            "runs": runs,
-            "device": device,
-        },
-        "router": router,
-        "flops_beside": _flops_beside(chunked, checkpoints[0].defaults, chosen[:1]),
-        "rows": rows,
+    settings = {
+        "model": model,
+        "dense": dense,
+        "model_variant": model_variant,
+        "images_per_prompt": images_per_prompt,
+        "prompts": len(prompts),
+        "batch_size": batch_size,
+        "timed_prompts": len(chosen),
+        "runs": runs,
+        "device": device,
     }
+    beside = _flops_beside(chunked, checkpoints[0].defaults, chosen[:1])
+    return result_of("dc-quality", settings, detector=judge, router=router, flops_beside=beside, rows=rows)
 
 
 def _variants(
@@ -218,19 +210,16 @@ def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[d
     """FLOPs, kept share and seconds a picture; the variants take turns."""
     seeds = list(range(len(prompts)))
     counts: list[dict[str, Any]] = []
-    seconds: list[list[float]] = [[] for _ in variants]
     for variant in variants:  # a warm-up as well
         with account() as stats, count_flops():
             _draw(variant, prompts, seeds)
         steps = [kept / total for kept, total in zip(stats.kept_tokens, stats.total_tokens, strict=True)]
         kept = sum(steps) / len(steps) if steps else None
         counts.append({"flops": stats.flops / len(prompts), "kept": kept, "kept_by_step": steps or None})
-    for _ in range(runs):
-        for place, variant in enumerate(variants):
-            start = time.perf_counter()
-            _draw(variant, prompts, seeds)
-            seconds[place].append((time.perf_counter() - start) / len(prompts))
-    return [{**count, "n": runs, "seconds": percentiles(times)} for count, times in zip(counts, seconds, strict=True)]
+    draws = {place: partial(_draw, variant, prompts, seeds) for place, variant in enumerate(variants)}
+    turns = take_turns(draws, runs, warm_up=0).values()
+    times = [percentiles([seconds / len(prompts) for seconds in found]) for found in turns]
+    return [{**count, "n": runs, "seconds": found} for count, found in zip(counts, times, strict=True)]
 
 
 def _flops_beside(pipe: Any, defaults: dict[str, Any], prompts: list[str]) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import measure_process, percentiles
+from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of
 
 PROMPT = "a red circle left of a blue square"
 # The stage whose duration is divided by the number of steps, by its name in the statistics.
@@ -54,10 +54,8 @@ def benchmark_generate(
         FastgenError: an argument outside its range, or pictures that depend on the batch size: a fast wrong answer is
             not worth timing.
     """
-    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
-        raise FastgenError(f"runs: {runs!r} is not allowed, needs an integer >= 1")
-    if not batches or min(batches) < 1:
-        raise FastgenError(f"batches: {list(batches)} is not allowed, needs integers >= 1")
+    check_integer("runs", runs, 1)
+    check_integer("batches", min(batches, default=0), 1)
     cold_rows = []
     if cold:
         report("cold start")
@@ -65,22 +63,17 @@ def benchmark_generate(
     warm_rows = []
     for model in models:
         warm_rows += _warm_rows(model, variant, runs, batches, steps, compile, device, dtype, report)
-    return {
-        "benchmark": "generate",
-        "environment": environment(),
-        "settings": {
-            "models": list(models),
-            "variant": variant,
-            "runs": runs,
-            "batches": list(batches),
-            "steps": steps,
-            "device": device,
-            "dtype": dtype,
-            "prompt": PROMPT,
-        },
-        "cold": cold_rows,
-        "warm": warm_rows,
+    settings = {
+        "models": list(models),
+        "variant": variant,
+        "runs": runs,
+        "batches": list(batches),
+        "steps": steps,
+        "device": device,
+        "dtype": dtype,
+        "prompt": PROMPT,
     }
+    return result_of("generate", settings, cold=cold_rows, warm=warm_rows)
 
 
 # ---- cold ----
@@ -234,9 +227,6 @@ def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:
 
     if pixels(1) != pixels(3):
         raise FastgenError(f"model {model!r}: pictures depend on the batch size; not timed")
-
-
-# ---- environment ----
 
 
 def _first_line(error: BaseException) -> str:

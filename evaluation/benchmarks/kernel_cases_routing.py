@@ -16,18 +16,14 @@ from fastgen.kernels.dechunk import (
     dechunk,
     nearest_kept,
     nearest_kept_reference,
-    plug_back,
-    plug_back_reference,
     smooth_kept,
     smooth_kept_reference,
 )
 from fastgen.kernels.dispatch import use_kernels
 from fastgen.kernels.pack import (
     Packing,
-    pack,
     pack_mask,
     pack_mask_reference,
-    pack_reference,
     pack_top,
     pack_top_reference,
     scatter,
@@ -76,22 +72,16 @@ def _packing() -> list[Case]:
 
         return build
 
-    def rows(samples: int, side: int, packed: bool) -> Callable[[torch.device], Inputs]:
+    def rows(samples: int, side: int) -> Callable[[torch.device], Inputs]:
         def build(device: torch.device) -> Inputs:
             packing = _kept(device, samples, side)
-            if packed:
-                return {"packed": noise(device, packing.capacity, _WIDTH), "packing": packing}
-            return {"tokens": noise(device, samples, side * side, _WIDTH), "packing": packing}
+            return {"packed": noise(device, packing.capacity, _WIDTH), "packing": packing}
 
         return build
 
     def index_bytes(inputs: Inputs) -> int:
         grid = inputs["scores"] if "scores" in inputs else inputs["mask"]
         return size_of(grid) + 9 * grid.numel() + 16 * int(inputs["capacity"])
-
-    def packed_bytes(inputs: Inputs) -> int:
-        packing = inputs["packing"]
-        return packing.capacity * (4 * _WIDTH + 8)
 
     def grid_bytes(inputs: Inputs) -> int:
         return size_of(inputs["packed"]) + inputs["packing"].mask.numel() * (2 * _WIDTH + 9)
@@ -115,10 +105,9 @@ def _packing() -> list[Case]:
                 on_cpu=on_cpu,
             ),
         ]
-        there, back = rows(samples, side, False), rows(samples, side, True)
+        back = rows(samples, side)
         found += [
             *indexed,
-            Case("pack", name, there, pack, pack_reference, packed_bytes, equal, large=large, on_cpu=on_cpu),
             Case("scatter", name, back, scatter, scatter_reference, grid_bytes, equal, large=large, on_cpu=on_cpu),
         ]
     return found
@@ -159,22 +148,6 @@ def _dechunking() -> list[Case]:
     def nearest(samples: int, side: int) -> Callable[[torch.device], Inputs]:
         return lambda device: {"mask": _kept(device, samples, side).mask.view(samples, side, side)}
 
-    def plugging(samples: int, side: int) -> Callable[[torch.device], Inputs]:
-        def build(device: torch.device) -> Inputs:
-            packing = _kept(device, samples, side)
-            length = side * side
-            with use_kernels("reference"):
-                near = nearest_kept(packing.mask.view(samples, side, side)).view(samples, length)
-            near = near + length * torch.arange(samples, device=device)[:, None]
-            index = packing.rows.flatten()[near.flatten()]
-            tokens = noise(device, packing.capacity, _WIDTH)
-            return {"tokens": tokens, "index": index, "positions": packing.positions, "length": length}
-
-        return build
-
-    def plug_reference(tokens: Tensor, index: Tensor, positions: Tensor, length: int) -> Tensor:
-        return plug_back_reference(tokens, index)
-
     def whole_bytes(inputs: Inputs) -> int:
         # Tokens in, smoothed, read again, and the grid out.
         return 3 * size_of(inputs["tokens"]) + 2 * _WIDTH * inputs["mask"].numel()
@@ -189,20 +162,16 @@ def _dechunking() -> list[Case]:
     def nearest_bytes(inputs: Inputs) -> int:
         return 9 * int(inputs["mask"].numel())
 
-    def plug_bytes(inputs: Inputs) -> int:
-        return size_of(inputs["tokens"], inputs["index"]) + 2 * _WIDTH * len(inputs["index"])
-
     found = []
-    sizes = [("32² x 2", 2, 32, False, True), ("64² x 16", 16, 64, True, False)]
-    for name, samples, side, large, on_cpu in sizes:
-        parts: list[tuple[str, Any, Any, Any, Any, Check, bool]] = [
-            ("dechunk", whole, dechunk, _whole_reference, whole_bytes, close(), False),
-            ("smooth_kept", smoothing, smooth_kept, smooth_kept_reference, smooth_bytes, close(), False),
-            ("nearest_kept", nearest, nearest_kept, nearest_kept_reference, nearest_bytes, equal, False),
-            ("plug_back", plugging, plug_back, plug_reference, plug_bytes, equal, large),
+    sizes = [("32² x 2", 2, 32, True), ("64² x 16", 16, 64, False)]
+    for name, samples, side, on_cpu in sizes:
+        parts: list[tuple[str, Any, Any, Any, Any, Check]] = [
+            ("dechunk", whole, dechunk, _whole_reference, whole_bytes, close()),
+            ("smooth_kept", smoothing, smooth_kept, smooth_kept_reference, smooth_bytes, close()),
+            ("nearest_kept", nearest, nearest_kept, nearest_kept_reference, nearest_bytes, equal),
         ]
-        for op, build, run, reference, moved, check, counts in parts:
-            options: dict[str, Any] = {"large": counts, "on_cpu": on_cpu}
+        for op, build, run, reference, moved, check in parts:
+            options: dict[str, Any] = {"on_cpu": on_cpu}
             options["flops"] = smooth_flops if op == "smooth_kept" else None
             options["compiled"] = op != "dechunk"  # its parts are
             found.append(Case(op, name, build(samples, side), run, reference, moved, check, **options))

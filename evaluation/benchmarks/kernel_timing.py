@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, seconds_of, take_turns
 
-__all__ = ["WARM_UP", "Timing", "roofline", "time_calls", "time_on_cpu", "time_on_gpu"]
+__all__ = ["WARM_UP", "Timing", "roofline", "time_calls", "time_on_cpu", "time_on_gpu", "walls"]
 
 WARM_UP = 25
 REPETITIONS = 100
@@ -74,9 +75,7 @@ def _host_seconds(work: Callable[[], object]) -> float:
     """How long the host needs to queue it: the GPU has to be held back for longer."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(work))
         torch.cuda.synchronize()
     return max(seconds)
 
@@ -87,16 +86,14 @@ def time_calls(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     What a program pays that is neither compiled nor captured: where launches take longer than the work, this is the
     time of the launches. Call it after `time_on_gpu`, which warms up.
     """
-    values: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(_CALL_ROUNDS):
-        for name, work in works.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                work()
-            torch.cuda.synchronize()
-            values[name].append((time.perf_counter() - start) / _CALLS)
-    return {name: percentiles(found)["p50"] for name, found in values.items()}
+    rows = {name: partial(_repeated, work) for name, work in works.items()}
+    turns = take_turns(rows, _CALL_ROUNDS, warm_up=0, device=torch.device("cuda"))
+    return {name: percentiles(found)["p50"] / _CALLS for name, found in turns.items()}
+
+
+def _repeated(work: Callable[[], object]) -> None:
+    for _ in range(_CALLS):
+        work()
 
 
 def _graph(work: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
@@ -131,21 +128,14 @@ def _time_graph(graph: torch.cuda.CUDAGraph) -> Timing:
 
 def time_on_cpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
     """Wall time of several implementations, taking turns; fewer repetitions of slow ones."""
-    single = {}
-    for name, work in works.items():
-        for _ in range(3):
-            start = time.perf_counter()
-            work()
-            single[name] = time.perf_counter() - start
-    rounds = max(5, min(REPETITIONS, int(seconds / max(single.values()))))
-    values: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            values[name].append(time.perf_counter() - start)
+    slowest = max(seconds[-1] for seconds in take_turns(works, 3, warm_up=0).values())
+    return walls(take_turns(works, max(5, min(REPETITIONS, int(seconds / slowest))), warm_up=0))
+
+
+def walls(seconds: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """Wall times of every implementation as timings."""
     return {
-        name: {**percentiles(found), "method": "wall", "repetitions": len(found)} for name, found in values.items()
+        name: {**percentiles(found), "method": "wall", "repetitions": len(found)} for name, found in seconds.items()
     }
 
 

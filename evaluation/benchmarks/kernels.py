@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.kernel_case import Case, Inputs
 from fastgen.evaluation.benchmarks.kernel_cases import cases
@@ -27,6 +26,7 @@ from fastgen.evaluation.benchmarks.kernel_timing import (
     time_on_gpu,
 )
 from fastgen.evaluation.benchmarks.kernels_end_to_end import MODELS, benchmark_end_to_end
+from fastgen.evaluation.benchmarks.measure import result_of
 from fastgen.kernels.dispatch import ran, reset_ran, use_kernels
 
 __all__ = ["benchmark_kernels"]
@@ -69,13 +69,8 @@ def benchmark_kernels(
     chosen = _chosen(ops, known, end_to_end)
     place = torch.device(device)
     started = time.perf_counter()
-    result: dict[str, Any] = {
-        "benchmark": "kernels-end-to-end" if end_to_end else "kernels",
-        "finished": False,
-        "environment": environment(),
-        "settings": {**_settings(device, place), "compile": compile, "warm_up": WARM_UP},
-        "rows": [],
-    }
+    settings = {**_settings(device, place), "compile": compile, "warm_up": WARM_UP}
+    result = result_of("kernels-end-to-end" if end_to_end else "kernels", settings, finished=False, rows=[])
 
     def add(row: dict[str, Any]) -> None:
         result["rows"].append(row)

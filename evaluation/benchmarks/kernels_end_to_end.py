@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.kernel_timing import Timing
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.kernel_timing import Timing, walls
+from fastgen.evaluation.benchmarks.measure import seconds_of, take_turns
 from fastgen.kernels.dispatch import use_kernels
 from fastgen.pipelines.kernels import enable_kernels
 
@@ -254,11 +255,8 @@ def _measure(name: str, device: torch.device, repetitions: int) -> dict[str, Any
         way = "compiled" if mode == "reference" else "compiled_kernels"
         torch._dynamo.reset()
         step.compile()
-        start = time.perf_counter()
         with use_kernels(mode):
-            step.run()
-        torch.cuda.synchronize()
-        row[f"{way}_cold_seconds"] = time.perf_counter() - start
+            row[f"{way}_cold_seconds"] = seconds_of(step.run, device)
         row[way] = _time({mode: step}, repetitions)[mode]
     for kind in ("eager", "compiled"):
         row[f"speedup_{kind}"] = row[kind]["p50"] / row[f"{kind}_kernels"]["p50"]
@@ -278,16 +276,10 @@ def _difference(steps: dict[str, _Step]) -> float:
 
 def _time(steps: dict[str, _Step], repetitions: int) -> dict[str, Timing]:
     """Wall time from an idle GPU to an idle GPU: in a step, launches are a part of the cost. Modes take turns."""
-    values: dict[str, list[float]] = {mode: [] for mode in steps}
-    for repetition in range(_WARM_UP + repetitions):
-        for mode, step in steps.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            with use_kernels(mode):
-                step.run()
-            torch.cuda.synchronize()
-            if repetition >= _WARM_UP:
-                values[mode].append(time.perf_counter() - start)
-    return {
-        mode: {**percentiles(found), "method": "wall", "repetitions": len(found)} for mode, found in values.items()
-    }
+
+    def run(mode: str) -> None:
+        with use_kernels(mode):
+            steps[mode].run()
+
+    calls = {mode: partial(run, mode) for mode in steps}
+    return walls(take_turns(calls, repetitions, warm_up=_WARM_UP, device=torch.device("cuda")))

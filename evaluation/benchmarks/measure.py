@@ -1,4 +1,4 @@
-"""Measuring: percentiles and whole processes."""
+"""What all benchmarks share: calls that take turns, percentiles, whole processes, and the frame of a result."""
 
 from __future__ import annotations
 
@@ -6,22 +6,53 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+
+from fastgen.accounting import wait_for
+from fastgen.environment import environment
 from fastgen.errors import FastgenError
+
+Name = TypeVar("Name")
+
+
+def result_of(benchmark: str, settings: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """A JSON-ready result with the machine and the versions that gave it."""
+    return {"benchmark": benchmark, "environment": environment(), "settings": settings, **parts}
+
+
+def seconds_of(call: Callable[[], object], device: Any = None) -> float:
+    """Wall time of a call; on a `device` from when it is idle until it is idle again."""
+    wait = (lambda: None) if device is None else partial(wait_for, device)
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    calls: Mapping[Name, Callable[[], object]], rounds: int, *, warm_up: int = 1, device: Any = None
+) -> dict[Name, list[float]]:
+    """Seconds of every call in every round. In a round each call runs once, so that a slow moment of the machine meets
+    all of them; rounds of warm-up are not counted."""
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name, call in calls.items():
+            taken = seconds_of(call, device)
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return seconds
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """20th, 50th and 80th percentile, with linear interpolation between the sorted values."""
-    ordered = sorted(values)
-    result = {}
-    for name, share in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8)):
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        result[name] = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-    return result
+    return dict(zip(("p20", "p50", "p80"), np.percentile(values, (20, 50, 80)).tolist(), strict=True))
 
 
 def measure_process(command: Sequence[str]) -> tuple[float, int | None, str]:

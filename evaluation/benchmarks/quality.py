@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.shapes import ShapesModel
+from fastgen.evaluation.geneval.shapes_checker import ShapesModel
 from fastgen.evaluation.runner import EvaluationRun, RunSettings
 from fastgen.evaluation.shapesworld import score_folder
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from fastgen.accounting import account, wait_for
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.measure import result_of
 from fastgen.evaluation.benchmarks.search_rows import rows_of, statistics_of
 from fastgen.evaluation.benchmarks.search_statistics import Resampling
 from fastgen.evaluation.benchmarks.search_variants import (
@@ -33,7 +34,7 @@ from fastgen.evaluation.benchmarks.search_variants import (
     scaled,
 )
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.shapes import fingerprint, load_detector
+from fastgen.evaluation.geneval.shapes_checker import fingerprint, load_detector
 from fastgen.evaluation.runner import image_seed, model_fingerprint
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.base import Verifier
@@ -120,8 +121,7 @@ def benchmark_search(
             folder with searches under other settings.
     """
     for name, number in (("seeds", seeds), ("batch_size", batch_size), *(("budgets", budget) for budget in budgets)):
-        if isinstance(number, bool) or number < 1:
-            raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
+        check_integer(name, number, 1)
     if share is not None and not 1 <= share[0] <= share[1]:
         raise FastgenError(f"share: {share[0]}/{share[1]} is not allowed, needs I/N with 1 <= I <= N")
     variants = [parse_variant(text) for text in dict.fromkeys((NONE, *policies))]
@@ -155,25 +155,19 @@ def benchmark_search(
     report("score")
     by = Resampling([item.tag for _, item in prompts])
     rows = rows_of(searches, prompts, seeds, detector, asked, held, by, device)
-    return {
-        "benchmark": "search",
-        "environment": environment(),
-        "detector": fingerprint(detector),
-        "settings": {
-            "model": model,
-            "verifier": _label(verifier, asked),
-            "heldout": None if heldout is None or held is None else _label(heldout, held),
-            "seeds": seeds,
-            "prompts": len(prompts),
-            "budgets": sorted(set(budgets)),
-            "forwards": bench.forwards,
-            "times": bench.times,
-            **{key: value for key, value in record.items() if key not in ("format", "model", "verifier")},
-        },
-        "skipped": skipped,
-        "rows": [row.data for row in rows],
-        **statistics_of(rows, by),
+    settings = {
+        "model": model,
+        "verifier": _label(verifier, asked),
+        "heldout": None if heldout is None or held is None else _label(heldout, held),
+        "seeds": seeds,
+        "prompts": len(prompts),
+        "budgets": sorted(set(budgets)),
+        "forwards": bench.forwards,
+        "times": bench.times,
+        **{key: value for key, value in record.items() if key not in ("format", "model", "verifier")},
     }
+    found = {"rows": [row.data for row in rows], **statistics_of(rows, by)}
+    return result_of("search", settings, detector=fingerprint(detector), skipped=skipped, **found)
 
 
 def _numbered(limit: int | None) -> list[tuple[int, Metadata]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ import torch
 from scipy.stats import bootstrap
 
 from fastgen.accounting import wait_for
-from fastgen.environment import environment
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.flux_shaped import flux_shaped
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
 from fastgen.evaluation.shapesworld import shapes_prompts
@@ -29,7 +31,7 @@ from fastgen.pipelines.settings import check_classes
 __all__ = ["benchmark_search_overhead"]
 
 STOCK, WRAPPED, CONTROL = "stock", "wrapped, no policy", "stock again"
-FAMILY, OWN, AGAIN = "adapter of the family", "the pipeline's own call", "adapter again"
+FAMILY, OWN = "adapter of the family", "the pipeline's own call"
 FLUX_CALL = {"height": 256, "width": 256, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
@@ -53,14 +55,12 @@ def benchmark_search_overhead(
 
     Returns:
         a JSON-ready dict: "environment", "settings" and "rows" with call, n, seconds (percentiles), ratio (to the
-        stock call of the same round; percentiles) and ratio_ci (95 % of its median); and "evaluations", of the model
-        and, with `tiny`, of a FLUX-shaped one: see `evaluation_rows`.
+        stock call of the same round; percentiles) and ratio_ci (95 % of its median).
 
     Raises:
         FastgenError: runs < 2, a model that cannot be had, or pictures that are not the stock call's.
     """
-    if runs < 2:
-        raise FastgenError(f"runs: {runs} is not allowed, needs an integer >= 2")
+    check_integer("runs", runs, 2)
     checkpoint = find_checkpoint(model, variant)
     if checkpoint.kind != "diffusers":
         raise FastgenError(f"model: {model} is no diffusion pipeline")
@@ -92,72 +92,90 @@ def benchmark_search_overhead(
         if not np.array_equal(pictures[STOCK], pictures[WRAPPED]):
             raise FastgenError("the wrapped pipeline draws other pictures than the stock one; nothing is reported")
     report("evaluations")
-    evaluations = evaluation_rows(model, pipe, call, runs) if denoiser_of(pipe) is not StockDenoiser else []
+    evaluations: list[dict[str, Any]] = []
+    if "prompt" in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "transformer"):
+        evaluations = evaluation_rows(model, pipe, call, runs)
     if model == "tiny":
         shaped = flux_shaped().to(device)
         shaped.set_progress_bar_config(disable=True)
         evaluations += evaluation_rows("FLUX-shaped, one block of each kind", shaped, FLUX_CALL, min(runs, 5))
-    return {
-        "benchmark": "search-overhead",
-        "environment": environment(),
-        "settings": {"model": model, "runs": runs, "device": device, "dtype": dtype, **call},
-        "rows": [_row(name, seconds[name], seconds[STOCK]) for name in calls],
-        "evaluations": evaluations,
-    }
+    settings = {"model": model, "runs": runs, "device": device, "dtype": dtype, **call}
+    rows = [_row(name, seconds[name], seconds[STOCK]) for name in calls]
+    return result_of("search-overhead", settings, rows=rows, evaluations=evaluations)
 
 
 def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """What one evaluation of the model takes by the family's adapter and by the pipeline's own call, in turns.
+    """What one evaluation of the model takes by the pipeline's own call, and by the family's adapter where there is
+    one, in turns; and how much of it is not the model.
 
     Args:
         name: of the model.
-        pipe: one whose family has an adapter.
+        pipe: a pipeline of text prompts.
         call: settings of a picture.
         rounds: after one of warm-up; each evaluates all times of the schedule with every path.
 
     Returns:
-        rows with model, path, n, seconds of an evaluation (percentiles), over (seconds above the adapter right before
-        or after; percentiles), over_ci (95 % of its median) and share (of a step of the stock call; of medians).
+        rows with model, path, n, seconds of an evaluation (percentiles), host (its seconds outside the model;
+        percentiles), host_ci (95 % of its median) and share (of a step of the stock call; of medians).
     """
-    settings = Settings(**call)
-    paths: dict[str, Denoiser] = {
-        FAMILY: denoiser_of(pipe)(pipe, ["a red circle"], settings),
-        OWN: StockDenoiser(pipe, ["a red circle"], settings),
-    }
-    paths[AGAIN] = paths[FAMILY]
-    start, which = paths[FAMILY].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
+    settings, adapter = Settings(**call), denoiser_of(pipe)
+    paths: dict[str, Denoiser] = {OWN: StockDenoiser(pipe, ["a red circle"], settings)}
+    if adapter is not StockDenoiser:
+        paths[FAMILY] = adapter(pipe, ["a red circle"], settings)
+    start, which = paths[OWN].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
     seconds: dict[str, list[float]] = {path: [] for path in paths}
+    host: dict[str, list[float]] = {path: [] for path in paths}
     steps: list[float] = []
-    for run in range(-1, rounds):
-        for place, moment in enumerate(paths[FAMILY].times):
-            first = (run + place) % 3
-            for path in (*list(paths)[first:], *list(paths)[:first]):
-                started = time.perf_counter()
-                paths[path].predict(start, torch.tensor([moment], dtype=torch.float64), which)
-                wait_for(torch.device(pipe.device))
-                if run >= 0:
-                    seconds[path].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
-        wait_for(torch.device(pipe.device))
-        if run >= 0:
-            steps.append((time.perf_counter() - started) / len(paths[FAMILY].times))
-    return [_evaluation_row(name, path, seconds[path], seconds[FAMILY], steps) for path in paths]
+    with _timed(pipe.transformer) as inside:
+        for run in range(-1, rounds):
+            for place, moment in enumerate(paths[OWN].times):
+                for path in list(paths) if (run + place) % 2 else reversed(paths):
+                    inside.clear()
+                    started = time.perf_counter()
+                    paths[path].predict(start, torch.tensor([moment], dtype=torch.float64), which)
+                    wait_for(torch.device(pipe.device))
+                    if run >= 0:
+                        seconds[path].append(time.perf_counter() - started)
+                        host[path].append(seconds[path][-1] - sum(inside))
+            started = time.perf_counter()
+            pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
+            wait_for(torch.device(pipe.device))
+            if run >= 0:
+                steps.append((time.perf_counter() - started) / len(paths[OWN].times))
+    return [
+        {
+            "model": name,
+            "path": path,
+            "n": len(seconds[path]),
+            "seconds": percentiles(seconds[path]),
+            "host": percentiles(host[path]),
+            "host_ci": _median_ci(np.array(host[path])),
+            "share": float(np.median(host[path]) / np.median(steps)),
+        }
+        for path in paths
+    ]
 
 
-def _evaluation_row(
-    name: str, path: str, seconds: list[float], family: list[float], steps: list[float]
-) -> dict[str, Any]:
-    over = np.array(seconds) - np.array(family)
-    return {
-        "model": name,
-        "path": path,
-        "n": len(seconds),
-        "seconds": percentiles(seconds),
-        "over": percentiles(over.tolist()),
-        "over_ci": [0.0, 0.0] if path == FAMILY else _median_ci(over),
-        "share": float(np.median(over) / np.median(steps)),
-    }
+@contextmanager
+def _timed(model: Any) -> Iterator[list[float]]:
+    """Seconds of each forward pass of the model inside."""
+    found: list[float] = []
+    began: list[float] = []
+
+    def before(*_: Any) -> None:
+        wait_for(model.device)
+        began.append(time.perf_counter())
+
+    def after(*_: Any) -> None:
+        wait_for(model.device)
+        found.append(time.perf_counter() - began.pop())
+
+    handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _median_ci(values: Any) -> list[float]:

@@ -23,7 +23,7 @@ from fastgen.evaluation.benchmarks.search_statistics import (
 from fastgen.evaluation.benchmarks.search_variants import NONE, Search
 from fastgen.evaluation.fid.extractors import ShapesNetwork
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.shapes import ShapesChecker, ShapesModel, to_model_size
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, ShapesModel, to_model_size
 from fastgen.evaluation.measures import policy_family
 from fastgen.evaluation.runner import Sample, judge_samples
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from fastgen.accounting import wait_for
+from fastgen.checks import check_integer
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
@@ -31,16 +32,16 @@ from fastgen.drafters.names import PLAIN
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
-from fastgen.environment import environment, native_bfloat16
+from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, seconds_of
 from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.compare import paired_errors
-from fastgen.evaluation.geneval.shapes import load_detector
+from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.token_images import as_output
@@ -192,8 +193,7 @@ def benchmark_speculative(
         ValueError: a variant that cannot be read.
     """
     for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
-        if number < 1:
-            raise FastgenError(f"{name}: {number} is not allowed, needs an integer >= 1")
+        check_integer(name, number, 1)
     checkpoint = find_checkpoint(model, model_variant)
     if checkpoint.kind != "janus":
         raise FastgenError(f"model: {model} does not draw tokens")
@@ -246,26 +246,22 @@ def benchmark_speculative(
         for batch in batches:
             report(f"batch {batch}: {row['variant']}")
             row.setdefault("pictures_a_minute", {})[str(batch)] = _throughput(target, law, variant, chosen, batch)
-    return {
-        "benchmark": "speculative",
-        "environment": environment(),
-        "settings": {
-            "model": model,
-            "model_variant": model_variant,
-            "drafters": list(folders),
-            "guidance_scale": scale,
-            "images_per_prompt": images_per_prompt,
-            "prompts": len(prompts) if quality else 0,
-            "batch_size": batch_size,
-            "timed_prompts": len(chosen),
-            "runs": runs,
-            "device": device,
-            "dtype": dtype,
-            "compile": compile,
-            "threads": torch.get_num_threads(),
-        },
-        "rows": rows,
+    settings = {
+        "model": model,
+        "model_variant": model_variant,
+        "drafters": list(folders),
+        "guidance_scale": scale,
+        "images_per_prompt": images_per_prompt,
+        "prompts": len(prompts) if quality else 0,
+        "batch_size": batch_size,
+        "timed_prompts": len(chosen),
+        "runs": runs,
+        "device": device,
+        "dtype": dtype,
+        "compile": compile,
+        "threads": torch.get_num_threads(),
     }
+    return result_of("speculative", settings, rows=rows)
 
 
 @torch.no_grad()
@@ -350,12 +346,10 @@ def _paired(plain: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
 def _throughput(target: Target, law: TokenLaw, variant: Variant | None, prompts: Sequence[str], batch: int) -> float:
     """Pictures a minute of the faster of two batches, after a first one."""
     texts = [prompts[number % len(prompts)] for number in range(batch)]
-    seconds = []
-    for run in range(3):
-        start = time.perf_counter()
-        _draw(target, law, variant, texts, range(run * batch, (run + 1) * batch))
-        wait_for(target.device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [
+        seconds_of(partial(_draw, target, law, variant, texts, range(run * batch, (run + 1) * batch)), target.device)
+        for run in range(3)
+    ]
     return 60 * batch / min(seconds[1:])
 
 

@@ -10,13 +10,12 @@ with the bonus token in the accepted length: the table gives the length from whi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastgen.accounting import wait_for
+from fastgen.checks import check_choice, check_integer
 from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.draft import StaticPlan
 from fastgen.drafters.eagle import EagleDrafter
@@ -26,9 +25,7 @@ from fastgen.drafters.targets.janus import JanusTarget
 from fastgen.drafters.targets.llamagen import LlamaGenTarget
 from fastgen.drafters.tree import chain
 from fastgen.drafters.verify import Drafted, Noise
-from fastgen.environment import environment
-from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
 
 __all__ = ["NODES", "SIZES", "benchmark_speculative_cost", "build_target", "measure_target"]
 
@@ -65,17 +62,17 @@ def benchmark_speculative_cost(
     Raises:
         FastgenError: an unknown size, or a number out of range.
     """
-    if unknown := sorted(set(sizes) - set(SIZES)):
-        raise FastgenError(f"size: {unknown[0]!r} is unknown; there are {', '.join(SIZES)}")
-    if runs < 1 or not nodes or min(nodes) < 1:
-        raise FastgenError("runs and nodes: need integers >= 1")
+    for size in sizes:
+        check_choice("size", size, SIZES)
+    check_integer("runs", runs, 1)
+    check_integer("nodes", min(nodes, default=0), 1)
     rows = []
     for size in sizes:
         report(size)
         target = build_target(size, torch.device(device), getattr(torch, dtype))
         rows += [{"size": size, **row} for row in measure_target(target, sorted({1, *nodes}), runs)]
     settings = {"device": device, "dtype": dtype, "runs": runs, "guided": True, "threads": torch.get_num_threads()}
-    return {"benchmark": "speculative-cost", "environment": environment(), "settings": settings, "rows": rows}
+    return result_of("speculative-cost", settings, rows=rows)
 
 
 def build_target(size: str, device: torch.device, dtype: torch.dtype) -> Target:
@@ -166,16 +163,8 @@ def measure_target(target: Target, nodes: Sequence[int], runs: int) -> list[dict
     calls = {("verify", count): verify(count) for count in nodes}
     calls |= {("left", count): _left(target, prefix, law, count) for count in nodes}
     calls["draft", 0] = draft
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    for run in range(runs + 3):
-        for key, call in calls.items():
-            wait_for(device)
-            start = time.perf_counter()
-            call()
-            wait_for(device)
-            if run >= 3:
-                seconds[key].append(time.perf_counter() - start)
-    times = {key: percentiles(values) for key, values in seconds.items()}
+    turns = take_turns(calls, runs, warm_up=3, device=device)
+    times = {key: percentiles(values) for key, values in turns.items()}
     # A plain step may be padded: on some processors a pass over one token takes longer than one over two.
     plain = min(times["verify", count]["p50"] for count in nodes) + times["left", 1]["p50"]
     rows = []

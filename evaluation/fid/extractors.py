@@ -14,8 +14,8 @@ from torch import Tensor
 from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.inception import POOL, SIDE, SPATIAL, InceptionV3, load_inception
 from fastgen.evaluation.fid.protocols import Protocol
-from fastgen.evaluation.fid.resize import RESIZE
-from fastgen.evaluation.geneval.shapes import ShapesModel, fingerprint, load_detector, model_batch
+from fastgen.evaluation.fid.resize_modes import RESIZE
+from fastgen.evaluation.geneval.shapes_checker import ShapesModel, fingerprint, load_detector, model_batch
 from fastgen.pretrained import load_pretrained
 
 __all__ = [

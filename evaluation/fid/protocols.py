@@ -24,7 +24,7 @@ class Protocol:
     Attributes:
         name: what users write.
         label: what is printed with a number.
-        resize: a mode of `fastgen.evaluation.fid.resize.RESIZE`.
+        resize: a mode of `fastgen.evaluation.fid.resize_modes.RESIZE`.
         shift, scale: pixels are (x - shift) / scale.
         split_size, splits, shuffle_seed: of the inception score; all None: the protocol has none.
         spatial: it has sFID.

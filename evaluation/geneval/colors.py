@@ -96,7 +96,7 @@ class ClipColors:
 
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        from fastgen.evaluation.geneval.shapes import fingerprint
+        from fastgen.evaluation.geneval.shapes_checker import fingerprint
 
         return fingerprint(self.model)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.opencv_resize import resize_linear
 from fastgen.evaluation.geneval.prompts import CLASSES
-from fastgen.evaluation.geneval.resize import resize_linear
-from fastgen.evaluation.geneval.results import DETECTORS
 from fastgen.evaluation.geneval.types import Detections, check_image
+from fastgen.evaluation.geneval.verdict_files import DETECTORS
 from fastgen.pretrained import load_pretrained
 
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
@@ -199,7 +199,7 @@ class Mask2FormerDetector:
 
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        from fastgen.evaluation.geneval.shapes import fingerprint
+        from fastgen.evaluation.geneval.shapes_checker import fingerprint
 
         return fingerprint(self.model)
 

@@ -1,13 +1,19 @@
 """How far the ShapesWorld checker can be trusted: object-level accuracy on renders whose truth is known.
 
-`DEFINITIONS` says what each number means and goes into every result.
+`DEFINITIONS` says what each number means and goes into every result. After training another checker,
+
+    python -m fastgen.evaluation.geneval.validation docs/results/shapes-checker.json
+
+writes the numbers, and their table next to them as .md.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,7 +198,6 @@ def validate_checker(
     *,
     seed: int = VALIDATION_SEED,
     n_perturbed: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of `checker` on renders of every colour x shape pair, clean and under perturbations.
 
@@ -200,7 +205,6 @@ def validate_checker(
         n: clean images, >= 1.
         seed: ShapesWorld seed; the default is no training seed.
         n_perturbed: images at each perturbation level, the first of the clean ones; min(n, 500) when None.
-        on_progress: called with (images done, images in all).
 
     Returns:
         JSON-ready dict: {"kind", "definitions", "seed", "clean": row, "rows": [row + perturbation, unit, level],
@@ -220,20 +224,15 @@ def validate_checker(
     truths: list[list[TrueObject]] = []
     clean: list[Detections] = []
     perturbed: list[list[Detections]] = [[] for _ in plan]
-    done, total = 0, n + few * len(plan)
     for start in range(0, n, _CHUNK):
         batch = world.batch(min(_CHUNK, n - start), start)
         truths += [true_objects(batch, index) for index in range(len(batch.scenes))]
         clean += checker.detect(list(batch.images))
-        done += len(batch.images)
         images = batch.images[: max(few - start, 0)]
         for row, (_, _, _, perturb) in enumerate(plan):
             if len(images):
                 changed = perturb(images, np.random.default_rng((seed, start, row)))
                 perturbed[row] += checker.detect(list(changed))
-                done += len(images)
-            if on_progress is not None:
-                on_progress(done, total)
     first = measure(truths, clean)
     return {
         "kind": "shapesworld-checker",
@@ -248,3 +247,21 @@ def validate_checker(
         "target": TARGET,
         "passed": first["0.3"]["accuracy"] is not None and first["0.3"]["accuracy"] >= TARGET,
     }
+
+
+def write_validation(path: Path, n: int = 2000, n_perturbed: int | None = None) -> None:
+    """Validate the embedded checker, and write the result as JSON and its table as Markdown."""
+    from fastgen.environment import environment
+    from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
+    from fastgen.evaluation.results_page import checker_markdown
+    from fastgen.io import atomic_write_bytes, atomic_write_json
+
+    detector = load_detector()
+    data = validate_checker(ShapesChecker(detector), n, n_perturbed=n_perturbed)
+    data |= {"detector": fingerprint(detector), "environment": environment()}
+    atomic_write_json(path, data)
+    atomic_write_bytes(path.with_suffix(".md"), checker_markdown(data).encode())
+
+
+if __name__ == "__main__":
+    write_validation(Path(sys.argv[1]))

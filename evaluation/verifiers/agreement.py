@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from fastgen.evaluation.geneval.shapes import ShapesChecker
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
 from fastgen.evaluation.runner import judge_samples, read_samples
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 

@@ -24,7 +24,7 @@ VERIFIERS = {
     "image-reward": "image_reward:ImageReward",
     "pick-score": "clip:PickScore",
     "qwen-vl": "yes_no:YesNo",
-    "shapes-verifier": "shapes:ShapesVerifier",
+    "shapes-verifier": "shapes_verifier:ShapesVerifier",
     "vqa-score": "vqa:VQAScore",
 }
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastgen.cli.bench_fid import fid
+from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
 from fastgen.cli.methods import VariantOption, find_model, variant_option
@@ -25,9 +23,9 @@ def _group() -> None:
     """Measure speed and memory; writes JSON."""
 
 
+app.command("accelerate")(accelerate)
 app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("fid")(fid)
 app.command("search-overhead")(search_overhead)
 
 
@@ -61,7 +59,7 @@ def generate(
     check_files(out)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.generate import benchmark_generate
-        from fastgen.evaluation.results import generate_markdown
+        from fastgen.evaluation.results_page import generate_markdown
 
         result = benchmark_generate(
             models,
@@ -76,23 +74,6 @@ def generate(
             report=lambda line: typer.echo(line, err=True),
         )
     publish(result, out, as_json, generate_markdown(result), notes.texts)
-
-
-@app.command("data")
-def data(
-    images: Annotated[int, typer.Option(help="Pictures of one run.")] = 4096,
-    runs: Annotated[int, typer.Option(help="Measured runs of each row.")] = 5,
-    processes: Annotated[list[int] | None, typer.Option(help="Repeat for several. Default: 1 and 2.")] = None,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Pictures a second of the ShapesWorld renderer."""
-    from fastgen.evaluation.benchmarks.data import benchmark_data
-    from fastgen.evaluation.results import data_markdown
-
-    check_files(out)
-    result = benchmark_data(images, runs, processes or (1, 2))
-    publish(result, out, as_json, data_markdown(result))
 
 
 @app.command("dc")
@@ -150,82 +131,6 @@ def dc(
         if plot is not None:
             dc_quality_plot(result, plot)
     publish(result, out, as_json, dc_quality_markdown(result), notes.texts)
-
-
-@app.command("dc-ablations")
-def dc_ablations(
-    part: Annotated[
-        str, typer.Option(help="Z-Image pipeline that gives VAE and text encoder: name or folder.")
-    ] = "tiny",
-    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
-        "fastgen-bench-dc-ablations"
-    ),
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
-    renders: Annotated[int, typer.Option(help="Held-out pictures to judge by.")] = 256,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the small model with one part of dynamic chunking changed at a time, and compare on held-out renders."""
-    from fastgen.pipelines.checkpoint import find_checkpoint
-
-    base = find_checkpoint(part)
-    check_files(out, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.dc_results import dc_ablations_markdown
-        from fastgen.training.dc_ablations import benchmark_dc_ablations
-
-        result = benchmark_dc_ablations(
-            base.folder,
-            folder,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            variants=variant,
-            renders=renders,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    publish(result, out, as_json, dc_ablations_markdown(result))
-
-
-@app.command("drafter-ablations")
-def drafter_ablations(
-    part: Annotated[str, typer.Option(help="Janus model: name or folder.")] = "tiny-janus",
-    folder: Annotated[Path, typer.Option(help="Folder of the trained variants; a killed run continues there.")] = Path(
-        "fastgen-bench-drafter-ablations"
-    ),
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Pictures of a training step.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    variant: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: all.")] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures to judge by.")] = 64,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a drafter with one term of its loss changed at a time, and compare what the target accepts."""
-    from fastgen.pipelines.checkpoint import find_checkpoint
-
-    checkpoint = find_checkpoint(part)
-    if checkpoint.kind != "janus":
-        raise FastgenError(f"--part: {part} is no Janus model")
-    check_files(out, folder=folder)
-    with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation.speculative_results import drafter_ablations_markdown
-        from fastgen.training.drafter_ablations import benchmark_drafter_ablations
-
-        result = benchmark_drafter_ablations(
-            checkpoint.folder,
-            folder,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            variants=variant,
-            pictures=pictures,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    publish(result, out, as_json, drafter_ablations_markdown(result))
 
 
 @app.command("speculative")
@@ -363,7 +268,7 @@ def dc_speed(
 
     check_device(device, dtype)
     check_files(out)
-    from fastgen.evaluation.benchmarks.dc import benchmark_dc_speed
+    from fastgen.evaluation.benchmarks.dc_speed import benchmark_dc_speed
     from fastgen.evaluation.dc_results import dc_markdown
 
     result = benchmark_dc_speed(

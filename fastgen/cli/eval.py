@@ -6,7 +6,6 @@ import warnings
 
 import typer
 
-from fastgen.cli.eval_checker import checker
 from fastgen.cli.eval_compare import compare
 from fastgen.cli.eval_fid import fid
 from fastgen.cli.eval_geneval import geneval
@@ -27,6 +26,5 @@ def _group() -> None:
 app.command("shapes")(shapes)
 app.command("geneval")(geneval)
 app.command("fid")(fid)
-app.command("checker")(checker)
 app.command("compare")(compare)
 app.command("report")(report)

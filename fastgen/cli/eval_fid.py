@@ -112,6 +112,7 @@ def fid(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
     batch_invariant: options.BatchInvariant = True,
     limit: options.Limit = None,
@@ -308,7 +309,7 @@ def _reference(path: Path | None, protocol: str | None, settings: FidSettings) -
     if path is not None:
         return open_reference(path, protocol)
     if all(METRICS[name].extractor == "shapes" for name in settings.metrics):
-        from fastgen.evaluation.fid.shapes import render_reference
+        from fastgen.evaluation.fid.fd_shapes import render_reference
 
         return render_reference()
     return None

@@ -77,6 +77,7 @@ def geneval(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 4,
     batch_invariant: options.BatchInvariant = True,
     seed: options.Seed = 0,
@@ -105,9 +106,9 @@ def geneval(
 
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
-    from fastgen.evaluation.geneval.judges import load_judge
+    from fastgen.evaluation.geneval.named_judges import load_judge
     from fastgen.evaluation.geneval.scoring import score_images
-    from fastgen.evaluation.results import scores_markdown
+    from fastgen.evaluation.results_page import scores_markdown
     from fastgen.evaluation.samples import results_jsonl
     from fastgen.evaluation.shapesworld import DETECTOR, RENDERS, render_prompts
     from fastgen.io import atomic_write_json, atomic_write_many, check_writable, user_cache_dir
@@ -175,7 +176,7 @@ def _prompts(path: Path | None, judge: Judge, limit: int | None) -> list[Metadat
 
 def _summarise(path: Path, out: Path | None, as_json: bool) -> None:
     """The summary of a file of verdicts."""
-    from fastgen.evaluation.geneval.results import summarize_file
+    from fastgen.evaluation.geneval.verdict_files import summarize_file
     from fastgen.io import atomic_write_json, check_writable
 
     if out is not None:

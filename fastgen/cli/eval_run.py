@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model
+from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ Acceptance = Annotated[str | None, typer.Option("--acceptance", help="What is ac
 Quality = Annotated[float | None, typer.Option("--quality", help="Of acceptance cascade, 0 to 1 (speculative).")]
 Drafter = Annotated[
     str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")]
 BatchInvariant = Annotated[
@@ -108,6 +111,7 @@ class Generation:
     explore: float | None
     explore_uncond: float | None
     preview: str | None
+    plan: Path | None
     batch_size: int
     batch_invariant: bool
     seed: int
@@ -134,7 +138,7 @@ class Generation:
         search = self._search()
         searching.check_options(self.method, search, save_tree=False)
         if images is not None:
-            others = self._options("model", "variant", "steps", "guidance_scale", "limit", "method")
+            others = self._options("model", "variant", "steps", "guidance_scale", "limit", "method", "plan")
             refuse_with_images(others | budget | decoding | {_option(name): value for name, value in search.items()})
         check_device(self.device, self.dtype)
         if images is None and self.model != "renders":
@@ -146,12 +150,20 @@ class Generation:
 
         checkpoint = find_model(self.model or METHODS[self.method or "base"], self.variant)
         check_method(self.method, checkpoint)
+        self._planned_parts(checkpoint)
         if self.method == "speculative":
             find_drafter(checkpoint, self.drafter)
         if self.method == "search":
             self._planned_search(checkpoint)
         else:
             self._resolved(checkpoint)
+
+    def _planned_parts(self, checkpoint: Checkpoint) -> list[list[Any]] | None:
+        """Names and settings of the parts in the plan."""
+        if self.plan is None:
+            return None
+        plan = read_plan(self.plan, self._resolved(checkpoint)[0], self.method)
+        return [[part.name, part.settings] for part in plan.parts]
 
     def _resolved(self, checkpoint: Checkpoint) -> tuple[type, dict[str, Any]]:
         """Class and settings of the model's pipeline."""
@@ -193,7 +205,7 @@ class Generation:
 
         model = self.model or METHODS[self.method or "base"]
         drawer = (drawers or {}).get(model)
-        identity, search = model, None
+        identity, search, parts = model, None, None
         if drawer is None:
             checkpoint = find_checkpoint(model, self.variant)
             check_method(self.method, checkpoint)
@@ -201,8 +213,9 @@ class Generation:
             own = self.drafter is None or self.method is None
             identity = _identity(checkpoint, None if own else find_drafter(checkpoint, str(self.drafter)))
             search = self._planned_search(checkpoint) if self.method == "search" else None
+            parts = self._planned_parts(checkpoint)
         else:
-            made = self._options(*_DRAWING, "method", "drafter", "variant")
+            made = self._options(*_DRAWING, "method", "drafter", "variant", "plan")
             if given := [name for name, value in made.items() if value is not None]:
                 raise FastgenError(f"{given[-1] if '--method' in given else given[0]}: {model} is no model")
         same = (field.name for field in fields(RunSettings))
@@ -210,6 +223,7 @@ class Generation:
         settings["method"] = self.method if self.method in ("speculative", "search") else None
         settings["batch_size"] = None if self.batch_invariant else self.batch_size
         settings["search"] = None if search is None else search[0].settings
+        settings["plan"] = parts
         run = RunSettings(model=model, model_fingerprint=identity, **settings)
         if out is None:
             key = hashlib.sha256(json.dumps([run.as_dict(), self.limit]).encode()).hexdigest()[:8]
@@ -309,6 +323,8 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
     """Draws with the model of the run."""
 
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        from fastgen.pipelines.accelerate import accelerate
+        from fastgen.pipelines.accelerate.parts import made_part
         from fastgen.pipelines.loading import generate_images, load_pipeline
 
         settings = run.settings
@@ -320,6 +336,8 @@ def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None
             drafter=settings.drafter,
             variant=settings.variant,
         )
+        if settings.plan is not None:
+            accelerate(pipe, plan=[made_part(*part) for part in settings.plan])
         batches: dict[str, Any] = {"batch_size": batch_size, "batch_invariant": settings.batch_size is None}
         if search is not None:
             planned, call = search

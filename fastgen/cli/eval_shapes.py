@@ -47,6 +47,7 @@ def shapes(
     explore: searching.ExploreOption = None,
     explore_uncond: searching.ExploreUncondOption = None,
     preview: searching.PreviewOption = None,
+    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 32,
     batch_invariant: options.BatchInvariant = True,
     seed: options.Seed = 0,
@@ -72,7 +73,7 @@ def shapes(
 
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
-    from fastgen.evaluation.geneval.shapes import load_detector
+    from fastgen.evaluation.geneval.shapes_checker import load_detector
     from fastgen.evaluation.runner import results_jsonl
     from fastgen.evaluation.shapesworld import RENDERS, render_prompts, score_folder, shapes_prompts
     from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, save_png, user_cache_dir

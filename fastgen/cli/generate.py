@@ -14,7 +14,15 @@ import typer
 
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, VariantOption, best_device, check_method, check_method_name, find_model
+from fastgen.cli.methods import (
+    METHODS,
+    VariantOption,
+    best_device,
+    check_method,
+    check_method_name,
+    find_model,
+    read_plan,
+)
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -327,13 +335,8 @@ def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method:
     Raises:
         FastgenError: a plan of another pipeline, or a broken one.
     """
-    from fastgen.pipelines.accelerate import Plan
-
     if path is not None:
-        plan = Plan.load(path)
-        if plan.pipeline != kind.__name__:
-            raise FastgenError(f"--plan: {path} is of a {plan.pipeline}, and the model is a {kind.__name__}")
-        return plan
+        return read_plan(path, kind, method)
     if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
         return None
     return "exact"

@@ -172,8 +172,7 @@ def _fast_paths() -> dict[str, dict[str, Any]]:
 def _triton_kernels() -> dict[str, Any]:
     import fastgen.kernels
 
-    modules = {module.name for module in pkgutil.iter_modules(fastgen.kernels.__path__)}
-    ops = sorted(name for name in modules if f"{name}_triton" in modules)
+    ops = sorted(module.name for module in pkgutil.iter_modules(fastgen.kernels.__path__) if module.ispkg)
     if (reason := _no_cuda()) is not None:
         return _path(reason, f"PyTorch references run: {', '.join(ops)}")
     try:

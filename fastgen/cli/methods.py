@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
+    from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.checkpoint import Checkpoint
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "check_method",
     "check_method_name",
     "find_model",
+    "read_plan",
     "variant_option",
 ]
 
@@ -67,3 +70,19 @@ def find_model(model: str, variant: str | None = None, revision: str | None = No
     if checkpoint.hub_id is None:
         check_weights(checkpoint)
     return checkpoint
+
+
+def read_plan(path: Path, pipeline: type, method: str | None) -> Plan:
+    """A plan of `fastgen tune` for a pipeline.
+
+    Raises:
+        FastgenError: a broken plan, one of another pipeline, or for a method that takes none.
+    """
+    from fastgen.pipelines.accelerate import Plan
+
+    if method in ("search", "speculative"):
+        raise FastgenError(f"--plan: not with --method {method}")
+    plan = Plan.load(path)
+    if plan.pipeline != pipeline.__name__:
+        raise FastgenError(f"--plan: {path} is of a {plan.pipeline}, and the model is a {pipeline.__name__}")
+    return plan

@@ -16,7 +16,7 @@ from fastgen.cli.methods import VariantOption, best_device, find_model
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
-    from fastgen.evaluation.tuning import Metric, Trial
+    from fastgen.evaluation.tuning import Trial
 
 app = typer.Typer(help="Measure what makes a model faster here, and write a plan.")
 
@@ -37,8 +37,8 @@ def tune(
     metric: Annotated[
         str,
         typer.Option(
-            help="What a plan may lose: ssim (similarity to the stock pictures), or a verifier: shapes-verifier, "
-            "clip-score, pick-score …"
+            help="What a plan may lose: ssim or lpips (likeness to the stock pictures), shapes (ShapesWorld-GenEval), "
+            "or a verifier: shapes-verifier, clip-score, pick-score …"
         ),
     ] = "ssim",
     max_drop: Annotated[float, typer.Option(help="How much lower the mean score of the plan may be.")] = 0.05,
@@ -49,6 +49,7 @@ def tune(
     compile: Annotated[bool, typer.Option("--compile", help="Try regional compilation too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
 ) -> None:
     """Measure what makes a model faster here, and write a plan.
 
@@ -85,6 +86,7 @@ def tune(
 
     with contextlib.redirect_stdout(sys.stderr):
         from fastgen.evaluation import tune_report
+        from fastgen.evaluation.tune_metrics import load_metric
         from fastgen.evaluation.tuning import Tuner, candidates, front
         from fastgen.io import atomic_write_bytes
         from fastgen.pipelines.loading import load_checkpoint, resolve_device
@@ -94,11 +96,11 @@ def tune(
             raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
         where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
         kind = str(weights).removeprefix("torch.")
-        scorer = _metric(metric, str(where))
+        scorer = load_metric(metric, texts, str(where))
         call = {"steps": steps, "batch_size": 1}
         pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind)
         header = _header(model, model_digest(checkpoint), where, kind, texts, metric, call)
-        tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _told)
+        tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _report)
         parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
         chosen = tuner.tune(parts, max_drop)
         plan = _plan(pipe, tuner.trials, chosen, header, metric, max_drop)
@@ -108,31 +110,9 @@ def tune(
         atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
         tune_report.plot(tuner.trials, chosen, metric, files[2])
         plan.save(output)
-    typer.echo(str(plan))
-    typer.echo(f"{output}, {files[2]}, {files[3]}", err=True)
-
-
-def _metric(name: str, device: str) -> Metric:
-    """What scores pictures.
-
-    Raises:
-        FastgenError: no such verifier, or its weights cannot be had.
-    """
-    if name == "ssim":
-        from fastgen.evaluation.tuning import ssim
-
-        return ssim
-    import numpy as np
-
-    from fastgen.evaluation.verifiers.base import picture_scores
-    from fastgen.evaluation.verifiers.names import load_verifier
-
-    verifier = load_verifier(name, device)
-
-    def scored(images: list[Any], prompts: list[str], stock: list[Any]) -> list[float]:
-        return list(picture_scores(verifier, (np.array(image.convert("RGB")) for image in images), prompts))
-
-    return scored
+    written = {"plan": str(output), "plot": str(files[2]), "sheet": str(files[3])}
+    typer.echo(json.dumps({**plan.as_dict(), "files": written}) if as_json else str(plan))
+    typer.echo(", ".join(written.values()), err=True)
 
 
 def _header(
@@ -158,7 +138,7 @@ def _header(
     }
 
 
-def _told(trial: Trial) -> None:
+def _report(trial: Trial) -> None:
     typer.echo(_line(trial), err=True)
 
 

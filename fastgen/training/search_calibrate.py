@@ -25,7 +25,7 @@ from fastgen.environment import commit, environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import evaluate_image
-from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint
 from fastgen.evaluation.runner import model_fingerprint
 from fastgen.evaluation.verifiers.agreement import agreement
 from fastgen.evaluation.verifiers.base import ModelVerifier, Verifier

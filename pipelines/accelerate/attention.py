@@ -111,7 +111,7 @@ class QuantizedAttention(_Backend):
 
 def _processors(pipe: Any) -> list[Any]:
     """Attention processors of the denoiser that take a backend; users' own that take none stay as they are."""
-    from fastgen.pipelines.fused_attention import FusedProcessor
+    from fastgen.pipelines.fused.attention import FusedProcessor
 
     found: dict[int, Any] = {}
     for module in denoising_network(pipe).modules():

@@ -81,6 +81,8 @@ def pooled(denoiser: Denoiser, prediction: Prediction) -> Tensor:
         half = (height + 1) // 2, (width + 1) // 2
         small = F.interpolate(grid.flatten(0, -3).unsqueeze(1), half, mode="area").view(*grid.shape[:-2], *half)
         pictures = denoiser.decoded(small).float()
+        if denoiser.resizes:
+            return as_bytes(pictures)
         size = [round(pictures.shape[axis] * grid.shape[axis] / small.shape[axis]) for axis in (-2, -1)]
         return as_bytes(F.interpolate(pictures, size, mode="bilinear"))
 

@@ -91,6 +91,11 @@ def flow_scheduler(scheduler: Any) -> Any:
                 )
         note_path("scheduler", name)
     elif name in _SOLVERS and config.get("use_flow_sigmas"):
+        if config.get("prediction_type") != "flow_prediction":
+            raise FastgenError(
+                f"scheduler: {name} with use_flow_sigmas and prediction_type {config.get('prediction_type')!r} cannot "
+                "be searched; take prediction_type='flow_prediction'"
+            )
         if config.get("final_sigmas_type", "zero") != "zero":
             raise FastgenError(f"scheduler: {name} needs final_sigmas_type 'zero' in a search")
         note_path("scheduler", "Euler", _REASON.format(name))

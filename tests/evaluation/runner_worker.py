@@ -16,9 +16,9 @@ from PIL import Image
 from fastgen.evaluation.distributed import Group
 from fastgen.evaluation.fid.evaluate import FidSettings, evaluate_images
 from fastgen.evaluation.fid.extractors import ShapesNetwork
+from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.fid.readers import CallbackSource
 from fastgen.evaluation.fid.reference import Reference
-from fastgen.evaluation.fid.shapes import FDShapes
 from fastgen.evaluation.runner import EvaluationRun, RunSettings, results_jsonl
 from fastgen.evaluation.shapesworld import render_prompts, score_folder, shapes_prompts
 from fastgen.io import atomic_write_bytes, atomic_write_json
@@ -115,7 +115,7 @@ def command(folder: str, rank: int, size: int, port: int, seconds: float = 0.0) 
     join(rank, size, port)
     import fastgen.evaluation.shapesworld as shapesworld
     from fastgen.cli.main import run
-    from fastgen.evaluation.geneval.shapes import ShapesModel
+    from fastgen.evaluation.geneval.shapes_checker import ShapesModel
 
     render, detect, meet = shapesworld.render_prompts, ShapesModel.detect, Group.from_environment
 

@@ -19,7 +19,7 @@ import pytest
 from evaluation_fakes import PixelModel
 from PIL import Image
 
-import fastgen.evaluation.geneval.shapes as checker_module
+import fastgen.evaluation.geneval.shapes_checker as checker_module
 from fastgen.cli.main import run
 from fastgen.data.shapes import ShapesWorld
 

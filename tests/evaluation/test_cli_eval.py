@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from evaluation_fakes import KnowingModel, PixelModel
+from evaluation_fakes import PixelModel
 
-import fastgen.evaluation.geneval.shapes as checker_module
+import fastgen.evaluation.geneval.shapes_checker as checker_module
 import fastgen.evaluation.shapesworld as shapesworld
 from fastgen.cli.main import run
-from fastgen.data.shapes import ShapesWorld
-from fastgen.evaluation.fid.shapes import FDShapes
-from fastgen.evaluation.geneval.validation import VALIDATION_SEED
+from fastgen.evaluation.fid.fd_shapes import FDShapes
+from fastgen.pipelines.accelerate import Plan, Row
+from fastgen.pipelines.accelerate.parts import FewerSteps
 
 
 @pytest.fixture(autouse=True)
@@ -143,35 +143,6 @@ def test_missing_checker_costs_no_generation(monkeypatch, capsys) -> None:
     assert "no ShapesWorld detector" in capsys.readouterr().err
 
 
-# --- checker -----------------------------------------------------------------------------------------------------
-
-
-def test_checker_writes_json_and_its_table(tmp_path, monkeypatch, capsys) -> None:
-    batch = ShapesWorld(VALIDATION_SEED, held_out=False).batch(30)
-    monkeypatch.setattr(checker_module, "load_detector", lambda folder=None, device="cpu": KnowingModel(batch))
-    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5", "--out", "r/checker.json", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert json.loads((tmp_path / "r/checker.json").read_text()) == data
-    assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0
-    assert data["environment"]["date"] and data["detector"]
-    table = (tmp_path / "r/checker.md").read_text()
-    assert "**100.00 %**" in table and "gain 1.4" in table
-    assert run(["eval", "checker", "--n", "30", "--n-perturbed", "5"]) == 0
-    *shown, provenance = capsys.readouterr().out.strip().splitlines()
-    *written, when = table.strip().splitlines()
-    assert shown == written and provenance.rpartition(";")[0] == when.rpartition(";")[0]
-
-
-@pytest.mark.parametrize(
-    "args", [["--n", "0"], ["--n", "5", "--n-perturbed", "6"], ["--seed", "-1"], ["--out", "x.csv"],
-             ["--out", "file/x.json"]]
-)  # fmt: skip
-def test_checker_refuses_bad_options(tmp_path: Path, capsys, args: list[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert run(["eval", "checker", *args]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -247,7 +218,7 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A verifier that fails in the third picture leaves two; the same command ends as if nothing had been."""
-    from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+    from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 
     assert run([*SEARCH, *SIX, "--out", "whole"]) == 0
     score, calls = ShapesVerifier._score_batch, []
@@ -266,3 +237,25 @@ def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     assert run([*SEARCH, *SIX, "--out", "part"]) == 0
     for path in (tmp_path / "whole").glob("*/samples/*.png"):
         assert path.read_bytes() == (tmp_path / "part" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_eval_draws_with_a_plan_and_records_it(micro_z: Path, tmp_path: Path, capsys) -> None:
+    Plan("ZImagePipeline", (Row(FewerSteps(0.25), True),)).save("plan.json")
+    Plan("FluxPipeline", ()).save("other.json")
+    drawn = ["eval", "shapes", "--model", str(micro_z), "--steps", "8", "--limit", "1", "--images-per-prompt", "1"]
+    nfe = []
+    for options in ([], ["--plan", "plan.json"]):
+        assert run([*drawn, "--allow-small", "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        nfe.append(report["stats"]["nfe"])
+    assert report["settings"]["plan"] == [["fewer_steps", {"share": 0.25}]]
+    assert nfe[1] * 4 == nfe[0]
+    assert len(list((tmp_path / "fastgen-eval").iterdir())) == 2
+    for refused, message in (
+        (["--plan", "nothing.json"], "there is no file 'nothing.json'"),
+        (["--plan", "plan.json", "--method", "search"], "--plan: not with --method search"),
+        (["--plan", "other.json"], "is of a FluxPipeline, and the model is a ZImagePipeline"),
+    ):
+        assert run([*drawn, *refused]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err

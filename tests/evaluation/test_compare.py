@@ -12,8 +12,8 @@ import pytest
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.evaluation.compare import compare
-from fastgen.evaluation.geneval.results import prompt_table
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.evaluation.geneval.verdict_files import prompt_table
 from fastgen.evaluation.measures import read_results
 from fastgen.evaluation.shapesworld import shapes_prompts
 

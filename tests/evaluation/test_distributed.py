@@ -30,7 +30,12 @@ from fastgen.evaluation.distributed import Group
 # A server that has imported everything forks the processes, which then start in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["fastgen.evaluation.shapesworld", "torch.distributed", "fastgen.cli.main", "fastgen.evaluation.geneval.judges"]
+    [
+        "fastgen.evaluation.shapesworld",
+        "torch.distributed",
+        "fastgen.cli.main",
+        "fastgen.evaluation.geneval.named_judges",
+    ]
     + ["transformers.utils.logging", "fastgen.cli.eval_geneval"]
 )
 

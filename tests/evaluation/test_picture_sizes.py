@@ -13,13 +13,13 @@ from PIL import Image
 import fastgen.evaluation.shapesworld as shapesworld
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
-from fastgen.evaluation.fid.shapes import FDShapes
-from fastgen.evaluation.geneval.judges import load_judge
+from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.results import benchmark_name, summarize_file
+from fastgen.evaluation.geneval.named_judges import load_judge
 from fastgen.evaluation.geneval.rules import evaluate_image
 from fastgen.evaluation.geneval.scoring import score_images
-from fastgen.evaluation.geneval.shapes import ShapesChecker, load_detector
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, load_detector
+from fastgen.evaluation.geneval.verdict_files import benchmark_name, summarize_file
 from fastgen.evaluation.samples import read_samples, results_jsonl, size_name
 from fastgen.evaluation.shapesworld import render_prompts, score_folder, shapes_prompts
 from fastgen.evaluation.verifiers.names import load_verifier

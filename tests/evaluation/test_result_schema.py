@@ -14,8 +14,8 @@ import pytest
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.results import prompt_table
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
+from fastgen.evaluation.geneval.verdict_files import prompt_table
 from fastgen.evaluation.measures import read_result
 from fastgen.evaluation.result_schema import check_result
 from fastgen.evaluation.shapesworld import shapes_prompts

@@ -20,12 +20,12 @@ from PIL import Image
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group
-from fastgen.evaluation.fid.shapes import FDShapes
+from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata, write_metadata
 from fastgen.evaluation.geneval.rules import ImageResult
-from fastgen.evaluation.geneval.shapes import ShapesChecker
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
 from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.results import scores_markdown
+from fastgen.evaluation.results_page import scores_markdown
 from fastgen.evaluation.runner import (
     EvaluationRun,
     RunSettings,

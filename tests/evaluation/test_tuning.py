@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastgen.cli.main import run
-from fastgen.evaluation.tuning import Trial, Tuner, beats_fewer_steps, candidates, front, ssim
+from fastgen.errors import FastgenError
+from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
+from fastgen.evaluation.tune_metrics import load_metric, ssim
+from fastgen.evaluation.tuning import Trial, Tuner, beats_fewer_steps, candidates, front
 from fastgen.pipelines.accelerate import Plan
 from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Guidance, Part
 from fastgen.pipelines.loading import load_pipeline
@@ -67,6 +70,16 @@ def test_equal_pictures_are_as_similar_as_can_be() -> None:
     one, other = (Image.fromarray(each) for each in noise)
     same, different = ssim([one, one], ["", ""], [one, other])
     assert same == pytest.approx(1.0) and different < 0.3
+
+
+def test_shapes_verdicts_are_those_of_the_checker() -> None:
+    prompts = [item.prompt for item in shapes_prompts(1)][:2]
+    drawn = list(render_prompts(prompts, [0, 0]))
+    metric = load_metric("shapes", prompts)
+    assert metric(drawn, prompts, drawn) == [1.0, 1.0]
+    assert metric(drawn[::-1], prompts, drawn) == [0.0, 0.0]
+    with pytest.raises(FastgenError, match="'a green dog' is none"):
+        load_metric("shapes", [*prompts, "a green dog"])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,9 @@ def test_the_command_writes_a_plan_that_generate_follows(
     assert any(row["beats_fewer_steps"] is None for row in made.measured["trials"])
     for file in (plan.with_suffix(".png"), plan.with_suffix(".sheet.png")):
         Image.open(file).load()
+    assert run([*map(str, command), "--max-drop", "10", "--minutes", "1", "--json"]) == 0  # known from the log
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("files")["plan"] == str(plan) and printed == made.as_dict()
     here = ["x", "--model", micro_z, "--steps", 8, "-o", tmp_path / "a.png"]
     code, _, err = generate(capsys, *here, "--plan", plan)
     assert code == 0, err
@@ -161,7 +177,8 @@ def test_the_command_writes_a_plan_that_generate_follows(
         (["--prompts", "1"], "--prompts: 1 is not allowed"),
         (["--max-drop", "nan"], "--max-drop"),
         (["-o", "plan.txt"], "plans are written as .json"),
-        (["--metric", "beauty"], "beauty"),
+        (["--metric", "beauty"], "or one of ssim, lpips, shapes"),
+        (["--metric", "shapes"], "'a red circle' is none"),
         (["--model", "tiny-janus"], "draws tokens"),
         (["--model", "nothing"], "model 'nothing' is unknown"),
         (["--prompts-file", "nothing.txt"], "prompts file nothing.txt"),

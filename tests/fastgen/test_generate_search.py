@@ -22,7 +22,7 @@ from PIL import Image
 import fastgen.pipelines.loading as loading
 from fastgen.data.captions import vocabulary
 from fastgen.evaluation.verifiers.names import load_verifier
-from fastgen.evaluation.verifiers.shapes import ShapesVerifier
+from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 from fastgen.models.shapes_verifier import ShapesVerifier as Network
 
 COMMAND = [sys.executable, "-m", "fastgen.cli.main", "generate"]

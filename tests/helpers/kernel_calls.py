@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.kernels.adaln import adaln
 from fastgen.kernels.cached_attention import cached_attention
-from fastgen.kernels.dechunk import dechunk, nearest_kept, plug_back, smooth_kept
+from fastgen.kernels.dechunk import dechunk, nearest_kept, smooth_kept
 from fastgen.kernels.group_norm_silu import group_norm_silu
 from fastgen.kernels.kv_compact import kv_compact
 from fastgen.kernels.pack import pack, pack_mask, pack_top, scatter
@@ -88,10 +88,6 @@ GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "scatter": (scatter, {"packed": f(4, 3), "packing": PACKING}),
     "nearest_kept": (nearest_kept, {"mask": MASK.view(2, 2, 2), "rows": torch.arange(8)}),
     "smooth_kept": (smooth_kept, {**GRID, "probabilities": f(3)}),
-    "plug_back": (
-        plug_back,
-        {"tokens": f(3, 4), "index": i(0, 0, 1, 1, 2, 2, 2, 2), "positions": i(0, 3, 5), "length": 4},
-    ),
     "dechunk": (
         dechunk,
         {

@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(
         "fastgen.cli.eval",
         "fastgen.evaluation.runner",
         "fastgen.evaluation.fid.evaluate",
-        "fastgen.evaluation.geneval.judges",
+        "fastgen.evaluation.geneval.named_judges",
         "fastgen.evaluation.shapesworld",
         "fastgen.pipelines.dc_z_image",
         "fastgen.pipelines.loading",

@@ -14,7 +14,7 @@ def deterministic(pipe: Any, prompts: list[Any], seeds: list[int], settings: Set
     """Pictures [B, 3, H, W] of the ODE by the adapter, all prompts together."""
     denoiser = denoiser_of(pipe)(pipe, prompts, settings)
     sampler = Sampler(denoiser.interpolant, denoiser.times)
-    latents = torch.cat([denoiser.noise(torch.Generator().manual_seed(seed)) for seed in seeds])
+    latents = torch.cat([denoiser.begin(torch.Generator().manual_seed(seed), row) for row, seed in enumerate(seeds)])
     which = torch.arange(len(prompts))
     for index in range(len(denoiser.times)):
         times = torch.full((len(prompts),), denoiser.times[index], dtype=torch.float64)
@@ -22,4 +22,4 @@ def deterministic(pipe: Any, prompts: list[Any], seeds: list[int], settings: Set
         if index < sampler.transitions:
             latents = sampler.step(latents, said, index, None)
     with torch.no_grad():
-        return denoiser.decode(denoiser.unpacked(said.at(denoiser.final)))
+        return denoiser.decode_of(said.at(denoiser.final), which)

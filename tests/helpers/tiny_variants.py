@@ -98,6 +98,9 @@ class Texts:
     def __call__(self, text: Any, images: Any = None, videos: None = None, **how: Any) -> Any:
         return self._words(text, **how)
 
+    def num_special_tokens_to_add(self) -> int:
+        return int(self._words.num_special_tokens_to_add())
+
 
 def qwen_edit(pipe: Any) -> Any:
     """Qwen-Image-Edit; its text encoder sees the text only, its transformer the picture."""

@@ -15,7 +15,9 @@ import sys
 sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
-from fastgen.kernels import adaln_operator, group_norm_silu, qk_norm_rope_operator
+from fastgen.kernels.adaln import operator as adaln_operator
+from fastgen.kernels.qk_norm_rope import operator as qk_norm_rope_operator
+from fastgen.kernels import group_norm_silu
 
 def noise(*shape):
     return torch.randn(*shape, dtype=torch.bfloat16)
@@ -60,8 +62,12 @@ sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
 from fastgen.drafters.tree import named_tree
-from fastgen.kernels import dechunk_triton, kv_compact_triton, pack_triton, sample_triton, tree_attention_triton
-from fastgen.kernels import tree_verify_triton
+from fastgen.kernels.dechunk import triton as dechunk_triton
+from fastgen.kernels.kv_compact import triton as kv_compact_triton
+from fastgen.kernels.pack import triton as pack_triton
+from fastgen.kernels.sample import triton as sample_triton
+from fastgen.kernels.tree_attention import triton as tree_attention_triton
+from fastgen.kernels.tree_verify import triton as tree_verify_triton
 
 def long(*shape):
     return torch.zeros(*shape, dtype=torch.int64)
@@ -71,16 +77,14 @@ with compile_for({target!r}) as made:
     mask = torch.rand(4, 256) < 0.3
     pack_triton.launch_mask(mask, 1024)
     pack_triton.launch_top(torch.rand(4, 256), long(4), 200)
-    pack_triton.launch_move(torch.rand(200, 1152).bfloat16(), mask, long(200), rows.view(4, 256), True)
-    pack_triton.launch_move(torch.rand(4, 256, 1152), mask, long(200), rows.view(4, 256), False)
+    pack_triton.launch_scatter(torch.rand(200, 1152).bfloat16(), mask, long(200), rows.view(4, 256))
+    pack_triton.launch_scatter(torch.rand(200, 1152), mask, long(200), rows.view(4, 256))
     print(sorted(made))
 with compile_for({target!r}) as made:
     dechunk_triton.launch_nearest(mask.view(4, 16, 16), rows)
     dechunk_triton.launch_nearest(torch.rand(1, 256, 256) < 0.3)
     for tokens in (torch.rand(300, 1152), torch.rand(300, 64).bfloat16()):
         dechunk_triton.launch_smooth(tokens, rows[:300], torch.rand(300), rows, 16, 16, 1.0)
-        dechunk_triton.launch_plug_back(tokens, rows % 300)
-        dechunk_triton.launch_sum_back(tokens[rows % 300], rows % 300, rows[:300], 256)
     dechunk_triton.launch_blur(torch.rand(300, 65), rows[:300], rows, 16, 16, 1.0)
     print(sorted(made))
 with compile_for({target!r}) as made:
@@ -106,8 +110,8 @@ with compile_for({target!r}) as made:
 """
 FUSED_NAMES = ["['_backward', '_forward']"] * 2 + ["['_apply', '_fold', '_sums', '_whole']"]
 DECODING_NAMES = [
-    "['_count', '_fill', '_move']",
-    "['_band', '_copy', '_nearest', '_sum_back']",
+    "['_count', '_fill', '_scatter']",
+    "['_band', '_nearest']",
     "['_attend', '_compact', '_merge', '_row']",
     "['_verify']",
 ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, assert_matches, lay_out, layouts
 from torch import Tensor
 
-from fastgen.kernels.dechunk import dechunk, nearest_kept, plug_back, smooth_kept, smooth_kept_reference
+from fastgen.kernels.dechunk import dechunk, nearest_kept, smooth_kept, smooth_kept_reference
 from fastgen.kernels.dispatch import ran, use_kernels
 
 
@@ -184,7 +184,7 @@ def test_kernels_equal_the_float64_reference(
     with use_kernels("triton"):
         arguments = (x.to(DEVICE) for x in (positions, p, mask))
         result = dechunk(lay_out(tokens.to(DEVICE), layout), *arguments, (height, width), sigma)
-    assert ran()["plug_back"] == ran()["nearest_kept"] == "triton"
+    assert ran()["nearest_kept"] == "triton"
     with use_kernels("reference"):
         oracle = dechunk(tokens.double(), positions, p.double(), mask, (height, width), sigma)
     if sigma is None:
@@ -306,7 +306,6 @@ def test_what_a_compiler_is_told(triton_kernels: None) -> None:
     ops, kept = torch.ops.fastgen, p.flatten()[positions].requires_grad_()
     torch.library.opcheck(ops.nearest_kept.default, (mask.view(2, 4, 5), rows))
     torch.library.opcheck(ops.smooth_kept.default, (tokens, positions, kept, rows, 4, 5, 1.0), atol=1e-4, rtol=1e-4)
-    torch.library.opcheck(ops.plug_back.default, (tokens, rows.clamp_min(0), positions, 20))
 
 
 @pytest.mark.parametrize("mode", ["triton", "reference"])
@@ -346,8 +345,11 @@ def test_bad_input_of_the_parts() -> None:
     for wrong in (positions + 10, positions - 10):
         with pytest.raises(ValueError, match="positions: needs numbers in 0 … 9"):
             dechunk(tokens, wrong, p, mask, (2, 5))
-    with pytest.raises(ValueError, match="index: needs numbers"):
-        plug_back(tokens, torch.full((10,), len(tokens)), positions, 10)
+    for rows in (torch.full((1, 10), len(tokens)), torch.full((1, 10), -1)):
+        with pytest.raises(ValueError, match="mask, rows: every position needs a token"):
+            dechunk(tokens, positions, p, mask, (2, 5), rows=rows)
+    with pytest.raises(ValueError, match="mask, rows: every position needs a token"):
+        dechunk(tokens[:1], positions[:1], torch.rand(2, 10), torch.arange(20).view(2, 10) == positions[0], (2, 5))
     with use_kernels("triton"), pytest.raises(ValueError, match="float64"):
         smooth_kept(tokens.double(), positions, p.flatten()[positions].double(), (2, 5), 1, 1.0)
     kept = p.flatten()[positions]

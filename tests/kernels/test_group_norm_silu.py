@@ -81,7 +81,7 @@ def test_large_groups_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> No
     """Small images take one launch; here large ones, and small ones sent the same way."""
     for dtype in DTYPES:
         check(image(1, 2, 129, 257, dtype=dtype), 2)
-    from fastgen.kernels import group_norm_silu_triton
+    from fastgen.kernels.group_norm_silu import triton as group_norm_silu_triton
 
     monkeypatch.setattr(group_norm_silu_triton, "_SMALL", 0)
     for layout in ("dense", "padded", "part"):

@@ -151,10 +151,8 @@ def test_what_a_compiler_is_told(triton_kernels: None) -> None:
     ops = torch.ops.fastgen
     torch.library.opcheck(ops.pack_mask.default, (mask, 18))
     torch.library.opcheck(ops.pack_top.default, (torch.rand(2, 9, device=DEVICE), torch.tensor([3, 4]).to(DEVICE), 18))
-    tokens = torch.randn(2, 9, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops.move_rows.default, (tokens, mask, packing.positions, packing.rows, False))
     packed = torch.randn(18, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops.move_rows.default, (packed, mask, packing.positions, packing.rows, True))
+    torch.library.opcheck(ops.scatter.default, (packed, mask, packing.positions, packing.rows))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,8 +20,12 @@ import random, sys
 sys.path.insert(0, {helpers!r})
 import torch
 from compile_kernels import compile_for
-from fastgen.kernels import adaln_triton, group_norm_silu_triton, kv_compact_triton, qk_norm_rope_triton
-from fastgen.kernels import sample_triton, tree_attention_triton
+from fastgen.kernels.adaln import triton as adaln_triton
+from fastgen.kernels.group_norm_silu import triton as group_norm_silu_triton
+from fastgen.kernels.kv_compact import triton as kv_compact_triton
+from fastgen.kernels.qk_norm_rope import triton as qk_norm_rope_triton
+from fastgen.kernels.sample import triton as sample_triton
+from fastgen.kernels.tree_attention import triton as tree_attention_triton
 from fastgen.kernels.triton_tools import _Kernel
 
 draw = random.Random(0)

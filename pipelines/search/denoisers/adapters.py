@@ -6,7 +6,7 @@ import importlib
 
 __all__ = ["load"]
 
-MODULES = ("dit", "flux", "qwen_image", "sana", "stable_diffusion", "z_image")
+MODULES = ("dit", "z_image")
 
 
 def load() -> None:

@@ -160,6 +160,11 @@ class Denoiser(ABC):
         """Latents [k, …, h, w] of samples [k, …]: the same, where the model does not read them as tokens."""
         return latents
 
+    @property
+    def resizes(self) -> bool:
+        """Whether pictures of latents of any size are brought to the size that the user asked for."""
+        return False
+
     def use_effort(self, effort: dict[str, Any]) -> None:
         """Take these knobs; an adapter of a model that has some overrides this.
 

@@ -88,7 +88,9 @@ class _Visit:
         times: timesteps that the loop runs over; None: the whole schedule.
         index: of the last of them in the schedule.
         passing: how many steps are passed over: the model is not run, `step` returns the latents.
-        leave: "latents" (when they are prepared), "step", or "" (the call returns pictures).
+        leave: "latents" (when they are prepared), "step", "grid" (when they are unpacked), or "" (the call returns
+            pictures).
+        grid: replaces what the pipeline unpacks for its decoder.
         start: what `prepare_latents` gave.
         rows: of the model until now.
         calls: of the methods that compute conditions.
@@ -99,6 +101,7 @@ class _Visit:
     index: int = 0
     passing: int = 0
     leave: str = "step"
+    grid: Tensor | None = None
     start: Tensor | None = None
     rows: int = 0
     calls: Counter[str] = field(default_factory=Counter)
@@ -131,6 +134,7 @@ class Entry:
         self._prepares = callable(getattr(pipe, "prepare_latents", None))
         if not self._prepares and "latents" not in self.accepted:
             raise ValueError(f"pipe: {name} cannot be searched: its start noise was not found (no prepare_latents)")
+        self._packs = callable(getattr(pipe, "_unpack_latents", None))
         self._counts = counts_steps(type(pipe).__call__)
         self.masked = self.arguments.get("mask_image") is not None
         self.batches = "num_images_per_prompt" in self.accepted
@@ -187,16 +191,25 @@ class Entry:
         found: Said = self._run(_Visit(latents, times, index, passing), None)
         return found
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        """Pictures [k, 3, H, W] in [0, 1] of clean latents [k, …], by the pipeline's own decoding."""
-        # img2img asks for a step, and inpainting puts the known parts in after it: it is passed over.
-        times, passing = (self.timesteps[-1:], 1) if self._cut_later else (self.timesteps[:0], 0)
-        found = self._run(_Visit(latents, times, len(self.timesteps) - 1, passing, ""), None)
+    def pictures(self, latents: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Pictures [k, 3, H, W] in [0, 1] of clean latents [k, …], by the pipeline's own decoding; of `grid` where it
+        is given, unpacked latents of any height and width."""
+        found = self._decode(latents, "", grid)
         images = getattr(found, "images", None)
         images = found[0] if images is None else images
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images).movedim(-1, 1)
         return torch.as_tensor(images).float()
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents [k, …, h, w] of samples [k, …]: the same, where the pipeline does not pack them into tokens."""
+        found: Tensor = self._decode(latents, "grid", None) if self._packs else latents
+        return found
+
+    def _decode(self, latents: Tensor, leave: str, grid: Tensor | None) -> Any:
+        # img2img asks for a step, and inpainting puts the known parts in after it: it is passed over.
+        times, passing = (self.timesteps[-1:], 1) if self._cut_later else (self.timesteps[:0], 0)
+        return self._run(_Visit(latents, times, len(self.timesteps) - 1, passing, leave, grid), None)
 
     # ---- a call ----
 
@@ -237,6 +250,8 @@ class Entry:
             method = getattr(type(pipe), name, None)
             if callable(method):
                 changed[name] = self._remembering(name, method.__get__(twin))
+        if self._packs:
+            changed["_unpack_latents"] = self._unpacking(pipe._unpack_latents)
         self._dtype = torch.float32
         for name in (*HELPERS, *DENOISERS):
             model = getattr(pipe, name, None)
@@ -245,7 +260,9 @@ class Entry:
                 self._dtype = getattr(model, "dtype", self._dtype)
         vae = getattr(pipe, "vae", None)
         if isinstance(vae, torch.nn.Module) and hasattr(vae, "encode"):
-            changed["vae"] = _Encoding(vae, self)
+            changed["vae"] = _Encoding(copy.copy(vae), self)  # causal ones keep features of the call as attributes
+        # Sana sets the side on which its tokenizer pads, and leaves it.
+        changed |= {name: copy.copy(part) for name, part in pipe.components.items() if name.startswith("tokenizer")}
         for name in ("guider", "ocr_guider"):
             if getattr(pipe, name, None) is not None:
                 changed[name] = _branching(getattr(pipe, name))
@@ -279,6 +296,20 @@ class Entry:
             return (first, *rest) if isinstance(prepared, tuple) else first
 
         return prepare_latents
+
+    def _unpacking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`_unpack_latents`, which a pipeline of packed latents calls before it decodes."""
+
+        @functools.wraps(original)
+        def unpack_latents(*args: Any, **kwargs: Any) -> Any:
+            if self._visit.grid is not None:
+                return self._visit.grid
+            grid = original(*args, **kwargs)
+            if self._visit.leave == "grid":
+                raise Left(grid)
+            return grid
+
+        return unpack_latents
 
     def _cutting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """`get_timesteps`, which applies `strength`: the wanted step of what it leaves."""

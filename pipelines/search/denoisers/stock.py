@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.search.denoisers.base import Denoiser
+from fastgen.pipelines.search.denoisers.base import Denoiser, defaults_of
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
 from fastgen.pipelines.search.interpolants import Prediction
@@ -33,7 +34,7 @@ class StockDenoiser(Denoiser):
         scheduler = (flow_scheduler if self.flow else noise_scheduler)(self.pipe.scheduler)
         self.entries = [Entry(self.pipe, scheduler, self._arguments(place)) for place in range(len(self.prompts))]
         first = self.entries[0]
-        start, said = first.begin(torch.Generator().manual_seed(0))
+        start, said = self._begun_by(first)
         for other in self.entries[1:]:
             other.follow(first)
         self._shape = tuple(start.shape)
@@ -46,6 +47,32 @@ class StockDenoiser(Denoiser):
         self._stamps = dict(zip(self.times, first.timesteps.tolist(), strict=True))
         self._begun: set[int] = set()
         self._shared = False  # whether several samples have gone through a call together
+
+    def _begun_by(self, entry: Entry) -> tuple[Tensor, Said]:
+        """The first call of the pipeline, which finds out what it does.
+
+        Raises:
+            FastgenError: the pipeline does not take its arguments, or does not work with its scheduler.
+        """
+        try:
+            return entry.begin(torch.Generator().manual_seed(0))
+        except (FastgenError, torch.OutOfMemoryError):
+            raise
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            said = " ".join(str(error).split())
+            if isinstance(error, ValueError):
+                raise FastgenError(said) from error
+            name, scheduler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
+            reason = f"{type(error).__name__}: {said}"
+            raise FastgenError(f"pipe: {name} does not run with these arguments and {scheduler}: {reason}") from error
 
     def _arguments(self, place: int) -> dict[str, Any]:
         """Of the pipeline's call for one prompt.
@@ -109,14 +136,31 @@ class StockDenoiser(Denoiser):
         scale = math.hypot(level.alpha, level.sigma)
         return noise_prediction(entry.scheduler, sample / scale, output, level.alpha / scale, level.sigma / scale)
 
+    @property
+    def resizes(self) -> bool:
+        name, call = "use_resolution_binning", inspect.unwrap(type(self.pipe).__call__)
+        asked = self.entries[0].arguments.get(name, defaults_of(type(self.pipe)).get(name))
+        return bool(asked) and "resize_and_crop_tensor" in call.__code__.co_names
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.entries[0].unpacked(part) for part in self._parts(latents)])
+
     def decode(self, grid: Tensor) -> Tensor:
         return self.decode_of(grid, torch.zeros(len(grid), dtype=torch.int64))
 
     def decode_of(self, grid: Tensor, which: Tensor) -> Tensor:
-        if self.entries[0].batches:
-            return self.entries[0].pictures(grid)
-        rows = zip(which.tolist(), grid.split(1), strict=True)
-        return torch.cat([self.entries[prompt].pictures(part) for prompt, part in rows])
+        prompts = which.tolist() if not self.entries[0].batches else [0]
+        rows = zip(prompts, self._parts(grid), strict=True)
+        return torch.cat([self._pictures(self.entries[prompt], part) for prompt, part in rows])
+
+    def _parts(self, latents: Tensor) -> Sequence[Tensor]:
+        """What goes through a call together."""
+        return [latents] if self.entries[0].batches else latents.split(1)
+
+    def _pictures(self, entry: Entry, grid: Tensor) -> Tensor:
+        if grid.ndim == len(self.shape):
+            return entry.pictures(grid)
+        return entry.pictures(grid.new_zeros(len(grid), *self.shape[1:]), grid)
 
 
 _SET_BY_SEARCH = (

@@ -12,8 +12,8 @@ from evaluation_fakes import FakeModel
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
+from fastgen.evaluation.fid.fd_shapes import FDShapes, render_reference
 from fastgen.evaluation.fid.readers import CallbackSource
-from fastgen.evaluation.fid.shapes import FDShapes, render_reference
 from fastgen.evaluation.fid.statistics import Moments
 from fastgen.io import user_cache_dir
 
@@ -209,7 +209,7 @@ def test_cache_key_covers_the_renderer(monkeypatch) -> None:
             made.images[0] ^= 1
             return made
 
-    monkeypatch.setattr("fastgen.evaluation.fid.shapes.ShapesWorld", Redrawn)
+    monkeypatch.setattr("fastgen.evaluation.fid.fd_shapes.ShapesWorld", Redrawn)
     assert render_reference(64, 9).images.digest() != first
 
 

@@ -15,7 +15,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.fid.extractors import Inception, load_extractor
 from fastgen.evaluation.fid.inception import WEIGHT_FILES, InceptionV3, find_weights, load_inception
 from fastgen.evaluation.fid.protocols import METRICS, PROTOCOLS, check_metrics, count_name, find_protocol
-from fastgen.evaluation.fid.resize import RESIZE, tf1_bilinear
+from fastgen.evaluation.fid.resize_modes import RESIZE, tf1_bilinear
 
 
 @pytest.fixture(scope="module")

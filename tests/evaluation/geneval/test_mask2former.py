@@ -18,8 +18,8 @@ from fastgen.evaluation.geneval.mask2former import (
     postprocess,
     prepare,
 )
+from fastgen.evaluation.geneval.opencv_resize import resize_linear
 from fastgen.evaluation.geneval.prompts import CLASSES
-from fastgen.evaluation.geneval.resize import resize_linear
 from fastgen.evaluation.geneval.types import ObjectDetector
 
 

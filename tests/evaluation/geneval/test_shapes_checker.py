@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.rules import evaluate_image
-from fastgen.evaluation.geneval.shapes import ShapesChecker, fingerprint, load_detector, to_model_size
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector, to_model_size
 from fastgen.evaluation.geneval.types import ColorClassifier, Detections, ObjectDetector
 from fastgen.evaluation.geneval.validation import (
     VALIDATION_SEED,
@@ -31,8 +32,9 @@ from fastgen.evaluation.geneval.validation import (
     noise,
     true_objects,
     validate_checker,
+    write_validation,
 )
-from fastgen.evaluation.results import checker_markdown
+from fastgen.evaluation.results_page import checker_markdown
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 
 
@@ -315,8 +317,6 @@ def test_detections_in_pictures_without_objects_are_counted() -> None:
 
 
 def test_validation_table_is_made_from_its_json() -> None:
-    import json
-
     batch = ShapesWorld(77, held_out=False).batch(20)
     data = validate_checker(ShapesChecker(KnowingModel(batch)), 20, seed=77, n_perturbed=5)
     data["environment"] = environment()
@@ -330,3 +330,15 @@ def test_validation_table_is_made_from_its_json() -> None:
 def test_validation_refuses_bad_sizes(n: int, few: int | None) -> None:
     with pytest.raises(ValueError, match="n_perturbed"):
         validate_checker(ShapesChecker(FakeModel()), n, n_perturbed=few)
+
+
+def test_the_validation_writes_json_and_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ShapesWorld(VALIDATION_SEED, held_out=False).batch(30)
+    model = KnowingModel(batch)
+    monkeypatch.setattr("fastgen.evaluation.geneval.shapes_checker.load_detector", lambda: model)
+    write_validation(tmp_path / "checker.json", 30, 5)
+    data = json.loads((tmp_path / "checker.json").read_text())
+    assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0
+    assert data["environment"]["date"] and data["detector"]
+    table = (tmp_path / "checker.md").read_text()
+    assert table == checker_markdown(data) and "**100.00 %**" in table and "gain 1.4" in table

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastgen.data.captions import evaluation_prompts
 from fastgen.evaluation.geneval.metadata import Metadata, write_metadata
-from fastgen.evaluation.geneval.shapes import ShapesChecker
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
 from fastgen.evaluation.shapesworld import render_prompts
 from fastgen.evaluation.verifiers.agreement import agreement, auroc, folder_agreement
 from fastgen.evaluation.verifiers.base import Verifier

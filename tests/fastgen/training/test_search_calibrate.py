@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stock_families import family
 
 from fastgen.cli.main import run
 from fastgen.data.captions import TASKS, vocabulary
@@ -21,7 +22,13 @@ from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.policies import Threshold
-from fastgen.training.search_calibrate import Branching, _settings, calibrate_search, calibration_captions
+from fastgen.training.search_calibrate import (
+    Branching,
+    _settings,
+    _trajectories,
+    calibrate_search,
+    calibration_captions,
+)
 
 COUNT = 40  # three chunks, the last one not full
 ASKED: dict[str, Any] = {"trajectories": COUNT, "settings": {"branches": 2, "steps": 3}}
@@ -106,7 +113,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
 def test_a_failing_verifier_loses_no_chunk(
     micro_z: Path, verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastgen.evaluation.verifiers.shapes import ShapesVerifier as Scorer
+    from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier as Scorer
 
     score, calls = Scorer._score_batch, []
 
@@ -176,6 +183,61 @@ def test_the_command_line(micro_z: Path, verifier: str, tmp_path: Path, capsys: 
     found = json.loads(captured.out)
     assert len(found["schedules"]) == len(Calibration.load(tmp_path / "run").schedules)
     assert "trajectories: 16 of 32" in captured.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stable-diffusion", "chroma", "lumina2"))],
+)
+def test_stock_pipelines_are_calibrated_and_searched_by_it(
+    name: str, verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through their own call: a run that was stopped goes on, and `generate` searches by what it measured."""
+    pipe, prompts = family(name), tmp_path / "prompts.txt"
+    pipe.save_pretrained(tmp_path / "pipe")
+    prompts.write_text("a small red thing\nnothing at all\n")
+    scorer = tmp_path / "scorer"
+    shutil.copytree(verifier.partition(":")[2], scorer)
+    command = ["train", "search-calibrate", "--part", str(tmp_path / "pipe"), "--prompts-file", str(prompts)]
+    command += ["--init", f"shapes-verifier:{scorer}", "-o", str(tmp_path / "run"), "--samples", "32"]
+    command += ["--set", "branches=2", "--set", "steps=2", "--set", "height=32", "--set", "width=32"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgen.training.search_calibrate._trajectories", stopping_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_search(
+                str(tmp_path / "pipe"),
+                f"shapes-verifier:{scorer}",
+                tmp_path / "run",
+                trajectories=32,
+                prompts=prompts.read_text().split("\n")[:2],
+                settings={"branches": 2, "steps": 2, "height": 32, "width": 32},
+            )
+    written = (tmp_path / "run/trajectories/00000.json").stat().st_mtime_ns
+    assert not (tmp_path / "run/thresholds.json").exists() and len(_rows(tmp_path / "run")) == 16
+    assert run(command) == 0
+    assert (tmp_path / "run/trajectories/00000.json").stat().st_mtime_ns == written
+    found = Calibration.load(tmp_path / "run")
+    assert found.signature["pipeline"] == type(pipe).__name__ and found.wanted == "score"
+    (scorer / "thresholds").mkdir()
+    (scorer / "thresholds/own.json").write_bytes((tmp_path / "run/thresholds.json").read_bytes())
+    command = ["generate", "a ring", "--model", str(tmp_path / "pipe"), "--method", "search", "-o"]
+    command += [str(tmp_path / "ring.png"), "--verifier", f"shapes-verifier:{scorer}", "--max-nfe", "60"]
+    assert run([*command, "--steps", "2", "--height", "32", "--width", "32"]) == 0, capsys.readouterr().err
+    policy = json.loads((tmp_path / "ring.json").read_text())["search"]["policy"]
+    assert policy.startswith("threshold, tau schedule(") and f"{tmp_path / 'pipe'}, price" in policy
+
+
+def stopping_after(chunks: int) -> Any:
+    """Draws as `_trajectories`, until Ctrl-C."""
+    drawn: list[int] = []
+
+    def trajectories(*arguments: Any) -> list[dict[str, Any]]:
+        if len(drawn) == chunks:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return _trajectories(*arguments)
+
+    return trajectories
 
 
 @pytest.mark.parametrize(

@@ -79,32 +79,6 @@ def test_arguments_of_stable_diffusion(make: Maker, name: str, given: dict[str, 
     compare(pipe, settings, **given)
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_each_prompt_has_its_own_negative_prompt(make: Maker) -> None:
-    pipe, negatives = with_scheduler(make, ddim()), ["blue", "a green ring left of two stars"]
-    ours = deterministic(pipe, PROMPTS, [3, 4], Settings(STEPS, negative_prompt=negatives))
-    for row, prompt in enumerate(PROMPTS):
-        theirs = stock(pipe, prompt, 3 + row, negative_prompt=negatives[row])
-        assert float((ours[row] - theirs).abs().max()) < 2e-4
-    swapped = deterministic(pipe, PROMPTS, [3, 4], Settings(STEPS, negative_prompt=negatives[::-1]))
-    assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(ours, swapped, strict=True))
-
-
-@pytest.mark.parametrize("skip", [0, 1, 2])
-def test_clip_skip_of_stable_diffusion(skip: int) -> None:
-    pipe = with_scheduler(tiny_sd, ddim())
-    encoder, words = pipe.text_encoder, pipe.tokenizer
-    ours = deterministic(pipe, PROMPTS, [3, 4], Settings(STEPS, extra={"clip_skip": skip}))
-    assert "text_model" not in vars(encoder)
-    for row, prompt in enumerate(PROMPTS):
-        ids = words(prompt, padding="max_length", max_length=words.model_max_length, return_tensors="pt").input_ids
-        with torch.no_grad():
-            hidden = encoder(ids, output_hidden_states=True).hidden_states[-(skip + 1)]
-            embeds = getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
-        theirs = stock(pipe, None, 3 + row, prompt_embeds=embeds)
-        assert float((ours[row] - theirs).abs().max()) < 2e-4
-
-
 def test_a_distilled_model_reads_the_guidance_scale() -> None:
     pipe = tiny_sd(ddim(), distilled=True)
     assert denoiser(pipe).forwards == 1

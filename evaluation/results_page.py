@@ -1,0 +1,213 @@
+"""Result JSON as Markdown: every kind of result that fastgen writes, and the page of the committed ones.
+
+``python -m fastgen.evaluation.results_page`` writes ``docs/results.md``, and the table of scores in ``README.md``,
+from the files in ``docs/results``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
+from fastgen.evaluation.kernel_results import kernels_markdown
+from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
+from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
+from fastgen.evaluation.speculative_results import (
+    speculative_cost_markdown,
+    speculative_markdown,
+)
+from fastgen.io import read_object
+
+_MARK = "<!-- scores -->"
+# Of results whose name is not that of their command.
+_COMMANDS = {
+    "bench-search-twelve": "bench search",
+    "bench-search-equal": "bench search",
+    "bench-search-rbf": "bench search",
+    "bench-search-elastic": "bench search --model tiny-dc",
+    "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
+    "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
+    "bench-kernels-end-to-end": "bench kernels --end-to-end",
+}
+_MODELS = (
+    ("tiny", "diffusion"),
+    ("tiny-janus", "autoregressive"),
+    ("tiny-dc", "diffusion, dynamic chunking"),
+    ("tiny-dc-dense", "diffusion, the baseline of tiny-dc"),
+)
+
+
+def checker_markdown(data: dict[str, Any]) -> str:
+    """The validation of the ShapesWorld checker (`validate_checker`) as a Markdown page."""
+    clean = data["clean"]
+    columns = ["images", "accuracy @0.3", "precision", "recall", "accuracy @0.9", "mean confidence", "ECE"]
+    rows = [["none", *_checker_cells(clean)]]
+    for row in data["rows"]:
+        rows.append([f"{row['perturbation']} {row['level']:g} ({row['unit']})", *_checker_cells(row)])
+    verdict = "reached" if data["passed"] else "MISSED"
+    return (
+        "# ShapesWorld checker\n\n"
+        f"Object-level accuracy on {clean['images']} fresh renders with {clean['objects']} objects "
+        f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
+        f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
+        f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
+        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
+        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
+        "0.9.\n\n"
+        + markdown_table(["perturbation", *columns], rows)
+        + f"\nAll numbers in percent. {data['definitions']}\n"
+        + "\n"
+        + provenance(data)
+        + "\n"
+    )
+
+
+def _checker_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["0.3"], row["0.9"]
+    shares = (low["accuracy"], low["precision"], low["recall"], high["accuracy"], row["mean_confidence"], row["ece"])
+    return [str(row["images"]), *(percent(share, 2) for share in shares)]
+
+
+def scores_markdown(data: dict[str, Any]) -> str:
+    """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
+    rows = [
+        [plain(tag), percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
+        for tag, task in data["tasks"].items()
+    ]
+    rows.append(
+        [
+            f"**{plain(data['benchmark'])}** (mean of tasks)",
+            f"**{percent(data['overall'])}**",
+            percent(data["overall_stderr"]),
+            str(data["n_prompts"]),
+            str(data["n_images"]),
+        ]
+    )
+    return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + "\n" + provenance(data) + "\n"
+
+
+def generate_markdown(data: dict[str, Any]) -> str:
+    """A result of `fastgen bench generate`: cold starts and pictures in a warm process."""
+    cold = [
+        [row["what"], str(row["n"]), *three(row["seconds"]), _megabytes(row["peak_rss_bytes"])] for row in data["cold"]
+    ]
+    warm = []
+    for row in data["warm"]:
+        cells = [row["model"], row["engine"], str(row["batch"])]
+        if "failed" in row:
+            warm.append([*cells, f"failed: {row['failed']}", "", "", "", "", ""])
+            continue
+        step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
+        invariant = "yes" if row["batch_invariant"] else "no"
+        warm.append([*cells, invariant, str(row["n"]), *three(row["seconds_per_image"]), step])
+    tables = []
+    if cold:
+        tables.append(markdown_table(["cold", "n", "p20 s", "p50 s", "p80 s", "peak MB"], cold))
+    header = ["model", "engine", "batch", "batch-invariant", "n", "s/picture p20", "p50", "p80", "ms/step p50"]
+    tables.append(markdown_table(header, warm))
+    return "\n".join(tables) + "\n" + provenance(data) + "\n"
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.0f}"
+
+
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.json"
+    return read_object(path) if path.exists() else None
+
+
+def scores_table(folder: Path) -> str:
+    """One row for each embedded model that has scores in `folder`."""
+    header, rows = ["model"], []
+    for model, _ in _MODELS:
+        if (scores := _read(folder, f"shapesworld-{model}")) is None:
+            continue
+        header = ["model", *(tag.replace("_", " ") for tag in scores["tasks"]), "**mean**", "± s.e.", "FD-shapes"]
+        tasks = [percent(task["score"]) for task in scores["tasks"].values()]
+        distance = f"{scores['fd_shapes']['value']:.1f}"
+        overall = [f"**{percent(scores['overall'])}**", percent(scores["overall_stderr"]), distance]
+        rows.append([model, *tasks, *overall])
+    return markdown_table(header, rows)
+
+
+def with_scores(readme: str, folder: Path) -> str:
+    """The text of a README with the table between its two ``<!-- scores -->`` marks made anew.
+
+    Raises:
+        ValueError: it does not have exactly two of them.
+    """
+    parts = readme.split(_MARK)
+    if len(parts) != 3:
+        raise ValueError(f"needs two marks {_MARK}, found {len(parts) - 1}")
+    return f"{parts[0]}{_MARK}\n{scores_table(folder)}{_MARK}{parts[2]}"
+
+
+def results_page(folder: Path) -> str:
+    """The page of all results in `folder`; those that are not there are left out."""
+
+    def read(name: str) -> dict[str, Any] | None:
+        return _read(folder, name)
+
+    parts = [
+        "# Results\n\nWritten by `python -m fastgen.evaluation.results_page` from the JSON files in "
+        "`docs/results/`, which hold every number with the machine, the versions, the commit and the date it "
+        "comes from. ShapesWorld-GenEval and FD-shapes are scores on ShapesWorld, comparable only with each "
+        "other.\n"
+    ]
+
+    def scored(title: str, text: str, scores: dict[str, Any]) -> list[str]:
+        distance = scores["fd_shapes"]
+        return [
+            f"## {title}\n\n{text}\n\n{scores_markdown(scores)}",
+            f"{distance['protocol']}: **{distance['value']:.2f}**\n",
+        ]
+
+    for model, kind in _MODELS:
+        if (scores := read(f"shapesworld-{model}")) is not None:
+            settings = scores["settings"]
+            command = f"fastgen eval shapes --model {model} --images-per-prompt {settings['images_per_prompt']}"
+            if settings["batch_size"] is not None:
+                command += f" --fast-batches --batch-size {settings['batch_size']}"
+            parts += scored(f"{model} ({kind})", f"`{command}`", scores)
+    if (scores := read("recipe-z-image")) is not None:
+        story = (
+            "From random weights with its defaults, beside the committed `tiny`, which was trained in stages: "
+            "`fastgen train z-image --part RUNS/vae/model/vae --compile --threads 1`, then "
+            "`fastgen eval shapes --model RUNS/z-image/model`."
+        )
+        parts += scored("Recipe z-image, in one go", story, scores)
+    for name, title, text in (
+        ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
+        ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
+        ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
+        ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
+        ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
+        ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
+        ("bench-search", "Noise search: score against compute and seconds", search_markdown),
+        ("bench-search-twelve", "Noise search: the same with one seed and more prompts", search_markdown),
+        ("bench-search-equal", "Noise search: thresholds against rivals of equal seconds", search_markdown),
+        ("bench-search-rbf", "Noise search: thresholds against RBF with 500 passes", search_markdown),
+        ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
+        ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
+        ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-kernels", "Fused kernels", kernels_markdown),
+        ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
+    ):
+        if (data := read(name)) is not None:
+            command = _COMMANDS.get(name, name.replace("-", " ", 1))
+            parts.append(
+                f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
+                f"warm-up, percentiles over the runs.\n\n{text(data)}"
+            )
+    if read("shapes-checker") is not None:
+        parts.append("## ShapesWorld checker\n\nSee [shapes-checker](results/shapes-checker.md).\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[1]
+    (root / "docs" / "results.md").write_text(results_page(root / "docs" / "results"), encoding="utf-8")
+    page = root / "README.md"
+    page.write_text(with_scores(page.read_text(encoding="utf-8"), root / "docs" / "results"), encoding="utf-8")

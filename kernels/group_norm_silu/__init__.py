@@ -1,0 +1,151 @@
+"""Group norm and SiLU over images whose channels lie next to each other (channels_last), for VAE and VQ decoders.
+
+The kernel reads the image twice and writes it once: sums by channel first, then norm, affine map and SiLU together.
+PyTorch's own group norm has no such path and turns the image around. Loss contract: exact, up to rounding; statistics
+and arithmetic are in float32, rounded once. For inference: where gradients are needed, the reference runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
+
+__all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
+
+_checked = Checked()
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_GROUP = 1024
+_LARGE = 2**23  # numbers from which on the kernel beat the compiled reference: 512 channels of 128² pixels
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = True,
+) -> Tensor:
+    """silu(group_norm(x) * weight + bias).
+
+    Args:
+        x: [n, C, ...] with one to three axes of space.
+        groups: of channels; divides C.
+        weight, bias: [C].
+        eps: added to the variance.
+        silu: False leaves the SiLU out.
+
+    Returns:
+        the shape, dtype and memory format of `x`.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument.
+    """
+    options = (groups, eps, silu)
+    reason = _checked(lambda: _check(x, weight, bias, *options), (x, weight, bias), *options)
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    # A compiler fuses the reference of small images well; eager PyTorch does not, and would turn the layout around.
+    default = not torch.compiler.is_compiling() or x.numel() >= _LARGE
+    if not choose("group_norm_silu", reason, default, *given):
+        return group_norm_silu_reference(x, groups, weight, bias, eps, silu)
+    operator = _launch if direct(x, weight, bias) else torch.ops.fastgen.group_norm_silu
+    result: Tensor = operator(x, groups, weight, bias, eps, silu)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> str | None:
+    """See that the arguments fit; why the kernel does not take them, or None."""
+    check_tensors({"x": x}, {"weight": weight, "bias": bias})
+    check_int("groups", groups, 1)
+    check_number("eps", eps, minimum=0)
+    check_flag("silu", silu)
+    if not 3 <= x.ndim <= 5 or not x.is_floating_point():
+        raise ValueError(f"x: needs floats [n, C, ...], got {shown(x)}")
+    if x.shape[1] % groups:
+        raise ValueError(f"groups: needs a divisor of {x.shape[1]} channels, got {groups}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
+            raise ValueError(f"{name}: needs floats [{x.shape[1]}], got {shown(vector)}")
+    return _why_not(x, groups, weight, bias)
+
+
+def can_use_triton(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """Whether the kernel takes this image, wherever it is."""
+    return _why_not(x, groups, weight, bias) is None
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = True,
+) -> Tensor:
+    """The specification."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) > 1:  # which torch takes in some combinations only
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+        return group_norm_silu_reference(x.to(wide), groups, weight, bias, eps, silu).to(x.dtype)
+    normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
+    return F.silu(normed) if silu else normed
+
+
+def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why the kernel does not take this image."""
+    for tensor in (x, weight, bias):
+        if tensor is not None and tensor.dtype not in _TYPES:
+            return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
+    if needs_gradients(x, weight, bias):
+        return "gradients are needed"
+    width = x.shape[1] // groups
+    if width > _MAX_GROUP:
+        return f"it takes groups of at most {_MAX_GROUP} channels, not {width}"
+    if not _channels_inside(x):
+        return "its memory is not channels_last"
+    return None
+
+
+def _channels_inside(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbours, and pixels a fixed step apart."""
+    if not x.numel():
+        return True
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        return False
+    space = [(size, step) for size, step in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
+    even = all(step == inner * size for (_, step), (size, inner) in zip(space[:-1], space[1:], strict=True))
+    return even and (not space or space[-1][1] >= x.shape[1])
+
+
+def _launch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+    from fastgen.kernels.group_norm_silu import triton as group_norm_silu_triton
+
+    pixels = x.flatten(2).transpose(1, 2) if x.numel() else x.new_empty((0, 0, x.shape[1]))
+    out = _empty(x)
+    flat = out.permute(0, *range(2, out.ndim), 1).view(pixels.shape)
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    group_norm_silu_triton.forward(pixels, flat, groups, weight, bias, eps, silu)
+    return out
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Fresh memory for a result of shape [n, C, ...] whose channels are neighbours."""
+    made = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]))
+    return made.permute(0, made.ndim - 1, *range(1, made.ndim - 1))
+
+
+_operator = torch.library.custom_op("fastgen::group_norm_silu", _launch, mutates_args=())
+
+
+@_operator.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return _empty(x)

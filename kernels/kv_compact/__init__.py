@@ -1,0 +1,108 @@
+"""Accepted paths moved down in a key-value cache, all layers and both rows of guidance at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.arguments import check_tensors
+from fastgen.kernels.dispatch import check_range, choose, looks
+from fastgen.kernels.operators import register_launcher
+
+__all__ = ["kv_compact", "kv_compact_reference"]
+
+_MOST_NODES = 128
+"""Nodes of a path that one program holds."""
+_launch = register_launcher(
+    "kv_compact(Tensor(a!) store, Tensor lengths, Tensor nodes, Tensor count) -> ()",
+    "fastgen.kernels.kv_compact.triton:launch",
+    lambda *arguments: None,
+    mutates=("store",),
+)
+
+
+def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """Moves slot `lengths + nodes[:, j]` of every row to slot `lengths + j`, for j < count; in place.
+
+    Everything is read before anything is written, so that source and target may overlap. Slots from
+    `lengths + count` on are left undefined. Loss contract: exact.
+
+    Args:
+        store: [layers, 2, R, capacity, heads, head_dim], any strides.
+        lengths: int64 [R], committed slots.
+        nodes: int64 [R, m], nodes of the path; those past `count` do not matter.
+        count: int64 [R], how many are kept, at most m.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+        ValueError: another dtype, shape or device; on a CPU (on a GPU with FASTGEN_KERNELS_DEBUG=1) also lengths,
+            counts and nodes that reach beyond the cache. Elsewhere such slots are left alone.
+    """
+    check_tensors({"store": store, "lengths": lengths, "nodes": nodes, "count": count})
+    if store.ndim != 6 or store.shape[1] != 2 or nodes.ndim != 2 or len(nodes) != store.shape[2]:
+        raise ValueError(
+            f"store, nodes: need [layers, 2, R, capacity, heads, head_dim] and [R, m], got {tuple(store.shape)} and "
+            f"{tuple(nodes.shape)}"
+        )
+    rows = nodes.shape[:1]
+    if lengths.shape != rows or count.shape != rows:
+        raise ValueError(f"lengths, count: need {list(rows)}, got {list(lengths.shape)} and {list(count.shape)}")
+    if not lengths.dtype == nodes.dtype == count.dtype == torch.int64:
+        raise ValueError(
+            f"lengths, nodes, count: need torch.int64, got {lengths.dtype}, {nodes.dtype} and {count.dtype}"
+        )
+    _look(store, lengths, nodes, count)
+    if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
+        kv_compact_reference(store, lengths, nodes, count)
+    else:
+        _launch(store, lengths, nodes, count)
+
+
+def kv_compact_reference(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """The specification of `kv_compact`."""
+    capacity = store.shape[3]
+    if not nodes.numel() or not capacity:
+        return
+    rows = torch.arange(len(nodes), device=nodes.device)[:, None]
+    start, place = lengths[:, None], torch.arange(nodes.shape[1], device=nodes.device)
+    source, target = start + nodes, start + place
+    moves = (place < count[:, None]) & (source >= 0) & (source < capacity) & (target >= 0) & (target < capacity)
+    # What does not move does what the first node of the path does, or leaves its slot as it is.
+    first = torch.where(moves[:, :1], nodes[:, :1], 0)
+    source = torch.where(moves, source, (start + first).clamp(0, capacity - 1))
+    target = torch.where(moves, target, start.clamp(0, capacity - 1))
+    taken = store[:, :, rows, source]
+    store[:, :, rows, target] = taken
+
+
+def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """See that the path lies in the cache, where looking is cheap."""
+    if not looks(nodes) or not nodes.numel():
+        return
+    capacity, most = store.shape[3], nodes.shape[1]
+    # Python looks at the few numbers of a round in less time than torch takes for one reduction.
+    rows = zip(lengths.tolist(), count.tolist(), nodes.tolist(), strict=True)
+    if all(
+        start >= 0 <= kept <= most
+        and start + kept <= capacity
+        and (kept == 0 or (min(path[:kept]) >= 0 and start + max(path[:kept]) < capacity))
+        for start, kept, path in rows
+    ):
+        return
+    check_range("lengths", lengths, capacity + 1)
+    check_range("count", count, most + 1)
+    kept = torch.arange(most, device=nodes.device) < count[:, None]
+    check_range("nodes", torch.where(kept, nodes, 0), capacity)
+    check_range("lengths + nodes", torch.where(kept, lengths[:, None] + nodes, 0), capacity)
+    check_range("lengths + count", lengths + count, capacity + 1)
+
+
+def why_not_triton(store: Tensor, nodes: Tensor) -> str | None:
+    """None if the kernel takes these arguments, else why not."""
+    if store.element_size() not in (1, 2, 4, 8) or store.is_complex():
+        return f"a store of {store.dtype}"
+    if store.stride(5) != 1 or store.stride(4) != store.shape[5]:
+        return "heads of the store that do not lie side by side"
+    if nodes.shape[1] > _MOST_NODES:
+        return f"paths of {nodes.shape[1]} nodes, more than {_MOST_NODES}"
+    return None

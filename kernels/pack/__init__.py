@@ -1,0 +1,201 @@
+"""Kept tokens of a batch in one packed tensor, and back: which they are is found without asking the device.
+
+A mask, or the top of each sample's scores, becomes positions, `cu_seqlens` and rows; the packed tensor has a capacity
+that the host knows, and the counts stay on the device. `pack` gathers the rows, `scatter` puts them back on the grid;
+each is the other's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
+from fastgen.kernels.dispatch import choose, looks
+from fastgen.kernels.pack.operator import launch_mask, launch_scatter, launch_top
+
+__all__ = ["Packing", "pack", "pack_mask", "pack_mask_reference", "pack_top", "pack_top_reference"]
+__all__ += ["scatter", "scatter_reference"]
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_COMPILED = 2**16
+_LARGEST_SAMPLE = 2**15
+"""Positions of a sample that one program ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which positions of n samples of L are kept, and where they lie in the packed tensor.
+
+    Attributes:
+        mask: bool [n, L], kept positions.
+        positions: int64 [capacity], sample * L + index of the kept positions, ascending; -1 behind the last.
+        cu_seqlens: int32 [n + 1], start of each sample in the packed tensor, and the number of kept tokens.
+        sequence_ids: int64 [capacity], sample of each token; n - 1 behind the last.
+        rows: int64 [n, L], kept positions at or before each one, less one: at a kept position its row.
+        full: whether the host knows that nothing lies behind the last token.
+    """
+
+    mask: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    sequence_ids: Tensor
+    rows: Tensor
+    full: bool
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the packed tensor."""
+        return len(self.positions)
+
+
+def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> Packing:
+    """Positions, `cu_seqlens` and rows of a mask. Never waits for a GPU.
+
+    Args:
+        mask: bool [n, L].
+        capacity: rows of the packed tensor, at least the number of kept positions; None takes n * L.
+        full: the caller knows that `capacity` positions are kept, no fewer.
+
+    Raises:
+        TypeError: `mask` is no tensor.
+        ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU positions
+            beyond the capacity are left out, of the mask too; FASTGEN_KERNELS_DEBUG=1 looks there as well.)
+    """
+    check_tensors({"mask": mask})
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask: needs bool [n, L], got {shown(mask)}")
+    check_flag("full", full)
+    capacity = mask.numel() if capacity is None else capacity
+    check_int("capacity", capacity, 0, mask.numel())
+    if looks(mask):
+        _check_kept(int(mask.sum()), capacity, full)
+    reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
+    # Of large grids compilers make the faster kernel (64 x 64², H100).
+    default = not torch.compiler.is_compiling() or mask.numel() <= _COMPILED
+    if not choose("pack_mask", reason, default, mask):
+        return pack_mask_reference(mask, capacity, full)
+    kept, positions, cu_seqlens, ids, rows = launch_mask(mask, capacity)
+    return Packing(kept, positions, cu_seqlens, ids, rows, full)
+
+
+def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
+    """The specification of `pack_mask`."""
+    samples, length = mask.shape
+    rows = mask.flatten().cumsum(0) - 1
+    if not full and mask.numel():  # what is beyond the capacity
+        mask = mask & (rows < capacity).view_as(mask)
+        rows = rows.clamp_max(capacity - 1)
+    positions = torch.nonzero_static(mask.flatten(), size=capacity, fill_value=-1).squeeze(1)
+    ends = rows.view(samples, length)[:, -1] + 1 if length else rows.new_zeros(samples)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    ids = positions // max(length, 1)
+    if not full:
+        ids = torch.where(positions >= 0, ids, samples - 1)
+    return Packing(mask, positions, cu_seqlens, ids, rows.view(samples, length), full)
+
+
+def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, full: bool = False) -> Packing:
+    """Keeps the largest scores of each sample; of equal ones those of the lowest index.
+
+    Args:
+        scores: [n, L] float32; NaN counts as the largest.
+        keep: how many of each sample, one number from 1 to L, or int64 [n], of which less than 0 counts as 0 and more
+            than L as L.
+        capacity: as in `pack_mask`; None takes what is enough. With one number it need not be given: it is n * keep.
+        full: as in `pack_mask`; with one number the host knows by itself.
+
+    Raises:
+        TypeError: `scores` is no tensor.
+        ValueError: another dtype or shape, or numbers out of range.
+    """
+    check_tensors({"scores": scores})
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise ValueError(f"scores: need float32 [n, L], got {shown(scores)}")
+    check_flag("full", full)
+    samples, length = scores.shape
+    if not isinstance(keep, Tensor):
+        check_int("keep", keep, 1, length)
+        if capacity is not None and capacity != samples * keep:
+            raise ValueError(f"capacity: {capacity} is not allowed, {samples * keep} positions are kept")
+        capacity, full = samples * keep, True
+        counts = torch.full((samples,), keep, dtype=torch.int64, device=scores.device)
+    elif keep.shape != (samples,) or keep.dtype != torch.int64:
+        raise ValueError(f"keep: needs a number or int64 [{samples}], got {shown(keep)}")
+    else:
+        check_tensors({"scores": scores, "keep": keep})
+        capacity, counts = samples * length if capacity is None else capacity, keep
+        check_int("capacity", capacity, 0, scores.numel())
+        if looks(keep):
+            _check_kept(int(keep.clamp(0, length).sum()), capacity, full)
+    reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
+    if not choose("pack_top", reason, True, scores, counts):
+        return pack_top_reference(scores.detach(), counts, capacity, full)
+    mask, positions, cu_seqlens, ids, rows = launch_top(scores.detach(), counts, capacity)
+    return Packing(mask, positions, cu_seqlens, ids, rows, full)
+
+
+def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
+    """The specification of `pack_top`; keep int64 [n]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    mask = torch.empty_like(order).scatter_(1, order, places) < keep[:, None]
+    return pack_mask_reference(mask, capacity, full)
+
+
+def pack(tokens: Tensor, packing: Packing) -> Tensor:
+    """Kept tokens [capacity, D] of tokens [n, L, D]; zeros behind the last. Differentiable.
+
+    Raises:
+        TypeError: no tensor, or no `Packing`.
+        ValueError: a shape or device that does not fit, or an integer dtype.
+    """
+    _check_packing("tokens", tokens, packing)
+    if tokens.ndim != 3 or tokens.shape[:2] != packing.mask.shape or not tokens.is_floating_point():
+        raise ValueError(
+            f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {shown(tokens)}"
+        )
+    # PyTorch copies rows as fast as a kernel of ours does.
+    rows = tokens.flatten(0, 1).index_select(0, packing.positions.clamp_min(0))
+    return rows if packing.full else torch.where((packing.positions >= 0)[:, None], rows, 0.0)
+
+
+def scatter(packed: Tensor, packing: Packing) -> Tensor:
+    """Packed tokens [capacity, D] at their positions, zeros elsewhere: [n, L, D]. Differentiable.
+
+    Raises:
+        TypeError: no tensor, or no `Packing`.
+        ValueError: a shape or device that does not fit, or an integer dtype.
+    """
+    _check_packing("packed", packed, packing)
+    if packed.ndim != 2 or len(packed) != packing.capacity or not packed.is_floating_point():
+        raise ValueError(f"packed: needs floating point [{packing.capacity}, D], got {shown(packed)}")
+    reason = None if packed.dtype in _TYPES else f"{packed.dtype}"
+    if not choose("scatter", reason, True, packed, packing.rows):
+        return scatter_reference(packed, packing)
+    return launch_scatter(packed, packing.mask, packing.positions, packing.rows)
+
+
+def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
+    """The specification of `scatter`."""
+    samples, length = packing.mask.shape
+    grid = packed.new_zeros(samples * length, packed.shape[1])
+    if packing.full:
+        return grid.index_copy(0, packing.positions, packed).view(samples, length, -1)
+    rows = packing.rows.clamp_min(0).flatten()
+    if not packing.capacity:
+        return grid.view(samples, length, -1)
+    return torch.where(packing.mask.flatten()[:, None], packed.index_select(0, rows), grid).view(samples, length, -1)
+
+
+def _check_kept(kept: int, capacity: int, full: bool) -> None:
+    if kept > capacity or (full and kept < capacity):
+        raise ValueError(f"capacity: {capacity} is not allowed, {kept} positions are kept")
+
+
+def _check_packing(name: str, tensor: Tensor, packing: Packing) -> None:
+    if not isinstance(packing, Packing):
+        raise TypeError(f"packing: needs a Packing, got {type(packing).__name__}")
+    check_tensors({"packing": packing.positions, name: tensor})

@@ -1,0 +1,179 @@
+"""Attention of the nodes of a token tree to committed slots of a key-value cache, and to their ancestors.
+
+Committed slots are seen by every node, so they need no mask over nodes: they are read in flash-attention style, split
+over programs where there are few rows and heads, and merged with the small block of the tree by log-sum-exp. Keys and
+values of the nodes are written on the way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.cached_attention import cached_attention
+from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
+from fastgen.kernels.operators import register_launcher
+
+__all__ = ["tree_attention", "tree_attention_pays", "tree_attention_reference", "tree_mask"]
+
+_checked = Checked()
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_launch = register_launcher(
+    "tree_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) store, SymInt layer, Tensor slots, "
+    "Tensor lengths, Tensor visible, Tensor tree, SymInt limit) -> Tensor",
+    "fastgen.kernels.tree_attention.triton:launch",
+    lambda query, key, value, store, *rest: query.new_empty(query.shape, dtype=store.dtype),
+    mutates=("store",),
+)
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    layer: int,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> Tensor:
+    """Write keys and values of n nodes of every row, then attend. Loss contract: exact up to rounding.
+
+    Args:
+        query: [R, n, query_heads, head_dim].
+        key, value: [R, n, heads, head_dim]; heads divides query_heads.
+        store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
+        layer: which of the layers.
+        slots: int64 [R, n], where the nodes go: at `lengths` or behind, each to one of its own.
+        lengths: int64 [R], committed slots; node j of the tree lies in slot `lengths + j`.
+        visible: bool [R, capacity], which slots may be looked at once they are committed.
+        tree: bool [1 or R, n, m], which of m nodes each of the n sees; it has to see one slot, be it its own.
+        limit: slots from here on are not looked at; at least `lengths` + m.
+
+    Returns:
+        [R, n, query_heads, head_dim] in the dtype of `store`.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Numbers in tensors are looked at on a CPU, and
+            with FASTGEN_KERNELS_DEBUG=1 on a GPU, where slots beyond `limit` are left alone otherwise.
+    """
+    tensors = (query, key, value, store, slots, lengths, visible, tree)
+    _checked(lambda: _check(*tensors, layer, limit), tensors, layer, limit)
+    _look(slots, lengths, visible, tree, limit)
+    if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
+        return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
+    return _launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
+
+
+def tree_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    layer: int,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    limit: int,
+) -> Tensor:
+    """The specification of `tree_attention`: one attention under a mask over all slots."""
+    return cached_attention(query, key, value, store, layer, slots, tree_mask(lengths, visible, tree, limit))
+
+
+def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Tensor:
+    """Who sees what, bool [R, 1, n, limit]: every node the committed slots of its row, its ancestors and itself.
+
+    Arguments: see `tree_attention`.
+    """
+    rows, n, m = len(lengths), *tree.shape[-2:]
+    slot = torch.arange(limit, device=tree.device)
+    committed = (slot < lengths[:, None]) & visible[:, :limit]
+    node = slot - lengths[:, None]
+    inside = (node >= 0) & (node < m)
+    index = node.clamp(0, m - 1)[:, None, :].expand(rows, n, limit)
+    among = tree.expand(rows, n, m).gather(2, index) & inside[:, None]
+    return (committed[:, None] | among)[:, None]
+
+
+def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
+    """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
+    among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
+    return choose("tree_attention", _why_not(store, store), True, store, tree)
+
+
+def _why_not(query: Tensor, store: Tensor) -> str | None:
+    if store.dtype not in _TYPES or query.dtype not in _TYPES:
+        return f"query and store of {query.dtype} and {store.dtype}"
+    if store.stride(5) != 1:
+        return "a store whose last axis is strided"
+    if not 8 <= store.shape[5] <= 256:
+        return f"heads of width {store.shape[5]}"
+    if needs_gradients(query, store):
+        return "gradients are asked for"
+    return None
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    tree: Tensor,
+    layer: int,
+    limit: int,
+) -> None:
+    """See that shapes, dtypes and devices fit."""
+    needed = {"query": query, "key": key, "value": value, "store": store, "slots": slots, "lengths": lengths}
+    check_tensors(needed | {"visible": visible, "tree": tree})
+    if store.ndim != 6 or store.shape[1] != 2:
+        raise ValueError(f"store: needs [layers, 2, R, capacity, heads, head_dim], got {tuple(store.shape)}")
+    layers, _, rows, capacity, heads, width = store.shape
+    for name, x in (("query", query), ("key", key), ("value", value), ("store", store)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: needs floats, got {shown(x)}")
+    check_int("layer", layer, 0, layers - 1)
+    check_int("limit", limit, 0, capacity)
+    if query.ndim != 4 or len(query) != rows or query.shape[3] != width or not heads or query.shape[2] % heads:
+        raise ValueError(
+            f"query: needs [{rows}, n, a multiple of {heads}, {width}] for this store, got {tuple(query.shape)}"
+        )
+    n = query.shape[1]
+    if tree.ndim != 3 or tree.shape[0] not in (1, rows) or tree.shape[1] != n or tree.dtype != torch.bool:
+        raise ValueError(f"tree: needs bool [1 or {rows}, {n}, m], got {shown(tree)}")
+    wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
+        ("key", key, (rows, n, heads, width), None),
+        ("value", value, (rows, n, heads, width), None),
+        ("slots", slots, (rows, n), torch.int64),
+        ("lengths", lengths, (rows,), torch.int64),
+        ("visible", visible, (rows, capacity), torch.bool),
+    ]
+    for name, given, shape, dtype in wanted:
+        if given.shape != shape or (dtype is not None and given.dtype != dtype):
+            raise ValueError(f"{name}: needs {dtype or 'floats'} {list(shape)}, got {shown(given)}")
+
+
+def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:
+    """See that numbers in tensors fit, where looking is cheap."""
+    if not looks(slots) or not slots.numel():
+        return
+    check_range("slots", slots, visible.shape[1])
+    check_range("lengths", lengths, visible.shape[1] + 1)
+    if bool((slots < lengths[:, None]).any()):
+        raise ValueError("slots: need to lie at lengths or behind, and one is of a committed token")
+    if bool((slots.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise ValueError("slots: need to differ within a row")
+    if int(lengths.max()) + tree.shape[2] > limit:
+        raise ValueError(f"limit: {limit} is not allowed, needs {int(lengths.max()) + tree.shape[2]} (lengths + m)")
+    blind = ~tree.any(dim=2)
+    if bool(blind.any()):
+        committed = torch.arange(visible.shape[1], device=lengths.device) < lengths[:, None]
+        if bool((blind & ~(committed & visible).any(dim=1, keepdim=True)).any()):
+            raise ValueError("tree: every node needs a slot to see, and one sees none")
