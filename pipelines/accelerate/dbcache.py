@@ -9,7 +9,7 @@ from typing import Any
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError, one_line
 from fastgen.pipelines.accelerate.calls import change_calls, default_of, takes
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
+from fastgen.pipelines.accelerate.part import Part, Undo, added_attributes, denoising_network
 
 __all__ = ["DBCache"]
 
@@ -55,15 +55,12 @@ class DBCache(Part):
         import cache_dit
 
         model = denoising_network(pipe)
-        blocks = list(model.modules())
-        before = [set(vars(each)) for each in blocks]
+        clean = added_attributes(model)
         default = default_of(type(pipe).__call__, "num_inference_steps")
 
         def undo() -> None:
             cache_dit.disable_cache(model)
-            for each, names in zip(blocks, before, strict=True):  # it leaves a bound method where there was none
-                for name in set(vars(each)) - names:
-                    delattr(each, name)
+            clean()
 
         def refresh(given: dict[str, Any]) -> None:
             steps = given.get("num_inference_steps", default)

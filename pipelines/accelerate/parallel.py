@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgen.checks import check_choice
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network, remove_empty_hooks
+from fastgen.pipelines.accelerate.part import Part, Undo, added_attributes, denoising_network
 
 __all__ = ["ContextParallel"]
 
@@ -17,18 +16,12 @@ __all__ = ["ContextParallel"]
 class ContextParallel(Part):
     """The tokens of one picture are spread over all processes of `torch.distributed`, by `enable_parallelism`.
 
-    Every process calls the pipeline with the same arguments and gets the same picture.
-
-    Args:
-        kind: "ulysses" exchanges attention heads, "ring" keys and values.
+    Every process calls the pipeline with the same arguments and gets the same picture. Processes exchange attention
+    heads (Ulysses); diffusers' ring attention does not work with PyTorch's own attention.
     """
 
     name = "context_parallel"
     loss = "exact"
-    kind: str = "ulysses"
-
-    def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("ulysses", "ring"))
 
     def why_not(self, pipe: Any) -> str | None:
         from torch import distributed
@@ -48,23 +41,23 @@ class ContextParallel(Part):
         from torch import distributed
 
         model = denoising_network(pipe)
-        plain = [module for module in model.modules() if not hasattr(module, "_diffusers_hook")]
+        clean = added_attributes(model)
         processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
         before = [(each, "_parallel_config" in vars(each)) for each in processors]
 
         def undo() -> None:
             remove_context_parallel(model, model._cp_plan)
-            vars(model).pop("_parallel_config", None)  # the class has it: None
             for each, had in before:
                 if had:
                     each._parallel_config = None
                 elif "_parallel_config" in vars(each):
                     del each._parallel_config
-            remove_empty_hooks(plain)
+            clean()
 
         try:
-            degree = {f"{self.kind}_degree": distributed.get_world_size()}
-            model.enable_parallelism(config=ContextParallelConfig(**degree))
+            # "Anything": lengths and numbers of heads need not be multiples of the number of processes.
+            config = ContextParallelConfig(ulysses_degree=distributed.get_world_size(), ulysses_anything=True)
+            model.enable_parallelism(config=config)
         except BaseException:
             undo()
             raise

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastgen.contracts import Loss
 
-__all__ = ["Part", "Undo", "denoising_network", "remove_empty_hooks"]
+__all__ = ["Part", "Undo", "added_attributes", "denoising_network"]
 
 Undo = Callable[[], None]
 
@@ -22,12 +22,19 @@ def denoising_network(pipe: Any) -> Any:
     return next((each for each in found if isinstance(each, nn.Module)), None)
 
 
-def remove_empty_hooks(modules: list[nn.Module]) -> None:
-    """Remove the empty registries that diffusers leaves where there were none."""
-    for module in modules:
-        vars(module).pop("_diffusers_hook", None)
-        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
+def added_attributes(model: nn.Module) -> Undo:
+    """Removes, when called, what was added to the attributes of the model's modules since now.
+
+    Libraries that hook into models leave empty registries and bound methods behind.
+    """
+    before = [(module, set(vars(module))) for module in model.modules()]
+
+    def remove() -> None:
+        for module, names in before:
+            for name in set(vars(module)) - names:
+                delattr(module, name)
+
+    return remove
 
 
 class Part(ABC):

@@ -6,9 +6,11 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.errors import FastgenError
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network, remove_empty_hooks
+from fastgen.pipelines.accelerate.part import Part, Undo, added_attributes, denoising_network
 
 __all__ = ["StepCache"]
 
@@ -44,25 +46,54 @@ class StepCache(Part):
             return "a step cache is enabled already"
         if "cache_context" not in inspect.unwrap(type(pipe).__call__).__code__.co_names:
             return "its pipeline does not tell caches which pass is which"
-        return None
+        return _unknown_block(model) if self.kind == "first-block" else None
 
     def enable(self, pipe: Any) -> Undo:
         from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
         model = denoising_network(pipe)
-        plain = [module for module in model.modules() if not hasattr(module, "_diffusers_hook")]
-        if self.kind == "first-block":
-            model.enable_cache(FirstBlockCacheConfig(threshold=self.threshold))
-        else:
-            model.enable_cache(TaylorSeerCacheConfig(cache_interval=self.interval, use_lite_mode=True))
-        attached = any(hasattr(module, "_diffusers_hook") for module in plain)
+        config: Any = (
+            FirstBlockCacheConfig(threshold=self.threshold)
+            if self.kind == "first-block"
+            else TaylorSeerCacheConfig(cache_interval=self.interval, use_lite_mode=True)
+        )
+        clean, unhooked = added_attributes(model), _hooks(model)
 
         def undo() -> None:
+            model._cache_config = config  # so that an attempt that failed half way is taken back too
             model.disable_cache()
-            vars(model).pop("_cache_config", None)  # the class has it: None
-            remove_empty_hooks(plain)
+            clean()
 
-        if not attached:
+        try:
+            model.enable_cache(config)
+            if _hooks(model) == unhooked:
+                raise FastgenError(f"step_cache: {self.kind} attaches to nothing in {type(model).__name__}")
+        except BaseException:
             undo()
-            raise FastgenError(f"step_cache: {self.kind} attaches to nothing in {type(model).__name__}")
+            raise
         return undo
+
+
+def _hooks(model: Any) -> int:
+    """Number of diffusers' hooks in a model."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return sum(len(each.hooks) for each in registries if each is not None)
+
+
+def _unknown_block(model: Any) -> str | None:
+    """Why diffusers' first-block cache does not read the blocks of this model, if it does not."""
+    from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    lists = [each for name, each in model.named_children() if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS]
+    blocks = [block for each in lists if isinstance(each, nn.ModuleList) for block in each]
+    if len(blocks) < 2:
+        return "its denoiser has fewer than two blocks that diffusers knows"
+    for kind in {type(block) for block in blocks}:
+        try:
+            TransformerBlockRegistry.get(kind)
+        except ValueError:
+            return f"diffusers' first-block cache does not know {kind.__name__}"
+        if kind.__name__ == "Flux2SingleTransformerBlock":  # it subtracts a list from a tensor (diffusers 0.42)
+            return f"diffusers' first-block cache fails with {kind.__name__}"
+    return None

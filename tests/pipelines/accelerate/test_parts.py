@@ -111,7 +111,6 @@ def test_every_part_has_a_case() -> None:
         lambda: DBCache(first=0),
         lambda: TextEncoder(free="maybe"),
         lambda: TextEncoder(prompts=-1),
-        lambda: ContextParallel("spiral"),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_an_error(make: Any) -> None:
