@@ -32,6 +32,7 @@ from fastgen.pipelines.accelerate.parts import (
     Guidance,
     Kernels,
     Part,
+    Solver,
     StepCache,
     TailDrops,
     made_part,
@@ -59,7 +60,7 @@ def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
     parts: list[Part] = [Kernels(), ChannelsLast(), *([Compile()] if compile else [])]
     if loss == "lossy":
         parts += [FewerSteps(share) for share in SHARES]
-        parts += [Guidance(share) for share in (0.75, 0.5, 0.25)]
+        parts += [Solver(), *(Guidance(share) for share in (0.75, 0.5, 0.25))]
         parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
         parts += [TailDrops(0.0, 0.5), TailDrops(0.25, 0.5), TailDrops(0.5, 0.75)]

@@ -145,10 +145,12 @@ def scheduler_class(current: str, asked: str) -> type:
 def _with_scheduler(pipe: Any, asked: str) -> None:
     config = pipe.scheduler.config
     chosen: Any = scheduler_class(type(pipe.scheduler).__name__, asked)
-    extra: dict[str, Any] = {}
     if chosen.__name__ == "UniPCMultistepScheduler" and type(pipe.scheduler).__name__.startswith("FlowMatch"):
-        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
-    pipe.scheduler = chosen.from_config(config, **extra)
+        from fastgen.pipelines.flow_solver import unipc_of_flow
+
+        pipe.scheduler = unipc_of_flow(pipe.scheduler)
+    else:
+        pipe.scheduler = chosen.from_config(config)
 
 
 def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
