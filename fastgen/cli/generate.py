@@ -27,7 +27,6 @@ from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
-    from fastgen.contracts import Loss
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage, Progress
@@ -369,7 +368,6 @@ def _make(
     from fastgen.accounting import account, phase
     from fastgen.cli.notes import quiet_libraries, warnings_shown
     from fastgen.environment import versions
-    from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.accelerate import accelerate as turn_on
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
@@ -381,8 +379,7 @@ def _make(
         pipe: Any = load_checkpoint(checkpoint, **loading)
         if compile:
             pipe.compile()
-        if faster is not None:
-            faster = turn_on(pipe, plan=None if isinstance(faster, str) else faster)
+        on = None if faster is None else turn_on(pipe, plan=None if isinstance(faster, str) else faster)
         prompts = [job.prompt for job in jobs]
         with warnings_shown(), _progress_bar(len(jobs)) as report:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
@@ -405,7 +402,7 @@ def _make(
                     extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
                     if search is not None and search.save_tree:
                         extra.append(searching.tree_file(job.image, picture.search or {}, picture.image))
-                    _save(job, picture, made_with, extra, "exact" if not isinstance(faster, Plan) else faster.loss)
+                    _save(job, picture, made_with, extra, on)
                 if search is not None:
                     typer.echo(searching.summary(job.image, picture), err=True)
     return stats.as_dict()
@@ -420,7 +417,7 @@ def _map(pipe: Any, picture: GeneratedImage) -> bytes:
 
 
 def _save(
-    job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], parts: Loss
+    job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], on: Plan | None
 ) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
     from fastgen.contracts import weakest
@@ -435,14 +432,19 @@ def _save(
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": job.settings,
-        "loss": weakest((picture.loss, parts)),
+        "loss": weakest((picture.loss, "exact" if on is None else on.loss)),
         "versions": versions,
-        "stats": picture.stats,
+        "stats": {**picture.stats, **_turned_on(on)},
     }
     if picture.search is not None:
         sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}
         sidecar["search"] = picture.search
     atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
+
+
+def _turned_on(plan: Plan | None) -> dict[str, Any]:
+    """Each part of `accelerate`: on, or why it is off."""
+    return {} if plan is None else {"accelerate": {row.part.name: "on" if row.on else row.why for row in plan.rows}}
 
 
 @contextlib.contextmanager

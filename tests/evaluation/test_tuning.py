@@ -166,7 +166,7 @@ def test_the_command_writes_a_plan_that_generate_follows(
     assert any(row["beats_fewer_steps"] is None for row in made.measured["trials"])
     for file in (plan.with_suffix(".png"), plan.with_suffix(".sheet.png")):
         Image.open(file).load()
-    assert run([*map(str, command), "--max-drop", "10", "--minutes", "1", "--json"]) == 0  # known from the log
+    assert run([*map(str, command), "--max-drop", "10", "--minutes", "0.001", "--json"]) == 0  # known from the log
     printed = json.loads(capsys.readouterr().out)
     assert printed.pop("files")["plan"] == str(plan) and printed == Plan.load(plan).as_dict()
     here = ["x", "--model", micro_z, "--steps", 8, "-o", tmp_path / "a.png"]
@@ -235,3 +235,5 @@ def test_exact_parts_are_recorded(micro_z: Path, tmp_path: Path, capsys: pytest.
     assert generate(capsys, *command, "--accelerate", "exact")[0] == 0
     sidecar = json.loads((tmp_path / "a.json").read_text())
     assert sidecar["settings"]["accelerate"] == "exact" and sidecar["loss"] == "exact"
+    parts = sidecar["stats"]["accelerate"]
+    assert parts["channels_last"] == "on" and parts["kernels"] == "Triton kernels need a GPU"
