@@ -26,12 +26,17 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.tune_metrics import Metric
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
+    Attention,
     ChannelsLast,
     Compile,
+    DBCache,
     FewerSteps,
     Guidance,
     Kernels,
     Part,
+    Quantize,
+    QuantizedAttention,
+    Solver,
     StepCache,
     TailDrops,
     made_part,
@@ -56,12 +61,13 @@ SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
 
 def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
     """Parts and settings to try on a pipeline: those that can be used with it and are allowed."""
-    parts: list[Part] = [Kernels(), ChannelsLast(), *([Compile()] if compile else [])]
+    parts: list[Part] = [Kernels(), ChannelsLast(), Attention(), *([Compile()] if compile else [])]
     if loss == "lossy":
         parts += [FewerSteps(share) for share in SHARES]
-        parts += [Guidance(share) for share in (0.75, 0.5, 0.25)]
+        parts += [Solver(), *(Guidance(share) for share in (0.75, 0.5, 0.25))]
         parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
+        parts += [DBCache(), QuantizedAttention(), Quantize()]
         parts += [TailDrops(0.0, 0.5), TailDrops(0.25, 0.5), TailDrops(0.5, 0.75)]
     return [part for part in parts if part.why_not(pipe) is None]
 
@@ -149,6 +155,13 @@ def _key(parts: Iterable[Part]) -> list[list[Any]]:
     return [[part.name, part.settings] for part in parts]
 
 
+def _combinations(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """What is added to a plan at once: each part; a solver, which saves nothing by itself, with fewer steps."""
+    alone = [(part,) for part in parts if part.name != "solver"]
+    fewer = [part for part in parts if part.name == "fewer_steps"]
+    return [*alone, *((solver, part) for solver in parts if solver.name == "solver" for part in fewer)]
+
+
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Those that no other one beats in both seconds and score, from the fastest."""
     ordered = sorted(trials, key=lambda trial: (trial.ratio[0], -trial.score))
@@ -215,15 +228,15 @@ class Tuner:
             alone = self._try((part,))
             if alone is not None and alone.ratio[2] < 1:
                 chosen = self._try((*chosen.parts, part)) or chosen
-        lossy = [part for part in parts if part.loss != "exact"]
-        for part in lossy:  # fewer steps first: the rival of all others
-            self._try((*chosen.parts, part))
+        lossy = _combinations([part for part in parts if part.loss != "exact"])
+        for added in lossy:  # fewer steps first: the rival of all others
+            self._try((*chosen.parts, *added))
         chosen = self._best(max_drop, chosen)
         while not self.time_is_up:
             before = chosen
-            for part in lossy:
-                others = tuple(each for each in chosen.parts if each.name != part.name)
-                self._try((*others, part))
+            for added in lossy:
+                names = {part.name for part in added}
+                self._try((*(each for each in chosen.parts if each.name not in names), *added))
             for part in chosen.parts:  # the look back
                 self._try(tuple(each for each in chosen.parts if each is not part))
             chosen = self._best(max_drop, chosen)

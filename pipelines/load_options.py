@@ -145,10 +145,12 @@ def scheduler_class(current: str, asked: str) -> type:
 def _with_scheduler(pipe: Any, asked: str) -> None:
     config = pipe.scheduler.config
     chosen: Any = scheduler_class(type(pipe.scheduler).__name__, asked)
-    extra: dict[str, Any] = {}
     if chosen.__name__ == "UniPCMultistepScheduler" and type(pipe.scheduler).__name__.startswith("FlowMatch"):
-        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
-    pipe.scheduler = chosen.from_config(config, **extra)
+        from fastgen.pipelines.flow_solver import unipc_of_flow
+
+        pipe.scheduler = unipc_of_flow(pipe.scheduler)
+    else:
+        pipe.scheduler = chosen.from_config(config)
 
 
 def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
@@ -252,21 +254,27 @@ class LoadOptions:
                 raise FastgenError(f"vae_tiling: {type(pipe.vae).__name__} does not decode in tiles")
             pipe.vae.enable_tiling()
 
-    def place(self, pipe: Any, device: torch.device) -> Offload:
-        """Move the pipeline to its device, or let its parts wait in main memory; the way that was taken.
+    def resolve_offload(self, sizes: Mapping[str, int], free: int | None) -> Offload:
+        """The way to place a model, "auto" by what fits.
+
+        Args:
+            sizes: bytes of each network's weights.
+            free: bytes of the device's memory; None where there is nothing to choose.
+        """
+        if self.offload != "auto":
+            return self.offload
+        return "none" if free is None else choose_offload(sizes, free)
+
+    @staticmethod
+    def place(pipe: Any, device: torch.device, way: Offload) -> None:
+        """Move the pipeline to its device, or let its parts wait in main memory.
 
         Raises:
             FastgenError: the pipeline cannot be offloaded in that way.
         """
-        import torch
-
-        way = self.offload
-        if way == "auto":
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-            way = "none" if free is None else choose_offload(_sizes(pipe), free)
         if way == "none":
             pipe.to(device)
-            return way
+            return
         try:
             if way == "model":
                 pipe.enable_model_cpu_offload(device=device)
@@ -277,15 +285,3 @@ class LoadOptions:
                 pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=stream)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise FastgenError(f"offload: {type(pipe).__name__} cannot do {way!r}: {one_line(error)}") from error
-        return way
-
-
-def _sizes(pipe: Any) -> dict[str, int]:
-    """Bytes of each network's weights."""
-    import torch
-
-    return {
-        name: sum(each.numel() * each.element_size() for each in part.parameters())
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module)
-    }

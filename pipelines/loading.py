@@ -7,6 +7,8 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,7 @@ from fastgen.pipelines.generation import (
     unknown_words,
 )
 from fastgen.pipelines.load_options import LoadOptions, LoRA
+from fastgen.pipelines.memory import check_memory, free_memory, weight_sizes
 from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
@@ -116,16 +119,20 @@ def load_checkpoint(
         raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)
     options.check(kind_of_pipeline, checkpoint.index, where)
-    with phase("load"):
+    with phase("load"), _memory_explained(checkpoint.model, where):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
         check_weights(checkpoint)
+        sizes = weight_sizes(checkpoint, kind)
+        way = options.resolve_offload(sizes, None if where.type == "cpu" else free_memory(where))
+        check_memory(checkpoint.model, sizes, where, way, kind)
         drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
         if checkpoint.kind == "janus":
             _check_janus(checkpoint, drafts)
             pipe = _load_janus(checkpoint, kind)
         else:
-            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint))
+            straight = where if way == "none" else torch.device("cpu")
+            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint), straight)
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
@@ -133,12 +140,17 @@ def load_checkpoint(
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
-        try:
-            options.place(pipe, where)
-        except torch.OutOfMemoryError as error:
-            raise FastgenError(f"model {checkpoint.model!r} does not fit into the memory of {where}") from error
+        options.place(pipe, where, way)
     set_checkpoint(pipe, checkpoint)
     return pipe
+
+
+@contextmanager
+def _memory_explained(model: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FastgenError(f"model {model!r} does not fit into the memory of {device}") from error
 
 
 def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -284,11 +296,14 @@ def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
     return networks
 
 
-def _load_diffusers(checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any]) -> DiffusionPipeline:
+def _load_diffusers(
+    checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any], device: torch.device
+) -> DiffusionPipeline:
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
-    random numbers), then the rest through the stock loader."""
+    random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
+    holds one of them at a time."""
     loaded = {
-        name: kind and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant)
+        name: kind and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant).to(device)
         for name, kind in networks.items()
     }
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline

@@ -44,7 +44,8 @@ def accelerate(
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.evaluation.tuning import SHARES
     from fastgen.locks import locked_files
-    from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Kernels
+    from fastgen.pipelines.accelerate import accelerated
+    from fastgen.pipelines.accelerate.parts import FewerSteps
     from fastgen.pipelines.schema import SCHEMA
     from fastgen.pipelines.settings import pipeline_class
 
@@ -68,7 +69,8 @@ def accelerate(
 
         scorer = load_metric(metric, texts, device)
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype)
-        exact = tuple(part for part in (Kernels(), ChannelsLast()) if part.why_not(pipe) is None)
+        with accelerated(pipe) as turned_on:
+            exact = tuple(turned_on.parts)
         result = benchmark_accelerate(
             pipe,
             [exact, *((each,) for each in rivals), *plans],

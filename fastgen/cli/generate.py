@@ -23,7 +23,7 @@ from fastgen.pipelines.schema import DRAWING, SearchSettings, check_prompt
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
-    from fastgen.contracts import Loss
+    from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.generation import GeneratedImage, Progress
 
 app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
@@ -236,7 +236,6 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
     from fastgen.cli.notes import quiet_libraries, warnings_shown
     from fastgen.cli.plan import whole_batches
     from fastgen.environment import versions
-    from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.accelerate import accelerate as turn_on
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
@@ -249,8 +248,7 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
         pipe: Any = load_checkpoint(drawing.checkpoint, **drawing.loading)
         if drawing.compile:
             pipe.compile()
-        if faster is not None:
-            faster = turn_on(pipe, plan=None if isinstance(faster, str) else faster)
+        on = None if faster is None else turn_on(pipe, plan=None if isinstance(faster, str) else faster)
         prompts, seeds = [job.prompt for job in drawn], [job.seed for job in drawn]
         with warnings_shown(), _progress_bar(len(drawn)) as report:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
@@ -269,7 +267,7 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
                     extra = [(job.image.with_suffix(".map.png"), _map(pipe, picture))] if save_map else []
                     if search is not None and search.save_tree:
                         extra.append(searching.tree_file(job.image, picture.search or {}, picture.image))
-                    _save(job, picture, made_with, extra, faster.loss if isinstance(faster, Plan) else "exact")
+                    _save(job, picture, made_with, extra, on)
                 if search is not None:
                     typer.echo(searching.summary(job.image, picture), err=True)
     return stats.as_dict()
@@ -284,7 +282,7 @@ def _map(pipe: Any, picture: GeneratedImage) -> bytes:
 
 
 def _save(
-    job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], parts: Loss
+    job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], on: Plan | None
 ) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
     from fastgen.contracts import weakest
@@ -300,14 +298,19 @@ def _save(
         "seed": job.seed,
         "settings": job.settings,
         "batch": job.batch,
-        "loss": weakest((picture.loss, parts)),
+        "loss": weakest((picture.loss, "exact" if on is None else on.loss)),
         "versions": versions,
-        "stats": picture.stats,
+        "stats": {**picture.stats, **_turned_on(on)},
     }
     if picture.search is not None:
         sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}
         sidecar["search"] = picture.search
     atomic_write_many([*extra, (job.sidecar, encode_json(sidecar)), (job.image, image)])
+
+
+def _turned_on(plan: Plan | None) -> dict[str, Any]:
+    """Each part of `accelerate`: on, or why it is off."""
+    return {} if plan is None else {"accelerate": {row.part.name: "on" if row.on else row.why for row in plan.rows}}
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from fastgen.pipelines.accelerate.kernels import Kernels
 from fastgen.pipelines.accelerate.parallel import ContextParallel
 from fastgen.pipelines.accelerate.part import Part
 from fastgen.pipelines.accelerate.quantize import Quantize
+from fastgen.pipelines.accelerate.solver import Solver
 from fastgen.pipelines.accelerate.step_cache import StepCache
 from fastgen.pipelines.accelerate.tail_drops import TailDrops
 from fastgen.pipelines.accelerate.text_encoder import TextEncoder
@@ -33,6 +34,7 @@ __all__ = [
     "Part",
     "Quantize",
     "QuantizedAttention",
+    "Solver",
     "StepCache",
     "TailDrops",
     "TextEncoder",
@@ -55,6 +57,7 @@ PARTS: dict[str, type[Part]] = {
         Compile,
         ContextParallel,
         TextEncoder,
+        Solver,
         StepCache,
         DBCache,
         Guidance,

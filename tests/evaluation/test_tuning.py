@@ -22,7 +22,7 @@ from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 from fastgen.evaluation.tune_metrics import load_metric, ssim
 from fastgen.evaluation.tuning import Trial, Tuner, beats_fewer_steps, candidates, front
 from fastgen.pipelines.accelerate import Plan
-from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Guidance, Part
+from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Guidance, Part, Solver
 from fastgen.pipelines.loading import load_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two green stars"]
@@ -102,7 +102,16 @@ def tuner(pipe: Any, folder: Path, **given: Any) -> Tuner:
 def test_candidates_are_those_that_can_be_used_and_are_allowed(pipe: Any) -> None:
     exact, lossy = candidates(pipe, "exact"), candidates(pipe, "lossy")
     assert {part.name for part in exact} == {"channels_last"}
-    assert {part.name for part in lossy} == {"channels_last", "fewer_steps", "guidance"}
+    assert {part.name for part in lossy} == {"channels_last", "fewer_steps", "guidance", "solver"} | (
+        {"quantize"} & {part.name for part in lossy}  # where torchao is installed
+    )
+
+
+def test_a_solver_is_tried_with_fewer_steps_and_never_alone(pipe: Any, tmp_path: Path) -> None:
+    tried = tuner(pipe, tmp_path)
+    tried.tune([FewerSteps(0.5), Solver()], max_drop=10.0)
+    plans = [{part.name for part in trial.parts} for trial in tried.trials]
+    assert {"solver", "fewer_steps"} in plans and {"solver"} not in plans
 
 
 def test_the_fastest_plan_that_loses_little_is_chosen(pipe: Any, tmp_path: Path) -> None:
@@ -157,9 +166,9 @@ def test_the_command_writes_a_plan_that_generate_follows(
     assert any(row["beats_fewer_steps"] is None for row in made.measured["trials"])
     for file in (plan.with_suffix(".png"), plan.with_suffix(".sheet.png")):
         Image.open(file).load()
-    assert run([*map(str, command), "--max-drop", "10", "--minutes", "1", "--json"]) == 0  # known from the log
+    assert run([*map(str, command), "--max-drop", "10", "--minutes", "0.001", "--json"]) == 0  # known from the log
     printed = json.loads(capsys.readouterr().out)
-    assert printed.pop("files")["plan"] == str(plan) and printed == made.as_dict()
+    assert printed.pop("files")["plan"] == str(plan) and printed == Plan.load(plan).as_dict()
     here = ["x", "--model", micro_z, "--steps", 8, "-o", tmp_path / "a.png"]
     code, _, err = generate(capsys, *here, "--plan", plan)
     assert code == 0, err
@@ -226,3 +235,5 @@ def test_exact_parts_are_recorded(micro_z: Path, tmp_path: Path, capsys: pytest.
     assert generate(capsys, *command, "--accelerate", "exact")[0] == 0
     sidecar = json.loads((tmp_path / "a.json").read_text())
     assert sidecar["settings"]["accelerate"] == "exact" and sidecar["loss"] == "exact"
+    parts = sidecar["stats"]["accelerate"]
+    assert parts["channels_last"] == "on" and parts["kernels"] == "Triton kernels need a GPU"

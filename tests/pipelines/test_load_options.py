@@ -183,7 +183,9 @@ def test_offloading_needs_a_gpu() -> None:
     for way in ("model", "group", "sequential"):
         with pytest.raises(FastgenError, match=f"offload: '{way}' moves weights to a GPU"):
             options(pipe, offload=way)
-    assert options(pipe, offload="auto").place(pipe, CPU) == "none"
+    auto = options(pipe, offload="auto")
+    assert auto.resolve_offload({"unet": 10**15}, None) == "none"
+    assert auto.resolve_offload({"unet": 100, "vae": 1}, 131) == "model"
     with pytest.raises(FastgenError, match="offload: 'disk' is not allowed"):
         LoadOptions.of(offload="disk")
 
@@ -191,7 +193,7 @@ def test_offloading_needs_a_gpu() -> None:
 @pytest.mark.parametrize(("way", "device"), [("group", "cpu"), ("sequential", "meta")])
 def test_offloaded_layers_have_hooks_that_fetch_them(way: str, device: str) -> None:
     pipe = tiny_sd(ddim())
-    assert LoadOptions.of(offload=way).place(pipe, torch.device(device)) == way
+    LoadOptions.of(offload=way).place(pipe, torch.device(device), way)  # type: ignore[arg-type]
     assert any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in pipe.unet.modules())
 
 
