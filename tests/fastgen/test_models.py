@@ -13,7 +13,7 @@ from support_table import DOCUMENT, NAMES, TOKENS, pipeline, row
 from fastgen.cli.main import run
 from fastgen.cli.models import HUB, METHODS, markdown, read
 
-FAST = ["pixart-sigma", "flux"]
+FAST = ["pixart-sigma", "dit"]
 SMALL = {"sana": 64, "z-image": 64}
 
 
@@ -84,3 +84,20 @@ def test_the_commands_of_the_page_draw(name: str, tmp_path: Path, monkeypatch: p
     out = tmp_path / "out.png"
     assert run([*words, "--model", str(folder), "-o", str(out), "--device", "cpu", *size]) == 0
     assert out.is_file() and out.with_suffix(".json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("multi_modality", "deepseek-community/Janus-Pro-1B"),
+        ("emu3", "SpeculativeImagePipeline"),
+        ("llama", "Janus model"),
+    ],
+)
+def test_a_transformers_folder_of_another_type_says_what_to_do(
+    kind: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert run(["generate", "a red circle", "--model", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and advice in told
