@@ -47,6 +47,12 @@ OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
 _PIPELINE_OF_TRANSFORMER = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
 
 Kind = Literal["diffusers", "janus"]
+#: What to do with models of other types, by model_type.
+_ADVICE = {
+    "multi_modality": "; the official layout of Janus-Pro is not read, take the converted "
+    "deepseek-community/Janus-Pro-1B or deepseek-community/Janus-Pro-7B",
+    **dict.fromkeys(("emu3", "chameleon"), "; from Python, fastgen.SpeculativeImagePipeline draws with it"),
+}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_FILES = ("*.json", "*/*.json")
@@ -285,9 +291,10 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
                 fixed_size=_janus_size(folder, config),
                 drafter=None if drafter is None else _own_drafter(folder, drafter),
             )
+        kind = config.get("model_type", "model of unknown type")
+        advice = _ADVICE.get(kind, "") if isinstance(kind, str) else ""
         raise FastgenError(
-            f"model {model!r} is a transformers {config.get('model_type', 'model of unknown type')!r}; "
-            "needs a diffusers pipeline or a Janus model"
+            f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a Janus model{advice}"
         )
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
 

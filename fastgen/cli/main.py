@@ -32,6 +32,7 @@ COMMANDS = {
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
     "tune": ("fastgen.cli.tune", "Measure what makes a model faster here, and write a plan."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
+    "models": ("fastgen.cli.models", "Show which method works with which model."),
     "info": ("fastgen.cli.info", "Show versions, devices and which fast paths are available."),
 }
 

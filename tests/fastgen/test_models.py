@@ -1,0 +1,103 @@
+"""`fastgen models` and the support table: the package's file, the page and what tiny pipelines do agree."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_table import DOCUMENT, NAMES, TOKENS, pipeline, row
+
+from fastgen.cli.main import run
+from fastgen.cli.models import HUB, METHODS, markdown, read
+
+FAST = ["pixart-sigma", "dit"]
+SMALL = {"sana": 64, "z-image": 64}
+
+
+def test_the_page_and_the_file_agree() -> None:
+    rows = read()
+    assert list(rows) == NAMES and all(list(each) == ["pipeline", *METHODS] for each in rows.values())
+    assert DOCUMENT.read_text().split("<!-- table -->\n")[1] == markdown(rows)
+    assert set(HUB) <= set(rows)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_a_family_does_what_the_table_says(name: str) -> None:
+    assert row(name) == read()[name]
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(NAMES) + 1]] == NAMES
+
+
+@pytest.mark.parametrize("asked", ["flux", "FluxPipeline", "black-forest-labs/FLUX.1-dev"])
+def test_a_family_is_found_by_name_class_and_hub_id(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"flux": {**read()["flux"], "hub": HUB["flux"]}}
+
+
+@pytest.mark.parametrize("asked", ["nothing-of-this", "/"])
+def test_another_name_is_refused_in_one_line(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", asked]) == 2
+    assert re.fullmatch(rf"error: NAME: '{asked}' is not in the table; .*\n", capsys.readouterr().err)
+
+
+def commands() -> dict[str, tuple[str, list[str]]]:
+    """The page's command of each family: the Hub id, and the words after `fastgen`."""
+    families = {hub: family for family, hubs in HUB.items() for hub in hubs}
+    found = re.findall(r'^fastgen generate "([^"]+)" --model (\S+)(.*) -o \S+$', DOCUMENT.read_text(), re.MULTILINE)
+    return {families[hub]: (hub, ["generate", prompt, *rest.split()]) for prompt, hub, rest in found}
+
+
+def test_every_command_of_the_page_is_of_a_family() -> None:
+    assert len(commands()) >= 8
+
+
+#: FLUX.2 reads layers 9, 18 and 27 of its text encoder by default; the tiny one has fewer.
+DRAWN = [name for name in commands() if name != "flux2-klein"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in DRAWN]
+)
+def test_the_commands_of_the_page_draw(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny pipeline of the family in a folder in place of the Hub id, offline."""
+    from micro_models import save_micro_janus
+
+    _, words = commands()[name]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "model"
+    if name == "janus":
+        save_micro_janus(folder)
+    else:
+        pipe: Any = pipeline(name)[0]
+        pipe.save_pretrained(folder, variant="fp16" if "--variant" in words else None)
+    side = str(SMALL.get(name, 32))
+    size = [] if name in TOKENS else ["--height", side, "--width", side, "--steps", "2"]
+    out = tmp_path / "out.png"
+    assert run([*words, "--model", str(folder), "-o", str(out), "--device", "cpu", *size]) == 0
+    assert out.is_file() and out.with_suffix(".json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("multi_modality", "deepseek-community/Janus-Pro-1B"),
+        ("emu3", "SpeculativeImagePipeline"),
+        ("llama", "Janus model"),
+    ],
+)
+def test_a_transformers_folder_of_another_type_says_what_to_do(
+    kind: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert run(["generate", "a red circle", "--model", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and advice in told
