@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastgen.errors import FastgenError
 
-__all__ = ["check_arguments", "check_config"]
+__all__ = ["check_arguments", "check_config", "check_plain"]
 
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 _DICTS = (dict, collections.abc.Mapping)
@@ -66,6 +66,34 @@ def check_config(config: Mapping[str, Any], kind: Any, file: Path) -> None:
     for name, inner in getattr(kind, "sub_configs", {}).items():
         if isinstance(config.get(name), Mapping) and isinstance(inner, type) and inner.__name__ != "AutoConfig":
             check_config(config[name], inner, file)
+
+
+def check_plain(name: str, value: Any, function: Any) -> None:
+    """Refuse a number, text or list of such that an argument of `function` cannot take by its type hint, and numbers
+    that are not finite; other values and other hints are left to the function.
+
+    Raises:
+        FastgenError: names the argument, the value and what is allowed.
+    """
+    flat = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, str | int | float) or each is None for each in flat):
+        return
+    if any(isinstance(each, float) and not math.isfinite(each) for each in flat):
+        raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs finite numbers")
+    try:
+        hint = get_type_hints(function).get(name, Any)
+    except Exception:  # a name that only type checkers see
+        return
+    given = list(value) if isinstance(value, tuple) else value
+    # Hints of diffusers say bool where a number does as well.
+    if value is not None and _is_plain(hint) and not (hint is bool and _is_number(value)) and not _fits(given, hint):
+        raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs {_written(hint)}")
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a hint is made of numbers, texts and lists of them."""
+    inner = [each for each in get_args(hint) if each is not Ellipsis]
+    return hint in (bool, int, float, str, type(None)) or (bool(inner) and all(map(_is_plain, inner)))
 
 
 def _allowed(value: Any, hint: Any, default: Any) -> bool:

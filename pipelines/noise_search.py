@@ -234,6 +234,8 @@ class NoiseSearchPipeline:
             check_choice("sampler", sampler, get_args(SamplerName))
         if explore is not None and not isinstance(explore, Mapping):
             raise FastgenError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
+        if explore and self._denoiser.use_effort is Denoiser.use_effort:
+            raise FastgenError(f"explore: {type(self.pipe).__name__} has no dynamic chunking")
         budget = Budget(max_nfe, max_seconds, target_score)
         settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
         texts = [*prompts, *(settings.checked(len(prompts)).negatives(len(prompts)) or ())]

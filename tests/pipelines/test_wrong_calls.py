@@ -83,17 +83,12 @@ SEARCH: list[dict[str, Any]] = [
     {"on_round": 5},
     {"num_images_per_prompt": 2},
     {"latents": torch.zeros(1, 4, 8, 8)},
-    {"prompt_embeds": torch.zeros(1, 24, 16)},
     {"callback_on_step_end": print},
     {"sigmas": [1.0, 0.5]},
     {"timesteps": [500, 100]},
     {"eta": 1.0},
-    {"ip_adapter_image": 5},
-    {"cross_attention_kwargs": {"scale": 0.5}},
     {"guidance_rescale": "0.5"},
     {"guidance_rescale": NAN},
-    {"clip_skip": 99},
-    {"clip_skip": 1.0},
 ]
 CHUNKED: list[dict[str, Any]] = [
     {"prompt": 5},

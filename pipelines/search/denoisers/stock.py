@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
+from fastgen.pipelines.config_schema import check_plain
 from fastgen.pipelines.search.denoisers.base import Denoiser, defaults_of
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
@@ -90,7 +91,10 @@ class StockDenoiser(Denoiser):
                 raise ValueError(f"{argument}: a search of {name} does not take it")
         encoded = any(argument.startswith("prompt_embeds") for argument in asked)
         prompt = {} if encoded else {"prompt": self.prompts[place]}
-        return {**prompt, **{argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}}
+        found = {argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}
+        for argument, value in found.items():
+            check_plain(argument, value, type(self.pipe).__call__)
+        return {**prompt, **found}
 
     def begin(self, generator: torch.Generator, prompt: int) -> Tensor:
         """The first of a prompt also draws what its conditions need, as the pipeline does."""
@@ -171,6 +175,7 @@ _SET_BY_SEARCH = (
     "return_dict",
     "num_images_per_prompt",
     "callback",
+    "eta",
     "callback_on_step_end",
 )
 
