@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -54,5 +55,28 @@ def register_visible(name: str, function: Callable[..., Any], schema: str) -> An
 
     Arguments: see `torch.library.custom_op`.
     """
-    kind = torch.library.triton_op if has_triton() and not interpreted() else torch.library.custom_op
-    return kind(name, function, mutates_args=(), schema=schema)
+    if not has_triton() or interpreted():
+        return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+    function.__signature__ = _signature(schema)  # type: ignore[attr-defined]  # of which it makes a schema itself
+    return torch.library.triton_op(name, function, mutates_args=())
+
+
+_TYPES: dict[str, Any] = {
+    "Tensor": Tensor,
+    "Tensor?": Tensor | None,
+    "int[]": Sequence[int],
+    "str": str,
+    "float": float,
+    "bool": bool,
+}
+
+
+def _signature(schema: str) -> inspect.Signature:
+    """Of a function with the arguments of a schema, which gives a tuple of tensors."""
+    arguments, results = schema.split(" -> ")
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_TYPES[kind])
+        for kind, name in (argument.split() for argument in arguments.strip("()").split(", "))
+    ]
+    tensors = (Tensor,) * results.count("Tensor")
+    return inspect.Signature(parameters, return_annotation=tuple[tensors])  # type: ignore[valid-type]

@@ -18,7 +18,7 @@ Ask = Callable[..., dict[str, Any]]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 RING = ["generate", "a ring", "--steps", "1"]
 RENDERS = ["eval", "shapes", "--model", "renders", "--limit", "2", "--images-per-prompt", "1"]
-DATA = ["bench", "data", "--images", "8", "--runs", "1", "--processes", "1"]
+BENCH = ["bench", "search-overhead", "--runs", "2"]
 UTF8, LATIN = "gr\xfcn".encode().decode("latin-1"), "caf\xe9"  # bytes, one a character
 
 
@@ -57,10 +57,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 QUICK = [["--version"], ["eval", "--help"], RING, ["eval", "report", "a.json", "-o", "r.md"]]
 SLOW = [
-    *([], ["--help"], ["train", "--help"], ["info"], ["info", "--json"], [*RING, "--json"], RENDERS, DATA),
+    *([], ["--help"], ["train", "--help"], ["info"], ["info", "--json"], [*RING, "--json"], RENDERS, BENCH),
     *(
         [*RENDERS, "--json"],
-        [*DATA, "--json"],
+        [*BENCH, "--json"],
         ["eval", "compare", "a.json", "a.json"],
         ["bench", "speculative", "-h"],
     ),
@@ -105,7 +105,7 @@ def named(name: str) -> list[list[str]]:
         ["eval", "compare", name, name],
         ["eval", "report", "a.json", "-o", f"{name}.html"],
         ["eval", "report", "a.json", "-o", "r.html", "--title", name],
-        [*DATA, "--out", f"{name}.json"],
+        [*BENCH, "--out", f"{name}.json"],
         ["bench", "speculative", "--variant", name],
         ["train", "vae", "-o", name],
         [name],

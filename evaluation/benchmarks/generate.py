@@ -222,7 +222,7 @@ def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:
     prompts, seeds = [PROMPT, "a green star", "two white rings"], [0, 1, 2]
 
     def pixels(batch_size: int) -> list[bytes]:
-        pictures = generate_images(pipe, prompts, seeds, batch_size=batch_size, **options)
+        pictures = generate_images(pipe, prompts, seeds, batch_size=batch_size, batch_invariant=True, **options)
         return [picture.image.tobytes() for picture in pictures]
 
     if pixels(1) != pixels(3):

@@ -48,7 +48,9 @@ HUB = {
 
 def read() -> dict[str, dict[str, str]]:
     """The table: a row for each family."""
-    found: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
+    from fastgen.io import read_json
+
+    found: dict[str, dict[str, str]] = read_json(FILE)
     return found
 
 

@@ -25,7 +25,7 @@ from fastgen.drafters.names import RULES
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
-from fastgen.kernels import tree_verify
+from fastgen.kernels.tree_verify import reference
 from fastgen.pipelines.janus import JanusImagePipeline
 
 SOURCES = ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "medusa", "dynamic"]
@@ -85,7 +85,7 @@ def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: 
 def test_a_look_at_a_value_would_be_seen(
     janus: JanusImagePipeline, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tree_verify.reject
+    real = reference.reject
 
     def looking(*arguments: Any) -> Any:
         outcome = real(*arguments)
@@ -93,6 +93,6 @@ def test_a_look_at_a_value_would_be_seen(
             return outcome
         return outcome
 
-    monkeypatch.setattr(tree_verify, "reject", looking)
+    monkeypatch.setattr(reference, "reject", looking)
     with pytest.raises(RuntimeError, match="meta"):
         two_rounds(janus, target, "eagle-1", "exact", TokenLaw(3.0))

@@ -284,10 +284,11 @@ def test_a_prompt_that_stands_twice_is_refused_before_anything_is_drawn_or_judge
 
 
 def test_an_option_given_twice_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "data", "--images", "8", "--runs", "1", "--processes", "1", "--processes", "1", "--json"]
-    assert run(words) == 0
-    once = json.loads(capsys.readouterr().out)
-    assert len([row for row in once["rows"] if row.get("processes") == 1]) == 1, once["rows"]
+    words = ["bench", "generate", "--no-cold", "--no-compile", "--runs", "1", "--steps", "1", "--json"]
+    assert run([*words, "--batch", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["warm"]
+    assert run([*words, "--batch", "1", "--batch", "1"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warm"]) == len(rows) > 0
 
 
 def test_drafters_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

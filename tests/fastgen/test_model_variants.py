@@ -129,4 +129,5 @@ def test_every_command_with_a_model_offers_its_variant() -> None:
         if any(parameter.name == "model" for parameter in leaf.params) and name.split()[0] != "train":
             helps = [getattr(parameter, "help", None) for parameter in leaf.params]
             found[name] = helps.count(variant_option().help)
-    assert set(DRAWING | MORE) | {"bench dc", "bench speculative", "tune"} == set(found) and set(found.values()) == {1}
+    others = {"bench accelerate", "bench dc", "bench speculative", "tune"}
+    assert set(DRAWING | MORE) | others == set(found) and set(found.values()) == {1}

@@ -26,7 +26,6 @@ MODULES = (
     "fastgen.cli.train",
     "fastgen.evaluation.shapesworld",
     "fastgen.evaluation.report_page",
-    "fastgen.evaluation.benchmarks.data",
     "fastgen.pipelines.loading",
     "fastgen.pipelines.noise_search",
     "fastgen.training.engine",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,18 @@ def test_a_dc_model_predicts_the_same(budget: dict[str, float]) -> None:
         ours = {"pack_top", "smooth_kept", "nearest_kept"}
         assert {ran()[name] for name in ours} == {mode}
     assert torch.allclose(*samples, rtol=1e-4, atol=1e-4 * float(samples[1].abs().max()))
+
+
+def test_all_modules_load_where_triton_compiles() -> None:
+    """Operators that compilers see are registered in another way than under Triton's interpreter, with one schema."""
+    code = (
+        "import importlib, pkgutil, torch, fastgen.kernels as kernels\n"
+        "for module in pkgutil.walk_packages(kernels.__path__, 'fastgen.kernels.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "for name in ('adaln', 'qk_norm_rope'):\n"
+        "    opaque, visible = (getattr(torch.ops.fastgen, each).default._schema for each in (name, f'{name}_visible'))\n"
+        "    assert [x.name for x in opaque.arguments] == [x.name for x in visible.arguments]\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

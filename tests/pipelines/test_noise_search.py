@@ -188,7 +188,7 @@ def test_a_model_of_discrete_times() -> None:
         chosen = ValueSampling(chains=1, candidates=3) if policy == "svdd" else Threshold(0.4)
         report = NoiseSearchPipeline(pipe, brightness, chosen)("a cat", generator=seeded(0)[0], **settings).reports[0]
         assert report.finished and report.nfe <= 40
-    with pytest.raises(ValueError, match="search-over-paths needs a model with levels at any time"):
+    with pytest.raises(ValueError, match="search-over-paths adds noise up to levels between timesteps"):
         NoiseSearchPipeline(pipe, brightness, "search-over-paths")("a cat", **settings)
     for sampler, word in (("rollover", "signal-to-noise"), ("euler-maruyama", "no derivatives")):
         with pytest.raises(ValueError, match=word):
