@@ -117,7 +117,8 @@ def test_all_modules_load_where_triton_compiles() -> None:
         "for module in pkgutil.walk_packages(kernels.__path__, 'fastgen.kernels.'):\n"
         "    importlib.import_module(module.name)\n"
         "for name in ('adaln', 'qk_norm_rope'):\n"
-        "    opaque, visible = (getattr(torch.ops.fastgen, each).default._schema for each in (name, f'{name}_visible'))\n"
+        "    both = (getattr(torch.ops.fastgen, each).default._schema for each in (name, f'{name}_visible'))\n"
+        "    opaque, visible = both\n"
         "    assert [x.name for x in opaque.arguments] == [x.name for x in visible.arguments]\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
