@@ -59,7 +59,7 @@ def plot(trials: Sequence[Trial], chosen: Trial, metric: str, path: Path) -> Non
         ratios = [trial.ratio for trial in group]
         middle = [ratio[0] for ratio in ratios]
         errors = [[m - r[1] for m, r in zip(middle, ratios, strict=True)], [r[2] - r[0] for r in ratios]]
-        half = [trial.drop[1] if trial.parts else 0.0 for trial in group]
+        half = [trial.drop[1] for trial in group]
         axes.errorbar(
             middle, [trial.score for trial in group], yerr=half, xerr=errors, fmt="o", ms=4, lw=0.7,
             color=_COLORS[kind], label=kind, alpha=0.8,

@@ -100,7 +100,9 @@ class Trial:
 
     @property
     def ratio(self) -> tuple[float, float, float]:
-        """Seconds over stock seconds: geometric mean, and the ends of its 95 % interval."""
+        """Seconds over stock seconds: geometric mean, and the ends of its 95 % interval; 1 for the stock pipeline."""
+        if not self.parts:
+            return 1.0, 1.0, 1.0
         logs = np.log(np.divide(self.seconds, self.stock_seconds))
         middle, half = float(logs.mean()), _half_width(logs)
         return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
@@ -108,6 +110,8 @@ class Trial:
     @property
     def drop(self) -> tuple[float, float]:
         """How much lower the score is than the stock one: paired mean, and half its 95 % interval."""
+        if not self.parts:
+            return 0.0, 0.0
         lost = np.subtract(self.stock_scores, self.scores)
         return float(lost.mean()), _half_width(lost)
 
@@ -267,9 +271,11 @@ class Tuner:
             torch.cuda.reset_peak_memory_stats()
         times, stock_times, images = [], [], []
         for i in range(len(self.prompts)):
-            stock_times.append(self._draw(i)[1])
-            with accelerated(self.pipe, plan=parts):
-                image, seconds = self._draw(i)
+            image, seconds = self._draw(i)
+            stock_times.append(seconds)
+            if parts:
+                with accelerated(self.pipe, plan=parts):
+                    image, seconds = self._draw(i)
             images.append(image)
             times.append(seconds)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -36,11 +36,13 @@ class Solver(Part):
     def enable(self, pipe: Any) -> Undo:
         from fastgen.pipelines.flow_solver import unipc_of_flow
 
-        stock = pipe.scheduler
+        stock, config = pipe.scheduler, pipe.config
         pipe.scheduler = made = unipc_of_flow(stock)
 
         def undo() -> None:
             if pipe.scheduler is made:  # not one that the user put there meanwhile
                 pipe.scheduler = stock
+                if dict(pipe.config) == dict(config):  # a pipeline makes another one with every component
+                    pipe._internal_dict = config
 
         return undo
