@@ -57,10 +57,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 QUICK = [["--version"], ["eval", "--help"], RING, ["eval", "report", "a.json", "-o", "r.md"]]
 SLOW = [
-    *([], ["--help"], ["train", "--help"], ["info"], ["info", "--json"], [*RING, "--json"], RENDERS, BENCH),
+    *([], ["--help"], ["train", "--help"], ["info"], ["info", "--json"], [*RING, "--json"], RENDERS, ["models"]),
     *(
         [*RENDERS, "--json"],
-        [*BENCH, "--json"],
+        ["models", "--json"],
         ["eval", "compare", "a.json", "a.json"],
         ["bench", "speculative", "-h"],
     ),

@@ -192,7 +192,17 @@ def test_ctrl_c_keeps_the_best_until_then_and_a_rerun_searches_again(
     search: list[object], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A real SIGINT in the middle of the second search of a real process."""
-    options = [*map(str, search), "--prompts-file", str(prompts_file), "--max-nfe", "150", "--tau", "1", "--json"]
+    options = [
+        *map(str, search),
+        "--prompts-file",
+        str(prompts_file),
+        "--max-nfe",
+        "150",
+        "--tau",
+        "1",
+        "--json",
+        "--batch-invariant",
+    ]
     broken = tmp_path / "broken"
     process = subprocess.Popen(
         [*COMMAND, *options, "-o", str(broken)],

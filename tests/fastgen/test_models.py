@@ -61,7 +61,8 @@ def test_every_command_of_the_page_is_of_a_family() -> None:
 
 
 #: FLUX.2 reads layers 9, 18 and 27 of its text encoder by default; the tiny one has fewer.
-DRAWN = [name for name in commands() if name != "flux2-klein"]
+# The tiny ones of the others draw sizes that their pipelines do not know, or lack layers that theirs read.
+DRAWN = [name for name in commands() if name not in ("flux2-klein", "sana", "pixart-sigma")]
 
 
 @pytest.mark.parametrize(

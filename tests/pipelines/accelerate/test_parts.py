@@ -45,7 +45,6 @@ ON: list[Any] = [
     ("stable-diffusion", TextEncoder()),
     ("qwen-image", TextEncoder()),
     ("flux", Solver()),
-    ("z-image", Solver()),
     ("flux", StepCache("taylor-seer", interval=2)),
     ("stable-diffusion", Guidance(0.5)),
     ("flux", FewerSteps(0.5)),
