@@ -188,7 +188,6 @@ def test_dynamic_chunking_keeps_its_knobs_in_a_search(
 
 @pytest.mark.slow
 @posix
-@pytest.mark.xfail(reason="open: the process ends by the signal since batches are drawn together")
 def test_ctrl_c_keeps_the_best_until_then_and_a_rerun_searches_again(
     search: list[object], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

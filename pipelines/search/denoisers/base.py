@@ -263,20 +263,6 @@ class FlowDenoiser(Denoiser):
         timesteps_of(scheduler, steps, **kwargs)
         return [float(sigma) for sigma in scheduler.sigmas[:-1]]
 
-    def shift(self, tokens: int, max_shift: float = 1.15) -> float:
-        """The pipeline's `mu` for pictures of so many tokens."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        config = self.pipe.scheduler.config
-        mu: float = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", max_shift),
-        )
-        return mu
-
 
 def as_bytes(pictures: Tensor) -> Tensor:
     """Pictures in [0, 1] as uint8.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
-from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 from torch import Tensor
 
 from fastgen.drafters.targets.base import unit_range
@@ -53,7 +53,14 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
         guided = self.scale > self.guided_above
         self.forwards = 2 if guided else 1
         steps = settings.num_inference_steps or _DEFAULTS["num_inference_steps"]
-        mu = self.shift((self.height // multiple) * (self.width // multiple))
+        config = pipe.scheduler.config
+        mu = calculate_shift(
+            (self.height // multiple) * (self.width // multiple),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
         self.times = self.schedule(steps, sigmas=get_default_z_image_sigmas(steps), mu=mu)
         self.cond, uncond = pipe.encode_prompt(
             list(self.prompts),
