@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.measure import seconds_of
 from fastgen.evaluation.tune_metrics import Metric
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
@@ -42,7 +43,7 @@ from fastgen.pipelines.accelerate.parts import (
     made_part,
 )
 from fastgen.pipelines.accelerate.switch import accelerated
-from fastgen.pipelines.loading import generate_images
+from fastgen.pipelines.loading import GeneratedImage, generate_images
 
 __all__ = [
     "SHARES",
@@ -52,6 +53,7 @@ __all__ = [
     "candidates",
     "front",
     "largest_difference",
+    "resume_log",
     "timed_picture",
 ]
 
@@ -204,16 +206,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.stock: list[Image.Image] = []
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
-        known: list[Any] = []
-        with suppress(FastgenError):  # what a kill left of the last line
-            known.extend(parse_json(line, self.log) for line in lines)
-        if known and known[0] == json.loads(json.dumps(self.header)):
-            self.trials = [Trial.of_dict(data) for data in known[1:]]
-            text = "".join(line + "\n" for line in lines[: len(known)])
-            self.log.write_text(text, encoding="utf-8")
-        else:
-            self.log.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+        self.trials = [Trial.of_dict(data) for data in resume_log(self.log, self.header)]
 
     @property
     def time_is_up(self) -> bool:
@@ -300,13 +293,24 @@ class Tuner:
         return timed_picture(self.pipe, self.prompts[index], index, self.call)
 
 
+def resume_log(log: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished lines of a log of this header, behind which new ones can be written; a log of another header is
+    replaced."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    known: list[Any] = []
+    with suppress(FastgenError):  # what a kill left of the last line
+        known.extend(parse_json(line, log) for line in lines)
+    first = json.dumps(header)
+    kept = lines[: len(known)] if known and known[0] == json.loads(first) else [first]
+    log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return known[1 : len(kept)]
+
+
 def timed_picture(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Image.Image, float]:
     """A picture and its seconds; `call` as `generate_images` takes it."""
-    _synchronize()
-    start = time.perf_counter()
-    (picture,) = generate_images(pipe, [prompt], [seed], **call)
-    _synchronize()
-    return picture.image, time.perf_counter() - start
+    drawn: list[GeneratedImage] = []
+    seconds = seconds_of(lambda: drawn.extend(generate_images(pipe, [prompt], [seed], **call)), pipe._execution_device)
+    return drawn[0].image, seconds
 
 
 def beats_fewer_steps(trial: Trial, trials: Sequence[Trial]) -> bool | None:
@@ -326,8 +330,3 @@ def largest_difference(a: Image.Image, b: Image.Image) -> int:
     """Of a pixel's channel, 0 to 255."""
     first, second = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (a, b))
     return int(np.abs(first - second).max())
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

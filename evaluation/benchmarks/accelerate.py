@@ -11,20 +11,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastgen.environment import environment
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, seconds_of
 from fastgen.evaluation.report import markdown_table, provenance
 from fastgen.evaluation.tune_metrics import Metric
-from fastgen.evaluation.tuning import Trial, largest_difference, timed_picture
-from fastgen.io import parse_json
+from fastgen.evaluation.tuning import Trial, largest_difference, resume_log, timed_picture
 from fastgen.pipelines.accelerate import accelerate, accelerated, restore
 from fastgen.pipelines.accelerate.parts import Part
 
@@ -66,7 +64,7 @@ def benchmark_accelerate(
     """
     every: list[tuple[Part, ...]] = list(dict.fromkeys([(), *plans]))
     header = {**header, "plans": [[[part.name, part.settings] for part in plan] for plan in every]}
-    rounds = _read_log(log, header)
+    rounds = resume_log(log, header)
     firsts = {plan: _first_seconds(pipe, plan, prompts[0], call) for plan in every}  # warm-up
     for i in range(len(rounds), len(prompts)):
         if time.monotonic() > deadline:
@@ -79,25 +77,12 @@ def benchmark_accelerate(
     if len(rounds) < 3:
         raise FastgenError(f"only {len(rounds)} rounds were finished in time, needs at least 3")
     trials = [_trial(rounds, k, plan, firsts[plan]) for k, plan in enumerate(every)]
-    return {
-        "benchmark": "accelerate",
-        "environment": environment(),
-        "settings": {**header, "call": call, "rounds": len(rounds)},
-        "accelerate_seconds": percentiles([_turn_on(pipe) for _ in range(20)]),
-        "rows": [_row(trial, trials) for trial in trials],
-    }
-
-
-def _read_log(log: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Finished rounds of the same benchmark; a log of another one is replaced."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    known: list[Any] = []
-    with suppress(FastgenError):  # what a kill left of the last line
-        known.extend(parse_json(line, log) for line in lines)
-    same = bool(known) and known[0] == json.loads(json.dumps(header))
-    kept = known if same else [header]
-    log.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
-    return known[1:] if same else []
+    return result_of(
+        "accelerate",
+        {**header, "call": call, "rounds": len(rounds)},
+        accelerate_seconds=percentiles([_turn_on(pipe) for _ in range(20)]),
+        rows=[_row(trial, trials) for trial in trials],
+    )
 
 
 def _first_seconds(pipe: Any, plan: tuple[Part, ...], prompt: str, call: dict[str, Any]) -> float:
@@ -132,9 +117,7 @@ def _trial(rounds: Sequence[dict[str, Any]], k: int, plan: tuple[Part, ...], fir
 
 
 def _turn_on(pipe: Any) -> float:
-    start = time.perf_counter()
-    accelerate(pipe)
-    seconds = time.perf_counter() - start
+    seconds = seconds_of(partial(accelerate, pipe))
     restore(pipe)
     return seconds
 

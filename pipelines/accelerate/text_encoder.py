@@ -15,6 +15,7 @@ from torch import nn
 from fastgen.checks import check_choice, check_integer
 from fastgen.pipelines.accelerate.calls import change_encoding
 from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
+from fastgen.pipelines.memory import free_memory
 
 __all__ = ["TextEncoder"]
 
@@ -90,7 +91,7 @@ class TextEncoder(Part):
         if self.free == "never" or device.type != "cuda" or _moved_by_hooks(pipe):
             return False
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        return self.free == "always" or torch.cuda.mem_get_info(device)[0] < _WORKING * size
+        return self.free == "always" or (free_memory(device) or 0) < _WORKING * size
 
 
 def memory_is_short(pipe: Any) -> bool:

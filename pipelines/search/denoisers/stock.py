@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, one_line
 from fastgen.pipelines.config_schema import check_plain
 from fastgen.pipelines.search.denoisers.base import Denoiser, defaults_of
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
@@ -68,7 +68,7 @@ class StockDenoiser(Denoiser):
             TypeError,
             ValueError,
         ) as error:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             if isinstance(error, ValueError):
                 raise FastgenError(said) from error
             name, scheduler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
