@@ -76,8 +76,8 @@ class RunSettings:
         search: policy, verifier, budget and other settings of a search for noise.
         plan: parts of `accelerate` that are on, as names and settings.
         device, dtype: as named by the user.
-        batch_size: None when the pixels do not depend on it (batch-invariant generation, the default); a number makes
-            rounding part of the run, and a resumed run then equals an uninterrupted one up to rounding only.
+        batch_size: a number makes rounding part of the run, and a resumed run then equals an uninterrupted one up to
+            rounding only; None when the pixels do not depend on it (batch-invariant generation).
     """
 
     model: str

@@ -9,9 +9,9 @@ import torch
 from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, stock_arguments
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
 from fastgen.pipelines.finite import finite_call
-from fastgen.pipelines.stock_arguments import check_call, check_labels
+from fastgen.pipelines.stock_arguments import check_call, check_labels, given_arguments
 from fastgen.pretrained import load_pretrained
 
 
@@ -47,7 +47,7 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
                 with a budget.
             NotFiniteError: latents or pixels are not numbers.
         """
-        arguments = stock_arguments(DiTPipeline, locals())
+        arguments = given_arguments(DiTPipeline, locals())
         images = check_labels(class_labels, self.transformer.config.get("num_classes", 1000))
         check_call(arguments, images, ("pil", "np", "pt"))
         return run_elastic(

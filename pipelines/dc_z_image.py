@@ -12,10 +12,10 @@ from diffusers import ZImagePipeline
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic, stock_arguments
+from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
 from fastgen.pipelines.finite import finite_call
 from fastgen.pipelines.prompts import check_prompt_lengths
-from fastgen.pipelines.stock_arguments import check_call, check_texts
+from fastgen.pipelines.stock_arguments import check_call, check_texts, given_arguments
 from fastgen.pretrained import load_pretrained
 
 
@@ -72,7 +72,7 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
                 with a budget.
             NotFiniteError: latents or pixels are not numbers.
         """
-        arguments = stock_arguments(ZImagePipeline, locals())
+        arguments = given_arguments(ZImagePipeline, locals())
         prompts = _prompts(arguments)
         images = prompts * check_integer("num_images_per_prompt", arguments.get("num_images_per_prompt", 1), 1)
         check_call(arguments, images, ("pil", "np", "pt", "latent"))

@@ -72,16 +72,6 @@ class FromPipeMixin(PickledMixin):
         return found
 
 
-def stock_arguments(stock: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a call's arguments that the stock `__call__` takes and that differ from its defaults."""
-    takes = inspect.signature(stock.__call__).parameters
-    return {
-        name: value
-        for name, value in values.items()
-        if name in takes and name != "self" and value is not takes[name].default
-    }
-
-
 def run_elastic(
     pipe: DiffusionPipeline,
     stock: Callable[..., Any],

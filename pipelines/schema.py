@@ -143,8 +143,9 @@ class _Settings:
 
     @classmethod
     def _check(cls, values: Mapping[str, Any], label: Callable[[str], str]) -> None:
+        rules = cls.rules()
         for name, value in values.items():
-            cls.rules()[name].check(label(name), value)
+            rules[name].check(label(name), value)
 
     def given(self) -> dict[str, Any]:
         """Those that are set."""

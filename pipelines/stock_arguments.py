@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,24 @@ from fastgen.checks import (
 )
 from fastgen.errors import FastgenError
 
-__all__ = ["check_call", "check_labels", "check_texts"]
+__all__ = ["check_call", "check_labels", "check_texts", "defaults_of", "given_arguments"]
 
 _COUNTS = ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length")
 _NUMBERS = ("guidance_scale", "cfg_truncation")
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def defaults_of(pipeline: type) -> dict[str, Any]:
+    """What `pipeline.__call__` takes where nothing is given, by argument."""
+    call: Any = pipeline.__call__
+    return {name: value.default for name, value in inspect.signature(call).parameters.items()}
+
+
+def given_arguments(stock: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a call's arguments that the stock `__call__` takes and that differ from its defaults."""
+    defaults = defaults_of(stock)
+    del defaults["self"]
+    return {name: values[name] for name, default in defaults.items() if name in values and values[name] is not default}
 
 
 def check_texts(name: str, value: Any, count: int | None = None) -> None:

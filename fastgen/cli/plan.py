@@ -126,11 +126,11 @@ def plan_jobs(
         for prompt, row in zip(prompts, paths, strict=True)
         for i, path in enumerate(row)
     ]
-    for start in range(0, len(jobs) if batch_size > 1 else 0, batch_size):
+    for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        key = json.dumps([(job.prompt, job.seed) for job in batch]).encode()
-        name = hashlib.sha256(key).hexdigest()[:12] if len(batch) > 1 else ""
-        jobs[start : start + batch_size] = [replace(job, batch=name and f"{name}-{i}") for i, job in enumerate(batch)]
+        if len(batch) > 1:
+            name = hashlib.sha256(json.dumps([(job.prompt, job.seed) for job in batch]).encode()).hexdigest()[:12]
+            jobs[start : start + batch_size] = [replace(job, batch=f"{name}-{i}") for i, job in enumerate(batch)]
     return jobs
 
 

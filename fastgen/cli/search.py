@@ -109,8 +109,9 @@ def plan_search(
             have, or a budget smaller than one picture takes.
     """
     from fastgen.pipelines.search.budget import Budget
-    from fastgen.pipelines.search.denoisers.base import defaults_of, denoiser_of
+    from fastgen.pipelines.search.denoisers.base import denoiser_of
     from fastgen.pipelines.settings import pipeline_arguments
+    from fastgen.pipelines.stock_arguments import defaults_of
 
     adapter = denoiser_of(pipeline)
     policy = _policy(asked)

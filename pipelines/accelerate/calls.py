@@ -13,8 +13,9 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.pipelines.accelerate.part import denoising_network
+from fastgen.pipelines.stock_arguments import defaults_of
 
-__all__ = ["Change", "Encode", "Progress", "change_calls", "change_encoding", "default_of", "progress", "takes"]
+__all__ = ["Change", "Encode", "Progress", "change_calls", "change_encoding", "progress", "takes"]
 
 Change = Callable[[dict[str, Any]], None]
 """Changes the arguments of a call, by name, in place; those that the user left out are not among them."""
@@ -42,12 +43,6 @@ _encoders: weakref.WeakKeyDictionary[Any, Encode] = weakref.WeakKeyDictionary()
 def takes(pipe: Any, name: str) -> bool:
     """Whether the pipeline's call has an argument of that name."""
     return name in inspect.signature(type(pipe).__call__).parameters
-
-
-def default_of(call: Callable[..., Any], name: str) -> Any:
-    """Default of an argument of a pipeline's call; None where there is no such argument."""
-    parameters = inspect.signature(call).parameters
-    return parameters[name].default if name in parameters else None
 
 
 def change_calls(pipe: Any, change: Change) -> Callable[[], None]:
@@ -100,7 +95,7 @@ def _plain(stock: Any, state: dict[str, Any]) -> Any:
 @functools.cache
 def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     signature = inspect.signature(stock.__call__)
-    defaults = {name: default_of(stock.__call__, name) for name in ("num_inference_steps", "guidance_scale")}
+    defaults = {name: defaults_of(stock).get(name) for name in ("num_inference_steps", "guidance_scale")}
 
     @functools.wraps(stock.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError, one_line
-from fastgen.pipelines.accelerate.calls import change_calls, default_of, takes
+from fastgen.pipelines.accelerate.calls import change_calls, takes
 from fastgen.pipelines.accelerate.part import Part, Undo, added_attributes, denoising_network
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["DBCache"]
 
@@ -39,7 +40,7 @@ class DBCache(Part):
 
     def why_not(self, pipe: Any) -> str | None:
         if importlib.util.find_spec("cache_dit") is None:
-            return 'cache-dit is not installed (python -m pip install "fastgen-diffusers[cache]")'
+            return "cache-dit is not installed (python -m pip install cache-dit)"
         from cache_dit import BlockAdapterRegister
 
         model = denoising_network(pipe)
@@ -56,7 +57,7 @@ class DBCache(Part):
 
         model = denoising_network(pipe)
         clean = added_attributes(model)
-        default = default_of(type(pipe).__call__, "num_inference_steps")
+        default = defaults_of(type(pipe))["num_inference_steps"]
 
         def undo() -> None:
             cache_dit.disable_cache(model)

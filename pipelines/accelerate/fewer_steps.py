@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.checks import check_number
-from fastgen.pipelines.accelerate.calls import change_calls, default_of, takes
+from fastgen.pipelines.accelerate.calls import change_calls, takes
 from fastgen.pipelines.accelerate.part import Part, Undo
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["FewerSteps"]
 
@@ -31,7 +32,7 @@ class FewerSteps(Part):
         return None if takes(pipe, "num_inference_steps") else "its call takes no number of steps"
 
     def enable(self, pipe: Any) -> Undo:
-        default = default_of(type(pipe).__call__, "num_inference_steps")
+        default = defaults_of(type(pipe))["num_inference_steps"]
 
         def fewer(given: dict[str, Any]) -> None:
             steps = given.get("num_inference_steps", default)

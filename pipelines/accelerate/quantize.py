@@ -39,7 +39,7 @@ class Quantize(Part):
     def why_not(self, pipe: Any) -> str | None:
         model = denoising_network(pipe)
         if importlib.util.find_spec("torchao") is None:
-            return 'torchao is not installed (python -m pip install "fastgen-diffusers[quantize]")'
+            return "torchao is not installed (python -m pip install torchao)"
         if getattr(model, "quantization_method", None) is not None:
             return "its denoiser is quantised already"
         if not self._layers(model):

@@ -7,7 +7,6 @@ between. An adapter gives them for one kind of pipeline; `register_denoiser` mak
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from fastgen.pipelines.search.denoisers.loops import denoising_loops
 from fastgen.pipelines.search.fitting import Fit
 from fastgen.pipelines.search.interpolants import Interpolant, Level, Linear, Prediction
 from fastgen.pipelines.search.schedulers import check_times, flow_scheduler, timesteps_of
+from fastgen.pipelines.stock_arguments import defaults_of
 
-__all__ = ["Denoiser", "FlowDenoiser", "Settings", "as_bytes", "defaults_of", "denoiser_of", "register_denoiser"]
+__all__ = ["Denoiser", "FlowDenoiser", "Settings", "as_bytes", "denoiser_of", "register_denoiser"]
 
 
 @dataclass(frozen=True)
@@ -272,12 +272,6 @@ def as_bytes(pictures: Tensor) -> Tensor:
     """
     check_finite(pictures, "pixels")
     return pictures.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-def defaults_of(pipeline: type) -> dict[str, Any]:
-    """What `pipeline.__call__` takes where nothing is given, by argument."""
-    call: Any = pipeline.__call__
-    return {name: value.default for name, value in inspect.signature(call).parameters.items()}
 
 
 _DENOISERS: dict[str, type[Denoiser]] = {}

@@ -13,11 +13,12 @@ from torch import Tensor
 from fastgen.checks import check_integer
 from fastgen.pipelines.dc_dit import DCDiTPipeline
 from fastgen.pipelines.schema import SCHEMA
-from fastgen.pipelines.search.denoisers.base import defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.base import register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
 from fastgen.pipelines.search.denoisers.schedules import noise_levels, noise_prediction
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.schedulers import noise_scheduler, timesteps_of
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["DiTDenoiser"]
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastgen.errors import FastgenError, one_line
 from fastgen.pipelines.config_schema import check_plain
-from fastgen.pipelines.search.denoisers.base import Denoiser, defaults_of
+from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
 from fastgen.pipelines.search.interpolants import Prediction
 from fastgen.pipelines.search.schedulers import flow_scheduler, is_flow, noise_scheduler
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["StockDenoiser"]
 

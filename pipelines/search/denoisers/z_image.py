@@ -13,9 +13,10 @@ from torch import Tensor
 from fastgen.drafters.targets.base import unit_range
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.pipelines.dc_z_image import DCZImagePipeline
-from fastgen.pipelines.search.denoisers.base import FlowDenoiser, Settings, defaults_of, register_denoiser
+from fastgen.pipelines.search.denoisers.base import FlowDenoiser, Settings, register_denoiser
 from fastgen.pipelines.search.denoisers.elastic import ElasticDenoiser
 from fastgen.pipelines.search.denoisers.stock import StockDenoiser
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["ZImageDenoiser"]
 
