@@ -6,16 +6,22 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 
 __all__ = ["unipc_of_flow"]
 
 
 class _UniPC(diffusers.UniPCMultistepScheduler):
-    """Takes the noise levels as a list, too, as the pipelines of flow models pass them."""
+    """With what pipelines of flow models ask of their scheduler: levels as a list, and noise added to a picture."""
 
     def set_timesteps(self, *args: Any, sigmas: Any = None, **kwargs: Any) -> None:
         levels = None if sigmas is None else np.array(sigmas, dtype=np.float64)
         super().set_timesteps(*args, sigmas=levels, **kwargs)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """(1 - sigma) sample + sigma noise, as the Euler scheduler of flow models has it."""
+        noisy: torch.Tensor = self.add_noise(sample, noise, timestep)
+        return noisy
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # its class is not found by its name
         return _restored, (vars(self),)

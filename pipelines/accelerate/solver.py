@@ -14,6 +14,8 @@ _UNREAD = (
     *("stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     "invert_sigmas",
 )
+# Pipelines that ask of their scheduler what UniPC has not: times with their levels, or Euler's own settings.
+_OTHERS = ("BriaFiboPipeline", "CogView4Pipeline", "CogView4ControlPipeline", "GlmImagePipeline")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Solver(Part):
         scheduler: Any = getattr(pipe, "scheduler", None)
         if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
             return "its scheduler does not take the Euler steps of a flow model"
+        if type(pipe).__name__ in _OTHERS:
+            return "its call needs the Euler scheduler of flow models"
         other = next((name for name in _UNREAD if scheduler.config.get(name)), None)
         if scheduler.config.get("time_shift_type", "exponential") != "exponential":
             other = "time_shift_type"

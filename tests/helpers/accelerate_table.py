@@ -18,6 +18,7 @@ from fastgen.pipelines.accelerate.parts import (
     Guidance,
     Part,
     Quantize,
+    Solver,
     StepCache,
     TextEncoder,
     VaeSlicing,
@@ -25,7 +26,15 @@ from fastgen.pipelines.accelerate.parts import (
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accelerate-pipelines.md"
 EXACT = (ChannelsLast(), Attention("_native_math"), VaeSlicing(), TextEncoder())
-LOSSY = (Quantize(), StepCache(), StepCache("taylor-seer"), DBCache(warmup=1), Guidance(0.5), FewerSteps(0.5))
+LOSSY = (
+    Quantize(),
+    StepCache(),
+    StepCache("taylor-seer"),
+    DBCache(warmup=1),
+    Guidance(0.5),
+    FewerSteps(0.5),
+    Solver(),
+)
 
 
 def usable(pipe: Any, parts: tuple[Part, ...]) -> list[Part]:

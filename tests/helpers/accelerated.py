@@ -21,7 +21,7 @@ def draw(pipe: Any, name: str, steps: int = STEPS, **given: Any) -> torch.Tensor
 
 def state(pipe: Any) -> dict[str, Any]:
     """What a pipeline is, down to the bits and layout of its weights and the hooks of its modules."""
-    of_a_call = ("_kwargs", "_truncation", "_num_timesteps", "_interrupt")  # every call writes them down
+    of_a_call = ("_kwargs", "_truncation", "num_timesteps", "_interrupt")  # every call writes them down
     kept = {name: id(value) for name, value in vars(pipe).items() if not name.endswith(of_a_call)}
     found: dict[str, Any] = {"class": type(pipe), **kept}
     for part, model in pipe.components.items():
