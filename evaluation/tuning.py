@@ -300,8 +300,8 @@ def resume_log(log: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     known: list[Any] = []
     with suppress(FastgenError):  # what a kill left of the last line
         known.extend(parse_json(line, log) for line in lines)
-    first = json.dumps(header)
-    kept = lines[: len(known)] if known and known[0] == json.loads(first) else [first]
+    same = bool(known) and known[0] == json.loads(json.dumps(header))
+    kept = lines[: len(known)] if same else [json.dumps(header)]
     log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     return known[1 : len(kept)]
 
