@@ -116,8 +116,9 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
 
     Returns:
         rows with model, path, n, seconds of an evaluation (percentiles), host (processor seconds of the calling
-        thread outside the model, which other processes do not lengthen; percentiles), host_ci (95 % of its median)
-        and share (of a step of the stock call, on a CPU in processor seconds as well; of medians).
+        thread outside the model, which other processes do not lengthen; percentiles), host_ci (95 % of its median),
+        above (median and 95 % of it: host seconds more than the family's adapter at the same time of the same round;
+        None where there is no adapter) and share (of a stock call, on a CPU in processor seconds as well; of medians).
     """
     settings, adapter = Settings(**call), denoiser_of(pipe)
     paths: dict[str, Denoiser] = {OWN: StockDenoiser(pipe, ["a red circle"], settings)}
@@ -126,7 +127,7 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
     start, which = paths[OWN].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     host: dict[str, list[float]] = {path: [] for path in paths}
-    steps: list[float] = []
+    calls: list[float] = []
     clock = time.thread_time if torch.device(pipe.device).type == "cpu" else time.perf_counter
     with _timed(pipe.transformer) as inside:
         for run in range(-1, rounds):
@@ -144,7 +145,7 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
             pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
             wait_for(torch.device(pipe.device))
             if run >= 0:
-                steps.append((clock() - started) / len(paths[OWN].times))
+                calls.append(clock() - started)
     return [
         {
             "model": name,
@@ -153,7 +154,8 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
             "seconds": percentiles(seconds[path]),
             "host": percentiles(host[path]),
             "host_ci": _median_ci(np.array(host[path])),
-            "share": float(np.median(host[path]) / np.median(steps)),
+            "above": _above(host[path], host.get(FAMILY)) if path != FAMILY else None,
+            "share": float(np.median(host[path]) / np.median(calls)),
         }
         for path in paths
     ]
@@ -177,6 +179,13 @@ def _timed(model: Any) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _above(host: list[float], family: list[float] | None) -> list[float] | None:
+    if family is None:
+        return None
+    more = np.array(host) - np.array(family)
+    return [float(np.median(more)), *_median_ci(more)]
 
 
 def _median_ci(values: Any) -> list[float]:

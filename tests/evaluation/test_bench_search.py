@@ -402,6 +402,8 @@ def test_overhead_of_a_search_that_is_off(micro_z: Path, tmp_path: Path, capsys:
     for row in data["evaluations"]:
         assert row["n"] % 4 == 0 and 0 < row["host"]["p50"] < row["seconds"]["p50"] and 0 < row["share"] < 5
         assert row["host_ci"][0] <= row["host"]["p50"] <= row["host_ci"][1]
+    own, family = data["evaluations"]
+    assert own["above"][1] <= own["above"][0] <= own["above"][2] and family["above"] is None
     assert capsys.readouterr().out.strip() == search_overhead_markdown(data).strip()
     assert run(["bench", "search-overhead", "--model", str(micro_z), "--runs", "1"]) == 2
     assert "runs" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,9 @@ def _probe_class(kind: type) -> type:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         base.set_timesteps(self, *args, **kwargs)
         self._entry.held._scheduled(self)
+
+    # Pipelines inspect it at every call; what is set is not looked for.
+    set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
 
     @functools.wraps(base.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
