@@ -12,8 +12,8 @@ from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
 
 if TYPE_CHECKING:
-    from fastgen.cli.pictures import Beginning
     from fastgen.pipelines.accelerate import Plan
+    from fastgen.pipelines.beginnings import Beginning
     from fastgen.pipelines.checkpoint import Checkpoint
 
 __all__ = ["Drawing", "prepare"]
@@ -60,7 +60,7 @@ def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Draw
     from fastgen.pipelines.loading import resolve_device
     from fastgen.pipelines.settings import check_classes, pipeline_class, resolve_settings
 
-    begins = None if beginning is None else "mask_image" if beginning.masked else "image"
+    begins = None if beginning is None else beginning.begins
     kind = pipeline_class(checkpoint, method, begins)
     call = resolve_settings(kind, checkpoint, {name: getattr(given, name) for name in SETTINGS})
     check_classes(checkpoint, prompts)

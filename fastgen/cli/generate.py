@@ -144,7 +144,7 @@ def generate(
 
     given = SimpleNamespace(**context.params)
     prompts = _check_options(given)
-    beginning = pictures.read_beginning(method, image, mask, strength)
+    beginning = pictures.beginning_of(method, image, mask, strength)
     target, is_folder = _output(output, prompts_file is not None)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
         drawing = prepare(given, prompts, beginning)

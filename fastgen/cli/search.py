@@ -20,9 +20,9 @@ from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SearchSettings
 
 if TYPE_CHECKING:
-    from fastgen.cli.pictures import Beginning
     from fastgen.cli.plan import Job
     from fastgen.evaluation.verifiers.base import Verifier
+    from fastgen.pipelines.beginnings import Beginning
     from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage
     from fastgen.pipelines.search.budget import Budget

@@ -70,7 +70,8 @@ def helps_of(recipe: str) -> dict[str, str]:
             "samples": "Trajectories to measure, at least 0. Default: 1000.",
             "prompts_file": "Prompts, one a line; their scores replace the check of pictures. Default: ShapesWorld.",
             "batch_size": "Trajectories at a time, at least 1. Default: 32.",
-            "choose": "KEY=VALUE: steps, guidance_scale, height, width, sampler or branches; repeat.",
+            "choose": "KEY=VALUE: steps, guidance_scale, height, width, sampler, branches; image and mask (files) or "
+            "strength, for a pipeline that begins with a picture; repeat.",
         }
     entry = RECIPES[recipe]
     parts = {
@@ -150,7 +151,7 @@ def train(
         typer.Option(
             "--set",
             help="KEY=VALUE of the drafter recipe (redundancy=class, width=128, kind=medusa …) or of search-calibrate "
-            "(steps, guidance_scale, height, width, sampler, branches); repeat.",
+            "(steps, guidance_scale, height, width, sampler, branches, image, mask, strength); repeat.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,

@@ -31,6 +31,7 @@ from fastgen.evaluation.verifiers.agreement import agreement
 from fastgen.evaluation.verifiers.base import ModelVerifier, Verifier
 from fastgen.evaluation.verifiers.names import load_verifier, verifier_class
 from fastgen.io import atomic_write_json, check_writable, read_json
+from fastgen.pipelines.beginnings import Beginning, read_beginning
 from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
@@ -56,6 +57,8 @@ RECORD = "search-calibrate.json"
 SHAPESWORLD = "shapesworld"
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SETTINGS = ("branches", "guidance_scale", "height", "num_inference_steps", "sampler", "steps", "width")
+#: Of a pipeline that begins with a picture.
+BEGINNING = ("image", "mask", "strength")
 _CHUNK = 16
 
 
@@ -126,7 +129,9 @@ def calibrate_search(
         prompts: what to draw, in turn; None takes ShapesWorld captions, and the ShapesWorld checker judges.
         seed: of captions and trajectories.
         batch_size: rows of a forward pass.
-        settings: of the pipeline and the search: `SETTINGS`; what is not given is the model's own.
+        settings: of the pipeline and the search: `SETTINGS`; what is not given is the model's own. `image`, `mask`
+            (files) and `strength` calibrate the model's img2img or inpainting pipeline, which begins with that
+            picture for every prompt.
         device: where.
         report: told of every chunk.
 
@@ -136,22 +141,28 @@ def calibrate_search(
     """
     if trajectories < 2 * FEWEST:
         raise FastgenError(f"trajectories: {trajectories} is not allowed, needs an integer >= {2 * FEWEST}")
-    if unknown := sorted(set(settings or {}) - set(SETTINGS)):
-        raise FastgenError(f"settings: {', '.join(unknown)} is unknown, there are {', '.join(SETTINGS)}")
+    given = dict(settings or {})
+    if unknown := sorted(set(given) - {*SETTINGS, *BEGINNING}):
+        raise FastgenError(f"settings: {', '.join(unknown)} is unknown, there are {', '.join(SETTINGS + BEGINNING)}")
+    beginning = _beginning(given)
     items = calibration_captions(trajectories, seed) if prompts is None else _in_turn(prompts, trajectories)
     verifier_class(verifier)
     checkpoint = find_checkpoint(model)
-    denoiser_of(pipeline_class(checkpoint))
-    asked = _settings(checkpoint, settings or {})
+    begins = None if beginning is None else beginning.begins
+    denoiser_of(pipeline_class(checkpoint, begins=begins))
+    asked = _settings(checkpoint, given)
     branches = Branching(asked.pop("branches")).branches
     made = load_verifier(verifier, device=device)
-    _open(output, checkpoint, made, prompts, seed, branches, asked)
-    pipe: Any = load_checkpoint(checkpoint, device=device, dtype="float32" if device == "cpu" else "auto")
+    recorded = asked | ({} if beginning is None else beginning.settings)
+    _open(output, checkpoint, made, prompts, seed, branches, recorded)
+    dtype = "float32" if device == "cpu" else "auto"
+    pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype, begins=begins)
     pipe.set_progress_bar_config(disable=True)
     policy, checker = Branching(branches), ShapesChecker() if prompts is None else None
     search = NoiseSearchPipeline(pipe, made, policy)
-    rows = _draw(search, policy, checker, output, items, seed, {**asked, "batch_size": batch_size}, report)
-    about = {"trajectories": trajectories, "seed": seed, "settings": asked}
+    call = {**asked, **({} if beginning is None else beginning.arguments), "batch_size": batch_size}
+    rows = _draw(search, policy, checker, output, items, seed, call, report)
+    about = {"trajectories": trajectories, "seed": seed, "settings": recorded}
     about |= {"prompts": SHAPESWORLD if prompts is None else len(prompts), "level": LEVEL}
     about |= {"commit": commit(), "environment": environment()}
     about |= {"weights": read_json(output / RECORD).get("weights")}
@@ -212,6 +223,12 @@ def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
     if wrong := [prompt for prompt in prompts if prompt in kept_back]:
         raise FastgenError(f"prompts: {wrong[0]!r} is an evaluation prompt of ShapesWorld, which none may learn from")
     return [prompts[number % len(prompts)] for number in range(count)]
+
+
+def _beginning(given: dict[str, Any]) -> Beginning | None:
+    """The picture that every trajectory begins with, taken out of `given`."""
+    image, mask, strength = (given.pop(name, None) for name in BEGINNING)
+    return read_beginning(image and Path(str(image)), mask and Path(str(mask)), strength)
 
 
 def _settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:

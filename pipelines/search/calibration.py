@@ -212,6 +212,9 @@ def calibration_for(
     name = getattr(verifier, "name", "")
     if name and name != found.verifier:
         raise FastgenError(f"thresholds: were measured with verifier {found.verifier}, not with {name}")
+    kind = found.signature.get("pipeline")
+    if kind is not None and kind != type(pipe).__name__:
+        raise FastgenError(f"thresholds: were measured for a {kind}, and this is a {type(pipe).__name__}")
     if not found.fits(pipe):
         raise FastgenError(f"thresholds: were measured for {found.model}, a model of another configuration")
     return found

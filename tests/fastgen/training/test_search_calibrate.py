@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from stock_families import family
 
 from fastgen.cli.main import run
@@ -18,7 +19,7 @@ from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.names import load_verifier
 from fastgen.models.shapes_verifier import ShapesVerifier
 from fastgen.pipelines.checkpoint import find_checkpoint
-from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading import load_checkpoint, load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.policies import Threshold
@@ -143,6 +144,56 @@ def test_without_a_checker_scores_stand_in(micro_z: Path, verifier: str, tmp_pat
             str(micro_z), verifier, tmp_path / "b", prompts=["x", shapes_prompts()[5].prompt], trajectories=32
         )
     assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> dict[str, str]:
+    """Files of a picture and of a mask for it."""
+    pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(pixels[..., 0] // 128 * 255).save(tmp_path / "mask.png")
+    return {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_pipeline_that_begins_with_a_picture_is_calibrated_and_searched_so(
+    masked: bool, micro_z: Path, verifier: str, picture: dict[str, str], tmp_path: Path
+) -> None:
+    given = picture if masked else {"image": picture["image"]}
+    settings = {**given, "strength": 0.75, "branches": 2, "steps": 4}
+    found = calibrate_search(str(micro_z), verifier, tmp_path / "run", trajectories=32, settings=settings)
+    assert len(found.times) == 3, "the first of four steps is not taken"
+    assert found.signature["pipeline"] == ("ZImageInpaintPipeline" if masked else "ZImageImg2ImgPipeline")
+    assert found.about["settings"]["strength"] == 0.75 and found.about["settings"]["image"]
+    checkpoint = find_checkpoint(str(micro_z))
+    pipe: Any = load_checkpoint(checkpoint, begins="mask_image" if masked else "image")
+    begin: dict[str, Any] = {"image": Image.open(picture["image"]).convert("RGB"), "strength": 0.75}
+    if masked:
+        begin["mask_image"] = Image.open(picture["mask"])
+    search = NoiseSearchPipeline(pipe, load_verifier(verifier), "threshold", thresholds=found)
+    output = search("a ring", num_inference_steps=4, height=16, width=16, max_nfe=40, **begin)
+    assert output.reports[0].finished and output.reports[0].taus
+    with pytest.raises(ValueError, match="Img2Img|Inpaint"):
+        NoiseSearchPipeline(load_pipeline(str(micro_z)), load_verifier(verifier), "threshold", thresholds=found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": 0.5}, "strength: needs image"),
+        ({"mask": "MASK"}, "mask: needs image"),
+        ({"image": "IMAGE", "strength": 0}, "strength: 0"),
+        ({"image": "nothing.png"}, "image: nothing.png is no picture"),
+        ({"image": 3}, "image: 3 is no picture"),
+    ],
+)
+def test_a_wrong_picture_is_refused_before_anything_is_drawn(
+    settings: dict[str, Any], message: str, micro_z: Path, verifier: str, picture: dict[str, str], tmp_path: Path
+) -> None:
+    given = {name: picture.get(str(value).lower(), value) for name, value in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        calibrate_search(str(micro_z), verifier, tmp_path / "run", trajectories=32, settings=given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_of_the_siblings_the_first_is_gone_on_with(micro_z: Path, verifier: str) -> None:
