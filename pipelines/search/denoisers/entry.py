@@ -31,14 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.accounting import note_path
 from fastgen.pipelines.search.denoisers.loops import counts_steps
 from fastgen.pipelines.search.denoisers.probes import Stepped, entered_class, probe_of
+from fastgen.pipelines.search.denoisers.standins import DENOISERS, Encoding, Passing, branching, fresh, shape_of
 
 __all__ = ["Entry", "Left", "Said"]
 
-#: Networks that denoise, by the names that pipelines have for them.
-DENOISERS = ("transformer", "unet", "prior")
 #: Other networks of the loop.
 HELPERS = ("controlnet", "adapter")
 #: Methods that compute what stays the same over a search.
@@ -142,10 +140,10 @@ class Entry:
         self._name = name
         self._offset = 0
         self._cut_later = False
-        self._visit = _Visit()
+        self.visit = _Visit()
         self._memory: dict[tuple[Any, ...], Any] = {}
         self._prepared: dict[int, Any] = {}
-        self._outputs: dict[tuple[str, int], Any] = {}
+        self.outputs: dict[tuple[str, int], Any] = {}
         self.scheduler = probe_of(scheduler, self)
         self._pipe = self._copy(pipe)
 
@@ -215,7 +213,7 @@ class Entry:
 
     def _run(self, visit: _Visit, generator: torch.Generator | None) -> Any:
         """Call the pipeline until it is left; what it was left with, or what it returned."""
-        self._visit = visit
+        self.visit = visit
         count = 1 if visit.latents is None else len(visit.latents)
         arguments = dict(self.arguments)
         if count > 1:
@@ -249,23 +247,23 @@ class Entry:
         for name in CONDITIONS:
             method = getattr(type(pipe), name, None)
             if callable(method):
-                changed[name] = self._remembering(name, method.__get__(twin))
+                changed[name] = self.remembering(name, method.__get__(twin))
         if self._packs:
             changed["_unpack_latents"] = self._unpacking(pipe._unpack_latents)
         self._dtype = torch.float32
         for name in (*HELPERS, *DENOISERS):
             model = getattr(pipe, name, None)
             if isinstance(model, torch.nn.Module):
-                changed[name] = _Passing(model, self, name)
+                changed[name] = Passing(model, self, name)
                 self._dtype = getattr(model, "dtype", self._dtype)
         vae = getattr(pipe, "vae", None)
         if isinstance(vae, torch.nn.Module) and hasattr(vae, "encode"):
-            changed["vae"] = _Encoding(copy.copy(vae), self)  # causal ones keep features of the call as attributes
+            changed["vae"] = Encoding(copy.copy(vae), self)  # causal ones keep features of the call as attributes
         # Sana sets the side on which its tokenizer pads, and leaves it.
         changed |= {name: copy.copy(part) for name, part in pipe.components.items() if name.startswith("tokenizer")}
         for name in ("guider", "ocr_guider"):
             if getattr(pipe, name, None) is not None:
-                changed[name] = _branching(getattr(pipe, name))
+                changed[name] = branching(getattr(pipe, name))
         vars(twin).update(changed)
         # Asked for many times in a call, by a walk over all modules each; it stays the same over a search.
         kind: Any = type(pipe)
@@ -279,7 +277,7 @@ class Entry:
 
         @functools.wraps(original)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            visit = self._visit
+            visit = self.visit
             count = 1 if visit.latents is None else len(visit.latents)
             prepared = self._prepared.get(count)
             if prepared is None or visit.latents is None:
@@ -302,10 +300,10 @@ class Entry:
 
         @functools.wraps(original)
         def unpack_latents(*args: Any, **kwargs: Any) -> Any:
-            if self._visit.grid is not None:
-                return self._visit.grid
+            if self.visit.grid is not None:
+                return self.visit.grid
             grid = original(*args, **kwargs)
-            if self._visit.leave == "grid":
+            if self.visit.leave == "grid":
                 raise Left(grid)
             return grid
 
@@ -320,28 +318,28 @@ class Entry:
             self._cut_later = True
             self._offset = len(self.scheduler.timesteps) - len(times)
             self.timesteps = times
-            if self._visit.times is None:
+            if self.visit.times is None:
                 return times, count
             self._enter(self.scheduler)
-            return self._visit.times.to(times), len(self._visit.times)
+            return self.visit.times.to(times), len(self.visit.times)
 
         return get_timesteps
 
-    def _remembering(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def remembering(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         """A method whose result stays the same: computed once for each way in which a call asks for it."""
 
         @functools.wraps(original)
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            visit = self._visit
+            visit = self.visit
             visit.calls[name] += 1
             given = [*args, *kwargs.items()]
             if any(isinstance(value, torch.Generator) for value in [*args, *kwargs.values()]):
                 self.batches = False
-            key = (name, visit.calls[name], tuple(map(_shape_of, given)))
+            key = (name, visit.calls[name], tuple(map(shape_of, given)))
             if key not in self._memory:
                 with torch.random.fork_rng(devices=[]):  # GLM-Image seeds the global state
                     self._memory[key] = original(*args, **kwargs)
-            return _fresh(self._memory[key])
+            return fresh(self._memory[key])
 
         return remembered
 
@@ -352,18 +350,18 @@ class Entry:
         if self._cut_later:
             return
         self.timesteps = probe.timesteps
-        if self._visit.times is not None and not hasattr(self._pipe, "get_timesteps"):
+        if self.visit.times is not None and not hasattr(self._pipe, "get_timesteps"):
             self._enter(probe)
-            probe.timesteps = self._visit.times.to(probe.timesteps)
+            probe.timesteps = self.visit.times.to(probe.timesteps)
             if hasattr(probe, "num_inference_steps"):
                 probe.num_inference_steps = len(probe.timesteps)
 
     def _enter(self, probe: Any) -> None:
-        probe._step_index = self._offset + self._visit.index
+        probe._step_index = self._offset + self.visit.index
 
     def _stepped(self, probe: Any, output: Tensor, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
         """In `step`."""
-        visit = self._visit
+        visit = self.visit
         if visit.leave == "latents":
             raise Left(sample)
         if visit.passing:
@@ -373,105 +371,3 @@ class Entry:
             sample = sample if visit.latents is None else visit.latents.to(output)
             return Stepped(sample, sample) if return_dict else (sample, sample)
         raise Left(Said(output, float(timestep), sample, visit.rows))
-
-
-class _Passing:
-    """Stands for a model in the copied pipeline: counts rows, and does not run it in a step that is passed over."""
-
-    def __init__(self, model: Any, entry: Entry, name: str) -> None:
-        self._model, self._entry, self._name = model, entry, name
-        self.dtype = getattr(model, "dtype", None)  # found by a walk over all parameters
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._model)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        visit, outputs = self._entry._visit, self._entry._outputs
-        sample = next((kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs), None)
-        sample = args[0] if sample is None and args else sample
-        rows = len(sample) if isinstance(sample, Tensor | list | tuple) else 0
-        place = (self._name, rows)
-        if (visit.passing or visit.leave == "latents") and place in outputs:
-            return outputs[place]
-        if self._name in DENOISERS:
-            visit.rows += rows
-        outputs[place] = self._model(*args, **kwargs)
-        return outputs[place]
-
-
-class _Encoding:
-    """Stands for the VAE: encodes what it is given once, and draws from what it says once."""
-
-    def __init__(self, vae: Any, entry: Entry) -> None:
-        self._vae = vae
-        self.dtype = getattr(vae, "dtype", None)
-        self.encode = entry._remembering(
-            "vae.encode", lambda *args, **kwargs: _drawn(vae.encode(*args, **kwargs), entry)
-        )
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._vae)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
-
-
-def _drawn(encoded: Any, entry: Entry) -> Any:
-    if hasattr(encoded, "latent_dist"):
-        encoded.latent_dist = _Drawn(encoded.latent_dist, entry)
-    return encoded
-
-
-class _Drawn:
-    """A distribution of latents from which one sample is drawn."""
-
-    def __init__(self, law: Any, entry: Entry) -> None:
-        self._law, self._entry, self._found = law, entry, None
-
-    def sample(self, generator: torch.Generator | None = None) -> Any:
-        self._entry.batches = False  # samples of a batch would each draw their own
-        if self._found is None:
-            with torch.random.fork_rng(devices=[]):  # some pipelines draw without a generator
-                self._found = self._law.sample(generator)
-        return self._found
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._law, name)
-
-
-def _branching(guider: Any) -> Any:
-    """A copy of a guider, without the momentum that it carries from step to step."""
-    guider = copy.deepcopy(guider)
-    if getattr(guider, "adaptive_projected_guidance_momentum", None) is not None:
-        guider.adaptive_projected_guidance_momentum = guider.momentum_buffer = None
-        reason = "a search branches, and the momentum of guidance is a history, which cannot"
-        note_path("guider", f"{type(guider).__name__} without momentum", reason)
-    return guider
-
-
-def _shape_of(value: Any) -> Any:
-    """What tells one request for a condition from another within a search, whose arguments never change: numbers and
-    texts by value, tensors and pictures by their shape."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-        return value[0], _shape_of(value[1])
-    if isinstance(value, Tensor | np.ndarray):
-        return tuple(value.shape)
-    if isinstance(value, list | tuple):
-        return tuple(map(_shape_of, value))
-    if isinstance(value, str | int | float | bool | torch.dtype | torch.device) or value is None:
-        return value
-    return type(value).__name__
-
-
-def _fresh(value: Any) -> Any:
-    """The same tensors in new lists, into which a pipeline may write."""
-    if isinstance(value, list):
-        return [_fresh(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_fresh(item) for item in value)
-    return value
