@@ -229,18 +229,22 @@ def _evaluations(data: dict[str, Any]) -> str:
     table = []
     for row in data["evaluations"]:
         low, high = (1e3 * end for end in row["host_ci"])
-        ms = f"{1e3 * row['seconds']['p50']:.1f}", f"{1e3 * row['host']['p50']:.2f}"
-        more = row["above"] and "{:.2f} ({:.2f} to {:.2f})".format(*(1e3 * value for value in row["above"]))
-        own = [row["model"], row["path"], str(row["n"]), *ms, f"{low:.2f} to {high:.2f}"]
-        table.append([*own, more or "", f"{row['share']:.2%}"])
-    header = [
-        "model",
-        "path",
-        "n",
-        "ms p50",
-        "processor ms outside the model",
-        "95 % of the median",
-        "above the adapter (95 %)",
-        "of a stock call",
-    ]
-    return "One evaluation of the model, paths in turns:\n\n" + markdown_table(header, table) + "\n"
+        above = [
+            row[key] and "{:+.2f} ({:+.2f} to {:+.2f})".format(*(1e3 * value for value in row[key]))
+            for key in ("above_adapter", "above_step")
+        ]
+        table.append(
+            [
+                *(row["model"], row["path"], str(row["n"]), f"{1e3 * row['seconds']['p50']:.1f}"),
+                f"{1e3 * row['host']['p50']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['share']:.2%}",
+                *(text or "" for text in above),
+            ]
+        )
+    host = "processor ms outside the model (95 % of the median)"
+    header = ["model", "path", "n", "ms p50", host, "of a stock step", "above the adapter", "above a stock step"]
+    note = (
+        "One evaluation of the model, paths in turns, and a step of the stock call. What counts is the processor time "
+        "of the calling thread outside the model's forward pass; an evaluation takes the place of a step.\n\n"
+    )
+    return note + markdown_table(header, table) + "\n"

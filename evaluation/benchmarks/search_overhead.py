@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +26,12 @@ from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
 from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 from fastgen.pipelines.settings import check_classes
+from fastgen.pipelines.stock_arguments import defaults_of
 
 __all__ = ["benchmark_search_overhead"]
 
 STOCK, WRAPPED, CONTROL = "stock", "wrapped, no policy", "stock again"
-FAMILY, OWN = "adapter of the family", "the pipeline's own call"
+STEP, FAMILY, OWN = "a step of the stock call", "adapter of the family", "the pipeline's own call"
 FLUX_CALL = {"height": 256, "width": 256, "num_inference_steps": 4, "guidance_scale": 3.5}
 
 
@@ -93,7 +93,7 @@ def benchmark_search_overhead(
             raise FastgenError("the wrapped pipeline draws other pictures than the stock one; nothing is reported")
     report("evaluations")
     evaluations: list[dict[str, Any]] = []
-    if "prompt" in inspect.signature(type(pipe).__call__).parameters and hasattr(pipe, "transformer"):
+    if {"prompt", "callback_on_step_end"} <= defaults_of(type(pipe)).keys() and hasattr(pipe, "transformer"):
         evaluations = evaluation_rows(model, pipe, call, runs)
     if model == "tiny":
         shaped = flux_shaped().to(device)
@@ -106,32 +106,37 @@ def benchmark_search_overhead(
 
 def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     """What one evaluation of the model takes by the pipeline's own call, and by the family's adapter where there is
-    one, in turns; and how much of it is not the model.
+    one, and what a step of the stock call takes, in turns; and how much of it is not the model.
+
+    What counts is the processor time of the calling thread outside the model's forward pass, which other processes do
+    not lengthen. Of an evaluation that is all that a search does for it but previews and scores: entering the call,
+    its checks, schedule and loop, guidance, the clean sample. Of a stock step it is what lies between the ends of two
+    steps of one call: guidance and the scheduler's step; what the call does once (texts, schedule, decoding) is not in
+    it. An evaluation takes the place of a step, so the difference of the two is what a search adds.
 
     Args:
         name: of the model.
         pipe: a pipeline of text prompts.
         call: settings of a picture.
-        rounds: after one of warm-up; each evaluates all times of the schedule with every path.
+        rounds: after one of warm-up; each evaluates all times of the schedule but the first with every path.
 
     Returns:
-        rows with model, path, n, seconds of an evaluation (percentiles), host (processor seconds of the calling
-        thread outside the model, which other processes do not lengthen; percentiles), host_ci (95 % of its median),
-        above (median and 95 % of it: host seconds more than the family's adapter at the same time of the same round;
-        None where there is no adapter) and share (of a stock call, on a CPU in processor seconds as well; of medians).
+        rows with model, path, n, seconds (percentiles), host (processor seconds outside the model; percentiles),
+        host_ci (95 % of its median), share (of the seconds of a stock step; of medians), and two
+        differences, each the median and 95 % of it, at the same place of the same round: above_adapter (None where
+        there is none) and above_step.
     """
     settings, adapter = Settings(**call), denoiser_of(pipe)
     paths: dict[str, Denoiser] = {OWN: StockDenoiser(pipe, ["a red circle"], settings)}
     if adapter is not StockDenoiser:
         paths[FAMILY] = adapter(pipe, ["a red circle"], settings)
     start, which = paths[OWN].noise(torch.Generator().manual_seed(0)), torch.tensor([0])
-    seconds: dict[str, list[float]] = {path: [] for path in paths}
-    host: dict[str, list[float]] = {path: [] for path in paths}
-    calls: list[float] = []
-    clock = time.thread_time if torch.device(pipe.device).type == "cpu" else time.perf_counter
+    times = paths[OWN].times[1:]
+    seconds: dict[str, list[float]] = {path: [] for path in (STEP, *paths)}
+    host: dict[str, list[float]] = {path: [] for path in (STEP, *paths)}
     with _timed(pipe.transformer) as inside:
         for run in range(-1, rounds):
-            for place, moment in enumerate(paths[OWN].times):
+            for place, moment in enumerate(times):
                 for path in list(paths) if (run + place) % 2 else reversed(paths):
                     inside.clear()
                     started, busy = time.perf_counter(), time.thread_time()
@@ -141,24 +146,50 @@ def evaluation_rows(name: str, pipe: Any, call: dict[str, Any], rounds: int) -> 
                     if run >= 0:
                         seconds[path].append(time.perf_counter() - started)
                         host[path].append(busy - sum(inside))
-            started = clock()
-            pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="np", **call)
-            wait_for(torch.device(pipe.device))
+            lasted, busied = _stock_steps(pipe, call, inside)
             if run >= 0:
-                calls.append(clock() - started)
+                seconds[STEP] += lasted
+                host[STEP] += busied
+    step = float(np.median(seconds[STEP]))
     return [
         {
             "model": name,
             "path": path,
-            "n": len(seconds[path]),
+            "n": len(found),
             "seconds": percentiles(seconds[path]),
-            "host": percentiles(host[path]),
-            "host_ci": _median_ci(np.array(host[path])),
-            "above": _above(host[path], host.get(FAMILY)) if path != FAMILY else None,
-            "share": float(np.median(host[path]) / np.median(calls)),
+            "host": percentiles(found),
+            "host_ci": _median_ci(np.array(found)),
+            "share": float(np.median(found)) / step,
+            "above_adapter": _above(found, host.get(FAMILY)) if path == OWN else None,
+            "above_step": None if path == STEP else _above(found, host[STEP]),
         }
-        for path in paths
+        for path, found in host.items()
     ]
+
+
+def _above(host: list[float], other: list[float] | None) -> list[float] | None:
+    if other is None:
+        return None
+    more = np.array(host) - np.array(other)
+    return [float(np.median(more)), *_median_ci(more)]
+
+
+def _stock_steps(pipe: Any, call: dict[str, Any], inside: list[float]) -> tuple[list[float], list[float]]:
+    """Seconds of each step of a stock call but the first, and the processor seconds of it outside the model."""
+    device = torch.device(pipe.device)
+    ends: list[tuple[float, float]] = []
+
+    def note(pipe: Any, step: int, moment: Any, given: dict[str, Any]) -> dict[str, Any]:
+        busy = time.thread_time() - sum(inside)
+        wait_for(device)
+        ends.append((time.perf_counter(), busy))
+        return given
+
+    inside.clear()
+    generator = torch.Generator().manual_seed(0)
+    pipe("a red circle", generator=generator, output_type="np", callback_on_step_end=note, **call)
+    lasted, busied = np.diff(np.array(ends), axis=0).T
+    return lasted.tolist(), busied.tolist()
 
 
 @contextmanager
@@ -179,13 +210,6 @@ def _timed(model: Any) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _above(host: list[float], family: list[float] | None) -> list[float] | None:
-    if family is None:
-        return None
-    more = np.array(host) - np.array(family)
-    return [float(np.median(more)), *_median_ci(more)]
 
 
 def _median_ci(values: Any) -> list[float]:

@@ -397,13 +397,19 @@ def test_overhead_of_a_search_that_is_off(micro_z: Path, tmp_path: Path, capsys:
     for row in (wrapped, control):
         assert row["n"] == 4 and row["ratio_ci"][0] <= row["ratio"]["p50"] <= row["ratio_ci"][1]
         assert 0.1 < row["ratio"]["p50"] < 10 and row["seconds"]["p50"] > 0
-    paths = [row["path"] for row in data["evaluations"]]
-    assert paths == ["the pipeline's own call", "adapter of the family"]
-    for row in data["evaluations"]:
-        assert row["n"] % 4 == 0 and 0 < row["host"]["p50"] < row["seconds"]["p50"] and 0 < row["share"] < 5
+    step, own, family = data["evaluations"]
+    assert [step["path"], own["path"], family["path"]] == [
+        "a step of the stock call",
+        "the pipeline's own call",
+        "adapter of the family",
+    ]
+    for row in (step, own, family):
+        assert row["n"] == step["n"] and row["n"] % 4 == 0 and 0 < row["host"]["p50"] < row["seconds"]["p50"]
         assert row["host_ci"][0] <= row["host"]["p50"] <= row["host_ci"][1]
-    own, family = data["evaluations"]
-    assert own["above"][1] <= own["above"][0] <= own["above"][2] and family["above"] is None
+        assert row["share"] == pytest.approx(row["host"]["p50"] / step["seconds"]["p50"])
+    for more in (own["above_adapter"], own["above_step"], family["above_step"]):
+        assert more[1] <= more[0] <= more[2]
+    assert step["above_step"] is step["above_adapter"] is family["above_adapter"] is None
     assert capsys.readouterr().out.strip() == search_overhead_markdown(data).strip()
     assert run(["bench", "search-overhead", "--model", str(micro_z), "--runs", "1"]) == 2
     assert "runs" in capsys.readouterr().err

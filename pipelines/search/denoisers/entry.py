@@ -11,7 +11,7 @@ decoding. `Entry` runs that call on a shallow copy of the pipeline in which four
 
 A pipeline without `prepare_latents` must take `latents` in its call. Where the loop reads the number of the step
 (`control_guidance_end`, `cfg_trunc_ratio`, guiders), the schedule is the whole one, and the steps before the wanted
-one are passed over: their models are not run.
+one are skipped: where the loop asks `interrupt`, by that; elsewhere their models are not run.
 
 The user's pipeline is never changed: the copy has its own attributes, and shares the models. So nothing has to be put
 back after an error or Ctrl-C, and two threads do not meet.
@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.pipelines.search.denoisers.loops import counts_steps
+from fastgen.pipelines.search.denoisers.loops import asks_to_go_on, counts_steps
 from fastgen.pipelines.search.denoisers.probes import Stepped, entered_class, probe_of
-from fastgen.pipelines.search.denoisers.standins import DENOISERS, Encoding, Passing, branching, fresh, shape_of
+from fastgen.pipelines.search.denoisers.standins import DENOISERS, Encoding, NoBar, Passing, branching, fresh, shape_of
 
 __all__ = ["Entry", "Left", "Said"]
 
@@ -85,7 +85,8 @@ class _Visit:
         latents: those that replace the pipeline's own; None leaves them.
         times: timesteps that the loop runs over; None: the whole schedule.
         index: of the last of them in the schedule.
-        passing: how many steps are passed over: the model is not run, `step` returns the latents.
+        skipping: how many rounds of the loop end at once, as if the user had interrupted them.
+        passing: how many steps after these are passed over: the model is not run, `step` returns the latents.
         leave: "latents" (when they are prepared), "step", "grid" (when they are unpacked), or "" (the call returns
             pictures).
         grid: replaces what the pipeline unpacks for its decoder.
@@ -98,6 +99,7 @@ class _Visit:
     times: Tensor | None = None
     index: int = 0
     passing: int = 0
+    skipping: int = 0
     leave: str = "step"
     grid: Tensor | None = None
     start: Tensor | None = None
@@ -134,6 +136,9 @@ class Entry:
             raise ValueError(f"pipe: {name} cannot be searched: its start noise was not found (no prepare_latents)")
         self._packs = callable(getattr(pipe, "_unpack_latents", None))
         self._counts = counts_steps(type(pipe).__call__)
+        self._interruptible = asks_to_go_on(type(pipe).__call__) and isinstance(
+            getattr(type(pipe), "interrupt", None), property
+        )
         self.masked = self.arguments.get("mask_image") is not None
         self.batches = "num_images_per_prompt" in self.accepted
         self.timesteps: Tensor = torch.empty(0)
@@ -179,14 +184,19 @@ class Entry:
             timestep: of the model.
             index: of the timestep in the schedule, for schedulers that scale what the model reads.
         """
+        # The known parts of an inpainted picture are put in after a step.
+        passing = 1 if self.masked and index else 0
+        skipping = 0
         if self._counts:
-            passing, times = index, self.timesteps.clone()
+            times = self.timesteps.clone()
             times[index] = timestep
+            if self._interruptible:
+                skipping = index - passing
+            else:
+                passing = index
         else:
-            # The known parts of an inpainted picture are put in after a step.
-            passing = 1 if self.masked and index else 0
             times = self.timesteps.new_full((1 + passing,), timestep)
-        found: Said = self._run(_Visit(latents, times, index, passing), None)
+        found: Said = self._run(_Visit(latents, times, index, passing, skipping), None)
         return found
 
     def pictures(self, latents: Tensor, grid: Tensor | None = None) -> Tensor:
@@ -207,7 +217,7 @@ class Entry:
     def _decode(self, latents: Tensor, leave: str, grid: Tensor | None) -> Any:
         # img2img asks for a step, and inpainting puts the known parts in after it: it is passed over.
         times, passing = (self.timesteps[-1:], 1) if self._cut_later else (self.timesteps[:0], 0)
-        return self._run(_Visit(latents, times, len(self.timesteps) - 1, passing, leave, grid), None)
+        return self._run(_Visit(latents, times, len(self.timesteps) - 1, passing, leave=leave, grid=grid), None)
 
     # ---- a call ----
 
@@ -239,7 +249,7 @@ class Entry:
         """A shallow copy with the probe and the wrapped methods. `__dict__` is written, not `setattr`: a pipeline's
         own records its components in its configuration, which the copy shares."""
         twin = copy.copy(pipe)
-        changed: dict[str, Any] = {"scheduler": self.scheduler, "_progress_bar_config": {"disable": True}}
+        changed: dict[str, Any] = {"scheduler": self.scheduler, "progress_bar": NoBar}
         if self._prepares:
             changed["prepare_latents"] = self._replacing(pipe.prepare_latents.__func__.__get__(twin))
         if hasattr(pipe, "get_timesteps"):
@@ -267,8 +277,8 @@ class Entry:
         vars(twin).update(changed)
         # Asked for many times in a call, by a walk over all modules each; it stays the same over a search.
         kind: Any = type(pipe)
-        twin.__class__ = entered_class(kind)
-        vars(twin)["_entered_device"] = pipe._execution_device
+        twin.__class__ = entered_class(kind, self._interruptible)
+        vars(twin).update(_entered_device=pipe._execution_device, _entered=self)
         return twin
 
     def _replacing(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["counts_steps", "denoising_loops"]
+__all__ = ["asks_to_go_on", "counts_steps", "denoising_loops"]
 
 
 @functools.cache
@@ -27,13 +27,32 @@ def counts_steps(call: Callable[..., Any]) -> bool:
 
 
 @functools.cache
+def asks_to_go_on(call: Callable[..., Any]) -> bool:
+    """Whether the only denoising loop begins each round with ``if self.interrupt: continue``, and nothing else reads
+    that.
+
+    Args:
+        call: `__call__` of a pipeline's class.
+    """
+    loops = denoising_loops(call)
+    if len(loops) != 1 or _source(call).count("self.interrupt") != 1:
+        return False
+    first = loops[0].body[0]
+    return isinstance(first, ast.If) and ast.unparse(first).split() == ["if", "self.interrupt:", "continue"]
+
+
+@functools.cache
 def denoising_loops(call: Callable[..., Any]) -> list[ast.For]:
     """Loops of a pipeline's `__call__` with a step of its scheduler; empty where the source cannot be read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(call))))
+        tree = ast.parse(_source(call))
     except (OSError, TypeError, SyntaxError):
         return []
     return [node for node in ast.walk(tree) if isinstance(node, ast.For) and _steps(node)]
+
+
+def _source(call: Callable[..., Any]) -> str:
+    return textwrap.dedent(inspect.getsource(inspect.unwrap(call)))
 
 
 def _counts(loop: ast.For) -> bool:

@@ -64,11 +64,18 @@ def _probe_class(kind: type) -> type:
 
 
 @functools.cache
-def entered_class(kind: Any) -> type:
-    """A subclass of a pipeline's class, of the same name, that knows its device."""
+def entered_class(kind: Any, interruptible: bool) -> type:
+    """A subclass of a pipeline's class, of the same name, that knows its device, and, where its loop asks, which steps
+    to skip."""
 
     def device(self: Any) -> torch.device:
         found: torch.device = self._entered_device
         return found
 
-    return type(kind.__name__, (kind,), {"_execution_device": property(device), "__module__": kind.__module__})
+    def interrupt(self: Any) -> bool:
+        visit = self._entered.visit
+        visit.skipping -= 1
+        return bool(visit.skipping >= 0 or kind.interrupt.fget(self))
+
+    own: dict[str, Any] = {"_execution_device": property(device), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), own | ({"interrupt": property(interrupt)} if interruptible else {}))

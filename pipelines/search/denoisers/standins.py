@@ -1,8 +1,9 @@
-"""What stands in a pipeline's parts while it is entered: a model that is passed over, a VAE that encodes once."""
+"""What stands for a pipeline's parts while it is entered: a model that is passed over, a VAE that encodes once."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastgen.accounting import note_path
 if TYPE_CHECKING:
     from fastgen.pipelines.search.denoisers.entry import Entry
 
-__all__ = ["DENOISERS", "Encoding", "Passing", "branching", "fresh", "shape_of"]
+__all__ = ["DENOISERS", "Encoding", "NoBar", "Passing", "branching", "fresh", "shape_of"]
 
 #: Networks that denoise, by the names that pipelines have for them.
 DENOISERS = ("transformer", "unet", "prior")
@@ -87,6 +88,27 @@ class _Drawn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._law, name)
+
+
+class NoBar:
+    """A progress bar that shows nothing, as pipelines use one."""
+
+    def __init__(self, iterable: Iterable[Any] = (), *_: Any, **__: Any) -> None:
+        self._iterable = iterable
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable)
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    close = set_description = set_postfix = update
 
 
 def branching(guider: Any) -> Any:

@@ -15,6 +15,7 @@ from tiny_unets import ddim, tiny_sd
 
 from fastgen import NoiseSearchPipeline
 from fastgen.pipelines.search.denoisers.base import Settings
+from fastgen.pipelines.search.denoisers.entry import Entry
 from fastgen.pipelines.search.denoisers.stock import StockDenoiser
 from fastgen.pipelines.search.names import named_policy
 from fastgen.pipelines.search.previews import preview_of
@@ -67,6 +68,25 @@ def test_texts_are_encoded_once() -> None:
         assert len(calls) == first > 0
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("name", ["z-image", "sd3", "stable-diffusion-controlnet", "qwen-image-controlnet", "flux"])
+def test_steps_before_the_wanted_one_cost_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is at the wanted place of the schedule, and no other step is gone through for it."""
+    denoiser = made(family(name), PROMPTS[:1], FAMILIES[name][1])
+    latents = denoiser.begin(torch.Generator().manual_seed(0), 0)
+    steps: list[float] = []
+    original = Entry._stepped
+
+    def spy(entry: Entry, probe: Any, output: Any, timestep: Any, *args: Any) -> Any:
+        steps.append(float(timestep))
+        return original(entry, probe, output, timestep, *args)
+
+    monkeypatch.setattr(Entry, "_stepped", spy)
+    for time, wanted in zip(denoiser.times, denoiser.entries[0].timesteps.tolist(), strict=True):
+        steps.clear()
+        denoiser.predict(latents, torch.tensor([time], dtype=torch.float64), torch.tensor([0]))
+        assert steps == pytest.approx([wanted], rel=1e-5)
 
 
 POLICIES = ["threshold", "rbf", "svdd", "code", "smc", "best-of-n", "random", "zero-order"]
