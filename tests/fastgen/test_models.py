@@ -102,3 +102,23 @@ def test_a_transformers_folder_of_another_type_says_what_to_do(
     assert run(["generate", "a red circle", "--model", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and advice in told
+
+
+def test_the_readme_promises_what_the_table_says() -> None:
+    """Every method that works is named there, none that does not; weights are those of the page."""
+    families = {hub: family for family, hubs in HUB.items() for hub in hubs}
+    readme = (DOCUMENT.parents[1] / "README.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in readme.splitlines() if "](docs/models.md#" in line]
+    assert len(lines) >= 10
+    for name, ids, weights, untrained, trained in lines:
+        for hub in re.findall(r"`([^`]+)`", ids):
+            row = read()[families[hub]]
+            if row["speculative"] == "yes":
+                assert untrained == "speculative decoding without a drafter", name
+            else:
+                methods = ("kernels", "compile", "step cache", "search")
+                assert untrained.split(", ") == [each for each in methods if row[each] == "yes"], name
+                assert trained == ("dynamic chunking" if row["chunking"] == "trained" else "–"), name
+        title = name.removeprefix("[").partition("]")[0]
+        section = DOCUMENT.read_text().split(f"\n## {title}")[1].split("\n## ")[0]
+        assert all(size in section for size in weights.split(", ")), name

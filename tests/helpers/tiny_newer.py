@@ -75,6 +75,40 @@ def tiny_flux2_klein() -> Any:
     return quiet(Flux2KleinPipeline(scheduler, _flux2_vae(), shaken(encoder, 3), words, shaken(transformer, 4)))
 
 
+def tiny_flux2() -> Any:
+    """FLUX.2-dev: with guidance distilled, and Mistral in place of Qwen."""
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    words = tokenizer(512)
+    words.chat_template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
+    text = {"model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": 3, **_SMALL}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(words) - 1)
+    )
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=True,
+    )
+    scheduler = flow(use_dynamic_shifting=True)
+    return quiet(Flux2Pipeline(scheduler, _flux2_vae(), shaken(encoder, 3), words, shaken(transformer, 4)))
+
+
 def tiny_hidream() -> Any:
     from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
     from transformers import LlamaConfig, LlamaForCausalLM
