@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from micro_models import save_micro_janus
 from support_table import DOCUMENT, NAMES, TOKENS, pipeline, row
+from tiny_families import tiny_pixart_sigma
+from tiny_flows import tiny_sana
+from tiny_newer import tiny_flux2, tiny_flux2_klein
 
 from fastgen.cli.main import run
 from fastgen.cli.models import HUB, METHODS, markdown, read
@@ -60,26 +65,33 @@ def test_every_command_of_the_page_is_of_a_family() -> None:
     assert len(commands()) >= 8
 
 
-#: FLUX.2 reads layers 9, 18 and 27 of its text encoder by default; the tiny one has fewer.
-# The tiny ones of the others draw sizes that their pipelines do not know, or lack layers that theirs read.
-DRAWN = [name for name in commands() if name not in ("flux2-klein", "sana", "pixart-sigma")]
+#: With the layers and sizes that a call reads by default, which the tiny ones of other tests lack.
+BY_DEFAULT: dict[str, Callable[[], Any]] = {
+    "flux2": lambda: tiny_flux2(30),
+    "flux2-klein": lambda: tiny_flux2_klein(27),
+    "sana": lambda: tiny_sana(sample_size=16),
+    "pixart-sigma": lambda: tiny_pixart_sigma(32),
+}
+
+
+def save(name: str, folder: Path, variant: str | None = None) -> None:
+    """A tiny random model of the family, as the Hub has them."""
+    if name == "janus":
+        save_micro_janus(folder)
+        return
+    pipe: Any = BY_DEFAULT[name]() if name in BY_DEFAULT else pipeline(name)[0]
+    pipe.save_pretrained(folder, variant=variant)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in DRAWN]
+    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in commands()]
 )
 def test_the_commands_of_the_page_draw(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny pipeline of the family in a folder in place of the Hub id, offline."""
-    from micro_models import save_micro_janus
-
     _, words = commands()[name]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "model"
-    if name == "janus":
-        save_micro_janus(folder)
-    else:
-        pipe: Any = pipeline(name)[0]
-        pipe.save_pretrained(folder, variant="fp16" if "--variant" in words else None)
+    save(name, folder, "fp16" if "--variant" in words else None)
     side = str(SMALL.get(name, 32))
     size = [] if name in TOKENS else ["--height", side, "--width", side, "--steps", "2"]
     out = tmp_path / "out.png"
