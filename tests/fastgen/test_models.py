@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def commands() -> dict[str, tuple[str, list[str]]]:
     """The page's command of each family: the Hub id, and the words after `fastgen`."""
     families = {hub: family for family, hubs in HUB.items() for hub in hubs}
     found = re.findall(r'^fastgen generate "([^"]+)" --model (\S+)(.*) -o \S+$', DOCUMENT.read_text(), re.MULTILINE)
-    return {families[hub]: (hub, ["generate", prompt, *rest.split()]) for prompt, hub, rest in found}
+    return {families[hub]: (hub, ["generate", prompt, *shlex.split(rest)]) for prompt, hub, rest in found}
 
 
 def test_every_command_of_the_page_is_of_a_family() -> None:
@@ -84,7 +85,8 @@ def save(name: str, folder: Path, variant: str | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in commands()]
+    "name",
+    [name if name in ("flux", "qwen-image") else pytest.param(name, marks=pytest.mark.slow) for name in commands()],
 )
 def test_the_commands_of_the_page_draw(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny pipeline of the family in a folder in place of the Hub id, offline."""
