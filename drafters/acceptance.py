@@ -141,7 +141,7 @@ class AcceptanceRule(ABC):
                 )
 
     def check_tree(self, children: int, drawn: bool, temperature: float) -> None:  # noqa: B027 - most rules take any
-        """Raises FastgenError where it cannot verify trees of so many children a node, drawn or most likely ones."""
+        """Raises FastgenError if it cannot verify trees with this many children a node, drawn or likeliest ones."""
 
     def to(self, device: torch.device) -> AcceptanceRule:
         """The same with its tables on another device."""

@@ -3,7 +3,7 @@
 A round costs one target pass over n nodes, one drafter step a level, and what is left; it yields the accepted path and
 one token more. Costs are measured, and so is how often the j-th child at depth d is accepted; of the best trees of
 every size and depth the one with the most tokens a second wins. A window of Jacobi has no such law (its guesses get
-better the longer they stay in it), so windows are tried, and the tree beside them.
+better the longer they stay in it), so windows are tried, and the tree as well.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _smallest(value: Tensor, variation: Tensor, limit: float) -> tuple[float, in
     count = torch.arange(1, len(ordered) + 1)
     good = below.cumsum(0) >= _SHARE * count
     good &= count >= min(_FEWEST_PAIRS, len(ordered))
-    # Equal values cannot be told apart by a threshold: only the last of a run may end the set.
+    # A threshold cannot separate equal values: only the last of a run may end the set.
     good &= torch.cat([ordered[1:] < ordered[:-1], torch.ones(1, dtype=torch.bool)]) if len(ordered) else good
     if not bool(good.any()):
         return 2.0, 0

@@ -24,7 +24,7 @@ from fastgen.drafters.verify import Drafted, Noise, Walk, verified
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 
 OnToken = Callable[[int], None]
-#: Compiled steps pad prompts to a multiple of so many tokens, or every length would be compiled anew.
+#: Compiled steps pad prompts to a multiple of this many tokens, or every length would be compiled again.
 PROMPT_MULTIPLE = 16
 #: Whose logits were no numbers, in the message.
 MODEL = "the model's logits"
@@ -71,7 +71,7 @@ def decode_plain(
         compile: compile the step, see `fastgen.drafters.compiled`.
 
     Raises:
-        NotFiniteError: logits were NaN or infinite; told at the end.
+        NotFiniteError: logits were NaN or infinite; raised at the end.
     """
     prefix = prefix.watched()
     if compile:
@@ -154,7 +154,7 @@ def decode_speculative(
 
     Raises:
         ValueError: the source cannot draft for this target or law, or the rule was made for another model.
-        NotFiniteError: logits of the model or of the drafter were NaN or infinite; told where the host waits anyway.
+        NotFiniteError: logits of the model or of the drafter were NaN or infinite; raised where the host waits anyway.
     """
     source.check(target, law, rule)
     rule.check(target)

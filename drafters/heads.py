@@ -117,7 +117,7 @@ class WindowHeads(ModelMixin, ConfigMixin):
         window: the longest that it can correct.
         row_length: tokens of a row of the picture.
         width, heads, layers: of the small network.
-        taps: layers of the target whose inputs are read, beside its last states.
+        taps: layers of the target whose inputs are read, in addition to its last states.
 
     Raises:
         FastgenError: a number out of range, or heads that do not divide the width.

@@ -58,11 +58,11 @@ class Pace:
     def fastest(self, rule: str, machine: str, layers: int, usable: Callable[[str], bool]) -> tuple[str, str]:
         """A source and why: the least expected seconds a token; the plain loop where none is faster.
 
-        On a kind of device that nobody measured, a round is counted as a token of the plain loop, and each level that
+        On a kind of device that was not measured, a round is counted as a token of the plain loop, and each level that
         a drafter adds as one of the target's layers.
 
         Args:
-            rule: which accepts; one that nobody measured is counted as the exact one.
+            rule: which accepts; one that was not measured is counted as the exact one.
             machine: see `machine_of`.
             layers: of the target.
             usable: whether the parts of a source are there, and the rule takes it.
@@ -72,7 +72,7 @@ class Pace:
         costs = {name: 1 + levels_of(name) / layers for name in known} if measured is None else measured
         paces = {name: costs[name] / known[name] for name in known if name in costs and usable(name)}
         best = min({**paces, PLAIN: 1.0}.items(), key=lambda pair: pair[1])[0]
-        how = f"measured on {machine}" if measured is not None else f"nobody measured {machine}: by passes and levels"
+        how = f"measured on {machine}" if measured is not None else f"{machine} was not measured: by passes and levels"
         return best, f"least expected time, {how}"
 
     @classmethod

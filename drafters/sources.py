@@ -173,8 +173,9 @@ class JacobiSource(DraftSource):
 
     Args:
         window: L, places of the window.
-        width: candidates of a place, drawn without replacement. The first goes on; the others are leaves beside it,
-            which end a path when one of them is accepted (and show rules that read it what the target makes of them).
+        width: candidates of a place, drawn without replacement. The path continues from the first; the others are
+            leaves, which end a path when one of them is accepted (and show rules that read it what the target makes of
+            them).
         coupled: a place keeps its noise from round to round, so that its tokens change only where its law does
             (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise, as
             long as the rule does not look ahead). A lossy rule may look ahead all the same; what the pictures lose is

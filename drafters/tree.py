@@ -124,8 +124,8 @@ def chain(length: int) -> Tree:
 
 
 def widths_tree(widths: Sequence[int]) -> Tree:
-    """A tree with so many nodes at each depth; the children of a depth go to the parents of lowest rank first, and a
-    first child is always there before a second one of an earlier parent's next.
+    """A tree with these numbers of nodes at each depth; the children of a depth go to the parents of lowest rank
+    first, and a first child is always there before a second one of an earlier parent's next.
 
     Raises:
         ValueError: no depth, or a width below 1.

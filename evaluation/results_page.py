@@ -1,7 +1,7 @@
 """Result JSON as Markdown: every kind of result that fastgen writes, and the page of the committed ones.
 
-``python -m fastgen.evaluation.results_page`` writes ``docs/results.md``, and the table of scores in ``README.md``,
-from the files in ``docs/results``.
+``python -m fastgen.evaluation.results_page`` writes ``docs/results.md``, and the tables of gains and of scores in
+``README.md``, from the files in ``docs/results``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
+from fastgen.evaluation.gains import gains_table
 from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
@@ -19,7 +20,6 @@ from fastgen.evaluation.speculative_results import (
 )
 from fastgen.io import read_object
 
-_MARK = "<!-- scores -->"
 # Of results whose name is not that of their command.
 _COMMANDS = {
     "bench-search-twelve": "bench search",
@@ -133,16 +133,18 @@ def scores_table(folder: Path) -> str:
     return markdown_table(header, rows)
 
 
-def with_scores(readme: str, folder: Path) -> str:
-    """The text of a README with the table between its two ``<!-- scores -->`` marks replaced.
+def with_tables(readme: str, folder: Path) -> str:
+    """The text of a README with the tables between ``<!-- gains -->`` and ``<!-- scores -->`` replaced.
 
     Raises:
-        ValueError: it does not have exactly two of them.
+        ValueError: it does not have exactly two marks of each.
     """
-    parts = readme.split(_MARK)
-    if len(parts) != 3:
-        raise ValueError(f"needs two marks {_MARK}, found {len(parts) - 1}")
-    return f"{parts[0]}{_MARK}\n{scores_table(folder)}{_MARK}{parts[2]}"
+    for mark, table in (("<!-- gains -->", gains_table), ("<!-- scores -->", scores_table)):
+        parts = readme.split(mark)
+        if len(parts) != 3:
+            raise ValueError(f"needs two marks {mark}, found {len(parts) - 1}")
+        readme = f"{parts[0]}{mark}\n{table(folder)}{mark}{parts[2]}"
+    return readme
 
 
 def results_page(folder: Path) -> str:
@@ -212,4 +214,4 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     (root / "docs" / "results.md").write_text(results_page(root / "docs" / "results"), encoding="utf-8")
     page = root / "README.md"
-    page.write_text(with_scores(page.read_text(encoding="utf-8"), root / "docs" / "results"), encoding="utf-8")
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), root / "docs" / "results"), encoding="utf-8")

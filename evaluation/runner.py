@@ -241,7 +241,7 @@ class EvaluationRun:
 
     def _generate(self, generate: Generate, on_progress: OnProgress | None) -> int:
         group = self.group
-        # Told by one process: another one may find less missing, when a third has begun.
+        # Reported by one process: another one may find less missing, when a third has begun.
         missing = group.share(self.missing() if group.is_main else None)
         total = len(self.prompts) * self.settings.images_per_prompt
         there = total - len(missing)

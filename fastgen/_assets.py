@@ -1,6 +1,6 @@
 """The embedded checkpoints: where they are and whether they are whole. A leaf.
 
-``python -m fastgen._assets`` writes the checksums anew; a recipe that changes a checkpoint ends with it.
+``python -m fastgen._assets`` writes the checksums; a recipe that changes a checkpoint ends with it.
 """
 
 from __future__ import annotations

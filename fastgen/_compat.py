@@ -1,6 +1,6 @@
 """Keeps a torchvision that cannot load its operators from breaking everything else. A leaf.
 
-A torchvision built for another torch (typically: a CUDA build beside a CPU torch) fails at import with "operator
+A torchvision built for another torch (typically: a CUDA build with a CPU torch) fails at import with "operator
 torchvision::nms does not exist", and with it `transformers`, `diffusers`, `torchmetrics` and `open_clip`, which look
 for torchvision and import it when they find it. All of them need its Python part only. torchvision itself means to
 work without its compiled operators (calling one then says so), but registers shapes for two that do not exist; when

@@ -10,8 +10,8 @@
 Code that does the work reports through the functions of this module; they do nothing when no account is open, so that
 a library function needs neither a parameter nor a check. torch is imported by `count_flops` only.
 
-**Who is told.** Open accounts nest: a report goes to the innermost account of the calling context and to every account
-around it. An account lives in a `contextvars.ContextVar`. A thread starts without one; run the work with
+**Who receives a report.** Open accounts nest: a report goes to the innermost account of the calling context and to
+every account around it. An account lives in a `contextvars.ContextVar`. A thread starts without one; run the work with
 ``contextvars.copy_context().run`` to have it feed the account of the thread that started it. Reports are atomic.
 
 **Seconds are exclusive.** The time of a phase inside another phase belongs to the inner one only, so that the seconds
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Stats:
-    """What one account was told. Read it at any time; it grows until the account closes."""
+    """What was reported to one account. Read it at any time; it grows until the account closes."""
 
     seconds: dict[str, float] = field(default_factory=dict)  # phase -> exclusive seconds
     passes: dict[str, int] = field(default_factory=dict)  # "target", "drafter" ... -> forward passes

@@ -170,7 +170,7 @@ def plain(tensor: Tensor) -> bool:
 
 
 class Bounded(dict[Any, Any]):
-    """A table that is emptied before it grows beyond `MOST` entries: what it holds can be found anew."""
+    """A table that is emptied before it grows beyond `MOST` entries: what it holds can be computed again."""
 
     MOST = 4096
 
@@ -184,7 +184,7 @@ class Checked:
     """What was found about arguments of an operation, so that calls with equal shapes are checked once.
 
     Checking costs as much as a small kernel takes. Only what depends on shapes, strides, dtypes, devices and whether
-    gradients are needed may be kept here; an error is raised anew every time.
+    gradients are needed may be kept here; an error is raised every time.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ def ran() -> dict[str, str]:
 
 
 def reset_ran() -> None:
-    """Forget what ran, and log it anew."""
+    """Forget what ran, and log it again."""
     with _lock:
         _ran.clear()
         _told.clear()

@@ -32,8 +32,8 @@ def precise() -> str:
 
 
 def tile(width: int, numbers: int = 4096) -> tuple[int, int]:
-    """Columns and rows of a tile of about so many numbers for rows of `width`: the widest power of two that leaves an
-    eighth of the columns idle or less."""
+    """Columns and rows of a tile of about `numbers` numbers for rows of `width`: the widest power of two that leaves
+    an eighth of the columns idle or less."""
     block = max(16, min(power_of_two(width), 2048))
     while block > 128 and cdiv(width, block) * block > 1.125 * width:
         block //= 2

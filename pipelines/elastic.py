@@ -1,4 +1,4 @@
-"""What the pipelines with dynamic chunking share: knobs beside the stock arguments, and what they report."""
+"""What the pipelines with dynamic chunking share: their own arguments, and what they report."""
 
 from __future__ import annotations
 

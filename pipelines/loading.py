@@ -90,7 +90,7 @@ def load_pipeline(
 
     Raises:
         FastgenError: there is no such model, a file of it is missing or broken, or the device or the type cannot be
-            had; told in one line.
+            had; the message is one line.
     """
     check_names(device, dtype)
     options = LoadOptions.of(scheduler, loras, offload, vae_tiling)

@@ -199,9 +199,9 @@ class NoiseSearchPipeline:
                 "euler-maruyama" (g = 3 t^2 on them), "rollover" (RBF's: variance-preserving, on a grid of its own
                 with as many times, at whose last the preview is the picture), or a `Sampler`.
             explore: knobs of a model with dynamic chunking (`tail_drop`, `uncond_tail_drop`, `token_budget`) for
-                candidates: these are evaluated so, and what is kept is evaluated anew as the call says, which is one
+                candidates: these are evaluated so, and the kept ones again as the call says, which is one
                 more evaluation. Ends of trajectories and single candidates are never explored. Policies that draw
-                whole pictures explore with all of them and draw the best one anew from the same noise.
+                whole pictures explore with all of them and draw the best one again from the same noise.
             preview: how candidates that are not at the last time are decoded for the verifier: "full", "pooled", or a
                 decoder such as `AutoencoderTiny`; see `fastgen.pipelines.search.previews.PreviewOption`.
             batch_size: samples of a forward pass, at most; fewer where memory does not take them.

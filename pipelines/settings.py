@@ -1,4 +1,4 @@
-"""Which class a checkpoint becomes, and which settings its pictures get: all of it told before weights load."""
+"""Which class a checkpoint becomes, and which settings its pictures get, all before weights load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FROM_IMAGE = "Img2Img|Inpaint|Edit|Upscale|ControlNet|Pix2Pix|Depth|Fill|Redux|
 
 
 def draws_tokens(pipe_class: type) -> bool:
-    """Whether it draws tokens, not latents; told without importing its pipelines, which costs a second."""
+    """Whether it draws tokens, not latents, without importing its pipelines, which costs a second."""
     ours = ("JanusImagePipeline", "SpeculativeImagePipeline")
     return any(base.__name__ in ours for base in pipe_class.__mro__)
 

@@ -46,7 +46,7 @@ from fastgen.pretrained import load_pretrained
 
 __all__ = ["SpeculativeImagePipeline"]
 
-#: Where nobody measured what is fastest: places of a window, and the tree of a rule that compares siblings.
+#: Where the speed of sources was not measured: places of a window, and the tree of a rule that compares siblings.
 DEFAULT_PLACES, DEFAULT_TREE = {"jacobi": 12, "heads": 16}, "4-4-2-2-1-1"
 DEFAULT_QUALITY = 0.5
 
@@ -184,7 +184,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             temperature: divisor of the guided logits; 0 takes the most likely token.
             top_k, top_p: keep the k most likely tokens, then the smallest set of mass p; None keeps all.
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
-                or the size of a dynamic one; without a drafter "jacobi-12", a window of so many tokens, or
+                or the size of a dynamic one; without a drafter "jacobi-12", a window of that many tokens, or
                 "heads-12", one that heads correct; "plain" is the plain loop, which drafts nothing. "auto" measures
                 which is fastest here, once for each acceptance rule and law (that takes a dozen pictures or more),
                 and keeps it in the user's cache. None takes the source of the least expected time by the
@@ -306,7 +306,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         wide = "x2" if rule.needs_hidden else ""
         kind = "jacobi" if self.heads is None else "heads"
         longest = target.num_tokens if self.heads is None else min(self.heads.config.window, target.num_tokens)
-        return f"{kind}-{min(DEFAULT_PLACES[kind], longest)}{wide}", "nobody measured what is fastest"
+        return f"{kind}-{min(DEFAULT_PLACES[kind], longest)}{wide}", "its speed was not measured for this model"
 
     def _choose(
         self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw

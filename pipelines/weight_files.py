@@ -1,4 +1,4 @@
-"""Weight files: are they there, and whole? Told by their headers and lengths, without torch."""
+"""Weight files: do they exist, and are they complete? By their headers and lengths, without torch."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ A comment on the line before a block changes that:
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -196,6 +197,75 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target and not target.startswith("mailto:"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def environment_names(source: str) -> set[str]:
+    """Variables that a module reads by `os.environ` or `os.getenv`, as a literal or by a constant of the module."""
+    tree = ast.parse(source)
+    constants: dict[str, set[str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            texts = {each.value for each in ast.walk(node.value) if isinstance(each, ast.Constant)}
+            constants[node.targets[0].id] = {each for each in texts if isinstance(each, str)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.comprehension | ast.For) and isinstance(node.target, ast.Name):
+            constants[node.target.id] = constants.get(ast.unparse(node.iter), set())
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        key: ast.expr | None = None
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("os.environ", "environ"):
+            key = node.slice
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            *(f"{where}environ.{name}" for where in ("os.", "") for name in ("get", "setdefault", "pop")),
+            "os.getenv",
+            "getenv",
+        ):
+            key = node.args[0]
+        elif isinstance(node, ast.Compare) and "environ" in ast.unparse(node.comparators[0]):
+            key = node.left
+        if isinstance(key, ast.Constant):
+            found.add(str(key.value))
+        elif isinstance(key, ast.Name):
+            found |= constants.get(key.id) or {f"<{key.id}>"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("os.environ['A']", {"A"}),
+        ("os.environ.get('A', '1')", {"A"}),
+        ("os.getenv('A')", {"A"}),
+        ("'A' in os.environ", {"A"}),
+        ("_X = 'A'\nos.environ.get(_X)", {"A"}),
+        ("os.environ.setdefault('A', 'b')", {"A"}),
+        ("_X = ('A', 'B')\n[name for name in _X if not os.environ.get(name)]", {"A", "B"}),
+        ("os.environ[unknown]", {"<unknown>"}),
+        ("f(os.environ)", set()),
+    ],
+)
+def test_reads_of_the_environment_are_found(source: str, names: set[str]) -> None:
+    assert environment_names(source) == names
+
+
+def test_the_page_of_environment_variables_is_that_of_the_code() -> None:
+    code: set[str] = set()
+    for folder in ("drafters", "evaluation", "fastgen", "kernels", "pipelines"):
+        for path in (ROOT / folder).rglob("*.py"):
+            code |= environment_names(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    sets = page.split("fastgen sets")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([A-Z_]+)`", table + sets)) == code
+
+
+@pytest.mark.parametrize(
+    "words", ["is gated", "does not fit into the memory of", "drawing does not fit", "FASTGEN_DEBUG=1"]
+)
+def test_troubleshooting_quotes_messages_of_the_code(words: str) -> None:
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
+    assert words in page
+    assert any(words in path.read_text(encoding="utf-8") for path in (ROOT / "pipelines").rglob("*.py"))
 
 
 def test_the_reader_of_blocks() -> None:

@@ -54,7 +54,7 @@ def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int) -> 
     Args:
         prompts: the texts.
         lengths: tokens of each, with what the model puts around it.
-        most: tokens that the model takes beside the picture's.
+        most: tokens that the model takes in addition to the picture's.
 
     Raises:
         FastgenError: names the first such prompt, its length and the limit.
@@ -380,7 +380,7 @@ class Target(ABC):
 
     @property
     def has_grammar(self) -> bool:
-        """Whether there are tokens beside the codes of the picture."""
+        """Whether there are tokens other than the codes of the picture."""
         return self.vocab_size != self.num_codes
 
     def apply_grammar(self, logits: Tensor, index: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def dc(
         list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
     ] = None,
     guidance_scale: Annotated[
-        list[float] | None, typer.Option(help="Beside the models' own; repeat for several. Default: 2.6, 3.2.")
+        list[float] | None, typer.Option(help="Guidance in addition to the models' own; repeat. Default: 2.6, 3.2.")
     ] = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="First-block cache and token merging.")] = True,
     images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
@@ -155,7 +155,9 @@ def speculative(
     timed_prompts: Annotated[int, typer.Option(help="Pictures of a timed round, drawn one by one.")] = 6,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     device: DeviceOption = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the variants; auto: bfloat16 where it is native.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the variants' weights; auto: bfloat16 where it is native.")
+    ] = "auto",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the rounds.")] = True,
     batch: Annotated[
         list[int] | None, typer.Option(help="Also measure pictures a minute at this batch size; repeat.")

@@ -19,7 +19,7 @@ def accelerate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
     variant: VariantOption = None,
-    plan: Annotated[list[Path] | None, typer.Option(help="Of `fastgen tune`; repeat for several.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan of `fastgen tune`; repeat for several.")] = None,
     share: Annotated[
         list[float] | None, typer.Option(help="Fewer steps to compare with; repeat. Default: .85 .7 .55 .4 .3.")
     ] = None,

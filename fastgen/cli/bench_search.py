@@ -18,9 +18,11 @@ def search(
     model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
     variant: VariantOption = None,
     verifier: Annotated[
-        str, typer.Option(help="That is searched: a name, NAME:FOLDER, or a folder.")
+        str, typer.Option(help="Verifier to search with: a name, NAME:FOLDER, or a folder.")
     ] = "shapes-verifier",
-    heldout: Annotated[str | None, typer.Option(help="Another verifier, which scores what was found.")] = None,
+    heldout: Annotated[
+        str | None, typer.Option(help="A second verifier, which scores the pictures that were found.")
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(

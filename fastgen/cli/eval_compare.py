@@ -17,8 +17,10 @@ REGRESSION = 3
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="The baseline: scores.json or a result of eval fid.")],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="What is judged.")],
-    confidence: Annotated[float, typer.Option("--confidence", help="Of all gated intervals together.")] = 0.95,
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The result to judge.")],
+    confidence: Annotated[
+        float, typer.Option("--confidence", help="Confidence of all gated intervals together.")
+    ] = 0.95,
     margin: Annotated[
         float, typer.Option("--margin", help="Allowed loss: 0.01 is one point of a score, one percent of a distance.")
     ] = 0.0,

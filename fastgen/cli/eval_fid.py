@@ -55,10 +55,11 @@ def fid(
         ),
     ] = None,
     protocol: Annotated[
-        str, typer.Option("--protocol", help="Of Inception: adm, torch-fidelity, clean-fid or legacy-pytorch.")
+        str,
+        typer.Option("--protocol", help="Protocol of Inception: adm, torch-fidelity, clean-fid or legacy-pytorch."),
     ] = "clean-fid",
     reference_protocol: Annotated[
-        str | None, typer.Option("--reference-protocol", help="That made a statistics file which does not say so.")
+        str | None, typer.Option("--reference-protocol", help="Protocol of a statistics file that does not name it.")
     ] = None,
     weights: Annotated[
         list[str] | None,
@@ -72,7 +73,9 @@ def fid(
         ),
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="Number of images; all if not set.")] = None,
-    reference_n: Annotated[int | None, typer.Option("--reference-n", help="The same of the reference.")] = None,
+    reference_n: Annotated[
+        int | None, typer.Option("--reference-n", help="Number of reference images; all if not set.")
+    ] = None,
     allow_small: Annotated[
         bool, typer.Option("--allow-small", help="Even with fewer images than twice the features (biased).")
     ] = False,
@@ -80,8 +83,8 @@ def fid(
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", help="Replicates behind the interval of a Fréchet distance; 0 for none.")
     ] = 100,
-    seed: Annotated[int, typer.Option("--seed", help="Of bootstrap and random subsets.")] = 0,
-    subsets: Annotated[int, typer.Option("--subsets", help="Of kernel distances.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of bootstrap and random subsets.")] = 0,
+    subsets: Annotated[int, typer.Option("--subsets", help="Random subsets of kernel distances.")] = 100,
     subset_size: Annotated[int, typer.Option("--subset-size", help="Images in one of them.")] = 1000,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass of a network.")] = 64,
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and resize.")] = None,

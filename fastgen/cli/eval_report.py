@@ -17,7 +17,7 @@ def report(
         list[Path], typer.Argument(metavar="RESULT.json ...", help="scores.json and other results of eval and bench.")
     ],
     out: Annotated[list[Path], typer.Option("--out", "-o", help="report.html, .md or .csv; repeat for several.")],
-    title: Annotated[str, typer.Option("--title", help="Of the page.")] = "Evaluation",
+    title: Annotated[str, typer.Option("--title", help="Title of the page.")] = "Evaluation",
     images: Annotated[int, typer.Option("--images", help="Images shown of each result (HTML).")] = 48,
     pictures: Annotated[
         list[Path] | None,

@@ -109,7 +109,7 @@ def generate(
     ] = False,
     plan: Annotated[
         Path | None,
-        typer.Option(help="What `fastgen tune` found to make the model faster here.", show_default=False),
+        typer.Option(help="Turn on what a plan of `fastgen tune` chose.", show_default=False),
     ] = None,
     accelerate: Annotated[
         str,
@@ -128,15 +128,14 @@ def generate(
             help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make pictures again that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw existing pictures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
     **_: Any,
 ) -> None:
     """Make pictures from a prompt or from a file of prompts.
 
-    Each picture gets a JSON file of the same name beside it (settings, seed, versions, what the run did). Pictures
-    that are there already, whole and made with the same settings, are kept. Ctrl-C leaves whole files only; the same
-    command goes on from there.
+    Each picture gets a JSON file of the same name (settings, seed, versions, what the run did). Existing pictures that
+    are complete and have the same settings are kept. Ctrl-C leaves complete files only; the same command resumes.
     """
     from fastgen.cli.plan import image_paths, plan_jobs, unfinished_jobs
     from fastgen.io import check_writable, remove_leftovers

@@ -111,7 +111,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
         found["torchvision"] = {
             "version": _version("torchvision"),
             "status": "limited",
-            "detail": f"its compiled operators do not load beside this torch ({why}); diffusers and transformers fail "
+            "detail": f"its compiled operators do not load with this torch ({why}); diffusers and transformers fail "
             "where fastgen is not imported first: install the matching build or `pip uninstall torchvision`",
         }
     return found

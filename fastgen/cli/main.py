@@ -92,7 +92,7 @@ def _checked(command: Any) -> Any:
             label = labels.get(name, name)
             for part in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(part, str | os.PathLike):
-                    _check_text(label, os.fspath(part))
+                    _check_text(label, os.fspath(part), blank=name == "negative_prompt")
                 elif isinstance(part, float):
                     check_number(label, part)
                 elif isinstance(part, int) and not isinstance(part, bool) and not 0 <= part < 2**31:
@@ -105,8 +105,9 @@ def _checked(command: Any) -> Any:
     return checked
 
 
-def _check_text(label: str, text: str) -> None:
-    if not text.strip():
+def _check_text(label: str, text: str, blank: bool = False) -> None:
+    # A blank negative prompt is how some models (Qwen-Image) are asked for guidance without one.
+    if not text.strip() and not blank:
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that the locale cannot decode.
     if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):

@@ -27,7 +27,7 @@ __all__ = [
 
 def variant_option(name: str = "--variant") -> Any:
     """The option for the weight files of `--model`; `name` where `--variant` means something else."""
-    return typer.Option(name, help="Of the weight files, as in diffusers, e.g. fp16.", show_default=False)
+    return typer.Option(name, help="Variant of the weight files, e.g. fp16.", show_default=False)
 
 
 VariantOption = Annotated[str | None, variant_option()]

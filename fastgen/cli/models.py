@@ -33,6 +33,7 @@ HUB = {
     "chameleon": ["leloy/Anole-7b-v0.1-hf"],
     "emu3": ["BAAI/Emu3-Gen-hf"],
     "flux": ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"],
+    "flux2": ["black-forest-labs/FLUX.2-dev"],
     "flux2-klein": ["black-forest-labs/FLUX.2-klein-4B"],
     "janus": ["deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B"],
     "pixart-alpha": ["PixArt-alpha/PixArt-XL-2-1024-MS"],

@@ -1,7 +1,7 @@
 """Which pictures a run of `fastgen generate` makes, under which names, and which of them are there already.
 
 Names. ``-o out.png`` gives out.png, or out-0.png, out-1.png … for several pictures. A folder gets 00000-0.png:
-line of the prompts file, picture of that line. Beside each picture stands a sidecar of the same name in JSON.
+line of the prompts file, picture of that line. Each picture has a sidecar of the same name in JSON.
 
 Finished pictures. A picture counts as finished when its sidecar holds the sha256 of its file and the very settings
 that this run has for it; then it is kept. Where a sidecar of an older version has no sha256, the picture must decode
@@ -195,7 +195,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def read_sidecar(job: Job) -> dict[str, Any]:
-    """What stands beside the picture; empty where there is nothing, or no JSON object."""
+    """The sidecar of the picture; empty where there is none, or no JSON object."""
     try:
         return read_object(job.sidecar)
     except FastgenError:

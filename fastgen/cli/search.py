@@ -202,7 +202,7 @@ def _verifier(checkpoint: Checkpoint, asked: SearchSettings) -> tuple[str, str |
 def searched_pictures(
     pipe: Any, verifier: Any, search: Search, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any
 ) -> Iterator[GeneratedImage]:
-    """`search_images`; what ends it is told as the command line does, after the pictures until then.
+    """`search_images`; an error is reported as the command line does, after the pictures until then.
 
     Raises:
         FastgenError: the model or the verifier failed.
@@ -276,7 +276,7 @@ def tree_file(image: Path, search: dict[str, Any], picture: Any = None) -> tuple
     Args:
         image: the picture's own file.
         search: the report in its sidecar.
-        picture: the picture, shown beside the tree.
+        picture: the picture, shown next to the tree.
     """
     from fastgen.evaluation.search_trees import search_tree
     from fastgen.io import encode_png

@@ -80,7 +80,7 @@ def with_distractors(batch: ShapesBatch, rng: np.random.Generator, empty: float,
         batch: renders with truth.
         rng: source of randomness.
         empty: share of the pictures that lose their objects and show one to four blobs, or texture, instead.
-        mixed: share of the others that get up to two blobs beside their objects.
+        mixed: share of the others that get up to two blobs next to their objects.
     """
     images, instances, scenes = batch.images.copy(), batch.instances.copy(), list(batch.scenes)
     for index, draw in enumerate(rng.random(len(images))):

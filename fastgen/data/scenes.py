@@ -15,7 +15,7 @@ RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 MAX_OBJECTS = 5
 
 # Radius range in pixels for a scene of 1, 2, … 5 objects: five must fit without touching, and the smallest must
-# still span three 4-pixel image tokens so that its shape can be told.
+# still span three 4-pixel image tokens so that its shape can be recognised.
 RADIUS_RANGE: tuple[tuple[float, float], ...] = ((9.0, 16.0), (8.5, 13.0), (7.5, 11.0), (7.0, 9.5), (6.5, 8.5))
 _MARGIN = 1.5  # pixels kept free between an object and the image border
 _GAP = 2.0  # pixels kept free between two objects

@@ -2,7 +2,7 @@
 
 A false caption differs from a true one in one thing: a shape, a colour, a number, which colour belongs to which shape,
 which object stands where; or it names one object in the colour of another. As in GenEval, "a red circle" is true of a
-scene that holds more beside it, and only numbers are exact.
+scene that holds more objects, and only numbers are exact.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 First-block cache, TaylorSeer and their like reuse what a block computed in an earlier step, token by token. With
 dynamic chunking every step keeps other tokens, and what was stored belongs to none of them. So while a cache is in
-use, the kept set is held for some steps, and whenever a new one is chosen the caches start anew: inside a hold they
+use, the kept set is held for some steps, and whenever a new one is chosen the caches are reset: inside a hold they
 see the fixed sequence they were made for (composability, section 11).
 """
 
@@ -52,7 +52,7 @@ class HeldChunksMixin(CacheMixin):
     training: bool
 
     def hold_chunks(self, steps: int | None) -> None:
-        """Choose which tokens to keep only every so many steps.
+        """Choose which tokens to keep only every few steps.
 
         The router still gives every step its own probabilities. A set is held for one generation at most; a budget
         that changes meanwhile takes effect with the next set.
@@ -116,7 +116,7 @@ class HeldChunksMixin(CacheMixin):
         caches = self._caches()
         if any(state._context is None for state in caches):
             raise FastgenError(
-                "transformer: its step cache is not told where a generation begins; call fastgen.enable_dc(pipe) on "
+                "transformer: its step cache cannot see where a generation begins; call fastgen.enable_dc(pipe) on "
                 "the stock pipeline, use DCZImagePipeline or DCDiTPipeline, or open transformer.cache_context(...)"
             )
         context = _context(caches)

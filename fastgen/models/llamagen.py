@@ -85,7 +85,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         grid: tokens of a side.
         caption_dim: width of the caption features.
         caption_tokens: slots of the caption.
-        num_classes: a class-conditional model of so many classes (and one slot); None for captions.
+        num_classes: a class-conditional model of this many classes (and one slot); None for captions.
         multiple_of: the feed-forward's inner width, 8/3 of the width, is rounded up to a multiple of this.
         rope_base, norm_eps: as usual.
 

@@ -19,7 +19,7 @@ from fastgen.data.shapes import COLORS, SHAPES
 
 _RELATION_WORDS = {"left": 1, "right": 2, "above": 3, "over": 3, "below": 4, "under": 4}
 
-#: What is told of a caption at each word, with the number of classes; 0 stands for "nothing yet".
+#: What is known of a caption at each word, with the number of classes; 0 stands for "nothing yet".
 FIELDS: dict[str, int] = {
     "noun": 1 + len(SHAPES),
     "color": 1 + len(COLORS),

@@ -1,6 +1,6 @@
 """Model cards of the embedded checkpoints: what was trained, how, on what, for how long, and what it scores.
 
-``python -m fastgen.training.cards`` writes the cards of all embedded checkpoints anew from their training records
+``python -m fastgen.training.cards`` writes the cards of all embedded checkpoints again from their training records
 and from the committed scores in ``docs/results``.
 """
 

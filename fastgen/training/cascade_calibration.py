@@ -54,7 +54,7 @@ def calibrate_cascade(
         tree: static tree that is drafted.
         seed: of prompts and pictures.
         device: where.
-        report: told of every picture.
+        report: called for every picture.
 
     Raises:
         FastgenError: fewer pictures than 1, or no prompt.

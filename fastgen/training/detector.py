@@ -18,7 +18,7 @@ from fastgen.training.cards import write_record
 from fastgen.training.vae import to_pixels
 
 _EMPTY = 0.25  # share of training pictures with nothing but distractors
-_MIXED = 0.3  # share of the others with distractors beside their objects
+_MIXED = 0.3  # share of the others with distractors next to their objects
 _INNER = 0.5  # share of the half box inside which a cell is a positive; between this and 1 it is ignored
 
 

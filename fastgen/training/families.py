@@ -26,7 +26,7 @@ class Noisy:
 
     Attributes:
         latents: x_t [n, C, h, w].
-        level: what the transformer is told: 1 - sigma (flow matching) or the step (DDPM), [n].
+        level: the transformer's time input: 1 - sigma (flow matching) or the step (DDPM), [n].
         start, noise: what they were made of.
     """
 

@@ -90,7 +90,7 @@ def draw_samples(
         count: samples in all.
         seed: sample k is drawn from a generator seeded with seed + k.
         batch_size: samples a call.
-        report: told (done, total).
+        report: called with (done, total).
         settings: further arguments of the pipeline, `num_inference_steps`, `guidance_scale`, `height`, `width` …
 
     Raises:

@@ -133,7 +133,7 @@ def calibrate_search(
             (files) and `strength` calibrate the model's img2img or inpainting pipeline, which begins with that
             picture for every prompt.
         device: where.
-        report: told of every chunk.
+        report: called for every chunk.
 
     Raises:
         FastgenError: too few trajectories, no prompt or one of the evaluation set, an unknown setting, model or

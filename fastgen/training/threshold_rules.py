@@ -36,7 +36,7 @@ __all__ = [
     "worths",
 ]
 
-#: Pictures without which a share of them is not told.
+#: Fewest pictures for which a share of them is reported.
 FEWEST = 16
 #: P(correct) that the fixed threshold reaches.
 LEVEL = 0.9

@@ -30,9 +30,9 @@ from fastgen.training.cards import write_record
 from fastgen.training.detector import augment, detection_targets
 from fastgen.training.vae import to_pixels
 
-_EMPTY, _MIXED = 0.12, 0.3  # shares of pictures without objects, and with blobs beside their objects
+_EMPTY, _MIXED = 0.12, 0.3  # shares of pictures without objects, and with blobs next to their objects
 _DOUBLE = 0.12  # share of pictures that are two scenes at once: neither caption is true
-FALSE = 3  # false captions of a picture, beside a true one
+FALSE = 3  # false captions of a picture for a true one
 
 
 _NOUNS = {name + ending: name for name in SHAPES for ending in ("", "s", "es")}
@@ -111,7 +111,7 @@ class VerifierRecipe:
         self.ids = numbered(vocabulary())
 
     def build(self) -> nn.Module:
-        """The verifier with fresh weights, and what its training needs beside."""
+        """The verifier with fresh weights, and what else its training needs."""
         return _Supervised(ShapesVerifier(vocabulary()).to(memory_format=torch.channels_last))
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _fill(  # type: ignore[no-untyped-def]
             order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
             order = tl.where(value != value, 0x7FFFFFFF, order)
             order = tl.where(inside, order, -0x80000000)
-            # The largest threshold at or above which lie at least `count`: bisection, which ends when just so many do.
+            # The largest threshold at or above which lie at least `count`: bisection, until exactly `count` do.
             low = tl.full([], -0x80000001, tl.int64)
             high = tl.full([], 0x80000000, tl.int64)
             while high - low > 1:

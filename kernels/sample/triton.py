@@ -31,7 +31,7 @@ def _row(  # type: ignore[no-untyped-def]
         order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
         order = tl.where(inside, order, -0x80000000)
     if TOP_K:
-        # The largest threshold at or above which lie k: bisection, which ends when just so many do.
+        # The largest threshold at or above which lie k: bisection, which ends when exactly k do.
         low = tl.full([], -0x80000001, tl.int64)
         high = tl.full([], 0x80000000, tl.int64)
         while high - low > 1:

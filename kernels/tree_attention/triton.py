@@ -137,7 +137,7 @@ def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WI
 
 
 class _Plan(NamedTuple):
-    """Of one launch: queries and keys of a block, features, keys of a split, and what Triton is told."""
+    """Of one launch: queries and keys of a block, features, keys of a split, and the launch options."""
 
     queries: int
     keys: int

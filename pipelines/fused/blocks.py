@@ -121,7 +121,7 @@ def _flux_single(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FLUX, text and image in one stream, attention and feed-forward beside each other."""
+    """FLUX, text and image in one stream, attention and feed-forward in parallel."""
     if temb.ndim != 2 or not runs(hidden_states):
         output: tuple[Tensor, Tensor] = _STOCK_FLUX_SINGLE(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs

@@ -4,10 +4,10 @@ A policy writes a chain as a generator: it yields samples that it wants evaluate
 it were alone. The engine gathers what all chains want, runs the model, the decoder and the verifier on it together,
 and hands the answers back; chains that are done drop out. So several prompts are in flight, candidates are tried in
 waves, and a chain's code knows of neither. Every candidate has a seed of its own: its noise depends on the prompt's
-seed and on its place in the search, not on what is evaluated beside it.
+seed and on its place in the search, not on what is evaluated with it.
 
 A chain may explore: candidates are evaluated with other knobs of the model's compute ("exploring effort"), and what is
-gone on with is evaluated anew at full effort. Evaluations of different efforts do not share forward passes.
+continued with is evaluated again at full effort. Evaluations of different efforts do not share forward passes.
 """
 
 from __future__ import annotations

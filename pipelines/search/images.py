@@ -54,7 +54,7 @@ def search_images(
             row at a time. False finds the same only up to rounding, and faster where a policy tries several at once.
         flops: count FLOPs as well; takes some time.
         callback: called after every round of evaluations.
-        settings: `steps`, `guidance_scale`, `height`, `width`, `negative_prompt`, and what the adapter takes beside.
+        settings: `steps`, `guidance_scale`, `height`, `width`, `negative_prompt`, and what else the adapter takes.
 
     Raises:
         ValueError: an argument out of range, or a budget smaller than one picture takes.

@@ -1,7 +1,7 @@
 """Policies that search transition by transition: what they try, accept and go back for.
 
-- `Threshold`: Verifier-Threshold (arXiv 2512.08985): the first candidate above tau is gone on with, and what is not
-  tried is left for later: for transitions to come, and for another trajectory if the picture is not good enough.
+- `Threshold`: Verifier-Threshold (arXiv 2512.08985): the search continues with the first candidate above tau. The
+  budget that is left pays for later transitions, and for another trajectory if the picture is not good enough.
 - `Rollover`: RBF (arXiv 2503.19385): the first candidate above the best score so far, a quota for each transition, and
   what is left of it goes to the next.
 - `ValueSampling`: SVDD-PM (arXiv 2408.08252): the best of K candidates at each transition.
@@ -36,7 +36,7 @@ class Threshold(StepPolicy):
         tau: what a candidate has to exceed; a number is the same for all times. None takes what was measured for the
             verifier with this model, and where nothing was, the 0.8-quantile of the scores that the chain has seen.
         starts, wave, chains: see `StepPolicy` and `Policy`.
-        init: "best" of all starts, or "threshold": the first start above tau, of so many at most.
+        init: "best" of all starts, or "threshold": the first start above tau, of `starts` at most.
         patience: tries of a transition at most; None: as many as the budget has.
         returns: "last", the best at the last time that was reached, or "best", the best of all previews.
         restarts: whether another trajectory is begun when one has ended and its picture scores no more than `goal`;

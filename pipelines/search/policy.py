@@ -45,8 +45,8 @@ class Policy(ABC):
         return False
 
     def anew(self, transitions: int) -> int | None:
-        """Evaluations beside `least` when candidates are explored and what is kept is evaluated anew; None: the policy
-        goes on with all that it draws, and there is nothing to explore."""
+        """Evaluations on top of `least` when candidates are explored and the kept ones evaluated again; None: the
+        policy continues with all that it draws, and there is nothing to explore."""
         return None
 
     def check(self, budget: Budget, transitions: int, cost: int, exploring: bool = False) -> None:
@@ -63,7 +63,7 @@ class Policy(ABC):
         """
         anew = self.anew(transitions) if exploring else 0
         if anew is None:
-            raise ValueError(f"explore: policy {self.name} goes on with all that it draws and cannot explore")
+            raise ValueError(f"explore: policy {self.name} continues with all that it draws and cannot explore")
         least = (self.least(transitions) + anew) * cost
         if budget.max_nfe is not None and budget.max_nfe < least:
             raise ValueError(

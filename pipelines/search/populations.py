@@ -159,7 +159,7 @@ class MonteCarlo(Policy):
 
 @dataclass
 class Blockwise(Policy):
-    """CoDe: K trajectories of L transitions from each beam; the best end is gone on with.
+    """CoDe: K trajectories of L transitions from each beam; the search continues with the best end.
 
     Attributes:
         chains: beams.

@@ -60,7 +60,7 @@ class Prospects:
         return replace(self, scores=scores, chances=chances, looks=looks)
 
     def fresh(self, failures: int) -> float:
-        """q, the chance of a new trajectory of a prompt of which so many failed."""
+        """q, the chance of a new trajectory of a prompt after this many failures."""
         return 1 / (1 / self.chance + failures)
 
     def of(self, index: int, score: float, failures: int = 0) -> float:

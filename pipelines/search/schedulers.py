@@ -116,7 +116,7 @@ def timesteps_of(scheduler: Any, steps: int, **arguments: Any) -> None:
     """`set_timesteps`, with an error that names the scheduler.
 
     Raises:
-        FastgenError: it does not take so many steps, or these arguments.
+        FastgenError: it does not take this number of steps, or these arguments.
     """
     count = {} if "sigmas" in arguments else {"num_inference_steps": steps}
     try:

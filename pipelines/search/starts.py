@@ -45,7 +45,7 @@ class StartSearch(Policy):
     """A search over the noise that the pipeline's own trajectory starts from: rounds of trajectories, the best end is
     returned.
 
-    When it explores, all trajectories are drafts, and the best one is drawn anew from the same noise at full effort
+    When it explores, all trajectories are drafts, and the best one is drawn again from the same noise at full effort
     (as the CachedSearch of diffusers' issue 14735 does with cached drafts).
 
     Attributes:

@@ -22,7 +22,7 @@ class State:
     best: Node | None = None
     accepted: float = -math.inf
     trajectory: int = 0  # that it is at
-    taken: list[int] = field(default_factory=list)  # of its transitions: which try was gone on with
+    taken: list[int] = field(default_factory=list)  # of its transitions: which try the search continued with
 
     def see(self, node: Node) -> float:
         """Take a node in; the best score before it."""
@@ -45,11 +45,11 @@ class StepPolicy(Policy):
     """The loop over transitions (section 3.2 of our specification).
 
     Attributes:
-        starts: noises that are drawn and scored before the first transition; the best is gone on with.
+        starts: noises that are drawn and scored before the first transition; the search continues with the best.
         wave: candidates that are tried together. It changes what a search costs, not which way it takes: what comes
             behind the accepted one of a wave is paid for and not followed. A finished picture among them still counts.
         reserve: a trajectory that was begun can always be finished.
-        previews: what is returned may be another node than the last one that was gone on with.
+        previews: the returned node may be another one than the last of the trajectory.
     """
 
     starts: int = 1
@@ -73,7 +73,7 @@ class StepPolicy(Policy):
 
     @abstractmethod
     def accept(self, step: int, score: float, before: float, state: State) -> bool:
-        """Whether a candidate is gone on with; `before` is the best score before it."""
+        """Whether the search continues with a candidate; `before` is the best score before it."""
 
     def on_advance(self, step: int, tries: int, accepted: bool, memory: dict[str, float]) -> None:
         """After a transition."""
@@ -104,11 +104,11 @@ class StepPolicy(Policy):
         return {}
 
     def wholly(self, chain: Chain) -> bool:
-        """Whether trajectories are explored from start to end, and only what was found good so is drawn anew."""
+        """Whether trajectories are explored from start to end, and only the good ones are drawn again."""
         return False
 
     def promising(self, end: Node, state: State) -> bool:
-        """Whether the explored end of a trajectory is drawn anew at once."""
+        """Whether the explored end of a trajectory is drawn again at once."""
         return False
 
     def program(self, chain: Chain) -> Program:
@@ -155,7 +155,7 @@ class StepPolicy(Policy):
         return node
 
     def _another(self, chain: Chain) -> bool:
-        """Whether the budget pays for a whole trajectory more, beside what other chains need."""
+        """Whether the budget pays for one more whole trajectory, after what other chains need."""
         transitions, pool = chain.sampler.transitions, chain.pool
         anew = (self.anew(transitions) or 0) // self.chains if chain.explore else 0
         left = pool.left(chain.number)
@@ -218,7 +218,7 @@ class StepPolicy(Policy):
         end = self.end(state.best or node, step_best)
         if not end.explored or pool.done or self.wholly(chain):
             return end
-        # Without a reserve the budget may end here, and then the last one that was gone on with is the picture.
+        # Without a reserve the budget may end here, and then the last node of the trajectory is the picture.
         return (yield from chain.anew(end, scored=True)) if pool.affords(1) else node
 
     def _start(self, state: State) -> Generator[Ask, list[Node], Node]:
@@ -262,7 +262,7 @@ class StepPolicy(Policy):
 
     def _width(self, step: int, tries: int, chain: Chain, memory: dict[str, float], effort: Effort) -> int:
         """How many candidates to try now: as many of a wave as may be tried one after the other."""
-        # Of what the chain keeps back for itself, one evaluation is for this transition, or for its kept one anew.
+        # Of what the chain keeps back for itself, one evaluation is for this transition, or for its kept one.
         own = self.reserve and tries == 0 and (effort == "full" or self.wholly(chain))
         left = chain.pool.left(chain.number) + (1 if own else 0)
         width = 0
@@ -271,7 +271,7 @@ class StepPolicy(Policy):
         return width
 
     def _owe(self, chain: Chain, transitions: int, effort: Effort = "full") -> None:
-        """Keep back what finishing takes, and what is explored for an evaluation anew."""
+        """Keep back what finishing takes, and what evaluating explored nodes again takes."""
         again = (effort == "exploring") + (bool(chain.explore) and self.previews)
         if self.wholly(chain):
             again = chain.sampler.transitions + 1

@@ -1,6 +1,6 @@
 """Thresholds of Verifier-Threshold search (arXiv 2512.08985; its update rule is not published, so these are ours).
 
-A threshold says which score a candidate at a time must exceed to be gone on with. Every result has to name it.
+A threshold is the score that a candidate must exceed for the search to continue with it. Every result has to name it.
 """
 
 from __future__ import annotations

@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 import torch
 from oracle_drafter import OracleDrafter
+from tiny_tokens import llamagen
 
 from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.sources import JacobiSource, TreeSource
-from fastgen.drafters.targets import target_of
 from fastgen.drafters.targets.llamagen import LlamaGenTarget
 from fastgen.drafters.tree import chain, named_tree
-from fastgen.models.llamagen import PRESETS, LlamaGen, LlamaGenTransformer, convert_llamagen, convert_vq, rotary_table
-from fastgen.models.tokenizers import build_text_tokenizer
+from fastgen.models.llamagen import PRESETS, LlamaGenTransformer, convert_llamagen, convert_vq, rotary_table
 
 PROMPTS = ["a red circle", "two blue squares and one green star", "a ring"]
 
@@ -40,30 +39,7 @@ def micro_transformer(**config: Any) -> LlamaGenTransformer:
 
 @pytest.fixture(scope="module")
 def target() -> LlamaGenTarget:
-    from transformers import JanusVQVAEConfig, T5Config, T5EncoderModel
-    from transformers.models.janus.modeling_janus import JanusVQVAE
-
-    tokenizer = build_text_tokenizer()
-    torch.manual_seed(1)
-    text = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3))
-    vq = JanusVQVAE(
-        JanusVQVAEConfig(
-            embed_dim=8,
-            num_embeddings=40,
-            latent_channels=32,
-            base_channels=32,
-            channel_multiplier=[1, 1],
-            num_res_blocks=0,
-            num_patches=4,
-        )
-    )
-    transformer = micro_transformer(n_kv_heads=1)
-    with torch.no_grad():  # so that tokens differ in probability
-        for parameter in transformer.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3)
-    model = LlamaGen(transformer, vq, text).eval().requires_grad_(False)
-    found = target_of(model, tokenizer)
+    found = llamagen()
     assert isinstance(found, LlamaGenTarget)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastgen.evaluation import report, results_page
+from fastgen.evaluation.gains import gains_table
 
 WHERE: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -81,19 +82,36 @@ def test_page_shows_what_is_there(tmp_path: Path) -> None:
     assert text.count("\n## ") == 2 and "autoregressive" not in text
 
 
-def test_readme_gets_the_table_between_its_marks(tmp_path: Path) -> None:
+def test_readme_gets_the_tables_between_their_marks(tmp_path: Path, repository: Path) -> None:
+    results = repository / "docs" / "results"
+    for name in ("bench-speculative", "bench-search-equal", "bench-dc", "bench-kernels-end-to-end"):
+        (tmp_path / f"{name}.json").write_text((results / f"{name}.json").read_text())
     (tmp_path / "shapesworld-tiny.json").write_text(json.dumps(SCORES))
-    before = "# Title\n<!-- scores -->\nold\n<!-- scores -->\nrest\n"
-    after = results_page.with_scores(before, tmp_path)
-    assert "| tiny | 50.0 | **50.0** | 6.2 | 12.3 |" in after and "old" not in after and after.endswith("\nrest\n")
-    assert results_page.with_scores(after, tmp_path) == after
-    with pytest.raises(ValueError, match="two marks"):
-        results_page.with_scores("# Title", tmp_path)
+    before = "# Title\n<!-- gains -->\nstale\n<!-- gains -->\n<!-- scores -->\nstale\n<!-- scores -->\nrest\n"
+    after = results_page.with_tables(before, tmp_path)
+    assert "| tiny | 50.0 | **50.0** | 6.2 | 12.3 |" in after and "stale" not in after and after.endswith("\nrest\n")
+    assert results_page.with_tables(after, tmp_path) == after
+    for mark in ("gains", "scores"):
+        with pytest.raises(ValueError, match=f"two marks <!-- {mark} -->, found 1"):
+            results_page.with_tables(before.replace(f"<!-- {mark} -->", "", 1), tmp_path)
 
 
-def test_committed_readme_has_the_committed_scores(repository: Path) -> None:
+def test_gains_are_ratios_of_the_committed_seconds(tmp_path: Path, repository: Path) -> None:
+    """A faster row of the same result is shown as faster."""
+    for path in (repository / "docs" / "results").glob("bench-*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    data = json.loads((tmp_path / "bench-dc.json").read_text())
+    seconds = {row["variant"]: row["seconds"] for row in data["rows"]}
+    late = seconds["dc late lite-cfg 0.98 guidance 3.2"]
+    late["p50"] = seconds["dc 0 guidance 3.2"]["p50"] / 4
+    (tmp_path / "bench-dc.json").write_text(json.dumps(data))
+    (line,) = (line for line in gains_table(tmp_path).splitlines() if line.startswith("| dynamic chunking"))
+    assert "| 4.00 x all tokens, " in line
+
+
+def test_committed_readme_has_the_committed_numbers(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
-    assert results_page.with_scores(text, repository / "docs" / "results") == text
+    assert results_page.with_tables(text, repository / "docs" / "results") == text
 
 
 @pytest.mark.parametrize("page", ["results.md", "results/shapes-checker.md"])

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from micro_models import save_micro_janus
 from support_table import DOCUMENT, NAMES, TOKENS, pipeline, row
+from tiny_families import tiny_pixart_sigma
+from tiny_flows import tiny_sana
+from tiny_newer import tiny_flux2, tiny_flux2_klein
 
 from fastgen.cli.main import run
 from fastgen.cli.models import HUB, METHODS, markdown, read
@@ -53,33 +59,41 @@ def commands() -> dict[str, tuple[str, list[str]]]:
     """The page's command of each family: the Hub id, and the words after `fastgen`."""
     families = {hub: family for family, hubs in HUB.items() for hub in hubs}
     found = re.findall(r'^fastgen generate "([^"]+)" --model (\S+)(.*) -o \S+$', DOCUMENT.read_text(), re.MULTILINE)
-    return {families[hub]: (hub, ["generate", prompt, *rest.split()]) for prompt, hub, rest in found}
+    return {families[hub]: (hub, ["generate", prompt, *shlex.split(rest)]) for prompt, hub, rest in found}
 
 
 def test_every_command_of_the_page_is_of_a_family() -> None:
     assert len(commands()) >= 8
 
 
-#: FLUX.2 reads layers 9, 18 and 27 of its text encoder by default; the tiny one has fewer.
-# The tiny ones of the others draw sizes that their pipelines do not know, or lack layers that theirs read.
-DRAWN = [name for name in commands() if name not in ("flux2-klein", "sana", "pixart-sigma")]
+#: With the layers and sizes that a call reads by default, which the tiny ones of other tests lack.
+BY_DEFAULT: dict[str, Callable[[], Any]] = {
+    "flux2": lambda: tiny_flux2(30),
+    "flux2-klein": lambda: tiny_flux2_klein(27),
+    "sana": lambda: tiny_sana(sample_size=16),
+    "pixart-sigma": lambda: tiny_pixart_sigma(32),
+}
+
+
+def save(name: str, folder: Path, variant: str | None = None) -> None:
+    """A tiny random model of the family, as the Hub has them."""
+    if name == "janus":
+        save_micro_janus(folder)
+        return
+    pipe: Any = BY_DEFAULT[name]() if name in BY_DEFAULT else pipeline(name)[0]
+    pipe.save_pretrained(folder, variant=variant)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in DRAWN]
+    "name",
+    [name if name in ("flux", "qwen-image") else pytest.param(name, marks=pytest.mark.slow) for name in commands()],
 )
 def test_the_commands_of_the_page_draw(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny pipeline of the family in a folder in place of the Hub id, offline."""
-    from micro_models import save_micro_janus
-
     _, words = commands()[name]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "model"
-    if name == "janus":
-        save_micro_janus(folder)
-    else:
-        pipe: Any = pipeline(name)[0]
-        pipe.save_pretrained(folder, variant="fp16" if "--variant" in words else None)
+    save(name, folder, "fp16" if "--variant" in words else None)
     side = str(SMALL.get(name, 32))
     size = [] if name in TOKENS else ["--height", side, "--width", side, "--steps", "2"]
     out = tmp_path / "out.png"
@@ -102,3 +116,23 @@ def test_a_transformers_folder_of_another_type_says_what_to_do(
     assert run(["generate", "a red circle", "--model", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and advice in told
+
+
+def test_the_readme_promises_what_the_table_says() -> None:
+    """Every method that works is named there, none that does not; weights are those of the page."""
+    families = {hub: family for family, hubs in HUB.items() for hub in hubs}
+    readme = (DOCUMENT.parents[1] / "README.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in readme.splitlines() if "](docs/models.md#" in line]
+    assert len(lines) >= 10
+    for name, ids, weights, untrained, trained in lines:
+        for hub in re.findall(r"`([^`]+)`", ids):
+            row = read()[families[hub]]
+            if row["speculative"] == "yes":
+                assert untrained == "speculative decoding without a drafter", name
+            else:
+                methods = ("kernels", "compile", "step cache", "search")
+                assert untrained.split(", ") == [each for each in methods if row[each] == "yes"], name
+                assert trained == ("dynamic chunking" if row["chunking"] == "trained" else "–"), name
+        title = name.removeprefix("[").partition("]")[0]
+        section = DOCUMENT.read_text().split(f"\n## {title}")[1].split("\n## ")[0]
+        assert all(size in section for size in weights.split(", ")), name

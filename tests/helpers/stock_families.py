@@ -124,6 +124,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {**_SQUARE, "image": _picture(), "max_area": SIDE * SIDE, "_auto_resize": False},
     ),
     "flux-controlnet": (_controlled("FluxControlNetPipeline", _FLUX, variants.flux_controlnet), _CONTROL),
+    "flux2": (newer.tiny_flux2, {**_SQUARE, "text_encoder_out_layers": (1, 2, 3)}),
     "flux2-klein": (newer.tiny_flux2_klein, {**_SQUARE, "text_encoder_out_layers": (1, 2, 3)}),
     "flux2-klein-edit": (
         newer.tiny_flux2_klein,

@@ -19,7 +19,7 @@ from micro_models import save_micro_janus
 from stock_families import FAMILIES
 from stock_table import made
 from tiny_pipelines import quiet
-from tiny_tokens import chameleon_pipeline, emu3_pipeline
+from tiny_tokens import chameleon_pipeline, emu3_pipeline, llamagen_pipeline
 from tiny_unets import ddim, tiny_dit
 
 import fastgen
@@ -37,7 +37,12 @@ CPU = torch.device("cpu")
 _VARIANTS = ("euler", "img2img", "inpaint", "pag", "controlnet", "true-guidance", "control", "fill", "kontext", "edit")
 _VARIANTS += ("skipped-layers", "truncated-guidance", "meanflow")
 DIFFUSION = [name for name in FAMILIES if not name.endswith(_VARIANTS)]
-TOKENS: dict[str, Any] = {"janus": None, "emu3": emu3_pipeline, "chameleon": chameleon_pipeline}
+TOKENS: dict[str, Any] = {
+    "janus": None,
+    "emu3": emu3_pipeline,
+    "chameleon": chameleon_pipeline,
+    "llamagen": llamagen_pipeline,
+}
 NAMES = ["dit", *DIFFUSION, *TOKENS]
 
 

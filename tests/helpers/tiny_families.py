@@ -13,7 +13,7 @@ def flow(**config: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _pixart_transformer(doubled: bool = True) -> Any:
+def _pixart_transformer(doubled: bool = True, sample_size: int = 8) -> Any:
     from diffusers import PixArtTransformer2DModel
 
     return shaken(
@@ -24,7 +24,7 @@ def _pixart_transformer(doubled: bool = True) -> Any:
             num_layers=2,
             cross_attention_dim=16,
             caption_channels=16,
-            sample_size=8,
+            sample_size=sample_size,
             norm_num_groups=4,
             use_additional_conditions=False,
         ),
@@ -40,12 +40,12 @@ def tiny_pixart_alpha() -> Any:
     )
 
 
-def tiny_pixart_sigma() -> Any:
+def tiny_pixart_sigma(sample_size: int = 8) -> Any:
+    """Sizes are binned by default, which needs a sample size of 32 or more."""
     from diffusers import DDIMScheduler, PixArtSigmaPipeline
 
-    return quiet(
-        PixArtSigmaPipeline(tokenizer(300), t5(tokenizer(300), 3), vae(1), _pixart_transformer(), DDIMScheduler())
-    )
+    transformer = _pixart_transformer(sample_size=sample_size)
+    return quiet(PixArtSigmaPipeline(tokenizer(300), t5(tokenizer(300), 3), vae(1), transformer, DDIMScheduler()))
 
 
 def tiny_aura_flow() -> Any:

@@ -1,4 +1,5 @@
-"""Tiny Emu3 and Chameleon models with random weights: text and picture tokens share their vocabulary."""
+"""Tiny Emu3, Chameleon and LlamaGen models with random weights. In the first two, text and picture tokens share a
+vocabulary."""
 
 from __future__ import annotations
 
@@ -123,3 +124,48 @@ def chameleon_pipeline() -> SpeculativeImagePipeline:
         return (codes / CODES).float()[:, None].expand(-1, 3, -1, -1)
 
     return SpeculativeImagePipeline(chameleon().model, tokenizer(), options={"size": SIZE, "decode": decode})
+
+
+def llamagen() -> Target:
+    """It draws 4 x 4 tokens; Janus has the same decoder."""
+    from transformers import JanusVQVAEConfig, T5Config, T5EncoderModel
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    from fastgen.models.llamagen import LlamaGen, LlamaGenTransformer
+    from fastgen.models.tokenizers import build_text_tokenizer
+
+    words = build_text_tokenizer()
+    torch.manual_seed(1)
+    text = T5EncoderModel(T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3))
+    vq = JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=40,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=0,
+        num_patches=4,
+    )
+    decoder = JanusVQVAE(vq)
+    torch.manual_seed(0)
+    transformer = LlamaGenTransformer(
+        vocab_size=40,
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        grid=4,
+        caption_dim=24,
+        caption_tokens=12,
+        multiple_of=16,
+    )
+    with torch.no_grad():  # so that tokens differ in probability
+        for parameter in transformer.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return target_of(LlamaGen(transformer, decoder, text).eval().requires_grad_(False), words)
+
+
+def llamagen_pipeline() -> SpeculativeImagePipeline:
+    target = llamagen()
+    return SpeculativeImagePipeline(target.model, target.tokenizer)

@@ -126,5 +126,5 @@ def _checked(name: str, value: Any, kind: str | None = None) -> Any:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    """[k, 1, …] beside latents [k, …]."""
+    """[k, 1, …] for latents [k, …]."""
     return torch.tensor(values, dtype=torch.float64).to(like).view(-1, *[1] * (like.ndim - 1))

@@ -82,7 +82,7 @@ class ElasticDenoiser(Denoiser):
         return merged
 
     def budget(self, samples: int) -> dict[str, Any]:
-        """Arguments of the transformer's forward pass for so many candidates, the conditional half first."""
+        """Arguments of the transformer's forward pass for this many candidates, the conditional half first."""
         if self._used is None:
             return {}
         if self._used["token_budget"] is not None:

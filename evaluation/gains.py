@@ -1,0 +1,84 @@
+"""The README's table of measured gains, from the committed results: one row a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastgen.evaluation.report import markdown_table, percent
+from fastgen.io import read_object
+
+__all__ = ["gains_table"]
+
+_HEADER = ["method", "on", "speed", "quality", "measured by"]
+
+
+def _rows(folder: Path, name: str, key: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    data = read_object(folder / f"{name}.json")
+    return data, {row[key]: row for row in data["rows"]}
+
+
+def _score(row: dict[str, Any]) -> str:
+    error = "" if row.get("stderr") is None else f" ± {percent(row['stderr'])}"
+    return percent(row["score"]) + error
+
+
+def _device(data: dict[str, Any]) -> str:
+    if data["settings"]["device"] == "cuda":
+        return str(data["environment"]["gpus"][0])
+    threads = data["environment"]["threads"]
+    return f"{threads} CPU thread{'s' if threads != 1 else ''}"
+
+
+def _speculative(folder: Path) -> list[str]:
+    data, rows = _rows(folder, "bench-speculative", "variant")
+    drawn, plain = rows["exact auto"], rows["plain loop, bfloat16"]
+    speed = (
+        f"{drawn['speedup_vs_fastest_plain']:.1f} x the fastest plain loop, "
+        f"{drawn['speedup_vs_stock']:.1f} x stock `generate`"
+    )
+    quality = f"same distribution; {_score(drawn)} % correct, plain loop {_score(plain)} %"
+    on = f"`{data['settings']['model']}`, {_device(data)}"
+    return ["speculative decoding, `exact`", on, speed, quality, "`fastgen bench speculative`"]
+
+
+def _search(folder: Path) -> list[str]:
+    data, rows = _rows(folder, "bench-search-equal", "policy")
+    found, none = rows["threshold"], rows["none"]
+    (rival,) = (row for row in data["equal"] if row["policy"] == "threshold" and row["rival"] == "best-of-n")
+    speed = f"{found['seconds']:.2f} s a picture, {none['seconds']:.2f} s without a search"
+    quality = (
+        f"{percent(found['score'])} % correct, {percent(none['score'])} % without; best-of-n in the same time "
+        f"{percent(rival['rival_score'])} %"
+    )
+    on = f"`{data['settings']['model']}`, {_device(data)}"
+    return ["noise search, `threshold`", on, speed, quality, "`fastgen bench search`"]
+
+
+def _chunking(folder: Path) -> list[str]:
+    data, rows = _rows(folder, "bench-dc", "variant")
+    full, late, dense = (rows[f"{name} guidance 3.2"] for name in ("dc 0", "dc late lite-cfg 0.98", "dense"))
+    seconds = [row["seconds"]["p50"] for row in (full, late, dense)]
+    speed = f"{seconds[0] / seconds[1]:.2f} x all tokens, {seconds[2] / seconds[1]:.2f} x the dense baseline"
+    quality = f"{_score(late)} % correct, all tokens {_score(full)} %, dense baseline {_score(dense)} %"
+    on = f"`{data['settings']['model']}`, {_device(data)}"
+    return ["dynamic chunking, late drops", on, speed, quality, "`fastgen bench dc`"]
+
+
+def _kernels(folder: Path) -> list[str]:
+    data, rows = _rows(folder, "bench-kernels-end-to-end", "model")
+    (name,) = (name for name in rows if name.startswith("Z-Image"))
+    speed = f"{rows[name]['speedup_eager']:.2f} x eager, {rows[name]['speedup_compiled']:.2f} x compiled"
+    return [
+        "fused kernels",
+        f"{name}, {_device(data)}",
+        speed,
+        "equal up to rounding",
+        "`fastgen bench kernels --end-to-end`",
+    ]
+
+
+def gains_table(folder: Path) -> str:
+    """What each method gains, with what it costs, from the results in `folder`."""
+    table = markdown_table(_HEADER, [of(folder) for of in (_speculative, _search, _chunking, _kernels)])
+    return table.replace("---:", "---")  # words, not numbers to compare by their digits
