@@ -33,7 +33,7 @@ _LARGEST = 2**31 - 1
 _Method = TypeVar("_Method", bound="_Settings")
 
 
-def check_prompt(prompt: object, label: str = "prompt") -> str:
+def check_prompt(prompt: object, label: str = "prompt", blank: bool = False) -> str:
     """Refuse what is not a text that a model can be given.
 
     Raises:
@@ -41,7 +41,7 @@ def check_prompt(prompt: object, label: str = "prompt") -> str:
     """
     if not isinstance(prompt, str):
         raise FastgenError(f"{label}: needs a text, got {type(prompt).__name__}")
-    if not prompt.strip():
+    if not prompt.strip() and not blank:
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that are not UTF-8.
     if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char not in "\t\n\r") for char in prompt):
@@ -58,6 +58,7 @@ class Rule:
         help: of its option.
         minimum, maximum, above, below: of a number; None: no such bound.
         choices: of a text; empty: any text.
+        blank: whether a text may be blank.
         special: checks (label, value) in place of the bounds.
         richer: values of other types pass; the pipeline checks them.
     """
@@ -69,6 +70,7 @@ class Rule:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    blank: bool = False
     special: Callable[[str, object], object] | None = None
     richer: bool = False
 
@@ -87,7 +89,7 @@ class Rule:
         elif self.choices:
             check_choice(label, value, self.choices)
         else:
-            check_prompt(value, label)
+            check_prompt(value, label, self.blank)
 
     def json_schema(self) -> dict[str, Any]:
         """As JSON Schema spells it."""
@@ -166,7 +168,9 @@ class DrawSettings(_Settings):
     )
     height: int | None = _count("Pixels. Default: the model's.")
     width: int | None = _count("Pixels. Default: the model's.")
-    negative_prompt: str | None = _setting(str, "What not to draw.")
+    negative_prompt: str | None = _setting(
+        str, "What not to draw; blank where guidance needs one (Qwen-Image).", blank=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
