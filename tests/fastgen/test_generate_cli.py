@@ -314,7 +314,7 @@ NO_LOAD: list[tuple[list[Any], str]] = [
     (["a", "--height", "20"], "height: 20 is not allowed"),
     (["a", "--width", "0"], "--width: 0"),
     (["a", "--height", "4096"], "height: 4096"),
-    (["a", "--negative-prompt", " "], "--negative-prompt: an empty"),
+    (["a", "--negative-prompt", ""], "--negative-prompt: an empty"),
     (["a", "--negative-prompt", "b", "--guidance-scale", "0"], "negative_prompt: has no effect"),
     (["a", "--top-k", "4"], "top_k: ZImagePipeline does not take it"),
     (["a", "--dtype", "int8"], "dtype: 'int8'"),

@@ -21,7 +21,8 @@ WITHOUT = {"height", "width", "negative_prompt", "temperature", "top_k", "top_p"
 def wrong(name: str) -> list[Any]:
     """Values just outside the range that the JSON Schema of a setting states, and of other types."""
     schema = SCHEMA[name].json_schema()
-    found: list[Any] = [True, "x"] if schema["type"] != "string" else ["", "\0"]
+    found: list[Any] = [True, "x"] if schema["type"] != "string" else ["\0"]
+    found += [""] if schema["type"] == "string" and not SCHEMA[name].blank else []
     found += [schema["minimum"] - 1] if "minimum" in schema else []
     found += [schema["maximum"] + 1] if "maximum" in schema else []
     found += [schema[key] for key in ("exclusiveMinimum", "exclusiveMaximum") if key in schema]
@@ -36,6 +37,13 @@ def test_a_value_out_of_range_is_refused_by_its_name(method: Any, name: str) -> 
             method(**{name: value})
         with pytest.raises(FastgenError, match=f"^{option_name(name)}: "):
             method.of({name: value, "other": 1}, option_name)
+
+
+def test_only_a_negative_prompt_may_be_blank() -> None:
+    """Qwen-Image is guided with a blank one only."""
+    (name,) = (name for name, rule in SCHEMA.items() if rule.blank)
+    (method,) = (method for method, each in RULES if each == name)
+    assert name == "negative_prompt" and method(negative_prompt=" ").negative_prompt == " "
 
 
 @pytest.mark.parametrize(("method", "name"), RULES, ids=[name for _, name in RULES])
