@@ -182,7 +182,7 @@ def test_names_of_windows() -> None:
 
 
 @pytest.mark.parametrize("dear", long_tail(["trees", "windows"], fast=("trees",)))
-def test_windows_are_tried_beside_the_tree(target: Target, dear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_tried_as_well_as_the_tree(target: Target, dear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock on which a pass of one kind of source takes a hundred times as long as one of the other."""
     now = [0.0]
 

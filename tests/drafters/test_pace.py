@@ -30,7 +30,7 @@ def test_no_usable_source_is_expected_to_be_faster(costs: dict[str, float], with
     assert name != without and paces[name] == min(paces.values()) and "measured on cpu eager" in reason
 
 
-def test_a_device_that_nobody_measured_is_counted_by_passes_and_levels() -> None:
+def test_a_device_without_measurements_is_counted_by_passes_and_levels() -> None:
     pace = Pace(TOKENS, {})
     assert pace.fastest("exact", "cuda compiled", 24, lambda name: True)[0] == "heads-4"
     # With one layer, heads cost a pass more: 2 passes for 4 tokens are dearer than 1 for 3.
@@ -137,7 +137,7 @@ def test_a_broken_choice_is_ignored_with_one_line(cache: Path, content: Any) -> 
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
 
-def test_a_cache_that_cannot_be_written_is_told(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(cache: Path) -> None:
     cache.write_text("a file")
     with pytest.warns(UserWarning, match="cannot be written"):
         keep({"model": "a"}, "jacobi-4", "jacobi-4")

@@ -68,7 +68,7 @@ def test_cold_rows_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--steps" in commands[-5] and "--steps" not in commands[-1]
 
 
-def test_a_compiler_that_fails_is_told(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_an_error(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def broken(module: torch.nn.Module) -> torch.nn.Module:

@@ -233,7 +233,7 @@ def test_a_part_of_the_official_prompts_is_no_benchmark(judges: list[str], capsy
         ({"class": "cat", "number": 3}, "o/00001/metadata.jsonl:1: .*unknown number"),
     ],
 )
-def test_metadata_that_nobody_can_judge(
+def test_metadata_that_cannot_be_judged(
     judges: list[str], change: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import re

@@ -283,7 +283,7 @@ def test_a_failure_is_reported_and_stops_the_others(tmp_path: Path, broken: int)
     assert len(there) >= 3  # what was made stays
 
 
-def test_settings_that_differ_are_told_on_all_processes(tmp_path: Path) -> None:
+def test_settings_that_differ_are_an_error_on_all_processes(tmp_path: Path) -> None:
     assert finish(start(tmp_path, 1)) == [0]
     other = replace(runner_worker.SETTINGS, seed=5)
     assert finish(start(tmp_path, 2, settings=other)) == [3, 3]
@@ -291,7 +291,7 @@ def test_settings_that_differ_are_told_on_all_processes(tmp_path: Path) -> None:
         assert "seed is 0 there and 5 now" in (tmp_path / f"error-{rank}.json").read_text()
 
 
-def test_an_incomplete_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Group.from_environment().size == 1

@@ -280,7 +280,7 @@ def test_bad_options(
     assert message in error and error.count("\n") == 1 and not Path("r.html").exists()
 
 
-def test_results_of_equal_names_are_told_apart(tmp_path: Path) -> None:
+def test_results_of_equal_names_get_different_labels(tmp_path: Path) -> None:
     for folder in ("a/run", "b/run"):
         result_folder(tmp_path / folder)
     names = [result.name for result in read_results([tmp_path / "a/run/scores.json", tmp_path / "b/run/scores.json"])]

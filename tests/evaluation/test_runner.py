@@ -134,7 +134,7 @@ class Second(Group):
         pass
 
 
-def test_a_process_that_comes_late_draws_its_share_of_what_all_were_told(tmp_path: Path, finished: Path) -> None:
+def test_a_process_that_comes_late_draws_its_share_of_the_common_list(tmp_path: Path, finished: Path) -> None:
     """What the first one has drawn meanwhile must not shift the places of the second."""
     run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
     with pytest.raises(KeyboardInterrupt):
@@ -311,7 +311,7 @@ def test_settings_are_checked(bad: dict) -> None:
         RunSettings(model="m", model_fingerprint="0", **bad)
 
 
-def test_progress_is_told(tmp_path) -> None:
+def test_progress_is_reported(tmp_path) -> None:
     told: list[tuple] = []
     EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS).generate(Painter(), lambda *item: told.append(item))
     assert told[0] == ("generate", 0, 36) and told[-1] == ("generate", 36, 36) and len(told) == 37

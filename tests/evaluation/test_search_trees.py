@@ -85,7 +85,7 @@ def test_what_nothing_scored_stands_where_it_led() -> None:
     assert search["score"] is None and count(search_tree(search), _PATH) > 50
 
 
-def test_the_picture_is_shown_beside_it() -> None:
+def test_the_picture_is_shown_next_to_it() -> None:
     search = searched(Threshold(0.0), max_nfe=20, verifier=sum_of)
     blue = Image.new("RGB", (16, 16), (10, 20, 250))
     assert count(search_tree(search, blue), "#0a14fa") > 5000 > count(search_tree(search), "#0a14fa")

@@ -401,7 +401,7 @@ def test_device_peaks_belong_to_the_account_in_which_they_happened(cuda: FakeCud
     assert "process" in outer.peak_memory or sys.platform == "win32"
 
 
-def test_phases_wait_for_the_device_unless_told_not_to(cuda: FakeCuda) -> None:
+def test_phases_wait_for_the_device_unless_switched_off(cuda: FakeCuda) -> None:
     with phase("no account: no wait"):
         pass
     with account():

@@ -421,7 +421,7 @@ def test_other_weights_of_the_verifier_or_thresholds_are_noticed(
 # ---- trees ----
 
 
-def test_trees_are_written_beside_the_pictures_and_later_from_their_sidecars(
+def test_trees_are_written_next_to_the_pictures_and_later_from_their_sidecars(
     search: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")

@@ -116,7 +116,7 @@ def break_imports(monkeypatch: pytest.MonkeyPatch, errors: dict[str, Exception])
     monkeypatch.setattr(info.importlib, "import_module", import_module)
 
 
-def test_missing_and_broken_packages_are_told_apart(
+def test_missing_and_broken_packages_have_different_messages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_imports(

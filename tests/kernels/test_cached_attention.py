@@ -65,7 +65,7 @@ def test_fewer_slots_than_the_store_and_another_dtype() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_what_a_compiler_is_told(groups: int) -> None:
+def test_the_operator_passes_opcheck(groups: int) -> None:
     query, key, value, store, places, mask = case(2, 3, 2, groups, 7, 1)
     checks = ("test_schema", "test_faketensor")
     arguments = (query, key, value, store, 1, places, mask)

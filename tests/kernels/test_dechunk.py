@@ -299,7 +299,7 @@ def test_rows_behind_the_last_token_are_no_tokens(mode: str) -> None:
         assert torch.allclose(short, long, atol=1e-6, rtol=1e-5)
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     tokens, positions, p, mask = (x.to(DEVICE) for x in drawn(4, 5, 2, 3, 0.5, 1))
     rows = mask.flatten().cumsum(0) - 1
     tokens.requires_grad_()

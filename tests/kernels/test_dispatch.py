@@ -150,7 +150,7 @@ def test_a_compiled_graph_keeps_the_choice_it_was_traced_with() -> None:
         assert compiled(x).tolist() == [6, 6]
 
 
-def test_equal_arguments_are_checked_once_and_others_anew() -> None:
+def test_equal_arguments_are_checked_once_and_others_again() -> None:
     seen = []
 
     def check(x: torch.Tensor, y: torch.Tensor | None = None, option: object = None) -> str:

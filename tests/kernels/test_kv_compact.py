@@ -89,7 +89,7 @@ def test_nodes_past_the_count_do_not_matter(mode: str) -> None:
     assert_compacted(before, store, lengths, nodes, count)
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     store, lengths = torch.randn(1, 2, 2, 6, 1, 4).to(DEVICE), torch.tensor([0, 1]).to(DEVICE)
     nodes, count = torch.tensor([[0, 2], [0, 3]]).to(DEVICE), torch.tensor([2, 2]).to(DEVICE)
     torch.library.opcheck(torch.ops.fastgen.kv_compact.default, (store, lengths, nodes, count))

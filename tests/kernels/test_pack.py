@@ -145,7 +145,7 @@ def test_gradients(mode: str, spare: int) -> None:
         assert torch.autograd.gradcheck(lambda x: scatter(x, packing), (packed,), **check)
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     mask = (torch.rand(2, 9) < 0.5).to(DEVICE)
     packing = pack_mask(mask)
     ops = torch.ops.fastgen

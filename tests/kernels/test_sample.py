@@ -142,7 +142,7 @@ def test_draws_have_the_law(mode: str) -> None:
     assert float(((seen - wanted)[kept].square() / wanted[kept]).sum()) < 33
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     cond, gumbel = torch.randn(2, 9).to(DEVICE), noise(2, 9, 0).to(DEVICE)
     checks = ("test_schema", "test_faketensor")
     arguments = (cond, cond, gumbel, 2.0, 0.7, 4, 0.9)

@@ -137,7 +137,7 @@ def test_under_autocast_the_projections_are_rounded_to_the_store(triton_kernels:
     assert_matches(got, wanted, rms=1e-5, ulp=256.0)
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     arguments = on_device(case(1, 2, 0, 1, 1, 8, 9, 0, torch.float32))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastgen.tree_attention.default, tuple(arguments.values()), test_utils=checks)

@@ -181,7 +181,7 @@ def test_a_large_vocabulary_takes_several_blocks(triton_kernels: None) -> None:
     assert_same(tree_verify(**on_device(arguments)), tree_verify_reference(**arguments))
 
 
-def test_what_a_compiler_is_told(triton_kernels: None) -> None:
+def test_the_operator_passes_opcheck(triton_kernels: None) -> None:
     arguments = on_device(case("bushy", 2, 9, True, 2))
     checks = ("test_schema", "test_faketensor")
     values = (*arguments.values(), None, None)

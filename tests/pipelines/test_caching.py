@@ -83,7 +83,7 @@ def masks(pipe: Any, **knobs: Any) -> Iterator[np.ndarray]:
     return (chunks.mask.numpy() for chunks in draw(pipe, output_chunks=True, **knobs).chunks)
 
 
-def test_first_block_cache_triggers_and_starts_anew_with_each_kept_set(pipe: Any) -> None:
+def test_first_block_cache_triggers_and_is_reset_with_each_kept_set(pipe: Any) -> None:
     plain = draw(pipe).images
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     with Calls(last_block(pipe)) as calls:
@@ -235,7 +235,7 @@ def test_the_table_of_step_caches_in_the_docs(micro_dc: Path) -> None:
     assert [row for row in rows if row not in documented] == []
 
 
-def test_a_stock_pipeline_without_enable_dc_is_told_what_a_cache_needs(z: DCZImagePipeline) -> None:
+def test_a_stock_pipeline_without_enable_dc_says_what_a_cache_needs(z: DCZImagePipeline) -> None:
     z.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
     stock = ZImagePipeline(**z.components)
     with pytest.raises(ValueError, match=r"step cache .* call fastgen.enable_dc\(pipe\)"):

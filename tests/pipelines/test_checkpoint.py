@@ -83,7 +83,7 @@ def test_a_model_takes_what_it_lacks_from_its_base(micro_z: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("base", "message"), [("../absent", "no whole pipeline"), (3, "must name a model"), ("", "must name a model")]
 )
-def test_a_bad_base_is_told(micro_z: Path, tmp_path: Path, base: object, message: str) -> None:
+def test_a_bad_base_is_an_error(micro_z: Path, tmp_path: Path, base: object, message: str) -> None:
     folder = derive(tmp_path / "part", micro_z)
     (folder / "fastgen.json").write_text(json.dumps({"base": base}))
     with pytest.raises(FastgenError, match=message):
@@ -239,7 +239,7 @@ def test_hub_model_without_connection_says_how_to_get_it() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_hub_errors_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors_have_different_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -59,7 +59,7 @@ def test_without_knobs_it_is_the_stock_pipeline(z: DCZImagePipeline, dit: DCDiTP
     assert np.array_equal(a, b)
 
 
-def test_budget_keeps_exactly_so_many_in_every_step(z: DCZImagePipeline, dit: DCDiTPipeline) -> None:
+def test_budget_keeps_exactly_its_number_in_every_step(z: DCZImagePipeline, dit: DCDiTPipeline) -> None:
     output = draw_z(z, token_budget=5, output_chunks=True)
     assert [chunks.lengths for chunks in output.chunks] == [(5, 5)] * STEPS
     assert output.stats.kept_tokens == [10] * STEPS and output.stats.total_tokens == [32] * STEPS

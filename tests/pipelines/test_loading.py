@@ -55,7 +55,7 @@ def test_same_pixels_for_any_batch_size_and_order(pipe: DiffusionPipeline) -> No
     assert len({picture.numpy().tobytes() for picture in alone}) == len(alone)
 
 
-def test_a_scheduler_beside_a_base_is_not_silently_ignored(micro_z: Path, tmp_path: Path) -> None:
+def test_a_scheduler_next_to_a_base_is_not_silently_ignored(micro_z: Path, tmp_path: Path) -> None:
     (tmp_path / "fastgen.json").write_text(json.dumps({"base": str(micro_z)}))
     for name in ("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -87,13 +87,13 @@ def test_clip_scores_are_those_of_the_verifier(clip: Path) -> None:
     torch.testing.assert_close(features(extractor, PICTURES, prompts)[:, 0], expected)
 
 
-def test_a_network_is_told_by_its_weights(clip: Path, tmp_path: Path) -> None:
+def test_a_network_is_recognised_by_its_weights(clip: Path, tmp_path: Path) -> None:
     other = save_clip(tmp_path / "tiny-clip", seed=1)
     assert CLIPEmbeddings(str(clip)).fingerprint == CLIPEmbeddings(str(clip)).fingerprint
     assert CLIPEmbeddings(str(clip)).fingerprint != CLIPEmbeddings(str(other)).fingerprint
 
 
-def test_broken_weights_are_told(tmp_path: Path, dinov2: Path) -> None:
+def test_broken_weights_are_an_error(tmp_path: Path, dinov2: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("dinov2", "cmmd"):
         with pytest.raises(FastgenError, match="empty holds no config.json"):

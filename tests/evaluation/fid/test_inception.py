@@ -228,7 +228,7 @@ def test_protocols_see_the_same_picture_differently(model: InceptionV3) -> None:
         assert (inputs[a] - inputs[b]).abs().mean() > 0.002
 
 
-def test_unknown_extractors_and_absent_weights_are_told() -> None:
+def test_unknown_extractors_and_absent_weights_are_errors() -> None:
     with pytest.raises(FastgenError, match="extractor: 'vgg' is unknown"):
         load_extractor("vgg", PROTOCOLS["adm"])
     for name in ("dinov2", "cmmd", "clip-score"):

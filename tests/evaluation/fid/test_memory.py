@@ -21,7 +21,7 @@ from fastgen.evaluation.fid.statistics import Moments
 
 
 @pytest.mark.slow
-def test_statistics_cost_little_beside_the_network() -> None:
+def test_statistics_cost_little_compared_with_the_network() -> None:
     """The sums of a batch take 0.2 % of the network's arithmetic; a loaded machine shows up to a few percent."""
     torch.manual_seed(0)
     network = Inception(PROTOCOLS["adm"], InceptionV3())

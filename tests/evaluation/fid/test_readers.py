@@ -82,7 +82,7 @@ def test_a_folder_is_read_by_the_alphabet(tmp_path: Path) -> None:
     assert source.label(1).endswith("x/b/10.png")
 
 
-def test_captions_beside_images_are_prompts(tmp_path: Path) -> None:
+def test_captions_next_to_images_are_prompts(tmp_path: Path) -> None:
     source = FolderSource(folder(tmp_path / "x", captions=True))
     assert source.prompts == [f"caption of {NAMES[i]}" for i in ORDER]
     (tmp_path / "x" / "d.txt").unlink()
@@ -221,14 +221,14 @@ def test_what_holds_no_images_is_named(tmp_path: Path) -> None:
         ({"x": IMAGES, "y": IMAGES}, "holds x, y; needs images as arr_0"),
     ],
 )
-def test_an_npz_of_another_kind_is_told(tmp_path: Path, arrays: dict, message: str) -> None:
+def test_an_npz_of_another_kind_is_an_error(tmp_path: Path, arrays: dict, message: str) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(FastgenError, match="x.npz: " + message):
         open_images(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_that_is_cut_off_is_told(tmp_path: Path, save) -> None:
+def test_an_npz_that_is_cut_off_is_an_error(tmp_path: Path, save) -> None:
     save(tmp_path / "x.npz", IMAGES)
     raw = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(raw[: len(raw) // 2])
@@ -285,7 +285,7 @@ def test_statistics_are_written_and_read(tmp_path: Path) -> None:
         ({"mu": np.array([{}] * 4, dtype=object)}, "mu is object"),
     ],
 )
-def test_broken_statistics_are_told(tmp_path: Path, change: dict, message: str) -> None:
+def test_broken_statistics_are_an_error(tmp_path: Path, change: dict, message: str) -> None:
     np.savez(tmp_path / "ref.npz", **{"mu": np.zeros(4), "sigma": np.eye(4), **change})
     with pytest.raises(FastgenError, match="ref.npz: " + message):
         read_statistics(tmp_path / "ref.npz")

@@ -168,7 +168,7 @@ def test_a_checkpoint_without_a_weight_is_refused(clip_folder: Path, tmp_path: P
         PickScore.load(str(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(clip_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_an_error_in_one_line(clip_folder: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)

@@ -133,6 +133,6 @@ def test_bad_arguments_are_refused(arguments: dict[str, str], message: str) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_missing_device_is_told_before_any_weight_is_read(clip_folder: Path) -> None:
+def test_a_missing_device_is_an_error_before_any_weight_is_read(clip_folder: Path) -> None:
     with pytest.raises(FastgenError, match="device: 'cuda' is not available here"):
         load_verifier(f"clip-score:{clip_folder}", device="cuda")

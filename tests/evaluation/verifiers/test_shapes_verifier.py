@@ -47,7 +47,7 @@ def test_a_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert counted == [2]
 
 
-def test_a_missing_or_half_checkpoint_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_or_half_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match=r"holds no config\.json"):
         load_verifier(f"shapes-verifier:{tmp_path}")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())

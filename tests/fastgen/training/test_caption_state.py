@@ -43,7 +43,7 @@ def test_the_last_word_sums_up_what_the_caption_was_made_from() -> None:
         ("ring under heart", [[0] * 6, [6, 0, 6, 0, 0, 0], [6, 0, 6, 0, 4, 0], [7, 0, 6, 0, 4, 0]]),
     ],
 )
-def test_every_prefix_is_told_as_far_as_it_goes(text: str, prefixes: list[list[int]]) -> None:
+def test_every_prefix_is_described_as_far_as_it_goes(text: str, prefixes: list[list[int]]) -> None:
     tokenizer = build_janus_tokenizer()
     ids = tokenizer([text], return_tensors="pt").input_ids
     assert CaptionReader(tokenizer).labels(ids)[0].tolist() == prefixes

@@ -111,7 +111,7 @@ def test_embedded_checkpoints_are_whole_and_small() -> None:
     assert sizes.pop("tiny-dc") + sizes.pop("tiny-dc-dense") <= 8_000_000 and sum(sizes.values()) <= 24_000_000
 
 
-def test_environment_is_told() -> None:
+def test_environment_is_recorded() -> None:
     assert cpu_name()
     assert {"python", "torch"} <= set(versions()) and "nothing-of-this-name" not in versions(["nothing-of-this-name"])
     found = commit()

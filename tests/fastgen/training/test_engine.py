@@ -321,7 +321,7 @@ def test_a_log_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [*range(1, 13)]
 
 
-def test_a_folder_in_use_is_refused_and_what_ended_meanwhile_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_and_a_run_that_ended_meanwhile_is_resumed(tmp_path: Path) -> None:
     waiting = Trainer(LineRecipe(), _config(tmp_path))
     _run(tmp_path)
     assert waiting.run()["steps_done"] == 12 and waiting.recipe.starts == []

@@ -90,7 +90,7 @@ def test_a_calibration_is_what_was_saved(measured: Calibration, tmp_path: Path) 
         ({"schedules": [{"price": 1.0}]}, "taus"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(
+def test_a_broken_file_is_an_error_in_one_line(
     change: dict[str, Any], message: str, measured: Calibration, tmp_path: Path
 ) -> None:
     path = tmp_path / "thresholds.json"
@@ -120,7 +120,7 @@ def test_thresholds_follow_the_noise_level(measured: Calibration) -> None:
     assert found.name.endswith("; micro, price 0.1)")
 
 
-def test_a_model_is_told_by_its_configuration(pipe: Any, micro_dc: Path, measured: Calibration) -> None:
+def test_a_model_is_recognised_by_its_configuration(pipe: Any, micro_dc: Path, measured: Calibration) -> None:
     assert measured.fits(pipe) and not measured.fits(load_pipeline(str(micro_dc)))
     signature = dict(measured.signature)
     known = signature["config"]
@@ -154,7 +154,7 @@ def test_a_search_without_a_tau_takes_what_was_measured(pipe: Any, measured: Cal
     ]
 
 
-def test_where_it_is_known_what_becomes_of_trajectories_a_search_begins_anew(
+def test_with_measured_prospects_a_search_begins_another_trajectory(
     pipe: Any, measured: Calibration, tmp_path: Path
 ) -> None:
     rows = ((0.0, 1.0),) * 3

@@ -54,7 +54,7 @@ def in_full(node: Node, denoiser: ToyDenoiser) -> bool:
 
 
 @pytest.mark.parametrize("policy", STEP_POLICIES, ids=lambda policy: policy.name)
-def test_what_is_gone_on_with_is_evaluated_in_full(policy: Policy) -> None:
+def test_what_the_search_continues_with_is_evaluated_in_full(policy: Policy) -> None:
     ends, chains, denoiser = run_policy(policy, max_nfe=90, explore=CHEAP)
     explored = sum(visit.effort == "exploring" for chain in chains for visit in chain.trace)
     assert explored == sum(denoiser.cheap) > 0 and denoiser.effort == {}
@@ -142,7 +142,7 @@ def test_a_single_candidate_is_not_evaluated_twice() -> None:
     assert not denoiser.cheap and end.last and len(chain.trace) == 4  # all starts are ends
 
 
-def test_of_whole_pictures_the_best_draft_is_drawn_anew() -> None:
+def test_of_whole_pictures_the_best_draft_is_drawn_again() -> None:
     scores = [0.1, 0.9, 0.3, 0.2, 0.5]
     (end,), (chain,), denoiser = run_policy(BestOfN(n=4, wave=3), verifier=Script(scores), explore=CHEAP)
     assert chain.pool.nfe == 5 * 4 and sum(denoiser.cheap) == 4 * 4
@@ -179,7 +179,7 @@ def test_the_best_of_all_previews_is_returned_in_full_however_the_budget_ends() 
         assert end.number == len(chain.trace) - 1  # evaluated anew once more, and scored
 
 
-def test_the_quota_of_rbf_leaves_what_the_evaluations_anew_take() -> None:
+def test_the_quota_of_rbf_leaves_what_repeated_evaluations_take() -> None:
     times = [1 - i / 12 for i in range(12)]
     falling = [-float(i) for i in range(100)]
     for budget in range(25, 60):

@@ -164,7 +164,7 @@ def test_looks_are_taken_where_they_save_most() -> None:
     assert found.at([0, 0, 2, 2, 5]).looks == ((2,),) * 4
 
 
-def test_whole_trajectories_are_explored_and_the_good_one_is_drawn_anew() -> None:
+def test_whole_trajectories_are_explored_and_the_good_one_is_drawn_again() -> None:
     """Two explored trajectories of four evaluations, then the second one again in full: the same start and noise."""
     scores = Script([0.9, 0.9, 0.9, 0.2, 0.9, 0.9, 0.9, 0.8, 0.7])
     (end,), (chain,), denoiser = run_policy(restarting(), verifier=scores, max_nfe=40, explore={"bias": 0.3})
