@@ -58,7 +58,11 @@ def test_another_name_is_refused_in_one_line(asked: str, capsys: pytest.CaptureF
 def commands() -> dict[str, tuple[str, list[str]]]:
     """The page's command of each family: the Hub id, and the words after `fastgen`."""
     families = {hub: family for family, hubs in HUB.items() for hub in hubs}
-    found = re.findall(r'^fastgen generate "([^"]+)" --model (\S+)(.*) -o \S+$', DOCUMENT.read_text(), re.MULTILINE)
+    found = re.findall(
+        r'^fastgen generate "([^"]+)" --model (\S+)(.*) -o \S+$',
+        DOCUMENT.read_text().replace("\\\n", " "),
+        re.MULTILINE,
+    )
     return {families[hub]: (hub, ["generate", prompt, *shlex.split(rest)]) for prompt, hub, rest in found}
 
 
