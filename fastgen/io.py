@@ -179,7 +179,7 @@ def read_limited(path: _PathLike, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes, label: object) -> Any:
-    """Parse JSON that nobody vouches for.
+    """Parse JSON from outside.
 
     Args:
         text: bytes are UTF-8.

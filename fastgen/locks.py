@@ -163,7 +163,7 @@ def _holder(descriptor: int) -> str:
 
 
 def _release(folder: Path, descriptor: int) -> None:
-    """Give the lock back, and remove its file when nobody else holds a part of it."""
+    """Give the lock back, and remove its file when no other process holds a part of it."""
     with contextlib.suppress(OSError):
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / _FILE).unlink(missing_ok=True)

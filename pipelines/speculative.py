@@ -193,8 +193,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
-            quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes 0.5, or start values that
-                nobody calibrated where there is no calibration.
+            quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes 0.5, or default
+                settings where there is no calibration.
             negative_prompt: not possible; the row without a prompt is the prompt blanked out, as in training.
             generator: one per image, or a single one; see `JanusImagePipeline`.
             batch_invariant: images are drawn one after the other, so that not even rounding depends on the batch;

@@ -139,7 +139,7 @@ def check_distinct(prompts: Sequence[Metadata], places: Sequence[object]) -> Non
     first: dict[tuple[str, str], object] = {}
     for item, place in zip(prompts, places, strict=True):
         if (before := first.setdefault((item.tag, item.prompt), place)) is not place:
-            raise FastgenError(f"{place}: {item.prompt!r} stands in {before} already; a task needs each prompt once")
+            raise FastgenError(f"{place}: {item.prompt!r} is already in {before}; a task needs each prompt once")
 
 
 def format_metadata(items: Iterable[Metadata]) -> bytes:

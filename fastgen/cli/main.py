@@ -159,7 +159,7 @@ def _raised_on_purpose(error: BaseException) -> bool:
 def _fail(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("FASTGEN_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    # Messages of other libraries run over several lines; ours is one, also where a value is endless.
+    # Messages of other libraries run over several lines; ours is one, also where a value is very long.
     line = " ".join(message.split()) or type(error).__name__
     typer.echo(f"error: {line if len(line) <= _LONGEST else line[:_LONGEST] + '…'}", err=True)
     return code

@@ -251,7 +251,7 @@ class ElasticModelMixin(HeldChunksMixin):
         grid = self.scaffold.grid_of(latents)
         check_budget(tail_drop, token_budget, len(latents), grid[0] * grid[1])
         if torch.compiler.is_compiling() and token_budget is not None and self._hold is None:
-            # All is known beforehand: one graph, which tells nobody.
+            # All is known beforehand: one graph, which reports nothing.
             return self.scaffold.chunk(latents, conditioning, None, token_budget, None, **given)
         held = self.held_chunks(len(latents), grid)
         chunked = self.scaffold.chunk(latents, conditioning, tail_drop, token_budget, held, **given)

@@ -192,7 +192,7 @@ def build_recipe(
             f"recipe {name} needs --part FOLDER/{entry.part}, written by `fastgen train {entry.needs} -o FOLDER`"
         )
     if part is not None and not entry.needs:
-        raise FastgenError(f"recipe {name} stands alone and takes no trained part")
+        raise FastgenError(f"recipe {name} takes no trained part")
     if init is not None and not entry.continues:
         raise FastgenError(f"recipe {name} does not take --init; the same command goes on from its checkpoint")
     if part is not None and str(part) in EMBEDDED_MODELS:

@@ -184,7 +184,7 @@ def measure(
 
     Args:
         rows: of each trajectory its "times", its "scores" [N][K], its "tag", and whether it is "correct" (None:
-            nobody judged).
+            not judged).
     """
     scores = np.array([row["scores"] for row in rows], dtype=np.float64)
     final, judged = scores[:, -1, 0], rows[0]["correct"] is not None

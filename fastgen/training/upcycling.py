@@ -177,7 +177,7 @@ def graft_losses(prediction: Tensor, output: DCTransformerOutput, taught: Activa
         "prediction", "embedded" and "final".
     """
     if output.chunks is None or output.encoded is None or output.decoded is None:
-        raise ValueError("output: needs the chunks, asked for with output_chunks=True")
+        raise ValueError("output: needs the chunks; call the model with output_chunks=True")
     grid = output.chunks.grid
     embedded, final = (_spread(tokens, grid) for tokens in (taught.embedded, taught.final))
     kept = output.chunks.mask

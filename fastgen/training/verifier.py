@@ -115,7 +115,7 @@ class VerifierRecipe:
         return _Supervised(ShapesVerifier(vocabulary()).to(memory_format=torch.channels_last))
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: nobody knows), and at
+        """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: unknown), and at
         each place the shape [n, places] (0: none, -2: not asked) and the colour; see `_named` for the rest."""
         seed = int(torch.randint(2**62, (), generator=generator))
         rng, chance = np.random.default_rng(seed), random.Random(seed)

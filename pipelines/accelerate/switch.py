@@ -132,5 +132,5 @@ def _wanted(pipe: Any, plan: Any) -> Plan:
         raise FastgenError(f"plan: is of a {plan.pipeline}, and this is a {name}")
     twice = [part.name for i, part in enumerate(plan.parts) if part.name in {p.name for p in plan.parts[:i]}]
     if twice:
-        raise FastgenError(f"plan: {twice[0]} stands in it twice")
+        raise FastgenError(f"plan: {twice[0]} is in it twice")
     return plan

@@ -73,11 +73,11 @@ class Calibration:
         branches: candidates of a transition that were tried to measure them.
         wanted: "correct": that a checker finds the final picture right; "score": its score.
         fixed: the smallest threshold above which at least 90 % of final pictures are correct; None: there is none, or
-            nobody judged.
+            pictures were not judged.
         quantiles: of the scores at each time, by q.
         report: what else was measured.
         about: what it was made with.
-        prospects: what became of previews of which scores; None: nobody judged.
+        prospects: what became of previews of which scores; None: not judged.
 
     Raises:
         ValueError: lengths or numbers that do not fit.

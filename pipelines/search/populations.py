@@ -149,7 +149,7 @@ class MonteCarlo(Policy):
         return score if before == -math.inf else score - before
 
     def _log_weights(self, gains: list[float], before: Tensor | None = None) -> Tensor:
-        """Times the temperature, and so that the largest is 0; all alike where nobody has a score."""
+        """Times the temperature, and so that the largest is 0; all alike where there is no score."""
         # Divided last, so that a tiny temperature leaves 0 and -inf, not a difference of infinities.
         raw = torch.tensor(gains, dtype=torch.float64)
         raw = raw if before is None else before + raw

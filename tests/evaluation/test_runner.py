@@ -423,7 +423,7 @@ ALIEN = Metadata.from_dict({"tag": "x", "include": [{"class": "zebra", "count": 
     [
         (None, b"", "cannot read the metadata"),
         (GOOD + "\n" + PROMPTS[1].to_json(), b"", "exactly one line"),
-        (GOOD + "\n" + GOOD, b"", "stands in .*metadata.jsonl:1 already"),
+        (GOOD + "\n" + GOOD, b"", "is already in .*metadata.jsonl:1"),
         ("{", b"", "not valid JSON"),
         (GOOD, None, "no image"),
         (ALIEN, b"", "unknown class 'zebra'"),

@@ -125,7 +125,7 @@ def test_compiled_blocks_draw_the_same_and_are_plain_again(name: str) -> None:
         ({"plan": "nothing.json"}, "there is no file 'nothing.json'"),
         ({"plan": [5]}, "needs a Plan"),
         ({"plan": 5}, "needs a Plan"),
-        ({"plan": [FewerSteps(), FewerSteps(share=0.2)]}, "fewer_steps stands in it twice"),
+        ({"plan": [FewerSteps(), FewerSteps(share=0.2)]}, "fewer_steps is in it twice"),
         ({"plan": [FewerSteps(), Kernels()]}, "kernels cannot be used .*: Triton kernels need a GPU"),
         ({"plan": fastgen.Plan("SanaPipeline", ())}, "is of a SanaPipeline, and this is a FluxPipeline"),
     ],
