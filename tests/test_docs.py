@@ -163,6 +163,9 @@ def test_scripts_that_are_commands_alone(script: str, words: list[list[str]] | N
 def test_every_block_says_what_it_is() -> None:
     for block in ALL:
         assert block.language in RUNNABLE | SHOWN, f"{block.page.name}:{block.line}: {block.language!r}"
+        code = re.search(r"^(?:import|from|pip|python|fastgen)\b.*", block.text, re.MULTILINE)
+        if block.language in SHOWN:  # code that is only shown would not be run
+            assert not code, f"{block.page.name}:{block.line}: {block.language!r} holds {code and code[0]!r}"
         for mark in block.marks:
             assert re.fullmatch(r"skip: \S.*|tests|main-job", mark), f"{block.page.name}: {mark!r}"
 
