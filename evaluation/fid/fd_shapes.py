@@ -27,8 +27,8 @@ from fastgen.evaluation.fid.protocols import count_name
 from fastgen.evaluation.fid.readers import CallbackSource, ImageSource
 from fastgen.evaluation.fid.reference import Reference, load_reference
 from fastgen.evaluation.fid.statistics import Gaussian, Moments
+from fastgen.evaluation.geneval.detections import check_image
 from fastgen.evaluation.geneval.shapes_checker import ShapesModel, model_batch
-from fastgen.evaluation.geneval.types import check_image
 
 __all__ = ["REFERENCE_IMAGES", "REFERENCE_SEED", "FDResult", "FDShapes", "render_reference"]
 

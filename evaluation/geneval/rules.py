@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Clause, Metadata
-from fastgen.evaluation.geneval.types import Detections
 
 ColorFn = Callable[[Detections, str, Sequence[int]], Sequence[str]]
 """(detections, class name, indices) -> colour name of each index; a ColorClassifier bound to its image."""

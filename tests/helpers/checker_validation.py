@@ -21,9 +21,9 @@ import numpy as np
 from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import ShapesBatch, ShapesWorld
 from fastgen.environment import environment
+from fastgen.evaluation.geneval.detections import Detections, ObjectDetector
 from fastgen.evaluation.geneval.rules import OFFICIAL
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
-from fastgen.evaluation.geneval.types import Detections, ObjectDetector
 from fastgen.evaluation.report import markdown_table, percent, provenance
 from fastgen.evaluation.verifiers.agreement import calibration_error
 from fastgen.io import atomic_write_bytes, atomic_write_json

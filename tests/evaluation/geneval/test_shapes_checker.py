@@ -31,9 +31,9 @@ import fastgen
 from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
 from fastgen.environment import environment
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import ColorClassifier, Detections, ObjectDetector
 from fastgen.evaluation.geneval.rules import evaluate_image
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector, to_model_size
-from fastgen.evaluation.geneval.types import ColorClassifier, Detections, ObjectDetector
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 from fastgen.evaluation.verifiers.agreement import calibration_error
 
