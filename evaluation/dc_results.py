@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance, three
+from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page, three
 
 __all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot"]
 
@@ -20,9 +20,8 @@ def dc_markdown(data: dict[str, Any]) -> str:
     header = ["size", "batch", "variant", "tail drop", "GFLOPs", "s p20", "p50", "p80", "FLOP ratio", "time ratio"]
     settings = data["settings"]
     where = f"{settings['image_size']} pixels, {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}"
-    return f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n" + (
-        markdown_table(header, rows) + "\n" + provenance(data) + "\n"
-    )
+    note = f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n"
+    return table_page(note, header, rows, data)
 
 
 def dc_quality_markdown(data: dict[str, Any]) -> str:
@@ -87,11 +86,8 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
         (lambda row: row["flops"] / 1e9, lambda row: row["seconds"]["p50"]),
         strict=True,
     ):
-        for name, group in series.items():
-            scores, errors = ([100 * (row[key] or 0) for row in group] for key in ("score", "stderr"))
-            panel.errorbar([value(row) for row in group], scores, yerr=errors, marker="o", capsize=2, label=name)
+        plot_scores(panel, series, value)
         panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ShapesWorld-GenEval (%)")
+    panels[1].set_ylabel("")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgen.evaluation.report import markdown_table, provenance
+from fastgen.evaluation.report import table_page
 
 __all__ = ["kernels_markdown"]
 
@@ -35,23 +35,9 @@ def kernels_markdown(data: dict[str, Any]) -> str:
     )
     if "note" in data:
         note += data["note"] + "\n\n"
-    header = [
-        "op",
-        "size",
-        "eager",
-        "compiled",
-        "Triton",
-        "x eager",
-        "x compiled",
-        "GB/s",
-        "roofline",
-        "call eager",
-        "call compiled",
-        "call Triton",
-        "check",
-        "auto",
-    ]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    header = ["op", "size", "eager", "compiled", "Triton", "x eager", "x compiled", "GB/s", "roofline"]
+    header += ["call eager", "call compiled", "call Triton", "check", "auto"]
+    return table_page(note, header, rows, data)
 
 
 def _end_to_end_markdown(data: dict[str, Any]) -> str:
@@ -68,7 +54,7 @@ def _end_to_end_markdown(data: dict[str, Any]) -> str:
     if "note" in data:
         note += data["note"] + "\n\n"
     header = ["model", "eager", "+ kernels", "compiled", "+ kernels", "x eager", "x compiled", "difference (RMS)"]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    return table_page(note, header, rows, data)
 
 
 def _microseconds(timing: dict[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,6 +25,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns after the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def table_page(note: str, header: Sequence[str], rows: Sequence[Sequence[str]], data: dict[str, Any]) -> str:
+    """A note, a table, and where its numbers come from."""
+    return f"{note}{markdown_table(header, rows)}\n{provenance(data)}\n"
 
 
 def plain(text: str) -> str:
@@ -58,6 +63,17 @@ def figure_of(panels: int) -> tuple[Any, list[Any]]:
         raise FastgenError("--plot: needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(4.5 * panels, 3.6), layout="constrained")
     return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def plot_scores(
+    panel: Any, series: dict[str, list[dict[str, Any]]], cost: Callable[[dict[str, Any]], float], **style: Any
+) -> None:
+    """ShapesWorld-GenEval of rows in percent, with its standard error, against their cost; a colour a series."""
+    for name, rows in series.items():
+        scores, errors = ([100 * (row[key] or 0) for row in rows] for key in ("score", "stderr"))
+        panel.errorbar([cost(row) for row in rows], scores, yerr=errors, marker="o", capsize=2, label=name, **style)
+    panel.set_ylabel("ShapesWorld-GenEval (%)")
+    panel.grid(alpha=0.3)
 
 
 _GAP, _LINES = 6, 3

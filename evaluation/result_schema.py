@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.rules import clustered_error
 
 __all__ = ["check_result"]
 
@@ -127,23 +128,13 @@ def _check_prompts(data: dict[str, Any], tasks: dict[str, Any]) -> None:
         _agree(f"tasks.{tag}.n_prompts", task["n_prompts"], len(counts), what)
         _agree(f"tasks.{tag}.n_images", task["n_images"], images, what)
         _agree(f"tasks.{tag}.score", task["score"], sum(k for k, _ in counts) / images, what)
-        error = _clustered_error(counts)
+        error = clustered_error(*zip(*counts, strict=True))
         if (task["stderr"] is None) != (error is None):
             raise FastgenError(f"tasks.{tag}.stderr: needs a number just where there are two prompts or more")
         if error is not None:
             _agree(f"tasks.{tag}.stderr", task["stderr"], error, what)
     whole = [count for counts in by_tag.values() for count in counts]
     _agree("correct_prompts", data["correct_prompts"], _mean(k > 0 for k, _ in whole), "the counts of the prompts")
-
-
-def _clustered_error(counts: list[tuple[int, int]]) -> float | None:
-    """The standard error of `fastgen.evaluation.geneval.rules.summarize` from (correct, images) of every prompt."""
-    if len(counts) < 2:
-        return None
-    images = sum(n for _, n in counts)
-    score = sum(k for k, _ in counts) / images
-    squares = sum((k - score * n) ** 2 for k, n in counts)
-    return math.sqrt(len(counts) / (len(counts) - 1) * squares) / images
 
 
 # --- distances -----------------------------------------------------------------------------------------------------

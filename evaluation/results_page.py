@@ -39,37 +39,6 @@ _MODELS = (
 )
 
 
-def checker_markdown(data: dict[str, Any]) -> str:
-    """The validation of the ShapesWorld checker (`validate_checker`) as a Markdown page."""
-    clean = data["clean"]
-    columns = ["images", "accuracy @0.3", "precision", "recall", "accuracy @0.9", "mean confidence", "ECE"]
-    rows = [["none", *_checker_cells(clean)]]
-    for row in data["rows"]:
-        rows.append([f"{row['perturbation']} {row['level']:g} ({row['unit']})", *_checker_cells(row)])
-    verdict = "reached" if data["passed"] else "MISSED"
-    return (
-        "# ShapesWorld checker\n\n"
-        f"Object-level accuracy on {clean['images']} fresh renders with {clean['objects']} objects "
-        f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
-        f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
-        f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
-        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
-        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
-        "0.9.\n\n"
-        + markdown_table(["perturbation", *columns], rows)
-        + f"\nAll numbers in percent. {data['definitions']}\n"
-        + "\n"
-        + provenance(data)
-        + "\n"
-    )
-
-
-def _checker_cells(row: dict[str, Any]) -> list[str]:
-    low, high = row["0.3"], row["0.9"]
-    shares = (low["accuracy"], low["precision"], low["recall"], high["accuracy"], row["mean_confidence"], row["ece"])
-    return [str(row["images"]), *(percent(share, 2) for share in shares)]
-
-
 def scores_markdown(data: dict[str, Any]) -> str:
     """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
     rows = [

@@ -17,9 +17,9 @@ from fastgen.data.scenes import IMAGE_SIZE
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore, run_chunks
 from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.geneval.detections import ColorClassifier, ObjectDetector
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, check_vocabulary, read_metadata
 from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
-from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
 from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image, image_size, name_skipped
 from fastgen.io import parse_json, read_limited
 

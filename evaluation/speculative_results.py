@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
+from fastgen.evaluation.report import figure_of, percent, plot_scores, table_page
 
 __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
@@ -34,21 +34,8 @@ def speculative_markdown(data: dict[str, Any]) -> str:
                 *(f"{made[size]:.0f}" if size in made else "" for size in sizes),
             ]
         )
-    header = [
-        "variant",
-        "passes",
-        "accepted",
-        "s/picture",
-        "x plain",
-        "x stock",
-        "stolen",
-        "score",
-        "± s.e.",
-        *["against plain"] * compares,
-        "FD-shapes",
-        "verifier",
-        *(f"batch {size}" for size in sizes),
-    ]
+    header = ["variant", "passes", "accepted", "s/picture", "x plain", "x stock", "stolen", "score", "± s.e."]
+    header += ["against plain"] * compares + ["FD-shapes", "verifier", *(f"batch {size}" for size in sizes)]
     note = (
         "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
         "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; "
@@ -56,7 +43,7 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         + "mean score by the embedded verifier"
         + ("; pictures a minute by batch size, not compiled.\n\n" if sizes else ".\n\n")
     )
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    return table_page(note, header, rows, data)
 
 
 def speculative_cost_markdown(data: dict[str, Any]) -> str:
@@ -71,7 +58,7 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
         "counted).\n\n"
     )
     header = ["size", "tokens", "verify", "draft", "rest", "pays from"]
-    return note + markdown_table(header, rows) + "\n" + provenance(data) + "\n"
+    return table_page(note, header, rows, data)
 
 
 def speculative_plot(data: dict[str, Any], path: Path) -> None:
@@ -87,12 +74,7 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["rule"] or "plain loop", []).append(row)
-    for name, group in series.items():
-        scores, errors = ([100 * row[key] for row in group] for key in ("score", "stderr"))
-        speed = [row["speedup_vs_fastest_plain"] for row in group]
-        panel.errorbar(speed, scores, yerr=errors, marker="o", linestyle="none", capsize=2, label=name)
+    plot_scores(panel, series, lambda row: row["speedup_vs_fastest_plain"], linestyle="none")
     panel.set_xlabel("speed-up against the plain loop")
-    panel.set_ylabel("ShapesWorld-GenEval (%)")
-    panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -24,8 +24,8 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
 from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.benchmarks.router_statistics import router_statistics
 from fastgen.evaluation.geneval.shapes_checker import load_detector
-from fastgen.evaluation.router_statistics import router_statistics
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint

@@ -7,7 +7,6 @@ Before anything is timed, every lossless variant has to draw the plain loop's ve
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastgen.accounting import wait_for
 from fastgen.checks import check_integer
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
@@ -34,7 +32,7 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
 from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles, result_of, seconds_of
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, seconds_of, take_turns
 from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
@@ -390,20 +388,18 @@ def _timed(
             calls[f"plain loop, {kind}, compiled"] = partial(ours, kind, None, True)
     calls |= {f"stock generate, {kind}": partial(stock, pipe) for kind, pipe in pipes.items()}
     calls |= {variant.name: partial(ours, dtype, variant, compile) for variant in variants}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    made: dict[str, list[Decoded]] = {variant.name: [] for variant in variants}
-    for run in range(runs + 1):
-        for seed, prompt in enumerate(prompts):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                result = call(prompt, seed)
-                wait_for(targets[dtype].device)
-                elapsed = time.perf_counter() - start
-                if run:
-                    seconds[name].append(elapsed)
-                elif name in made:
-                    made[name].append(result)
-    times = {name: percentiles(values) for name, values in seconds.items()}
+    results: dict[tuple[int, str], Any] = {}
+
+    def kept(seed: int, prompt: str, name: str) -> None:
+        results[seed, name] = calls[name](prompt, seed)
+
+    turns = take_turns(
+        {(seed, name): partial(kept, seed, prompt, name) for seed, prompt in enumerate(prompts) for name in calls},
+        runs,
+        device=targets[dtype].device,
+    )
+    times = {name: percentiles([each for key in turns if key[1] == name for each in turns[key]]) for name in calls}
+    made = {variant.name: [results[seed, variant.name] for seed in range(len(prompts))] for variant in variants}
     rows = [_row(name, times) for name in calls if name not in made]
     return rows + [_row(variant.name, times) | _decoded(variant, made[variant.name]) for variant in variants]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from fastgen.evaluation.fid.protocols import count_name
 from fastgen.evaluation.fid.readers import CallbackSource, ImageSource
 from fastgen.evaluation.fid.reference import Reference, load_reference
 from fastgen.evaluation.fid.statistics import Gaussian, Moments
-from fastgen.evaluation.geneval.shapes_checker import ShapesModel, model_batch
-from fastgen.evaluation.geneval.types import check_image
+from fastgen.evaluation.geneval.shapes_checker import ShapesModel
 
 __all__ = ["REFERENCE_IMAGES", "REFERENCE_SEED", "FDResult", "FDShapes", "render_reference"]
 
@@ -139,21 +138,6 @@ class FDShapes:
         """
         check_size("FD-shapes", n, self.dims, allow_small)
 
-    def __call__(self, images: Iterable[np.ndarray], *, allow_small: bool = False) -> FDResult:
-        """Distance of `images` (uint8 [H, W, 3] each, sizes may differ; consumed once, in batches).
-
-        Raises:
-            FastgenError: too few images, see `check_size`.
-            ValueError: an image is not uint8 RGB, or a feature is not finite.
-        """
-        if isinstance(images, Sequence):
-            self.check_size(len(images), allow_small)  # before any work
-        moments = Moments(self.dims)
-        for batch in _batches(images):
-            moments.update(self.extractor(batch)["pool"])
-        self.check_size(moments.count, allow_small)
-        return self._result(moments, Group())
-
     def measure(
         self,
         images: ImageSource,
@@ -203,15 +187,3 @@ class FDShapes:
             )
             self._gaussian = found.gaussians["pool"]
         return self._gaussian
-
-
-def _batches(images: Iterable[np.ndarray]) -> Iterable[torch.Tensor]:
-    """uint8 [b, 64, 64, 3] batches of `images`."""
-    waiting: list[np.ndarray] = []
-    for index, image in enumerate(images):
-        waiting.append(check_image(image, f"images[{index}]"))
-        if len(waiting) == _BATCH:
-            yield model_batch(waiting)
-            waiting = []
-    if waiting:
-        yield model_batch(waiting)

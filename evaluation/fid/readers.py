@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.types import check_image
+from fastgen.evaluation.geneval.detections import check_image
 from fastgen.evaluation.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image, name_skipped
 from fastgen.evaluation.samples import prompt_folders, sample_files
 from fastgen.io import parse_json, read_limited

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.prompts import COLORS
-from fastgen.evaluation.geneval.types import Detections
 from fastgen.pretrained import open_clip_folder
 
 ARCHITECTURE, TAG = "ViT-L-14", "openai"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,78 +32,67 @@ _SWIN = "model.pixel_level_module.encoder."
 _PIXEL = "model.pixel_level_module.decoder."
 _DECODER = "model.transformer_module."
 
-# Patterns of mmdet -> name in a published checkpoint of transformers; {n} is the n-th group. The ending, weight or
-# bias, stays. Fused and reordered tensors follow below.
-_NAMES: tuple[tuple[str, str], ...] = (
-    (r"backbone\.patch_embed\.projection", _SWIN + "embeddings.patch_embeddings.projection"),
-    (r"backbone\.patch_embed\.norm", _SWIN + "embeddings.norm"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", _SWIN + "encoder.layers.{0}.blocks.{1}.layernorm_before"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", _SWIN + "encoder.layers.{0}.blocks.{1}.layernorm_after"),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj",
-        _SWIN + "encoder.layers.{0}.blocks.{1}.attention.output.dense",
-    ),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0",
-        _SWIN + "encoder.layers.{0}.blocks.{1}.intermediate.dense",
-    ),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", _SWIN + "encoder.layers.{0}.blocks.{1}.output.dense"),
-    (r"backbone\.norm(\d+)", _SWIN + "hidden_states_norms.stage{0+1}"),
-    (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv", _PIXEL + "input_projections.{0}.0"),
-    (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn", _PIXEL + "input_projections.{0}.1"),
-    (
-        r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.attentions\.0\."
-        r"(sampling_offsets|attention_weights|value_proj|output_proj)",
-        _PIXEL + "encoder.layers.{0}.self_attn.{1}",
-    ),
-    (
-        r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0",
-        _PIXEL + "encoder.layers.{0}.fc1",
-    ),
-    (r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.1", _PIXEL + "encoder.layers.{0}.fc2"),
-    (
-        r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.0",
-        _PIXEL + "encoder.layers.{0}.self_attn_layer_norm",
-    ),
-    (
-        r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.1",
-        _PIXEL + "encoder.layers.{0}.final_layer_norm",
-    ),
-    # One level lies above the encoder: transformers numbers it from 1.
-    (r"panoptic_head\.pixel_decoder\.lateral_convs\.(\d+)\.conv", _PIXEL + "adapter_{0+1}.0"),
-    (r"panoptic_head\.pixel_decoder\.lateral_convs\.(\d+)\.gn", _PIXEL + "adapter_{0+1}.1"),
-    (r"panoptic_head\.pixel_decoder\.output_convs\.(\d+)\.conv", _PIXEL + "layer_{0+1}.0"),
-    (r"panoptic_head\.pixel_decoder\.output_convs\.(\d+)\.gn", _PIXEL + "layer_{0+1}.1"),
-    (r"panoptic_head\.pixel_decoder\.mask_feature", _PIXEL + "mask_projection"),
-    (
-        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.0\.attn\.out_proj",
-        _DECODER + "decoder.layers.{0}.cross_attn.out_proj",
-    ),
-    (
-        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.out_proj",
-        _DECODER + "decoder.layers.{0}.self_attn.out_proj",
-    ),
-    (r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0", _DECODER + "decoder.layers.{0}.fc1"),
-    (r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.1", _DECODER + "decoder.layers.{0}.fc2"),
-    (
-        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.0",
-        _DECODER + "decoder.layers.{0}.cross_attn_layer_norm",
-    ),
-    (
-        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.1",
-        _DECODER + "decoder.layers.{0}.self_attn_layer_norm",
-    ),
-    (
-        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.2",
-        _DECODER + "decoder.layers.{0}.final_layer_norm",
-    ),
-    (r"panoptic_head\.transformer_decoder\.post_norm", _DECODER + "decoder.layernorm"),
-    (r"panoptic_head\.query_embed", _DECODER + "queries_embedder"),
-    (r"panoptic_head\.query_feat", _DECODER + "queries_features"),
-    (r"panoptic_head\.level_embed", _DECODER + "level_embed"),
-    (r"panoptic_head\.cls_embed", "class_predictor"),
-    (r"panoptic_head\.mask_embed\.(\d+)", _DECODER + "decoder.mask_predictor.mask_embedder.{0/2}.0"),
-)
+# Names of modules in mmdet, and in a published checkpoint of transformers. A name that ends in a point begins those of
+# the lines below it. "*" is a number, which "{n}" repeats; the ending, weight or bias, stays. One level lies above the
+# pixel decoder's encoder: transformers numbers it from 1. Fused and reordered tensors follow in `_convert`.
+_TABLE = f"""
+panoptic_head.cls_embed class_predictor
+backbone. {_SWIN}
+    patch_embed.projection embeddings.patch_embeddings.projection
+    patch_embed.norm embeddings.norm
+    norm* hidden_states_norms.stage{{0+1}}
+backbone.stages.*.blocks.*. {_SWIN}encoder.layers.{{0}}.blocks.{{1}}.
+    norm1 layernorm_before
+    norm2 layernorm_after
+    attn.w_msa.proj attention.output.dense
+    ffn.layers.0.0 intermediate.dense
+    ffn.layers.1 output.dense
+panoptic_head.pixel_decoder. {_PIXEL}
+    input_convs.*.conv input_projections.{{0}}.0
+    input_convs.*.gn input_projections.{{0}}.1
+    lateral_convs.*.conv adapter_{{0+1}}.0
+    lateral_convs.*.gn adapter_{{0+1}}.1
+    output_convs.*.conv layer_{{0+1}}.0
+    output_convs.*.gn layer_{{0+1}}.1
+    mask_feature mask_projection
+panoptic_head.pixel_decoder.encoder.layers.*. {_PIXEL}encoder.layers.{{0}}.
+    attentions.0.sampling_offsets self_attn.sampling_offsets
+    attentions.0.attention_weights self_attn.attention_weights
+    attentions.0.value_proj self_attn.value_proj
+    attentions.0.output_proj self_attn.output_proj
+    ffns.0.layers.0.0 fc1
+    ffns.0.layers.1 fc2
+    norms.0 self_attn_layer_norm
+    norms.1 final_layer_norm
+panoptic_head.transformer_decoder.layers.*. {_DECODER}decoder.layers.{{0}}.
+    attentions.0.attn.out_proj cross_attn.out_proj
+    attentions.1.attn.out_proj self_attn.out_proj
+    ffns.0.layers.0.0 fc1
+    ffns.0.layers.1 fc2
+    norms.0 cross_attn_layer_norm
+    norms.1 self_attn_layer_norm
+    norms.2 final_layer_norm
+panoptic_head. {_DECODER}
+    transformer_decoder.post_norm decoder.layernorm
+    query_embed queries_embedder
+    query_feat queries_features
+    level_embed level_embed
+    mask_embed.* decoder.mask_predictor.mask_embedder.{{0/2}}.0
+"""
+
+
+def _patterns() -> Iterator[tuple[str, str]]:
+    """Pattern of a module of mmdet, and its name in transformers."""
+    home, ours = "", ""
+    for line in _TABLE.strip().splitlines():
+        name, target = line.split()
+        if name.endswith("."):
+            home, ours = name, target
+        else:
+            yield re.escape(home + name).replace(r"\*", r"(\d+)"), ours + target
+
+
+_NAMES = tuple(_patterns())
 _WINDOW = r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\."
 _ATTENTION = _SWIN + "encoder.layers.{0}.blocks.{1}.attention.self."
 _MERGE = r"backbone\.stages\.(\d+)\.downsample\."

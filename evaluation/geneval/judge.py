@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import OFFICIAL, RuleSettings, evaluate_image
-from fastgen.evaluation.geneval.types import Detections
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import Detections, check_image
 from fastgen.evaluation.geneval.opencv_resize import resize_linear
 from fastgen.evaluation.geneval.prompts import CLASSES
-from fastgen.evaluation.geneval.types import Detections, check_image
 from fastgen.evaluation.geneval.verdict_files import DETECTORS
 from fastgen.pretrained import load_pretrained
 

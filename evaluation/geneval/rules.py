@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Clause, Metadata
-from fastgen.evaluation.geneval.types import Detections
 
 ColorFn = Callable[[Detections, str, Sequence[int]], Sequence[str]]
 """(detections, class name, indices) -> colour name of each index; a ColorClassifier bound to its image."""
@@ -279,19 +279,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready dict."""
-        tasks = {
-            tag: {"score": t.score, "stderr": t.stderr, "n_images": t.n_images, "n_prompts": t.n_prompts}
-            for tag, t in self.tasks.items()
-        }
-        return {
-            "tasks": tasks,
-            "overall": self.overall,
-            "overall_stderr": self.overall_stderr,
-            "correct_images": self.correct_images,
-            "correct_prompts": self.correct_prompts,
-            "n_images": self.n_images,
-            "n_prompts": self.n_prompts,
-        }
+        return asdict(self)
 
 
 def summarize(results: Sequence[ImageResult]) -> Summary:
@@ -334,12 +322,15 @@ def summarize(results: Sequence[ImageResult]) -> Summary:
     )
 
 
+def clustered_error(correct: Sequence[int], images: Sequence[int]) -> float | None:
+    """The standard error of `summarize` from every prompt's correct images and images; None for fewer than two."""
+    if len(images) < 2:
+        return None
+    hits, sizes = np.array(correct, dtype=np.float64), np.array(images, dtype=np.float64)
+    n, total = len(sizes), sizes.sum()
+    return float(np.sqrt(n / (n - 1) * ((hits - hits.sum() / total * sizes) ** 2).sum()) / total)
+
+
 def _task_score(groups: Sequence[Sequence[bool]]) -> TaskScore:
-    sizes = np.array([len(group) for group in groups], dtype=np.float64)
-    hits = np.array([sum(group) for group in groups], dtype=np.float64)
-    n, total = len(groups), sizes.sum()
-    score = float(hits.sum() / total)
-    stderr = None
-    if n >= 2:
-        stderr = float(np.sqrt(n / (n - 1) * ((hits - score * sizes) ** 2).sum()) / total)
-    return TaskScore(score=score, stderr=stderr, n_images=int(total), n_prompts=n)
+    hits, sizes = [sum(group) for group in groups], [len(group) for group in groups]
+    return TaskScore(sum(hits) / sum(sizes), clustered_error(hits, sizes), sum(sizes), len(groups))

@@ -14,10 +14,10 @@ from fastgen.environment import environment
 from fastgen.errors import FastgenError
 from fastgen.evaluation.chunks import ChunkStore
 from fastgen.evaluation.distributed import Group, OnProgress
+from fastgen.evaluation.geneval.detections import ColorClassifier, ObjectDetector
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.prompts import IMAGES_PER_PROMPT, official_prompts
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
-from fastgen.evaluation.geneval.types import ColorClassifier, ObjectDetector
 from fastgen.evaluation.geneval.verdict_files import prompt_table
 from fastgen.evaluation.images import check_image_file
 from fastgen.evaluation.samples import Sample, judge_samples, read_samples, size_name, verdict_store

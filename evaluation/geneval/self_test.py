@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.types import ObjectDetector
+from fastgen.evaluation.geneval.detections import ObjectDetector
 from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image
 from fastgen.io import read_limited
 

@@ -16,7 +16,7 @@ import torch
 
 from fastgen.data.shapes import COLORS, IMAGE_SIZE, SHAPES
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.types import Detections, check_image
+from fastgen.evaluation.geneval.detections import Detections, check_image
 from fastgen.pretrained import load_pretrained
 
 

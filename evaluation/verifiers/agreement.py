@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from fastgen.evaluation.geneval.validation import calibration_error
-
-__all__ = ["agreement", "auroc"]
+__all__ = ["agreement", "auroc", "calibration_error"]
 
 BINS = 10
 
@@ -32,6 +30,17 @@ def auroc(scores: np.ndarray, correct: np.ndarray) -> float | None:
         return None
     ranks = rankdata(scores)
     return float((ranks[correct].sum() - right * (right + 1) / 2) / (right * wrong))
+
+
+def calibration_error(scored: Sequence[tuple[float, bool]], bins: int = 15) -> float | None:
+    """Expected calibration error of (score, correct) pairs; None without any."""
+    if not scored:
+        return None
+    scores, correct = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    sizes = np.bincount(place, minlength=bins)
+    gaps = np.bincount(place, correct - scores, minlength=bins)  # size * (share correct - mean score)
+    return float(np.abs(gaps).sum() / sizes.sum())
 
 
 def agreement(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastgen.cli.publish import check_files, publish
+from fastgen.cli.publish import DeviceOption, JsonOption, OutOption, check_files, publish
 
 __all__ = ["kernels"]
 
@@ -19,7 +18,7 @@ def kernels(
         list[str] | None,
         typer.Option(help="Only this operation (with --end-to-end: models whose names begin so); repeat for several."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    device: DeviceOption = "cpu",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
@@ -27,8 +26,8 @@ def kernels(
     seconds: Annotated[
         float, typer.Option(help="After this many, references are no longer compiled and no other model is begun.")
     ] = 110.0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Fused kernels against their references, eager and compiled, and against the memory's speed."""
     from fastgen.cli.eval_run import check_device

@@ -10,7 +10,6 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress
-from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -92,15 +91,8 @@ def fid(
         str | None,
         typer.Option("--model", help="Draw the images first: tiny, a folder, a Hub id, or renders (ShapesWorld)."),
     ] = None,
-    variant: VariantOption = None,
-    images_per_prompt: options.ImagesPerPrompt = 4,
-    method: options.Method = None,
-    drafter: options.Drafter = None,
-    plan: options.PlanFile = None,
     draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
-    batch_invariant: options.BatchInvariant = False,
     limit: options.Limit = None,
-    dtype: options.Dtype = "auto",
     run: Annotated[
         Path | None, typer.Option("--run", help="Folder of the drawn images; a killed run continues there.")
     ] = None,

@@ -11,7 +11,6 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
-from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -54,18 +53,11 @@ def geneval(
         Path | None,
         typer.Option("--self-test-photos", help="Folder of photographs named after what they show, e.g. cat.jpg."),
     ] = None,
-    variant: VariantOption = None,
-    images_per_prompt: options.ImagesPerPrompt = 4,
-    method: options.Method = None,
-    drafter: options.Drafter = None,
-    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 4,
-    batch_invariant: options.BatchInvariant = False,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
     device: options.Device = "cpu",
-    dtype: options.Dtype = "auto",
     as_json: options.Json = False,
     **_: Any,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import typer
 
 from fastgen.checks import check_integer, check_number
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
+from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model, read_plan
 from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, ChunkingSettings, DrawSettings, SearchSettings, SpeculativeSettings
@@ -72,8 +73,29 @@ _METHODS = (DrawSettings, ChunkingSettings, SpeculativeSettings)
 #: Settings of a run that `generate_images` takes.
 _DRAWING = tuple(name for method in _METHODS for name in method.rules() if name not in _WITHOUT)
 
-#: Gives a command the options of all methods that a run can have.
-drawing_options = with_options(*_METHODS, SearchSettings, without=_WITHOUT)
+#: Options of every command that draws, besides those of the methods: annotation and default.
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "variant": (VariantOption, None),
+    "images_per_prompt": (ImagesPerPrompt, 4),
+    "method": (Method, None),
+    "drafter": (Drafter, None),
+    "plan": (PlanFile, None),
+    "batch_invariant": (BatchInvariant, False),
+    "dtype": (Dtype, "auto"),
+}
+
+
+def drawing_options(command: Any) -> Any:
+    """Give a command that draws the options of all methods that a run can have, and the common ones."""
+    described = with_options(*_METHODS, SearchSettings, without=_WITHOUT)(command)
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in _COMMON.items()
+    ]
+    every = [*described.__signature__.parameters.values(), *common]
+    described.__signature__ = inspect.Signature(every)
+    described.__annotations__ = {each.name: each.annotation for each in every}
+    return described
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
-from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 
@@ -24,13 +23,7 @@ def shapes(
         ),
     ] = None,
     images: options.Images = None,
-    variant: VariantOption = None,
-    images_per_prompt: options.ImagesPerPrompt = 4,
-    method: options.Method = None,
-    drafter: options.Drafter = None,
-    plan: options.PlanFile = None,
     batch_size: options.BatchSize = 32,
-    batch_invariant: options.BatchInvariant = False,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
@@ -42,7 +35,6 @@ def shapes(
         bool, typer.Option("--allow-small", help="FD-shapes even of fewer than 256 images (biased).")
     ] = False,
     device: options.Device = "cpu",
-    dtype: options.Dtype = "auto",
     as_json: options.Json = False,
     **_: Any,
 ) -> None:

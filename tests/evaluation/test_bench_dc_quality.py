@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastgen.cli.main import run
 from fastgen.evaluation.benchmarks import dc_quality
 from fastgen.evaluation.benchmarks.peers import first_block_cache, merge_groups, token_merging
-from fastgen.evaluation.router_statistics import SIGMAS
+from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from diffusers import ZImagePipeline
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
-from fastgen.evaluation.router_statistics import SIGMAS, cell_kinds, router_statistics
+from fastgen.evaluation.benchmarks.router_statistics import SIGMAS, cell_kinds, router_statistics
 
 
 def test_kinds_of_cells_equal_a_walk_over_them() -> None:

@@ -12,8 +12,8 @@ from tiny_open_clip import save_open_clip
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.geneval.colors import BACKGROUND, ClipColors, cut_out, require_quick_gelu
+from fastgen.evaluation.geneval.detections import ColorClassifier, Detections
 from fastgen.evaluation.geneval.prompts import COLORS
-from fastgen.evaluation.geneval.types import ColorClassifier, Detections
 
 pytest.importorskip("torchvision", reason="open_clip's transforms need torchvision")
 

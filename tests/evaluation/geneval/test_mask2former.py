@@ -11,6 +11,7 @@ import torch
 from tiny_mask2former import save, sees, tiny_mask2former
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import ObjectDetector
 from fastgen.evaluation.geneval.mask2former import (
     CONVERTED_FILE,
     Mask2FormerDetector,
@@ -21,7 +22,6 @@ from fastgen.evaluation.geneval.mask2former import (
 )
 from fastgen.evaluation.geneval.opencv_resize import resize_linear
 from fastgen.evaluation.geneval.prompts import CLASSES
-from fastgen.evaluation.geneval.types import ObjectDetector
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import (
     ImageResult,
@@ -15,7 +16,6 @@ from fastgen.evaluation.geneval.rules import (
     relations,
     summarize,
 )
-from fastgen.evaluation.geneval.types import Detections
 
 PALETTE = ("red", "green", "blue")
 

@@ -7,9 +7,9 @@ from geneval_oracle import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.rules import RuleSettings, evaluate_image, relations
-from fastgen.evaluation.geneval.types import Detections
 
 CLASSES, COLORS = ("star", "ring", "heart"), ("red", "green", "blue")
 TAGS = ("single_object", "counting", "colors", "position")

@@ -13,11 +13,11 @@ from tiny_mask2former import sees
 
 import fastgen.evaluation.geneval.mask2former as mask2former
 from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.mask2former import Mask2FormerDetector
 from fastgen.evaluation.geneval.prompts import CLASSES
 from fastgen.evaluation.geneval.self_test import Photo, folder_photos, rendered_photos, scikit_photos, self_test
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.geneval.types import Detections
 
 
 @pytest.fixture

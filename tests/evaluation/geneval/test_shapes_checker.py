@@ -8,22 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_fakes import FakeModel, KnowingModel
-from safetensors.torch import save_file
-
-import fastgen
-from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
-from fastgen.environment import environment
-from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.rules import evaluate_image
-from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector, to_model_size
-from fastgen.evaluation.geneval.types import ColorClassifier, Detections, ObjectDetector
-from fastgen.evaluation.geneval.validation import (
+from checker_validation import (
     VALIDATION_SEED,
     TrueObject,
     blur,
     box_iou,
-    calibration_error,
+    checker_markdown,
     distractor_detections,
     gain,
     hue,
@@ -34,8 +24,18 @@ from fastgen.evaluation.geneval.validation import (
     validate_checker,
     write_validation,
 )
-from fastgen.evaluation.results_page import checker_markdown
+from evaluation_fakes import FakeModel, KnowingModel
+from safetensors.torch import save_file
+
+import fastgen
+from fastgen.data.shapes import COLORS, SHAPES, ShapesWorld
+from fastgen.environment import environment
+from fastgen.errors import FastgenError
+from fastgen.evaluation.geneval.detections import ColorClassifier, Detections, ObjectDetector
+from fastgen.evaluation.geneval.rules import evaluate_image
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector, to_model_size
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
+from fastgen.evaluation.verifiers.agreement import calibration_error
 
 
 class OneStar(FakeModel):
@@ -335,7 +335,7 @@ def test_validation_refuses_bad_sizes(n: int, few: int | None) -> None:
 def test_the_validation_writes_json_and_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = ShapesWorld(VALIDATION_SEED, held_out=False).batch(30)
     model = KnowingModel(batch)
-    monkeypatch.setattr("fastgen.evaluation.geneval.shapes_checker.load_detector", lambda: model)
+    monkeypatch.setattr("checker_validation.load_detector", lambda: model)
     write_validation(tmp_path / "checker.json", 30, 5)
     data = json.loads((tmp_path / "checker.json").read_text())
     assert data["passed"] and data["clean"]["0.3"]["accuracy"] == 1.0

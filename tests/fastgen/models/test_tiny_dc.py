@@ -9,7 +9,7 @@ from diffusers import ZImagePipeline
 
 import fastgen
 from fastgen import _assets
-from fastgen.evaluation.router_statistics import router_statistics
+from fastgen.evaluation.benchmarks.router_statistics import router_statistics
 from fastgen.pipelines.loading import load_pipeline
 
 

@@ -2,7 +2,7 @@
 
 `DEFINITIONS` says what each number means and goes into every result. After training another checker,
 
-    python -m fastgen.evaluation.geneval.validation docs/results/shapes-checker.json
+    python tests/helpers/checker_validation.py docs/results/shapes-checker.json
 
 writes the numbers, and their table next to them as .md.
 """
@@ -20,12 +20,16 @@ import numpy as np
 
 from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import ShapesBatch, ShapesWorld
+from fastgen.environment import environment
+from fastgen.evaluation.geneval.detections import Detections, ObjectDetector
 from fastgen.evaluation.geneval.rules import OFFICIAL
-from fastgen.evaluation.geneval.types import Detections, ObjectDetector
+from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
+from fastgen.evaluation.report import markdown_table, percent, provenance
+from fastgen.evaluation.verifiers.agreement import calibration_error
+from fastgen.io import atomic_write_bytes, atomic_write_json
 
 VALIDATION_SEED = 1_000_033  # never a training seed: recipes use small ones
 MIN_IOU = 0.5
-ECE_BINS = 15
 THRESHOLDS = (OFFICIAL.threshold, OFFICIAL.counting_threshold)
 TARGET = 0.99
 """Object-level accuracy on clean renders at the 0.3 threshold below which the checker must not judge anybody."""
@@ -86,17 +90,6 @@ def match(truth: Sequence[TrueObject], detections: Detections, threshold: float)
             free.remove(best)
         out.append((float(detections.scores[index]), correct))
     return out
-
-
-def calibration_error(scored: Sequence[tuple[float, bool]], bins: int = ECE_BINS) -> float | None:
-    """Expected calibration error of (score, correct) pairs; None without any."""
-    if not scored:
-        return None
-    scores, correct = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
-    place = np.minimum((scores * bins).astype(int), bins - 1)
-    sizes = np.bincount(place, minlength=bins)
-    gaps = np.bincount(place, correct - scores, minlength=bins)  # size * (share correct - mean score)
-    return float(np.abs(gaps).sum() / sizes.sum())
 
 
 def measure(truths: Sequence[Sequence[TrueObject]], detections: Sequence[Detections]) -> dict[str, Any]:
@@ -249,13 +242,39 @@ def validate_checker(
     }
 
 
+def checker_markdown(data: dict[str, Any]) -> str:
+    """The validation of the ShapesWorld checker (`validate_checker`) as a Markdown page."""
+    clean = data["clean"]
+    columns = ["images", "accuracy @0.3", "precision", "recall", "accuracy @0.9", "mean confidence", "ECE"]
+    rows = [["none", *_checker_cells(clean)]]
+    for row in data["rows"]:
+        rows.append([f"{row['perturbation']} {row['level']:g} ({row['unit']})", *_checker_cells(row)])
+    verdict = "reached" if data["passed"] else "MISSED"
+    return (
+        "# ShapesWorld checker\n\n"
+        f"Object-level accuracy on {clean['images']} fresh renders with {clean['objects']} objects "
+        f"(ShapesWorld seed {data['seed']}, all colour x shape pairs): **{percent(clean['0.3']['accuracy'], 2)} %** "
+        f"at the 0.3 threshold, {percent(clean['0.9']['accuracy'], 2)} % at the 0.9 threshold of counting; "
+        f"target {percent(data['target'], 0)} %: {verdict}.\n\n"
+        + f"In {data['distractors']['images']} pictures of blobs and textures without any object it finds one in "
+        f"{percent(data['distractors']['0.3'])} % at the 0.3 threshold, in {percent(data['distractors']['0.9'])} % at "
+        "0.9.\n\n"
+        + markdown_table(["perturbation", *columns], rows)
+        + f"\nAll numbers in percent. {data['definitions']}\n"
+        + "\n"
+        + provenance(data)
+        + "\n"
+    )
+
+
+def _checker_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["0.3"], row["0.9"]
+    shares = (low["accuracy"], low["precision"], low["recall"], high["accuracy"], row["mean_confidence"], row["ece"])
+    return [str(row["images"]), *(percent(share, 2) for share in shares)]
+
+
 def write_validation(path: Path, n: int = 2000, n_perturbed: int | None = None) -> None:
     """Validate the embedded checker, and write the result as JSON and its table as Markdown."""
-    from fastgen.environment import environment
-    from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
-    from fastgen.evaluation.results_page import checker_markdown
-    from fastgen.io import atomic_write_bytes, atomic_write_json
-
     detector = load_detector()
     data = validate_checker(ShapesChecker(detector), n, n_perturbed=n_perturbed)
     data |= {"detector": fingerprint(detector), "environment": environment()}
