@@ -31,37 +31,73 @@ import operator
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from types import TracebackType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What speculative decoding accepted.
+
+    Attributes:
+        rule: name of the acceptance rule.
+        counts: what the rule counts -> how much of it, over all images; "stolen": law moved between tokens.
+    """
+
+    rule: str
+    counts: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class Stats:
-    """What was reported to one account. Read it at any time; it grows until the account closes."""
+    """What was reported to one account. Read it at any time; it grows until the account closes, and is constant then.
 
-    seconds: dict[str, float] = field(default_factory=dict)  # phase -> exclusive seconds
-    passes: dict[str, int] = field(default_factory=dict)  # "target", "drafter" ... -> forward passes
-    flops: int = 0  # 0 as well when nothing counted them, see flops_counted
-    flops_by_kind: dict[str, int] = field(default_factory=dict)  # "linear", "attention" ... -> FLOPs
-    flops_counted: bool = False  # count_flops() or add_flops() was used
-    nfe: int = 0  # evaluations of the denoiser, one per prompt row and step, both CFG halves counted
-    kept_tokens: list[int] = field(default_factory=list)  # per step
-    total_tokens: list[int] = field(default_factory=list)  # per step, before any was dropped
-    accepted_lengths: list[int] = field(default_factory=list)  # per verification
+    Attributes:
+        seconds: phase -> exclusive seconds.
+        passes: "target", "drafter", "denoiser" ... -> forward passes.
+        flops: 0 as well where nothing counted them, see `flops_counted`.
+        flops_by_kind: "linear", "attention" ... -> FLOPs.
+        flops_counted: whether `count_flops` or `add_flops` was used.
+        nfe: evaluations of the denoiser, one per prompt row and step, both halves of guidance counted.
+        kept_tokens: of each step.
+        total_tokens: of each step, before any was dropped.
+        accepted_lengths: of each verification of speculative decoding.
+        acceptance: of speculative decoding; None without.
+        verifier_calls: images scored by a verifier.
+        paths: what was done -> implementation that ran -> why not the faster one.
+        notes: what the user should know of the pictures.
+        peak_memory: "process", "cuda:0" ... -> bytes.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    flops: int = 0
+    flops_by_kind: dict[str, int] = field(default_factory=dict)
+    flops_counted: bool = False
+    nfe: int = 0
+    kept_tokens: list[int] = field(default_factory=list)
+    total_tokens: list[int] = field(default_factory=list)
+    accepted_lengths: list[int] = field(default_factory=list)
+    acceptance: Acceptance | None = None
     verifier_calls: int = 0
-    paths: dict[str, dict[str, str | None]] = field(default_factory=dict)  # what -> path that ran -> why this one
-    notes: list[str] = field(default_factory=list)  # what the user should know of the pictures
-    peak_memory: dict[str, int] = field(default_factory=dict)  # "process", "cuda:0" ... -> bytes
+    paths: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    peak_memory: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._started = time.perf_counter()
         self._stopped: float | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_stopped") is not None:
+            raise FrozenInstanceError(f"{name}: the account is closed, its stats are constant")
+        object.__setattr__(self, name, value)
 
     @property
     def wall_seconds(self) -> float:
@@ -77,6 +113,7 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """A copy made of dicts, lists, strings, numbers and None; `flops` is None when nothing counted them."""
         with self._lock:
+            accepted = self.acceptance
             return {
                 "wall_seconds": self.wall_seconds,
                 "seconds": dict(self.seconds),
@@ -87,6 +124,7 @@ class Stats:
                 "kept_tokens": list(self.kept_tokens),
                 "total_tokens": list(self.total_tokens),
                 "accepted_lengths": list(self.accepted_lengths),
+                "acceptance": None if accepted is None else {"rule": accepted.rule, **accepted.counts},
                 "verifier_calls": self.verifier_calls,
                 "peak_memory_bytes": self.peak_memory_bytes,
                 "peak_memory": dict(self.peak_memory),
@@ -95,13 +133,10 @@ class Stats:
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_lock"]  # a lock cannot be pickled or deep-copied
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # it cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 _active: ContextVar[tuple[Stats, ...]] = ContextVar("fastgen_accounts", default=())
@@ -140,10 +175,11 @@ class account:
         # Removed by identity, not by a reset token: a generator that is closed late, or by another thread, must not
         # bring back accounts that have closed since.
         _active.set(tuple(other for other in _active.get() if other is not stats))
-        stats._stopped = time.perf_counter()
+        stopped = time.perf_counter()
         _fold_peaks(reset=False)
         with _open_lock:
             _open[:] = [other for other in _open if other is not stats]
+        stats._stopped = stopped
 
 
 class phase:
@@ -262,6 +298,14 @@ def add_accepted(n: int | Iterable[int]) -> None:
     for stats in _active.get():
         with stats._lock:
             stats.accepted_lengths.extend(lengths)
+
+
+def add_acceptance(rule: str, counts: Mapping[str, float]) -> None:
+    """Report what a rule of speculative decoding accepted; calls of one rule add up, another rule starts again."""
+    for stats in _active.get():
+        with stats._lock:
+            before = stats.acceptance.counts if stats.acceptance is not None and stats.acceptance.rule == rule else {}
+            stats.acceptance = Acceptance(rule, {name: before.get(name, 0.0) + n for name, n in counts.items()})
 
 
 def add_verifier_calls(n: int = 1) -> None:

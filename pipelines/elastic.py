@@ -37,13 +37,13 @@ class DCPipelineOutput(BaseOutput):
 
     Args:
         images: as the stock pipeline returns them.
-        stats: passes, kept tokens per step, seconds (`fastgen.accounting.Stats`).
+        stats: what the call did: passes, kept tokens per step, seconds.
         steps: latents and kept tokens of each step when asked for: conditional samples first, then unconditional
             ones.
     """
 
     images: list[Image.Image] | Any
-    stats: Stats | None = None
+    stats: Stats
     steps: list[StepRecord] | None = None
 
     @property

@@ -21,7 +21,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from fastgen.accounting import account, add_nfe, add_note, add_passes, count_flops, note_path, phase
+from fastgen.accounting import Stats, account, add_nfe, add_note, add_passes, count_flops, note_path, phase
 from fastgen.checks import check_bool, check_callable, check_finite, check_integer
 from fastgen.contracts import Loss
 from fastgen.drafters.names import LOSSLESS
@@ -63,23 +63,33 @@ class GeneratedImage:
     Args:
         image: RGB picture.
         prompt, seed: what it was made from.
-        stats: of the call that made it (`fastgen.accounting.Stats.as_dict`) and `images`, how many that call made.
+        stats: what the call that made it did.
+        images: how many that call made.
         loss: what the picture is to the one that the stock model makes of the same seed and settings.
         steps: latents and kept tokens of every step, if they were recorded; the picture is sample `sample` of them.
         sample: see `steps`.
         search: what the search for it did (`fastgen.pipelines.search.report.SearchReport.as_dict`), if there was one.
         interrupted: something ended that search before its time.
+        others: notes of the call on its other pictures.
     """
 
     image: Image.Image
     prompt: str
     seed: int
-    stats: dict[str, Any]
+    stats: Stats
+    images: int
     loss: Loss
     steps: Sequence[StepRecord] | None = None
     sample: int = 0
     search: dict[str, Any] | None = None
     interrupted: bool = False
+    others: frozenset[str] = frozenset()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """`images` and `stats` for JSON, without the notes on other pictures."""
+        found = self.stats.as_dict()
+        return {"images": self.images, **found, "notes": [note for note in found["notes"] if note not in self.others]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,11 +277,10 @@ def _generate(
             with explained_drawing(_checkpoints.get(pipe)), count_flops() if flops else nullcontext():
                 pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
         remember(pipe, stats)
-        summary = {"images": count, **stats.as_dict()}
-        for i, picture in enumerate(pictures):
-            others = set(itertools.chain.from_iterable(notes[chunk])) - set(notes[start + i])
-            own = {**summary, "notes": [note for note in summary["notes"] if note not in others]}
-            yield GeneratedImage(picture, prompts[start + i], seeds[start + i], own, loss, steps, i)
+        every = frozenset(itertools.chain.from_iterable(notes[chunk]))
+        for i, picture in enumerate(pictures, start):
+            others = every.difference(notes[i])
+            yield GeneratedImage(picture, prompts[i], seeds[i], stats, count, loss, steps, i - start, others=others)
 
 
 def _call(

@@ -196,7 +196,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         remember(self, stats)
         if not return_dict:
             return (images,)
-        return TokenImageOutput(images=images, tokens=tokens, stats=stats.as_dict())
+        return TokenImageOutput(images=images, tokens=tokens, stats=stats)
 
     def _draw(
         self,

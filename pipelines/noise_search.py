@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import time
@@ -35,6 +36,8 @@ from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
 from fastgen.pipelines.summary import remember
 from fastgen.pipelines.token_images import as_output, one_per_image
+from fastgen.pipelines.wrapping import WrappingPipeline
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["NoFinitePicture", "NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
 
@@ -48,12 +51,12 @@ class NoiseSearchOutput(BaseOutput):
     Attributes:
         images: one for each prompt, as `output_type` says.
         reports: what each prompt's search did.
-        stats: what the call cost, see `fastgen.accounting.Stats.as_dict`.
+        stats: what the call cost.
     """
 
     images: Any
     reports: list[SearchReport]
-    stats: dict[str, Any]
+    stats: Stats
 
 
 class NoFinitePicture(NotFiniteError):
@@ -81,7 +84,7 @@ class SearchInterrupted(Exception):
         self.output = output
 
 
-class NoiseSearchPipeline:
+class NoiseSearchPipeline(WrappingPipeline):
     """Wraps a diffusers pipeline that the user has loaded; its attributes are those of the pipeline.
 
     Loss contract: `exact` with policy None (the stock call); `lossy` else: the pictures are others.
@@ -143,10 +146,18 @@ class NoiseSearchPipeline:
         if isinstance(self.pipe, DiffusionPipeline):
             restore(self.pipe, vars(self.pipe))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "pipe":
-            raise AttributeError(name)
-        return getattr(self.pipe, name)
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        verifier: Any = None,
+        policy: str | Policy | None = "threshold",
+        thresholds: Calibration | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> NoiseSearchPipeline:
+        """Load the pipeline inside, as `save_pretrained` wrote it, and wrap it; `kwargs` are for its loading."""
+        pipe = load_pretrained(DiffusionPipeline, os.fspath(pretrained_model_name_or_path), **kwargs)
+        return cls(pipe, verifier, policy, thresholds)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw images; see `search`. Without a policy this is the pipeline's own call.
@@ -267,7 +278,7 @@ class NoiseSearchPipeline:
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
         remember(self, stats)
-        output, fault = _output(pictures, reports, output_type, stats.as_dict())
+        output, fault = _output(pictures, reports, output_type, stats)
         if cause is not None:
             raise SearchInterrupted(f"search: {type(cause).__name__}: {cause}", output) from cause
         if fault is not None:
@@ -324,6 +335,10 @@ class NoiseSearchPipeline:
         return chains
 
 
+# `help` and `inspect` show the arguments of the search.
+NoiseSearchPipeline.__call__.__signature__ = inspect.signature(NoiseSearchPipeline.search)  # type: ignore[attr-defined]
+
+
 def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:
     """The exploring effort, which the model can do; empty: none."""
     effort = dict(explore or {})
@@ -376,7 +391,7 @@ def _output(
     pictures: Sequence[Tensor | NotFiniteError],
     reports: Sequence[SearchReport],
     output_type: str,
-    stats: dict[str, Any],
+    stats: Stats,
 ) -> tuple[NoiseSearchOutput | None, NotFiniteError | None]:
     """Of the prompts that have a picture, None where none has, and why one has none."""
     fault = next((picture for picture in pictures if isinstance(picture, NotFiniteError)), None)

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from fastgen.accounting import account, add_tokens, note_path, phase
+from fastgen.accounting import account, add_acceptance, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable, check_choice, check_number
 from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
@@ -252,6 +252,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 )
                 for number, group in enumerate(groups)
             ]
+            counted = {name: float(sum(part.counts[name].sum() for part in decoded)) for name in decoded[0].counts}
+            add_acceptance(rule.name, counted)
             tokens = torch.cat([part.tokens for part in decoded])
             add_tokens(kept=tokens.numel(), total=tokens.numel())
             images: Any = tokens
@@ -263,12 +265,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         remember(self, stats)
         if not return_dict:
             return (images,)
-        result = stats.as_dict()
-        result["acceptance"] = {
-            "rule": rule.name,
-            **{name: float(sum(part.counts[name].sum() for part in decoded)) for name in decoded[0].counts},
-        }
-        return TokenImageOutput(images=images, tokens=tokens, stats=result)
+        return TokenImageOutput(images=images, tokens=tokens, stats=stats)
 
     def _rule(self, target: Target, acceptance: str | AcceptanceRule, quality: float | None) -> AcceptanceRule:
         if not isinstance(acceptance, AcceptanceRule):

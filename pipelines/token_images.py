@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from fastgen.accounting import Stats
 from fastgen.checks import check_choice, check_finite, check_generator, check_integer
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import check_prompt
@@ -48,12 +49,12 @@ class TokenImageOutput(BaseOutput):
         images: list of B PIL images, or [B, H, W, 3] float array in [0, 1] ("np"), or [B, 3, H, W] float tensor in
             [0, 1] ("pt"), or the tokens ("tokens").
         tokens: [B, N] int64 codebook indices, row-major.
-        stats: what the call did, see `fastgen.accounting.Stats.as_dict`.
+        stats: what the call did.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     tokens: torch.Tensor
-    stats: dict[str, Any]
+    stats: Stats
 
 
 def one_prompt_per_image(prompt: Any, num_images: Any, negative_prompt: Any, output_type: str) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgen.accounting import Stats
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of
@@ -171,7 +172,7 @@ def _warm_row(pipe: Any, batch: int, invariant: bool, options: dict[str, Any], r
     first = time.perf_counter() - start
     _run_once(pipe, batch, invariant, options)
     walls, per_step = [], []
-    stats: dict[str, Any] = {}
+    stats = Stats()
     for _ in range(runs):
         wall, step_seconds, stats = _run_once(pipe, batch, invariant, options)
         walls.append(wall / batch)
@@ -184,12 +185,12 @@ def _warm_row(pipe: Any, batch: int, invariant: bool, options: dict[str, Any], r
         "n": runs,
         "seconds_per_image": percentiles(walls),
         "seconds_per_step": percentiles(per_step),
-        "peak_memory_bytes": stats.get("peak_memory_bytes"),
-        "paths": stats.get("paths"),
+        "peak_memory_bytes": stats.peak_memory_bytes,
+        "paths": stats.paths,
     }
 
 
-def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
+def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -> tuple[float, float, Stats]:
     """Wall seconds of the batch, seconds per step of one call, statistics of the last call."""
     from fastgen.pipelines.loading import generate_images
 
@@ -213,7 +214,7 @@ def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -
     )
     wall = time.perf_counter() - start
     stats = pictures[-1].stats
-    return wall, sum(stats["seconds"].get(stage, 0.0) for stage in _STAGES) / steps_seen, stats
+    return wall, sum(stats.seconds.get(stage, 0.0) for stage in _STAGES) / steps_seen, stats
 
 
 def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:

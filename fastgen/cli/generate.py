@@ -299,7 +299,7 @@ def _save(
         "batch": job.batch,
         "loss": weakest((picture.loss, "exact" if on is None else on.loss)),
         "versions": versions,
-        "stats": {**picture.stats, **_turned_on(on)},
+        "stats": {**picture.record, **_turned_on(on)},
     }
     if picture.search is not None:
         sidecar |= {"interrupted": picture.interrupted, "preview": not picture.search["finished"]}

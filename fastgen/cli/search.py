@@ -241,8 +241,8 @@ def summary(image: Path, picture: GeneratedImage) -> str:
     score = "none" if found["score"] is None else f"{found['score']:.4g}"
     shown = "" if found["finished"] else f" of a preview at time {_time(found)} of {len(found['tries_by_time']) - 1}"
     tries = " | ".join(_runs(row) for row in found["tries"] if row)
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats["seconds"].items())
-    together = f" for {stats['images']} pictures" if stats["images"] > 1 else ""
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stats.seconds.items())
+    together = f" for {picture.images} pictures" if picture.images > 1 else ""
     parts = [
         *(["interrupted, a rerun searches again"] if picture.interrupted else []),
         f"score {score}{shown}",
@@ -250,7 +250,7 @@ def summary(image: Path, picture: GeneratedImage) -> str:
         f"{found['evaluations']} evaluations",
         f"{found['nfe']} NFE",
         *([f"scheduler {found['replaced']['scheduler']}"] if "scheduler" in found.get("replaced", {}) else []),
-        f"{stats['wall_seconds']:.1f} s{together} ({phases})",
+        f"{stats.wall_seconds:.1f} s{together} ({phases})",
     ]
     return f"{image}: {', '.join(parts)}"
 

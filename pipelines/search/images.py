@@ -88,13 +88,19 @@ def search_images(
             except (NoFinitePicture, SearchInterrupted) as error:
                 output, cause = error.output, error
         if output is not None:
-            summary = {"images": len(texts), **stats.as_dict()}
             interrupted = isinstance(cause, SearchInterrupted)
             places = cause.found if isinstance(cause, NoFinitePicture) else range(len(texts))
             for i, image, report in zip(places, output.images, output.reports, strict=True):
                 found = {"verifier": _name(verifier), **report.as_dict()}
                 yield GeneratedImage(
-                    image, texts[i], own[i], summary, search.loss, search=found, interrupted=interrupted
+                    image,
+                    texts[i],
+                    own[i],
+                    stats,
+                    len(texts),
+                    search.loss,
+                    search=found,
+                    interrupted=interrupted,
                 )
         if cause is not None:
             raise cause

@@ -130,7 +130,7 @@ def test_close_decisions_are_made_again_alone(
     assert torch.equal(batch.tokens, alone)
     loose = pipe(prompts, generator=seeded(*range(n)), **{**call, "batch_invariant": False}).tokens
     assert not torch.equal(loose, alone)  # the disturbance is large enough to matter
-    assert 1 < batch.stats["passes"]["target"] // pipe.num_image_tokens <= n  # not all of them were made again
+    assert 1 < batch.stats.passes["target"] // pipe.num_image_tokens <= n  # not all of them were made again
 
 
 def test_rounding_bound_holds_for_the_real_scores(pipe: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_output_types_order_and_callback(pipe: JanusImagePipeline) -> None:
     (pictures,) = pipe(PROMPTS[1], generator=seeded(2), return_dict=False)
     assert pictures[0].size == (16, 16)
     assert np.array_equal(np.asarray(pictures[0]), (output.images[2] * 255).round().byte().permute(1, 2, 0).numpy())
-    assert output.stats["passes"]["target"] >= 16 and {"tokens", "decode"} <= set(output.stats["seconds"])
+    assert output.stats.passes["target"] >= 16 and {"tokens", "decode"} <= set(output.stats.seconds)
 
 
 def test_half_precision_runs_image_by_image(micro_janus: Path) -> None:
@@ -200,7 +200,7 @@ def test_half_precision_runs_image_by_image(micro_janus: Path) -> None:
         callback_on_step_end=lambda p, i, t, kwargs: steps.append(i),
     )
     assert torch.equal(output.tokens[2], pipe(PROMPTS[2], generator=seeded(2), output_type="tokens").tokens[0])
-    assert output.stats["paths"]["janus batch"] == {"one image at a time": "batch_invariant with torch.bfloat16"}
+    assert output.stats.paths["janus batch"] == {"one image at a time": "batch_invariant with torch.bfloat16"}
     assert steps == sorted(steps) and steps[-1] == pipe.num_image_tokens - 1
 
 

@@ -118,16 +118,16 @@ def test_stats_and_progress(pipe: DiffusionPipeline) -> None:
     assert [(p.prompt, p.seed) for p in pictures] == list(zip(PROMPTS[:3], [1, 2, 3], strict=True))
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
-    stats = pictures[0].stats
-    assert stats["flops"] > 0 and stats["seconds"]["decode"] > 0
-    json.dumps(stats)
+    stats, images = pictures[0].stats, pictures[0].images
+    assert stats.flops > 0 and stats.seconds["decode"] > 0
+    assert json.loads(json.dumps(pictures[0].record))["images"] == images
     if isinstance(pipe, JanusImagePipeline):
-        assert stats["images"] == 2 and stats["passes"]["target"] >= 16 and stats["seconds"]["tokens"] > 0
+        assert images == 2 and stats.passes["target"] >= 16 and stats.seconds["tokens"] > 0
     else:
         # One picture at a time: 2 steps of 2 rows (with and without the prompt).
-        assert stats["images"] == 1 and stats["passes"] == {"denoiser": 2} and stats["nfe"] == 4
-        assert stats["seconds"]["denoise"] > 0 and stats["seconds"]["text"] > 0
-        assert stats["paths"]["batch"]
+        assert images == 1 and stats.passes == {"denoiser": 2} and stats.nfe == 4
+        assert stats.seconds["denoise"] > 0 and stats.seconds["text"] > 0
+        assert stats.paths["batch"]
 
 
 def test_the_pipeline_is_left_as_it_was(pipe: DiffusionPipeline) -> None:

@@ -84,8 +84,8 @@ def test_a_search_finds_what_the_verifier_likes(tiny: ZImagePipeline, policy: An
         assert report.policy == policy.description and len(report.path) == 4
         assert sum(report.tries_by_time) == report.evaluations == sum(map(len, report.trees))
     stats = output.stats
-    assert stats["nfe"] == sum(report.nfe for report in output.reports)
-    assert stats["verifier_calls"] > 0 and {"denoise", "decode", "verifier", "text"} <= set(stats["seconds"])
+    assert stats.nfe == sum(report.nfe for report in output.reports)
+    assert stats.verifier_calls > 0 and {"denoise", "decode", "verifier", "text"} <= set(stats.seconds)
     assert plain.reports[0].tries == [[1, 1, 1]] and plain.reports[0].forced == 0
 
 

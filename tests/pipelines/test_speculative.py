@@ -57,10 +57,10 @@ def test_every_rule_draws(pipe: SpeculativeImagePipeline, acceptance: str) -> No
         callback_on_step_end=lambda _, index, step, tensors: seen.append(index),
     )
     assert len(output.images) == 4 and output.tokens.shape == (4, JANUS_TOKENS)
-    assert output.stats["acceptance"]["rule"] == acceptance
-    assert output.stats["passes"]["target"] <= 4 * JANUS_TOKENS
+    assert output.stats.acceptance.rule == acceptance
+    assert output.stats.passes["target"] <= 4 * JANUS_TOKENS
     assert seen == sorted(seen) and seen[-1] == JANUS_TOKENS - 1
-    assert set(output.stats["seconds"]) == {"text", "tokens", "decode"}
+    assert set(output.stats.seconds) == {"text", "tokens", "decode"}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> No
     pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
     ours = pipe(PROMPTS[:2], guidance_scale=3.0, temperature=0.0, output_type="tokens")
     assert torch.equal(ours.tokens, plain(PROMPTS[:2], guidance_scale=3.0, temperature=0.0).tokens)
-    assert ours.stats["passes"]["target"] < 2 * JANUS_TOKENS and "drafter" not in ours.stats["passes"]
+    assert ours.stats.passes["target"] < 2 * JANUS_TOKENS and "drafter" not in ours.stats.passes
     for tree in ("chain-3", DynamicShape(2, 2, 2), named_tree("2")):
         with pytest.raises(ValueError, match="needs a drafter"):
             pipe("a ring", tree=tree)
@@ -114,7 +114,7 @@ def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> No
 
 def drafted(output: Any) -> str:
     """The source that the statistics name."""
-    (name,) = output.stats["paths"]["tree"]
+    (name,) = output.stats.paths["tree"]
     return str(name)
 
 
@@ -132,7 +132,7 @@ def test_without_a_tree_the_fastest_by_the_calibration_draws(pipe: SpeculativeIm
         pace = Pace(tokens, {"cpu eager": {**costs, **change}})
         tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, Calibration((), pace=pace))
         output = tuned("a ring", generator=seeded(1), **arguments)
-        assert drafted(output) == wanted and "measured on cpu eager" in output.stats["paths"]["tree"][wanted]
+        assert drafted(output) == wanted and "measured on cpu eager" in output.stats.paths["tree"][wanted]
         assert torch.equal(output.tokens, tuned("a ring", tree=wanted, generator=seeded(1), **arguments).tokens)
     assert drafted(pipe("a ring", **arguments)) == "jacobi-12", "nobody measured the drafter"
     assert drafted(pipe("a ring", acceptance="cascade", **arguments)) == "4-4-2-2-1-1"
@@ -143,7 +143,7 @@ def test_the_plain_loop_is_a_choice(plain: JanusImagePipeline, pipe: Speculative
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "batch_invariant": True, "output_type": "tokens"}
     ours = pipe(PROMPTS[:2], tree="plain", generator=seeded(1, 2), **arguments)
     assert torch.equal(ours.tokens, plain(PROMPTS[:2], generator=seeded(1, 2), **arguments).tokens)
-    assert ours.stats["passes"] == {"target": 2 * JANUS_TOKENS} and drafted(ours) == "plain"
+    assert ours.stats.passes == {"target": 2 * JANUS_TOKENS} and drafted(ours) == "plain"
     with pytest.raises(ValueError, match="'plain' drafts nothing"):
         pipe("a ring", tree="plain", acceptance="gsd")
 
@@ -168,8 +168,8 @@ def test_auto_is_measured_once(
     pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "auto", "output_type": "tokens"}
     first = pipe("a ring", generator=seeded(1), **arguments)
-    window = next(iter(first.stats["paths"]["tree"]))
-    assert first.stats["seconds"]["auto"] > 0
+    window = next(iter(first.stats.paths["tree"]))
+    assert first.stats.seconds["auto"] > 0
     again = pipe(["a ring", "red"], generator=seeded(1, 2), **arguments)
     assert calls == ["exact"] and torch.equal(again.tokens[:1], first.tokens)
     fixed = pipe("a ring", generator=seeded(1), **{**arguments, "tree": window})
@@ -189,9 +189,9 @@ def test_quality_is_a_knob_of_cascade(pipe: SpeculativeImagePipeline) -> None:
     tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, calibration=Calibration(levels))
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "4-4", "output_type": "tokens"}
     off = tuned("a ring", acceptance="cascade", quality=0.0, generator=seeded(1), **arguments)
-    assert off.stats["acceptance"]["stolen"] == 0
+    assert off.stats.acceptance.counts["stolen"] == 0
     loose = tuned("a ring", acceptance="cascade", quality=1.0, generator=seeded(1), **arguments)
-    assert loose.stats["acceptance"].keys() == {"rule", "stolen"} and loose.stats["acceptance"]["stolen"] > 0
+    assert loose.stats.acceptance.counts.keys() == {"stolen"} and loose.stats.acceptance.counts["stolen"] > 0
     for arguments_, word in (
         ({"acceptance": "exact", "quality": 0.5}, "knob"),
         ({"acceptance": "cascade", "quality": 2.0}, "quality"),

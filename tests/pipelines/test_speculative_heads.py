@@ -33,8 +33,8 @@ def draw(pipe: Any, tree: str) -> Any:
 def test_windows_are_corrected_and_counted(parts: tuple[Any, Any, WindowHeads]) -> None:
     model, tokenizer, heads = parts
     output = draw(fastgen.SpeculativeImagePipeline(model, tokenizer, heads=heads), "heads-6")
-    assert output.stats["paths"]["draft"] == {"HeadsSource": None}
-    assert output.stats["passes"]["drafter"] == output.stats["passes"]["target"] - 1
+    assert output.stats.paths["draft"] == {"HeadsSource": None}
+    assert output.stats.passes["drafter"] == output.stats.passes["target"] - 1
 
 
 def test_a_saved_pipeline_keeps_its_heads(parts: tuple[Any, Any, WindowHeads], tmp_path: Path) -> None:

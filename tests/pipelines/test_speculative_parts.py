@@ -104,7 +104,7 @@ def test_another_drafter_and_calibration_are_used(parts: Any) -> None:
     assert not torch.equal(draw(pipe, tree="3-2"), first)
     pipe.calibration = CALIBRATION
     relaxed = pipe("a ring", acceptance="cascade", quality=0.5, tree="4-4", generator=torch.Generator().manual_seed(0))
-    assert relaxed.stats["acceptance"]["stolen"] > 0
+    assert relaxed.stats.acceptance.counts["stolen"] > 0
     pipe.drafter = EagleDrafter(32, JANUS_CODES + 1, 2, heads=2)
     with pytest.raises(ValueError, match="drafter: made for a model of vocab_size"):
         pipe("a ring")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiTPipeline, ZImagePipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from micro_models import micro_dc_dit
 
 import fastgen
 from fastgen.pipelines.janus import JanusImagePipeline
 
-# NoiseSearchPipeline passes its arguments on to the pipeline that it wraps.
 OURS = [
     fastgen.DCDiTPipeline,
     fastgen.DCZImagePipeline,
     JanusImagePipeline,
+    fastgen.NoiseSearchPipeline,
     fastgen.SpeculativeImagePipeline,
 ]
 
@@ -25,8 +28,48 @@ OURS = [
 @pytest.mark.parametrize("kind", OURS)
 def test_every_pipeline_of_ours_names_its_arguments(kind: Any) -> None:
     assert issubclass(kind, DiffusionPipeline)
-    kinds = {parameter.kind for parameter in inspect.signature(kind.__call__).parameters.values()}
-    assert not kinds & ({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+    parameters = inspect.signature(kind.__call__).parameters
+    # Noise search takes the arguments of the pipeline inside as well, whatever class that is.
+    further = {"extra"} if kind is fastgen.NoiseSearchPipeline else set()
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    assert {name for name, parameter in parameters.items() if parameter.kind in unnamed} == further
+    assert {"generator", "output_type", "return_dict"} <= parameters.keys()
+
+
+def _brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.float().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def made(micro_z: Path, micro_dc: Path, micro_janus: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """A pipeline of each class, with the arguments of a call."""
+    seed = {"generator": torch.Generator().manual_seed(0)}
+    drawn = seed | {"prompt": "a ring", "num_inference_steps": 2, "height": 16, "width": 16}
+    load = fastgen.load_pipeline
+    found: dict[str, tuple[Any, dict[str, Any]]] = {
+        "DCDiTPipeline": (micro_dc_dit(), seed | {"class_labels": [1], "num_inference_steps": 2}),
+        "DCZImagePipeline": (load(str(micro_dc)), drawn),
+        "JanusImagePipeline": (load(str(micro_janus)), seed | {"prompt": "a ring"}),
+        "NoiseSearchPipeline": (
+            fastgen.NoiseSearchPipeline(load(str(micro_z)), _brightness, "best-of-n"),
+            drawn | {"max_nfe": 8},
+        ),
+        "SpeculativeImagePipeline": (load(str(micro_janus), method="speculative"), seed | {"prompt": "a ring"}),
+    }
+    return found
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_every_pipeline_returns_the_same_stats(kind: Any, made: dict[str, tuple[Any, dict[str, Any]]]) -> None:
+    pipe, arguments = made[kind.__name__]
+    assert type(pipe) is kind
+    output = pipe(**arguments)
+    assert type(output.stats) is fastgen.Stats and output.stats.wall_seconds > 0 and sum(output.stats.passes.values())
+    assert fastgen.summary(pipe).last is output.stats and json.loads(json.dumps(output.stats.as_dict()))
+    assert (output.stats.acceptance is not None) == (kind is fastgen.SpeculativeImagePipeline)
+    with pytest.raises(AttributeError, match="closed"):
+        output.stats.nfe = 0
+    assert len(pipe(**arguments, return_dict=False)[0]) == len(output.images)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_noise_schedulers_that_a_search_cannot_follow(scheduler: Any, word: str)
 def test_what_is_replaced_is_reported(scheduler: Any, used: str | None, policy: Any) -> None:
     pipe, name = with_scheduler(tiny_sd, scheduler), type(scheduler).__name__
     output = NoiseSearchPipeline(pipe, brightness, policy)("a cat", num_inference_steps=3, max_nfe=40)
-    report, paths = output.reports[0], output.stats["paths"]
+    report, paths = output.reports[0], output.stats.paths
     assert ("scheduler" in report.replaced) == (used is not None)
     if used is not None:
         assert report.replaced["scheduler"].startswith(f"{used}: ") and name in report.replaced["scheduler"]
@@ -172,7 +172,7 @@ def test_flows_report_it_as_well(caplog: pytest.LogCaptureFixture) -> None:
     call: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "use_resolution_binning": False}
     with caplog.at_level(logging.INFO, logger="fastgen"):
         output = NoiseSearchPipeline(pipe, brightness, BestOfN(n=1))("a cat", **call)
-    assert output.reports[0].replaced == {"scheduler": f"Euler: {output.stats['paths']['scheduler']['Euler']}"}
+    assert output.reports[0].replaced == {"scheduler": f"Euler: {output.stats.paths['scheduler']['Euler']}"}
     assert "DPMSolverMultistepScheduler" in output.reports[0].replaced["scheduler"]
     flux = NoiseSearchPipeline(tiny_flux(distilled=False), brightness, Threshold(-9.0))
     report = flux("a cat", height=32, width=32, num_inference_steps=2, max_nfe=9, sampler="euler-maruyama").reports[0]

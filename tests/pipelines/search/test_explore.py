@@ -230,18 +230,18 @@ def test_dynamic_chunking_explores_for_fewer_flops(dc: Any, policy: Policy) -> N
     assert report.finished and not report.draft and report.nfe == 2 * report.evaluations
     assert report.explored == (6 if policy.name == "svdd" else 9)
     assert report.evaluations == full.reports[0].evaluations + (2 if policy.name == "svdd" else 3)
-    assert {"explore", "denoise"} <= set(cheap.stats["seconds"]) and "explore" not in full.stats["seconds"]
-    assert cheap.stats["paths"]["explore"] == {"tail_drop 0.9, uncond_tail_drop 0.95": None}
+    assert {"explore", "denoise"} <= set(cheap.stats.seconds) and "explore" not in full.stats.seconds
+    assert cheap.stats.paths["explore"] == {"tail_drop 0.9, uncond_tail_drop 0.95": None}
     (plain,) = full.reports
     assert report.flops and plain.flops
     assert report.flops / report.evaluations < 0.95 * plain.flops / plain.evaluations
-    assert report.flops <= cheap.stats["flops"]
+    assert report.flops <= cheap.stats.flops
     assert dc.transformer._budget is None
 
 
 def test_without_a_counter_there_are_no_flops(dc: Any) -> None:
     output = NoiseSearchPipeline(dc, redness, BestOfN(n=1))("a heart", **CALL)
-    assert output.reports[0].flops is None and output.stats["flops"] is None and output.reports[0].explored == 0
+    assert output.reports[0].flops is None and not output.stats.flops_counted and output.reports[0].explored == 0
 
 
 def test_an_interruption_shows_the_full_one(dc: Any) -> None:

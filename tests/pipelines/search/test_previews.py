@@ -84,10 +84,10 @@ def test_ends_are_decoded_in_full_and_once(tiny: ZImagePipeline, policy: Any, pr
     ends = sum(row[2] == 2 for row in scored)
     assert sum(rows for rows, height in seen if height == 16) == (len(scored) if preview == "full" else ends)
     assert sum(rows for rows, height in seen if height == 8) == (len(scored) - ends if preview == "pooled" else 0)
-    assert ("preview" in output.stats["seconds"]) == (preview != "full" and ends < len(scored))
+    assert ("preview" in output.stats.seconds) == (preview != "full" and ends < len(scored))
     picture = output.images.mul(255).round().to(torch.uint8)
     assert float(redness(picture, ["a heart"])) == report.score
-    assert output.stats["verifier_calls"] == len(scored)
+    assert output.stats.verifier_calls == len(scored)
 
 
 def test_previews_change_scores_before_the_end_only(tiny: ZImagePipeline) -> None:

@@ -177,7 +177,7 @@ def test_momentum_of_guidance_is_left_out_and_named() -> None:
     pipe, call = tiny_hunyuan_image(momentum=-0.5), FAMILIES["hunyuan-image"][1]
     search = NoiseSearchPipeline(pipe, brightness, "best-of-n")
     found = search(PROMPTS[0], num_inference_steps=2, max_nfe=8, **call)
-    assert "AdaptiveProjectedMixGuidance without momentum" in found.stats["paths"]["guider"]
+    assert "AdaptiveProjectedMixGuidance without momentum" in found.stats.paths["guider"]
     assert pipe.guider.adaptive_projected_guidance_momentum == -0.5
 
 
