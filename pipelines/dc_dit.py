@@ -10,8 +10,8 @@ from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
-from fastgen.pipelines.finite import finite_call
 from fastgen.pipelines.stock_arguments import check_call, check_labels, given_arguments
+from fastgen.pipelines.watching import watched_call
 from fastgen.pretrained import load_pretrained
 
 
@@ -52,7 +52,7 @@ class DCDiTPipeline(FromPipeMixin, DiTPipeline):
         check_call(arguments, images, ("pil", "np", "pt"))
         return run_elastic(
             self,
-            finite_call(self, super().__call__),
+            watched_call(self, super().__call__),
             arguments,
             tail_drop=tail_drop,
             uncond_tail_drop=uncond_tail_drop,

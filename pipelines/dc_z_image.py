@@ -13,9 +13,9 @@ from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
 from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
-from fastgen.pipelines.finite import finite_call
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.stock_arguments import check_call, check_texts, given_arguments
+from fastgen.pipelines.watching import watched_call
 from fastgen.pretrained import load_pretrained
 
 
@@ -81,7 +81,7 @@ class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
         check_prompt_lengths(self, texts, arguments.get("max_sequence_length"))
         return run_elastic(
             self,
-            finite_call(self, super().__call__),
+            watched_call(self, super().__call__),
             arguments,
             tail_drop=tail_drop,
             uncond_tail_drop=uncond_tail_drop,

@@ -16,14 +16,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from fastgen.accounting import Stats, account, note_path
+from fastgen.accounting import Stats, note_path
 from fastgen.checks import check_bool
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
 from fastgen.models.elastic import ElasticBudget, ElasticModelMixin, Schedule, StepRecord
 from fastgen.pipelines.pickling import PickledMixin
-from fastgen.pipelines.summary import remember
+from fastgen.pipelines.summary import reported
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,11 @@ def run_elastic(
     return_dict = arguments.pop("return_dict", True)
     check_bool("output_chunks", output_chunks)
     budget = ElasticBudget(**knobs, images=images_of(arguments))
-    with account() as stats, ExitStack() as stack:
+    with reported(pipe) as stats, ExitStack() as stack:
         transformer = stack.enter_context(elastic_generation(pipe, budget))
         records = stack.enter_context(transformer.record_chunks()) if output_chunks else None
         note_path("transformer", "dynamic chunking")
         (pictures,) = stock(**arguments, return_dict=False)
-    remember(pipe, stats)
     return DCPipelineOutput(images=pictures, stats=stats, steps=records) if return_dict else (pictures,)
 
 

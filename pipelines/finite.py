@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fastgen.checks import check_finite
 
-__all__ = ["check_output", "finite_call", "finite_decoder"]
+__all__ = ["check_output", "finite_decoder"]
 
 
 @contextmanager
@@ -41,27 +40,6 @@ def finite_decoder(pipe: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def finite_call(pipe: Any, stock: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any]]:
-    """A stock `__call__` whose pictures are checked before they become PIL images.
-
-    Args:
-        pipe: the pipeline.
-        stock: its call, which takes `return_dict` False.
-
-    Raises:
-        NotFiniteError: from the call, in place of the pictures.
-    """
-
-    def call(**arguments: Any) -> tuple[Any]:
-        wanted = arguments.get("output_type", "pil")
-        with finite_decoder(pipe):
-            pictures = stock(**{**arguments, "output_type": "np" if wanted == "pil" else wanted})[0]
-        check_output(pictures, "latents" if wanted == "latent" else "pixels")
-        return (DiffusionPipeline.numpy_to_pil(pictures) if wanted == "pil" else pictures,)
-
-    return call
 
 
 def check_output(pictures: Any, what: str = "pixels") -> None:

@@ -21,15 +21,15 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from fastgen.accounting import Stats, account, add_nfe, add_note, add_passes, count_flops, note_path, phase
-from fastgen.checks import check_bool, check_callable, check_finite, check_integer
+from fastgen.accounting import Stats, add_note, count_flops, note_path
+from fastgen.checks import check_bool, check_callable, check_integer
 from fastgen.contracts import Loss
 from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.finite import finite_decoder
+from fastgen.pipelines.finite import check_output
 from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.schema import SETTINGS, check_prompt
@@ -40,7 +40,8 @@ from fastgen.pipelines.settings import (
     resolve_settings,
     takes_classes,
 )
-from fastgen.pipelines.summary import remember
+from fastgen.pipelines.summary import reported
+from fastgen.pipelines.watching import watched
 
 __all__ = [
     "GeneratedImage",
@@ -266,7 +267,7 @@ def _generate(
             arguments["batch_invariant"] = batch_invariant
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
-        with account() as stats:
+        with reported(pipe) as stats:
             for note in itertools.chain.from_iterable(notes[chunk]):
                 add_note(note)
             note_path(
@@ -276,7 +277,6 @@ def _generate(
             )
             with explained_drawing(_checkpoints.get(pipe)), count_flops() if flops else nullcontext():
                 pictures, steps = _call(pipe, prompts[chunk], seeds[chunk], arguments, report)
-        remember(pipe, stats)
         every = frozenset(itertools.chain.from_iterable(notes[chunk]))
         for i, picture in enumerate(pictures, start):
             others = every.difference(notes[i])
@@ -292,22 +292,18 @@ def _call(
 ) -> tuple[list[Image.Image], Sequence[StepRecord] | None]:
     """One call of the pipeline: one picture per prompt and seed, and the steps if they were recorded."""
     accepted = inspect.signature(type(pipe).__call__).parameters
-    stages = _Stages(pipe)
 
-    def on_step_end(pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        total = int(pipeline.num_timesteps)
-        if step + 1 >= total:
-            stages.switch("decode")
-        if report is not None:
-            report(step + 1, total)
-        return tensors
+    if report is not None and "callback_on_step_end" in accepted:
 
-    if "callback_on_step_end" in accepted:
+        def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            report(step + 1, int(pipeline.num_timesteps))
+            return tensors
+
         arguments["callback_on_step_end"] = on_step_end
     bar = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
     try:
-        with stages, finite_decoder(pipe):
+        with watched(pipe):
             if "prompt" in accepted:
                 arguments["prompt"] = list(prompts)  # some pipelines write into the list that they are given
             else:
@@ -328,54 +324,5 @@ def _call(
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = bar
-    return [_picture(array) for array in output.images], getattr(output, "steps", None)
-
-
-def _picture(array: np.ndarray) -> Image.Image:
-    """[H, W, 3] floats in [0, 1] as PIL does it in diffusers; NaN would silently become black there."""
-    check_finite(array, "pixels")
-    return Image.fromarray((array * 255).round().astype(np.uint8))
-
-
-class _Stages:
-    """Times the stages of a diffusers call from outside: "text" until the denoiser runs, "denoise", "decode".
-
-    The denoiser tells by forward hooks; they also count its passes and evaluations. A Janus pipeline has none and
-    reports its own stages.
-    """
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self._denoiser = next(
-            (m for name in ("transformer", "unet") if isinstance(m := getattr(pipe, name, None), torch.nn.Module)),
-            None,
-        )
-        self._phase: phase | None = None
-
-    def switch(self, name: str | None) -> None:
-        """End the stage that runs and start the next one; None starts none."""
-        if self._denoiser is None:
-            return
-        if self._phase is not None:
-            self._phase.__exit__(None, None, None)
-        self._phase = None if name is None else phase(name)
-        if self._phase is not None:
-            self._phase.__enter__()
-
-    def __enter__(self) -> None:
-        self._hook = None
-        if self._denoiser is not None:
-            self._hook = self._denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        self.switch("text")
-
-    def __exit__(self, *error: object) -> None:
-        self.switch(None)
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._phase is not None and self._phase.name == "text":
-            self.switch("denoise")
-        add_passes("denoiser")
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        if isinstance(sample, list | tuple | torch.Tensor):
-            add_nfe(len(sample))
+    check_output(output.images)  # NaN would silently become black
+    return DiffusionPipeline.numpy_to_pil(output.images), getattr(output, "steps", None)

@@ -18,7 +18,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import LogitsProcessorList
 
-from fastgen.accounting import account, add_passes, add_tokens, note_path, phase
+from fastgen.accounting import add_passes, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
@@ -28,7 +28,7 @@ from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
 from fastgen.pipelines.pickling import PickledMixin
 from fastgen.pipelines.sampling import GuidedGumbelSampler
-from fastgen.pipelines.summary import remember
+from fastgen.pipelines.summary import reported
 from fastgen.pipelines.token_images import (
     NetworksMixin,
     OutputType,
@@ -184,7 +184,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         check_bool("return_dict", return_dict)
         check_callable("callback_on_step_end", callback_on_step_end)
         self.check_prompts(prompts)
-        with account() as stats, brought_in(self.model):
+        with reported(self) as stats, brought_in(self.model):
             with phase("text"):
                 texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
             tokens = self._draw(texts, law, generators, batch_invariant, callback_on_step_end)
@@ -193,7 +193,6 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 with phase("decode"):
                     images = self._decode(tokens, output_type, one_by_one=batch_invariant)
         self.maybe_free_model_hooks()
-        remember(self, stats)
         if not return_dict:
             return (images,)
         return TokenImageOutput(images=images, tokens=tokens, stats=stats)

@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from fastgen.accounting import Stats, account, note_path
+from fastgen.accounting import Stats, note_path
 from fastgen.checks import check_bool, check_callable, check_choice, check_generator, check_integer
 from fastgen.contracts import Loss
 from fastgen.errors import FastgenError, NotFiniteError
@@ -34,7 +34,7 @@ from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import PreviewOption, check_preview, preview_of
 from fastgen.pipelines.search.report import SearchReport, report_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
-from fastgen.pipelines.summary import remember
+from fastgen.pipelines.summary import reported
 from fastgen.pipelines.token_images import as_output, one_per_image
 from fastgen.pipelines.wrapping import WrappingPipeline
 from fastgen.pretrained import load_pretrained
@@ -254,7 +254,7 @@ class NoiseSearchPipeline(WrappingPipeline):
         generators = one_per_image(generator, len(prompts))
         started = time.perf_counter()
         cause: BaseException | None = None
-        with account() as stats:
+        with reported(self) as stats:
             denoiser = self._denoiser(self.pipe, prompts, settings)
             path = self._sampler(sampler, denoiser)
             policy = self._resolved(policy, denoiser, path, budget)
@@ -277,7 +277,6 @@ class NoiseSearchPipeline(WrappingPipeline):
             pictures = [_picture(denoiser, node, prompt) for prompt, node in enumerate(winners)]
         if hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
-        remember(self, stats)
         output, fault = _output(pictures, reports, output_type, stats)
         if cause is not None:
             raise SearchInterrupted(f"search: {type(cause).__name__}: {cause}", output) from cause

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from fastgen.accounting import account, add_acceptance, add_tokens, note_path, phase
+from fastgen.accounting import add_acceptance, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable, check_choice, check_number
 from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
@@ -33,7 +33,7 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
 from fastgen.errors import FastgenError
 from fastgen.pipelines.pickling import PickledMixin
-from fastgen.pipelines.summary import remember
+from fastgen.pipelines.summary import reported
 from fastgen.pipelines.token_images import (
     NetworksMixin,
     OutputType,
@@ -221,7 +221,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         check_callable("callback_on_step_end", callback_on_step_end)
         target.check_prompts(prompts)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
-        with account() as stats, brought_in(self.model, self.drafter, self.heads):
+        with reported(self) as stats, brought_in(self.model, self.drafter, self.heads):
             rule = self._rule(target, acceptance, quality)
             rule.check(target)
             reason: str | None = None
@@ -262,7 +262,6 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                     chunks = tokens.split(1 if batch_invariant else len(tokens))
                     images = as_output(torch.cat([target.pixels(chunk) for chunk in chunks]), output_type)
         self.maybe_free_model_hooks()
-        remember(self, stats)
         if not return_dict:
             return (images,)
         return TokenImageOutput(images=images, tokens=tokens, stats=stats)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.accounting import Stats
+from fastgen.accounting import Stats, account
 from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
 
-__all__ = ["Summary", "remember", "summary"]
+__all__ = ["Summary", "reported", "summary"]
 
 # Outside the pipeline: diffusers saves and compares its attributes.
 _last: weakref.WeakKeyDictionary[Any, Stats] = weakref.WeakKeyDictionary()
@@ -43,8 +45,11 @@ class Summary:
         return "\n".join(lines)
 
 
-def remember(pipe: Any, stats: Stats) -> None:
-    """Keep what a call did, for `summary`."""
+@contextmanager
+def reported(pipe: Any) -> Iterator[Stats]:
+    """An account of one call of a pipeline, which `summary` shows once the call is done."""
+    with account() as stats:
+        yield stats
     _last[pipe] = stats
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from fastgen.accounting import Stats
@@ -107,4 +108,4 @@ def as_output(pixels: torch.Tensor, output_type: str) -> Any:
     array = pixels.cpu().numpy()
     if output_type == "np":
         return array
-    return [PIL.Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
+    return DiffusionPipeline.numpy_to_pil(array)
