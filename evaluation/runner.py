@@ -35,7 +35,7 @@ from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
 from fastgen.evaluation.samples import Sample, judge_samples, read_samples, results_jsonl, spread
 from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
-from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json, remove_leftovers
+from fastgen.io import atomic_write_bytes, atomic_write_json, check_format, check_writable, read_json, remove_leftovers
 from fastgen.locks import locked_folder
 
 __all__ = [
@@ -360,8 +360,9 @@ def _timing(path: Path) -> tuple[int, float]:
 def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:
     """FastgenError naming what differs between the run in `folder` and the one that was asked for."""
     held = held if isinstance(held, dict) else {}
-    if held.get("format") != wanted["format"] or not isinstance(held.get("settings"), dict):
-        raise FastgenError(f"{folder}: holds a run of another version; choose another folder")
+    check_format(held.get("format"), f"{folder}: its run.json", wanted["format"])
+    if not isinstance(held.get("settings"), dict):
+        raise FastgenError(f"{folder}: its run.json is damaged; choose another folder")
     keys = dict.fromkeys((*wanted["settings"], *held["settings"]))
     changed = [
         f"{key} is {held['settings'].get(key)!r} there and {wanted['settings'].get(key)!r} now"

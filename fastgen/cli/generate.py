@@ -284,6 +284,7 @@ def _save(
     job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], on: Plan | None
 ) -> None:
     """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
+    from fastgen.cli.plan import SIDECAR_FORMAT
     from fastgen.contracts import weakest
     from fastgen.io import atomic_write_many, encode_json, encode_png
 
@@ -291,6 +292,7 @@ def _save(
     text = json.dumps(job.settings, ensure_ascii=False, sort_keys=True)
     image = encode_png(picture.image, {"Software": "fastgen", "Comment": text})
     sidecar = {
+        "format": SIDECAR_FORMAT,
         "file": job.image.name,
         "sha256": hashlib.sha256(image).hexdigest(),
         "prompt": job.prompt,

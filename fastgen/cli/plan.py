@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
-from fastgen.io import file_sha256, read_object
+from fastgen.io import check_format, file_sha256, read_object
 
 if TYPE_CHECKING:
     from fastgen.pipelines.checkpoint import Checkpoint
@@ -39,6 +39,9 @@ __all__ = [
     "weights_digest",
     "whole_batches",
 ]
+
+#: Format of sidecars; those of older versions have no number.
+SIDECAR_FORMAT = 1
 
 # Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
 _SAMPLE = 2**16
@@ -154,13 +157,16 @@ def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[J
         strict: a picture that was made with other settings is an error, not to be replaced.
 
     Raises:
-        FastgenError: `strict` and a picture of other settings, or of unknown ones, is in the way.
+        FastgenError: `strict` and a picture of other settings, or of unknown ones, is in the way; or a sidecar in a
+            format that this version does not read.
     """
     return jobs if overwrite else list(_unfinished(jobs, strict))
 
 
 def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
     for job in jobs:
+        if (sidecar := read_sidecar(job)).get("format") is not None:
+            check_format(sidecar["format"], job.sidecar, SIDECAR_FORMAT)
         if is_finished(job):
             continue
         # With the same settings it is the picture of a search that was interrupted.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgen.contracts import Loss, weakest
 from fastgen.errors import FastgenError
-from fastgen.io import atomic_write_json, read_object
+from fastgen.io import atomic_write_json, check_format, read_object
 from fastgen.pipelines.accelerate.parts import Part, made_part
 
 __all__ = ["Plan", "Row"]
@@ -96,8 +96,7 @@ class Plan:
         Raises:
             FastgenError: it is no plan.
         """
-        if data.get("format") != _FORMAT:
-            raise FastgenError(f"{label}: is no plan of this version (format {data.get('format')!r}, needs {_FORMAT})")
+        check_format(data.get("format"), label, _FORMAT)
         rows, pipeline, measured = data.get("parts"), data.get("pipeline"), data.get("measured", {})
         if not isinstance(pipeline, str) or not isinstance(rows, list) or not isinstance(measured, dict):
             raise FastgenError(f"{label}: needs a pipeline, parts and measured numbers")
