@@ -39,13 +39,28 @@ EXAMPLES = {
         "fastgen train dc --part tiny -o runs/dc",
         "fastgen train drafter --part tiny-janus -o runs/drafter",
     ],
-    "shapes": ["fastgen eval shapes --model tiny --limit 5"],
-    "geneval": ["fastgen eval geneval --images pictures --detector shapes --out scored"],
+    "eval shapes": ["fastgen eval shapes --model tiny --limit 5"],
+    "eval geneval": ["fastgen eval geneval --images pictures --detector shapes --out scored"],
+    "eval fid": ["fastgen eval fid pictures --out fid.json"],
+    "eval compare": ["fastgen eval compare before/scores.json after/scores.json --margin 0.01"],
+    "eval report": ["fastgen eval report scored/scores.json --out report.html"],
+    "models": ["fastgen models"],
+    "info": ["fastgen info --json"],
+    "tune": ["fastgen tune --model tiny --prompts-file prompts.txt --minutes 5 -o plan.json"],
+    "bench generate": ["fastgen bench generate --out generate.json"],
+    "bench dc": ["fastgen bench dc --limit 2 --out dc.json"],
+    "bench dc-speed": ["fastgen bench dc-speed --size S --out dc-speed.json"],
+    "bench speculative": ["fastgen bench speculative --limit 2 --out speculative.json"],
+    "bench search": ["fastgen bench search --budget 48 --out search.json"],
+    "bench search-overhead": ["fastgen bench search-overhead --runs 30"],
+    "bench speculative-cost": ["fastgen bench speculative-cost --size janus-pro-1b"],
+    "bench accelerate": ["fastgen bench accelerate --model tiny --out accelerate.json"],
+    "bench kernels": ["fastgen bench kernels --out kernels.json"],
 }
 
 
 def arrange(name: str, command: Any, words: list[str]) -> None:
-    """Lay out the help of a command; `words` are those that follow its name on the command line."""
+    """Lay out the help of a command ("generate", "eval fid"); `words` follow its name on the command line."""
     for option in command.params:
         if found := _BRACKETS.search(getattr(option, "help", None) or ""):
             option.help = _BRACKETS.sub(".", option.help)

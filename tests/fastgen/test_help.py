@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
+import shlex
+from typing import Any
 
 import pytest
 import typer
 
 from fastgen.cli import eval as eval_group
 from fastgen.cli import generate, train
-from fastgen.cli.main import run
+from fastgen.cli.main import COMMANDS, run
 from fastgen.cli.panels import PANELS, arrange, verbose_option
 from fastgen.training.recipes import RECIPES
 
@@ -41,6 +44,36 @@ def test_options_stand_in_the_panel_of_their_method(
     ):
         assert option in panels[panel], (panel, option)
     assert "Examples:" in text and 'fastgen generate "three red circles" -o out.png' in text
+
+
+def _commands() -> dict[str, Any]:
+    """Every command by its words, e.g. "eval fid"."""
+    found = {}
+    for name, (module, _) in COMMANDS.items():
+        command = typer.main.get_command(importlib.import_module(module).app)
+        leaves = getattr(command, "commands", None)
+        found |= {name: command} if leaves is None else {f"{name} {word}": leaf for word, leaf in leaves.items()}
+    return found
+
+
+LEAVES = _commands()
+
+
+@pytest.mark.parametrize("command", LEAVES)
+def test_every_help_ends_with_an_example_that_fits_and_is_short(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(command.split(), capsys, monkeypatch)
+    panels, _, end = text.partition("Examples:")
+    examples = [line.strip() for line in end.splitlines() if line.strip()]
+    options = {word for option in LEAVES[command].params for word in option.opts} | {"--help"}
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        assert words[: 1 + len(command.split())] == ["fastgen", *command.split()]
+        assert {word for word in words if word.startswith("-")} <= options, example
+    assert "--verbose" in panels
+    assert all(panel.count("\n") <= 60 for panel in panels.split("╭─"))
 
 
 @pytest.mark.parametrize("module", [generate, eval_group], ids=["generate", "eval"])
