@@ -30,6 +30,7 @@ from typing import Any
 from PIL import Image
 
 from fastgen.accounting import account
+from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
@@ -37,6 +38,7 @@ from fastgen.evaluation.samples import Sample, judge_samples, read_samples, resu
 from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_format, check_writable, read_json, remove_leftovers
 from fastgen.locks import locked_folder
+from fastgen.pipelines.schema import DRAWING
 
 __all__ = [
     "EvaluationRun",
@@ -102,14 +104,12 @@ class RunSettings:
     plan: list[list[Any]] | None = None
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt: needs an integer >= 1, got {self.images_per_prompt}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: needs an integer in 0 .. 2**63 - 1, got {self.seed}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: needs an integer >= 1, got {self.steps}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale: needs a number >= 0, got {self.guidance_scale}")
+        check_integer("images_per_prompt", self.images_per_prompt, 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        for method in DRAWING:
+            method.of(asdict(self))
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """As the run keeps them; without variant and plan where there are none, as older runs have them."""

@@ -304,7 +304,19 @@ def test_generator_that_ends_early_is_an_error(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"images_per_prompt": 0}, {"steps": 0}, {"guidance_scale": -1.0}, {"guidance_scale": float("nan")}, {"seed": -1}],
+    [
+        {"images_per_prompt": 0},
+        {"steps": 0},
+        {"guidance_scale": -1.0},
+        {"guidance_scale": float("nan")},
+        {"seed": -1},
+        {"tail_drop": 1.0},
+        {"uncond_tail_drop": -0.1},
+        {"token_budget": 0},
+        {"tree": "nonsense"},
+        {"acceptance": "nonsense"},
+        {"quality": 2.0},
+    ],
 )
 def test_settings_are_checked(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
