@@ -153,15 +153,7 @@ def generate_images(
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
             before the first picture is asked for.
     """
-    for name, values in (("prompts", prompts), ("seeds", seeds)):
-        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
-            raise FastgenError(f"{name}: {values!r} is not allowed, needs a list")
-    prompts, seeds = list(prompts), list(seeds)
-    if len(prompts) != len(seeds):
-        raise FastgenError(f"seeds: {len(seeds)} seeds for {len(prompts)} prompts; needs one seed per prompt")
-    for prompt in prompts:
-        check_prompt(prompt)
-    seeds = [check_integer("seed", seed, 0, 2**63 - 1) for seed in seeds]
+    prompts, seeds = _checked_lists(prompts, seeds)
     batch_size = check_integer("batch_size", batch_size, 1, 2**31 - 1)
     for name, flag in (("batch_invariant", batch_invariant), ("flops", flops), ("record_steps", record_steps)):
         check_bool(name, flag)
@@ -188,6 +180,19 @@ def generate_images(
         cut = check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     notes = [[*cut.get(prompt, ()), *cut.get(negative_prompt or "", ())] for prompt in prompts]
     return _generate(pipe, prompts, seeds, notes, resolved, batch_size, batch_invariant, flops, callback)
+
+
+def _checked_lists(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    for name, values in (("prompts", prompts), ("seeds", seeds)):
+        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+            raise FastgenError(f"{name}: {values!r} is not allowed, needs a list")
+    prompts, seeds = list(prompts), list(seeds)
+    if len(prompts) != len(seeds):
+        raise FastgenError(f"seeds: {len(seeds)} seeds for {len(prompts)} prompts; needs one seed per prompt")
+    for prompt in prompts:
+        check_prompt(prompt)
+    seeds = [check_integer("seed", seed, 0, 2**63 - 1) for seed in seeds]
+    return prompts, seeds
 
 
 def unknown_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:

@@ -155,7 +155,7 @@ def test_the_pipeline_is_left_as_it_was(pipe: DiffusionPipeline) -> None:
         (["a"], [0], {"batch_size": 0}, "batch_size"),
         (["a"], [0], {"guidance_scale": float("nan")}, "guidance_scale"),
         (["a"], [0], {"guidance_scale": "2"}, "guidance_scale"),
-        (["a"], [0], {"negative_prompt": ""}, "negative_prompt"),
+        (["a"], [0], {"negative_prompt": 5}, "negative_prompt"),
         (["a"], [0], {"height": 20}, "height: 20"),
         (["a"], [0], {"width": 4096}, "width: 4096"),
     ],
