@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +100,7 @@ class Progress:
         images_done, images_total: pictures that are finished, and all of them.
         images_now: pictures in the making.
         step, steps: finished steps (of an autoregressive model: tokens) of the pictures in the making, and all.
+        latents: of the pictures in the making after that step, as the pipeline has them; None where it shows none.
     """
 
     images_done: int
@@ -107,6 +108,7 @@ class Progress:
     images_now: int
     step: int
     steps: int
+    latents: torch.Tensor | None = None
 
     @property
     def fraction(self) -> float:
@@ -124,6 +126,7 @@ def generate_images(
     flops: bool = False,
     callback: Callable[[Progress], None] | None = None,
     record_steps: bool = False,
+    beginning: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[GeneratedImage]:
     """Make picture i from prompts[i] and seeds[i]; pictures are yielded in order, as soon as their batch is done.
@@ -140,6 +143,7 @@ def generate_images(
         flops: count FLOPs as well; takes some time.
         callback: called after every step.
         record_steps: keep latents and kept tokens of every step (dynamic chunking only).
+        beginning: what pictures begin with, for a pipeline that takes it: `image`, `mask_image`, `strength`.
         settings: those of `fastgen.pipelines.schema.SETTINGS` that differ from the model's own:
             steps: denoising steps (diffusion only).
             guidance_scale: as the pipeline defines it.
@@ -168,6 +172,10 @@ def generate_images(
         if "output_chunks" not in inspect.signature(type(pipe).__call__).parameters:
             raise FastgenError(f"record_steps: {type(pipe).__name__} has no dynamic chunking to record")
         resolved["output_chunks"] = True
+    begin = {name: value for name, value in (beginning or {}).items() if value is not None}
+    for name in begin:
+        if name not in inspect.signature(type(pipe).__call__).parameters:
+            raise FastgenError(f"{name}: {type(pipe).__name__} does not take it")
     negative_prompt = settings.get("negative_prompt")
     if takes_classes(type(pipe)):
         for prompt in prompts:
@@ -179,7 +187,7 @@ def generate_images(
     with explained_drawing(checkpoint):  # reads the prompts with the model's tokenizer and template
         cut = check_prompt_lengths(pipe, [*prompts, *([negative_prompt] if negative_prompt else [])])
     notes = [[*cut.get(prompt, ()), *cut.get(negative_prompt or "", ())] for prompt in prompts]
-    return _generate(pipe, prompts, seeds, notes, resolved, batch_size, batch_invariant, flops, callback)
+    return _generate(pipe, prompts, seeds, notes, resolved, begin, batch_size, batch_invariant, flops, callback)
 
 
 def _checked_lists(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
@@ -246,6 +254,7 @@ def _generate(
     seeds: list[int],
     notes: list[list[str]],
     settings: dict[str, Any],
+    begin: dict[str, Any],
     batch_size: int,
     batch_invariant: bool,
     flops: bool,
@@ -264,10 +273,10 @@ def _generate(
         report = None
         if callback is not None:
 
-            def report(step: int, steps: int, start: int = start, count: int = count) -> None:
-                callback(Progress(start, len(prompts), count, step, steps))
+            def report(step: int, steps: int, latents: Any, start: int = start, count: int = count) -> None:
+                callback(Progress(start, len(prompts), count, step, steps, latents))
 
-        arguments = pipeline_arguments(settings)
+        arguments = pipeline_arguments(settings) | begin
         if janus:
             arguments["batch_invariant"] = batch_invariant
         if "negative_prompt" in arguments:
@@ -293,7 +302,7 @@ def _call(
     prompts: list[str],
     seeds: list[int],
     arguments: dict[str, Any],
-    report: Callable[[int, int], None] | None,
+    report: Callable[[int, int, Any], None] | None,
 ) -> tuple[list[Image.Image], Sequence[StepRecord] | None]:
     """One call of the pipeline: one picture per prompt and seed, and the steps if they were recorded."""
     accepted = inspect.signature(type(pipe).__call__).parameters
@@ -301,7 +310,7 @@ def _call(
     if report is not None and "callback_on_step_end" in accepted:
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            report(step + 1, int(pipeline.num_timesteps))
+            report(step + 1, int(pipeline.num_timesteps), tensors.get("latents"))
             return tensors
 
         arguments["callback_on_step_end"] = on_step_end

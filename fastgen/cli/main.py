@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
     "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
+    "serve": ("fastgen.cli.serve", "Serve pictures over HTTP, with a page to look at."),
     "tune": ("fastgen.cli.tune", "Measure what makes a model faster here, and write a plan."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
     "models": ("fastgen.cli.models", "Show which method works with which model."),

@@ -1,0 +1,84 @@
+"""`fastgen serve`: the methods behind an HTTP interface, and a page to look at."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Annotated
+
+import typer
+
+from fastgen.errors import FastgenError
+
+app = typer.Typer(help="Serve pictures over HTTP, with a page to look at.")
+
+_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, a folder or a Hub id; repeat. Default: tiny.", show_default=False),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="That requests must carry. Better in the environment variable FASTGEN_API_KEY, which no list of "
+            "processes shows.",
+            show_default=False,
+        ),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a key.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(help="How long a picture waits for others to share its batch.")] = 20,
+    max_queue: Annotated[int, typer.Option(help="Pictures that wait; more are refused with status 429.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 600,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+    limit_body_megabytes: Annotated[int, typer.Option(help="Size of a request.")] = 32,
+    limit_prompt: Annotated[int, typer.Option(help="Characters of a prompt.")] = 4000,
+    limit_images: Annotated[int, typer.Option(help="Pictures of a request.")] = 10,
+    limit_side: Annotated[int, typer.Option(help="Pixels of a side.")] = 2048,
+    limit_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 200,
+    limit_nfe: Annotated[int, typer.Option(help="Forward passes of a search for one picture.")] = 2000,
+) -> None:
+    """Serve pictures over HTTP as OpenAI's image interface does, with a page at /. Ctrl-C finishes what is in the
+    making and ends."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join("python-multipart" if name == "multipart" else name.replace("_", "-") for name in missing)
+        raise FastgenError(f"serve: needs {names}: pip install {names}")
+    from fastgen.serve.settings import Limits, ServeSettings
+
+    limits = Limits(
+        body_megabytes=limit_body_megabytes,
+        prompt=limit_prompt,
+        images=limit_images,
+        side=limit_side,
+        steps=limit_steps,
+        nfe=limit_nfe,
+    )
+    settings = ServeSettings(
+        models=tuple(model or ["tiny"]),
+        host=host,
+        port=port,
+        api_key=api_key or os.environ.get("FASTGEN_API_KEY") or None,
+        insecure=insecure,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        timeout=timeout,
+        log_prompts=log_prompts,
+        limits=limits,
+    )
+    from fastgen.serve.server import serve as run
+
+    run(settings)

@@ -1,0 +1,96 @@
+"""What a server is started with, checked before any model is loaded."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field, fields
+
+from fastgen.checks import check_integer, check_number
+from fastgen.errors import FastgenError
+
+__all__ = ["Limits", "ServeSettings", "is_loopback"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most that one request may ask for.
+
+    Attributes:
+        body_megabytes: size of a request, uploads included.
+        prompt: characters.
+        images: pictures of one request (`n`).
+        side: pixels.
+        steps: denoising steps.
+        nfe: forward passes of a search for one picture.
+    """
+
+    body_megabytes: int = 32
+    prompt: int = 4000
+    images: int = 10
+    side: int = 2048
+    steps: int = 200
+    nfe: int = 2000
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            check_integer(f"--limit-{each.name.replace('_', '-')}", getattr(self, each.name), 1)
+
+    @property
+    def body(self) -> int:
+        """Bytes of a request."""
+        return self.body_megabytes << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """
+    Attributes:
+        models: names, folders or Hub ids; the first is what a request without `model` means.
+        host, port: where to listen.
+        api_key: that requests must carry as a bearer token; None: none is needed.
+        insecure: allows another host than this machine without a key.
+        device, dtype: as `fastgen generate` takes them.
+        batch_size: pictures that share a forward pass, at most.
+        max_wait_ms: how long the first picture of a batch waits for others.
+        max_queue: pictures that wait, at most; more are refused with status 429.
+        timeout: seconds of a request, from its arrival.
+        log_prompts: write prompts to the log.
+        limits: of one request.
+    """
+
+    models: tuple[str, ...] = ("tiny",)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    insecure: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 8
+    max_wait_ms: float = 20
+    max_queue: int = 64
+    timeout: float = 600
+    log_prompts: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise FastgenError("--model: needs a model")
+        check_integer("--port", self.port, 0, 65535)
+        check_integer("--batch-size", self.batch_size, 1, 1024)
+        check_number("--max-wait-ms", self.max_wait_ms, 0, 60_000)
+        check_integer("--max-queue", self.max_queue, 1, 2**20)
+        check_number("--timeout", self.timeout, above=0, maximum=86_400)
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise FastgenError("--api-key: needs printable ASCII characters")
+        if self.api_key is None and not self.insecure and not is_loopback(self.host):
+            raise FastgenError(
+                f"--host: {self.host} is not this machine alone; needs --api-key, or --insecure to serve anyone"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
