@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -222,15 +223,27 @@ def _line(
         size = whole["fastgen"]["size"]
         more = {"size": size, "quality": "auto", "background": "opaque", "usage": _NO_USAGE}
         return _event("image_generation.completed", {**common, **more, **whole})
+    if event.score is not None and event.partial is not None:
+        score = event.score if math.isfinite(event.score) else None
+        return _event("fastgen.candidate", {**common, "score": score, "b64_json": _text(event.partial)})
     if event.partial is not None:
         number = partials[place] = partials.get(place, -1) + 1
-        data = base64.b64encode(event.partial).decode()
         more = {"size": "auto", "quality": "auto", "background": "opaque"}
-        body = {**common, **more, "output_format": "png", "partial_image_index": number, "b64_json": data}
+        body = {
+            **common,
+            **more,
+            "output_format": "png",
+            "partial_image_index": number,
+            "b64_json": _text(event.partial),
+        }
         return _event("image_generation.partial_image", body)
     if asked.progress:
         return _event("fastgen.progress", {**common, "step": event.step, "steps": event.steps})
     return None
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 #: OpenAI bills by these.

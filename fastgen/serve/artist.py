@@ -20,7 +20,7 @@ from fastgen.pipelines.schema import SETTINGS, SearchSettings
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.serve.errors import ApiError, from_message
 from fastgen.serve.orders import Drawn, Event, Order
-from fastgen.serve.partial import Partials
+from fastgen.serve.partial import Partials, Watched
 from fastgen.serve.requests import check_limits, size_of
 from fastgen.serve.settings import ServeSettings
 
@@ -152,7 +152,7 @@ class Studio:
             "callback": on_progress,
         }
         if first.method == "search":
-            pictures = self._searched(pipe, first, prompts, seeds, common)
+            pictures = self._searched(pipe, first, prompts, seeds, common, report)
         elif first.image is not None:
             pictures = self._edited(pipe, first, common)
         else:
@@ -172,7 +172,13 @@ class Studio:
         return pipe
 
     def _searched(
-        self, pipe: Any, order: Order, prompts: list[str], seeds: list[int], common: dict[str, Any]
+        self,
+        pipe: Any,
+        order: Order,
+        prompts: list[str],
+        seeds: list[int],
+        common: dict[str, Any],
+        report: Callable[[Event, int | None], None],
     ) -> Iterator[GeneratedImage]:
         from fastgen.pipelines.search.images import search_images
 
@@ -181,6 +187,8 @@ class Studio:
         if plan.verifier not in self._verifiers:
             self._verifiers[plan.verifier] = plan.load_verifier(str(self._catalogue.device))
         verifier = self._verifiers[plan.verifier]
+        if order.details:
+            verifier = Watched(verifier, lambda png, score: report(Event(partial=png, score=score), None))
         limits: dict[str, Any] = {"budget": plan.budget, "sampler": plan.sampler, **plan.cheap}
         yield from search_images(pipe, verifier, plan.policy, prompts, seeds, **limits, **common)
 

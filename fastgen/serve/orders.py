@@ -42,7 +42,7 @@ class Order:
     def key(self) -> str:
         """Equal where pictures can share a forward pass."""
         shared = [self.model, self.method, self.settings, self.search, self.batch_invariant, self.details]
-        alone = id(self) if self.image is not None else None
+        alone = id(self) if self.image is not None or (self.search and self.details) else None
         return json.dumps([*shared, alone], sort_keys=True, default=repr)
 
 
@@ -68,6 +68,7 @@ class Event:
     Attributes:
         step, steps: done and all, of a progress.
         partial: PNG of the picture under way.
+        score: of a search's candidate, whose preview `partial` is.
         drawn: the finished picture.
         error: it will not come.
     """
@@ -75,6 +76,7 @@ class Event:
     step: int = 0
     steps: int = 0
     partial: bytes | None = None
+    score: float | None = None
     drawn: Drawn | None = None
     error: Exception | None = None
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastgen.io import encode_png
 from fastgen.pipelines.generation import Progress
 
-__all__ = ["Partials"]
+__all__ = ["Partials", "Watched"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +69,27 @@ class Partials:
 def _steps(wanted: int, steps: int) -> set[int]:
     """Of `steps`, those after which a partial picture is due."""
     return {max(1, round((i + 1) * steps / (wanted + 1))) for i in range(wanted)}
+
+
+class Watched:
+    """A verifier that shows what it scores.
+
+    Args:
+        verifier: that scores.
+        show: called with PNG and score of every candidate.
+    """
+
+    def __init__(self, verifier: Any, show: Callable[[bytes, float], None]) -> None:
+        self._verifier, self._show = verifier, show
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._verifier, name)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Verifier.score`."""
+        scores: Tensor = self._verifier.score(images, prompts)
+        for image, score in zip(images, scores.tolist(), strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            picture.thumbnail((128, 128))
+            self._show(encode_png(picture, {}), score)
+        return scores
