@@ -316,6 +316,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> AsciiResponse:
+        if isinstance(error.__cause__, ApiError):  # a body above the limit ends its parser
+            return answer_of(error.__cause__)
         headers = dict(error.headers or {})
         return answer_of(ApiError(error.status_code, str(error.detail), code="http", headers=headers))
 

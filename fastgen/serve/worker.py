@@ -129,6 +129,11 @@ class Worker:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something waits or is in the making."""
+        return bool(self._waiting or self._running)
+
     # ---- the thread ----
 
     def _run(self) -> None:
