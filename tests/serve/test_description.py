@@ -50,7 +50,7 @@ def _try(server: Running, examples: int) -> int:
 
 
 def test_a_few_requests_that_the_description_allows_or_not_cause_no_server_error(server: Running) -> None:
-    assert _try(server, 12) >= 100
+    assert _try(server, 12) >= 60
 
 
 @pytest.mark.slow
