@@ -8,11 +8,18 @@ from typing import Annotated
 
 import typer
 
+from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Serve pictures over HTTP, with a page to look at.")
 
-_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+_LIBRARIES = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+    "multipart": "python-multipart",
+}
+_RAY, _LIMITS = "Ray Serve (--engine ray)", "Most that one request may ask for"
 
 
 @app.command()
@@ -41,20 +48,39 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Pictures that wait; more are refused with status 429.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 600,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
-    limit_body_megabytes: Annotated[int, typer.Option(help="Size of a request.")] = 32,
-    limit_prompt: Annotated[int, typer.Option(help="Characters of a prompt.")] = 4000,
-    limit_images: Annotated[int, typer.Option(help="Pictures of a request.")] = 10,
-    limit_side: Annotated[int, typer.Option(help="Pixels of a side.")] = 2048,
-    limit_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 200,
-    limit_nfe: Annotated[int, typer.Option(help="Forward passes of a search for one picture.")] = 2000,
+    engine: Annotated[str, typer.Option(help="local draws in this process, ray on replicas of Ray Serve.")] = "local",
+    replicas: Annotated[int, typer.Option(help="That run at least (ray).", rich_help_panel=_RAY)] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="That run under load. Default: no more.", show_default=False, rich_help_panel=_RAY),
+    ] = None,
+    replica_gpus: Annotated[
+        float, typer.Option(help="GPUs of a replica; 0.5 lets two share one.", rich_help_panel=_RAY)
+    ] = 0,
+    replica_cpus: Annotated[float, typer.Option(help="CPU cores of a replica.", rich_help_panel=_RAY)] = 1,
+    replica_models: Annotated[int, typer.Option(help="Models that a replica keeps loaded.", rich_help_panel=_RAY)] = 2,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a running cluster. Default: one on this machine.", show_default=False, rich_help_panel=_RAY
+        ),
+    ] = None,
+    limit_body_megabytes: Annotated[int, typer.Option(help="Size of a request.", rich_help_panel=_LIMITS)] = 32,
+    limit_prompt: Annotated[int, typer.Option(help="Characters of a prompt.", rich_help_panel=_LIMITS)] = 4000,
+    limit_images: Annotated[int, typer.Option(help="Pictures of a request.", rich_help_panel=_LIMITS)] = 10,
+    limit_side: Annotated[int, typer.Option(help="Pixels of a side.", rich_help_panel=_LIMITS)] = 2048,
+    limit_steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=_LIMITS)] = 200,
+    limit_nfe: Annotated[
+        int, typer.Option(help="Forward passes of a search for one picture.", rich_help_panel=_LIMITS)
+    ] = 2000,
 ) -> None:
     """Serve pictures over HTTP as OpenAI's image interface does, with a page at /. Ctrl-C finishes what is in the
     making and ends."""
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join("python-multipart" if name == "multipart" else name.replace("_", "-") for name in missing)
-        raise FastgenError(f"serve: needs {names}: pip install {names}")
-    from fastgen.serve.settings import Limits, ServeSettings
+    check_choice("--engine", engine, ("local", "ray"))
+    needed = _LIBRARIES | ({"ray": "'ray[serve]'"} if engine == "ray" else {})
+    if missing := [package for name, package in needed.items() if importlib.util.find_spec(name) is None]:
+        raise FastgenError(f"serve: needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    from fastgen.serve.settings import ClusterSettings, Limits, ServeSettings
 
     limits = Limits(
         body_megabytes=limit_body_megabytes,
@@ -79,6 +105,14 @@ def serve(
         log_prompts=log_prompts,
         limits=limits,
     )
+    cluster = ClusterSettings(
+        replicas=replicas,
+        most_replicas=max_replicas,
+        gpus=replica_gpus,
+        cpus=replica_cpus,
+        models=replica_models,
+        address=ray_address,
+    )
     from fastgen.serve.server import serve as run
 
-    run(settings)
+    run(settings, cluster if engine == "ray" else None)

@@ -66,6 +66,10 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self, *, now: bool = False) -> None:
+        """Refuse what comes; what is in the making is finished, or stopped if `now`."""
+        ...
+
 
 def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, metrics: Metrics) -> FastAPI:
     """The application; whoever runs it starts and stops the backend."""
@@ -194,21 +198,21 @@ async def _stream(
 ) -> AsyncIterator[bytes]:
     """Server-sent events, as OpenAI names them; progress only where it is asked for."""
     partials: dict[int, int] = {}
-    try:
-        async with asyncio.timeout(timeout), aclosing(events) as running:  # type: ignore[type-var]
-            place, event = first
-            while True:
-                line = _line(place, event, asked, shown, partials)
-                if line:
-                    yield line
-                if event.error is not None:
-                    return
-                try:
-                    place, event = await anext(running)
-                except StopAsyncIteration:
-                    return
-    except TimeoutError:
-        yield _event("error", ApiError(504, f"not done after {timeout:g} seconds", code="timeout").body())
+    ends = time.monotonic() + timeout
+    async with aclosing(events) as running:  # type: ignore[type-var]
+        place, event = first
+        while True:
+            if line := _line(place, event, asked, shown, partials):
+                yield line
+            if event.error is not None:
+                return
+            try:
+                place, event = await asyncio.wait_for(anext(running), max(0.0, ends - time.monotonic()))
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                yield _event("error", ApiError(504, f"not done after {timeout:g} seconds", code="timeout").body())
+                return
 
 
 def _line(

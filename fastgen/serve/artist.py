@@ -113,17 +113,26 @@ class Catalogue:
 
 
 class Studio:
-    """Loaded models, which draw batches. Used by one thread at a time."""
+    """Loaded models, which draw batches. Used by one thread at a time.
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        self._catalogue = catalogue
+    Args:
+        catalogue: the models.
+        keep: that stay loaded, at most; the one that was used longest ago goes. None: all of them.
+    """
+
+    def __init__(self, catalogue: Catalogue, keep: int | None = None) -> None:
+        self._catalogue, self._keep = catalogue, keep
         self._pipes: dict[str, Any] = {}
         self._verifiers: dict[str, Any] = {}
         self._versions = versions()
 
     def load(self, model: str) -> Any:
         """The pipeline of a model, loaded once."""
-        if model not in self._pipes:
+        if model in self._pipes:
+            self._pipes[model] = self._pipes.pop(model)  # the last one used stands last
+        else:
+            while self._keep is not None and len(self._pipes) >= self._keep:
+                del self._pipes[next(iter(self._pipes))]
             checkpoint, where = self._catalogue.models[model], self._catalogue
             method = "speculative" if checkpoint.kind == "janus" else None
             dtype = str(where.dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 
 from fastgen.serve.artist import Catalogue, Studio
@@ -16,22 +16,28 @@ __all__ = ["LocalBackend"]
 
 
 class LocalBackend:
-    """Models in this process, drawn with by one thread."""
+    """Models in this process, drawn with by one thread.
 
-    def __init__(self, catalogue: Catalogue, metrics: Metrics) -> None:
+    Args:
+        catalogue: the models.
+        metrics: where to count.
+        keep: models that stay loaded, at most; None: all of them.
+    """
+
+    def __init__(self, catalogue: Catalogue, metrics: Metrics, keep: int | None = None) -> None:
         settings = catalogue.settings
-        self._catalogue, self._studio = catalogue, Studio(catalogue)
+        self._catalogue, self._studio = catalogue, Studio(catalogue, keep)
         wait = settings.max_wait_ms / 1000
         self.worker = Worker(self._studio, settings.batch_size, wait, settings.max_queue, metrics)
         self._loaded = threading.Event()
 
-    def load(self) -> None:
-        """Load every model, then begin to draw.
+    def load(self, models: Iterable[str] | None = None) -> None:
+        """Load models, all of them by default, then begin to draw.
 
         Raises:
             FastgenError: a model that cannot be loaded.
         """
-        for name in self._catalogue.models:
+        for name in self._catalogue.models if models is None else models:
             self._studio.load(name)
         self.worker.start()
         self._loaded.set()
@@ -39,6 +45,10 @@ class LocalBackend:
     def ready(self) -> bool:
         """See `Backend`."""
         return self._loaded.is_set()
+
+    def close(self, *, now: bool = False) -> None:
+        """See `Backend`."""
+        self.worker.close(now=now)
 
     async def draw(self, orders: Sequence[Order]) -> AsyncIterator[tuple[int, Event]]:
         """See `Backend`."""

@@ -11,7 +11,7 @@ from fastgen.pipelines.schema import SCHEMA, Rule, check_prompt
 from fastgen.serve.errors import ApiError
 from fastgen.serve.settings import Limits
 
-__all__ = ["EditRequest", "ImageRequest", "check_limits", "request_models", "size_of"]
+__all__ = ["EditRequest", "ImageRequest", "check_limits", "size_of"]
 
 _SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 #: OpenAI's words for how hard its own models try; they say nothing to ours.
@@ -62,21 +62,15 @@ class _Asked(BaseModel):
     details: bool = Field(False, description="Also answer with what the method did: map, tree or rounds.")
 
 
+# `verifier` may name a folder, and no path of a request is opened.
 _SETTINGS: dict[str, Any] = {
-    name: (_checked(name, rule) | None, None) for name, rule in SCHEMA.items() if name not in ("verifier",)
+    name: (_checked(name, rule) | None, None) for name, rule in SCHEMA.items() if name != "verifier"
 }
+_strength: Any = Annotated[float, Field(gt=0, le=1, description="How much of the picture may change.")]
+_fidelity: Any = Annotated[Literal["high", "low"], Field(description="Has no effect.")]
+_EDIT: dict[str, Any] = {"strength": (_strength | None, None), "input_fidelity": (_fidelity | None, None)}
 ImageRequest: Any = create_model("ImageRequest", __base__=_Asked, **_SETTINGS)
-EditRequest: Any = create_model(
-    "EditRequest",
-    __base__=ImageRequest,
-    strength=(Annotated[float, Field(gt=0, le=1, description="How much of the picture may change.")] | None, None),
-    input_fidelity=(Literal["high", "low"] | None, Field(None, description="Has no effect.")),
-)
-
-
-def request_models() -> tuple[Any, Any]:
-    """Of new pictures, and of edits."""
-    return ImageRequest, EditRequest
+EditRequest: Any = create_model("EditRequest", __base__=ImageRequest, **_EDIT)
 
 
 def size_of(request: Any) -> tuple[int | None, int | None]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import uvicorn
 
+from fastgen.cli.notes import quiet_libraries
 from fastgen.errors import FastgenError
-from fastgen.serve.app import create_app
+from fastgen.serve.app import Backend, create_app
 from fastgen.serve.artist import Catalogue
 from fastgen.serve.local import LocalBackend
 from fastgen.serve.metrics import Metrics
-from fastgen.serve.settings import ServeSettings
+from fastgen.serve.settings import ClusterSettings, ServeSettings
 
 __all__ = ["serve"]
 
@@ -25,7 +26,7 @@ class _Server(uvicorn.Server):
     """Ctrl-C and SIGTERM end it in order: what is in the making is finished, the rest refused. A second one ends what
     is in the making after its step."""
 
-    def __init__(self, config: uvicorn.Config, backend: LocalBackend) -> None:
+    def __init__(self, config: uvicorn.Config, backend: Backend) -> None:
         super().__init__(config)
         self._backend = backend
 
@@ -41,27 +42,45 @@ class _Server(uvicorn.Server):
     def _stop(self, number: int, frame: Any) -> None:
         again, self.should_exit = self.should_exit, True
         # Not in the handler itself: the thread that it interrupts may hold the lock.
-        threading.Thread(target=self._backend.worker.close, kwargs={"now": again}, daemon=True).start()
+        threading.Thread(target=self._backend.close, kwargs={"now": again}, daemon=True).start()
 
 
-def serve(settings: ServeSettings) -> None:
+def serve(settings: ServeSettings, cluster: ClusterSettings | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        settings: of the server.
+        cluster: draw on Ray Serve; None draws in this process.
 
     Raises:
         FastgenError: a model that cannot be loaded, or an address that cannot be listened at.
     """
     catalogue, metrics = Catalogue(settings), Metrics()
-    backend = LocalBackend(catalogue, metrics)
-    listening = _listen(settings)
-    with listening:
-        backend.load()
+    quiet_libraries()
+    with _listen(settings) as listening, _drawing(catalogue, metrics, cluster) as backend:
         app = create_app(settings, catalogue, backend, metrics)
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
         host, port = listening.getsockname()[:2]
         print(f"fastgen serves {', '.join(settings.models)} at http://{_shown(host)}:{port}", flush=True)
         _Server(config, backend).run(sockets=[listening])
-    backend.worker.close(now=True)
-    backend.worker.join(60)
+
+
+@contextlib.contextmanager
+def _drawing(catalogue: Catalogue, metrics: Metrics, cluster: ClusterSettings | None) -> Iterator[Backend]:
+    """Who draws, ready to."""
+    if cluster is None:
+        backend = LocalBackend(catalogue, metrics)
+        backend.load()
+        yield backend
+        backend.close(now=True)
+        backend.worker.join(60)
+        return
+    from fastgen.serve.cluster import deploy, shut_down
+
+    try:
+        yield deploy(catalogue.settings, cluster, metrics)
+    finally:
+        shut_down()
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 
-__all__ = ["Limits", "ServeSettings", "is_loopback"]
+__all__ = ["ClusterSettings", "Limits", "ServeSettings", "is_loopback"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,33 @@ class ServeSettings:
             raise FastgenError(
                 f"--host: {self.host} is not this machine alone; needs --api-key, or --insecure to serve anyone"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """
+    Attributes:
+        replicas: that run at least.
+        most_replicas: that run under load, at most; None: no more than that.
+        gpus, cpus: of a replica; parts of a GPU share one.
+        models: that a replica keeps loaded.
+        address: of a running cluster; None starts one on this machine.
+    """
+
+    replicas: int = 1
+    most_replicas: int | None = None
+    gpus: float = 0
+    cpus: float = 1
+    models: int = 2
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("--replicas", self.replicas, 1)
+        if self.most_replicas is not None:
+            check_integer("--max-replicas", self.most_replicas, self.replicas)
+        check_number("--replica-gpus", self.gpus, 0)
+        check_number("--replica-cpus", self.cpus, 0)
+        check_integer("--replica-models", self.models, 1)
 
 
 def is_loopback(host: str) -> bool:
