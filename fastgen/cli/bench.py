@@ -10,6 +10,7 @@ import typer
 from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search, search_overhead
+from fastgen.cli.bench_serve import serve
 from fastgen.cli.methods import VariantOption, find_model, variant_option
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
@@ -27,6 +28,7 @@ app.command("accelerate")(accelerate)
 app.command("kernels")(kernels)
 app.command("search")(search)
 app.command("search-overhead")(search_overhead)
+app.command("serve")(serve)
 
 
 @app.command("generate")

@@ -22,6 +22,15 @@ _LIBRARIES = {
 _RAY, _LIMITS = "Ray Serve (--engine ray)", "Most that one request may ask for"
 
 
+def check_libraries(*, ray: bool = False) -> None:
+    """Raises:
+    FastgenError: names the libraries to install.
+    """
+    needed = _LIBRARIES | ({"ray": "'ray[serve]'"} if ray else {})
+    if missing := [package for name, package in needed.items() if importlib.util.find_spec(name) is None]:
+        raise FastgenError(f"serve: needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
 @app.command()
 def serve(
     model: Annotated[
@@ -77,9 +86,7 @@ def serve(
     """Serve pictures over HTTP as OpenAI's image interface does, with a page at /. Ctrl-C finishes what is in the
     making and ends."""
     check_choice("--engine", engine, ("local", "ray"))
-    needed = _LIBRARIES | ({"ray": "'ray[serve]'"} if engine == "ray" else {})
-    if missing := [package for name, package in needed.items() if importlib.util.find_spec(name) is None]:
-        raise FastgenError(f"serve: needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    check_libraries(ray=engine == "ray")
     from fastgen.serve.settings import ClusterSettings, Limits, ServeSettings
 
     limits = Limits(

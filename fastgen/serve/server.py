@@ -60,6 +60,7 @@ def serve(settings: ServeSettings, cluster: ClusterSettings | None = None) -> No
     with _listen(settings) as listening, _drawing(catalogue, metrics, cluster) as backend:
         app = create_app(settings, catalogue, backend, metrics)
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        listening.listen(2048)  # not before there is somebody to answer
         host, port = listening.getsockname()[:2]
         print(f"fastgen serves {', '.join(settings.models)} at http://{_shown(host)}:{port}", flush=True)
         _Server(config, backend).run(sockets=[listening])
