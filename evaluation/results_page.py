@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastgen.evaluation.benchmarks.serve import serve_markdown
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.gains import gains_table
 from fastgen.evaluation.kernel_results import kernels_markdown
@@ -165,6 +166,7 @@ def results_page(folder: Path) -> str:
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
+        ("bench-serve", "A server under load", serve_markdown),
         ("bench-kernels", "Fused kernels", kernels_markdown),
         ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):

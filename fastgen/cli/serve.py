@@ -50,6 +50,10 @@ def serve(
         ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a key.")] = False,
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="Of searches: a name, NAME:WEIGHTS or a folder. Default: the model's.", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
@@ -103,6 +107,7 @@ def serve(
         port=port,
         api_key=api_key or os.environ.get("FASTGEN_API_KEY") or None,
         insecure=insecure,
+        verifier=verifier,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

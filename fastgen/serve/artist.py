@@ -12,8 +12,9 @@ from fastgen.cli.methods import best_device, check_method, find_model
 from fastgen.cli.search import Search, plan_search
 from fastgen.environment import versions
 from fastgen.errors import FastgenError
+from fastgen.evaluation.verifiers.names import verifier_class
 from fastgen.io import encode_png
-from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.generation import GeneratedImage, Progress, generate_images, set_checkpoint
 from fastgen.pipelines.loading import load_checkpoint, resolve_device
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
@@ -38,6 +39,8 @@ class Catalogue:
         self.settings = settings
         self.models: dict[str, Checkpoint] = {name: find_model(name) for name in settings.models}
         device = best_device() if settings.device == "auto" else settings.device
+        if settings.verifier is not None:
+            verifier_class(settings.verifier)
         self.device, self.dtype = resolve_device(device, settings.dtype)
 
     def methods(self, model: str) -> list[str]:
@@ -45,7 +48,8 @@ class Catalogue:
         checkpoint = self.models[model]
         if checkpoint.kind == "janus":
             return ["speculative", "base"]
-        return ["dc" if checkpoint.has_dynamic_chunking else "base", "search"]
+        own = "dc" if checkpoint.has_dynamic_chunking else "base"
+        return [own, *(["search"] if self.settings.verifier or model in EMBEDDED_MODELS else [])]
 
     def description(self, model: str) -> dict[str, Any]:
         """What the page and clients want to know of a model."""
@@ -92,6 +96,7 @@ class Catalogue:
                 raise ApiError(400, f"{next(iter(search))}: needs method search", next(iter(search)), "invalid_value")
             if method == "search":
                 search |= {} if "max_nfe" in search else {"max_nfe": self.settings.limits.nfe}
+                search |= {"verifier": self.settings.verifier}
                 plan_search(checkpoint, kind, call, SearchSettings(**search), False)
         except (FastgenError, ValueError, TypeError) as error:
             raise from_message(error) from error

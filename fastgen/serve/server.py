@@ -26,6 +26,8 @@ class _Server(uvicorn.Server):
     """Ctrl-C and SIGTERM end it in order: what is in the making is finished, the rest refused. A second one ends what
     is in the making after its step."""
 
+    should_exit: bool
+
     def __init__(self, config: uvicorn.Config, backend: Backend) -> None:
         super().__init__(config)
         self._backend = backend

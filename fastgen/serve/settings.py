@@ -49,6 +49,7 @@ class ServeSettings:
         host, port: where to listen.
         api_key: that requests must carry as a bearer token; None: none is needed.
         insecure: allows another host than this machine without a key.
+        verifier: of searches, as `fastgen generate` takes it; None: models that come with fastgen have their own.
         device, dtype: as `fastgen generate` takes them.
         batch_size: pictures that share a forward pass, at most.
         max_wait_ms: how long the first picture of a batch waits for others.
@@ -63,6 +64,7 @@ class ServeSettings:
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
     insecure: bool = False
+    verifier: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int = 8

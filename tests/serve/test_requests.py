@@ -117,6 +117,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "x", "max_nfe": 4}, "max_nfe"),
     ({"prompt": "x", "method": "search", "max_nfe": 201}, "max_nfe"),
     ({"prompt": "x", "method": "search", "verifier": "clip:/etc"}, "verifier"),
+    ({"prompt": "x", "method": "search", "max_nfe": 40}, "verifier"),
     ({"prompt": "x", "partial_images": 2}, "partial_images"),
     ({"prompt": "x", "response_format": "file"}, "response_format"),
     ({"prompt": "x", "image": "http://127.0.0.1/"}, "image"),
