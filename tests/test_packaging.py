@@ -303,7 +303,8 @@ NEED_TORCHVISION_CHECK = {
 def layer(module: str) -> str:
     """The package below `fastgen` that `module` belongs to; "" for fastgen itself and its leaves."""
     part = module.split(".")[1] if "." in module else ""
-    return "" if part in LEAVES else part
+    # The command line and the server are both what a user meets: one layer.
+    return "" if part in LEAVES else {"serve": "cli"}.get(part, part)
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

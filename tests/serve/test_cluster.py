@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import serve_libraries  # noqa: F401  # isort: skip
+
 import os
 import signal
 import time

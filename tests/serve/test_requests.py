@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import serve_libraries  # noqa: F401  # isort: skip
+
 import io
 import json
 from typing import Any
