@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.checks import check_integer, check_number
+from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.cli import search as searching
 from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model, read_plan
 from fastgen.cli.options import option_name, with_options
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastgen.evaluation.distributed import Group, OnProgress
     from fastgen.evaluation.geneval.metadata import Metadata
-    from fastgen.evaluation.runner import EvaluationRun, Generate
+    from fastgen.evaluation.runner import EvaluationRun, Generate, RunSettings
     from fastgen.pipelines.checkpoint import Checkpoint
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
@@ -63,6 +64,13 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the run; every image 
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N prompts of each task, for a quick look.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of images and results; a killed run continues there.")]
 
+Engine = Annotated[str, typer.Option("--engine", help="local draws in this process, ray on workers of a Ray cluster.")]
+Workers = Annotated[int, typer.Option("--ray-workers", help="Workers that draw (ray).")]
+Address = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Of a running cluster. Default: one on this machine.", show_default=False),
+]
+
 
 #: A search, and the settings of each of its pictures.
 PlannedSearch = tuple[searching.Search, dict[str, Any]]
@@ -82,7 +90,38 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "plan": (PlanFile, None),
     "batch_invariant": (BatchInvariant, False),
     "dtype": (Dtype, "auto"),
+    "engine": (Engine, "local"),
+    "ray_workers": (Workers, 2),
+    "ray_address": (Address, None),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where images are drawn that are not drawn here.
+
+    Attributes:
+        workers: processes, each with a GPU of its own where the run is on GPUs.
+        address: of a running Ray cluster; None starts one on this machine.
+    """
+
+    workers: int
+    address: str | None
+
+    @classmethod
+    def of(cls, given: Any) -> Cluster | None:
+        """What the options ask for; None: drawn here.
+
+        Raises:
+            FastgenError: a value out of range, or Ray is not installed.
+        """
+        check_choice("--engine", given.engine, ("local", "ray"))
+        check_integer("--ray-workers", given.ray_workers, 1)
+        if given.engine == "local":
+            return None
+        if importlib.util.find_spec("ray") is None:
+            raise FastgenError("--engine: ray needs Ray: pip install ray")
+        return cls(given.ray_workers, given.ray_address)
 
 
 def drawing_options(command: Any) -> Any:
@@ -131,6 +170,7 @@ class Drawing:
             if (value := getattr(given, name)) is not None:
                 check_integer(option_name(name), value, 1)
         check_integer("--seed", given.seed, 0, 2**63 - 1)
+        Cluster.of(given)
         if given.guidance_scale is not None:
             check_number("--guidance-scale", given.guidance_scale, 0)
         check_method_name(given.method)
@@ -232,7 +272,8 @@ class Drawing:
         if out is None:
             key = hashlib.sha256(json.dumps([run.as_dict(), given.limit]).encode()).hexdigest()[:8]
             out = Path("fastgen-eval") / f"{benchmark}-{Path(model).name}-{key}"
-        return GenerationRun(EvaluationRun(out, prompts, run, group), drawer, self.batch_size, search)
+        folder = EvaluationRun(out, prompts, run, group)
+        return GenerationRun(folder, drawer, self.batch_size, search, Cluster.of(given))
 
     def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
         """Checked with the model's configuration."""
@@ -249,6 +290,7 @@ class GenerationRun:
     drawer: Generate | None
     batch_size: int
     search: PlannedSearch | None = None
+    cluster: Cluster | None = None
 
     def make(self, on_progress: OnProgress) -> dict[str, Any]:
         """Draw what is missing; what goes into the report about it."""
@@ -258,7 +300,9 @@ class GenerationRun:
         run = self.run
         quiet_libraries()
         with phase("generate"), warnings_shown(run.group.is_main) as notes:
-            made = run.generate(self.drawer or _generator(run, self.batch_size, self.search), on_progress)
+            made = run.generate(
+                self.drawer or _generator(run, self.batch_size, self.search, self.cluster), on_progress
+            )
         for note in run.notes():  # those of other sessions and processes too
             notes.show(note)
             add_note(note)
@@ -298,34 +342,61 @@ def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
     return model_fingerprint(*checkpoint.folders, *others)
 
 
-def _generator(run: EvaluationRun, batch_size: int, search: PlannedSearch | None) -> Generate:
-    """Draws with the model of the run."""
+@dataclass(frozen=True, slots=True)
+class Drawer:
+    """Draws images of a run; can be sent to another process.
 
-    def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+    Attributes:
+        settings: of the run.
+        device: where.
+        batch_size: pictures drawn together, at most.
+        search: of a search.
+    """
+
+    settings: RunSettings
+    device: str
+    batch_size: int
+    search: PlannedSearch | None
+
+    def load(self) -> Generate:
+        """Load the model; what draws with it."""
         from fastgen.pipelines.accelerate import accelerate
         from fastgen.pipelines.accelerate.parts import made_part
         from fastgen.pipelines.loading import generate_images, load_pipeline
 
-        settings = run.settings
-        pipe = load_pipeline(
-            settings.model,
-            device=run.group.device(settings.device),
-            dtype=settings.dtype,
-            method=settings.method,
-            drafter=settings.drafter,
-            variant=settings.variant,
-        )
+        settings = self.settings
+        same = ("dtype", "method", "drafter", "variant")
+        chosen = {name: getattr(settings, name) for name in same}
+        pipe = load_pipeline(settings.model, device=self.device, **chosen)
         if settings.plan is not None:
             accelerate(pipe, plan=[made_part(*part) for part in settings.plan])
-        batches: dict[str, Any] = {"batch_size": batch_size, "batch_invariant": settings.batch_size is None}
-        if search is not None:
-            planned, call = search
-            verifier = planned.load_verifier(run.group.device(settings.device))
+        batches: dict[str, Any] = {"batch_size": self.batch_size, "batch_invariant": settings.batch_size is None}
+        asked = {name: getattr(settings, name) for name in _DRAWING}
+        verifier = None if self.search is None else self.search[0].load_verifier(self.device)
+
+        def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+            if self.search is None:
+                return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
+            planned, call = self.search
             found = searching.searched_pictures(pipe, verifier, planned, prompts, seeds, **call, **batches)
             # What a search had when it was cut short is no image of the run; the error comes after it.
             return (picture.image for picture in found if not picture.interrupted)
-        asked = {name: getattr(settings, name) for name in _DRAWING}
-        return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
+
+        return generate
+
+
+def _generator(
+    run: EvaluationRun, batch_size: int, search: PlannedSearch | None, cluster: Cluster | None = None
+) -> Generate:
+    """Draws with the model of the run: here, or on a cluster."""
+
+    def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
+        drawer = Drawer(run.settings, run.group.device(run.settings.device), batch_size, search)
+        if cluster is None:
+            return drawer.load()(prompts, seeds)
+        from fastgen.cli.eval_cluster import scattered
+
+        return scattered(drawer, prompts, seeds, cluster)
 
     return generate
 

@@ -68,6 +68,23 @@ def test_a_replica_that_is_killed_under_load_loses_no_picture(micro_z: Path) -> 
         assert server.wait(120) == 0
 
 
+@pytest.mark.slow
+def test_an_evaluation_on_a_cluster_has_the_images_of_one_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgen.cli.main import run
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    asked = ["eval", "shapes", "--model", "tiny", "--limit", "1", "--images-per-prompt", "2", "--steps", "2"]
+    found = []
+    for engine in ("local", "ray"):
+        folder = tmp_path / engine
+        options = ["--engine", engine, "--ray-workers", "2", "--batch-size", "3", "--out", str(folder)]
+        assert run([*asked, *options]) == 0
+        found.append({path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))})
+    assert len(found[0]) == 12 and found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
