@@ -225,7 +225,7 @@ class Studio:
             "seed": order.seed,
             "settings": order.settings | (order.search or {}),
             "loss": picture.loss,
-            "stats": picture.stats,
+            "stats": picture.record,
             "versions": self._versions,
         }
         details: dict[str, Any] = {}
