@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -132,7 +133,7 @@ def load_checkpoint(
             pipe = _load_janus(checkpoint, kind)
         else:
             straight = where if way == "none" else torch.device("cpu")
-            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint), straight)
+            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint, begins), straight)
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
@@ -272,12 +273,14 @@ def _check_janus(checkpoint: Checkpoint, drafter: Path | None) -> None:
                 network.float().check(target)
 
 
-def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str, Any]:
     """The classes of a pipeline's networks, None for those left out, after every check that needs no weights."""
     file = checkpoint.folder / "model_index.json"
     index = read_object(file)
     settings = {name: value for name, value in index.items() if not isinstance(value, list) or len(value) != 2}
-    check_arguments(settings, pipeline_class(checkpoint), file)
+    # The class that the file is of; with `begins` another one may be made of its parts.
+    own = pipeline_class(checkpoint) if begins is None else getattr(diffusers, checkpoint.pipeline_class)
+    check_arguments(settings, own, file)
     networks: dict[str, Any] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:

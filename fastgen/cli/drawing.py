@@ -63,7 +63,8 @@ def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Draw
     begins = None if beginning is None else beginning.begins
     kind = pipeline_class(checkpoint, method, begins)
     call = resolve_settings(kind, checkpoint, {name: getattr(given, name) for name in SETTINGS})
-    check_classes(checkpoint, prompts)
+    if begins is None:  # one that begins with a picture draws from a text
+        check_classes(checkpoint, prompts)
     search = None
     if method == "search":
         asked = SearchSettings.of(vars(given))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from generate_command import call
 from PIL import Image
+from stock_families import family
 
 import fastgen.pipelines.loading as loading
 
@@ -97,3 +98,17 @@ def test_bad_pictures_are_one_line_before_weights_load(
 def test_only_a_search_begins_with_a_picture(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, stderr = call(capsys, "a ring", "--image", image)
     assert code == 2 and stderr == "error: --image: needs --method search\n"
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-edit", "stable-diffusion-inpaint", "z-image-img2img"])
+def test_a_folder_of_a_pipeline_that_itself_begins_with_a_picture_draws(
+    name: str, image: Path, mask: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family(name).save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--image", image, "--max-nfe", 12]
+    options += ["--height", 64, "--width", 64] if "edit" not in name else []
+    options += ["--mask", mask] if "inpaint" in name else []
+    code, _, stderr = call(capsys, "a ring", *SEARCH, *options, "-o", tmp_path / "a.png")
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["settings"]["image"] and found["search"]["finished"]
