@@ -108,7 +108,7 @@ def test_candidates_are_those_that_can_be_used_and_are_allowed(pipe: Any) -> Non
     exact, lossy = candidates(pipe, "exact"), candidates(pipe, "lossy")
     assert {part.name for part in exact} == {"channels_last"}
     assert {part.name for part in lossy} == {"channels_last", "fewer_steps", "guidance", "solver"} | (
-        {"quantize"} & {part.name for part in lossy}  # where torchao is installed
+        {"quantize", "dbcache"} & {part.name for part in lossy}  # where torchao and cache-dit are installed
     )
 
 
