@@ -31,6 +31,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.report import markdown_table, provenance
 from fastgen.evaluation.shapesworld import shapes_prompts
+from fastgen.io import parse_json
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_pipeline
 
@@ -46,6 +47,7 @@ def benchmark_serve(
     rounds: int = 5,
     pictures: int = 24,
     minutes: float = 0,
+    variant: str | None = None,
     replicas: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def benchmark_serve(
         rounds: each draws the pictures by one client after the other, and by eight at once.
         pictures: of a round, each way.
         minutes: of load by eight clients afterwards, every picture compared with that of its seed; 0: none.
+        variant: of the weight files, as in diffusers.
         replicas: of Ray Serve, of which one is killed every minute of the load; 0 draws in the server's process.
         report: called with each line of progress.
 
@@ -72,7 +75,7 @@ def benchmark_serve(
     check_number("minutes", minutes, 0)
     check_integer("replicas", replicas, 0)
     prompts = [item.prompt for item in shapes_prompts()]
-    with _served(model, replicas) as (process, url):
+    with _served(model, variant, replicas) as (process, url):
         taken: dict[int, list[float]] = {1: [], CLIENTS: []}
         _draw_all(url, model, prompts, pictures, CLIENTS)  # warm-up
         for number in range(rounds):
@@ -84,7 +87,7 @@ def benchmark_serve(
         ratios = np.array(taken[1]) / np.array(taken[CLIENTS])
         ends = bootstrap((ratios,), np.median, method="percentile", random_state=np.random.default_rng(0))
         low, high = ends.confidence_interval
-        load = _load(process, url, model, prompts, minutes, replicas > 0, report) if minutes else None
+        load = _load(process, url, model, variant, prompts, minutes, replicas > 0, report) if minutes else None
     rows = [
         {
             "clients": clients,
@@ -125,9 +128,10 @@ def serve_markdown(data: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _served(model: str, replicas: int) -> Iterator[tuple[psutil.Process, str]]:
+def _served(model: str, variant: str | None, replicas: int) -> Iterator[tuple[psutil.Process, str]]:
     """A server as a process, and its URL."""
     command = [sys.executable, "-m", "fastgen", "serve", "--port", "0", "--model", model, "--device", "cpu"]
+    command += [] if variant is None else ["--variant", variant]
     if replicas:
         command += ["--engine", "ray", "--replicas", str(replicas), "--replica-cpus", "0.5"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -154,9 +158,9 @@ def _ask(url: str, **body: Any) -> tuple[int, dict[str, Any]]:
     )
     try:
         with urllib.request.urlopen(asked, timeout=600) as answer:
-            return answer.status, json.load(answer)
+            return answer.status, parse_json(answer.read(), "answer")
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        return error.code, parse_json(error.read(), "answer")
 
 
 def _draw_all(url: str, model: str, prompts: Sequence[str], count: int, clients: int) -> None:
@@ -173,6 +177,7 @@ def _load(
     process: psutil.Process,
     url: str,
     model: str,
+    variant: str | None,
     prompts: Sequence[str],
     minutes: float,
     kills: bool,
@@ -180,7 +185,7 @@ def _load(
 ) -> dict[str, Any]:
     """Clients that ask again and again, while memory is read and replicas are killed."""
     orders = [(prompts[number * 7 % len(prompts)], number, 4 + number % 5) for number in range(_EXPECTED)]
-    pipe, expected = load_pipeline(model), []
+    pipe, expected = load_pipeline(model, variant=variant), []
     for prompt, seed, steps in orders:
         picture = next(generate_images(pipe, [prompt], [seed], steps=steps, batch_invariant=True))
         expected.append(np.asarray(picture.image))

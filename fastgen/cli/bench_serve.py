@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.methods import find_model
+from fastgen.cli.methods import VariantOption, find_model
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import JsonOption, OutOption, check_files, publish
 
@@ -15,6 +15,7 @@ __all__ = ["serve"]
 
 def serve(
     model: Annotated[str, typer.Option(help="That is served: name, folder or Hub id.")] = "tiny",
+    variant: VariantOption = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
     pictures: Annotated[int, typer.Option(help="Pictures of a round.")] = 24,
     minutes: Annotated[
@@ -30,7 +31,7 @@ def serve(
     from fastgen.cli.serve import check_libraries
 
     check_libraries(ray=replicas > 0)
-    find_model(model)
+    find_model(model, variant)
     check_files(out)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.serve import benchmark_serve, serve_markdown
@@ -40,6 +41,7 @@ def serve(
             rounds=rounds,
             pictures=pictures,
             minutes=minutes,
+            variant=variant,
             replicas=replicas,
             report=lambda line: typer.echo(line, err=True),
         )

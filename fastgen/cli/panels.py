@@ -47,6 +47,8 @@ EXAMPLES = {
     "models": ["fastgen models"],
     "info": ["fastgen info --json"],
     "tune": ["fastgen tune --model tiny --prompts-file prompts.txt --minutes 5 -o plan.json"],
+    "serve": ["fastgen serve --model tiny --model tiny-janus", "fastgen serve --host 0.0.0.0 --api-key KEY"],
+    "bench serve": ["fastgen bench serve --rounds 5 --out serve.json"],
     "bench generate": ["fastgen bench generate --out generate.json"],
     "bench dc": ["fastgen bench dc --limit 2 --out dc.json"],
     "bench dc-speed": ["fastgen bench dc-speed --size S --out dc-speed.json"],

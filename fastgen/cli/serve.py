@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastgen.checks import check_choice
+from fastgen.cli.methods import VariantOption
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Serve pictures over HTTP, with a page to look at.")
@@ -37,6 +38,7 @@ def serve(
         list[str] | None,
         typer.Option(help="A name, a folder or a Hub id; repeat. Default: tiny.", show_default=False),
     ] = None,
+    variant: VariantOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than this machine's need a key.")
     ] = "127.0.0.1",
@@ -103,6 +105,7 @@ def serve(
     )
     settings = ServeSettings(
         models=tuple(model or ["tiny"]),
+        variant=variant,
         host=host,
         port=port,
         api_key=api_key or os.environ.get("FASTGEN_API_KEY") or None,

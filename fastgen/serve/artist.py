@@ -37,7 +37,7 @@ class Catalogue:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.models: dict[str, Checkpoint] = {name: find_model(name) for name in settings.models}
+        self.models: dict[str, Checkpoint] = {name: find_model(name, settings.variant) for name in settings.models}
         device = best_device() if settings.device == "auto" else settings.device
         if settings.verifier is not None:
             verifier_class(settings.verifier)

@@ -46,6 +46,7 @@ class ServeSettings:
     """
     Attributes:
         models: names, folders or Hub ids; the first is what a request without `model` means.
+        variant: of their weight files, as in diffusers.
         host, port: where to listen.
         api_key: that requests must carry as a bearer token; None: none is needed.
         insecure: allows another host than this machine without a key.
@@ -60,6 +61,7 @@ class ServeSettings:
     """
 
     models: tuple[str, ...] = ("tiny",)
+    variant: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)

@@ -61,7 +61,7 @@ def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[st
     for name, (_, line) in COMMANDS.items():
         assert name in text
         assert line.split(".")[0] in text
-    assert list(COMMANDS) == ["generate", "eval", "bench", "tune", "train", "models", "info"]
+    assert list(COMMANDS) == ["generate", "eval", "bench", "serve", "tune", "train", "models", "info"]
 
 
 def test_help_imports_no_command_and_no_heavy_package() -> None:

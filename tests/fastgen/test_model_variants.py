@@ -129,5 +129,5 @@ def test_every_command_with_a_model_offers_its_variant() -> None:
         if any(parameter.name == "model" for parameter in leaf.params) and name.split()[0] != "train":
             helps = [getattr(parameter, "help", None) for parameter in leaf.params]
             found[name] = helps.count(variant_option().help)
-    others = {"bench accelerate", "bench dc", "bench speculative", "tune"}
+    others = {"bench accelerate", "bench dc", "bench serve", "bench speculative", "serve", "tune"}
     assert set(DRAWING | MORE) | others == set(found) and set(found.values()) == {1}
