@@ -239,7 +239,7 @@ def test_ctrl_c_finishes_what_runs_and_ends_with_0(micro_z: Path) -> None:
     [
         (["--model", "nothing-there"], "nothing-there"),
         (["--port", "70000"], "--port"),
-        (["--variant", "fp16"], "fp16"),
+        (["--variant", "fp 16"], "variant"),
         (["--host", "0.0.0.0"], "--api-key"),
         (["--host", "no.such.host.invalid", "--insecure"], "cannot listen"),
         (["--limit-steps", "0"], "--limit-steps"),
