@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from running_server import alone, ask, pixels, process
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -75,6 +76,7 @@ def test_an_evaluation_on_a_cluster_has_the_images_of_one_here(
     from fastgen.cli.main import run
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    torch.set_num_threads(1)  # as workers have; another number rounds differently
     asked = ["eval", "shapes", "--model", "tiny", "--limit", "1", "--images-per-prompt", "2", "--steps", "2"]
     found = []
     for engine in ("local", "ray"):
