@@ -35,6 +35,7 @@ __all__ = ["Backend", "create_app"]
 
 logger = logging.getLogger(__name__)
 PAGE = str(files("fastgen.serve") / "page")
+_STREAMED: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}  # with `stream`
 _REFUSED: dict[int | str, Any] = {
     code: {"model": ErrorAnswer, "description": text}
     for code, text in {
@@ -83,12 +84,14 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
     started, shelf = int(time.time()), Shelf()
     _answer_errors(app)
 
-    @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_REFUSED)
+    @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_STREAMED | _REFUSED)
     async def generations(asked: ImageRequest, request: Request) -> Any:
         """Pictures from a prompt."""
         return await respond(asked, catalogue.orders(asked), request)
 
-    @app.post("/v1/images/edits", response_model=ImagesAnswer, responses=_REFUSED, openapi_extra=_form_schema())
+    @app.post(
+        "/v1/images/edits", response_model=ImagesAnswer, responses=_STREAMED | _REFUSED, openapi_extra=_form_schema()
+    )
     async def edits(request: Request) -> Any:
         """Pictures that begin with an uploaded one."""
         asked, image, mask = await _read_form(request)
