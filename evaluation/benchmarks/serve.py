@@ -138,8 +138,9 @@ def _served(model: str, variant: str | None, replicas: int) -> Iterator[tuple[ps
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     started = subprocess.Popen(command, env=environment, **pipes)
     try:
-        assert started.stdout is not None
-        found = next((match for line in started.stdout if (match := re.search(r" at (http://\S+)$", line))), None)
+        found = next(
+            (match for line in started.stdout or () if (match := re.search(r" at (http://\S+)$", line))), None
+        )
         if found is None:
             raise FastgenError(f"fastgen serve ended with {started.wait()}")
         yield psutil.Process(started.pid), found[1]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastgen.cli.eval_run import Cluster, Drawer
 from fastgen.errors import FastgenError
+from fastgen.serve.joining import join_cluster
 
 __all__ = ["scattered"]
 
@@ -27,10 +28,7 @@ def scattered(drawer: Drawer, prompts: list[str], seeds: list[int], cluster: Clu
     from ray.exceptions import RayActorError
     from ray.util import ActorPool
 
-    try:
-        ray.init(address=cluster.address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        raise FastgenError(f"--ray-address: no cluster at {cluster.address}") from error
+    join_cluster(cluster.address)
     needs = {"num_gpus": 1} if drawer.device.startswith("cuda") else {"num_cpus": 1}
     worker: Any = ray.remote(max_restarts=-1, max_task_retries=_TRIES, **needs)(Worker)
     pool = ActorPool([worker.remote(drawer) for _ in range(cluster.workers)])

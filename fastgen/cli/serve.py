@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +36,7 @@ def check_libraries(*, ray: bool = False) -> None:
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A name, a folder or a Hub id; repeat. Default: tiny.", show_default=False),
@@ -95,39 +98,20 @@ def serve(
     check_libraries(ray=engine == "ray")
     from fastgen.serve.settings import ClusterSettings, Limits, ServeSettings
 
-    limits = Limits(
-        body_megabytes=limit_body_megabytes,
-        prompt=limit_prompt,
-        images=limit_images,
-        side=limit_side,
-        steps=limit_steps,
-        nfe=limit_nfe,
-    )
+    given = context.params  # options have the names of the settings
+    limits = Limits(**_of(Limits, given, "limit_"))
     settings = ServeSettings(
-        models=tuple(model or ["tiny"]),
-        variant=variant,
-        host=host,
-        port=port,
-        api_key=api_key or os.environ.get("FASTGEN_API_KEY") or None,
-        insecure=insecure,
-        verifier=verifier,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        max_wait_ms=max_wait_ms,
-        max_queue=max_queue,
-        timeout=timeout,
-        log_prompts=log_prompts,
+        **_of(ServeSettings, given)
+        | {"models": tuple(model or ["tiny"]), "api_key": api_key or os.environ.get("FASTGEN_API_KEY") or None},
         limits=limits,
     )
-    cluster = ClusterSettings(
-        replicas=replicas,
-        most_replicas=max_replicas,
-        gpus=replica_gpus,
-        cpus=replica_cpus,
-        models=replica_models,
-        address=ray_address,
-    )
+    cluster = ClusterSettings(**_of(ClusterSettings, given))
     from fastgen.serve.server import serve as run
 
     run(settings, cluster if engine == "ray" else None)
+
+
+def _of(kind: type[Any], given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options that are fields of a settings class."""
+    names = [each.name for each in fields(kind) if prefix + each.name in given]
+    return {name: given[prefix + name] for name in names}

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from fastgen.serve.orders import Drawn
 
@@ -50,7 +50,6 @@ class ModelAnswer(BaseModel):
 class ModelsAnswer(BaseModel):
     """All of them."""
 
-    model_config = ConfigDict(json_schema_extra={"title": "Models"})
     object: str = "list"
     data: list[ModelAnswer]
 
@@ -98,13 +97,11 @@ def answer(request: Any, drawn: list[Drawn], shelf: Shelf, base_url: str) -> dic
 def one(request: Any, drawn: Drawn, shelf: Shelf, base_url: str) -> dict[str, Any]:
     """The part of the body for one picture."""
     data = encoded(drawn.png, request.output_format, request.output_compression)
-    with Image.open(io.BytesIO(drawn.png)) as picture:
-        size = f"{picture.width}x{picture.height}"
     details = {
         name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
         for name, value in drawn.details.items()
     }
-    record = {**drawn.record, "size": size, **({"details": details} if details else {})}
+    record = {**drawn.record, **({"details": details} if details else {})}
     if request.response_format == "url":
         name = shelf.put(data, request.output_format)
         return {"url": f"{base_url}pictures/{name}", "fastgen": record}

@@ -95,8 +95,8 @@ class Catalogue:
             if search and method != "search":
                 raise ApiError(400, f"{next(iter(search))}: needs method search", next(iter(search)), "invalid_value")
             if method == "search":
-                search |= {} if "max_nfe" in search else {"max_nfe": self.settings.limits.nfe}
-                search |= {"verifier": self.settings.verifier}
+                search.setdefault("max_nfe", self.settings.limits.nfe)
+                search["verifier"] = self.settings.verifier
                 plan_search(checkpoint, kind, call, SearchSettings(**search), False)
         except (FastgenError, ValueError, TypeError) as error:
             raise from_message(error) from error
@@ -223,6 +223,7 @@ class Studio:
             "method": order.method,
             "prompt": order.prompt,
             "seed": order.seed,
+            "size": f"{picture.image.width}x{picture.image.height}",
             "settings": order.settings | (order.search or {}),
             "loss": picture.loss,
             "stats": picture.record,

@@ -19,6 +19,7 @@ from ray.serve.exceptions import RayServeException
 from fastgen.errors import FastgenError
 from fastgen.serve.artist import Catalogue
 from fastgen.serve.errors import ApiError
+from fastgen.serve.joining import join_cluster
 from fastgen.serve.local import LocalBackend
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.orders import Event, Order
@@ -114,22 +115,19 @@ def deploy(settings: ServeSettings, cluster: ClusterSettings, metrics: Metrics) 
     Raises:
         FastgenError: there is no such cluster, or the replicas do not start.
     """
-    try:
-        ray.init(address=cluster.address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        raise FastgenError(f"--ray-address: no cluster at {cluster.address}") from error
+    join_cluster(cluster.ray_address)
     scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
-    if cluster.most_replicas is not None and cluster.most_replicas > cluster.replicas:
-        limits = {"min_replicas": cluster.replicas, "max_replicas": cluster.most_replicas}
+    if cluster.max_replicas is not None and cluster.max_replicas > cluster.replicas:
+        limits = {"min_replicas": cluster.replicas, "max_replicas": cluster.max_replicas}
         scaling = {"autoscaling_config": {**limits, "target_ongoing_requests": settings.batch_size}}
     deployment = serve.deployment(
         name="Replica",
-        ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
+        ray_actor_options={"num_cpus": cluster.replica_cpus, "num_gpus": cluster.replica_gpus},
         max_ongoing_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.timeout,
         health_check_period_s=2,
         **scaling,
-    )(_replica_class(cluster.models))
+    )(_replica_class(cluster.replica_models))
     try:
         handle = serve.run(deployment.bind(settings), name=NAME, route_prefix=None)
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import typer
 import uvicorn
 
 from fastgen.cli.notes import quiet_libraries
@@ -64,7 +65,7 @@ def serve(settings: ServeSettings, cluster: ClusterSettings | None = None) -> No
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
         listening.listen(2048)  # not before there is somebody to answer
         host, port = listening.getsockname()[:2]
-        print(f"fastgen serves {', '.join(settings.models)} at http://{_shown(host)}:{port}", flush=True)
+        typer.echo(f"fastgen serves {', '.join(settings.models)} at http://{_shown(host)}:{port}")
         _Server(config, backend).run(sockets=[listening])
 
 

@@ -97,26 +97,26 @@ class ClusterSettings:
     """
     Attributes:
         replicas: that run at least.
-        most_replicas: that run under load, at most; None: no more than that.
-        gpus, cpus: of a replica; parts of a GPU share one.
-        models: that a replica keeps loaded.
-        address: of a running cluster; None starts one on this machine.
+        max_replicas: that run under load; None: no more than that.
+        replica_gpus, replica_cpus: of a replica; parts of a GPU share one.
+        replica_models: that a replica keeps loaded.
+        ray_address: of a running cluster; None starts one on this machine.
     """
 
     replicas: int = 1
-    most_replicas: int | None = None
-    gpus: float = 0
-    cpus: float = 1
-    models: int = 2
-    address: str | None = None
+    max_replicas: int | None = None
+    replica_gpus: float = 0
+    replica_cpus: float = 1
+    replica_models: int = 2
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("--replicas", self.replicas, 1)
-        if self.most_replicas is not None:
-            check_integer("--max-replicas", self.most_replicas, self.replicas)
-        check_number("--replica-gpus", self.gpus, 0)
-        check_number("--replica-cpus", self.cpus, 0)
-        check_integer("--replica-models", self.models, 1)
+        if self.max_replicas is not None:
+            check_integer("--max-replicas", self.max_replicas, self.replicas)
+        check_number("--replica-gpus", self.replica_gpus, 0)
+        check_number("--replica-cpus", self.replica_cpus, 0)
+        check_integer("--replica-models", self.replica_models, 1)
 
 
 def is_loopback(host: str) -> bool:

@@ -53,15 +53,10 @@ def _flux2_vae() -> Any:
     )
 
 
-def tiny_flux2_klein(layers: int = 3) -> Any:
-    """With `layers` of the text encoder; a call without further arguments reads the 27th."""
-    from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def _flux2_transformer(guidance_embeds: bool) -> Any:
+    from diffusers import Flux2Transformer2DModel
 
-    words = tokenizer(512)
-    words.chat_template = _CHAT
-    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(words), num_hidden_layers=layers, **_SMALL))
-    transformer = Flux2Transformer2DModel(
+    return Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -70,15 +65,26 @@ def tiny_flux2_klein(layers: int = 3) -> Any:
         joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
+
+
+def tiny_flux2_klein(layers: int = 3) -> Any:
+    """With `layers` of the text encoder; a call without further arguments reads the 27th."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    words = tokenizer(512)
+    words.chat_template = _CHAT
+    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(words), num_hidden_layers=layers, **_SMALL))
+    transformer = _flux2_transformer(guidance_embeds=False)
     scheduler = flow(use_dynamic_shifting=True)
     return quiet(Flux2KleinPipeline(scheduler, _flux2_vae(), shaken(encoder, 3), words, shaken(transformer, 4)))
 
 
 def tiny_flux2(layers: int = 3) -> Any:
     """FLUX.2-dev: with guidance distilled, and Mistral in place of Qwen; a call reads its 30th layer by default."""
-    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers import Flux2Pipeline
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     words = tokenizer(512)
@@ -95,17 +101,7 @@ def tiny_flux2(layers: int = 3) -> Any:
     encoder = Mistral3ForConditionalGeneration(
         Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(words) - 1)
     )
-    transformer = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=True,
-    )
+    transformer = _flux2_transformer(guidance_embeds=True)
     scheduler = flow(use_dynamic_shifting=True)
     return quiet(Flux2Pipeline(scheduler, _flux2_vae(), shaken(encoder, 3), words, shaken(transformer, 4)))
 
