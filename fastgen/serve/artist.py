@@ -12,6 +12,7 @@ from fastgen.cli.methods import best_device, check_method, find_model
 from fastgen.cli.search import Search, plan_search
 from fastgen.environment import versions
 from fastgen.errors import FastgenError
+from fastgen.evaluation.images import check_image_file
 from fastgen.evaluation.verifiers.names import verifier_class
 from fastgen.io import encode_png
 from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
@@ -86,6 +87,9 @@ class Catalogue:
         strength = getattr(request, "strength", None)
         begins = None if image is None else "image" if mask is None else "mask_image"
         try:
+            for label, data in (("image", image), ("mask", mask)):
+                if data is not None:
+                    check_image_file(data, label)
             check_method(method, checkpoint)
             kind = pipeline_class(checkpoint, method, begins)
             call = resolve_settings(kind, checkpoint, asked)

@@ -155,8 +155,9 @@ def test_a_body_that_is_no_request_is_refused(server: Running, raw: bytes) -> No
     ],
     ids=lambda files: ",".join(files) or "none",
 )
-def test_an_upload_that_is_no_picture_is_refused(server: Running, files: dict[str, Any]) -> None:
-    data = {"prompt": "a star", "steps": "2"}
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_an_upload_that_is_no_picture_is_refused(server: Running, files: dict[str, Any], stream: str) -> None:
+    data = {"prompt": "a star", "steps": "2", "stream": stream}
     answer = httpx.post(f"{server.url}/v1/images/edits", data=data, files=files or None)
     assert answer.status_code == 400 and answer.json()["error"]["param"] in ("image", "mask", "other")
 
