@@ -57,7 +57,7 @@ def accelerate(
     check_device(device, dtype)
     checkpoint = find_model(model, variant)
     kind = pipeline_class(checkpoint)
-    plans = [tuple(read_plan(path, kind, None).parts) for path in plan or ()]
+    plans = [tuple(read_plan(path, kind, None, checkpoint).parts) for path in plan or ()]
     texts = read_prompts_file(prompts_file) if prompts_file is not None else _shapes_prompts()
     texts = [texts[i % len(texts)] for i in range(images)]
     check_files(out, log)

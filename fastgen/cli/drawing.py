@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import search as searching
@@ -75,7 +74,7 @@ def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Draw
         check_speculative_files(checkpoint, drafts, call.get("tree"), given.quality)
     where, weights = resolve_device(best_device() if given.device == "auto" else given.device, given.dtype)
     options.check(kind, checkpoint.index, where)
-    faster = _faster(given.plan, given.accelerate, kind, where, method)
+    faster = _faster(given, kind, where, checkpoint)
     weight_type = str(weights).removeprefix("torch.")
     settings: dict[str, Any] = {
         "model": model,
@@ -112,17 +111,16 @@ def _check_with_model(given: Any, model: str, checkpoint: Checkpoint) -> None:
         raise FastgenError(f"--{'compile' if given.drafter is None else 'drafter'}: needs --method speculative")
 
 
-def _faster(path: Path | None, accelerate: str, kind: type, device: Any, method: str | None) -> Plan | str | None:
+def _faster(given: Any, kind: type, device: Any, checkpoint: Checkpoint) -> Plan | str | None:
     """The plan to follow, "exact" for what is exact and pays, or None.
 
     Raises:
-        FastgenError: a plan of another pipeline, or a broken one.
+        FastgenError: a plan of another pipeline, model or version, or a broken one.
     """
-    if path is not None:
-        return read_plan(path, kind, method)
-    if method in ("search", "speculative") or accelerate == "off" or (accelerate == "auto" and device.type == "cpu"):
-        return None
-    return "exact"
+    if given.plan is not None:
+        return read_plan(given.plan, kind, given.method, checkpoint)
+    off = given.accelerate == "off" or (given.accelerate == "auto" and device.type == "cpu")
+    return None if off or given.method in ("search", "speculative") else "exact"
 
 
 def _recorded(faster: Plan | str | None) -> dict[str, Any]:

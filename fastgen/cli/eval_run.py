@@ -213,7 +213,7 @@ class Drawing:
         """Names and settings of the parts in the plan."""
         if self.given.plan is None:
             return None
-        plan = read_plan(self.given.plan, self._resolved(checkpoint)[0], self.given.method)
+        plan = read_plan(self.given.plan, self._resolved(checkpoint)[0], self.given.method, checkpoint)
         return [[part.name, part.settings] for part in plan.parts]
 
     def _resolved(self, checkpoint: Checkpoint) -> tuple[type, dict[str, Any]]:

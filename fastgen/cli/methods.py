@@ -72,12 +72,13 @@ def find_model(model: str, variant: str | None = None, revision: str | None = No
     return checkpoint
 
 
-def read_plan(path: Path, pipeline: type, method: str | None) -> Plan:
-    """A plan of `fastgen tune` for a pipeline.
+def read_plan(path: Path, pipeline: type, method: str | None, checkpoint: Checkpoint) -> Plan:
+    """A plan of `fastgen tune` for a model.
 
     Raises:
-        FastgenError: a broken plan, one of another pipeline, or for a method that takes none.
+        FastgenError: a broken plan, one of another pipeline, model or version, or for a method that takes none.
     """
+    from fastgen.cli.plan import model_digest
     from fastgen.pipelines.accelerate import Plan
 
     if method in ("search", "speculative"):
@@ -85,4 +86,5 @@ def read_plan(path: Path, pipeline: type, method: str | None) -> Plan:
     plan = Plan.load(path)
     if plan.pipeline != pipeline.__name__:
         raise FastgenError(f"--plan: {path} is of a {plan.pipeline}, and the model is a {pipeline.__name__}")
+    plan.check_measured(weights=model_digest(checkpoint))
     return plan

@@ -157,6 +157,7 @@ def _plan(pipe: Any, trials: list[Trial], chosen: Trial, header: dict[str, Any],
     from fastgen.environment import environment
     from fastgen.evaluation.tuning import beats_fewer_steps, front
     from fastgen.pipelines.accelerate import Plan, Row
+    from fastgen.pipelines.accelerate.plan import denoiser_digest
 
     rows = [Row(part, True, _line(chosen)) for part in chosen.parts]
     alone = {trial.parts[-1]: trial for trial in trials if trial.parts and trial.parts[-1] not in chosen.parts}
@@ -186,6 +187,7 @@ def _plan(pipe: Any, trials: list[Trial], chosen: Trial, header: dict[str, Any],
         "metric": metric,
         "max_drop": max_drop,
         **header,
+        "denoiser": denoiser_digest(pipe),
         "environment": environment(),
         "trials": table,
     }

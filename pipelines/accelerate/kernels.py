@@ -18,14 +18,14 @@ class Kernels(Part):
     loss = "exact"
 
     def why_not(self, pipe: Any) -> str | None:
+        if pipe.device.type != "cuda":  # first: what follows imports networks of transformers
+            return "Triton kernels need a GPU"
         from fastgen.pipelines.kernels import served
 
         enabled, others = served(pipe)
         if enabled:
             return "enabled already"
-        if not others:
-            return "nothing in it is served"
-        return None if pipe.device.type == "cuda" else "Triton kernels need a GPU"
+        return None if others else "nothing in it is served"
 
     def enable(self, pipe: Any) -> Undo:
         from fastgen.pipelines.kernels import disable_kernels, enable_kernels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,13 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.contracts import Loss, weakest
+from fastgen.environment import versions
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_json, check_format, read_object
+from fastgen.pipelines.accelerate.part import denoising_network
 from fastgen.pipelines.accelerate.parts import Part, made_part
 
-__all__ = ["Plan", "Row"]
+__all__ = ["Plan", "Row", "denoiser_digest"]
 
 _FORMAT = 1
+#: Whose versions decide what a part does and gains.
+_VERSIONS = ("fastgen", "diffusers")
+
+
+def denoiser_digest(pipe: Any) -> str:
+    """Tells one denoiser from another by its class and configuration."""
+    model = denoising_network(pipe)
+    config = {name: value for name, value in dict(getattr(model, "config", {})).items() if not name.startswith("_")}
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,29 @@ class Plan:
     def loss(self) -> Loss:
         """Contract of all parts together: that of the weakest."""
         return weakest(part.loss for part in self.parts)
+
+    def check_measured(self, pipe: Any = None, weights: str | None = None) -> None:
+        """Refuse what was measured with another model or other versions; a plan without measurements passes.
+
+        Args:
+            pipe: whose denoiser is compared by class and configuration.
+            weights: digest of the model's weights, where it is known.
+
+        Raises:
+            FastgenError: names what differs.
+        """
+        then, now = self.measured.get("versions"), versions(_VERSIONS)
+        for name, version in then.items() if isinstance(then, dict) else ():
+            if name in _VERSIONS and version != now.get(name):
+                raise FastgenError(
+                    f"plan: was measured with {name} {version}, and this is {now.get(name)}; tune again"
+                )
+        denoiser = None if pipe is None else denoiser_digest(pipe)
+        for name, own in (("denoiser", denoiser), ("weights", weights)):
+            found = self.measured.get(name)
+            if own is not None and found is not None and own != found:
+                model = self.measured.get("model")
+                raise FastgenError(f"plan: was measured with another {self.pipeline}, {model!r}; tune this one")
 
     def __str__(self) -> str:
         lines = [["part", "", "contract", "settings", "why"]]

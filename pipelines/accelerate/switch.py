@@ -50,8 +50,8 @@ def accelerate(
         what is on, and why the rest is off; `print` shows a table.
 
     Raises:
-        FastgenError: a plan of another pipeline, with an unknown part, with one that cannot be used here, or weaker
-            than `loss`. Nothing has changed then.
+        FastgenError: a plan of another pipeline, model or version, with an unknown part, with one that cannot be used
+            here, or weaker than `loss`. Nothing has changed then.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise FastgenError(f"pipe: needs a diffusers pipeline, got {type(pipe).__name__}")
@@ -130,6 +130,7 @@ def _wanted(pipe: Any, plan: Any) -> Plan:
         plan = Plan(name, tuple(Row(part, True) for part in parts))
     if plan.pipeline != name:
         raise FastgenError(f"plan: is of a {plan.pipeline}, and this is a {name}")
+    plan.check_measured(pipe)
     twice = [part.name for i, part in enumerate(plan.parts) if part.name in {p.name for p in plan.parts[:i]}]
     if twice:
         raise FastgenError(f"plan: {twice[0]} is in it twice")

@@ -175,6 +175,11 @@ def test_the_command_writes_a_plan_that_generate_follows(
     printed = json.loads(capsys.readouterr().out)
     assert printed.pop("files")["plan"] == str(plan) and printed == Plan.load(plan).as_dict()
     here = ["x", "--model", micro_z, "--steps", 8, "-o", tmp_path / "a.png"]
+    other = json.loads(plan.read_text())
+    other["measured"]["weights"] = "0" * 16  # another model of the same class and configuration
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    code, _, err = generate(capsys, *here, "--plan", tmp_path / "other.json")
+    assert code == 2 and "was measured with another ZImagePipeline" in err and not (tmp_path / "a.png").exists()
     code, _, err = generate(capsys, *here, "--plan", plan)
     assert code == 0, err
     sidecar = json.loads((tmp_path / "a.json").read_text())

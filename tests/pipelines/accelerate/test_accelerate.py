@@ -14,9 +14,11 @@ from accelerated import draw, state
 from stock_families import family
 
 import fastgen
+from fastgen.environment import versions
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.calls import change_calls
 from fastgen.pipelines.accelerate.parts import PARTS, Compile, FewerSteps, Guidance, Kernels, StepCache
+from fastgen.pipelines.accelerate.plan import Row, denoiser_digest
 
 
 def test_the_table_says_what_is_on_and_why_not() -> None:
@@ -213,6 +215,28 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     assert fastgen.Plan.load(tmp_path / "plan.json") == plan
     with fastgen.accelerated(family("flux"), plan=tmp_path / "plan.json") as again:
         assert again == plan
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ({"denoiser": "0" * 16, "model": "other"}, "another FluxPipeline, 'other'"),
+        ({"versions": {"fastgen": "0.0.0"}}, "with fastgen 0.0.0, and this is"),
+        ({"versions": {"diffusers": "0.1.0", "torch": "1.0"}}, "with diffusers 0.1.0, and this is"),
+    ],
+)
+def test_a_plan_that_was_measured_elsewhere_is_refused_and_changes_nothing(
+    measured: dict[str, Any], message: str
+) -> None:
+    pipe = family("flux")
+    expected = draw(pipe, "flux")
+    plan = fastgen.Plan("FluxPipeline", (Row(FewerSteps(share=0.5), True),), measured)
+    with pytest.raises(FastgenError, match=message):
+        fastgen.accelerate(pipe, plan=plan)
+    assert torch.equal(draw(pipe, "flux"), expected)
+    own = {"denoiser": denoiser_digest(pipe), "versions": versions(), "weights": "known to the command line only"}
+    with fastgen.accelerated(pipe, plan=fastgen.Plan("FluxPipeline", plan.rows, own)) as on:
+        assert [part.name for part in on.parts] == ["fewer_steps"]
 
 
 @pytest.mark.parametrize(
