@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,14 @@ class Drawing:
     faster: Plan | str | None
 
 
-def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Drawing:
-    """Check what needs the model's configuration, but not its weights."""
+def prepare(
+    given: Any, prompts: list[str], beginning: Beginning | None, own_device: Callable[[str], str] = str
+) -> Drawing:
+    """Check what needs the model's configuration, but not its weights.
+
+    Args:
+        own_device: makes of a device that of this process.
+    """
     from fastgen.cli.plan import model_digest
     from fastgen.pipelines.checkpoint import check_names, find_drafter
     from fastgen.pipelines.load_options import LoadOptions
@@ -72,7 +79,8 @@ def prepare(given: Any, prompts: list[str], beginning: Beginning | None) -> Draw
         from fastgen.pipelines.speculative_files import check_speculative_files
 
         check_speculative_files(checkpoint, drafts, call.get("tree"), given.quality)
-    where, weights = resolve_device(best_device() if given.device == "auto" else given.device, given.dtype)
+    device = own_device(best_device() if given.device == "auto" else given.device)
+    where, weights = resolve_device(device, given.dtype)
     options.check(kind, checkpoint.index, where)
     faster = _faster(given, kind, where, checkpoint)
     weight_type = str(weights).removeprefix("torch.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,18 +146,63 @@ def generate(
     prompts = _check_options(given)
     beginning = pictures.beginning_of(method, image, mask, strength)
     target, is_folder = _output(output, prompts_file is not None)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the result
-        drawing = prepare(given, prompts, beginning)
+    with contextlib.redirect_stdout(sys.stderr), _group(device) as group:  # libraries print; stdout is for the result
+        drawing = prepare(given, prompts, beginning, group.device)
         check_writable(target if is_folder else target.parent)
         paths = image_paths(target, len(prompts), num_images, folder=is_folder)
         jobs = plan_jobs(prompts, seed, drawing.settings, paths, 1 if batch_invariant else batch_size)
-        context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
-        remove_leftovers(jobs[0].image.parent, {name for job in jobs for name in job.files})
-        todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
-        stats = _make(jobs, todo, drawing) if todo else {}
+        todo: list[Job] | None = None
+        if group.is_main:
+            context.with_resource(locked_folder(target) if is_folder else locked_files(job.image for job in jobs))
+            remove_leftovers(jobs[0].image.parent, {name for job in jobs for name in job.files})
+            todo = unfinished_jobs(jobs, overwrite=overwrite, strict=prompts_file is not None)
+        todo = group.share(todo)
+        own = _own(todo, group)
+        stats = _make(jobs, own, drawing) if own else {}
+        group.meet()
         for name, reason in stats.get("paths", {}).get("tree", {}).items():
             typer.echo(f"tree {name}" + (f": {reason}" if reason else ""), err=True)
-    _report(jobs, todo, drawing, stats, given)
+    if group.is_main:
+        _report(jobs, todo, drawing, stats, given)
+
+
+@contextlib.contextmanager
+def _group(device: str) -> Iterator[Any]:
+    """The processes that share the pictures: those that `torchrun` or `accelerate launch` started, or this one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield _Alone()
+        return
+    from fastgen.cli.methods import best_device
+    from fastgen.evaluation.distributed import Group
+
+    group = Group.from_environment(best_device() if device == "auto" else device)
+    with group.reporting():
+        yield group
+
+
+class _Alone:
+    """A group of one process, which needs no torch."""
+
+    is_main = True
+
+    def device(self, device: str) -> str:
+        return device
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def owns(self, index: int) -> bool:
+        return True
+
+    def meet(self) -> None:
+        pass
+
+
+def _own(todo: list[Job], group: Any) -> list[Job]:
+    """The part of this process: whole batches, so that pictures are those of one process."""
+    batches = list(dict.fromkeys(job.batch.partition("-")[0] or str(job.image) for job in todo))
+    own = {batch for place, batch in enumerate(batches) if group.owns(place)}
+    return [job for job in todo if (job.batch.partition("-")[0] or str(job.image)) in own]
 
 
 def _check_options(given: Any) -> list[str]:
