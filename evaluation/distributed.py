@@ -258,10 +258,17 @@ class Group:
         return report_done
 
     def close(self) -> None:
-        """Leave the group."""
-        self._stop.set()
+        """Leave the group; the main process, which the others ask through, leaves last."""
         if self.size > 1:
             import torch.distributed as dist
 
+            patience = time.monotonic() + self._silence
+            with contextlib.suppress(FastgenError):
+                left = self._ask(lambda: self._store.add("left", 1))
+                while self.is_main and left < self.size and time.monotonic() < patience:
+                    self._look()
+                    time.sleep(_POLL)
+                    left = self._ask(lambda: self._store.add("left", 0))
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+        self._stop.set()
