@@ -101,6 +101,7 @@ class Progress:
         images_now: pictures in the making.
         step, steps: finished steps (of an autoregressive model: tokens) of the pictures in the making, and all.
         latents: of the pictures in the making after that step, as the pipeline has them; None where it shows none.
+        visits: what a round of a search evaluated: picture in the making, chain, [number, parent, time, score].
     """
 
     images_done: int
@@ -109,6 +110,7 @@ class Progress:
     step: int
     steps: int
     latents: torch.Tensor | None = None
+    visits: Sequence[tuple[int, int, list[float | None]]] = ()
 
     @property
     def fraction(self) -> float:

@@ -27,7 +27,7 @@ from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
-from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
+from fastgen.pipelines.search.engine import Chain, Node, Round, SearchStopped, run_chains
 from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policy import Policy
@@ -191,7 +191,7 @@ class NoiseSearchPipeline(WrappingPipeline):
         batch_size: int = 32,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
-        on_round: Callable[[int], None] | None = None,
+        on_round: Callable[[Round], None] | None = None,
         **extra: Any,
     ) -> NoiseSearchOutput | tuple[Any]:
         """Draw one image of each prompt.
@@ -218,7 +218,7 @@ class NoiseSearchPipeline(WrappingPipeline):
             batch_size: samples of a forward pass, at most; fewer where memory does not take them.
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
-            on_round: called after each round of evaluations with how many chains are still running.
+            on_round: called after each round of evaluations.
             extra: further arguments: what the pipeline's adapter takes, or any of the pipeline's own call.
 
         Candidates whose latents, pixels or score are not numbers are dropped.

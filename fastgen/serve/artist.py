@@ -155,8 +155,9 @@ class Studio:
         partials = Partials(pipe, [order.partial_images for order in orders])
 
         def on_progress(progress: Progress) -> None:
+            visits = [[chain, *row] for _, chain, row in progress.visits] if first.details else []
             report(
-                Event(step=progress.step, steps=progress.steps),
+                Event(step=progress.step, steps=progress.steps, visits=visits),
                 None if progress.images_now > 1 else progress.images_done,
             )
             for i, png in partials.after(progress):
