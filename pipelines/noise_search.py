@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import time
@@ -159,23 +158,10 @@ class NoiseSearchPipeline(WrappingPipeline):
         pipe = load_pretrained(DiffusionPipeline, os.fspath(pretrained_model_name_or_path), **kwargs)
         return cls(pipe, verifier, policy, thresholds)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw images; see `search`. Without a policy this is the pipeline's own call.
-
-        Raises:
-            NotFiniteError: latents or pixels are not numbers.
-        """
-        if self.policy is not None:
-            return self.search(*args, **kwargs)
-        with finite_decoder(self.pipe):
-            output = self.pipe(*args, **kwargs)
-        check_output(output[0])
-        return output
-
     @torch.no_grad()
-    def search(
+    def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -193,8 +179,8 @@ class NoiseSearchPipeline(WrappingPipeline):
         return_dict: bool = True,
         on_round: Callable[[Round], None] | None = None,
         **extra: Any,
-    ) -> NoiseSearchOutput | tuple[Any]:
-        """Draw one image of each prompt.
+    ) -> Any:
+        """Draw one image of each prompt. Without a policy this is the pipeline's own call, with its arguments.
 
         Args:
             prompt: text or list of texts.
@@ -223,6 +209,9 @@ class NoiseSearchPipeline(WrappingPipeline):
 
         Candidates whose latents, pixels or score are not numbers are dropped.
 
+        Returns:
+            `NoiseSearchOutput`; without a policy what the pipeline returns.
+
         Raises:
             ValueError: an argument out of range, a budget smaller than one picture takes, or a model or policy that
                 cannot explore.
@@ -231,7 +220,16 @@ class NoiseSearchPipeline(WrappingPipeline):
         """
         policy = self.policy
         if policy is None:
-            raise ValueError("policy: None does not search; call the pipeline itself")
+            sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+            own = {
+                **sizes,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "generator": generator,
+            }
+            own |= {"max_nfe": max_nfe, "max_seconds": max_seconds, "target_score": target_score, "explore": explore}
+            own = {name: value for name, value in own.items() if value is not None}
+            return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **extra)
         if not isinstance(prompt, str | list | tuple) or not prompt:
             raise FastgenError(f"prompt: {prompt!r} is not allowed, needs a text or a list of at least one")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -286,6 +284,12 @@ class NoiseSearchPipeline(WrappingPipeline):
         assert output is not None
         return output if return_dict else (output.images,)
 
+    def _stock(self, prompt: Any, **arguments: Any) -> Any:
+        with finite_decoder(self.pipe):
+            output = self.pipe(*(() if prompt is None else (prompt,)), **arguments)
+        check_output(output[0])
+        return output
+
     def _sampler(self, sampler: SamplerName | Sampler, denoiser: Denoiser) -> Sampler:
         if isinstance(sampler, Sampler):
             return sampler
@@ -332,10 +336,6 @@ class NoiseSearchPipeline(WrappingPipeline):
             place = (seed, start, pool, explore)
             chains += [Chain(denoiser, path, prompt, number, *place) for number in range(policy.chains)]
         return chains
-
-
-# `help` and `inspect` show the arguments of the search.
-NoiseSearchPipeline.__call__.__signature__ = inspect.signature(NoiseSearchPipeline.search)  # type: ignore[attr-defined]
 
 
 def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:

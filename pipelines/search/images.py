@@ -79,7 +79,7 @@ def search_images(
                 "batch_invariant: rounding depends on the batch shape" if batch_invariant and batch_size > 1 else None,
             )
             try:
-                output = search.search(
+                output = search(
                     list(texts),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in own],
                     max_seconds=seconds,
