@@ -220,14 +220,9 @@ class NoiseSearchPipeline(WrappingPipeline):
         """
         policy = self.policy
         if policy is None:
-            sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-            own = {
-                **sizes,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "generator": generator,
-            }
-            own |= {"max_nfe": max_nfe, "max_seconds": max_seconds, "target_score": target_score, "explore": explore}
+            own: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+            own.update(guidance_scale=guidance_scale, negative_prompt=negative_prompt, generator=generator)
+            own.update(max_nfe=max_nfe, max_seconds=max_seconds, target_score=target_score, explore=explore)
             own = {name: value for name, value in own.items() if value is not None}
             return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **extra)
         if not isinstance(prompt, str | list | tuple) or not prompt:
