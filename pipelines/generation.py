@@ -28,9 +28,9 @@ from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import check_output
-from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
+from fastgen.pipelines.loading.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.schema import SETTINGS, check_prompt
 from fastgen.pipelines.settings import (

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
+from fastgen.pipelines.loading.checkpoint import OWN_PIPELINES, Checkpoint
 from fastgen.pipelines.schema import DRAWING, SCHEMA
 
 __all__ = [

@@ -226,7 +226,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTGEN_DEBUG", raising=False)
-    for module in ("fastgen.pipelines.loading", "fastgen.training.engine", "fastgen.pipelines.noise_search"):
+    for module in ("fastgen.pipelines.loading.loader", "fastgen.training.engine", "fastgen.pipelines.noise_search"):
         importlib.import_module(module)  # before networks are forbidden
     monkeypatch.setattr(torch.nn.Module, "__init__", started)
     monkeypatch.setattr("subprocess.Popen.__init__", started)

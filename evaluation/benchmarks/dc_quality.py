@@ -28,9 +28,9 @@ from fastgen.evaluation.benchmarks.router_statistics import router_statistics
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint, find_checkpoint
 
 TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 LITE_CFG = 0.9

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import check_names, explain_hub_error
+from fastgen.pipelines.loading.checkpoint import check_names, explain_hub_error
 
 __all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tensors", "snapshot"]
 

@@ -172,7 +172,7 @@ def speculative(
     from fastgen.checks import check_choice, check_integer
     from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
-    from fastgen.pipelines.checkpoint import find_drafter
+    from fastgen.pipelines.loading.checkpoint import find_drafter
 
     check_device(device, dtype)
     checkpoint = find_model(model, model_variant)

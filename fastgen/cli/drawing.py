@@ -14,7 +14,7 @@ from fastgen.pipelines.schema import SETTINGS, SearchSettings
 if TYPE_CHECKING:
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.beginnings import Beginning
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 __all__ = ["Drawing", "prepare"]
 
@@ -52,8 +52,8 @@ def prepare(
         own_device: makes of a device that of this process.
     """
     from fastgen.cli.plan import model_digest
-    from fastgen.pipelines.checkpoint import check_names, find_drafter
-    from fastgen.pipelines.load_options import LoadOptions
+    from fastgen.pipelines.loading.checkpoint import check_names, find_drafter
+    from fastgen.pipelines.loading.load_options import LoadOptions
 
     method = given.method
     check_names("cpu" if given.device == "auto" else given.device, given.dtype)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastgen.evaluation.distributed import Group, OnProgress
     from fastgen.evaluation.geneval.metadata import Metadata
     from fastgen.evaluation.runner import EvaluationRun, Generate, RunSettings
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -197,7 +197,7 @@ class Drawing:
 
     def _check_model(self) -> None:
         """FastgenError when the model is not there, or does not take the options; loads no weights."""
-        from fastgen.pipelines.checkpoint import find_drafter
+        from fastgen.pipelines.loading.checkpoint import find_drafter
 
         checkpoint = find_model(self._model(), self.given.variant)
         check_method(self.given.method, checkpoint)
@@ -240,7 +240,7 @@ class Drawing:
         import hashlib
 
         from fastgen.evaluation.runner import EvaluationRun, RunSettings
-        from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
+        from fastgen.pipelines.loading.checkpoint import find_checkpoint, find_drafter
         from fastgen.pipelines.settings import check_classes
 
         given, model = self.given, self._model()
@@ -316,8 +316,8 @@ class GenerationRun:
 
 def check_device(device: str, dtype: str = "auto") -> None:
     """FastgenError when this machine cannot compute on `device` in `dtype`."""
-    from fastgen.pipelines.checkpoint import check_names
     from fastgen.pipelines.loading import resolve_device
+    from fastgen.pipelines.loading.checkpoint import check_names
 
     check_names(device, dtype)
     resolve_device(device, dtype)
@@ -362,7 +362,8 @@ class Drawer:
         """Load the model; what draws with it."""
         from fastgen.pipelines.accelerate import accelerate
         from fastgen.pipelines.accelerate.parts import made_part
-        from fastgen.pipelines.loading import generate_images, load_pipeline
+        from fastgen.pipelines.generation import generate_images
+        from fastgen.pipelines.loading import load_pipeline
 
         settings = self.settings
         same = ("dtype", "method", "drafter", "variant")

@@ -216,7 +216,7 @@ def train(
 def _learnt_from(part: Path | None, init: Path | None, data: Path | None, choices: dict[str, Any]) -> dict[str, Any]:
     """What the weights of a run come from: digests of the folders, names of what is on the Hub, and choices."""
     from fastgen.cli.plan import weights_digest
-    from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
+    from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, embedded_folder
 
     found: dict[str, Any] = {"choices": choices}
     for name, folder in (("part", part), ("init", init), ("data", data)):
@@ -356,8 +356,8 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
 
     from fastgen.io import check_writable
     from fastgen.locks import locked_folder
-    from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_checkpoint
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
     from fastgen.training.samples import draw_samples
 
     checkpoint = find_checkpoint(str(part))

@@ -64,7 +64,7 @@ def tune(
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
-    from fastgen.pipelines.checkpoint import check_names
+    from fastgen.pipelines.loading.checkpoint import check_names
     from fastgen.pipelines.schema import SCHEMA, check_prompt
 
     check_choice("--loss", loss, ("exact", "lossy"))

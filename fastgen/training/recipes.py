@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, download_janus, embedded_folder, find_checkpoint
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, download_janus, embedded_folder, find_checkpoint
 from fastgen.pretrained import load_pretrained
 
 if TYPE_CHECKING:

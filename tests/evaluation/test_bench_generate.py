@@ -86,14 +86,14 @@ def test_a_compiler_that_fails_is_an_error(micro_z: Path, monkeypatch: pytest.Mo
 
 
 def test_wrong_pictures_are_not_timed(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastgen.pipelines.loading as loading
+    import fastgen.pipelines.generation as generation
 
-    original = loading.generate_images
+    original = generation.generate_images
 
     def depends_on_the_batch(pipe: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
         return original(pipe, prompts, [seed + options["batch_size"] for seed in seeds], **options)
 
-    monkeypatch.setattr(loading, "generate_images", depends_on_the_batch)
+    monkeypatch.setattr(generation, "generate_images", depends_on_the_batch)
     with pytest.raises(FastgenError, match="depend on the batch size"):
         bench.benchmark_generate([str(micro_z)], runs=1, cold=False, compile=False)
 

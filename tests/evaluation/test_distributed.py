@@ -165,7 +165,8 @@ def test_batches_are_cut_in_the_same_places(tmp_path: Path) -> None:
 def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
     """A real pipeline whose pixels depend on the batch: interrupted, resumed and shared runs make the same files."""
     from fastgen.evaluation.runner import EvaluationRun, RunSettings
-    from fastgen.pipelines.loading import generate_images, load_pipeline
+    from fastgen.pipelines.generation import generate_images
+    from fastgen.pipelines.loading import load_pipeline
 
     pipe = load_pipeline(str(micro_z))
     settings = RunSettings(model="micro", model_fingerprint="0", images_per_prompt=2, batch_size=5)

@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "fastgen.evaluation.geneval.named_judges",
         "fastgen.evaluation.shapesworld",
         "fastgen.pipelines.dc_z_image",
-        "fastgen.pipelines.loading",
+        "fastgen.pipelines.loading.loader",
         "fastgen.pipelines.speculative",
         "fastgen.training.engine",
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",

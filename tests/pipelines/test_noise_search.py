@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
 
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.engine import Round
 from fastgen.pipelines.search.policies import Threshold, ValueSampling

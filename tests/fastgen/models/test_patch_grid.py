@@ -18,7 +18,7 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 
 
 def stock(seed: int = 0) -> ZImageTransformer2DModel:

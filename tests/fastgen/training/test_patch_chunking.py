@@ -12,7 +12,7 @@ import torch
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.training.engine import Trainer
 from fastgen.training.patch_chunking import PatchRecipe, drop_cost_loss, level_loss, wanted_share
 from fastgen.training.recipes import build_recipe, train_config

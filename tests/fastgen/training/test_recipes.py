@@ -148,7 +148,7 @@ def test_small_grows_from_the_embedded_tiny_and_goes_on(
 @pytest.mark.slow
 def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     from fastgen.drafters.eagle import EagleDrafter
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     model = _short("drafter", tmp_path / "first", embedded_folder("tiny-janus"), steps=8, batch_size=4, accumulate=1)
     first = [json.loads(line)["overlap_1"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
@@ -166,8 +166,8 @@ def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", long_tail(["dc", "dc-dense"], fast=("dc",)))
 def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
-    from fastgen.pipelines.checkpoint import embedded_folder
     from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
     from fastgen.training.cards import share_components
 
     model = _short(name, tmp_path / "first", embedded_folder("tiny"), steps=8)
@@ -196,7 +196,7 @@ def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str
 
 
 def test_multi_budget_training_draws_its_tail_drops_after_the_warm_up() -> None:
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
     from fastgen.training.dc_z_image import BUDGETS, DCRecipe
 
     recipe = DCRecipe(0, embedded_folder("tiny"), warm_up=100)

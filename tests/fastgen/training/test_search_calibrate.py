@@ -18,8 +18,8 @@ from fastgen.data.captions import TASKS, vocabulary
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.names import load_verifier
 from fastgen.models.shapes_verifier import ShapesVerifier
-from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint, load_pipeline
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.policies import Threshold

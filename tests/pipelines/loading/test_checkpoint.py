@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines import checkpoint as module
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint, check_names, check_weights, find_checkpoint
+from fastgen.pipelines.loading import checkpoint as module
+from fastgen.pipelines.loading.checkpoint import (
+    EMBEDDED_MODELS,
+    Checkpoint,
+    check_names,
+    check_weights,
+    find_checkpoint,
+)
 
 
 @pytest.fixture
@@ -288,7 +294,7 @@ def test_names_that_cannot_exist(device: str, dtype: str) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys; from fastgen.pipelines.checkpoint import find_checkpoint, check_weights\n"
+        "import sys; from fastgen.pipelines.loading.checkpoint import find_checkpoint, check_weights\n"
         "check_weights(find_checkpoint('tiny')); print('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)

@@ -22,7 +22,8 @@ from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
-from fastgen.pipelines.checkpoint import (
+from fastgen.pipelines.generation import set_checkpoint
+from fastgen.pipelines.loading.checkpoint import (
     Checkpoint,
     check_names,
     check_weights,
@@ -31,17 +32,10 @@ from fastgen.pipelines.checkpoint import (
     find_checkpoint,
     find_drafter,
 )
-from fastgen.pipelines.config_schema import check_arguments
-from fastgen.pipelines.generation import (
-    GeneratedImage,
-    Progress,
-    generate_images,
-    set_checkpoint,
-    unknown_words,
-)
-from fastgen.pipelines.load_options import LoadOptions, LoRA
-from fastgen.pipelines.memory import check_memory, free_memory, weight_sizes
-from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
+from fastgen.pipelines.loading.config_schema import check_arguments
+from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
+from fastgen.pipelines.loading.memory import check_memory, free_memory, weight_sizes
+from fastgen.pipelines.loading.networks import check_keys, component_class, empty_network, explained, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
@@ -49,7 +43,7 @@ from fastgen.pretrained import load_pretrained
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
+__all__ = ["load_checkpoint", "load_pipeline", "resolve_device"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

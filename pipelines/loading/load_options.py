@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastgen.checks import check_bool, check_choice
 from fastgen.errors import FastgenError, one_line
 from fastgen.io import file_sha256
-from fastgen.pipelines.weight_files import check_safetensors
+from fastgen.pipelines.loading.weight_files import check_safetensors
 
 if TYPE_CHECKING:
     import torch

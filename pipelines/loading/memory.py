@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import Checkpoint
-from fastgen.pipelines.weight_files import check_safetensors, read_files
+from fastgen.pipelines.loading.checkpoint import Checkpoint
+from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
 
 __all__ = ["check_memory", "free_memory", "weight_sizes"]
 

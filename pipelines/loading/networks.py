@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.errors import FastgenError, one_line
 from fastgen.io import read_object
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.config_schema import check_arguments, check_config
-from fastgen.pipelines.weight_files import check_safetensors, read_files, variant_of
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
+from fastgen.pipelines.loading.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.weight_files import check_safetensors, read_files, variant_of
 from fastgen.pretrained import load_pretrained
 
 __all__ = [

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
-from fastgen.pipelines.config_limits import check_numbers
-from fastgen.pipelines.weight_files import check_weight_folder
+from fastgen.pipelines.loading.config_limits import check_numbers
+from fastgen.pipelines.loading.weight_files import check_weight_folder
 
 __all__ = [
     "DTYPES",

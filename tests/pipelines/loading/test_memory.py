@@ -10,10 +10,9 @@ import torch
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
-from fastgen.pipelines import loading, memory
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, find_checkpoint
-from fastgen.pipelines.loading import load_pipeline
-from fastgen.pipelines.memory import check_memory, free_memory, weight_sizes
+from fastgen.pipelines.loading import load_pipeline, loader, memory
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, find_checkpoint
+from fastgen.pipelines.loading.memory import check_memory, free_memory, weight_sizes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIGABYTE = 10**9
@@ -36,7 +35,7 @@ def test_a_model_larger_than_memory_ends_before_its_weights_are_read(
     micro_z: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(loading, "load_network", lambda *given: pytest.fail("weights are read"))
+    monkeypatch.setattr(loader, "load_network", lambda *given: pytest.fail("weights are read"))
     assert run(["generate", "x", "--model", str(micro_z), "-o", str(tmp_path / "a.png")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -88,7 +87,7 @@ def test_a_container_limits_main_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_networks_go_straight_to_their_device(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[tuple[str, torch.device]] = []
-    stock: Any = loading.load_network
+    stock: Any = loader.load_network
 
     class Spy:
         def __init__(self, network: Any) -> None:
@@ -98,6 +97,6 @@ def test_networks_go_straight_to_their_device(micro_z: Path, monkeypatch: pytest
             moved.append((type(self.network).__name__, device))
             return self.network.to(device)
 
-    monkeypatch.setattr(loading, "load_network", lambda *given: Spy(stock(*given)))
+    monkeypatch.setattr(loader, "load_network", lambda *given: Spy(stock(*given)))
     load_pipeline(str(micro_z))
     assert len(moved) == 3 and {device for _, device in moved} == {CPU}
