@@ -35,7 +35,7 @@ def summaries() -> dict[str, str]:
 
 def options_of(recipe: str) -> set[str]:
     """The options that a recipe takes, by the names of their parameters."""
-    from fastgen.training.recipes import RECIPES
+    from fastgen.training.recipes import CHOOSING, RECIPES
 
     if recipe == CALIBRATE:
         return _ALWAYS | {"part", "init", "data", "samples", "prompts_file"}
@@ -48,7 +48,7 @@ def options_of(recipe: str) -> set[str]:
         found |= {"init"}
     if entry.draws or recipe == "heads":
         found |= {"data", "samples", "prompts_file"}
-    return found | ({"choose"} if recipe in ("drafter", "heads") else set())
+    return found | ({"choose"} if recipe in CHOOSING else set())
 
 
 def helps_of(recipe: str) -> dict[str, str]:
@@ -94,9 +94,14 @@ def helps_of(recipe: str) -> dict[str, str]:
         else "Model folder to continue from.",
         "data": "Folder of recorded windows." if recipe == "heads" else "Folder of the pipeline's own samples.",
         "samples": "First draw this many samples into --data; 0 = use what is there.",
-        "choose": "KEY=VALUE of the new heads' configuration; repeat."
-        if recipe == "heads"
-        else "KEY=VALUE: a loss term, kind, or the new drafter's configuration (redundancy=class, width=128); repeat.",
+        "choose": {
+            "heads": "KEY=VALUE of the new heads' configuration; repeat.",
+            "dc-patch": "KEY=VALUE: anneal (items over which the share of kept patches falls), "
+            "cost, or the new scaffold's configuration (compression=8, floor=0.0625, n_last_layers=2); repeat.",
+        }.get(
+            recipe,
+            "KEY=VALUE: a loss term, kind, or the new drafter's configuration (redundancy=class, width=128); repeat.",
+        ),
         **{name: f"{text}. Default: {defaults[name]}." for name, text in labels.items()},
     }
 

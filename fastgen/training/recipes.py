@@ -38,6 +38,8 @@ class RecipeEntry:
     draws: bool = False
 
 
+CHOOSING = ("drafter", "heads", "dc-patch")
+"""Recipes of which more can be chosen."""
 RECIPES: dict[str, RecipeEntry] = {
     "vae": RecipeEntry(
         "the AutoencoderKL of the tiny Z-Image pipeline",
@@ -108,7 +110,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "dc-patch": RecipeEntry(
         "a trained Z-Image for ShapesWorld that learns to drop its own patches, beginning as itself",
-        {"steps": 4000, "batch_size": 32, "accumulate": 4, "lr": 5e-4, "decay": 0.5},
+        {"steps": 4000, "batch_size": 16, "lr": 5e-4, "warmup": 50, "decay": 0.4},
         needs="z-image",
         part="model",
         continues=True,
@@ -170,14 +172,15 @@ def build_recipe(
         data: folder of samples to learn from (`fastgen.training.samples`): upcycling, and the drafter where it is not
             to learn from renders; for heads, of recorded windows (`fastgen.training.windows`).
         choices: what else the recipe lets one choose: of `drafter` the fields of `DrafterTerms`, `kind`, and the
-            configuration of a new drafter; of `heads` the configuration of new heads.
+            configuration of a new drafter; of `heads` the configuration of new heads; of `dc-patch` the arguments of
+            `PatchRecipe`.
 
     Raises:
         FastgenError: unknown recipe, a folder that is missing, absent or not understood, or a choice it does not have.
         ValueError: a choice out of range.
     """
     entry = _entry(name)
-    if choices and name not in ("drafter", "heads"):
+    if choices and name not in CHOOSING:
         raise FastgenError(f"recipe {name} lets nothing be chosen, got {', '.join(choices)}")
     if entry.upcycles:
         return _upcycling(name, seed, part, init, data)
@@ -200,6 +203,8 @@ def build_recipe(
     for folder in (part, init):
         if folder is not None and not (folder / "config.json").exists() and not (folder / "model_index.json").exists():
             raise FastgenError(f"{folder} holds no model (no config.json or model_index.json)")
+    if name == "dc-patch":
+        return _dc_patch(seed, part or Path(), init, choices or {})
     return _BUILDERS[name](seed, part, init)
 
 
@@ -309,10 +314,13 @@ def _dc_dense(seed: int, part: Path | None, init: Path | None) -> Recipe:
     return _dc(seed, part, init, dense=True)
 
 
-def _dc_patch(seed: int, part: Path | None, init: Path | None) -> Recipe:
+def _dc_patch(seed: int, part: Path, init: Path | None, choices: Mapping[str, Any]) -> Recipe:
     from fastgen.training.patch_chunking import PatchRecipe
 
-    return PatchRecipe(seed, part or Path(), init)
+    try:
+        return PatchRecipe(seed, part, init, **choices)
+    except TypeError as error:
+        raise FastgenError(f"recipe dc-patch: {error}") from error
 
 
 def _upcycling(name: str, seed: int, part: Path | None, init: Path | None, data: Path | None) -> Recipe:
@@ -343,5 +351,4 @@ _BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
     "janus": _janus,
     "dc": _dc,
     "dc-dense": _dc_dense,
-    "dc-patch": _dc_patch,
 }
