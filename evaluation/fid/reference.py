@@ -76,11 +76,10 @@ class Reference:
                 f"{made_by}, or give the images themselves"
             )
         for tap in taps:
-            if tap not in file.taps:
-                raise FastgenError(f"{file.path}: holds no statistics of {tap} features")
-            if file.taps[tap].dims != extractor.taps[tap]:
+            held = file.taps[tap].dims if tap in file.taps else "no"
+            if held != extractor.taps[tap]:
                 raise FastgenError(
-                    f"{file.path}: holds statistics of {file.taps[tap].dims} {tap} features, {extractor.name} has "
+                    f"{file.path}: holds statistics of {held} {tap} features, {extractor.name} has "
                     f"{extractor.taps[tap]}"
                 )
 
@@ -167,9 +166,11 @@ def load_reference(
     key = [_FORMAT, found.sha256, extractor.describe(), n]
     kept = {tap: ChunkStore(root, f"statistics-{tap}", [*key, tap]) for tap in taps}
     known = group.share({tap: _kept(kept[tap], extractor.taps[tap], n) for tap in taps} if group.is_main else None)
-    for tap, moments in known.items():
-        if moments is not None:
-            found.gaussians[tap] = Moments.from_bytes(moments, extractor.taps[tap], extractor.device).gaussian()
+    found.gaussians |= {
+        tap: Moments.from_bytes(moments, extractor.taps[tap], extractor.device).gaussian()
+        for tap, moments in known.items()
+        if moments is not None
+    }
     missing = [tap for tap in taps if tap not in found.gaussians]
     found.cached = not missing and not keep
     if not found.cached:

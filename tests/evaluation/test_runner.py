@@ -24,8 +24,7 @@ from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
 from fastgen.evaluation.geneval.rules import ImageResult
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.results_page import scores_markdown
+from fastgen.evaluation.report import contact_sheet, scores_markdown
 from fastgen.evaluation.runner import (
     EvaluationRun,
     RunSettings,
