@@ -126,6 +126,10 @@ class Prefix:
             return torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
         return (self.mask.cumsum(dim=1) - 1).clamp_min(0)
 
+    def at(self, steps: Tensor) -> Tensor:
+        """Positions [R, n] of image tokens number `steps` [R, n]."""
+        return self.offset[:, None] + steps
+
     def padded(self, multiple: int) -> Prefix:
         """The same with static shapes, in which prompts of many lengths share one: pads on the left, up to a multiple.
 
@@ -309,7 +313,7 @@ class Target(ABC):
         rows, n = len(prefix.mask), tokens.shape[1]
         depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self.both_trees(mask, prefix)
         committed = cache.lengths - prefix.mask.shape[1]
-        positions = prefix.offset[:, None] + committed[:, None] + depth
+        positions = prefix.at(committed[:, None] + depth)
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
         visible = tree_sight(cache, mask)
         embeds = self.both_rows(self.embed(tokens), prefix)

@@ -9,9 +9,13 @@ __all__ = ["rotary_factors", "rotate_halves", "rotate_pairs"]
 
 
 def rotate_halves(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate features i and i + d / 2 of [..., n, heads, d] by cosines and sines [..., n, d] (transformers)."""
+    """Rotate features i and i + r / 2 of [..., n, heads, d] by cosines and sines [..., n, r] (transformers); features
+    from r on stay, where r < d."""
     cos, sin = (factor[..., None, :] for factor in rotary)
-    half = x.shape[-1] // 2
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate_halves(x[..., :width], rotary), x[..., width:]], dim=-1)
+    half = width // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin
 

@@ -20,6 +20,7 @@ from fastgen.pipelines.accelerate.solver import Solver
 from fastgen.pipelines.accelerate.step_cache import StepCache
 from fastgen.pipelines.accelerate.tail_drops import TailDrops
 from fastgen.pipelines.accelerate.text_encoder import TextEncoder
+from fastgen.pipelines.accelerate.token_stage import TokenStage
 
 __all__ = [
     "PARTS",
@@ -38,6 +39,7 @@ __all__ = [
     "StepCache",
     "TailDrops",
     "TextEncoder",
+    "TokenStage",
     "VaeSlicing",
     "VaeTiling",
     "made_part",
@@ -57,6 +59,7 @@ PARTS: dict[str, type[Part]] = {
         Compile,
         ContextParallel,
         TextEncoder,
+        TokenStage,
         Solver,
         StepCache,
         DBCache,
