@@ -231,7 +231,7 @@ def _independent(a: Measure, b: Measure) -> float | None:
 
 
 def _prompts(data: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(tag, prompt) -> (correct, images); empty when the result does not tell."""
+    """(tag, prompt) -> (correct, images); empty when the result does not say."""
     rows = data.get("prompts") or []
     return {(row["tag"], row["prompt"]): (row["correct"], row["images"]) for row in rows}
 

@@ -49,7 +49,7 @@ class FidSettings:
         allow_small: compute a Fréchet distance of fewer images than twice its features, which is biased upwards.
         bootstrap: replicates behind a confidence interval of Fréchet distances; 0: none.
         seed: of bootstrap and subsets.
-        subsets, subset_size: of kernel distances; a set smaller than a subset is taken whole.
+        subsets, subset_size: of kernel distances; a set smaller than a subset is one subset.
         batch_size: images in one pass of a network.
         workers: threads that decode and resize; None chooses.
         mixed_sizes: allow images of different sizes.
@@ -179,7 +179,7 @@ def evaluate_images(
         extractors: networks to use instead of loading them.
         group: the processes that share the work; all of them call this, the main one gets the numbers.
         cache: folder of the reference's statistics.
-        work: folder where finished parts are kept, so that an interrupted call goes on; None keeps none.
+        work: folder where finished parts are kept, so that an interrupted call can resume; None keeps none.
         save_statistics: an npz to write with the statistics of `images`, to be a reference later.
 
     Returns:

@@ -88,7 +88,7 @@ def open_reference(path: str | Path, protocol: str | None = None) -> Reference:
     """The reference at `path`: images (folder, zip, tar, npz), or an npz of statistics, with images or without.
 
     Args:
-        protocol: that a file of statistics was made by, where it does not tell itself.
+        protocol: that a file of statistics was made by, where the file does not say.
 
     Raises:
         FastgenError: there is nothing of the kind, or it is damaged; the message names it.
@@ -107,7 +107,7 @@ class ReferenceStatistics:
     Attributes:
         gaussians: tap -> statistics.
         features: tap -> features, on the main process.
-        count: images behind `gaussians`; None where a file does not tell.
+        count: images behind `gaussians`; None where a file does not say.
         sha256: of its images; None for statistics.
         cached: nothing had to be computed.
     """
@@ -144,7 +144,7 @@ def load_reference(
     dtype, the protocol and the number of images.
 
     Args:
-        count: how many images are taken, from the first; all when None. A file of statistics is taken whole.
+        count: how many images are taken, from the first; all when None. A file of statistics is used as it is.
         cache: folder; `user_cache_dir()` when None.
 
     Raises:

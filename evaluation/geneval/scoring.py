@@ -101,7 +101,7 @@ def score_images(
         partial: score a part of them, or unequal numbers of images, all the same; `data["partial"]` then says what is
             missing.
         group: processes that share the work; all of them get the scores.
-        work: folder where finished parts are kept until `GenEvalScore.discard`, so that an interrupted call goes on.
+        work: folder where finished parts are kept until `GenEvalScore.discard`; an interrupted call resumes from it.
 
     Raises:
         FastgenError: the folder cannot be read, a prompt names what nobody can see, an image is damaged, or images

@@ -1,6 +1,6 @@
 """The `fastgen` command: finds the sub-command, loads only that one, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted, 1 a bug (with its traceback).
+Exit codes: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted, 1 a bug (with its traceback).
 ``FASTGEN_DEBUG=1`` shows the traceback of every error.
 """
 

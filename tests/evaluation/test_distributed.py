@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import runner_worker
 import torch
+from long_tail import long_tail
 from PIL import Image
 
 from fastgen.errors import FastgenError
@@ -270,7 +271,7 @@ def test_the_command_killed_at_random_moments(tmp_path: Path, size: int) -> None
 # --- failures ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("broken", long_tail([0, 1], fast=(1,)))
 def test_a_failure_is_reported_and_stops_the_others(tmp_path: Path, broken: int) -> None:
     began = time.monotonic()
     codes = finish(start(tmp_path, 2, seconds=0.2, own={broken: {"fail_at": 2}}), within=30)

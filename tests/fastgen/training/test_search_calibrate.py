@@ -197,7 +197,7 @@ def test_a_wrong_picture_is_refused_before_anything_is_drawn(
 
 
 def test_the_search_continues_with_the_first_sibling(micro_z: Path, verifier: str) -> None:
-    """The picture is that of a plain stochastic trajectory, whatever was tried beside it."""
+    """The picture is that of a plain stochastic trajectory, whatever else was tried."""
     pipe = load_pipeline(str(micro_z))
     settings: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 4, "output_type": "pt"}
     made = load_verifier(verifier)
