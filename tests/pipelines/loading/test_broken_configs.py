@@ -70,7 +70,7 @@ def test_a_component_of_a_wrong_type_is_refused(tmp_path: Path, entry: list[Any]
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, entry: Any) -> None:
     header = json.dumps({"weight": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(FastgenError, match="its header cannot be read"):
+    with pytest.raises(FastgenError, match="is truncated or corrupt: "):
         check_safetensors(tmp_path / "model.safetensors")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -86,17 +87,19 @@ def test_a_container_limits_main_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_networks_go_straight_to_their_device(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[tuple[str, torch.device]] = []
+    placed: list[torch.device] = []
     stock: Any = loader.load_network
 
-    class Spy:
-        def __init__(self, network: Any) -> None:
-            self.network = network
+    def load(*given: Any) -> Any:
+        placed.append(given[4])
+        return stock(*given)
 
-        def to(self, device: torch.device) -> Any:
-            moved.append((type(self.network).__name__, device))
-            return self.network.to(device)
-
-    monkeypatch.setattr(loader, "load_network", lambda *given: Spy(stock(*given)))
+    monkeypatch.setattr(loader, "load_network", load)
     load_pipeline(str(micro_z))
-    assert len(moved) == 3 and {device for _, device in moved} == {CPU}
+    assert placed == [CPU] * 3
+    network = stock(*_vae(micro_z), torch.device("meta"))
+    assert next(network.parameters()).device.type == "meta"
+
+
+def _vae(folder: Path) -> tuple[Any, Path, torch.dtype, None]:
+    return AutoencoderKL, folder / "vae", torch.float32, None
