@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import search as searching
 from fastgen.cli.methods import METHODS, best_device, check_method, find_model, read_plan
+from fastgen.cli.options import load_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
 
@@ -53,12 +54,11 @@ def prepare(
     """
     from fastgen.cli.plan import model_digest
     from fastgen.pipelines.loading.checkpoint import check_names, find_drafter
-    from fastgen.pipelines.loading.load_options import LoadOptions
 
     method = given.method
     check_names("cpu" if given.device == "auto" else given.device, given.dtype)
     model = given.model if given.model is not None else METHODS[method or "base"]
-    options = LoadOptions.of(given.scheduler, given.lora, given.offload, given.vae_tiling)
+    options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
     _check_with_model(given, model, checkpoint)
     drafts = find_drafter(checkpoint, given.drafter) if method == "speculative" else None

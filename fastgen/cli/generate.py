@@ -17,8 +17,8 @@ import typer
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.drawing import Drawing, prepare
-from fastgen.cli.methods import VariantOption, check_method_name
-from fastgen.cli.options import option_name, with_options
+from fastgen.cli.methods import check_method_name
+from fastgen.cli.options import option_name, with_loading, with_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import DRAWING, SearchSettings, check_prompt
 
@@ -31,6 +31,7 @@ app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 
 
 @app.command()
+@with_loading
 @with_options(*DRAWING, SearchSettings)
 def generate(
     context: typer.Context,
@@ -52,32 +53,6 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    variant: VariantOption = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="A class of diffusers in place of the model's own, e.g. DPMSolverMultistep.", show_default=False
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PATH or PATH:WEIGHT: a .safetensors file, a folder or a Hub id; repeat.", show_default=False
-        ),
-    ] = None,
-    offload: Annotated[
-        str,
-        typer.Option(
-            help="none; model, group or sequential keep weights in main memory until a GPU needs them; auto takes the "
-            "first that fits."
-        ),
-    ] = "none",
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Decode in tiles, for large pictures in little memory.")
-    ] = False,
     method: Annotated[
         str | None,
         typer.Option(
