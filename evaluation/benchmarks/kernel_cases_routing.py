@@ -42,11 +42,11 @@ def cases() -> list[Case]:
     found = []
     for table, sizes in ((_PACKING, packing), (_DECHUNKING, dechunking)):
         for name, samples, side, large in sizes:
-            for op, build, *rest, more in table:
+            for op, build, run, reference, moved, check, more in table:
                 inputs = partial(build, samples=samples, side=side)
                 # The share of the roofline counts where only memory is moved.
                 limits: dict[str, Any] = {"large": large and op == "scatter", "on_cpu": not large}
-                found.append(Case(op, name, inputs, *rest, **limits, **more))
+                found.append(Case(op, name, inputs, run, reference, moved, check, **limits, **more))
     return found
 
 
