@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,10 @@ Method = Annotated[
     ),
 ]
 Drafter = Annotated[
-    str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
+    str | None,
+    typer.Option(
+        "--drafter", help="A folder, a Hub id or none. Default: the model's own (speculative).", show_default=False
+    ),
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
@@ -437,7 +440,7 @@ def source_lines(report: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def progress(shown: bool = True) -> Iterator[OnProgress]:
+def progress(shown: bool = True) -> Iterator[Callable[[str, float, int], None]]:
     """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""
     if not shown or not sys.stderr.isatty():
         yield lambda stage, done, total: None
@@ -450,7 +453,7 @@ def progress(shown: bool = True) -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: float, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
