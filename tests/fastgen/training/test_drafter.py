@@ -240,5 +240,5 @@ def test_the_terms_and_the_drafter_are_chosen_on_the_command_line(
         assert run([*command[:-1], str(tmp_path / "other"), *wrong]) == 2
         assert word in capsys.readouterr().err
     assert run(["train", "vq", "--set", "width=16", "-o", str(tmp_path / "vq")]) == 2
-    assert capsys.readouterr().err == "error: --set: recipe vq takes none\n"
+    assert capsys.readouterr().err.startswith("error: No such option: --set ")
     assert not (tmp_path / "other").exists()

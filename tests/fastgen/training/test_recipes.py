@@ -290,12 +290,12 @@ def test_detector_learns_and_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mystery", "-o", "x"], "unknown recipe 'mystery'"),
+        (["mystery", "-o", "x"], "No such command 'mystery'"),
         (["z-image", "-o", "x"], "needs --part"),
-        (["vae", "-o", "x", "--steps", "0"], "steps must be at least 1"),
-        (["vae", "-o", "x", "--lr", "-1"], "lr must be a positive number"),
-        (["vae", "-o", "x", "--part", "."], "--part: recipe vae takes none"),
-        (["detector", "-o", "x", "--init", "."], "--init: recipe detector takes none"),
+        (["vae", "-o", "x", "--steps", "0"], "--steps: 0 is not allowed"),
+        (["vae", "-o", "x", "--lr", "-1"], "--lr: -1.0 is not allowed"),
+        (["vae", "-o", "x", "--part", "."], "No such option: --part"),
+        (["detector", "-o", "x", "--init", "."], "No such option: --init"),
         (["janus", "-o", "x", "--part", "nowhere"], "holds no model"),
     ],
 )
