@@ -5,7 +5,6 @@ The options of `fastgen train RECIPE` are made from these classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,16 +23,14 @@ from fastgen.training.recipe_settings import (
 )
 
 if TYPE_CHECKING:
-    from fastgen.training.engine import Recipe, TrainConfig
+    from fastgen.training.engine import Recipe
 
 __all__ = [
     "RECIPES",
     "CascadeCalibrate",
     "Heads",
     "SearchCalibrate",
-    "build_recipe",
     "janus_folder",
-    "train_config",
 ]
 
 _CONTINUE = "Model folder to continue from."
@@ -346,55 +343,6 @@ _TRAINED = (
     DCDense,
 )
 RECIPES: dict[str, type[TrainingSettings]] = {each.name: each for each in _TRAINED}
-
-
-def _recipe(name: str) -> type[TrainingSettings]:
-    if name not in RECIPES:
-        raise FastgenError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
-def train_config(name: str, output_dir: Path, **overrides: Any) -> TrainConfig:
-    """The recipe's `TrainConfig` with overrides.
-
-    Raises:
-        FastgenError: unknown recipe.
-        ValueError: a setting is out of range.
-    """
-    from fastgen.training.engine import TrainConfig
-
-    return TrainConfig(output_dir=output_dir, **{**_recipe(name).defaults, **overrides})
-
-
-def build_recipe(
-    name: str,
-    seed: int,
-    part: Path | None = None,
-    init: Path | None = None,
-    data: Path | None = None,
-    choices: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """Build a recipe.
-
-    Args:
-        name: a key of `RECIPES`.
-        seed: seed of weights and data.
-        part: folder of the trained part that the recipe needs (VAE, VQ, or a pipeline), or name of a model.
-        init: folder of a model to continue from.
-        data: folder of samples to learn from (`fastgen.training.samples`), for `heads` of recorded windows
-            (`fastgen.training.windows`).
-        choices: what `--set` chooses: of `drafter` the fields of `DrafterTerms`, `kind`, and the configuration of a
-            new drafter; of `heads` the configuration of new heads; of `dc-patch` the arguments of `PatchRecipe`.
-
-    Raises:
-        FastgenError: unknown recipe, a setting that it does not have, or one that is missing or out of range.
-    """
-    kind = _recipe(name)
-    given: dict[str, Any] = {"seed": seed, "part": part, "init": init, "data": data, "set": choices or None}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    if unknown := sorted(set(chosen) - set(kind.rules())):
-        raise FastgenError(f"recipe {name} takes no {', '.join(unknown)}")
-    return kind(**chosen).build()
 
 
 def janus_folder(recipe: str, part: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_models import JANUS_TOKENS, PROMPTS
+from short_recipes import build_recipe
 
 from fastgen.cli.main import run
 from fastgen.data.shapes import ShapesWorld
@@ -25,7 +26,6 @@ from fastgen.drafters.tree import chain
 from fastgen.pipelines.janus import JanusImagePipeline
 from fastgen.training.drafter import DrafterModule
 from fastgen.training.eagle_unroll import unroll
-from fastgen.training.recipes import build_recipe
 from fastgen.training.redundancy_terms import (
     Siblings,
     class_cross_entropy,
