@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, Sight
 from fastgen.drafters.offload import group_hook
-from fastgen.models.rotary import rotate_halves, rotate_pairs
+from fastgen.models.layers import rotate_halves, rotate_pairs
 
 __all__ = ["DecoderLayer", "Rotary", "RotaryTable", "layers_of", "run_layers"]
 

@@ -20,7 +20,7 @@ from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
 from fastgen.drafters.offload import device_of
 from fastgen.errors import FastgenError, NotFiniteError
-from fastgen.models.attention import padded_causal_mask
+from fastgen.models.layers import padded_causal_mask
 
 __all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer", "codes_of", "unit_range"]
 

@@ -74,7 +74,7 @@ class LazyGroup(TyperGroup):
             completion = ("install_completion", "show_completion")
             command.params = [parameter for parameter in command.params if parameter.name not in completion]
             for word, leaf in getattr(command, "commands", {name: command}).items():
-                arrange(name if leaf is command else f"{name} {word}", leaf, rest)
+                arrange(name if leaf is command else f"{name} {word}", leaf)
                 leaf.callback = _checked(leaf)
         return name, command, rest
 

@@ -21,10 +21,10 @@ from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop, TokenBudget
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
+from fastgen.models.layers import rotary_factors
 from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
 from fastgen.models.patch_grid import PatchChunking, forward_patches
-from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn

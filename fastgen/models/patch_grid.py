@@ -33,8 +33,8 @@ from fastgen.models.chunking import (
     select_chunks,
     straight_through,
 )
+from fastgen.models.layers import rotary_factors
 from fastgen.models.packing import Segments, adaptive
-from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import PredictabilityRouter
 from fastgen.models.scaffold import Chunked
 from fastgen.models.z_image_batch import patchify

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_recipes import build_recipe, train_config
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -16,7 +17,6 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.training.engine import Trainer
 from fastgen.training.patch_chunking import PatchRecipe, annealed, drop_cost_loss, level_loss, token_budgets
-from fastgen.training.recipes import build_recipe, train_config
 
 
 @pytest.fixture(autouse=True)

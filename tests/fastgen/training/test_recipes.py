@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from long_tail import long_tail
+from short_recipes import build_recipe, train_config
 
 from fastgen.cli.main import run
-from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
-from fastgen.training.recipes import RECIPES, build_recipe, train_config
+from fastgen.training.recipes import RECIPES
 
 
 def _losses(folder: Path) -> list[float]:
@@ -290,12 +290,12 @@ def test_detector_learns_and_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mystery", "-o", "x"], "unknown recipe 'mystery'"),
+        (["mystery", "-o", "x"], "No such command 'mystery'"),
         (["z-image", "-o", "x"], "needs --part"),
-        (["vae", "-o", "x", "--steps", "0"], "steps must be at least 1"),
-        (["vae", "-o", "x", "--lr", "-1"], "lr must be a positive number"),
-        (["vae", "-o", "x", "--part", "."], "--part: recipe vae takes none"),
-        (["detector", "-o", "x", "--init", "."], "--init: recipe detector takes none"),
+        (["vae", "-o", "x", "--steps", "0"], "--steps: 0 is not allowed"),
+        (["vae", "-o", "x", "--lr", "-1"], "--lr: -1.0 is not allowed"),
+        (["vae", "-o", "x", "--part", "."], "No such option: --part"),
+        (["detector", "-o", "x", "--init", "."], "No such option: --init"),
         (["janus", "-o", "x", "--part", "nowhere"], "holds no model"),
     ],
 )
@@ -321,9 +321,7 @@ def test_command_line_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["items_seen"] == 12
 
 
-def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
-    with pytest.raises(FastgenError, match="unknown recipe"):
-        train_config("mystery", tmp_path)
+def test_recipes_have_these_names() -> None:
     assert set(RECIPES) == {
         *("vae", "vq", "detector", "verifier", "z-image", "small", "janus"),
         *("drafter", "heads", "dc", "dc-dense", "dc-patch", "dc-graft", "dc-finetune"),

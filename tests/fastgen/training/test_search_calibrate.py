@@ -295,13 +295,13 @@ def stopping_after(chunks: int) -> Any:
     ("arguments", "message"),
     [
         (["--init", "VERIFIER"], "needs --part, a diffusion pipeline"),
-        (["--part", "MODEL"], "and --init, a verifier"),
+        (["--part", "MODEL"], "needs --init, a verifier"),
         (["--part", "MODEL", "--init", "mystery"], "'mystery' is unknown"),
         (["--part", "MODEL", "--init", "clip-score"], "--prompts-file: search-calibrate with verifier clip-score"),
         (["--part", "MODEL", "--init", "VERIFIER", "--samples", "5"], "trajectories: 5 is not allowed"),
         (["--part", "MODEL", "--init", "VERIFIER", "--samples", "-1"], "--samples: -1"),
-        (["--part", "MODEL", "--init", "VERIFIER", "--lr", "1"], "--lr: recipe search-calibrate takes none"),
-        (["--part", "MODEL", "--init", "VERIFIER", "--data", "x"], "--data: recipe search-calibrate takes none"),
+        (["--part", "MODEL", "--init", "VERIFIER", "--lr", "1"], "No such option: --lr"),
+        (["--part", "MODEL", "--init", "VERIFIER", "--data", "x"], "No such option: --data"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "colour=1"], "settings: colour is unknown"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "branches=0"], "branches: 0 is not allowed"),
         (
