@@ -89,6 +89,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(700, 10, 100)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count at the end what nobody freed
+
+
 SLOW = pytest.StashKey[Counter[str]]()  # by folder, the tests with the marker that were collected and not chosen
 
 
