@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -35,7 +36,7 @@ from fastgen.io import parse_json
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_pipeline
 
-__all__ = ["benchmark_serve", "serve_markdown"]
+__all__ = ["benchmark_serve", "serve_markdown", "served"]
 
 CLIENTS = 8
 _EXPECTED = 24  # different pictures of a long run
@@ -76,7 +77,11 @@ def benchmark_serve(
     check_number("minutes", minutes, 0)
     check_integer("replicas", replicas, 0)
     prompts = [item.prompt for item in shapes_prompts()]
-    with _served(model, variant, replicas) as (process, url):
+    options = ["--model", model, "--device", "cpu", *([] if variant is None else ["--variant", variant])]
+    if replicas:
+        options += ["--engine", "ray", "--replicas", str(replicas), "--replica-cpus", "0.5"]
+    with served(*options, RAY_AUTH_MODE="disabled") as (server, url):
+        process = psutil.Process(server.pid)
         taken: dict[int, list[float]] = {1: [], CLIENTS: []}
         _draw_all(url, model, prompts, pictures, CLIENTS)  # warm-up
         for number in range(rounds):
@@ -129,28 +134,32 @@ def serve_markdown(data: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _served(model: str, variant: str | None, replicas: int) -> Iterator[tuple[psutil.Process, str]]:
-    """A server as a process, and its URL."""
-    command = [sys.executable, "-m", "fastgen", "serve", "--port", "0", "--model", model, "--device", "cpu"]
-    command += [] if variant is None else ["--variant", variant]
-    if replicas:
-        command += ["--engine", "ray", "--replicas", str(replicas), "--replica-cpus", "0.5"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    started = subprocess.Popen(command, env=environment, **pipes)
-    try:
-        found = next(
-            (match for line in started.stdout or () if (match := re.search(r" at (http://\S+)$", line))), None
+def served(*options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`fastgen serve` with `options` as a process on a free port, and its URL; Ctrl-C ends it.
+
+    Raises:
+        FastgenError: it ended before it listened; the message has its last line.
+    """
+    command = [sys.executable, "-m", "fastgen", "serve", "--port", "0", *options]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        if found is None:
-            raise FastgenError(f"fastgen serve ended with {started.wait()}")
-        yield psutil.Process(started.pid), found[1]
-    finally:
-        started.send_signal(signal.SIGINT)
         try:
-            started.wait(60)
-        except subprocess.TimeoutExpired:
-            started.kill()
+            matches = (re.search(r" at (http://\S+)$", line) for line in process.stdout or ())
+            url = next((match[1] for match in matches if match), "")
+            if not url:
+                code = process.wait()
+                errors.seek(0)
+                raise FastgenError(f"fastgen serve ended with {code}: {errors.read().strip().splitlines()[-1:]}")
+            yield process, url
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
 
 
 def _ask(url: str, **body: Any) -> tuple[int, dict[str, Any]]:

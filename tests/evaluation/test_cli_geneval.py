@@ -283,8 +283,20 @@ def test_a_prompt_that_stands_twice_is_refused_before_anything_is_drawn_or_judge
     assert place in err and "already" in err
 
 
-def test_an_option_given_twice_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "generate", "--no-cold", "--no-compile", "--runs", "1", "--steps", "1", "--json"]
+def test_an_option_given_twice_is_one_row(micro_z: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "generate",
+        "--model",
+        str(micro_z),
+        "--no-cold",
+        "--no-compile",
+        "--runs",
+        "1",
+        "--steps",
+        "1",
+        "--json",
+    ]
     assert run([*words, "--batch", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["warm"]
     assert run([*words, "--batch", "1", "--batch", "1"]) == 0

@@ -5,10 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import os
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,27 +61,6 @@ def running(settings: ServeSettings) -> Iterator[Running]:
         server.should_exit = True
         thread.join(60)
         assert backend.worker.join(60), "the thread that draws did not end"
-
-
-@contextlib.contextmanager
-def process(*options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`fastgen serve` as a process, and its URL."""
-    command = [sys.executable, "-m", "fastgen", "serve", "--port", "0", *options]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
-    try:
-        lines = []
-        assert started.stdout is not None
-        for line in started.stdout:
-            lines.append(line)
-            if found := re.search(r" at (http://\S+)$", line):
-                yield started, found[1]
-                break
-        else:
-            raise AssertionError("the server did not start: " + "".join(lines))
-    finally:
-        started.kill()
-        started.communicate()
 
 
 def ask(url: str, **body: Any) -> httpx.Response:

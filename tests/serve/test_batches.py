@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from running_server import Running, alone, ask, pixels, process, running
+from running_server import Running, alone, ask, pixels, running
 
 from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.serve import served
 from fastgen.serve.errors import ApiError
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.orders import Drawn, Event, Order
@@ -94,11 +95,11 @@ def _idle(found: Running, seconds: float = 60) -> None:
     assert not found.backend.worker.busy, "the work went on"
 
 
-# ---- the worker alone, with something that draws as told ----
+# ---- the worker alone, with something that draws on command ----
 
 
 class Sketcher:
-    """Draws nothing of use, in `steps` steps; refuses seeds that are told to be bad."""
+    """Draws nothing of use, in `steps` steps; refuses seeds that it was given as bad."""
 
     def __init__(self, bad: Sequence[int] = (), error: type[Exception] = RuntimeError) -> None:
         self.bad, self.error = set(bad), error
@@ -223,7 +224,7 @@ def test_stopping_reaches_the_one_that_draws() -> None:
 def test_ctrl_c_finishes_what_runs_and_ends_with_0(micro_z: Path) -> None:
     import signal
 
-    with process("--model", str(micro_z), "--device", "cpu", "--limit-steps", "4000") as (server, url):
+    with served("--model", str(micro_z), "--device", "cpu", "--limit-steps", "4000") as (server, url):
         body = {"prompt": "a star", "steps": 400, "seed": 0, "stream": True, "progress": True}
         with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=120) as answer:
             lines = answer.iter_lines()

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
-from running_server import alone, ask, pixels, process
+from running_server import alone, ask, pixels
+
+from fastgen.evaluation.benchmarks.serve import served
 
 pytest.importorskip("ray", reason="Ray is not installed")
-psutil = pytest.importorskip("psutil")
 
 
 def _replicas(parent: int) -> list[int]:
@@ -40,7 +42,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_picture(micro_z: Path) -> 
         "--model",
         str(micro_z),
     )
-    with process(*options, RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1") as (server, url):
+    with served(*options, RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1") as (server, url):
         wanted = {seed: alone(str(micro_z), f"{seed % 5} stars", seed, steps=6) for seed in range(40)}
 
         def one(seed: int) -> httpx.Response:
