@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "TAIL_DROP",
     "check_bool",
     "check_callable",
     "check_choice",
@@ -24,6 +25,8 @@ __all__ = [
     "check_generator",
     "check_integer",
     "check_number",
+    "check_one_budget",
+    "check_tail_drop",
 ]
 
 
@@ -68,6 +71,30 @@ def check_number(
         allowed = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
         raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs {allowed}")
     return number
+
+
+#: What a share of tokens to drop may be.
+TAIL_DROP: dict[str, float] = {"minimum": 0.0, "below": 1.0}
+
+
+def check_tail_drop(name: str, value: object) -> float:
+    """A share of a model's tokens to drop.
+
+    Raises:
+        FastgenError: it is no number in [0, 1).
+    """
+    return check_number(name, value, **TAIL_DROP)
+
+
+def check_one_budget(token_budget: object, tail_drop: object, uncond_tail_drop: object = None) -> None:
+    """Tokens are counted, or a share of them is dropped.
+
+    Raises:
+        FastgenError: both are asked for.
+    """
+    none = tail_drop is None or (isinstance(tail_drop, int | float) and tail_drop == 0)  # it may be a list
+    if token_budget is not None and not (none and uncond_tail_drop is None):
+        raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> str:

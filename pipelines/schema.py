@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from fastgen.checks import check_choice, check_integer, check_number
+from fastgen.checks import TAIL_DROP, check_choice, check_integer, check_number, check_one_budget
 from fastgen.drafters.names import RULES, check_temperature, check_tree_name
 from fastgen.errors import FastgenError
 
@@ -110,7 +110,7 @@ def _count(help: str) -> Any:
 
 
 def _share(help: str, **more: Any) -> Any:
-    return setting(float, help, minimum=0, below=1, **more)
+    return setting(float, help, **TAIL_DROP, **more)
 
 
 def setting(kind: type, help: str, **rule: Any) -> Any:
@@ -198,8 +198,7 @@ class ChunkingSettings(Settings):
     token_budget: int | None = _count("Exact number of image tokens, in place of tail drops.")
 
     def check_together(self) -> None:
-        if self.token_budget is not None and (self.tail_drop or self.uncond_tail_drop is not None):
-            raise FastgenError("token_budget: cannot be used together with tail_drop or uncond_tail_drop")
+        check_one_budget(self.token_budget, self.tail_drop, self.uncond_tail_drop)
 
 
 @dataclass(frozen=True, kw_only=True)

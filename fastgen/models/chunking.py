@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgen.checks import check_integer
+from fastgen.checks import check_integer, check_one_budget, check_tail_drop
 from fastgen.errors import FastgenError
 from fastgen.kernels.pack import Packing, pack_top
 from fastgen.models.packing import Segments
@@ -99,10 +99,8 @@ def check_budget(
         rho = rho.expand(samples)
     if rho.shape != (samples,):
         raise FastgenError(f"tail_drop: needs one number or {samples}, one per sample; got shape {tuple(rho.shape)}")
-    if not bool(((rho >= 0) & (rho < 1)).all()):
-        raise FastgenError(f"tail_drop: needs numbers in [0, 1), got {tail_drop!r}")
-    if token_budget is not None and bool((rho != 0).any()):
-        raise FastgenError(f"token_budget and tail_drop exclude each other, got {token_budget} and {tail_drop}")
+    drops = [check_tail_drop("tail_drop", drop) for drop in rho.tolist()]
+    check_one_budget(token_budget, max(drops, default=0))
     return rho, token_budget
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.accounting import add_tokens
-from fastgen.checks import check_integer, check_number
+from fastgen.checks import check_integer, check_one_budget, check_tail_drop
 from fastgen.errors import FastgenError
 from fastgen.models.caching import Held, HeldChunksMixin
 from fastgen.models.chunking import Chunks, TailDrop, TokenBudget, check_budget
@@ -23,8 +23,6 @@ from fastgen.models.scaffold import Chunked, DynamicChunking
 
 Schedule: TypeAlias = float | Sequence[float] | Callable[[int, float], float]
 """A tail drop for all steps, one per step, or a function of (step, sigma); sigma falls from 1 (noise) to 0."""
-
-_DROP: dict[str, float] = {"minimum": 0, "below": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,7 @@ class ElasticBudget:
             check_integer("images", self.images, 1)
         if self.token_budget is not None:
             check_integer("token_budget", self.token_budget, 1)
-            if self.uncond_tail_drop is not None or self.tail_drop != 0:
-                raise FastgenError("token_budget and tail_drop (or uncond_tail_drop) exclude each other")
+        check_one_budget(self.token_budget, self.tail_drop, self.uncond_tail_drop)
 
     @property
     def by_step(self) -> bool:
@@ -100,13 +97,13 @@ def _checked(name: str, schedule: Any) -> Any:
     if hasattr(schedule, "tolist"):  # an array or a tensor
         schedule = schedule.tolist()
     if isinstance(schedule, Sequence) and not isinstance(schedule, (str, bytes)):
-        return tuple(check_number(name, value, **_DROP) for value in schedule)
-    return check_number(name, schedule, **_DROP)
+        return tuple(check_tail_drop(name, value) for value in schedule)
+    return check_tail_drop(name, schedule)
 
 
 def _at(name: str, schedule: Any, step: int, sigma: float) -> float:
     if callable(schedule):
-        return check_number(f"{name}({step}, {sigma:g})", schedule(step, sigma), **_DROP)
+        return check_tail_drop(f"{name}({step}, {sigma:g})", schedule(step, sigma))
     if isinstance(schedule, tuple):
         if step >= len(schedule):
             raise FastgenError(f"{name}: has {len(schedule)} values, and step {step + 1} needs one")

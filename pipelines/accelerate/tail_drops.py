@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.checks import check_number
+from fastgen.checks import check_tail_drop
 from fastgen.pipelines.accelerate.calls import change_calls, takes
 from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
 
@@ -27,8 +27,8 @@ class TailDrops(Part):
     uncond_tail_drop: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("tail_drop", self.tail_drop, 0, below=1)
-        check_number("uncond_tail_drop", self.uncond_tail_drop, 0, below=1)
+        for name, drop in self.settings.items():
+            check_tail_drop(name, drop)
 
     def why_not(self, pipe: Any) -> str | None:
         from fastgen.models.elastic import ElasticModelMixin

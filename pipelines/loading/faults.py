@@ -71,7 +71,7 @@ def _of_hub(hub_id: str, error: Exception, use: str) -> str:
     """What the Hub said and what helps; empty for an error of another kind."""
     from huggingface_hub import errors
 
-    said = one_line(error)
+    said = one_line(error) or type(error).__name__
     # The last kind is whatever the HTTP library of the day raises without a connection.
     lines: list[tuple[tuple[type[Exception], ...], str]] = [
         ((errors.GatedRepoError,), "is gated: accept its terms on its Hub page and log in with `hf auth login`"),

@@ -117,7 +117,7 @@ def test_products_just_below_an_integer_are_that_integer() -> None:
         ({"token_budget": [3]}, "token_budget: needs one number or 2, one per sample; got 1"),
         ({"token_budget": [3, 13]}, "token_budget: 13 is not allowed"),
         ({"token_budget": [3, 2.0]}, "token_budget"),
-        ({"token_budget": 3, "tail_drop": 0.5}, "exclude each other"),
+        ({"token_budget": 3, "tail_drop": 0.5}, "token_budget: cannot be used together with"),
     ],
 )
 def test_bad_knobs_name_the_argument(knobs: dict[str, Any], message: str) -> None:

@@ -29,12 +29,12 @@ OF_HUB: list[tuple[Exception, str]] = [
     (made(errors.GatedRepoError, "gated"), "is gated: accept its terms"),
     (made(errors.RepositoryNotFoundError, "no"), "not on the Hub, or private"),
     (made(errors.RevisionNotFoundError, "no"), "no such revision"),
-    (made(errors.RemoteEntryNotFoundError, "no\nfile"), "lacks a file on the Hub: no file"),
+    (made(errors.RemoteEntryNotFoundError, "no"), "lacks a file on the Hub: RemoteEntry"),
     (made(errors.OfflineModeIsEnabled, "offline"), "hf download owner/name"),
     (made(errors.LocalEntryNotFoundError, "no"), "hf download owner/name"),
     (CONNECT("no route"), "hf download owner/name"),
     (TIMEOUT("slow"), "hf download owner/name"),
-    (made(errors.HfHubHTTPError, "500 oops\nmore"), "the Hub answered: 500 oops more"),
+    (made(errors.HfHubHTTPError, "500 oops"), "the Hub answered: HfHubHTTPError"),
     (OSError(28, "No space left on device"), "cannot be downloaded"),
 ]
 
