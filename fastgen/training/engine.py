@@ -1,7 +1,7 @@
 """The training loop that all recipes share: accelerate, EMA, exact resume, atomic checkpoints.
 
 A recipe's batch is a function of (seed, step, process), so a resumed run sees exactly what the interrupted one
-would have seen. It goes on under the settings it began with: those that change its weights are in the checkpoint, and
+would have seen. It keeps the settings it began with: those that change its weights are in the checkpoint, and
 others are refused. More or fewer steps are allowed, and recorded.
 """
 
@@ -222,7 +222,7 @@ class Trainer:
         recipe: what to train.
         config: how.
         report: called with each log record.
-        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run does not go on with other data.
+        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run keeps to its data.
 
     Raises:
         FastgenError: the folder holds a damaged checkpoint, or one of another recipe, seed, setting or data.

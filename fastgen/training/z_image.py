@@ -77,7 +77,7 @@ class ZImageRecipe:
     Args:
         seed: seed of weights and data.
         vae: folder of a trained VAE (recipe `vae`); `None` takes the VAE of `init`.
-        init: folder of a pipeline to go on from; `None` starts from random weights.
+        init: folder of a pipeline to continue from; `None` starts from random weights.
     """
 
     name = "z-image"

@@ -19,7 +19,15 @@ from torch import Tensor
 from fastgen.kernels.adaln.operator import launch
 from fastgen.kernels.adaln.reference import adaln_reference, rms_norm
 from fastgen.kernels.arguments import check_flag, check_number, check_shape, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, looks, needs_gradients
+from fastgen.kernels.dispatch import (
+    Checked,
+    check_cu_seqlens,
+    check_range,
+    checks_values,
+    choose,
+    direct,
+    needs_gradients,
+)
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
@@ -190,7 +198,7 @@ def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: i
     if cu_seqlens is None:
         return
     check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
-    if looks(cu_seqlens) and looks(sequence_ids):
+    if checks_values(cu_seqlens) and checks_values(sequence_ids):
         numbers = torch.arange(len(cu_seqlens) - 1, dtype=sequence_ids.dtype, device=sequence_ids.device)
         if not torch.equal(numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens), sequence_ids):
             raise ValueError("cu_seqlens: contradicts sequence_ids, needs the bounds of their runs")
