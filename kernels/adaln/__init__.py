@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_bool
 from fastgen.kernels.adaln.operator import launch
 from fastgen.kernels.adaln.reference import adaln_reference, rms_norm
-from fastgen.kernels.arguments import check_flag, check_number, check_shape, check_tensors, shown
+from fastgen.kernels.arguments import check_number, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import (
     Checked,
     check_cu_seqlens,
@@ -137,7 +138,7 @@ def _check(
     for name, number in (("eps", eps), ("update_eps", update_eps)):
         check_number(name, number, minimum=0)
     for name, flag in (("update_norm", update_norm), ("tanh_gate", tanh_gate)):
-        check_flag(name, flag)
+        check_bool(name, flag)
     if update is None and named["gate"] is not None:
         raise ValueError("gate: is of no use without update")
     if hidden.ndim not in (2, 3) or not hidden.is_floating_point():

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_number, check_tensors, shown
 from fastgen.kernels.dechunk.operator import launch_nearest, launch_smooth
 from fastgen.kernels.dechunk.reference import nearest_kept_reference, smooth_kept_reference
 from fastgen.kernels.dispatch import check_ascending, checks_values, choose
@@ -185,7 +186,7 @@ def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -
         check_int("grid", side, 1)
     check_int("samples", samples, 0)
     check_number("sigma", sigma, above=0)
-    check_flag("full", full)
+    check_bool("full", full)
     return samples * grid[0] * grid[1]
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_tensors, shown
 from fastgen.kernels.dispatch import checks_values, choose
 from fastgen.kernels.pack.operator import launch_mask, launch_scatter, launch_top
 from fastgen.kernels.pack.reference import Packing, pack_mask_reference, pack_top_reference, scatter_reference
@@ -40,7 +41,7 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     check_tensors({"mask": mask})
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask: needs bool [n, L], got {shown(mask)}")
-    check_flag("full", full)
+    check_bool("full", full)
     capacity = mask.numel() if capacity is None else capacity
     check_int("capacity", capacity, 0, mask.numel())
     if checks_values(mask):
@@ -71,7 +72,7 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
     check_tensors({"scores": scores})
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores: need float32 [n, L], got {shown(scores)}")
-    check_flag("full", full)
+    check_bool("full", full)
     samples, length = scores.shape
     if not isinstance(keep, Tensor):
         check_int("keep", keep, 1, length)
