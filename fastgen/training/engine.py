@@ -26,7 +26,6 @@ from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.io import check_writable
 from fastgen.locks import locked_folder
-from fastgen.training.ahead import Ahead, Draw
 from fastgen.training.checkpoints import (
     check_run,
     damaged,
@@ -36,6 +35,7 @@ from fastgen.training.checkpoints import (
     write_checkpoint,
 )
 from fastgen.training.muon import Muon
+from fastgen.training.prefetch import Draw, Prefetcher
 
 PRECISIONS = ("auto", "bf16", "fp32")
 # With another value of these a resumed run has other weights. The number of steps is not among them, although the
@@ -362,11 +362,11 @@ class Trainer:
         if not self.config.workers:
             yield self.batches
             return
-        ahead = Ahead(self.batches, self.config.workers, self.step, self.config.steps)
+        prefetcher = Prefetcher(self.batches, self.config.workers, self.step, self.config.steps)
         try:
-            yield ahead
+            yield prefetcher
         finally:
-            ahead.close()
+            prefetcher.close()
 
     def _any_process(self, flag: bool) -> bool:
         """Whether any process says so: all of them must stop after the same step."""

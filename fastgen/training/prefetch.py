@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ahead", "Draw"]
+__all__ = ["Draw", "Prefetcher"]
 
 Draw = Callable[[int], tuple[dict[str, Any], torch.Generator]]
 _PER_WORKER = 2  # batches under way for each: one in the making, one that waits
@@ -39,7 +39,7 @@ def _work(step: int) -> tuple[dict[str, Any], Tensor]:
     return batch, generator.get_state()
 
 
-class Ahead:
+class Prefetcher:
     """Draws the batches of steps first, first + 1, … last - 1; to be closed.
 
     Args:
