@@ -3,8 +3,8 @@
 Two counters share the work:
 
 * `FlopCounter` sees calls at the torch-function level: ``F.linear``, ``@`` and the matmul family, convolutions,
-  ``scaled_dot_product_attention`` and operators under ``torch.ops``. It looks at shapes only. Every
-  torch call, counted or not, costs it about 2 microseconds (measured on one CPU core); a step of the embedded
+  ``scaled_dot_product_attention`` and operators under ``torch.ops``. It reads shapes only. Every
+  torch call, counted or not, costs about 2 microseconds (measured on one CPU core); a step of the embedded
   diffusion transformer makes about 1,000 of them.
 * `_AtenCounter` sees the operations below the few composites (``einsum``, ``multi_head_attention_forward`` ...) whose
   cost depends on how they are carried out. It is entered only around those.

@@ -206,7 +206,7 @@ class phase:
             return
         if self.sync:
             _synchronize()
-        # A copied context carries the phase of the thread that started this one; that phase goes on meanwhile.
+        # A copied context carries the phase of the thread that started this one; that phase continues meanwhile.
         self._parent = outer[-1] if outer and outer[-1]._thread_id == self._thread_id else None
         self._children = 0.0
         _phases.set((*outer, self))
@@ -233,7 +233,7 @@ class count_flops:
     """Count the FLOPs of the torch operations called in this thread: ``with count_flops()``.
 
     2 FLOPs per multiply-add of linear layers, matrix products, convolutions and attention; what is and is not seen is
-    told in `fastgen._flops`. Does nothing, and imports nothing, when no account is open. Entering it again inside is
+    listed in `fastgen._flops`. Does nothing, and imports nothing, when no account is open. Entering it again inside is
     free and counts nothing twice. ``torch.nn.MultiheadAttention`` takes its slower path while the counter is on.
     """
 

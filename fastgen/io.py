@@ -45,7 +45,7 @@ __all__ = [
 
 _PathLike = str | os.PathLike[str]
 
-# What no file of ours or of the Hub comes near; larger ones are refused before they take the memory.
+# Far above any file of fastgen or of the Hub; larger ones are refused before they take the memory.
 _MAX_JSON_BYTES = 256 << 20
 _MAX_JSON_DEPTH = 64
 _STAGED_NAME = 100  # characters of a file's name in that of its temporary file

@@ -24,7 +24,7 @@ def load_pretrained(loader: Any, source: str | os.PathLike[str] | None, **argume
     """``loader.from_pretrained(source, **arguments)``, without the code that the source may hold.
 
     Args:
-        loader: a class of diffusers or transformers, or one of ours.
+        loader: a class of diffusers, transformers or fastgen.
         source: a folder or a Hub id.
         arguments: of that class's `from_pretrained`.
 

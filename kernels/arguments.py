@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastgen import checks
 
-__all__ = ["check_flag", "check_int", "check_number", "check_shape", "check_tensors", "overlaps", "shown"]
+__all__ = ["check_int", "check_number", "check_shape", "check_tensors", "overlaps", "shown"]
 
 
 def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
-    """See that all are tensors, on one device; optional ones may be None.
+    """Check that all are tensors, on one device; optional ones may be None.
 
     Raises:
         TypeError: one is no tensor.
@@ -36,7 +36,7 @@ def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None 
 
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """See that a number is an integer (no bool) from `minimum` to `maximum`; not while compilers trace.
+    """Check that a number is an integer (no bool) from `minimum` to `maximum`; not while compilers trace.
 
     Raises:
         ValueError: it is none, or lies outside.
@@ -48,7 +48,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
 def check_number(
     name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf, *, above: float = -math.inf
 ) -> None:
-    """See that a number is finite, from `minimum` to `maximum`, and more than `above`; not while compilers trace.
+    """Check that a number is finite, from `minimum` to `maximum`, and more than `above`; not while compilers trace.
 
     Raises:
         ValueError: it is not.
@@ -57,18 +57,8 @@ def check_number(
         checks.check_number(name, value, minimum, maximum, above=above)
 
 
-def check_flag(name: str, value: Any) -> None:
-    """See that an option is True or False.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if not isinstance(value, bool):
-        checks.check_bool(name, value)
-
-
 def check_shape(name: str, x: Tensor | None, shape: Sequence[int | str], *dtypes: torch.dtype) -> None:
-    """See that a tensor has these sizes and one of these dtypes; None passes.
+    """Check that a tensor has these sizes and one of these dtypes; None passes.
 
     Args:
         name: of the argument.

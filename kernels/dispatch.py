@@ -7,11 +7,11 @@
     with use_kernels("reference"):
         ...
 
-    FASTGEN_KERNELS_DEBUG=1     look at the values of index tensors on GPUs too, which waits for the GPU
+    FASTGEN_KERNELS_DEBUG=1     check the values of index tensors on GPUs too, which waits for the GPU
 
 Triton is optional: where it is not installed (Windows, macOS) the references run. Its interpreter
-(``TRITON_INTERPRET=1``) runs kernels on a CPU, some thousand times slower, and is taken only when asked for with
-"triton". A compiled graph (`torch.compile`) keeps what was chosen while it was traced.
+(``TRITON_INTERPRET=1``) runs kernels on a CPU, about a thousand times slower, and is used only in mode "triton". A
+compiled graph (`torch.compile`) keeps what was chosen while it was traced.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "has_triton",
     "interpreted",
     "kernels_mode",
-    "looks",
+    "checks_values",
     "needs_gradients",
     "plain",
     "ran",
@@ -59,7 +59,7 @@ MODES = ("auto", "triton", "reference")
 _VARIABLE = "FASTGEN_KERNELS"
 _mode: ContextVar[str | None] = ContextVar("fastgen_kernels", default=None)
 _ran: dict[str, str] = {}
-_told: set[tuple[str, str, str | None]] = set()
+_logged: set[tuple[str, str, str | None]] = set()
 _lock = threading.Lock()
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def kernels_mode() -> str:
 
 @contextmanager
 def use_kernels(mode: str) -> Iterator[None]:
-    """Run operations in this context (thread or task) in a mode, whatever FASTGEN_KERNELS says.
+    """Run operations in this context (thread or task) in a mode; overrides FASTGEN_KERNELS.
 
     Raises:
         ValueError: `mode` is not one of "auto", "triton" and "reference".
@@ -209,12 +209,12 @@ class Checked:
 
 
 def check_range(name: str, index: Tensor, limit: int) -> None:
-    """See that indices lie in 0 … limit - 1: on a CPU and in debug mode; elsewhere looking would stop the GPU.
+    """Check that indices lie in 0 … limit - 1: on a CPU and in debug mode; elsewhere that would stop the GPU.
 
     Raises:
         ValueError: one does not.
     """
-    if not looks(index) or not index.numel():
+    if not checks_values(index) or not index.numel():
         return
     low, high = (int(end) for end in index.aminmax())
     if low < 0 or high >= limit:
@@ -222,12 +222,12 @@ def check_range(name: str, index: Tensor, limit: int) -> None:
 
 
 def check_ascending(name: str, positions: Tensor, size: int, full: bool) -> None:
-    """See that positions lie in 0 … size - 1 and rise, where `check_range` looks; without `full` the last may be -1.
+    """Check that positions lie in 0 … size - 1 and rise, where `check_range` does; without `full` the last may be -1.
 
     Raises:
         ValueError: they do not.
     """
-    if not looks(positions) or not positions.numel():
+    if not checks_values(positions) or not positions.numel():
         return
     if not full:  # what lies behind the last token
         positions = positions[: int((positions != -1).sum())]
@@ -237,12 +237,12 @@ def check_ascending(name: str, positions: Tensor, size: int, full: bool) -> None
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
-    """See that sequence bounds begin with 0, never fall and end at the token count, where `check_range` looks.
+    """Check that sequence bounds begin with 0, never fall and end at the token count, where `check_range` does.
 
     Raises:
         ValueError: they do not, or `max_seqlen` is `longest` and a sequence is longer.
     """
-    if not looks(cu_seqlens):
+    if not checks_values(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
@@ -254,8 +254,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int | 
             raise ValueError(f"max_seqlen: {longest} is not allowed, the longest sequence has {needed} tokens")
 
 
-def looks(tensor: Tensor) -> bool:
-    """Whether the numbers in a tensor are looked at: on a CPU and in debug mode; elsewhere it would stop the GPU."""
+def checks_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are checked: on a CPU and in debug mode; elsewhere it would stop the GPU."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and os.environ.get("FASTGEN_KERNELS_DEBUG") == "1")
@@ -271,16 +271,16 @@ def reset_ran() -> None:
     """Forget what ran, and log it again."""
     with _lock:
         _ran.clear()
-        _told.clear()
+        _logged.clear()
 
 
 def _report(op: str, used: str, reason: str | None) -> None:
     note_path(op, used, reason)
     _ran[op] = used
     key = (op, used, reason)
-    if key not in _told:
+    if key not in _logged:
         with _lock:
-            _told.add(key)
+            _logged.add(key)
         if reason is None:  # the other case is logged by note_path
             logger.info("%s: %s runs", op, used)
 

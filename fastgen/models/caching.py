@@ -104,7 +104,7 @@ class HeldChunksMixin(CacheMixin):
         finally:
             with _lock:
                 _in_use.discard(id(self))
-            self._reset_stateful_cache()  # also after an interrupted generation, which the next must not go on from
+            self._reset_stateful_cache()  # also after an interrupted generation: the next one starts fresh
 
     @property
     def is_caching(self) -> bool:
@@ -129,7 +129,7 @@ class HeldChunksMixin(CacheMixin):
         return held.chunks
 
     def keep_chunks(self, chunks: Chunks) -> None:
-        """Take a newly chosen set; whatever caches hold of the set before is forgotten."""
+        """Take a newly chosen set; the caches forget what they hold of the previous one."""
         if self.training:
             return
         caches = self._caches()

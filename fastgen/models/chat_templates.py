@@ -73,8 +73,8 @@ def _try(template: str, special: dict[str, Any], prompts: Sequence[str], label: 
         try:
             _limited(functools.partial(compiled.render, {**special, "tools": None, "documents": None, **values}))
         except (_TooMuch, RecursionError, MemoryError, OverflowError) as error:
-            told = "the chat template does not end, or asks for too much"
-            raise FastgenError(f"{label}: {told}: {str(error) or type(error).__name__}") from error
+            why = "the chat template does not end, or needs too much work"
+            raise FastgenError(f"{label}: {why}: {str(error) or type(error).__name__}") from error
         except Exception:  # it takes another form of chat; what counts is that it ended
             pass
 

@@ -148,7 +148,7 @@ def select_chunks(
                 f"token_budget: {min(lengths)} is below the floor, {least} of {length} tokens ({floor:.3g})"
             )
         keep = torch.tensor(lengths, device=device)
-    # The number of kept tokens is known, so that the device need not be asked for it.
+    # The number of kept tokens is known on the host: no synchronisation.
     packing = pack_top(probabilities.float(), keep, sum(lengths), full=True)
     equal = lengths[0] if len(set(lengths)) == 1 else None
     segments = Segments(packing.sequence_ids, packing.cu_seqlens, max(lengths), equal)

@@ -38,7 +38,7 @@ class DCTransformerOutput(BaseOutput):
 
     Args:
         sample: prediction [n, C, H, W] (for Z-Image: a list of [C, F, H, W]).
-        chunks: which tokens were kept, when asked for.
+        chunks: which tokens were kept, when requested.
         encoded: with the chunks, the encoder's output X [n, L, D].
         decoded: with the chunks, what the decoder reads [n, L, D].
     """

@@ -130,7 +130,7 @@ class Generation:
 
     Attributes:
         budget: of this generation.
-        count_steps: asked for the number of steps when the first one begins; None checks no lengths.
+        count_steps: returns the number of steps, called when the first one begins; None checks no lengths.
         step: forward passes so far.
         held: by cache context, see `HeldChunksMixin`.
     """

@@ -30,7 +30,7 @@ class Segments:
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
-        """Segments of sequences whose lengths are known on the host: nothing is asked of the device."""
+        """Segments of sequences whose lengths are known on the host; no host synchronisation."""
         counts = torch.tensor(lengths)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         ids = torch.repeat_interleave(torch.arange(len(lengths)), counts, output_size=sum(lengths))

@@ -47,7 +47,7 @@ __all__ = ["PATCH", "PatchChunking", "forward_patches", "unpatchify"]
 PATCH = 2
 """Latent positions a side of a patch."""
 _KEEP_ALL = 1.5
-"""First logit of every patch: all are kept, whatever the noise, and training can still change it soon."""
+"""First logit of every patch: all are kept at every noise level, and training can still change it soon."""
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -257,8 +257,8 @@ def _agreement_lines(calibration: Mapping[str, Any]) -> list[str]:
     """A calibration in words: agreement at the end, at each time, and the thresholds."""
     about, steps = calibration["about"], calibration["report"]["agreement"]
     final = steps[-1]
-    tasks = ", ".join(f"{tag} {_told(task['auroc'])}" for tag, task in final["tasks"].items())
-    times = ", ".join(f"{t:.2f}: {_told(step['auroc'])}" for t, step in zip(calibration["times"], steps, strict=True))
+    tasks = ", ".join(f"{tag} {_shown(task['auroc'])}" for tag, task in final["tasks"].items())
+    times = ", ".join(f"{t:.2f}: {_shown(step['auroc'])}" for t, step in zip(calibration["times"], steps, strict=True))
     fixed, level = calibration["fixed"], 100 * about["level"]
     if fixed is None:
         reached = f"There is no threshold above which {level:.0f} % of the pictures are correct"
@@ -267,7 +267,7 @@ def _agreement_lines(calibration: Mapping[str, Any]) -> list[str]:
     return [
         f"On {final['n']:,} pictures of `{calibration['model']}` (sampler {about['settings']['sampler']}, captions "
         f"outside the evaluation set), of which the checker finds {100 * final['correct']:.1f} % correct: AUROC "
-        f"**{_told(final['auroc'])}** ({tasks}), as a verdict at 0.5 right on {100 * final['accuracy']:.1f} %, Brier "
+        f"**{_shown(final['auroc'])}** ({tasks}), as a verdict at 0.5 right on {100 * final['accuracy']:.1f} %, Brier "
         f"score {final['brier']:.3f}, expected calibration error {final['calibration_error']:.3f}.",
         "",
         f"AUROC of previews by noise level: {times}.",
@@ -286,7 +286,7 @@ def _size(folder: Path) -> str:
     return f"Size: {count:,} parameters, {bytes_ / 1e6:.1f} MB."
 
 
-def _told(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

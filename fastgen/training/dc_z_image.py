@@ -24,10 +24,9 @@ from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens, save_pipeline, text_features
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, captioned, save_pipeline, text_features
 
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-_CAPTION_DROPOUT = 0.1
 RATIO_WEIGHT = 0.03
 _LAYOUT_WEIGHT = 0.5
 # Weighted velocity error and layout loss together are several times DiT's loss, for which the paper chose 0.03: with
@@ -176,11 +175,9 @@ class DCRecipe:
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders, their tokenised captions (some dropped), labels, and the batch's tail drop."""
         data = self.data.batch(size, start)
-        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
-        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        items, _ = captioned(data, self.tokenizer, generator)
         return {
-            "images": torch.from_numpy(data.images),
-            **caption_tokens(self.tokenizer, texts),
+            **items,
             **patch_labels(data, 8 if self.dense else 4),
             "tail_drop": draw_tail_drop(start, self.warm_up, generator),
         }

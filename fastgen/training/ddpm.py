@@ -83,7 +83,7 @@ class GaussianDiffusion:
 
 
 def _at(values: Tensor, step: Tensor | None, like: Tensor) -> Tensor:
-    """values[step] (or values) as [n, 1, 1, ...] beside `like` [n, ...]."""
+    """values[step] (or values) as [n, 1, 1, ...], to broadcast with `like` [n, ...]."""
     picked = values if step is None else values.to(step.device)[step]
     return picked.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 

@@ -1,7 +1,7 @@
 """The training loop that all recipes share: accelerate, EMA, exact resume, atomic checkpoints.
 
 A recipe's batch is a function of (seed, step, process), so a resumed run sees exactly what the interrupted one
-would have seen. It goes on under the settings it began with: those that change its weights are in the checkpoint, and
+would have seen. It keeps the settings it began with: those that change its weights are in the checkpoint, and
 others are refused. More or fewer steps are allowed, and recorded.
 """
 
@@ -26,7 +26,6 @@ from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.io import check_writable
 from fastgen.locks import locked_folder
-from fastgen.training.ahead import Ahead, Draw
 from fastgen.training.checkpoints import (
     check_run,
     damaged,
@@ -36,6 +35,7 @@ from fastgen.training.checkpoints import (
     write_checkpoint,
 )
 from fastgen.training.muon import Muon
+from fastgen.training.prefetch import Draw, Prefetcher
 
 PRECISIONS = ("auto", "bf16", "fp32")
 # With another value of these a resumed run has other weights. The number of steps is not among them, although the
@@ -222,7 +222,7 @@ class Trainer:
         recipe: what to train.
         config: how.
         report: called with each log record.
-        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run does not go on with other data.
+        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run keeps to its data.
 
     Raises:
         FastgenError: the folder holds a damaged checkpoint, or one of another recipe, seed, setting or data.
@@ -362,11 +362,11 @@ class Trainer:
         if not self.config.workers:
             yield self.batches
             return
-        ahead = Ahead(self.batches, self.config.workers, self.step, self.config.steps)
+        prefetcher = Prefetcher(self.batches, self.config.workers, self.step, self.config.steps)
         try:
-            yield ahead
+            yield prefetcher
         finally:
-            ahead.close()
+            prefetcher.close()
 
     def _any_process(self, flag: bool) -> bool:
         """Whether any process says so: all of them must stop after the same step."""

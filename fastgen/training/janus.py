@@ -93,7 +93,7 @@ class JanusRecipe:
     Args:
         seed: seed of weights and data.
         vq: folder of a trained VQ tokenizer (recipe `vq`); not read when there is `init`.
-        init: folder of a Janus to go on from; `None` starts from random weights.
+        init: folder of a Janus to continue from; `None` starts from random weights.
     """
 
     name = "janus"

@@ -31,7 +31,7 @@ from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
-from fastgen.training.z_image import caption_tokens, save_pipeline, text_features
+from fastgen.training.z_image import captioned, save_pipeline, text_features
 
 __all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_budgets"]
 
@@ -42,7 +42,6 @@ HELD_OUT = 128
 """Fresh renders whose latents give the metric."""
 _LEVEL_WEIGHT = 0.1
 _COST_WEIGHT = 0.1
-_CAPTION_DROPOUT = 0.1
 
 
 def annealed(item: int, anneal: int) -> float:
@@ -201,15 +200,13 @@ class PatchRecipe:
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders, their tokenised captions (some dropped), the wanted share, and how many patches of each to keep."""
         data = self.data.batch(size, start)
-        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
-        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
+        items, dropped = captioned(data, self.pipe.tokenizer, generator)
         compression = self.transformer.config.compression
         progress = annealed(start + size, self.anneal)
         patches = (self.size // 8) ** 2
         least = max(1, math.ceil(self.transformer.config.floor * patches - 1e-9))
         return {
-            "images": torch.from_numpy(data.images),
-            **caption_tokens(self.pipe.tokenizer, texts),
+            **items,
             "share": 1 - progress * (1 - 1 / compression),
             "token_budget": token_budgets(progress, dropped, compression, least, patches, generator),
         }

@@ -1,11 +1,11 @@
 """`fastgen train search-calibrate`: thresholds of a noise search for a model with its verifier.
 
 Trajectories are drawn with a search's own sampler on prompts outside the evaluation set; at every time several
-candidates of one parent are scored and the first is gone on with. A checker says which final pictures are correct;
+candidates of one parent are scored and the first one continues. A checker says which final pictures are correct;
 where there is none, their scores stand in for that.
 
     <folder>/search-calibrate.json     what was asked; a folder never continues under other settings
-    <folder>/trajectories/00000.json   up to 16 trajectories, written at once: an interrupted run goes on
+    <folder>/trajectories/00000.json   up to 16 trajectories, written at once, so an interrupted run resumes
     <folder>/thresholds.json           the calibration
 """
 
@@ -64,7 +64,7 @@ _CHUNK = 16
 
 @dataclass
 class Branching(Policy):
-    """A plain stochastic trajectory with siblings: of each transition's candidates the first is gone on with.
+    """A plain stochastic trajectory with siblings: of each transition's candidates the first one continues.
 
     Attributes:
         branches: candidates of a transition.
@@ -119,7 +119,7 @@ def calibrate_search(
     device: str = "cpu",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Calibrate and write `output/thresholds.json`; the same call goes on from what an interrupted one left.
+    """Calibrate and write `output/thresholds.json`; the same call resumes an interrupted one.
 
     Args:
         model: name, folder or Hub id of a diffusion pipeline.
@@ -246,7 +246,7 @@ def _open(
     branches: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Begin or go on with a run."""
+    """Begin or resume a run."""
     check_writable(output / "trajectories")
     asked = {"model": model_fingerprint(*checkpoint.folders), "seed": seed, "branches": branches}
     asked |= {"verifier": verifier.name, "settings": dict(settings)}

@@ -22,7 +22,7 @@ from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import DenseModule
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import patch_labels
-from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, caption_tokens, save_pipeline, text_features
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, captioned, save_pipeline, text_features
 
 SIZE = 128
 LAYERS = 8
@@ -34,7 +34,6 @@ visible through twice the noise."""
 HELD_OUT = 128
 """Fresh renders whose latents give the metric."""
 _LOGIT_MEAN = 1.9  # likewise: the tiny model's 1.2 plus log 2
-_CAPTION_DROPOUT = 0.1
 _LAYOUT_WEIGHT = 0.5
 
 
@@ -122,13 +121,8 @@ class SmallRecipe:
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Latents of renders, the features of their captions (some dropped), and labels of the patches."""
         data = self.data.batch(size, start)
-        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
-        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
-        return {
-            "images": torch.from_numpy(data.images),
-            **caption_tokens(self.pipe.tokenizer, texts),
-            **patch_labels(data, 8),
-        }
+        items, _ = captioned(data, self.pipe.tokenizer, generator)
+        return {**items, **patch_labels(data, 8)}
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator

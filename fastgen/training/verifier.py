@@ -95,7 +95,7 @@ def _offset(centres: Tensor, counts: Tensor) -> Tensor:
 
 
 class VerifierRecipe:
-    """Binary cross-entropy over one true caption, false ones that differ in one thing, and another picture's; beside
+    """Binary cross-entropy over one true caption, false ones that differ in one thing, and another picture's; plus
     it cross-entropies of shape and colour at each place.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.data.shapes import ShapesWorld
+from fastgen.data.shapes import ShapesBatch, ShapesWorld
 from fastgen.models.tiny_z_image import build_pipeline
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
@@ -27,17 +27,22 @@ _LAYOUT_WEIGHT = 0.5
 _PROBE = 2  # the layout is read after the third of five blocks
 
 
-def caption_tokens(tokenizer: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids and mask of the chat-formatted prompts, as `ZImagePipeline` makes them but padded to 32."""
+def captioned(data: ShapesBatch, tokenizer: Any, generator: torch.Generator) -> tuple[dict[str, Any], Tensor]:
+    """Renders with their tokenised captions, one in ten dropped; and which are dropped, bool [n].
+
+    The prompts are formatted as `ZImagePipeline` does it, but padded to 32 tokens.
+    """
+    dropped = torch.rand(len(data.texts), generator=generator) < _CAPTION_DROPOUT
     texts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": "" if drop else text}], tokenize=False, add_generation_prompt=True
         )
-        for prompt in prompts
+        for drop, text in zip(dropped.tolist(), data.texts, strict=True)
     ]
     # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
     tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
-    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    return {"images": torch.from_numpy(data.images), "input_ids": ids, "attention_mask": mask}, dropped
 
 
 class ZImageModule(torch.nn.Module):
@@ -77,7 +82,7 @@ class ZImageRecipe:
     Args:
         seed: seed of weights and data.
         vae: folder of a trained VAE (recipe `vae`); `None` takes the VAE of `init`.
-        init: folder of a pipeline to go on from; `None` starts from random weights.
+        init: folder of a pipeline to continue from; `None` starts from random weights.
     """
 
     name = "z-image"
@@ -111,13 +116,8 @@ class ZImageRecipe:
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Renders and their tokenised captions, some dropped."""
         data = self.data.batch(size, start)
-        dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
-        texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
-        return {
-            "images": torch.from_numpy(data.images),
-            **caption_tokens(self.pipe.tokenizer, texts),
-            **patch_labels(data, 8),
-        }
+        items, _ = captioned(data, self.pipe.tokenizer, generator)
+        return {**items, **patch_labels(data, 8)}
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator

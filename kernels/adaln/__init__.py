@@ -16,10 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_bool
 from fastgen.kernels.adaln.operator import launch
 from fastgen.kernels.adaln.reference import adaln_reference, rms_norm
-from fastgen.kernels.arguments import check_flag, check_number, check_shape, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_cu_seqlens, check_range, choose, direct, looks, needs_gradients
+from fastgen.kernels.arguments import check_number, check_shape, check_tensors, shown
+from fastgen.kernels.dispatch import (
+    Checked,
+    check_cu_seqlens,
+    check_range,
+    checks_values,
+    choose,
+    direct,
+    needs_gradients,
+)
 
 __all__ = ["adaln", "adaln_reference", "can_use_triton", "rms_norm"]
 
@@ -129,7 +138,7 @@ def _check(
     for name, number in (("eps", eps), ("update_eps", update_eps)):
         check_number(name, number, minimum=0)
     for name, flag in (("update_norm", update_norm), ("tanh_gate", tanh_gate)):
-        check_flag(name, flag)
+        check_bool(name, flag)
     if update is None and named["gate"] is not None:
         raise ValueError("gate: is of no use without update")
     if hidden.ndim not in (2, 3) or not hidden.is_floating_point():
@@ -190,7 +199,7 @@ def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: i
     if cu_seqlens is None:
         return
     check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
-    if looks(cu_seqlens) and looks(sequence_ids):
+    if checks_values(cu_seqlens) and checks_values(sequence_ids):
         numbers = torch.arange(len(cu_seqlens) - 1, dtype=sequence_ids.dtype, device=sequence_ids.device)
         if not torch.equal(numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens), sequence_ids):
             raise ValueError("cu_seqlens: contradicts sequence_ids, needs the bounds of their runs")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_tensors, shown
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_number, check_tensors, shown
 from fastgen.kernels.dechunk.operator import launch_nearest, launch_smooth
 from fastgen.kernels.dechunk.reference import nearest_kept_reference, smooth_kept_reference
-from fastgen.kernels.dispatch import check_ascending, choose, looks
+from fastgen.kernels.dispatch import check_ascending, checks_values, choose
 
 __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "smooth_kept", "smooth_kept_reference"]
 
@@ -165,7 +166,7 @@ def dechunk(
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # it checks `rows`
-    if looks(index) and looks(positions):
+    if checks_values(index) and checks_values(positions):
         samples_of = torch.arange(len(index), device=index.device) // length
         inside = bool(((index >= 0) & (index < len(tokens))).all())
         if not inside or not torch.equal(positions[index] // length, samples_of):
@@ -173,7 +174,7 @@ def dechunk(
     if sigma is not None:
         kept = probabilities.flatten().index_select(0, positions if full else positions.clamp_min(0))
         tokens = _smoothed(tokens, positions, kept, grid, samples, sigma, rows, full)
-    # Plug-back: PyTorch copies rows as fast as a kernel of ours does.
+    # Plug-back: PyTorch copies rows as fast as a Triton kernel does.
     return tokens.index_select(0, index).view(samples, length, tokens.shape[1])
 
 
@@ -185,7 +186,7 @@ def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -
         check_int("grid", side, 1)
     check_int("samples", samples, 0)
     check_number("sigma", sigma, above=0)
-    check_flag("full", full)
+    check_bool("full", full)
     return samples * grid[0] * grid[1]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, shown
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_number, check_shape, check_tensors, shown
 from fastgen.kernels.dispatch import Checked, choose, direct, needs_gradients
 from fastgen.kernels.group_norm_silu.reference import group_norm_silu_reference
 
@@ -65,7 +66,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, e
     check_tensors({"x": x}, {"weight": weight, "bias": bias})
     check_int("groups", groups, 1)
     check_number("eps", eps, minimum=0)
-    check_flag("silu", silu)
+    check_bool("silu", silu)
     if not 3 <= x.ndim <= 5 or not x.is_floating_point():
         raise ValueError(f"x: needs floats [n, C, ...], got {shown(x)}")
     if x.shape[1] % groups:

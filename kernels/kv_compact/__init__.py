@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_tensors
-from fastgen.kernels.dispatch import check_range, choose, looks
+from fastgen.kernels.dispatch import check_range, checks_values, choose
 from fastgen.kernels.kv_compact.reference import kv_compact_reference
 from fastgen.kernels.operators import register_launcher
 
@@ -61,7 +61,7 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
 
 def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
     """See that the path lies in the cache, where looking is cheap."""
-    if not looks(nodes) or not nodes.numel():
+    if not checks_values(nodes) or not nodes.numel():
         return
     capacity, most = store.shape[3], nodes.shape[1]
     # Python looks at the few numbers of a round in less time than torch takes for one reduction.

@@ -1,4 +1,4 @@
-"""Kept tokens of a batch in one packed tensor, and back: which they are is found without asking the device.
+"""Kept tokens of a batch in one packed tensor, and back, without host synchronisation.
 
 A mask, or the top of each sample's scores, becomes positions, `cu_seqlens` and rows; the packed tensor has a capacity
 that the host knows, and the counts stay on the device. `pack` gathers the rows, `scatter` puts them back on the grid;
@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_tensors, shown
-from fastgen.kernels.dispatch import choose, looks
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_tensors, shown
+from fastgen.kernels.dispatch import checks_values, choose
 from fastgen.kernels.pack.operator import launch_mask, launch_scatter, launch_top
 from fastgen.kernels.pack.reference import Packing, pack_mask_reference, pack_top_reference, scatter_reference
 
@@ -35,15 +36,15 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     Raises:
         TypeError: `mask` is no tensor.
         ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU positions
-            beyond the capacity are left out, of the mask too; FASTGEN_KERNELS_DEBUG=1 looks there as well.)
+            beyond the capacity are left out, of the mask too; FASTGEN_KERNELS_DEBUG=1 checks there as well.)
     """
     check_tensors({"mask": mask})
     if mask.ndim != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask: needs bool [n, L], got {shown(mask)}")
-    check_flag("full", full)
+    check_bool("full", full)
     capacity = mask.numel() if capacity is None else capacity
     check_int("capacity", capacity, 0, mask.numel())
-    if looks(mask):
+    if checks_values(mask):
         _check_kept(int(mask.sum()), capacity, full)
     reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
     # Of large grids compilers make the faster kernel (64 x 64², H100).
@@ -71,7 +72,7 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
     check_tensors({"scores": scores})
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores: need float32 [n, L], got {shown(scores)}")
-    check_flag("full", full)
+    check_bool("full", full)
     samples, length = scores.shape
     if not isinstance(keep, Tensor):
         check_int("keep", keep, 1, length)
@@ -85,7 +86,7 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
         check_tensors({"scores": scores, "keep": keep})
         capacity, counts = samples * length if capacity is None else capacity, keep
         check_int("capacity", capacity, 0, scores.numel())
-        if looks(keep):
+        if checks_values(keep):
             _check_kept(int(keep.clamp(0, length).sum()), capacity, full)
     reason = None if length <= _LARGEST_SAMPLE else f"{length} positions in a sample"
     if not choose("pack_top", reason, True, scores, counts):
@@ -106,7 +107,7 @@ def pack(tokens: Tensor, packing: Packing) -> Tensor:
         raise ValueError(
             f"tokens: need floating point [{', '.join(map(str, packing.mask.shape))}, D], got {shown(tokens)}"
         )
-    # PyTorch copies rows as fast as a kernel of ours does.
+    # PyTorch copies rows as fast as a Triton kernel does.
     rows = tokens.flatten(0, 1).index_select(0, packing.positions.clamp_min(0))
     return rows if packing.full else torch.where((packing.positions >= 0)[:, None], rows, 0.0)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen.kernels.arguments import check_flag, check_int, check_number, check_shape, check_tensors, overlaps
+from fastgen.checks import check_bool
+from fastgen.kernels.arguments import check_int, check_number, check_shape, check_tensors, overlaps
 from fastgen.kernels.dispatch import Checked, check_range, choose, direct, needs_gradients, plain
 from fastgen.kernels.qk_norm_rope.operator import launch, launch_inplace
 from fastgen.kernels.qk_norm_rope.reference import qk_norm_rope_reference, references
@@ -79,7 +80,7 @@ def qk_norm_rope(
     axes, reason = _checked(lambda: _check(*tensors[:5], axes, *options, *vectors), tensors, axes, *options)
     if positions is not None and cos is not None:
         check_range("positions", positions, cos.shape[-2])
-    check_flag("inplace", inplace)
+    check_bool("inplace", inplace)
     if inplace and needs_gradients(query, key):
         raise ValueError("inplace: is not possible where query or key need gradients")
     if inplace and plain(query) and plain(key) and not torch.compiler.is_compiling():
@@ -120,7 +121,7 @@ def _check(
     optional = {"cos": cos, "sin": sin, "positions": positions, **dict(zip(_VECTORS, vectors, strict=True))}
     check_tensors({"query": query, "key": key}, optional)
     check_number("eps", eps, minimum=0)
-    check_flag("interleaved", interleaved)
+    check_bool("interleaved", interleaved)
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
     if query.ndim not in (3, 4) or not query.is_floating_point() or query.shape[-1] % 2 or not query.shape[-1]:

@@ -54,7 +54,7 @@ def sample(
         cond, uncond: raw logits of the rows with and without a prompt; no `uncond`, no guidance.
         gumbel: [B, V] float32 standard Gumbel noise; None takes the most likely tokens.
         guidance_scale: s of u + s (c - u).
-        temperature: > 0; 0 takes the most likely tokens, whatever the noise.
+        temperature: > 0; 0 takes the most likely tokens and ignores the noise.
         top_k: keep the k largest logits (and what ties with the k-th); None keeps all.
         top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
 
@@ -127,5 +127,5 @@ def _why_not(*tensors: Tensor) -> str | None:
     if cond.shape[-1] > _LARGEST_VOCABULARY:
         return f"{cond.shape[-1]} tokens, more than {_LARGEST_VOCABULARY}"
     if needs_gradients(*tensors):
-        return "gradients are asked for"
+        return "gradients are needed"
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
+from fastgen.kernels.dispatch import Checked, check_range, checks_values, choose, needs_gradients
 from fastgen.kernels.operators import register_launcher
 from fastgen.kernels.tree_attention.reference import tree_attention_reference, tree_mask
 
@@ -83,7 +83,7 @@ def _why_not(query: Tensor, store: Tensor) -> str | None:
     if not 8 <= store.shape[5] <= 256:
         return f"heads of width {store.shape[5]}"
     if needs_gradients(query, store):
-        return "gradients are asked for"
+        return "gradients are needed"
     return None
 
 
@@ -127,7 +127,7 @@ def _check(
 
 def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:
     """See that numbers in tensors fit, where looking is cheap."""
-    if not looks(slots) or not slots.numel():
+    if not checks_values(slots) or not slots.numel():
         return
     check_range("slots", slots, visible.shape[1])
     check_range("lengths", lengths, visible.shape[1] + 1)

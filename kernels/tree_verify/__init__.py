@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_shape, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_range, choose, looks, needs_gradients
+from fastgen.kernels.dispatch import Checked, check_range, checks_values, choose, needs_gradients
 from fastgen.kernels.operators import register_launcher
 from fastgen.kernels.tree_verify.reference import Verified, tree_verify_reference
 
@@ -77,7 +77,7 @@ def tree_verify(
     _checked(lambda: _check(*tensors, max_depth, *relaxed), (*tensors, *relaxed), max_depth)
     _look(tokens, children, internal, coins, remaining, factor, classes, target.shape[2])
     given = [x for x in (*tensors, factor, classes) if x is not None]
-    reason = "gradients are asked for" if needs_gradients(target) else None
+    reason = "gradients are needed" if needs_gradients(target) else None
     if not choose("tree_verify", reason, True, *given):
         return tree_verify_reference(*tensors, max_depth, factor, classes)
     nodes, length, bonus, stolen = _launch(*tensors, max_depth, factor, classes)
@@ -135,7 +135,7 @@ def _look(
     vocabulary: int,
 ) -> None:
     """See that numbers in tensors fit, where looking is cheap."""
-    if not looks(children):
+    if not checks_values(children):
         return
     n = tokens.shape[1]
     check_range("tokens", tokens, vocabulary)

@@ -1,7 +1,7 @@
 """Batches of the next steps, drawn by other processes while this one trains.
 
-A batch is a function of (seed, step, process), so it does not matter who draws it; what the loss draws afterwards goes
-on from the generator's state behind the batch, which comes along.
+A batch is a function of (seed, step, process), so any process may draw it. The generator's state after the batch is
+returned with it, and the loss draws its random numbers from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ahead", "Draw"]
+__all__ = ["Draw", "Prefetcher"]
 
 Draw = Callable[[int], tuple[dict[str, Any], torch.Generator]]
 _PER_WORKER = 2  # batches under way for each: one in the making, one that waits
@@ -25,7 +25,7 @@ _draw: Draw | None = None  # of a worker process
 
 def _begin(draw: Draw) -> None:
     global _draw
-    # Everybody's cores are taken by the workers' number, and a renderer has no GPU to look for.
+    # One thread each: the number of workers decides how many cores are used. Rendering needs no GPU.
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer ends its own
@@ -34,12 +34,12 @@ def _begin(draw: Draw) -> None:
 
 def _work(step: int) -> tuple[dict[str, Any], Tensor]:
     if _draw is None:
-        raise RuntimeError("a worker that was not begun")
+        raise RuntimeError("the worker was not initialised")
     batch, generator = _draw(step)
     return batch, generator.get_state()
 
 
-class Ahead:
+class Prefetcher:
     """Draws the batches of steps first, first + 1, … last - 1; to be closed.
 
     Args:
@@ -55,7 +55,7 @@ class Ahead:
         self.depth = _PER_WORKER * workers
 
     def __call__(self, step: int) -> tuple[dict[str, Any], torch.Generator]:
-        """The batch of a step; steps are asked for in turn."""
+        """The batch of a step; call it for the steps in turn."""
         while self.next < min(self.last, step + self.depth):
             self.waiting[self.next] = self.pool.submit(_work, self.next)
             self.next += 1
@@ -65,5 +65,5 @@ class Ahead:
         return batch, generator
 
     def close(self) -> None:
-        """End the processes; what they have in hand is thrown away."""
+        """End the processes; unfinished batches are dropped."""
         self.pool.shutdown(wait=True, cancel_futures=True)
