@@ -7,6 +7,7 @@ has patches of 2 x 2; their rotary positions are in units of such patches, so th
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_z_image import FeedForward, TimestepEmbedder
 from torch import Tensor, nn
 
+from fastgen.errors import FastgenError
 from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop, TokenBudget
@@ -29,6 +31,7 @@ from fastgen.models.patch_grid import Captions, PatchChunking, forward_patches
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
+from fastgen.pretrained import load_pretrained
 
 Grid = Literal["latent", "patch"]
 GRIDS: tuple[Grid, ...] = ("latent", "patch")
@@ -269,6 +272,22 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         if not output_chunks:
             return DCTransformerOutput(sample=sample)
         return DCTransformerOutput(sample, chunked.chunks, encoded=chunked.features, decoded=decoded)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
+        """As in diffusers; code that comes with a model is refused.
+
+        Raises:
+            FastgenError: `grid` is not the checkpoint's own, whose weights fit no other.
+        """
+        asked = kwargs.pop("grid", None)
+        loaded = load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if asked not in (None, model.config.grid):
+            raise FastgenError(
+                f"grid: {asked!r} is not allowed, {pretrained_model_name_or_path} has {model.config.grid!r}"
+            )
+        return loaded
 
     def sigma(self, time: Tensor) -> Tensor:
         return 1 - time

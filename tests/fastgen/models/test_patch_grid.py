@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,18 @@ def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
     for record in records:
         assert record.chunks.grid == (4, 4)
         assert record.chunks.lengths[0] > record.chunks.lengths[1]
+
+
+@pytest.mark.parametrize(("held", "asked"), [("patch", "latent"), ("latent", "patch")])
+def test_a_checkpoint_of_another_grid_is_refused(held: str, asked: str, tmp_path: Path) -> None:
+    """Its weights would be left out, and random ones put in their place."""
+    fresh(grid=held).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"grid: '{asked}' is not allowed, .* has '{held}'"):
+        DCZImageTransformer2DModel.from_pretrained(tmp_path, grid=asked)
+    assert DCZImageTransformer2DModel.from_pretrained(tmp_path, grid=held).config.grid == held
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("grid") == held
+    if held == "latent":  # folders from before there was another one
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded, info = DCZImageTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert loaded.config.grid == "latent" and not info["missing_keys"]
