@@ -46,6 +46,10 @@ def draws_tokens(pipe_class: type) -> bool:
     return any(base.__name__ in ours for base in pipe_class.__mro__)
 
 
+_BUDGET = ("tail_drop", "uncond_tail_drop", "token_budget")
+_MOST_STEPS = 10_000  # that a list of budgets is fitted to
+
+
 def pipeline_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Our settings under the names that diffusers pipelines have for them."""
     return {_PIPELINE_NAMES.get(name, name): value for name, value in settings.items()}
@@ -70,6 +74,7 @@ def resolve_settings(
     defaults: dict[str, Any] = {}
     if checkpoint is not None:
         defaults, image_size = checkpoint.defaults, checkpoint.fixed_size or image_size
+    defaults = _own_budget(defaults, asked)
     settings: dict[str, Any] = {}
     for name, value in asked.items():
         origin, value = ("fastgen.json: ", defaults.get(name)) if value is None else ("", value)
@@ -95,6 +100,22 @@ def resolve_settings(
     if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
         raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
     return settings
+
+
+def _own_budget(defaults: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """A model's defaults with its budget of dynamic chunking for the steps that are asked for: a list, one a step, is
+    read at the same shares of the way. A budget that the user asks for takes the place of all of it."""
+    knobs = {name: value for name, value in defaults.items() if name in _BUDGET and value is not None}
+    if not knobs:
+        return defaults
+    others = {name: value for name, value in defaults.items() if name not in _BUDGET}
+    if any(asked.get(name) is not None for name in _BUDGET):
+        return others
+    steps = asked.get("steps") or defaults.get("steps")
+    for name, value in knobs.items():
+        if isinstance(value, list) and value and isinstance(steps, int) and steps <= _MOST_STEPS:
+            knobs[name] = [value[min(len(value) - 1, (2 * i + 1) * len(value) // (2 * steps))] for i in range(steps)]
+    return others | knobs
 
 
 def _check_token_budget(

@@ -7,6 +7,8 @@ has patches of 2 x 2; their rotary positions are in units of such patches, so th
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_z_image import FeedForward, TimestepEmbedder
 from torch import Tensor, nn
 
+from fastgen.errors import FastgenError
 from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.caching import cacheable
 from fastgen.models.chunking import Chunks, TailDrop, TokenBudget
@@ -24,10 +27,11 @@ from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.layers import rotary_factors
 from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
-from fastgen.models.patch_grid import PatchChunking, forward_patches
+from fastgen.models.patch_grid import Captions, PatchChunking, forward_patches
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
+from fastgen.pretrained import load_pretrained
 
 Grid = Literal["latent", "patch"]
 GRIDS: tuple[Grid, ...] = ("latent", "patch")
@@ -251,16 +255,16 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         latents = torch.stack([image[:, 0] for image in x])
         tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), self.sigma(t))
         time = self.t_embedder(t * self.config.t_scale).type_as(latents)
-        text, lengths, pooled = self.embed_captions(cap_feats)
-        conditioning = self.time_adaptor(time) + self.text_adaptor(pooled)
+        text = self.read_captions(cap_feats)
+        conditioning = self.time_adaptor(time) + self.text_adaptor(text.pooled)
         if self.config.grid == "patch":
             prediction, chunked, decoded = forward_patches(
-                self, latents, time, text, lengths, conditioning, tail_drop, token_budget
+                self, latents, time, text, conditioning, tail_drop, token_budget
             )
         else:
             chunked = self.chunk(latents, conditioning, tail_drop, token_budget)
             scaffold: Any = self.scaffold
-            decoded = scaffold.unchunk(self.backbone(chunked.tokens, text, lengths, time, chunked.chunks), chunked)
+            decoded = scaffold.unchunk(self.backbone(chunked.tokens, text, time, chunked.chunks), chunked)
             prediction = scaffold.decoder(decoded, chunked.chunks.grid, conditioning)
         sample = list(prediction[:, :, None].unbind(0))
         if not return_dict:
@@ -269,11 +273,37 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             return DCTransformerOutput(sample=sample)
         return DCTransformerOutput(sample, chunked.chunks, encoded=chunked.features, decoded=decoded)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
+        """As in diffusers; code that comes with a model is refused.
+
+        Raises:
+            FastgenError: `grid` is not the checkpoint's own, whose weights fit no other.
+        """
+        asked = kwargs.pop("grid", None)
+        loaded = load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if asked not in (None, model.config.grid):
+            raise FastgenError(
+                f"grid: {asked!r} is not allowed, {pretrained_model_name_or_path} has {model.config.grid!r}"
+            )
+        return loaded
+
     def sigma(self, time: Tensor) -> Tensor:
         return 1 - time
 
-    def embed_captions(self, cap_feats: list[Tensor]) -> tuple[Tensor, list[int], Tensor]:
-        """Packed caption tokens [T, D] with Z-Image's padding, their lengths, and the mean real token [n, D]."""
+    def read_captions(self, cap_feats: list[Tensor]) -> Captions:
+        """Embedded and refined captions, which depend on no step: read once a generation, whose steps bring the very
+        same tensors. Training reads them every time."""
+        running = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else self._generation()
+        if running is None or any(features.is_inference() for features in cap_feats):  # these have no version
+            return self._read(cap_feats)
+        seen = tuple((features, features._version) for features in cap_feats)
+        if not isinstance(running.captions, Captions) or not running.captions.of(seen):
+            running.captions = replace(self._read(cap_feats), source=seen)
+        return running.captions
+
+    def _read(self, cap_feats: list[Tensor]) -> Captions:
         embedded = [self.cap_embedder(features) for features in cap_feats]
         pads = [-len(features) % SEQUENCE_MULTIPLE for features in cap_feats]
         padded = [
@@ -281,34 +311,34 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             for tokens, pad in zip(embedded, pads, strict=True)
         ]
         pooled = torch.stack([tokens.mean(dim=0) for tokens in embedded])
-        return torch.cat(padded), [len(tokens) for tokens in padded], pooled
+        text, lengths = torch.cat(padded), [len(tokens) for tokens in padded]
+        segments = Segments.of(lengths, text.device)
+        starts = segments.cu_seqlens.index_select(0, segments.sequence_ids)
+        places = torch.zeros(len(text), 3, device=text.device, dtype=torch.float64)
+        places[:, 0] = torch.arange(len(text), device=text.device) - starts + 1
+        rotary = rotary_factors(places, list(self.config.axes_dims), self.config.rope_theta)
+        for block in self.context_refiner:
+            text = self._run(block, text, rotary, segments)
+        return Captions(text, rotary, segments, lengths, pooled)
 
-    def backbone(self, image: Tensor, text: Tensor, text_lengths: list[int], time: Tensor, chunks: Chunks) -> Tensor:
+    def backbone(self, image: Tensor, text: Captions, time: Tensor, chunks: Chunks) -> Tensor:
         """Z-Image's transformer on packed image tokens [T, D] and caption tokens; returns the image tokens."""
         device = image.device
         rope = (list(self.config.axes_dims), self.config.rope_theta)
-        text_segments = Segments.of(text_lengths, device)
-        starts = text_segments.cu_seqlens.index_select(0, text_segments.sequence_ids)
-        text_places = torch.zeros(len(text), 3, device=device, dtype=torch.float64)
-        text_places[:, 0] = torch.arange(len(text), device=device) - starts + 1
-        text_rotary = rotary_factors(text_places, *rope)
-
         index, width = chunks.positions % chunks.grid_size, chunks.grid[1]
-        after = (text_segments.cu_seqlens.diff() + 1).index_select(0, chunks.segments.sequence_ids)
+        after = (text.segments.cu_seqlens.diff() + 1).index_select(0, chunks.segments.sequence_ids)
         grid_places = [(place + 0.5) * self.config.position_scale - 0.5 for place in (index // width, index % width)]
         image_rotary = rotary_factors(torch.stack([after.double(), *grid_places], dim=1), *rope)
 
         for block in self.noise_refiner:
             image = self._run(block, image, image_rotary, chunks.segments, time)
-        for block in self.context_refiner:
-            text = self._run(block, text, text_rotary, text_segments)
 
         # One sequence per sample: its image tokens, then its caption.
-        segments = Segments.of([a + b for a, b in zip(chunks.lengths, text_lengths, strict=True)], device)
-        ids = torch.cat([chunks.segments.sequence_ids, text_segments.sequence_ids])
+        segments = Segments.of([a + b for a, b in zip(chunks.lengths, text.lengths, strict=True)], device)
+        ids = torch.cat([chunks.segments.sequence_ids, text.segments.sequence_ids])
         order = ids.argsort(stable=True)
-        hidden = torch.cat([image, text]).index_select(0, order)
-        rotary = torch.cat([image_rotary, text_rotary]).index_select(0, order)
+        hidden = torch.cat([image, text.tokens]).index_select(0, order)
+        rotary = torch.cat([image_rotary, text.rotary]).index_select(0, order)
         for block in self.layers:
             hidden = self._run(block, hidden, rotary, segments, time)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))

@@ -133,12 +133,14 @@ class Generation:
         count_steps: returns the number of steps, called when the first one begins; None checks no lengths.
         step: forward passes so far.
         held: by cache context, see `HeldChunksMixin`.
+        captions: what the model has read of them, where it does so once for all steps.
     """
 
     budget: ElasticBudget
     count_steps: Callable[[], int] | None = None
     step: int = 0
     held: dict[str, Held] = field(default_factory=dict)
+    captions: Any = None
 
 
 # What runs and what records in this context (thread or task), with the model it belongs to; innermost last.

@@ -16,7 +16,7 @@ With all patches kept it computes exactly what the model it was upcycled from co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ from fastgen.models.z_image_batch import patchify
 if TYPE_CHECKING:
     from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 
-__all__ = ["PATCH", "PatchChunking", "forward_patches", "unpatchify"]
+__all__ = ["PATCH", "Captions", "PatchChunking", "forward_patches", "unpatchify"]
 
 PATCH = 2
 """Latent positions a side of a patch."""
@@ -165,8 +165,7 @@ def forward_patches(
     model: DCZImageTransformer2DModel,
     latents: Tensor,
     time: Tensor,
-    text: Tensor,
-    text_lengths: list[int],
+    text: Captions,
     conditioning: Tensor,
     tail_drop: TailDrop | None,
     token_budget: TokenBudget | None,
@@ -177,7 +176,7 @@ def forward_patches(
         model: with grid "patch".
         latents: [n, C, H, W].
         time: timestep embedding [n, c].
-        text, text_lengths: of `embed_captions`.
+        text: refined captions.
         conditioning: [n, c].
         tail_drop, token_budget: see `select_chunks`.
     """
@@ -185,27 +184,56 @@ def forward_patches(
     grid, device, n = scaffold.grid_of(latents), latents.device, len(latents)
     length = grid[0] * grid[1]
     every = Segments.of([length] * n, device)
-    captions = Segments.of(text_lengths, device)
-    rope = (list(model.config.axes_dims), model.config.rope_theta)
-    text_rotary = rotary_factors(_text_places(captions), *rope)
-    image_rotary = rotary_factors(_image_places(grid, captions), *rope)
+    image_rotary = text.of_image(grid, list(model.config.axes_dims), model.config.rope_theta)
 
     image = scaffold.embed(patchify(latents)).flatten(0, 1)
     for block in model.noise_refiner:
         image = model._run(block, image, image_rotary, every, time)
-    for block in model.context_refiner:
-        text = model._run(block, text, text_rotary, captions)
 
     chunked = model.chunk(latents, conditioning, tail_drop, token_budget, features=image.view(n, length, -1))
     chunks = chunked.chunks
     kept = _Part(chunked.tokens, image_rotary.index_select(0, chunks.positions), chunks.segments, chunks.lengths)
-    hidden, text = _run_joined(model, model.layers, kept, _Part(text, text_rotary, captions, text_lengths), time)
+    words = _Part(text.tokens, text.rotary, text.segments, text.lengths)
+    hidden, tokens = _run_joined(model, model.layers, kept, words, time)
     image = scaffold.unchunk(hidden, chunked, conditioning).flatten(0, 1)
     whole = _Part(image, image_rotary, every, [length] * n)
-    image, _ = _run_joined(model, model.last_layers, whole, _Part(text, text_rotary, captions, text_lengths), time)
+    image, _ = _run_joined(model, model.last_layers, whole, replace(words, tokens=tokens), time)
     _, normed = adaptive(image, every, scale=model.adaLN_out(time), eps=model.norm_out.eps)
     normed = normed.view(n, length, -1)
     return unpatchify(scaffold.head(normed), grid), chunked, normed
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """What a transformer has read: refined caption tokens, packed, with Z-Image's padding.
+
+    Attributes:
+        tokens: [T, D].
+        rotary: their factors.
+        segments, lengths: how they divide into samples.
+        pooled: mean real token of each sample before refining [n, D].
+        source: the features that were read, and their versions.
+        images: rotary factors of all patches behind these captions, by grid.
+    """
+
+    tokens: Tensor
+    rotary: Tensor
+    segments: Segments
+    lengths: list[int]
+    pooled: Tensor
+    source: tuple[tuple[Tensor, int], ...] = ()
+    images: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def of(self, source: tuple[tuple[Tensor, int], ...]) -> bool:
+        """Whether these very features were read, and have not been written to since."""
+        pairs = zip(source, self.source, strict=False)
+        return len(source) == len(self.source) and all(a is b and v == w for (a, v), (b, w) in pairs)
+
+    def of_image(self, grid: tuple[int, int], axes_dims: list[int], theta: float) -> Tensor:
+        """Rotary factors of all patches of a grid."""
+        if grid not in self.images:
+            self.images[grid] = rotary_factors(_image_places(grid, self.segments), axes_dims, theta)
+        return self.images[grid]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,14 +261,6 @@ def _run_joined(
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     packed = hidden.index_select(0, places)
     return packed[: len(image.tokens)], packed[len(image.tokens) :]
-
-
-def _text_places(captions: Segments) -> Tensor:
-    """Rotary places [T, 3] of caption tokens: 1, 2, … along the first axis."""
-    starts = captions.cu_seqlens.index_select(0, captions.sequence_ids)
-    places = torch.zeros(len(starts), 3, device=starts.device, dtype=torch.float64)
-    places[:, 0] = torch.arange(len(starts), device=starts.device) - starts + 1
-    return places
 
 
 def _image_places(grid: tuple[int, int], captions: Segments) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,32 @@ def test_methods_that_do_not_fit_the_model(
 ) -> None:
     code, out, err = call(capsys, "a ring", "-o", tmp_path / "x.png", *options)
     assert code == 2 and out == "" and message in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([], ([0.0, 0.9], 0.5)),
+        (["--steps", 4], ([0.0, 0.0, 0.9, 0.9], 0.5)),  # the same shares of the way
+        (["--steps", 1], ([0.9], 0.5)),
+        (["--tail-drop", 0.25], (0.25, None)),  # what the user asks for takes the place of all of it
+        (["--token-budget", 16], (None, None)),
+    ],
+)
+def test_a_model_brings_a_budget_by_step(
+    asked: list[object],
+    expected: tuple[object, object],
+    micro_dc: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(micro_dc, folder)
+    defaults = json.loads((folder / "fastgen.json").read_text())
+    assert defaults["steps"] == 2
+    budget = {"tail_drop": [0.0, 0.9], "uncond_tail_drop": 0.5}
+    (folder / "fastgen.json").write_text(json.dumps({**defaults, **budget}))
+    code, out, err = call(capsys, "a ring", "--model", folder, "-o", tmp_path / "a.png", "--json", *asked)
+    assert code == 0, err
+    settings = json.loads(out)["settings"]
+    assert (settings.get("tail_drop"), settings.get("uncond_tail_drop")) == expected

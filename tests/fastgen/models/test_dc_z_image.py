@@ -60,9 +60,9 @@ def test_backbone_equals_the_stock_transformer() -> None:
         patches = torch.cat([source._patchify_image(image, 2, 1)[0] for image in images])
         tokens = source.all_x_embedder["2-1"](patches)
         time = model.t_embedder(t * 1000.0)
-        text, lengths, _ = model.embed_captions(captions)  # type: ignore[operator]
+        text = model.read_captions(captions)  # type: ignore[operator]
         chunks = select_chunks(torch.rand(3, 32), (4, 8), token_budget=32)
-        ours = model.backbone(tokens, text, lengths, time, chunks)
+        ours = model.backbone(tokens, text, time, chunks)
     # The stock sequence: image tokens (32, a multiple of 32, so no padding), then the caption.
     torch.testing.assert_close(ours.view(3, 32, 32), seen["hidden"][:, :32], rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from micro_models import awake
 
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.elastic import ElasticBudget
 from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
@@ -206,6 +208,38 @@ def test_a_budget_below_the_floor_names_both_numbers() -> None:
         run(model, inputs(), token_budget=[8, 6, 32])
 
 
+@pytest.mark.parametrize("grid", ["patch", "latent"])
+def test_captions_are_read_once_a_generation(grid: str) -> None:
+    """The very same tensors: the same velocities, bit for bit, with one reading; others are read again."""
+    model = micro() if grid == "patch" else awake(upcycle(stock()).eval())
+    images, t, captions = inputs()
+    steps = [(images, t * share, captions) for share in (0.2, 0.6, 1.0)]
+    expected = [run(model, step, tail_drop=0.3) for step in steps]
+    calls: list[int] = []
+    model.context_refiner[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    with model.generation(ElasticBudget(0.3)):
+        actual = [run(model, step) for step in steps]
+        assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        captions[1].mul_(2)  # written to
+        changed = run(model, steps[0])
+        assert len(calls) == 2 and not torch.equal(changed, expected[0])
+        run(model, (images[:2], t[:2], captions[:2]))  # fewer, as when guidance ends
+        run(model, (images, t, [caption.clone() for caption in captions]))
+        assert len(calls) == 4
+        with torch.inference_mode():
+            model(images, t, [caption.clone() for caption in captions])
+        assert len(calls) == 5
+    assert torch.equal(run(model, steps[0], tail_drop=0.3), changed) and len(calls) == 6
+
+
+def test_captions_that_are_trained_are_read_every_time() -> None:
+    model, (images, t, captions) = micro(), inputs()
+    with model.generation(ElasticBudget()):
+        run(model, (images, t, captions))
+        torch.stack(model(images, t, captions, return_dict=False)[0]).sum().backward()
+    assert model.cap_embedder[1].weight.grad is not None
+
+
 @given(floor=st.floats(0, 1), length=st.integers(1, 200), seed=st.integers(0, 99))
 def test_the_floor_is_the_least_number_that_reaches_the_share(floor: float, length: int, seed: int) -> None:
     p = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) * 0.4
@@ -284,3 +318,18 @@ def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
     for record in records:
         assert record.chunks.grid == (4, 4)
         assert record.chunks.lengths[0] > record.chunks.lengths[1]
+
+
+@pytest.mark.parametrize(("held", "asked"), [("patch", "latent"), ("latent", "patch")])
+def test_a_checkpoint_of_another_grid_is_refused(held: str, asked: str, tmp_path: Path) -> None:
+    """Its weights would be left out, and random ones put in their place."""
+    fresh(grid=held).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"grid: '{asked}' is not allowed, .* has '{held}'"):
+        DCZImageTransformer2DModel.from_pretrained(tmp_path, grid=asked)
+    assert DCZImageTransformer2DModel.from_pretrained(tmp_path, grid=held).config.grid == held
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("grid") == held
+    if held == "latent":  # folders from before there was another one
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        loaded, info = DCZImageTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert loaded.config.grid == "latent" and not info["missing_keys"]
