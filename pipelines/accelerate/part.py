@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from fastgen.contracts import Loss
 
-__all__ = ["Part", "Undo", "added_attributes", "denoising_network"]
+__all__ = ["Part", "Undo", "added_attributes", "block_layers", "denoising_network"]
 
 Undo = Callable[[], None]
 
@@ -25,16 +27,40 @@ def denoising_network(pipe: Any) -> Any:
 def added_attributes(model: nn.Module) -> Undo:
     """Removes, when called, what was added to the attributes of the model's modules since now.
 
-    Libraries that hook into models leave empty registries and bound methods behind.
+    Libraries that hook into models leave empty registries and bound methods behind, and children in another order, by
+    which diffusers' caches tell the first block from the others.
     """
-    before = [(module, set(vars(module))) for module in model.modules()]
+    before = [(module, set(vars(module)), list(module._modules)) for module in model.modules()]
 
     def remove() -> None:
-        for module, names in before:
+        for module, names, children in before:
             for name in set(vars(module)) - names:
                 delattr(module, name)
+            if list(module._modules) != children:
+                now = dict(module._modules)
+                module._modules.clear()
+                module._modules.update({name: now.pop(name) for name in children if name in now} | now)
 
     return remove
+
+
+def block_layers(model: Any) -> list[nn.Linear]:
+    """Linear layers inside a list of blocks, those that carry LoRA included, with plain weights in memory.
+
+    Those that diffusers names as sensitive are left out.
+    """
+    sensitive = [*(model._skip_layerwise_casting_patterns or ()), *(model._keep_in_fp32_modules or ()), "lora_"]
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear
+        and re.search(r"\.\d+\.", name)
+        and not any(re.search(pattern, name) for pattern in sensitive)
+        and type(layer.weight) is nn.Parameter
+        and type(layer.weight.data) is torch.Tensor
+        and layer.weight.is_floating_point()
+        and layer.weight.device.type != "meta"
+    ]
 
 
 class Part(ABC):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
+from fastgen.pipelines.accelerate.part import Part, Undo, block_layers, denoising_network
 
 __all__ = ["Quantize"]
 
@@ -42,7 +40,7 @@ class Quantize(Part):
             return "torchao is not installed (python -m pip install torchao)"
         if getattr(model, "quantization_method", None) is not None:
             return "its denoiser is quantised already"
-        if not self._layers(model):
+        if not block_layers(model):
             return "its denoiser has no linear layers in blocks, or their weights are not in memory"
         where = pipe._execution_device
         if self.kind == "fp8" and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (8, 9)):
@@ -53,7 +51,7 @@ class Quantize(Part):
         from torchao.quantization import quantize_
 
         model = denoising_network(pipe)
-        layers = self._layers(model)
+        layers = block_layers(model)
         before = [(layer, layer.weight, set(vars(layer))) for layer in layers]
         quantized: dict[int, Any] = {}
 
@@ -91,18 +89,3 @@ class Quantize(Part):
             "int4": "Int4WeightOnlyConfig",
         }
         return getattr(torchao, kinds[self.kind])()
-
-    def _layers(self, model: Any) -> list[nn.Linear]:
-        """Linear layers inside a list of blocks, those that carry LoRA included."""
-        sensitive = [*(model._skip_layerwise_casting_patterns or ()), *(model._keep_in_fp32_modules or ()), "lora_"]
-        return [
-            layer
-            for name, layer in model.named_modules()
-            if type(layer) is nn.Linear
-            and re.search(r"\.\d+\.", name)
-            and not any(re.search(pattern, name) for pattern in sensitive)
-            and type(layer.weight) is nn.Parameter
-            and type(layer.weight.data) is torch.Tensor
-            and layer.weight.is_floating_point()
-            and layer.weight.device.type != "meta"
-        ]
