@@ -2,7 +2,8 @@
 
 The layers' own sub-modules run (projections, norms, feed-forward: LoRA, quantisation and offload hooks stay); what is
 ours is attention over committed slots and a tree, which no `generate` offers. One function serves Llama-like models,
-Chameleon's query and key norms and its norms after the branch, and our own LlamaGen and drafters.
+Chameleon's query and key norms and its norms after the branch, GLM-Image's norms before and after it, and our own
+LlamaGen and drafters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgen.drafters.cache import KVCache, Sight
 from fastgen.drafters.offload import group_hook
-from fastgen.models.rotary import rotate_halves, rotate_pairs
+from fastgen.models.layers import rotate_halves, rotate_pairs
 
 __all__ = ["DecoderLayer", "Rotary", "RotaryTable", "layers_of", "run_layers"]
 
@@ -36,6 +37,7 @@ class DecoderLayer:
         head_dim: width of a head.
         rotary: "halves" rotates feature i with i + d/2 (transformers), "pairs" 2 i with 2 i + 1 (LlamaGen).
         norm_after: the norms act on what a branch returns, not on what it reads (Chameleon's "swin" layers).
+        after1, after2: further norms, on what attention and feed-forward return (GLM-Image), or None.
         block: the layer itself, whose forward is not called.
     """
 
@@ -51,6 +53,8 @@ class DecoderLayer:
     key_norm: nn.Module | None = None
     rotary: RotaryStyle = "halves"
     norm_after: bool = False
+    after1: nn.Module | None = None
+    after2: nn.Module | None = None
     block: nn.Module | None = None
 
 
@@ -81,6 +85,8 @@ def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
                 key_norm=getattr(attention, "k_norm", None),
                 rotary=rotary,
                 norm_after=type(layer).__name__ == "ChameleonSwinDecoderLayer",
+                after1=getattr(layer, "post_self_attn_layernorm", None),
+                after2=getattr(layer, "post_mlp_layernorm", None),
                 block=layer,
             )
         )
@@ -146,8 +152,10 @@ def run_layers(
             offload.pre_forward(layer.block)
         branch = hidden if layer.norm_after else layer.norm1(hidden)
         branch = _attend(layer, index, branch, rotary, cache, slots, mask)
+        branch = branch if layer.after1 is None else layer.after1(branch)
         hidden = hidden + (layer.norm1(branch) if layer.norm_after else branch)
         branch = layer.feed_forward(hidden if layer.norm_after else layer.norm2(hidden))
+        branch = branch if layer.after2 is None else layer.after2(branch)
         hidden = hidden + (layer.norm2(branch) if layer.norm_after else branch)
         if offload is not None:
             offload.post_forward(layer.block, hidden)

@@ -18,9 +18,7 @@ from fastgen.drafters.cache import KVCache, Sight, tree_sight
 from fastgen.drafters.decoder import Rotary
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
-from fastgen.models.attention import padded_causal_mask
-from fastgen.models.feed_forward import GatedMLP
-from fastgen.models.rotary import rotate_halves
+from fastgen.models.layers import GatedMLP, padded_causal_mask, rotate_halves
 
 __all__ = ["EagleDrafter"]
 

@@ -1,4 +1,4 @@
-"""Work in numbered chunks whose results are kept on the disk until all are there: a killed run goes on where it was.
+"""Work in numbered chunks whose results are kept on the disk until all are there: a killed run resumes where it was.
 
 A chunk is written whole or not at all, and its result depends on its number and its store's key alone. So whoever
 computes a chunk, before or after an interruption and with however many processes, the results are the same.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.checks import check_number
 from fastgen.errors import FastgenError
 from fastgen.evaluation.measures import OVERALL, Measure, Result
 from fastgen.evaluation.report import markdown_table, plain
@@ -134,15 +135,14 @@ def compare(
 
     Raises:
         FastgenError: the results do not compare: another benchmark, detector, protocol or prompts; a gate that they
-            do not both have; or no number with an error, which could decide.
-        ValueError: confidence, margin or max_slowdown out of range.
+            do not both have; or no number with an error, which could decide; or confidence, margin or max_slowdown
+            out of range.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence: needs a number in (0, 1), got {confidence}")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"margin: needs a number >= 0, got {margin}")
-    if max_slowdown is not None and not max_slowdown > 0:
-        raise ValueError(f"max_slowdown: needs a number > 0, got {max_slowdown}")
+        raise FastgenError(f"confidence: {confidence} is not allowed, needs a number between 0 and 1")
+    check_number("margin", margin, 0)
+    if max_slowdown is not None:
+        check_number("max_slowdown", max_slowdown, 1e-9)
     pairs = _common(a, b)
     chosen = _gates(a, b, pairs, gates)
     errors = paired_errors(a.data, b.data)
@@ -231,7 +231,7 @@ def _independent(a: Measure, b: Measure) -> float | None:
 
 
 def _prompts(data: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(tag, prompt) -> (correct, images); empty when the result does not tell."""
+    """(tag, prompt) -> (correct, images); empty when the result does not say."""
     rows = data.get("prompts") or []
     return {(row["tag"], row["prompt"]): (row["correct"], row["images"]) for row in rows}
 

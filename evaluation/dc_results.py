@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page, three
 
-__all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot"]
+__all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot", "pareto_front"]
 
 
 def dc_markdown(data: dict[str, Any]) -> str:
@@ -27,13 +27,19 @@ def dc_markdown(data: dict[str, Any]) -> str:
 def dc_quality_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench dc`: scores against FLOPs and seconds."""
     base, beside, rows = data["rows"][0], data["flops_beside"], []
+    front = [row["variant"] for row in pareto_front(data["rows"])]
     for row in data["rows"]:
         kept = "" if row["kept"] is None else percent(row["kept"])
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
         seconds = row["seconds"]["p50"]
         rows.append(
             [
-                *(row["variant"], kept, f"{row['flops'] / 1e9:.2f}", f"{row['flops'] / base['flops']:.3f}"),
+                *(
+                    row["variant"] + (" *" if row["variant"] in front else ""),
+                    kept,
+                    f"{row['flops'] / 1e9:.2f}",
+                    f"{row['flops'] / base['flops']:.3f}",
+                ),
                 f"{(row['flops'] - beside) / (base['flops'] - beside):.3f}",
                 *(f"{seconds:.4f}", f"{seconds / base['seconds']['p50']:.3f}"),
                 *(percent(row["score"]), percent(row["stderr"]), distance),
@@ -41,11 +47,22 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
         )
     note = (
         f"{beside / 1e9:.2f} GFLOPs of every picture are the text encoder's and the decoder's, which no method here "
-        "touches; the ratio of the denoiser leaves them out.\n\n"
+        "touches; the ratio of the denoiser leaves them out. * on the Pareto front: no other row has its score "
+        "in less time.\n\n"
     )
     header = ["variant", "kept %", "GFLOPs", "ratio", "denoiser's", "s/picture", "ratio", "score", "± s.e."]
     table = markdown_table([*header, "FD-shapes"], rows)
     return note + table + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
+
+
+def pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other one beats in score without taking longer, nor in seconds without a lower score; fastest
+    first."""
+    front: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["seconds"]["p50"], -row["score"])):
+        if not front or row["score"] > front[-1]["score"]:
+            front.append(row)
+    return front
 
 
 def _router_markdown(data: dict[str, Any]) -> str:
@@ -68,7 +85,8 @@ def _router_markdown(data: dict[str, Any]) -> str:
 
 
 def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against FLOPs and against seconds, one series a method.
+    """Score with its standard error against FLOPs and against seconds, one series a method, and the Pareto front by
+    name.
 
     Raises:
         FastgenError: matplotlib is not installed.
@@ -77,7 +95,9 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         words = row["variant"].split()
-        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if "guidance" in words else 2])
+        plain = "guidance" in words or "steps" in words
+        name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if plain else 2])
+        name += ", first-block cache" if words[0] == "dc" and "first-block-cache" in words else ""
         name += ", late drops" if "late" in words else ", more guidance" if "guidance" in words else ""
         series.setdefault(name + (" + Lite-CFG" if "lite-cfg" in words else ""), []).append(row)
     for panel, label, value in zip(
@@ -86,8 +106,13 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
         (lambda row: row["flops"] / 1e9, lambda row: row["seconds"]["p50"]),
         strict=True,
     ):
-        plot_scores(panel, series, value)
+        plot_scores(panel, series, value, linestyle="none")
         panel.set_xlabel(label)
     panels[1].set_ylabel("")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    front = pareto_front(data["rows"])
+    places = [(row["seconds"]["p50"], 100 * row["score"]) for row in front]
+    panels[1].plot(*zip(*places, strict=True), color="black", linewidth=0.8, zorder=0, label="Pareto front")
+    for row, place in zip(front, places, strict=True):
+        panels[1].annotate(row["variant"], place, (4, -8), textcoords="offset points", fontsize=6)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=120)

@@ -32,6 +32,24 @@ def table_page(note: str, header: Sequence[str], rows: Sequence[Sequence[str]], 
     return f"{note}{markdown_table(header, rows)}\n{provenance(data)}\n"
 
 
+def scores_markdown(data: dict[str, Any]) -> str:
+    """A GenEval result as a Markdown table with one row a task."""
+    rows = [
+        [plain(tag), percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
+        for tag, task in data["tasks"].items()
+    ]
+    rows.append(
+        [
+            f"**{plain(data['benchmark'])}** (mean of tasks)",
+            f"**{percent(data['overall'])}**",
+            percent(data["overall_stderr"]),
+            str(data["n_prompts"]),
+            str(data["n_images"]),
+        ]
+    )
+    return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + "\n" + provenance(data) + "\n"
+
+
 def plain(text: str) -> str:
     """`text` for Markdown, shown as it is: no link, picture, tag, code, emphasis or new cell comes out of it."""
     line = " ".join(text.split())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.errors import FastgenError
@@ -16,9 +16,15 @@ from fastgen.evaluation.geneval.rules import clustered_error
 
 __all__ = ["check_result"]
 
+_Kind = TypeVar("_Kind", dict[str, Any], list[Any])
+
 _CLOSE = 1e-6  # sums of the same numbers in another order
 _MAX_COUNT = 10**12
 _MAX_VALUE = 1e12  # of a distance, in either direction
+_CONTAINERS: dict[str, type] = {
+    **dict.fromkeys(("judge", "settings", "environment", "tasks", "metrics"), dict),
+    "rows": list,
+}
 _SHARES = ("precision", "recall")
 _ANY_SIGN = ("kid", "kd-", "cmmd", "clip-score")  # unbiased estimates may fall below zero
 
@@ -33,15 +39,14 @@ def check_result(data: dict[str, Any]) -> None:
     _text(data, "benchmark", "", required=True)
     for name in ("detector_name", "detector", "images", "partial", "differs", "model"):
         _text(data, name, "")
-    for name in ("judge", "settings", "environment", "tasks", "metrics"):
+    for name, kind in _CONTAINERS.items():
         if name in data:
-            _object(data, name, "")
+            _container(data, name, "", kind)
     if "environment" in data:
         _check_environment(data["environment"])
     if data.get("seconds_per_image") is not None:
         check_number("seconds_per_image", data["seconds_per_image"], 1e-9, 1e9)
-    if "n_images" in data:
-        check_integer("n_images", data["n_images"], 1, _MAX_COUNT)
+    check_integer("n_images", data.get("n_images", 1), 1, _MAX_COUNT)
     if "tasks" in data or "overall" in data:
         _check_scores(data)
     if data.get("fd_shapes") is not None:
@@ -53,8 +58,6 @@ def check_result(data: dict[str, Any]) -> None:
         where = f"metrics.{name}."
         _text(_object(data["metrics"], name, "metrics."), "label", where, required=True)
         _check_metric(name, metric, where)
-    if not isinstance(data.get("rows", []), list):
-        raise FastgenError(f"rows: needs a list, got {type(data['rows']).__name__}")
 
 
 def _check_environment(data: dict[str, Any]) -> None:
@@ -106,9 +109,7 @@ def _check_scores(data: dict[str, Any]) -> None:
 
 
 def _check_prompts(data: dict[str, Any], tasks: dict[str, Any]) -> None:
-    rows = data["prompts"]
-    if not isinstance(rows, list):
-        raise FastgenError(f"prompts: needs a list, got {type(rows).__name__}")
+    rows = _container(data, "prompts", "", list)
     by_tag: dict[str, list[tuple[int, int]]] = {tag: [] for tag in tasks}
     seen: set[tuple[str, str]] = set()
     for number, row in enumerate(rows):
@@ -167,11 +168,16 @@ def _field(data: dict[str, Any], name: str, where: str) -> Any:
     return data[name]
 
 
-def _object(data: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+def _container(data: dict[str, Any], name: str, where: str, kind: type[_Kind]) -> _Kind:
     value = _field(data, name, where)
-    if not isinstance(value, dict):
-        raise FastgenError(f"{where}{name}: needs an object, got {type(value).__name__}")
+    if not isinstance(value, kind):
+        needed = "an object" if kind is dict else "a list"
+        raise FastgenError(f"{where}{name}: needs {needed}, got {type(value).__name__}")
     return value
+
+
+def _object(data: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    return _container(data, name, where, dict)
 
 
 def _text(data: dict[str, Any], name: str, where: str, *, required: bool = False) -> str:

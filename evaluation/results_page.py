@@ -13,7 +13,7 @@ from fastgen.evaluation.benchmarks.serve import serve_markdown
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.gains import gains_table
 from fastgen.evaluation.kernel_results import kernels_markdown
-from fastgen.evaluation.report import markdown_table, percent, plain, provenance, three
+from fastgen.evaluation.report import markdown_table, percent, provenance, scores_markdown, three
 from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
 from fastgen.evaluation.speculative_results import (
     speculative_cost_markdown,
@@ -38,24 +38,6 @@ _MODELS = (
     ("tiny-dc", "diffusion, dynamic chunking"),
     ("tiny-dc-dense", "diffusion, the baseline of tiny-dc"),
 )
-
-
-def scores_markdown(data: dict[str, Any]) -> str:
-    """A ShapesWorld-GenEval result as a Markdown table with one row a task."""
-    rows = [
-        [plain(tag), percent(task["score"]), percent(task["stderr"]), str(task["n_prompts"]), str(task["n_images"])]
-        for tag, task in data["tasks"].items()
-    ]
-    rows.append(
-        [
-            f"**{plain(data['benchmark'])}** (mean of tasks)",
-            f"**{percent(data['overall'])}**",
-            percent(data["overall_stderr"]),
-            str(data["n_prompts"]),
-            str(data["n_images"]),
-        ]
-    )
-    return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + "\n" + provenance(data) + "\n"
 
 
 def generate_markdown(data: dict[str, Any]) -> str:

@@ -77,6 +77,7 @@ class RunSettings:
         tree, acceptance, quality, drafter: of speculative decoding.
         search: policy, verifier, budget and other settings of a search for noise.
         plan: parts of `accelerate` that are on, as names and settings.
+        loading: scheduler, LoRA weights and others that the model is loaded with.
         device, dtype: as named by the user.
         batch_size: a number makes rounding part of the run, and a resumed run then equals an uninterrupted one up to
             rounding only; None when the pixels do not depend on it (batch-invariant generation).
@@ -102,6 +103,7 @@ class RunSettings:
     search: dict[str, Any] | None = None
     variant: str | None = None
     plan: list[list[Any]] | None = None
+    loading: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_integer("images_per_prompt", self.images_per_prompt, 1)
@@ -112,8 +114,8 @@ class RunSettings:
             check_number("guidance_scale", self.guidance_scale, 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the run keeps them; without variant and plan where there are none, as older runs have them."""
-        optional = ("variant", "plan")
+        """As the run keeps them; without what not every run has, as older runs have them."""
+        optional = ("variant", "plan", "loading")
         return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 

@@ -132,7 +132,7 @@ def judge_samples(
     Args:
         settings: of the rules.
         group: processes that share the work; all of them get all verdicts.
-        work: folder where finished verdicts are kept, so that an interrupted call goes on; None keeps none. Whoever
+        work: folder where finished verdicts are kept, so that an interrupted call can resume; None keeps none. Whoever
             writes the result removes them, see `verdict_store`.
         identity: what the verdicts depend on besides images, prompts and rules (weights of the detector ...); kept
             verdicts are used for the same only.

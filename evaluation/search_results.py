@@ -129,7 +129,7 @@ def _equal(found: list[dict[str, Any]]) -> str:
         ]
         table.append([*cells, f"{100 * entry['difference']:+.1f} ({_range(entry['ci'])})", p])
     note = (
-        "At equal mean seconds, against a rival that takes one of its two nearest budgets by lot; the same test. "
+        "At equal mean seconds, against a rival that takes one of its two nearest budgets at random; the same test. "
         "Rivals whose least budget takes more seconds are not here:\n\n"
     )
     return note + markdown_table(["policy", "budget", "s/prompt", "rival", "its score", "above it", "p"], table)

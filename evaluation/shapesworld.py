@@ -103,7 +103,7 @@ def score_folder(
         allow_small: compute FD-shapes of fewer than 2 x 128 images all the same.
         fd: the distance to use; the standard protocol when None.
         group: processes that share the work; all of them get the scores.
-        work: folder where finished parts are kept until `FolderScore.discard`, so that an interrupted call goes on.
+        work: folder where finished parts are kept until `FolderScore.discard`, so that an interrupted call can resume.
 
     Raises:
         FastgenError: the folder cannot be read, see `read_samples`.

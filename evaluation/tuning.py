@@ -46,7 +46,7 @@ from fastgen.pipelines.accelerate.parts import (
     made_part,
 )
 from fastgen.pipelines.accelerate.switch import accelerated
-from fastgen.pipelines.loading import GeneratedImage, generate_images
+from fastgen.pipelines.generation import GeneratedImage, generate_images
 
 __all__ = [
     "SHARES",

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fastgen.pipelines.dc_dit import DCDiTPipeline
     from fastgen.pipelines.dc_z_image import DCZImagePipeline
     from fastgen.pipelines.elastic import disable_dc, enable_dc
+    from fastgen.pipelines.generation import GeneratedImage, generate_images
     from fastgen.pipelines.kernels import disable_kernels, enable_kernels
-    from fastgen.pipelines.loading import GeneratedImage, generate_images, load_pipeline
+    from fastgen.pipelines.loading import load_pipeline
     from fastgen.pipelines.noise_search import NoiseSearchPipeline
     from fastgen.pipelines.speculative import SpeculativeImagePipeline
     from fastgen.pipelines.summary import summary
@@ -34,7 +35,7 @@ _EXPORTS = {
     "DCZImagePipeline": "fastgen.pipelines.dc_z_image",
     "DCZImageTransformer2DModel": "fastgen.models.dc_z_image",
     "FastgenError": "fastgen.errors",
-    "GeneratedImage": "fastgen.pipelines.loading",
+    "GeneratedImage": "fastgen.pipelines.generation",
     "NoiseSearchPipeline": "fastgen.pipelines.noise_search",
     "Plan": "fastgen.pipelines.accelerate",
     "SpeculativeImagePipeline": "fastgen.pipelines.speculative",
@@ -46,7 +47,7 @@ _EXPORTS = {
     "disable_kernels": "fastgen.pipelines.kernels",
     "enable_dc": "fastgen.pipelines.elastic",
     "enable_kernels": "fastgen.pipelines.kernels",
-    "generate_images": "fastgen.pipelines.loading",
+    "generate_images": "fastgen.pipelines.generation",
     "load_pipeline": "fastgen.pipelines.loading",
     "restore": "fastgen.pipelines.accelerate",
     "summary": "fastgen.pipelines.summary",

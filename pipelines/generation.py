@@ -28,9 +28,10 @@ from fastgen.drafters.names import LOSSLESS
 from fastgen.errors import FastgenError
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.finite import check_output
-from fastgen.pipelines.networks import drawing_fault, explained_drawing, of_caller
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
+from fastgen.pipelines.loading.faults import is_out_of_memory
+from fastgen.pipelines.loading.networks import drawing_fault, explained_drawing, of_caller
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.schema import SETTINGS, check_prompt
 from fastgen.pipelines.settings import (
@@ -101,6 +102,7 @@ class Progress:
         images_now: pictures in the making.
         step, steps: finished steps (of an autoregressive model: tokens) of the pictures in the making, and all.
         latents: of the pictures in the making after that step, as the pipeline has them; None where it shows none.
+        visits: what a round of a search evaluated: picture in the making, chain, [number, parent, time, score].
     """
 
     images_done: int
@@ -109,6 +111,7 @@ class Progress:
     step: int
     steps: int
     latents: torch.Tensor | None = None
+    visits: Sequence[tuple[int, int, list[float | None]]] = ()
 
     @property
     def fraction(self) -> float:
@@ -144,14 +147,8 @@ def generate_images(
         callback: called after every step.
         record_steps: keep latents and kept tokens of every step (dynamic chunking only).
         beginning: what pictures begin with, for a pipeline that takes it: `image`, `mask_image`, `strength`.
-        settings: those of `fastgen.pipelines.schema.SETTINGS` that differ from the model's own:
-            steps: denoising steps (diffusion only).
-            guidance_scale: as the pipeline defines it.
-            height, width: pixels.
-            negative_prompt: for all pictures.
-            temperature, top_k, top_p: sampling of image tokens (autoregressive only).
-            tail_drop, uncond_tail_drop, token_budget: compute budget (dynamic chunking only).
-            tree, acceptance, quality: what is drafted in a round, and what is accepted (speculative decoding only).
+        settings: those of `fastgen.pipelines.schema` that differ from the model's own: `steps`, `guidance_scale`,
+            `height`, `temperature`, `tail_drop`, `acceptance` …
 
     Raises:
         FastgenError: an argument outside its range, or one that this pipeline does not take. Raised by this call,
@@ -327,9 +324,8 @@ def _call(
                 output_type="np",
                 **arguments,
             )
-    except RuntimeError as error:
-        # The CPU allocator raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         hint = "lower the batch size" if len(prompts) > 1 else "make it smaller"
         raise FastgenError(f"{len(prompts)} picture(s) at once do not fit into memory; {hint}") from error

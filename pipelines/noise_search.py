@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import time
@@ -27,7 +26,7 @@ from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget, Pool
 from fastgen.pipelines.search.calibration import Calibration, calibration_for
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of
-from fastgen.pipelines.search.engine import Chain, Node, SearchStopped, run_chains
+from fastgen.pipelines.search.engine import Chain, Node, Round, SearchStopped, run_chains
 from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policy import Policy
@@ -159,23 +158,10 @@ class NoiseSearchPipeline(WrappingPipeline):
         pipe = load_pretrained(DiffusionPipeline, os.fspath(pretrained_model_name_or_path), **kwargs)
         return cls(pipe, verifier, policy, thresholds)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw images; see `search`. Without a policy this is the pipeline's own call.
-
-        Raises:
-            NotFiniteError: latents or pixels are not numbers.
-        """
-        if self.policy is not None:
-            return self.search(*args, **kwargs)
-        with finite_decoder(self.pipe):
-            output = self.pipe(*args, **kwargs)
-        check_output(output[0])
-        return output
-
     @torch.no_grad()
-    def search(
+    def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -191,10 +177,10 @@ class NoiseSearchPipeline(WrappingPipeline):
         batch_size: int = 32,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
-        on_round: Callable[[int], None] | None = None,
+        on_round: Callable[[Round], None] | None = None,
         **extra: Any,
-    ) -> NoiseSearchOutput | tuple[Any]:
-        """Draw one image of each prompt.
+    ) -> Any:
+        """Draw one image of each prompt. Without a policy this is the pipeline's own call, with its arguments.
 
         Args:
             prompt: text or list of texts.
@@ -218,10 +204,13 @@ class NoiseSearchPipeline(WrappingPipeline):
             batch_size: samples of a forward pass, at most; fewer where memory does not take them.
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
-            on_round: called after each round of evaluations with how many chains are still running.
+            on_round: called after each round of evaluations.
             extra: further arguments: what the pipeline's adapter takes, or any of the pipeline's own call.
 
         Candidates whose latents, pixels or score are not numbers are dropped.
+
+        Returns:
+            `NoiseSearchOutput`; without a policy what the pipeline returns.
 
         Raises:
             ValueError: an argument out of range, a budget smaller than one picture takes, or a model or policy that
@@ -231,7 +220,11 @@ class NoiseSearchPipeline(WrappingPipeline):
         """
         policy = self.policy
         if policy is None:
-            raise ValueError("policy: None does not search; call the pipeline itself")
+            own: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+            own.update(guidance_scale=guidance_scale, negative_prompt=negative_prompt, generator=generator)
+            own.update(max_nfe=max_nfe, max_seconds=max_seconds, target_score=target_score, explore=explore)
+            own = {name: value for name, value in own.items() if value is not None}
+            return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **extra)
         if not isinstance(prompt, str | list | tuple) or not prompt:
             raise FastgenError(f"prompt: {prompt!r} is not allowed, needs a text or a list of at least one")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -286,6 +279,12 @@ class NoiseSearchPipeline(WrappingPipeline):
         assert output is not None
         return output if return_dict else (output.images,)
 
+    def _stock(self, prompt: Any, **arguments: Any) -> Any:
+        with finite_decoder(self.pipe):
+            output = self.pipe(*(() if prompt is None else (prompt,)), **arguments)
+        check_output(output[0])
+        return output
+
     def _sampler(self, sampler: SamplerName | Sampler, denoiser: Denoiser) -> Sampler:
         if isinstance(sampler, Sampler):
             return sampler
@@ -332,10 +331,6 @@ class NoiseSearchPipeline(WrappingPipeline):
             place = (seed, start, pool, explore)
             chains += [Chain(denoiser, path, prompt, number, *place) for number in range(policy.chains)]
         return chains
-
-
-# `help` and `inspect` show the arguments of the search.
-NoiseSearchPipeline.__call__.__signature__ = inspect.signature(NoiseSearchPipeline.search)  # type: ignore[attr-defined]
 
 
 def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:

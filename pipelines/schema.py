@@ -24,13 +24,15 @@ __all__ = [
     "Rule",
     "SamplingSettings",
     "SearchSettings",
+    "Settings",
     "SpeculativeSettings",
     "check_prompt",
     "json_schema",
+    "setting",
 ]
 
 _LARGEST = 2**31 - 1
-_Method = TypeVar("_Method", bound="_Settings")
+_Method = TypeVar("_Method", bound="Settings")
 
 
 def check_prompt(prompt: object, label: str = "prompt", blank: bool = False) -> str:
@@ -104,19 +106,20 @@ class Rule:
 
 
 def _count(help: str) -> Any:
-    return _setting(int, help, minimum=1, maximum=_LARGEST)
+    return setting(int, help, minimum=1, maximum=_LARGEST)
 
 
 def _share(help: str, **more: Any) -> Any:
-    return _setting(float, help, minimum=0, below=1, **more)
+    return setting(float, help, minimum=0, below=1, **more)
 
 
-def _setting(kind: type, help: str, **rule: Any) -> Any:
+def setting(kind: type, help: str, **rule: Any) -> Any:
+    """A field of a class of settings; see `Rule`."""
     return field(default=None, metadata={"rule": Rule(kind, help, **rule)})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class Settings:
     """Settings of one method; None where the user gave none."""
 
     panel: ClassVar[str]
@@ -158,35 +161,35 @@ class _Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawSettings(_Settings):
+class DrawSettings(Settings):
     """Settings of every picture."""
 
     panel: ClassVar[str] = "Picture"
     steps: int | None = _count("Denoising steps. Default: the model's.")
-    guidance_scale: float | None = _setting(
+    guidance_scale: float | None = setting(
         float, "Classifier-free guidance. Default: the model's.", minimum=-_LARGEST, maximum=_LARGEST
     )
     height: int | None = _count("Pixels. Default: the model's.")
     width: int | None = _count("Pixels. Default: the model's.")
-    negative_prompt: str | None = _setting(
+    negative_prompt: str | None = setting(
         str, "What not to draw; blank where guidance needs one (Qwen-Image).", blank=True
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(_Settings):
+class SamplingSettings(Settings):
     """How an autoregressive model samples tokens."""
 
     panel: ClassVar[str] = "Autoregressive models"
-    temperature: float | None = _setting(
+    temperature: float | None = setting(
         float, "Temperature of token sampling; 0 takes the likeliest.", special=check_temperature, minimum=0
     )
     top_k: int | None = _count("Sample from the k likeliest tokens.")
-    top_p: float | None = _setting(float, "Sample from the likeliest mass p.", above=0, maximum=1)
+    top_p: float | None = setting(float, "Sample from the likeliest mass p.", above=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkingSettings(_Settings):
+class ChunkingSettings(Settings):
     """How many tokens a model with dynamic chunking keeps."""
 
     panel: ClassVar[str] = "Dynamic chunking"
@@ -200,11 +203,11 @@ class ChunkingSettings(_Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeculativeSettings(_Settings):
+class SpeculativeSettings(Settings):
     """What speculative decoding drafts and accepts."""
 
     panel: ClassVar[str] = "Speculative decoding (--method speculative)"
-    tree: Any = _setting(
+    tree: Any = setting(
         str,
         "What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; heads-12, one that heads "
         "correct; plain, nothing; auto measures and remembers. Default: what is fastest here by the model's "
@@ -212,10 +215,10 @@ class SpeculativeSettings(_Settings):
         special=check_tree_name,
         richer=True,
     )
-    acceptance: str | None = _setting(
+    acceptance: str | None = setting(
         str, f"Acceptance rule: {', '.join(RULES)}. Default: the pipeline's, exact.", choices=RULES
     )
-    quality: float | None = _setting(
+    quality: float | None = setting(
         float, "Of acceptance rule cascade: 0 (exact) to 1 (fastest), as calibrated.", minimum=0, maximum=1
     )
 
@@ -225,28 +228,28 @@ class SpeculativeSettings(_Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings(_Settings):
+class SearchSettings(Settings):
     """How the noise is searched whose picture a verifier scores best."""
 
     panel: ClassVar[str] = "Noise search (--method search)"
-    policy: str | None = _setting(
+    policy: str | None = setting(
         str,
         "threshold, rbf, svdd, code, smc, best-of-n, random, zero-order or search-over-paths. Default: threshold.",
     )
-    verifier: str | None = _setting(
+    verifier: str | None = setting(
         str,
         "Scoring model: shapes-verifier, pick-score, clip-score, vqa-score …, NAME:WEIGHTS, or a folder. Default: "
         "shapes-verifier, for the models that come with fastgen.",
     )
     max_nfe: int | None = _count("Most forward passes per picture; guidance needs two per evaluation.")
-    max_seconds: float | None = _setting(float, "Most seconds per picture.", above=0)
-    target_score: float | None = _setting(float, "Stop at this score.", minimum=-_LARGEST, maximum=_LARGEST)
-    sampler: str | None = _setting(
+    max_seconds: float | None = setting(float, "Most seconds per picture.", above=0)
+    target_score: float | None = setting(float, "Stop at this score.", minimum=-_LARGEST, maximum=_LARGEST)
+    sampler: str | None = setting(
         str,
         "Sampler of noisy steps: ancestral, euler-maruyama or rollover. Default: ancestral.",
         choices=("ancestral", "euler-maruyama", "rollover"),
     )
-    tau: float | None = _setting(
+    tau: float | None = setting(
         float, "Score that a candidate must exceed, for policy threshold.", minimum=-_LARGEST, maximum=_LARGEST
     )
     starts: int | None = _count("Starting noises per trajectory.")
@@ -255,7 +258,7 @@ class SearchSettings(_Settings):
         "Evaluate candidates at this tail drop, and the chosen ones in full; needs dynamic chunking."
     )
     explore_uncond: float | None = _share("The same for the unconditional branch. Default: as --explore.")
-    preview: str | None = _setting(
+    preview: str | None = setting(
         str,
         "Previews that the verifier scores during the search: full, or pooled at a quarter of the decoder's cost. "
         "Default: full.",
@@ -264,15 +267,15 @@ class SearchSettings(_Settings):
 
 
 #: Methods whose settings go into a pipeline's call.
-DRAWING: tuple[type[_Settings], ...] = (DrawSettings, SamplingSettings, ChunkingSettings, SpeculativeSettings)
-METHODS: tuple[type[_Settings], ...] = (*DRAWING, SearchSettings)
+DRAWING: tuple[type[Settings], ...] = (DrawSettings, SamplingSettings, ChunkingSettings, SpeculativeSettings)
+METHODS: tuple[type[Settings], ...] = (*DRAWING, SearchSettings)
 #: Every setting -> what it may be.
 SCHEMA = {name: rule for method in METHODS for name, rule in method.rules().items()}
 #: What a picture depends on besides prompt, seed and model, by the names of `generate_images` and the command line.
 SETTINGS = tuple(name for method in DRAWING for name in method.rules())
 
 
-def json_schema(*methods: type[_Settings]) -> dict[str, Any]:
+def json_schema(*methods: type[Settings]) -> dict[str, Any]:
     """JSON Schema of an object with the settings of these methods; of all methods where none is named."""
     chosen = methods or METHODS
     rules = {name: rule.json_schema() for method in chosen for name, rule in method.rules().items()}

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.checkpoint import OWN_PIPELINES, Checkpoint
+from fastgen.pipelines.loading.checkpoint import OWN_PIPELINES, Checkpoint
 from fastgen.pipelines.schema import DRAWING, SCHEMA
 
 __all__ = [
@@ -29,6 +29,11 @@ __all__ = [
 
 # Our names of arguments -> those of diffusers pipelines, where they differ.
 _PIPELINE_NAMES = {"steps": "num_inference_steps"}
+# Settings that pipelines of tokens do not take, and why.
+_NOT_FOR_TOKENS = {
+    "negative_prompt": "; its row without a prompt is the prompt blanked out",
+    "steps": "; it draws one token after the other",
+}
 
 
 # Names of pipelines that begin with a picture, also where diffusers gives that argument a default.
@@ -67,9 +72,7 @@ def resolve_settings(
         defaults, image_size = checkpoint.defaults, checkpoint.fixed_size or image_size
     settings: dict[str, Any] = {}
     for name, value in asked.items():
-        origin = ""
-        if value is None:
-            value, origin = defaults.get(name), "fastgen.json: "
+        origin, value = ("fastgen.json: ", defaults.get(name)) if value is None else ("", value)
         if value is None:
             continue
         SCHEMA[name].check(origin + name, value)
@@ -77,30 +80,30 @@ def resolve_settings(
             if image_size is not None and value != image_size:
                 raise FastgenError(f"{origin}{name}: {value} is not allowed, the model draws {image_size} pixels only")
             continue
-        if janus and name == "negative_prompt":
-            raise FastgenError(
-                "negative_prompt: a Janus model takes none; the row without a prompt is the prompt blanked out"
-            )
-        if _PIPELINE_NAMES.get(name, name) not in accepted:
-            hint = "; it draws one token after the other" if janus and name == "steps" else ""
+        known = _PIPELINE_NAMES.get(name, name) in accepted
+        if not known or (janus and name == "negative_prompt"):
+            hint = _NOT_FOR_TOKENS.get(name, "") if janus else ""
             raise FastgenError(f"{origin}{name}: {pipe_class.__name__} does not take it{hint}")
         settings[name] = value
-    if checkpoint is not None:
-        checkpoint.check_size(settings.get("height"), settings.get("width"))
     for method in DRAWING:
         method.of(settings).check_together()
-    if "token_budget" in settings and checkpoint is not None and checkpoint.has_dynamic_chunking:
-        sides = (settings.get(name, accepted[name].default) for name in ("height", "width"))
-        _check_token_budget(settings["token_budget"], checkpoint, *sides)
+    if checkpoint is not None:
+        checkpoint.check_size(settings.get("height"), settings.get("width"))
+        sides = (settings.get(name, accepted[name].default) for name in ("height", "width") if name in accepted)
+        _check_token_budget(settings.get("token_budget"), checkpoint, *sides)
     guidance = settings.get("guidance_scale")
     if asked.get("negative_prompt") is not None and guidance is not None and guidance <= 0:
         raise FastgenError(f"negative_prompt: has no effect with guidance_scale {guidance}; needs one above 0")
     return settings
 
 
-def _check_token_budget(budget: int, checkpoint: Checkpoint, height: object, width: object) -> None:
+def _check_token_budget(
+    budget: int | None, checkpoint: Checkpoint, height: object = None, width: object = None
+) -> None:
     """Refuse more tokens than a picture of that size has, or fewer than the model keeps at least, as far as the
     configuration tells."""
+    if budget is None or not checkpoint.has_dynamic_chunking:
+        return
     config = read_object(checkpoint.component("transformer") / "config.json")
     side = checkpoint.size_multiple if config.get("grid") == "patch" else checkpoint.size_multiple // 2
     if side and isinstance(height, int) and isinstance(width, int):

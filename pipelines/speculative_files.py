@@ -11,7 +11,7 @@ from fastgen.drafters.loading import has_heads
 from fastgen.drafters.names import tree_widths, window_of
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 __all__ = ["check_speculative_files"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,6 @@ from fastgen.checks import (
 from fastgen.errors import FastgenError
 
 __all__ = ["check_call", "check_labels", "check_texts", "defaults_of", "given_arguments"]
-
-_COUNTS = ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length")
-_NUMBERS = ("guidance_scale", "cfg_truncation")
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
@@ -76,33 +73,43 @@ def check_call(arguments: Mapping[str, Any], images: int, output_types: tuple[st
     Raises:
         FastgenError: names the argument, its value and what is allowed.
     """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    for name in _COUNTS:
-        if name in given:
-            check_integer(name, given[name], 1)
-    for name in _NUMBERS:
-        if name in given:
-            check_number(name, given[name])
+    for name, value in arguments.items():
+        if value is not None and name in _CHECKS:
+            _CHECKS[name](name, value)
     if "guidance_scale" in arguments:
         check_number("guidance_scale", arguments["guidance_scale"])
     check_generator(arguments.get("generator"), images)
     check_choice("output_type", arguments.get("output_type", "pil"), output_types)
     check_bool("return_dict", arguments.get("return_dict", True))
     check_callable("callback_on_step_end", arguments.get("callback_on_step_end"))
-    if "latents" in given and not isinstance(given["latents"], torch.Tensor):
-        raise FastgenError(f"latents: {type(given['latents']).__name__} is not allowed, needs a tensor")
-    for name in _EMBEDS:
-        value = given.get(name, ())
-        rows = isinstance(value, list | tuple) and all(isinstance(row, torch.Tensor) for row in value)
-        if not rows:
-            raise FastgenError(
-                f"{name}: {type(value).__name__} is not allowed, needs a list of tensors, one per prompt"
-            )
-    if "sigmas" in given:
-        sigmas = given["sigmas"]
-        if isinstance(sigmas, str) or not hasattr(sigmas, "__len__") or not len(sigmas):
-            raise FastgenError(f"sigmas: {sigmas!r} is not allowed, needs a list of numbers")
-        for sigma in sigmas:
-            check_number("sigmas", float(sigma) if hasattr(sigma, "item") else sigma)
-    if not isinstance(given.get("joint_attention_kwargs", {}), dict):
-        raise FastgenError(f"joint_attention_kwargs: {given['joint_attention_kwargs']!r} is not allowed, needs a dict")
+
+
+def _check_kind(name: str, value: object, kind: type, needed: str) -> None:
+    if not isinstance(value, kind):
+        raise FastgenError(f"{name}: {type(value).__name__} is not allowed, needs {needed}")
+
+
+def _check_embeds(name: str, value: Any) -> None:
+    rows = isinstance(value, list | tuple) and all(isinstance(row, torch.Tensor) for row in value)
+    if not rows:
+        raise FastgenError(f"{name}: {type(value).__name__} is not allowed, needs a list of tensors, one per prompt")
+
+
+def _check_sigmas(name: str, sigmas: Any) -> None:
+    if isinstance(sigmas, str) or not hasattr(sigmas, "__len__") or not len(sigmas):
+        raise FastgenError(f"{name}: {sigmas!r} is not allowed, needs a list of numbers")
+    for sigma in sigmas:
+        check_number(name, float(sigma) if hasattr(sigma, "item") else sigma)
+
+
+_COUNTS = ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_sequence_length")
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(_COUNTS, partial(check_integer, minimum=1)),
+    "cfg_truncation": check_number,
+    "latents": partial(_check_kind, kind=torch.Tensor, needed="a tensor"),
+    "prompt_embeds": _check_embeds,
+    "negative_prompt_embeds": _check_embeds,
+    "sigmas": _check_sigmas,
+    "joint_attention_kwargs": partial(_check_kind, kind=dict, needed="a dict"),
+}
+"""Argument -> what is asked of its value where one is given."""

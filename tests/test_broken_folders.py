@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     micro: Any = importlib.import_module("micro_models")
     unets: Any = importlib.import_module("tiny_unets")
     flows: Any = importlib.import_module("tiny_flows")
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     root = tmp_path_factory.mktemp("folders")
     for name in ("tiny", "tiny-dc", "tiny-janus"):

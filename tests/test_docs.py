@@ -262,9 +262,7 @@ def test_the_page_of_environment_variables_is_that_of_the_code() -> None:
     assert set(re.findall(r"`([A-Z_]+)`", table + sets)) == code
 
 
-@pytest.mark.parametrize(
-    "words", ["is gated", "does not fit into the memory of", "drawing does not fit", "FASTGEN_DEBUG=1"]
-)
+@pytest.mark.parametrize("words", ["is gated", "does not fit into memory", "drawing does not fit", "FASTGEN_DEBUG=1"])
 def test_troubleshooting_quotes_messages_of_the_code(words: str) -> None:
     page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
     assert words in page

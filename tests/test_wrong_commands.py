@@ -34,7 +34,7 @@ STARTS: dict[str, list[str]] = {
     "eval shapes": ["--model", "tiny", "--limit", "1", "--out", "new"],
     "eval geneval": ["--model", "tiny", "--detector", "shapes", "--limit", "1", "--out", "new"],
     "eval fid": ["--model", "tiny", "--limit", "1", "--run", "new", "--cache", "cache"],
-    "train": ["vae", "--steps", "2", "-o", "new"],
+    "train vae": ["--steps", "2", "-o", "new"],
 }
 for _name in ("dc", "speculative", "search"):
     STARTS[f"bench {_name}"] = ["--folder", "new"]
@@ -80,7 +80,6 @@ WORDS = {
     "run": ["/dev/null/x"],
     "folder": ["/dev/null/x"],
     "share": ["1", "0/0", "9/8", "a/b"],
-    "recipe": ["ave", "", "VAE"],
 }
 #: Whole lines: options that contradict each other, or that the model does not take.
 CONTRADICTIONS = {
@@ -150,7 +149,10 @@ CONTRADICTIONS = {
     ],
     "eval compare": [["/absent", "/absent"], ["."], []],
     "eval report": [["/absent", "--out", "x.html"], [".", "--out", "x.pdf"], ["/absent"], []],
-    "train": [["vae"], ["cascade-calibrate", "-o", "new"], ["search-calibrate", "-o", "new"], ["dc", "-o", "new"]],
+    "train vae": [[]],
+    "train cascade-calibrate": [["-o", "new"]],
+    "train search-calibrate": [["-o", "new"]],
+    "train dc": [["-o", "new"]],
 }
 
 
@@ -226,7 +228,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTGEN_DEBUG", raising=False)
-    for module in ("fastgen.pipelines.loading", "fastgen.training.engine", "fastgen.pipelines.noise_search"):
+    for module in ("fastgen.pipelines.loading.loader", "fastgen.training.engine", "fastgen.pipelines.noise_search"):
         importlib.import_module(module)  # before networks are forbidden
     monkeypatch.setattr(torch.nn.Module, "__init__", started)
     monkeypatch.setattr("subprocess.Popen.__init__", started)

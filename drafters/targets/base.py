@@ -20,7 +20,7 @@ from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
 from fastgen.drafters.offload import device_of
 from fastgen.errors import FastgenError, NotFiniteError
-from fastgen.models.attention import padded_causal_mask
+from fastgen.models.layers import padded_causal_mask
 
 __all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer", "codes_of", "unit_range"]
 
@@ -125,6 +125,10 @@ class Prefix:
         if self.counts_pads:
             return torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
         return (self.mask.cumsum(dim=1) - 1).clamp_min(0)
+
+    def at(self, steps: Tensor) -> Tensor:
+        """Positions [R, n] of image tokens number `steps` [R, n]."""
+        return self.offset[:, None] + steps
 
     def padded(self, multiple: int) -> Prefix:
         """The same with static shapes, in which prompts of many lengths share one: pads on the left, up to a multiple.
@@ -309,7 +313,7 @@ class Target(ABC):
         rows, n = len(prefix.mask), tokens.shape[1]
         depth, mask = self.both_rows(depth.expand(len(tokens), -1), prefix), self.both_trees(mask, prefix)
         committed = cache.lengths - prefix.mask.shape[1]
-        positions = prefix.offset[:, None] + committed[:, None] + depth
+        positions = prefix.at(committed[:, None] + depth)
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
         visible = tree_sight(cache, mask)
         embeds = self.both_rows(self.embed(tokens), prefix)

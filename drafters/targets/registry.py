@@ -49,6 +49,12 @@ def _chameleon(
     return ChameleonTarget(model, tokenizer, _size(size), line_end, begin, decode)
 
 
+def _glm_image(model: Any, tokenizer: Any, **options: Any) -> Target:
+    from fastgen.drafters.targets.glm_image import INSIDE_ITS_PIPELINE
+
+    raise FastgenError(INSIDE_ITS_PIPELINE)
+
+
 def _size(size: Any) -> tuple[int, int]:
     """Height and width in tokens; JSON has a list of them."""
     if not isinstance(size, list | tuple) or len(size) != 2:
@@ -59,6 +65,7 @@ def _size(size: Any) -> tuple[int, int]:
 _FACTORIES: dict[str, TargetFactory] = {
     "ChameleonForConditionalGeneration": _chameleon,
     "Emu3ForConditionalGeneration": _emu3,
+    "GlmImageForConditionalGeneration": _glm_image,
     "JanusForConditionalGeneration": _janus,
     "LlamaGen": _llamagen,
 }
@@ -88,5 +95,5 @@ def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
             except TypeError as error:
                 raise FastgenError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
             return factory(model, getattr(tokenizer, "tokenizer", tokenizer), **options)
-    known = ", ".join(sorted(_FACTORIES))
+    known = ", ".join(sorted(name for name, factory in _FACTORIES.items() if factory is not _glm_image))
     raise FastgenError(f"model: {type(model).__name__} is no target that we know; there are {known}")

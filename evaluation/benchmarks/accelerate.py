@@ -51,7 +51,7 @@ def benchmark_accelerate(
         prompts: round i draws prompt i with seed i.
         metric: scores the pictures.
         call: arguments of `generate_images`.
-        log: file of finished rounds; a killed benchmark goes on from it.
+        log: file of finished rounds; a killed benchmark resumes from it.
         header: what the numbers depend on; another one begins a new log.
         deadline: `time.monotonic` after which no round starts.
         report: is called with a line for every tenth round.

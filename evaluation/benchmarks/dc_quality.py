@@ -6,59 +6,27 @@ apart from that, in one run: in every round all variants draw the same prompts i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
 
 from fastgen.accounting import account, count_flops
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.dc_variants import FULL, Choice, Variant, variants_of
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
-from fastgen.evaluation.benchmarks.peers import first_block_cache, token_merging
 from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.benchmarks.router_statistics import router_statistics
 from fastgen.evaluation.geneval.shapes_checker import load_detector
-from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
+from fastgen.evaluation.runner import RunSettings, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.generation import generate_images
-from fastgen.pipelines.loading import load_checkpoint
-
-TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-LITE_CFG = 0.9
-# Steps near the data keep most tokens and decide least: nothing is dropped before the last three steps.
-LATE = (0.7, 0.95, 0.99)
-LATE_LITE_CFG = 0.98
-GUIDANCE_SCALES = (2.6, 3.2)
-THRESHOLDS = (0.1, 0.3)
-MERGED = (0.25, 0.5)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row.
-
-    Attributes:
-        name: "dc", "dc lite-cfg", "dense", "dense first-block-cache 0.1" …
-        pipe: the pipeline it belongs to.
-        fingerprint: of that pipeline's files.
-        settings: of `generate_images`.
-        adapt: makes the pipeline that draws.
-    """
-
-    name: str
-    pipe: DiffusionPipeline
-    fingerprint: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    adapt: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
 
 def benchmark_dc_quality(
@@ -67,8 +35,7 @@ def benchmark_dc_quality(
     folder: Path,
     *,
     model_variant: str | None = None,
-    tail_drops: Sequence[float] = TAIL_DROPS,
-    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
+    choice: Choice = FULL,
     peers: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
@@ -85,9 +52,8 @@ def benchmark_dc_quality(
         dense: its baseline, a stock Z-Image pipeline.
         folder: of the pictures; a killed run continues there.
         model_variant: of the weight files of both models, as in diffusers.
-        tail_drops: rho of the rows without Lite-CFG; its rows take 0.9 for the unconditional branch.
-        guidance_scales: besides the models' own, for the baseline, all tokens, and the schedule of late drops.
-        peers: measure first-block cache and token merging on the baseline as well.
+        choice: which rows.
+        peers: measure step caches and token merging on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures at once.
         timed_prompts: pictures of a timed call.
@@ -97,21 +63,23 @@ def benchmark_dc_quality(
 
     Returns:
         a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text
-        encoder and decoder, a picture: no method here touches them) and "rows" with variant, tail_drop (a list: one a
-        step), uncond_tail_drop, guidance_scale (None: the model's own), flops and seconds a picture, kept share of the
-        tokens (of all, and of the first to the last step), score, stderr and fd.
+        encoder and decoder, a picture: no method here touches them) and "rows" with variant, steps and guidance_scale
+        (None: the model's own), tail_drop (a list: one a step), uncond_tail_drop, flops and seconds a picture, kept
+        share of the tokens (of all, and of the first to the last step), score, stderr and fd.
 
     Raises:
         FastgenError: a number out of range, or a model that does not fit.
     """
     for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
         check_integer(name, number, 1)
-    if not all(0 <= rho < 1 for rho in tail_drops):
-        raise FastgenError(f"tail_drops: {list(tail_drops)} is not allowed, needs numbers in [0, 1)")
-    if not all(0 <= scale < float("inf") for scale in guidance_scales):
-        raise FastgenError(f"guidance_scales: {list(guidance_scales)} is not allowed, needs numbers >= 0")
+    if not choice.tail_drops or not all(0 <= rho < 1 for rho in choice.tail_drops):
+        raise FastgenError(f"tail_drops: {list(choice.tail_drops)} is not allowed, needs numbers in [0, 1)")
+    if not all(0 <= scale < float("inf") for scale in choice.guidance_scales):
+        raise FastgenError(f"guidance_scales: {list(choice.guidance_scales)} is not allowed, needs numbers >= 0")
+    for steps in choice.steps:
+        check_integer("steps", steps, 1)
     checkpoints = [find_checkpoint(name, model_variant) for name in (model, dense)]
-    variants = list(_variants(checkpoints, tail_drops, guidance_scales, peers, device))
+    variants = list(variants_of(checkpoints, choice, peers, device))
     prompts = shapes_prompts(limit)
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
@@ -130,6 +98,7 @@ def benchmark_dc_quality(
         rows.append(
             {
                 "variant": variant.name,
+                "steps": variant.settings.get("steps"),
                 "tail_drop": variant.settings.get("tail_drop"),
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
                 "guidance_scale": variant.settings.get("guidance_scale"),
@@ -138,7 +107,7 @@ def benchmark_dc_quality(
         )
     report("router")
     chunked = next(variant.pipe for variant in variants if variant.name.startswith("dc "))
-    router = router_statistics(chunked)
+    router = router_statistics(chunked, size=-(-int(checkpoints[0].defaults["height"]) // 64) * 64)
     report("time")
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     for row, cost in zip(rows, _costs(variants, chosen, runs), strict=True):
@@ -147,6 +116,7 @@ def benchmark_dc_quality(
         "model": model,
         "dense": dense,
         "model_variant": model_variant,
+        "choice": asdict(choice),
         "images_per_prompt": images_per_prompt,
         "prompts": len(prompts),
         "batch_size": batch_size,
@@ -156,47 +126,6 @@ def benchmark_dc_quality(
     }
     beside = _flops_beside(chunked, checkpoints[0].defaults, chosen[:1])
     return result_of("dc-quality", settings, detector=judge, router=router, flops_beside=beside, rows=rows)
-
-
-def _variants(
-    checkpoints: Sequence[Checkpoint],
-    tail_drops: Sequence[float],
-    scales: Sequence[float],
-    peers: bool,
-    device: str,
-) -> Iterator[Variant]:
-    chunked, baseline = (load_checkpoint(found, device=device, dtype="float32") for found in checkpoints)
-    if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
-        raise FastgenError(f"model: {checkpoints[0].model} has no dynamic chunking")
-    if type(baseline) is not ZImagePipeline:
-        raise FastgenError(f"dense: {checkpoints[1].model} is no stock Z-Image pipeline")
-    ours, theirs = (model_fingerprint(*found.folders) for found in checkpoints)
-    # An adapted pipeline does not know which model it was made of.
-    defaults = checkpoints[1].defaults
-    yield Variant("dense", baseline, theirs)
-    if peers:
-        patch = 2 * baseline.vae_scale_factor
-        grid = int(defaults["height"]) // patch, int(defaults["width"]) // patch
-        for threshold in THRESHOLDS:
-            adapt: Callable[[Any], AbstractContextManager[Any]] = partial(first_block_cache, threshold=threshold)
-            yield Variant(f"dense first-block-cache {threshold:g}", baseline, theirs, defaults, adapt)
-        for ratio in MERGED:
-            adapt = partial(token_merging, ratio=ratio, grid=grid)
-            yield Variant(f"dense token-merging {ratio:g}", baseline, theirs, defaults, adapt)
-    for rho in tail_drops:
-        yield Variant(f"dc {rho:g}", chunked, ours, {"tail_drop": rho})
-    for rho in tail_drops:
-        settings = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
-        yield Variant(f"dc {rho:g} lite-cfg {LITE_CFG:g}", chunked, ours, settings)
-    steps = int(checkpoints[0].defaults["steps"])
-    late = {"tail_drop": [0.0] * (steps - len(LATE)) + list(LATE)[-steps:], "uncond_tail_drop": LATE_LITE_CFG}
-    name = f"dc late lite-cfg {LATE_LITE_CFG:g}"
-    yield Variant(name, chunked, ours, late)
-    for scale in scales:
-        guided = {"guidance_scale": scale}
-        yield Variant(f"dense guidance {scale:g}", baseline, theirs, guided)
-        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, **guided})
-        yield Variant(f"{name} guidance {scale:g}", chunked, ours, {**late, **guided})
 
 
 def _pictures(variant: Variant, batch_size: int, prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:

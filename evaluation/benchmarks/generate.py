@@ -113,7 +113,7 @@ def _cold_row(name: str, command: list[str], runs: int, printed_seconds: bool = 
 
 
 def _is_diffusion(model: str) -> bool:
-    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
     return find_checkpoint(model).kind == "diffusers"
 
@@ -134,8 +134,8 @@ def _warm_rows(
 ) -> list[dict[str, Any]]:
     import torch
 
-    from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
     from fastgen.pipelines.settings import check_classes
 
     check_classes(find_checkpoint(model, variant), [PROMPT])
@@ -192,7 +192,7 @@ def _warm_row(pipe: Any, batch: int, invariant: bool, options: dict[str, Any], r
 
 def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -> tuple[float, float, Stats]:
     """Wall seconds of the batch, seconds per step of one call, statistics of the last call."""
-    from fastgen.pipelines.loading import generate_images
+    from fastgen.pipelines.generation import generate_images
 
     steps_seen = 1
 
@@ -218,7 +218,7 @@ def _run_once(pipe: Any, batch: int, invariant: bool, options: dict[str, Any]) -
 
 
 def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:
-    from fastgen.pipelines.loading import generate_images
+    from fastgen.pipelines.generation import generate_images
 
     prompts, seeds = [PROMPT, "a green star", "two white rings"], [0, 1, 2]
 

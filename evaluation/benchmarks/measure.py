@@ -59,7 +59,7 @@ def measure_process(command: Sequence[str]) -> tuple[float, int | None, str]:
     """Run a command to its end.
 
     Returns:
-        wall seconds, peak resident bytes (None where the system does not tell), standard output.
+        wall seconds, peak resident bytes (None where the system does not say), standard output.
 
     Raises:
         FastgenError: it failed; the message has its last line.

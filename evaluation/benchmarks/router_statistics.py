@@ -42,13 +42,14 @@ def cell_kinds(batch: ShapesBatch, grid: int) -> dict[str, np.ndarray[Any, Any]]
 
 
 @torch.no_grad()
-def router_statistics(pipe: ZImagePipeline, renders: int = 256, seed: int = 0) -> dict[str, Any]:
+def router_statistics(pipe: ZImagePipeline, renders: int = 256, seed: int = 0, size: int = 64) -> dict[str, Any]:
     """Natural kept share and mean boundary probability of each kind of cell, by noise level.
 
     Args:
         pipe: a Z-Image pipeline whose transformer has dynamic chunking.
         renders: fresh pictures, captioned, at every noise level.
         seed: of renders and noise.
+        size: pixels a side of the renders, a multiple of 64.
 
     Returns:
         a JSON-ready dict: "renders", "seed", "rows" from noisy to clean with sigma, kept, and the mean p of boundary,
@@ -61,20 +62,20 @@ def router_statistics(pipe: ZImagePipeline, renders: int = 256, seed: int = 0) -
         raise FastgenError(f"renders: {renders} is not allowed, needs an integer >= 1")
     if not hasattr(pipe.transformer, "scaffold"):
         raise FastgenError(f"{type(pipe.transformer).__name__} has no dynamic chunking")
-    world, device = ShapesWorld(seed), pipe.transformer.device
+    world, device = ShapesWorld(seed, size=size), pipe.transformer.device
     sums: dict[float, dict[str, list[float]]] = {sigma: {} for sigma in SIGMAS}
     for start in range(0, renders, _BATCH):
         batch = world.batch(min(_BATCH, renders - start), _FIRST + start)
         generator = torch.Generator().manual_seed(seed + start)
         latents = _latents(pipe.vae, batch.images)
         captions, _ = pipe.encode_prompt(batch.texts, device=device, do_classifier_free_guidance=False)
-        kinds = cell_kinds(batch, latents.shape[-1])
         for sigma in SIGMAS:
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             noisy = ((1 - sigma) * latents + sigma * noise).to(pipe.transformer.dtype)
             level = torch.full((len(noisy),), 1 - sigma, device=device, dtype=noisy.dtype)
             output = pipe.transformer(list(noisy[:, :, None].unbind(0)), level, captions, output_chunks=True)
             p = output.chunks.probabilities.float().cpu().numpy()
+            kinds = cell_kinds(batch, output.chunks.grid[1])  # of latent positions, or of patches
             found = {"kept": output.chunks.natural.float().cpu().numpy().ravel()}
             found |= {name: p[where] for name, where in kinds.items()}
             for name, values in found.items():

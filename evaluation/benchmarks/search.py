@@ -40,8 +40,8 @@ from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.base import Verifier
 from fastgen.evaluation.verifiers.names import VERIFIERS, load_verifier
 from fastgen.io import atomic_write_json, atomic_write_many, check_writable, encode_json, encode_png, read_object
-from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of

@@ -19,8 +19,8 @@ from fastgen.evaluation.benchmarks.measure import percentiles, result_of
 from fastgen.evaluation.benchmarks.search_variants import call_of
 from fastgen.evaluation.runner import spread
 from fastgen.evaluation.shapesworld import shapes_prompts
-from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, denoiser_of

@@ -38,7 +38,7 @@ class Outcomes:
 
 
 def mixture(first: Outcomes, second: Outcomes, share: float) -> Outcomes:
-    """What is expected of a policy that takes the budget of `first` for a share of all searches, drawn by lot, and
+    """What is expected of a policy that takes the budget of `first` for a share of all searches, chosen at random, and
     that of `second` for the others."""
     pairs = zip((first.correct, first.seconds, first.nfe), (second.correct, second.seconds, second.nfe), strict=True)
     return Outcomes(*(share * a + (1 - share) * b for a, b in pairs))

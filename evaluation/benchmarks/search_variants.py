@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen.pipelines.checkpoint import Checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.names import POLICIES, named_policy

@@ -59,7 +59,8 @@ def benchmark_serve(
         pictures: of a round, each way.
         minutes: of load by eight clients afterwards, every picture compared with that of its seed; 0: none.
         variant: of the weight files, as in diffusers.
-        replicas: of Ray Serve, of which one is killed every minute of the load; 0 draws in the server's process.
+        replicas: of Ray Serve, of which one is killed every minute of the load once all are ready; 0 draws in the
+            server's process.
         report: called with each line of progress.
 
     Returns:
@@ -87,7 +88,7 @@ def benchmark_serve(
         ratios = np.array(taken[1]) / np.array(taken[CLIENTS])
         ends = bootstrap((ratios,), np.median, method="percentile", random_state=np.random.default_rng(0))
         low, high = ends.confidence_interval
-        load = _load(process, url, model, variant, prompts, minutes, replicas > 0, report) if minutes else None
+        load = _load(process, url, model, variant, prompts, minutes, replicas, report) if minutes else None
     rows = [
         {
             "clients": clients,
@@ -181,7 +182,7 @@ def _load(
     variant: str | None,
     prompts: Sequence[str],
     minutes: float,
-    kills: bool,
+    replicas: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Clients that ask again and again, while memory is read and replicas are killed."""
@@ -216,9 +217,10 @@ def _load(
             time.sleep(min(10.0, max(0.0, ends - time.monotonic())))
             memory.append(_megabytes(process))
             report(f"{sum(answers.values())} answers, {wrong} wrong, {memory[-1]:.0f} MB")
-            if kills and time.monotonic() > next_kill:
-                next_kill += 60
-                killed += _kill_replica(process)
+            if replicas and time.monotonic() > next_kill and len(ready := _replicas(process)) >= replicas:
+                next_kill = time.monotonic() + 60
+                killed += 1
+                ready[0].kill()
         for each in running:
             each.result()
     return {"answers": dict(answers), "wrong": wrong, "kills": killed, "megabytes": memory}
@@ -237,13 +239,11 @@ def _megabytes(process: psutil.Process) -> float:
     return total / 2**20
 
 
-def _kill_replica(process: psutil.Process) -> int:
-    """Kill one replica of the server; how many there were to kill."""
+def _replicas(process: psutil.Process) -> list[psutil.Process]:
+    """Replicas of the server that are ready: Ray names a process by what it runs."""
     found = []
     for each in _family(process):
         with contextlib.suppress(psutil.Error):
-            found += [each] if any("ServeReplica:fastgen" in part for part in each.cmdline()) else []
-    for each in found[:1]:
-        with contextlib.suppress(psutil.Error):
-            each.kill()
-    return len(found[:1])
+            name = " ".join(each.cmdline())
+            found += [each] if "ServeReplica:fastgen" in name and "init" not in name else []
+    return found

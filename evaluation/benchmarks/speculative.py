@@ -40,8 +40,8 @@ from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
-from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.token_images import as_output
 
 __all__ = ["VARIANTS", "Variant", "benchmark_speculative", "parse_variant"]

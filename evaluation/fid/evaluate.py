@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from fastgen.accounting import phase
 from fastgen.environment import environment
@@ -50,7 +49,7 @@ class FidSettings:
         allow_small: compute a Fréchet distance of fewer images than twice its features, which is biased upwards.
         bootstrap: replicates behind a confidence interval of Fréchet distances; 0: none.
         seed: of bootstrap and subsets.
-        subsets, subset_size: of kernel distances; a set smaller than a subset is taken whole.
+        subsets, subset_size: of kernel distances; a set smaller than a subset is one subset.
         batch_size: images in one pass of a network.
         workers: threads that decode and resize; None chooses.
         mixed_sizes: allow images of different sizes.
@@ -180,7 +179,7 @@ def evaluate_images(
         extractors: networks to use instead of loading them.
         group: the processes that share the work; all of them call this, the main one gets the numbers.
         cache: folder of the reference's statistics.
-        work: folder where finished parts are kept, so that an interrupted call goes on; None keeps none.
+        work: folder where finished parts are kept, so that an interrupted call can resume; None keeps none.
         save_statistics: an npz to write with the statistics of `images`, to be a reference later.
 
     Returns:
@@ -297,10 +296,6 @@ def _measure(
     # Double precision is not everywhere.
     where = extractor.device if extractor.device.type in ("cpu", "cuda") else torch.device("cpu")
     parts = [extractor.label, count_name(features.count), extractor.name]
-
-    def array(arrays: Mapping[str, Tensor]) -> Tensor:
-        return arrays[metric.tap].to(where)
-
     found: dict[str, Any]
     if metric.kind == "frechet":
         gaussian = features.moments[metric.tap].gaussian()
@@ -309,7 +304,7 @@ def _measure(
         if settings.bootstrap:
             progress = None if on_progress is None else lambda done, total: on_progress("bootstrap", done, total)
             found |= bootstrap_frechet(
-                array(features.arrays),
+                features.arrays[metric.tap].to(where),
                 reference.gaussians[metric.tap],
                 value,
                 replicates=settings.bootstrap,
@@ -317,7 +312,7 @@ def _measure(
                 on_progress=progress,
             ).as_dict()
     elif metric.kind == "kid":
-        x, y = array(features.arrays), array(reference.features)
+        x, y = features.arrays[metric.tap].to(where), reference.features[metric.tap].to(where)
         size = min(settings.subset_size, len(x), len(y))
         mean, std = kid(x, y, subsets=settings.subsets, subset_size=size, seed=settings.seed)
         found = {"value": mean, "std": std, "subsets": settings.subsets, "subset_size": size}
@@ -325,11 +320,9 @@ def _measure(
             parts.append(f"{settings.subsets} x {size}")
     elif metric.kind == "inception-score":
         protocol = find_protocol(settings.protocol)
-        if not isinstance(extractor, Inception):
-            raise TypeError(f"{metric.name} needs Inception, got {extractor.name}")
         mean, std = inception_score(
             features.arrays[metric.tap],
-            extractor.logits,
+            cast(Inception, extractor).logits,
             split_size=protocol.split_size,
             splits=protocol.splits,
             shuffle_seed=protocol.shuffle_seed,
@@ -337,10 +330,12 @@ def _measure(
         found = {"value": mean, "std": std}
     elif metric.kind in ("precision", "recall"):
         if job.manifold is None:  # both come from one computation
-            job.manifold = precision_recall(array(features.arrays), array(reference.features))
+            job.manifold = precision_recall(
+                features.arrays[metric.tap].to(where), reference.features[metric.tap].to(where)
+            )
         found = {"value": job.manifold[metric.kind == "recall"], "neighbours": NEIGHBOURS}
     elif metric.kind == "cmmd":
-        found = {"value": cmmd(array(features.arrays), array(reference.features))}
+        found = {"value": cmmd(features.arrays[metric.tap].to(where), reference.features[metric.tap].to(where))}
     else:
         scores = features.arrays[metric.tap][:, 0].double()
         stderr = float(scores.std() / len(scores) ** 0.5) if len(scores) > 1 else None

@@ -76,11 +76,10 @@ class Reference:
                 f"{made_by}, or give the images themselves"
             )
         for tap in taps:
-            if tap not in file.taps:
-                raise FastgenError(f"{file.path}: holds no statistics of {tap} features")
-            if file.taps[tap].dims != extractor.taps[tap]:
+            held = file.taps[tap].dims if tap in file.taps else "no"
+            if held != extractor.taps[tap]:
                 raise FastgenError(
-                    f"{file.path}: holds statistics of {file.taps[tap].dims} {tap} features, {extractor.name} has "
+                    f"{file.path}: holds statistics of {held} {tap} features, {extractor.name} has "
                     f"{extractor.taps[tap]}"
                 )
 
@@ -89,7 +88,7 @@ def open_reference(path: str | Path, protocol: str | None = None) -> Reference:
     """The reference at `path`: images (folder, zip, tar, npz), or an npz of statistics, with images or without.
 
     Args:
-        protocol: that a file of statistics was made by, where it does not tell itself.
+        protocol: that a file of statistics was made by, where the file does not say.
 
     Raises:
         FastgenError: there is nothing of the kind, or it is damaged; the message names it.
@@ -108,7 +107,7 @@ class ReferenceStatistics:
     Attributes:
         gaussians: tap -> statistics.
         features: tap -> features, on the main process.
-        count: images behind `gaussians`; None where a file does not tell.
+        count: images behind `gaussians`; None where a file does not say.
         sha256: of its images; None for statistics.
         cached: nothing had to be computed.
     """
@@ -145,7 +144,7 @@ def load_reference(
     dtype, the protocol and the number of images.
 
     Args:
-        count: how many images are taken, from the first; all when None. A file of statistics is taken whole.
+        count: how many images are taken, from the first; all when None. A file of statistics is used as it is.
         cache: folder; `user_cache_dir()` when None.
 
     Raises:
@@ -167,9 +166,11 @@ def load_reference(
     key = [_FORMAT, found.sha256, extractor.describe(), n]
     kept = {tap: ChunkStore(root, f"statistics-{tap}", [*key, tap]) for tap in taps}
     known = group.share({tap: _kept(kept[tap], extractor.taps[tap], n) for tap in taps} if group.is_main else None)
-    for tap, moments in known.items():
-        if moments is not None:
-            found.gaussians[tap] = Moments.from_bytes(moments, extractor.taps[tap], extractor.device).gaussian()
+    found.gaussians |= {
+        tap: Moments.from_bytes(moments, extractor.taps[tap], extractor.device).gaussian()
+        for tap, moments in known.items()
+        if moments is not None
+    }
     missing = [tap for tap in taps if tap not in found.gaussians]
     found.cached = not missing and not keep
     if not found.cached:

@@ -20,7 +20,7 @@ class Gaussian:
     Attributes:
         mean: float64 [d].
         covariance: float64 [d, d], unbiased (divided by n - 1).
-        count: features it was made from; None where a file does not tell.
+        count: features it was made from; None where a file does not say.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""What a detector tells the GenEval rules, and the two protocols a detector and a colour classifier follow.
+"""What a detector reports to the GenEval rules, and the protocols of detectors and colour classifiers.
 
 The rules (:mod:`fastgen.evaluation.geneval.rules`) see only :class:`Detections`, so the same decision code judges
 Mask2Former + CLIP on photographs and the small ShapesWorld detector, whose colours come with the detections.
@@ -6,6 +6,7 @@ Mask2Former + CLIP on photographs and the small ShapesWorld detector, whose colo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import numpy as np
 _SCORE_SLACK = 1e-6  # a product of float32 probabilities may exceed 1 by rounding
 
 
-def _floating(name: str, value: Any) -> np.ndarray:
+def _floating(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     """`value` as a floating array. float32 and float64 are kept: the strict thresholds compare in that precision."""
     array = np.asarray(value)
     if array.dtype == np.bool_ or not (np.issubdtype(array.dtype, np.number) or array.size == 0):
@@ -24,6 +25,18 @@ def _floating(name: str, value: Any) -> np.ndarray:
         array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"Detections.{name}: holds NaN or infinite values")
+    if shape[0] == 0 and array.size == 0:  # of nothing, whatever its other sides
+        array = array.reshape(shape)
+    if array.shape != shape:
+        raise ValueError(f"Detections.{name}: needs shape {shape} for {shape[0]} labels, got {array.shape}")
+    return array
+
+
+def _shares(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Such an array, of values between 0 and 1."""
+    array = _floating(name, value, shape)
+    if array.size and not (array.min() >= 0 and array.max() <= 1 + _SCORE_SLACK):
+        raise ValueError(f"Detections.{name}: needs values in [0, 1]")
     return array
 
 
@@ -54,23 +67,15 @@ class Detections:
     color_probs: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        def put(field: str, value: Any) -> None:
-            object.__setattr__(self, field, value)  # frozen: the only writes are these normalisations
-
         labels: Any = self.labels
         if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
             raise ValueError("Detections.labels: needs a sequence of non-empty class names")
+        n = len(labels)
+        # Frozen: these writes only bring the arrays into their types.
+        put = functools.partial(object.__setattr__, self)
         put("labels", tuple(labels))
-        n = len(self.labels)
-        put("scores", _floating("scores", self.scores))
-        if self.scores.shape != (n,):
-            raise ValueError(f"Detections.scores: needs shape ({n},) as there are {n} labels, got {self.scores.shape}")
-        if n and not (self.scores.min() >= 0 and self.scores.max() <= 1 + _SCORE_SLACK):
-            raise ValueError("Detections.scores: needs values in [0, 1]")
-        boxes = _floating("boxes", self.boxes)
-        put("boxes", boxes.reshape(0, 4) if n == 0 and boxes.size == 0 else boxes)
-        if self.boxes.shape != (n, 4):
-            raise ValueError(f"Detections.boxes: needs shape ({n}, 4), got {self.boxes.shape}")
+        put("scores", _shares("scores", self.scores, (n,)))
+        put("boxes", _floating("boxes", self.boxes, (n, 4)))
         if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
             raise ValueError("Detections.boxes: needs x1 <= x2 and y1 <= y2 (xyxy)")
         if self.masks is not None:
@@ -83,13 +88,7 @@ class Detections:
             raise ValueError("Detections: color_names and color_probs come together or not at all")
         if self.color_names is not None:
             put("color_names", tuple(self.color_names))
-            probs = _floating("color_probs", self.color_probs)
-            c = len(self.color_names)
-            put("color_probs", probs.reshape(0, c) if n == 0 and probs.size == 0 else probs)
-            if self.color_probs is None or self.color_probs.shape != (n, c):
-                raise ValueError(f"Detections.color_probs: needs shape ({n}, {c}), got {probs.shape}")
-            if n and not (self.color_probs.min() >= 0 and self.color_probs.max() <= 1 + _SCORE_SLACK):
-                raise ValueError("Detections.color_probs: needs values in [0, 1]")
+            put("color_probs", _shares("color_probs", self.color_probs, (n, len(self.color_names))))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,7 +20,16 @@ from fastgen.evaluation.geneval.prompts import IMAGES_PER_PROMPT, official_promp
 from fastgen.evaluation.geneval.rules import ImageResult, summarize
 from fastgen.evaluation.geneval.verdict_files import prompt_table
 from fastgen.evaluation.images import check_image_file
-from fastgen.evaluation.samples import Sample, judge_samples, read_samples, size_name, verdict_store
+from fastgen.evaluation.report import scores_markdown
+from fastgen.evaluation.samples import (
+    Sample,
+    judge_samples,
+    read_samples,
+    results_jsonl,
+    size_name,
+    verdict_store,
+)
+from fastgen.io import atomic_write_json, atomic_write_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +53,6 @@ class Judge:
     self_test: dict[str, Any] | None = None
     official: bool = True
 
-    @property
-    def label(self) -> str:
-        """detector=NAME, as in every output."""
-        return f"detector={self.name}"
-
 
 @dataclass(frozen=True, slots=True)
 class GenEvalScore:
@@ -64,6 +68,14 @@ class GenEvalScore:
     samples: list[Sample]
     results: list[ImageResult]
     stores: Sequence[ChunkStore] = ()
+
+    def write(self, folder: Path, target: Path, report: dict[str, Any]) -> None:
+        """Write the verdicts on the images in `folder`, and the scores in `report`, into `target`."""
+        verdicts = results_jsonl(folder, self.samples, self.results, report["detector_name"])
+        title = f"# {report['benchmark']}\n\ndetector={report['detector_name']}\n\n"
+        page = (title + scores_markdown(report)).encode()
+        atomic_write_many([(target / "results.jsonl", verdicts), (target / "scores.md", page)])
+        atomic_write_json(target / "scores.json", report)
 
     def discard(self) -> None:
         """Remove what was kept for resuming: the scores are written."""
@@ -89,7 +101,7 @@ def score_images(
         partial: score a part of them, or unequal numbers of images, all the same; `data["partial"]` then says what is
             missing.
         group: processes that share the work; all of them get the scores.
-        work: folder where finished parts are kept until `GenEvalScore.discard`, so that an interrupted call goes on.
+        work: folder where finished parts are kept until `GenEvalScore.discard`; an interrupted call resumes from it.
 
     Raises:
         FastgenError: the folder cannot be read, a prompt names what nobody can see, an image is damaged, or images

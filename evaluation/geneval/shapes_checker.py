@@ -42,7 +42,7 @@ def load_detector(folder: str | Path | None = None, *, device: str | torch.devic
         FastgenError: the folder does not exist, does not hold a whole detector, or holds one of other classes.
     """
     from fastgen.models.shapes_detector import ShapesDetector
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     folder = embedded_folder("shapes-detector") if folder is None else Path(folder)
     if not (folder / "config.json").is_file():

@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel, T5Config, T5ForConditionalGeneration
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, part, read_tensors
 from fastgen.io import read_object
-from fastgen.pipelines.weight_files import weight_map
+from fastgen.pipelines.loading.weight_files import weight_map
 from fastgen.pretrained import load_pretrained
 
 __all__ = ["TOWER_USE", "CLIPFlanT5", "load_network", "vision_source"]

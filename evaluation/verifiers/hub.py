@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import check_names, explain_hub_error
+from fastgen.pipelines.loading.checkpoint import check_names
+from fastgen.pipelines.loading.faults import explained as translated
 
 __all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tensors", "snapshot"]
 
@@ -26,46 +27,17 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
         use: what to do with the downloaded folder; "": load the verifier with it.
 
     Raises:
-        FastgenError: for every error that a user can act on; others pass unchanged.
+        FastgenError: in place of any other error.
     """
-    try:
+    hub_id = None if Path(weights).exists() else str(weights)
+    what = str(weights) if hub_id is None else f"model {hub_id!r}"
+    with translated(f"{_named(verifier)}: {what}", hub_id=hub_id, use=use or f"load {verifier}:FOLDER"):
         yield
-    except FastgenError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise FastgenError(f"{_named(verifier)}: {weights} does not fit into memory") from error
-    except Exception as error:
-        if Path(weights).exists():
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = " ".join(lines)[:300] or type(error).__name__
-            raise FastgenError(f"{_named(verifier)}: {weights} cannot be loaded: {reason}") from error
-        from huggingface_hub.errors import HFValidationError
-
-        # Loaders wrap the Hub's error in their own; the innermost one says what happened.
-        for cause in reversed(_causes(error)):
-            if isinstance(cause, HFValidationError):
-                raise FastgenError(
-                    f"{_named(verifier)}: {str(weights)!r} is neither a folder or file that exists nor a Hub id"
-                ) from error
-            better = explain_hub_error(str(weights), cause)
-            if isinstance(better, FastgenError):
-                line = str(better).replace("pass its folder as the model", use or f"load {verifier}:FOLDER")
-                raise FastgenError(f"{_named(verifier)}: {line}") from error
-        raise
 
 
 def _named(name: str) -> str:
     """How a message begins: names of verifiers are one word, others say what they are."""
     return name if " " in name else f"verifier {name}"
-
-
-def _causes(error: BaseException) -> list[Exception]:
-    found: list[Exception] = []
-    link: BaseException | None = error
-    while isinstance(link, Exception) and link not in found:
-        found.append(link)
-        link = link.__cause__ or link.__context__
-    return found
 
 
 def snapshot(verifier: str, weights: str, patterns: Sequence[str]) -> Path:

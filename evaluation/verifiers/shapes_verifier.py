@@ -17,7 +17,7 @@ from fastgen.data.scenes import IMAGE_SIZE
 from fastgen.evaluation.verifiers.base import ModelVerifier
 from fastgen.evaluation.verifiers.hub import check_loaded, explained, find_file, place
 from fastgen.models.shapes_verifier import ShapesVerifier as Network
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.search.calibration import read_calibrations
 from fastgen.pretrained import load_pretrained
 

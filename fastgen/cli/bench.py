@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,13 +87,21 @@ def dc(
         "fastgen-bench-dc"
     ),
     tail_drop: Annotated[
-        list[float] | None, typer.Option(help="Repeat for several. Default: 0, .1, .2, .3, .4, .5, .6.")
+        list[float] | None, typer.Option(help="With Lite-CFG; repeat for several. Default: 0, 0.3 and 0.6.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Denoising steps in addition to the models' own; repeat. Default: 4, 6, 8, 12 and 20."),
     ] = None,
     guidance_scale: Annotated[
-        list[float] | None, typer.Option(help="Guidance in addition to the models' own; repeat. Default: 2.6, 3.2.")
+        list[float] | None, typer.Option(help="Guidance in addition to the models' own; repeat.")
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="First-block cache and token merging.")] = True,
-    images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Step caches and token merging.")] = True,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A few minutes: the main rows, 10 prompts of each task, one image a prompt."),
+    ] = False,
+    images_per_prompt: Annotated[int | None, typer.Option(help="Images a prompt. Default: 4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
@@ -102,7 +110,8 @@ def dc(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking, its baseline, and peers."""
+    """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking against a dense model with fewer
+    steps, step caches and token merging."""
     from fastgen.cli.eval_run import check_device
 
     check_device(device)
@@ -110,20 +119,25 @@ def dc(
         find_model(name, variant)
     check_files(out, plot, folder=folder)
     with measuring() as notes:
-        from fastgen.evaluation.benchmarks.dc_quality import GUIDANCE_SCALES, TAIL_DROPS, benchmark_dc_quality
+        from dataclasses import replace
+
+        from fastgen.evaluation.benchmarks.dc_quality import benchmark_dc_quality
+        from fastgen.evaluation.benchmarks.dc_variants import FULL, QUICK
         from fastgen.evaluation.dc_results import dc_quality_markdown, dc_quality_plot
 
+        asked: dict[str, Any] = {"tail_drops": tail_drop, "steps": steps, "guidance_scales": guidance_scale}
+        choice = replace(QUICK if quick else FULL, **{name: value for name, value in asked.items() if value})
         result = benchmark_dc_quality(
             model,
             dense,
             folder,
             model_variant=variant,
-            tail_drops=tail_drop or TAIL_DROPS,
-            guidance_scales=guidance_scale or GUIDANCE_SCALES,
+            choice=choice,
             peers=peers,
-            images_per_prompt=images_per_prompt,
-            limit=limit,
+            images_per_prompt=(1 if quick else 4) if images_per_prompt is None else images_per_prompt,
+            limit=10 if quick and limit is None else limit,
             batch_size=batch_size,
+            timed_prompts=4 if quick else 24,
             runs=runs,
             device=device,
             report=lambda line: typer.echo(line, err=True),
@@ -172,7 +186,7 @@ def speculative(
     from fastgen.checks import check_choice, check_integer
     from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
-    from fastgen.pipelines.checkpoint import find_drafter
+    from fastgen.pipelines.loading.checkpoint import find_drafter
 
     check_device(device, dtype)
     checkpoint = find_model(model, model_variant)

@@ -30,7 +30,7 @@ def accelerate(
     images: Annotated[int, typer.Option(help="Pictures of each plan; prompts are repeated with other seeds.")] = 360,
     minutes: Annotated[float, typer.Option(help="After them no new round starts.")] = 60.0,
     steps: Annotated[int | None, typer.Option(help="Default: the model's.", show_default=False)] = None,
-    log: Annotated[Path, typer.Option(help="Finished rounds; a killed benchmark goes on from it.")] = Path(
+    log: Annotated[Path, typer.Option(help="Finished rounds; a killed benchmark resumes from it.")] = Path(
         "fastgen-bench-accelerate.jsonl"
     ),
     device: DeviceOption = "cpu",

@@ -14,15 +14,15 @@ __all__ = ["serve"]
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="That is served: name, folder or Hub id.")] = "tiny",
+    model: Annotated[str, typer.Option(help="Model to serve: name, folder or Hub id.")] = "tiny",
     variant: VariantOption = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
     pictures: Annotated[int, typer.Option(help="Pictures of a round.")] = 24,
     minutes: Annotated[
-        float, typer.Option(help="Then keep eight clients busy so long, and compare every picture.")
+        float, typer.Option(help="Then keep eight clients busy for this long, and compare every picture.")
     ] = 0.0,
     replicas: Annotated[
-        int, typer.Option(help="Draw on so many replicas of Ray Serve, and kill one every minute of that load.")
+        int, typer.Option(help="Replicas of Ray Serve to draw on; one is killed every minute of that load.")
     ] = 0,
     out: OutOption = None,
     as_json: JsonOption = False,

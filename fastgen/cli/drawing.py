@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import search as searching
 from fastgen.cli.methods import METHODS, best_device, check_method, find_model, read_plan
+from fastgen.cli.options import load_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
 
 if TYPE_CHECKING:
     from fastgen.pipelines.accelerate import Plan
     from fastgen.pipelines.beginnings import Beginning
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 __all__ = ["Drawing", "prepare"]
 
@@ -52,13 +53,12 @@ def prepare(
         own_device: makes of a device that of this process.
     """
     from fastgen.cli.plan import model_digest
-    from fastgen.pipelines.checkpoint import check_names, find_drafter
-    from fastgen.pipelines.load_options import LoadOptions
+    from fastgen.pipelines.loading.checkpoint import check_names, find_drafter
 
     method = given.method
     check_names("cpu" if given.device == "auto" else given.device, given.dtype)
     model = given.model if given.model is not None else METHODS[method or "base"]
-    options = LoadOptions.of(given.scheduler, given.lora, given.offload, given.vae_tiling)
+    options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
     _check_with_model(given, model, checkpoint)
     drafts = find_drafter(checkpoint, given.drafter) if method == "speculative" else None

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from fastgen.cli.eval_run import Json
-from fastgen.errors import FastgenError
 
 REGRESSION = 3
 """Exit status of a regression; 2 is a mistake in the call, as everywhere, e.g. results that do not compare."""
@@ -39,13 +38,6 @@ def compare(
     as_json: Json = False,
 ) -> int:
     """Compare two results: exit status 0 without a regression, 3 with one, 2 when they do not compare."""
-    if not 0 < confidence < 1:
-        raise FastgenError(f"--confidence: {confidence} is not allowed, needs a number between 0 and 1")
-    if not 0 <= margin < float("inf"):
-        raise FastgenError(f"--margin: {margin} is not allowed, needs a number >= 0")
-    if max_slowdown is not None and not 0 < max_slowdown < float("inf"):
-        raise FastgenError(f"--max-slowdown: {max_slowdown} is not allowed, needs a number > 0")
-
     from fastgen.evaluation.compare import compare as compare_results
     from fastgen.evaluation.measures import read_results
     from fastgen.io import atomic_write_json, check_writable

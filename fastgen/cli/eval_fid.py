@@ -158,7 +158,8 @@ def fid(
                 networks = load_extractors(settings, named, group)
                 # What cannot be scored must not cost a generation first.
                 check_evaluation(_planned(drawn), settings, against, networks)
-                made = drawn.make(on_progress)
+                report = drawn.make(on_progress)
+                made = {"generation": report.pop("settings"), **report}
                 source = _images(drawn.run.folder, None)
             data, stores = evaluate_images(
                 source,
@@ -173,10 +174,7 @@ def fid(
             )
         if not group.is_main:
             return
-        if made:
-            data |= {"model": made["model"], "generation": made["settings"]}
-            data["seconds_per_image"] = made["seconds_per_image"]
-        data["stats"] = stats.as_dict()
+        data |= {**made, "stats": stats.as_dict()}
         if out is not None:
             atomic_write_json(out, data)
         for store in stores:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,25 +79,19 @@ def geneval(
     from fastgen.evaluation.distributed import Group
     from fastgen.evaluation.geneval.named_judges import load_judge
     from fastgen.evaluation.geneval.scoring import score_images
-    from fastgen.evaluation.results_page import scores_markdown
-    from fastgen.evaluation.samples import results_jsonl
     from fastgen.evaluation.shapesworld import DETECTOR, RENDERS, render_prompts
-    from fastgen.io import atomic_write_json, atomic_write_many, check_writable, user_cache_dir
+    from fastgen.io import check_writable, user_cache_dir
     from fastgen.locks import locked_folder
 
     transformers.utils.logging.disable_progress_bar()
-    if images is not None and not images.is_dir():
-        raise FastgenError(f"--images: {images}: no such folder")
-    for option, path in (("--metadata", metadata), ("--self-test-photos", self_test_photos)):
-        if path is not None and not os.path.exists(path):
-            raise FastgenError(f"{option}: {path}: there is no such {'file' if path is metadata else 'folder'}")
+    for option, path in (("--images", images), ("--metadata", metadata), ("--self-test-photos", self_test_photos)):
+        if path is not None and not (path.exists() if path is metadata else path.is_dir()):
+            raise FastgenError(f"{option}: {path}: no such {'file' if path is metadata else 'folder'}")
     if out is not None:
         check_writable(out, create=False)
     group = Group.from_environment(device)
     with group.reporting(), account() as stats, progress(group.is_main) as on_progress:
         judge = load_judge(detector, color_model, device=group.device(device), photos=self_test_photos, test=self_test)
-        if out is not None:
-            check_writable(out)
         folder, target, report = images, out, dict[str, Any]()
         expected = _prompts(metadata, judge, limit) if metadata is not None or images is None else None
         if folder is None:
@@ -108,6 +101,7 @@ def geneval(
             folder = target = run.run.folder
             report = run.make(on_progress)
         elif out is not None and group.is_main:
+            check_writable(out)
             context.with_resource(locked_folder(out))
         score = score_images(
             folder,
@@ -123,10 +117,7 @@ def geneval(
         report = {**score.data, **report, "images": str(folder)}
     report["stats"] = stats.as_dict()
     if target is not None:
-        verdicts = results_jsonl(folder, score.samples, score.results, judge.name)
-        table = f"# {judge.benchmark}\n\n{judge.label}\n\n{scores_markdown(report)}"
-        atomic_write_many([(target / "results.jsonl", verdicts), (target / "scores.md", table.encode())])
-        atomic_write_json(target / "scores.json", report)
+        score.write(folder, target, report)
         report["results"] = str(target / "scores.json")
     score.discard()
     typer.echo(json.dumps(report) if as_json else "\n".join([*_lines(report), *source_lines(report)]))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ import typer
 
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, VariantOption, check_method, check_method_name, find_model, read_plan
-from fastgen.cli.options import option_name, with_options
+from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
+from fastgen.cli.options import given_loading, load_options, option_name, with_common, with_loading, with_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, ChunkingSettings, DrawSettings, SearchSettings, SpeculativeSettings
 
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from fastgen.evaluation.distributed import Group, OnProgress
     from fastgen.evaluation.geneval.metadata import Metadata
     from fastgen.evaluation.runner import EvaluationRun, Generate, RunSettings
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.load_options import LoadOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -47,7 +47,10 @@ Method = Annotated[
     ),
 ]
 Drafter = Annotated[
-    str | None, typer.Option("--drafter", help="Folder, Hub id or none; default: the model's own (speculative).")
+    str | None,
+    typer.Option(
+        "--drafter", help="A folder, a Hub id or none. Default: the model's own (speculative).", show_default=False
+    ),
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
@@ -74,6 +77,8 @@ Address = Annotated[
 
 #: A search, and the settings of each of its pictures.
 PlannedSearch = tuple[searching.Search, dict[str, Any]]
+#: Revision of a model, and what it is loaded with.
+Loading = tuple[str | None, "LoadOptions | None"]
 #: Settings that a run does not have. No limit of seconds: what is found would depend on the machine's load, and a run
 #: that was interrupted would not end as one that was not.
 _WITHOUT = ("height", "width", "negative_prompt", "max_seconds")
@@ -83,7 +88,6 @@ _DRAWING = tuple(name for method in _METHODS for name in method.rules() if name 
 
 #: Options of every command that draws, besides those of the methods: annotation and default.
 _COMMON: dict[str, tuple[Any, Any]] = {
-    "variant": (VariantOption, None),
     "images_per_prompt": (ImagesPerPrompt, 4),
     "method": (Method, None),
     "drafter": (Drafter, None),
@@ -126,15 +130,7 @@ class Cluster:
 
 def drawing_options(command: Any) -> Any:
     """Give a command that draws the options of all methods that a run can have, and the common ones."""
-    described = with_options(*_METHODS, SearchSettings, without=_WITHOUT)(command)
-    common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _COMMON.items()
-    ]
-    every = [*described.__signature__.parameters.values(), *common]
-    described.__signature__ = inspect.Signature(every)
-    described.__annotations__ = {each.name: each.annotation for each in every}
-    return described
+    return with_loading(with_common(_COMMON)(with_options(*_METHODS, SearchSettings, without=_WITHOUT)(command)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +142,14 @@ class Drawing:
         batch_size: pictures drawn together, at most.
         draw: settings of `generate_images`.
         search: those of a search.
+        options: what the model is loaded with.
     """
 
     given: Any
     batch_size: int
     draw: dict[str, Any]
     search: SearchSettings
+    options: LoadOptions
 
     @classmethod
     def of(cls, context: typer.Context, images: Path | None, batch_size: str = "batch_size") -> Drawing:
@@ -184,10 +182,11 @@ class Drawing:
         search = SearchSettings.of(vars(given), option_name)
         searching.check_options(given.method, search, save_tree=False)
         if images is not None:
-            own = {name: getattr(given, name) for name in ("model", "variant", "limit", "method", "drafter", "plan")}
-            refuse_with_images({option_name(name): value for name, value in {**own, **draw, **search.given()}.items()})
+            own = {name: getattr(given, name) for name in ("model", "limit", "method", "drafter", "plan")}
+            every = {**own, **given_loading(given), **draw, **search.given()}
+            refuse_with_images({option_name(name): value for name, value in every.items()})
         check_device(given.device, given.dtype)
-        drawing = cls(given, getattr(given, batch_size), draw, search)
+        drawing = cls(given, getattr(given, batch_size), draw, search, load_options(given))
         if images is None and given.model != "renders":
             drawing._check_model()
         return drawing
@@ -197,17 +196,19 @@ class Drawing:
 
     def _check_model(self) -> None:
         """FastgenError when the model is not there, or does not take the options; loads no weights."""
-        from fastgen.pipelines.checkpoint import find_drafter
+        import torch
 
-        checkpoint = find_model(self._model(), self.given.variant)
+        from fastgen.pipelines.loading.checkpoint import find_drafter
+
+        checkpoint = find_model(self._model(), self.given.variant, self.given.revision)
         check_method(self.given.method, checkpoint)
+        kind = self._resolved(checkpoint)[0]
+        self.options.check(kind, checkpoint.index, torch.device(self.given.device))
         self._planned_parts(checkpoint)
         if self.given.method == "speculative":
             find_drafter(checkpoint, self.given.drafter)
         if self.given.method == "search":
             self._planned_search(checkpoint)
-        else:
-            self._resolved(checkpoint)
 
     def _planned_parts(self, checkpoint: Checkpoint) -> list[list[Any]] | None:
         """Names and settings of the parts in the plan."""
@@ -240,14 +241,14 @@ class Drawing:
         import hashlib
 
         from fastgen.evaluation.runner import EvaluationRun, RunSettings
-        from fastgen.pipelines.checkpoint import find_checkpoint, find_drafter
+        from fastgen.pipelines.loading.checkpoint import find_checkpoint, find_drafter
         from fastgen.pipelines.settings import check_classes
 
         given, model = self.given, self._model()
         drawer = (drawers or {}).get(model)
         identity, search, parts = model, None, None
         if drawer is None:
-            checkpoint = find_checkpoint(model, given.variant)
+            checkpoint = find_checkpoint(model, given.variant, given.revision)
             check_method(given.method, checkpoint)
             check_classes(checkpoint, (prompt.prompt for prompt in prompts))
             own = given.drafter is None or given.method is None
@@ -255,8 +256,9 @@ class Drawing:
             search = self._planned_search(checkpoint) if given.method == "search" else None
             parts = self._planned_parts(checkpoint)
         else:
-            own_options = {name: getattr(given, name) for name in ("method", "drafter", "variant", "plan")}
-            if made := [name for name, value in (own_options | self.draw).items() if value is not None]:
+            own_options = {name: getattr(given, name) for name in ("method", "drafter", "plan")}
+            own_options |= given_loading(given) | self.draw
+            if made := [name for name, value in own_options.items() if value is not None]:
                 raise FastgenError(f"{option_name(made[0])}: {model} is no model")
         same = ("images_per_prompt", "seed", "device", "dtype", "drafter", "variant")
         run = RunSettings(
@@ -266,6 +268,7 @@ class Drawing:
             batch_size=None if given.batch_invariant else self.batch_size,
             search=None if search is None else search[0].settings,
             plan=parts,
+            loading=self.options.recorded or None,
             **{name: getattr(given, name) for name in same},
             **self.draw,
         )
@@ -273,7 +276,8 @@ class Drawing:
             key = hashlib.sha256(json.dumps([run.as_dict(), given.limit]).encode()).hexdigest()[:8]
             out = Path("fastgen-eval") / f"{benchmark}-{Path(model).name}-{key}"
         folder = EvaluationRun(out, prompts, run, group)
-        return GenerationRun(folder, drawer, self.batch_size, search, Cluster.of(given))
+        loading = (given.revision, self.options)
+        return GenerationRun(folder, drawer, self.batch_size, search, Cluster.of(given), loading)
 
     def _planned_search(self, checkpoint: Checkpoint) -> PlannedSearch:
         """Checked with the model's configuration."""
@@ -291,6 +295,7 @@ class GenerationRun:
     batch_size: int
     search: PlannedSearch | None = None
     cluster: Cluster | None = None
+    loading: Loading = (None, None)
 
     def make(self, on_progress: OnProgress) -> dict[str, Any]:
         """Draw what is missing; what goes into the report about it."""
@@ -301,7 +306,7 @@ class GenerationRun:
         quiet_libraries()
         with phase("generate"), warnings_shown(run.group.is_main) as notes:
             made = run.generate(
-                self.drawer or _generator(run, self.batch_size, self.search, self.cluster), on_progress
+                self.drawer or _generator(run, self.batch_size, self.search, self.cluster, self.loading), on_progress
             )
         for note in run.notes():  # those of other sessions and processes too
             notes.show(note)
@@ -316,8 +321,8 @@ class GenerationRun:
 
 def check_device(device: str, dtype: str = "auto") -> None:
     """FastgenError when this machine cannot compute on `device` in `dtype`."""
-    from fastgen.pipelines.checkpoint import check_names
     from fastgen.pipelines.loading import resolve_device
+    from fastgen.pipelines.loading.checkpoint import check_names
 
     check_names(device, dtype)
     resolve_device(device, dtype)
@@ -351,23 +356,27 @@ class Drawer:
         device: where.
         batch_size: pictures drawn together, at most.
         search: of a search.
+        loading: revision of the model, and what it is loaded with.
     """
 
     settings: RunSettings
     device: str
     batch_size: int
     search: PlannedSearch | None
+    loading: Loading = (None, None)
 
     def load(self) -> Generate:
         """Load the model; what draws with it."""
         from fastgen.pipelines.accelerate import accelerate
         from fastgen.pipelines.accelerate.parts import made_part
-        from fastgen.pipelines.loading import generate_images, load_pipeline
+        from fastgen.pipelines.generation import generate_images
+        from fastgen.pipelines.loading import load_checkpoint
+        from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
-        settings = self.settings
-        same = ("dtype", "method", "drafter", "variant")
-        chosen = {name: getattr(settings, name) for name in same}
-        pipe = load_pipeline(settings.model, device=self.device, **chosen)
+        settings, (revision, options) = self.settings, self.loading
+        chosen = {name: getattr(settings, name) for name in ("dtype", "method", "drafter")}
+        checkpoint = find_checkpoint(settings.model, settings.variant, revision)
+        pipe = load_checkpoint(checkpoint, device=self.device, options=options, **chosen)
         if settings.plan is not None:
             accelerate(pipe, plan=[made_part(*part) for part in settings.plan])
         batches: dict[str, Any] = {"batch_size": self.batch_size, "batch_invariant": settings.batch_size is None}
@@ -386,12 +395,16 @@ class Drawer:
 
 
 def _generator(
-    run: EvaluationRun, batch_size: int, search: PlannedSearch | None, cluster: Cluster | None = None
+    run: EvaluationRun,
+    batch_size: int,
+    search: PlannedSearch | None,
+    cluster: Cluster | None = None,
+    loading: Loading = (None, None),
 ) -> Generate:
     """Draws with the model of the run: here, or on a cluster."""
 
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
-        drawer = Drawer(run.settings, run.group.device(run.settings.device), batch_size, search)
+        drawer = Drawer(run.settings, run.group.device(run.settings.device), batch_size, search, loading)
         if cluster is None:
             return drawer.load()(prompts, seeds)
         from fastgen.cli.eval_cluster import scattered
@@ -427,7 +440,7 @@ def source_lines(report: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def progress(shown: bool = True) -> Iterator[OnProgress]:
+def progress(shown: bool = True) -> Iterator[Callable[[str, float, int], None]]:
     """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""
     if not shown or not sys.stderr.isatty():
         yield lambda stage, done, total: None
@@ -440,7 +453,7 @@ def progress(shown: bool = True) -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: float, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)

@@ -46,9 +46,8 @@ def shapes(
     from fastgen.accounting import account
     from fastgen.evaluation.distributed import Group
     from fastgen.evaluation.geneval.shapes_checker import load_detector
-    from fastgen.evaluation.runner import results_jsonl
     from fastgen.evaluation.shapesworld import RENDERS, render_prompts, score_folder, shapes_prompts
-    from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, save_png, user_cache_dir
+    from fastgen.io import check_writable, save_png, user_cache_dir
     from fastgen.locks import locked_folder
 
     for place in (sheet.parent if sheet is not None else None, out):
@@ -88,10 +87,7 @@ def shapes(
             report["sheet"] = str(sheet)
     report["stats"] = stats.as_dict()
     if target is not None:
-        atomic_write_bytes(
-            target / "results.jsonl", results_jsonl(folder, score.samples, score.results, report["detector_name"])
-        )
-        atomic_write_json(target / "scores.json", report)
+        score.write(folder, target, report)
         report["results"] = str(target / "scores.json")
     score.discard()
     typer.echo(json.dumps(report) if as_json else _scores_text(report))

@@ -7,30 +7,32 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.cli import eval_run as options
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.drawing import Drawing, prepare
-from fastgen.cli.methods import VariantOption, check_method_name
-from fastgen.cli.options import option_name, with_options
+from fastgen.cli.methods import check_method_name
+from fastgen.cli.options import option_name, with_loading, with_options
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import DRAWING, SearchSettings, check_prompt
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
     from fastgen.pipelines.accelerate import Plan
-    from fastgen.pipelines.generation import GeneratedImage, Progress
+    from fastgen.pipelines.generation import GeneratedImage
 
 app = typer.Typer(help="Make pictures from a prompt or from a file of prompts.")
 
 
 @app.command()
+@with_loading
 @with_options(*DRAWING, SearchSettings)
 def generate(
     context: typer.Context,
@@ -52,52 +54,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    variant: VariantOption = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="A class of diffusers in place of the model's own, e.g. DPMSolverMultistep.", show_default=False
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PATH or PATH:WEIGHT: a .safetensors file, a folder or a Hub id; repeat.", show_default=False
-        ),
-    ] = None,
-    offload: Annotated[
-        str,
-        typer.Option(
-            help="none; model, group or sequential keep weights in main memory until a GPU needs them; auto takes the "
-            "first that fits."
-        ),
-    ] = "none",
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Decode in tiles, for large pictures in little memory.")
-    ] = False,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
-            "picture a verifier scores best). Default: the model's own.",
-            show_default=False,
-        ),
-    ] = None,
+    method: options.Method = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Text file with one prompt per line; a rerun makes the missing pictures.")
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Picture i of each prompt uses seed + i.")] = 0,
-    drafter: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder or a Hub id; none decodes without one. Default: the model's own (speculative).",
-            show_default=False,
-        ),
-    ] = None,
+    drafter: options.Drafter = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the rounds; worth it for many pictures (speculative).")
     ] = False,
@@ -108,10 +71,7 @@ def generate(
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where tokens are kept (dynamic chunking).")
     ] = False,
-    plan: Annotated[
-        Path | None,
-        typer.Option(help="Turn on what a plan of `fastgen tune` chose.", show_default=False),
-    ] = None,
+    plan: options.PlanFile = None,
     accelerate: Annotated[
         str,
         typer.Option(
@@ -120,17 +80,11 @@ def generate(
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            "--batch-invariant/--fast-batches",
-            help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
-        ),
-    ] = False,
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = 8,
+    batch_invariant: options.BatchInvariant = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw existing pictures again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    as_json: options.Json = False,
     **_: Any,
 ) -> None:
     """Make pictures from a prompt or from a file of prompts.
@@ -301,12 +255,16 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
             on = turn_on(pipe, plan=faster)
         compiled = drawing.compile or (on is not None and "compile" in {part.name for part in on.parts})
         prompts, seeds = [job.prompt for job in drawn], [job.seed for job in drawn]
-        with warnings_shown(), _progress_bar(len(drawn)) as report:
+        with warnings_shown(), options.progress() as update:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
                 shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
                 typer.echo(f"note: the model has no token for: {shown}", err=True)
             # The counter of FLOPs does not see into compiled graphs.
-            common: dict[str, Any] = {**drawing.call, "flops": not compiled, "callback": report}
+            common: dict[str, Any] = {
+                **drawing.call,
+                "flops": not compiled,
+                "callback": lambda at: update("pictures", at.fraction * len(drawn), len(drawn)),
+            }
             if search is None:
                 found = generate_images(pipe, prompts, seeds, **common, record_steps=save_map)
             else:
@@ -367,23 +325,3 @@ def _turned_on(plan: Plan | None) -> dict[str, Any]:
         return {}
     said = {row.part.name: f"on{f': {row.why}' if row.why else ''}" if row.on else row.why for row in plan.rows}
     return {"accelerate": said}
-
-
-@contextlib.contextmanager
-def _progress_bar(images: int) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the time left on stderr, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("pictures"), BarColumn(), TextColumn("{task.fields[done]}"), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0, done=f"0/{images}")
-
-        def report(progress: Progress) -> None:
-            bar.update(task, completed=progress.fraction, done=f"{progress.images_done}/{images}")
-
-        yield report

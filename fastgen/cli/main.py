@@ -1,6 +1,6 @@
 """The `fastgen` command: finds the sub-command, loads only that one, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 a mistake the user can mend (one line on stderr), 130 interrupted, 1 a bug (with its traceback).
+Exit codes: 0 done, 2 a mistake the user can fix (one line on stderr), 130 interrupted, 1 a bug (with its traceback).
 ``FASTGEN_DEBUG=1`` shows the traceback of every error.
 """
 
@@ -74,7 +74,7 @@ class LazyGroup(TyperGroup):
             completion = ("install_completion", "show_completion")
             command.params = [parameter for parameter in command.params if parameter.name not in completion]
             for word, leaf in getattr(command, "commands", {name: command}).items():
-                arrange(name if leaf is command else f"{name} {word}", leaf, rest)
+                arrange(name if leaf is command else f"{name} {word}", leaf)
                 leaf.callback = _checked(leaf)
         return name, command, rest
 
@@ -194,6 +194,24 @@ def _open_closed_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def _refuse_blank(args: Sequence[str]) -> None:
+    """Refuse an option whose value is empty: as a path it would be the working directory."""
+    for option, value in zip(args, [*args, "-"][1:], strict=True):
+        if option.startswith("-") and (value == "" or re.fullmatch(r"--[\w-]+=", option)):
+            raise FastgenError(f"{option.rstrip('=')}: an empty text is not allowed")
+
+
+def _explain(error: Exception, loaded: int) -> str | None:
+    """The message for an error that the user can fix; None for a bug."""
+    if isinstance(error, FastgenError | OSError):
+        return str(error)
+    if isinstance(error, ValueError | TypeError) and _raised_on_purpose(error):
+        return str(error)
+    generation = sys.modules.get("fastgen.pipelines.generation")
+    fault = None if generation is None else generation.model_fault(error, loaded)  # in a model that the user brought
+    return None if fault is None else str(fault)
+
+
 def run(args: Sequence[str]) -> int:
     """Run the command line `args` (without the program's name) and return the exit code.
 
@@ -201,24 +219,18 @@ def run(args: Sequence[str]) -> int:
         Exception: a bug in fastgen or in a library it calls; the traceback is the report.
     """
     generation = sys.modules.get("fastgen.pipelines.generation")
-    earlier = generation.loaded_models() if generation is not None else 0
+    loaded = generation.loaded_models() if generation is not None else 0
     try:
-        for option, value in zip(args, [*args, "-"][1:], strict=True):
-            # As a path it would be the working directory.
-            if option.startswith("-") and (value == "" or re.fullmatch(r"--[\w-]+=", option)):
-                raise FastgenError(f"{option.rstrip('=')}: an empty text is not allowed")
+        _refuse_blank(args)
         result = typer.main.get_command(app).main(args=list(args), prog_name="fastgen", standalone_mode=False)
         sys.stdout.flush()  # so that a closed pipe is noticed here
         return result if isinstance(result, int) else 0
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         return _fail(error, "interrupted", 130)
-    except SystemExit as error:
-        if _is_broken_pipe(error):  # typer ends with 1 where it notices first
-            _drop_stdout()
-            return 141
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BrokenPipeError:  # the reader (`| head`) has what it wants
-        _drop_stdout()
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not _is_broken_pipe(error):
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        _drop_stdout()  # the reader (`| head`) has what it wants; typer ends with 1 where it notices first
         return 141
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group called without a command
@@ -227,19 +239,13 @@ def run(args: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(error, error.format_message().rstrip(".") + hint, 2)
-    except (FastgenError, OSError) as error:
+    except Exception as error:
+        message = _explain(error, loaded)
+        if message is None:
+            raise
         if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
             _drop_stdout()
-        return _fail(error, str(error), 2)
-    except Exception as error:
-        told: BaseException | None = None
-        if isinstance(error, (ValueError, TypeError)) and _raised_on_purpose(error):
-            told = error
-        elif (generation := sys.modules.get("fastgen.pipelines.generation")) is not None:
-            told = generation.model_fault(error, earlier)  # of a model that the user brought
-        if told is None:
-            raise
-        return _fail(error, str(told), 2)
+        return _fail(error, message, 2)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
     from fastgen.pipelines.accelerate import Plan
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 __all__ = [
     "METHODS",
@@ -64,7 +64,7 @@ def find_model(model: str, variant: str | None = None, revision: str | None = No
     Raises:
         FastgenError: there is no such model, it is broken, or it has no weights of this variant.
     """
-    from fastgen.pipelines.checkpoint import check_weights, find_checkpoint
+    from fastgen.pipelines.loading.checkpoint import check_weights, find_checkpoint
 
     checkpoint = find_checkpoint(model, variant, revision)
     if checkpoint.hub_id is None:

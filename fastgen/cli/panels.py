@@ -34,11 +34,6 @@ EXAMPLES = {
         'fastgen generate "three red circles" --method speculative',
         'fastgen generate "three red circles" --method search --max-nfe 120',
     ],
-    "train": [
-        "fastgen train dc --help",
-        "fastgen train dc --part tiny -o runs/dc",
-        "fastgen train drafter --part tiny-janus -o runs/drafter",
-    ],
     "eval shapes": ["fastgen eval shapes --model tiny --limit 5"],
     "eval geneval": ["fastgen eval geneval --images pictures --detector shapes --out scored"],
     "eval fid": ["fastgen eval fid pictures --out fid.json"],
@@ -61,16 +56,14 @@ EXAMPLES = {
 }
 
 
-def arrange(name: str, command: Any, words: list[str]) -> None:
-    """Lay out the help of a command ("generate", "eval fid"); `words` follow its name on the command line."""
+def arrange(name: str, command: Any) -> None:
+    """Lay out the help of a command ("generate", "eval fid")."""
     for option in command.params:
         if found := _BRACKETS.search(getattr(option, "help", None) or ""):
             option.help = _BRACKETS.sub(".", option.help)
             option.rich_help_panel = PANELS[found[1]]
     if name in EXAMPLES:
         command.epilog = "Examples:\n\n" + "\n\n".join(EXAMPLES[name])
-    if name == "train":
-        _of_recipe(command, words)
     command.params.append(verbose_option())
 
 
@@ -109,24 +102,3 @@ def _verbose(
         ),
     ] = False,
 ) -> None: ...
-
-
-def _of_recipe(command: Any, words: list[str]) -> None:
-    """`train --help` lists the recipes, `train RECIPE --help` shows the options of that recipe."""
-    from fastgen.cli.train import helps_of, options_of, summaries
-
-    recipes = summaries()
-    recipe = next((word for word in words if word in recipes), None)
-    shown = set.intersection(*map(options_of, recipes)) if recipe is None else options_of(recipe)
-    for option in command.params:
-        option.hidden = option.name not in shown | {"recipe"}
-        if option.name == "recipe":
-            option.help = "One of:\n\n" + "\n\n".join(f"{name}: {text}" for name, text in recipes.items())
-            option.hidden = recipe is not None
-    if recipe is None:
-        return
-    command.help = f"{recipe}: {recipes[recipe]}."
-    command.epilog = None
-    helps = helps_of(recipe)
-    for option in command.params:
-        option.help = helps.get(option.name, getattr(option, "help", None))

@@ -24,7 +24,7 @@ from fastgen.errors import FastgenError
 from fastgen.io import check_format, file_sha256, read_object
 
 if TYPE_CHECKING:
-    from fastgen.pipelines.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
 
 __all__ = [
     "Job",

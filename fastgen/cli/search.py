@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fastgen.cli.plan import Job
     from fastgen.evaluation.verifiers.base import Verifier
     from fastgen.pipelines.beginnings import Beginning
-    from fastgen.pipelines.checkpoint import Checkpoint
     from fastgen.pipelines.generation import GeneratedImage
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
     from fastgen.pipelines.search.budget import Budget
     from fastgen.pipelines.search.policy import Policy
 
@@ -179,7 +179,7 @@ def _verifier(checkpoint: Checkpoint, asked: SearchSettings) -> tuple[str, str |
     """Its name, and a digest of its weights and thresholds where they are in a folder."""
     from fastgen.cli.plan import weights_digest
     from fastgen.evaluation.verifiers.names import verifier_class
-    from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
+    from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, embedded_folder
     from fastgen.pipelines.search.thresholds import check_in_range
 
     name = asked.verifier

@@ -1,369 +1,153 @@
-"""`fastgen train`: the recipes of the embedded checkpoints."""
+"""`fastgen train`: the recipes of the embedded checkpoints, a command each."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
+from fastgen.training.recipe_settings import DrawnSettings, RecipeSettings, TrainingSettings
+from fastgen.training.recipes import RECIPES, CascadeCalibrate, Heads, SearchCalibrate, janus_folder
 
-CALIBRATE = "cascade-calibrate"
-SEARCH = "search-calibrate"
-
-# Options of the recipes that train, and of all.
-_TRAINING = {"steps", "batch_size", "accumulate", "compile", "precision", "lr", "workers", "max_minutes", "threads"}
-_ALWAYS = {"output", "seed", "as_json"}
-
-app = typer.Typer(help="Train an embedded model by its recipe; resumable.")
+app = typer.Typer(
+    help="Train an embedded model by its recipe, or calibrate one; `fastgen train RECIPE --help` shows its options.",
+    no_args_is_help=True,
+)
 
 
-def summaries() -> dict[str, str]:
-    """What each recipe trains."""
-    from fastgen.training.recipes import RECIPES
+def _add(kind: type[RecipeSettings], act: Callable[[Any, Path, bool], None], help: str) -> None:
+    """A command for a recipe, with the options of its settings."""
 
-    calibrations = {
-        CALIBRATE: "thresholds of CASCADE-R for a model (--part) with its drafter (--init)",
-        SEARCH: "thresholds of noise search for a model (--part) with a verifier (--init)",
-    }
-    return {name: entry.summary for name, entry in RECIPES.items()} | calibrations
+    def command(
+        output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the command makes.")],
+        as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+        **values: Any,
+    ) -> None:
+        settings = kind.of(values, option_name)
+        settings.check_together()
+        act(settings, output, as_json)
 
-
-def options_of(recipe: str) -> set[str]:
-    """The options that a recipe takes, by the names of their parameters."""
-    from fastgen.training.recipes import RECIPES
-
-    if recipe == CALIBRATE:
-        return _ALWAYS | {"part", "init", "data", "samples", "prompts_file"}
-    if recipe == SEARCH:
-        return _ALWAYS | {"part", "init", "samples", "prompts_file", "batch_size", "choose", "threads"}
-    entry, found = RECIPES[recipe], _ALWAYS | _TRAINING
-    if entry.needs or entry.upcycles:
-        found |= {"part"}
-    if entry.continues:
-        found |= {"init"}
-    if entry.draws or recipe == "heads":
-        found |= {"data", "samples", "prompts_file"}
-    return found | ({"choose"} if recipe in ("drafter", "heads") else set())
+    example = f"fastgen train {kind.name} {kind.example} -o runs/{kind.name}".replace("  ", " ")
+    added = app.command(kind.name, help=help, short_help=kind.summary, epilog=f"Examples:\n\n{example}")
+    added(with_options(kind)(command))
 
 
-def helps_of(recipe: str) -> dict[str, str]:
-    """What options mean for this recipe, by the names of their parameters, where it differs from the general help."""
-    from fastgen.training.recipes import RECIPES
-
-    if recipe == CALIBRATE:
-        return {
-            "part": "Model that draws tokens, by name, folder or Hub id.",
-            "init": "Folder of its drafter.",
-            "data": "Result of `fastgen bench speculative`: its score drops and costs choose the default source.",
-            "samples": "Pictures to measure, at least 0. Default: 50.",
-            "prompts_file": "Prompts, one a line, or 'shapesworld'.",
-        }
-    if recipe == SEARCH:
-        return {
-            "part": "Diffusion pipeline by name, folder or Hub id.",
-            "init": "Verifier by name or folder.",
-            "samples": "Trajectories to measure, at least 0. Default: 1000.",
-            "prompts_file": "Prompts, one a line; their scores replace the check of pictures. Default: ShapesWorld.",
-            "batch_size": "Trajectories at a time, at least 1. Default: 32.",
-            "choose": "KEY=VALUE: steps, guidance_scale, height, width, sampler, branches; image and mask (files) or "
-            "strength, for a pipeline that begins with a picture; repeat.",
-        }
-    entry = RECIPES[recipe]
-    parts = {
-        "vae": "Folder of a trained VAE (FOLDER/model/vae of `fastgen train vae -o FOLDER`).",
-        "vq": "Folder of a trained VQ tokenizer (FOLDER/model/vq of `fastgen train vq -o FOLDER`).",
-        "z-image": "Z-Image pipeline: an embedded name or a folder.",
-        "janus": "Janus by name, folder or Hub id.",
-        "": "Z-Image or DiT pipeline by name, folder or Hub id.",
-    }
-    labels = {"steps": "Total optimizer steps, at least 1", "lr": "Peak learning rate, above 0"}
-    labels |= {
-        "batch_size": "Batch size per process, at least 1",
-        "accumulate": "Gradient-accumulation steps, a divisor of the batch size",
-    }
-    defaults = {"accumulate": 1, **entry.settings}
-    return {
-        "part": parts[entry.needs],
-        "init": "Folder FOLDER/model/transformer of dc-graft, required."
-        if recipe == "dc-finetune"
-        else "Model folder to continue from.",
-        "data": "Folder of recorded windows." if recipe == "heads" else "Folder of the pipeline's own samples.",
-        "samples": "First draw this many samples into --data; 0 = use what is there.",
-        "choose": "KEY=VALUE of the new heads' configuration; repeat."
-        if recipe == "heads"
-        else "KEY=VALUE: a loss term, kind, or the new drafter's configuration (redundancy=class, width=128); repeat.",
-        **{name: f"{text}. Default: {defaults[name]}." for name, text in labels.items()},
-    }
-
-
-@app.command()
-def train(
-    context: typer.Context,
-    recipe: Annotated[
-        str,
-        typer.Argument(help="One of the recipes below."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Output folder for the checkpoint, the log and the model.")
-    ],
-    part: Annotated[
-        Path | None,
-        typer.Option(
-            help="What the recipe builds on: a VAE (z-image) or VQ (janus) folder, a pipeline (small, dc, dc-dense, "
-            "dc-patch), a Janus (drafter), any Z-Image or DiT pipeline by name, folder or Hub id (dc-graft, "
-            "dc-finetune), or the model that a calibration is for."
-        ),
-    ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(
-            help="Model folder to continue from; the drafter (cascade-calibrate) or the verifier, by name or folder "
-            "(search-calibrate)."
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the pipeline's own samples (dc-graft, dc-finetune).")
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            help="First draw this many samples into --data; 0 = use what is there. Calibrations: pictures to measure."
-        ),
-    ] = 0,
-    prompts_file: Annotated[
-        str | None,
-        typer.Option(help="Prompts of the samples, one a line, or 'shapesworld'; a DiT draws every class in turn."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Total optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Batch size per process.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Gradient-accumulation steps.")] = None,
-    compile: Annotated[bool | None, typer.Option("--compile", help="Use torch.compile.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, bf16 or fp32; auto is bf16 where it is native.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Data-loading processes; 0 = none.")] = None,
-    choose: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="KEY=VALUE of the drafter recipe (redundancy=class, width=128, kind=medusa …) or of search-calibrate "
-            "(steps, guidance_scale, height, width, sampler, branches, image, mask, strength); repeat.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
-    max_minutes: Annotated[
-        float, typer.Option(help="Save a checkpoint and stop after this many minutes; 0 = never.")
-    ] = 0.0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 = torch's default.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON object.")] = False,
-) -> None:
-    """Train one of the embedded models by its recipe; `fastgen train RECIPE --help` shows its options.
-
-    Run the same command again to resume from the checkpoint. Ctrl-C stops after the current step and saves one.
-    """
-    if recipe not in summaries():
-        raise FastgenError(f"unknown recipe {recipe!r}; choose one of {', '.join(summaries())}")
-    _refuse_others(recipe, context)
-    if recipe == CALIBRATE:
-        _calibrate(part, init, output, data, samples, prompts_file, seed, as_json)
-        return
-    if recipe == SEARCH:
-        _calibrate_search(part, init, output, samples, prompts_file, batch_size, choose or [], seed, threads, as_json)
-        return
+def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
     from fastgen.io import check_writable
-    from fastgen.training.recipes import build_recipe, train_config
 
-    config = train_config(
-        recipe,
-        output,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        compile=compile,
-        precision=precision,
-        lr=lr,
-        workers=workers,
-        seed=seed,
-        max_seconds=60.0 * max_minutes,
-    )
-    choices = _choices(choose or [])
+    config = settings.train_config(output)
     check_writable(output, create=False)
-    if samples and recipe == "heads":
-        _record(part, data, init, samples, prompts_file, seed)
-    elif samples:
-        _draw(recipe, part, data, samples, prompts_file, seed)
-    built = build_recipe(recipe, seed, part, init, data, choices)
+    if isinstance(settings, DrawnSettings) and settings.samples:
+        (_record if isinstance(settings, Heads) else _draw)(settings, settings.samples)
+    built = settings.build()
 
     import torch
 
     from fastgen.training.engine import Trainer
 
-    if threads > 0:
-        torch.set_num_threads(threads)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # for the run alone: it holds for the whole process
     try:
-        learnt = _learnt_from(part, init, data, choices)
+        learnt = _learnt_from(settings)
         record = _with_progress(lambda report: Trainer(built, config, report, learnt), config.steps)
     finally:
         torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
 
 
-def _learnt_from(part: Path | None, init: Path | None, data: Path | None, choices: dict[str, Any]) -> dict[str, Any]:
+def _learnt_from(settings: TrainingSettings) -> dict[str, Any]:
     """What the weights of a run come from: digests of the folders, names of what is on the Hub, and choices."""
     from fastgen.cli.plan import weights_digest
-    from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, embedded_folder
+    from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, embedded_folder
 
-    found: dict[str, Any] = {"choices": choices}
-    for name, folder in (("part", part), ("init", init), ("data", data)):
-        if folder is not None:
+    found: dict[str, Any] = {"choices": settings.choices}
+    for name in ("part", "init", "data"):
+        if (folder := settings.path(name)) is not None:
             place = embedded_folder(str(folder)) if str(folder) in EMBEDDED_MODELS else folder
             found[name] = weights_digest([place]) if place.is_dir() else str(folder)
     return found
 
 
-def _choices(texts: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, the value read as JSON where it is some, else as a word."""
-    from fastgen.io import parse_json
-
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key or key in found:
-            raise FastgenError(f"--set: {text!r} is not allowed, needs KEY=VALUE, each key once")
-        try:
-            found[key] = parse_json(value, "--set")
-        except ValueError:
-            found[key] = value
-    return found
-
-
-def _calibrate(
-    part: Path | None,
-    drafter: Path | None,
-    output: Path,
-    data: Path | None,
-    pictures: int,
-    prompts_file: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
+def _calibrate(settings: CascadeCalibrate, output: Path, as_json: bool) -> None:
     """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores and costs that it measured."""
     from fastgen.io import read_object
 
-    if part is None or drafter is None:
-        raise FastgenError(
-            f"{CALIBRATE}: needs --part, a model that draws tokens, and --init, the folder of its drafter"
-        )
-    if pictures < 0:
-        raise FastgenError(f"--samples: {pictures} is not allowed, needs an integer >= 0")
-    prompts = None if prompts_file is None else _prompts(prompts_file, pictures or 50)
-    if data is not None:
+    drafter, pictures = settings.needed("init"), settings.samples or 50
+    prompts = None if settings.prompts_file is None else _prompts(settings.prompts_file, pictures)
+    if (measured := settings.path("data")) is not None:
         from fastgen.drafters.calibration import Calibration
 
-        made = Calibration.load(drafter).with_results(read_object(data))
+        made = Calibration.load(drafter).with_results(read_object(measured))
         made.save(output)
     else:
         from fastgen.training.cascade_calibration import calibrate_cascade
 
-        def say(done: int, total: int) -> None:
-            typer.echo(f"pictures: {done} of {total}", err=True)
-
+        seed, report = settings.seed or 0, _progress_of("pictures")
         made = calibrate_cascade(
-            str(part), drafter, output, pictures=pictures or 50, prompts=prompts, seed=seed, report=say
+            str(settings.part), drafter, output, pictures=pictures, prompts=prompts, seed=seed, report=report
         )
     levels = [asdict(level) for level in made.levels]
     typer.echo(json.dumps({"levels": levels}) if as_json else f"{output / 'calibration.json'}: {json.dumps(levels)}")
 
 
-def _refuse_others(recipe: str, context: typer.Context) -> None:
-    """Refuse options that were given to a recipe that knows nothing of them."""
-
-    labels = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-    for name in context.params.keys() - options_of(recipe) - {"recipe"}:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise FastgenError(f"{labels[name]}: recipe {recipe} takes none")
-
-
-def _calibrate_search(
-    part: Path | None,
-    verifier: Path | None,
-    output: Path,
-    samples: int,
-    prompts_file: str | None,
-    batch_size: int | None,
-    choose: list[str],
-    seed: int,
-    threads: int,
-    as_json: bool,
-) -> None:
+def _calibrate_search(settings: SearchCalibrate, output: Path, as_json: bool) -> None:
     """Thresholds of noise search."""
     from fastgen.evaluation.verifiers.names import verifier_class
 
-    if part is None or verifier is None:
-        raise FastgenError(f"{SEARCH}: needs --part, a diffusion pipeline, and --init, a verifier by name or folder")
-    kind, _ = verifier_class(str(verifier))
-    if prompts_file is None and kind.name != "shapes-verifier":
-        raise FastgenError(f"--prompts-file: {SEARCH} with verifier {kind.name} needs one, or 'shapesworld'")
-    if samples < 0:
-        raise FastgenError(f"--samples: {samples} is not allowed, needs an integer >= 0")
-    if batch_size is not None and batch_size < 1:
-        raise FastgenError(f"--batch-size: {batch_size} is not allowed, needs an integer >= 1")
-    settings = _choices(choose)
-    prompts = None if prompts_file in (None, "shapesworld") else _prompts(str(prompts_file), 0)
+    given, verifier = settings.prompts_file, str(settings.init)
+    kind, _ = verifier_class(verifier)
+    if given is None and kind.name != "shapes-verifier":
+        raise FastgenError(f"--prompts-file: {settings.name} with verifier {kind.name} needs one, or 'shapesworld'")
+    prompts = None if given in (None, "shapesworld") else _prompts(str(given), 0)
 
     import torch
 
     from fastgen.training.search_calibrate import calibrate_search
 
-    if threads > 0:
-        torch.set_num_threads(threads)
-
-    def say(done: int, total: int) -> None:
-        typer.echo(f"trajectories: {done} of {total}", err=True)
-
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     made = calibrate_search(
-        str(part),
-        str(verifier),
+        str(settings.part),
+        verifier,
         output,
-        trajectories=samples or 1000,
+        trajectories=settings.samples or 1000,
         prompts=prompts,
-        seed=seed,
-        batch_size=batch_size or 32,
-        settings=settings,
+        seed=settings.seed or 0,
+        batch_size=settings.batch_size or 32,
+        settings=settings.choices,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        report=say,
+        report=_progress_of("trajectories"),
     )
     found = {"fixed": made.fixed, "schedules": [asdict(schedule) for schedule in made.schedules]}
     typer.echo(json.dumps(found) if as_json else f"{output / 'thresholds.json'}: {json.dumps(found)}")
 
 
-def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts_file: str | None, seed: int) -> None:
-    """Fill `data` with samples of the pipeline `part`."""
-    if part is None or data is None:
-        raise FastgenError(f"--samples: recipe {recipe} needs --part and --data")
-    if count < 0:
-        raise FastgenError(f"--samples: {count} is not allowed, needs an integer >= 0")
-    prompts = None if prompts_file is None else _prompts(prompts_file, count)
+def _draw(settings: DrawnSettings, count: int) -> None:
+    """Fill the folder `data` with samples of the pipeline `part`."""
+    data = Path(settings.data or "")
+    prompts = None if settings.prompts_file is None else _prompts(settings.prompts_file, count)
 
     import torch
     from accelerate import PartialState
 
     from fastgen.io import check_writable
     from fastgen.locks import locked_folder
-    from fastgen.pipelines.checkpoint import find_checkpoint
     from fastgen.pipelines.loading import load_checkpoint
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
     from fastgen.training.samples import draw_samples
 
-    checkpoint = find_checkpoint(str(part))
-    settings = {"num_inference_steps" if key == "steps" else key: value for key, value in checkpoint.defaults.items()}
-    if checkpoint.kind == "janus":  # it draws one size, and takes no other word for it
-        settings = {key: value for key, value in settings.items() if key not in ("height", "width")}
+    checkpoint = find_checkpoint(str(settings.part))
+    call = {"num_inference_steps" if key == "steps" else key: value for key, value in checkpoint.defaults.items()}
+    if checkpoint.kind == "janus":  # it draws one size, and its pipeline has no arguments for it
+        call = {key: value for key, value in call.items() if key not in ("height", "width")}
     draws_classes = checkpoint.pipeline_class == "DiTPipeline"
     if prompts is not None and draws_classes:
         raise FastgenError("--prompts-file: a DiT draws classes and takes no prompts")
@@ -376,21 +160,17 @@ def _draw(recipe: str, part: Path | None, data: Path | None, count: int, prompts
     check_writable(data)
     lock = locked_folder(data) if state.is_main_process else contextlib.nullcontext()
     with state.main_process_first(), lock:  # the others find them drawn
-        draw_samples(pipe, data, labels, count, seed=seed, report=_say_samples, **settings)
+        draw_samples(pipe, data, labels, count, seed=settings.seed or 0, report=_progress_of("samples"), **call)
 
 
-def _record(
-    part: Path | None, data: Path | None, init: Path | None, count: int, prompts: str | None, seed: int
-) -> None:
-    """Fill `data` with windows of the model `part`, corrected by the heads `init` if there are some."""
-
-    if part is None or data is None or count < 0:
-        raise FastgenError("--samples: recipe heads needs --part, --data and an integer >= 0")
+def _record(settings: DrawnSettings, count: int) -> None:
+    """Fill the folder `data` with windows of the model `part`, corrected by the heads `init` if there are some."""
     from fastgen.training.heads import record
-    from fastgen.training.recipes import janus_folder
 
-    texts = _prompts(prompts or "shapesworld", count)
-    record(janus_folder("heads", part), data, texts, count, init=init, seed=seed, report=_say_samples)
+    folder, data = janus_folder(settings.name, settings.needed("part")), settings.needed("data")
+    init = settings.path("init")
+    texts = _prompts(settings.prompts_file or "shapesworld", count)
+    record(folder, data, texts, count, init=init, seed=settings.seed or 0, report=_progress_of("samples"))
 
 
 def _prompts(name: str, count: int) -> list[str]:
@@ -403,8 +183,8 @@ def _prompts(name: str, count: int) -> list[str]:
     return read_prompts_file(Path(name))
 
 
-def _say_samples(done: int, total: int) -> None:
-    typer.echo(f"samples: {done} of {total}", err=True)
+def _progress_of(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: typer.echo(f"{what}: {done} of {total}", err=True)
 
 
 def _with_progress(build: Any, total: int) -> dict[str, Any]:
@@ -424,3 +204,14 @@ def _with_progress(build: Any, total: int) -> dict[str, Any]:
 
         record: dict[str, Any] = build(report).run()
         return record
+
+
+for _kind in RECIPES.values():
+    _add(
+        _kind,
+        _train,
+        f"{_kind.name}: {_kind.summary}.\n\nRun the same command again to resume from the checkpoint. Ctrl-C stops "
+        "after the current step and saves one.",
+    )
+_add(CascadeCalibrate, _calibrate, f"{CascadeCalibrate.name}: {CascadeCalibrate.summary}.")
+_add(SearchCalibrate, _calibrate_search, f"{SearchCalibrate.name}: {SearchCalibrate.summary}.")

@@ -8,11 +8,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.cli.methods import VariantOption, best_device, find_model
+from fastgen.cli.methods import best_device, find_model
+from fastgen.cli.options import load_options, with_loading
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -24,12 +26,12 @@ _SHEET = 6  # pictures of a row
 
 
 @app.command()
+@with_loading
 def tune(
     context: typer.Context,
     prompts_file: Annotated[Path, typer.Option(help="UTF-8, one prompt per line; the first --prompts are drawn.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go next to it.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
-    variant: VariantOption = None,
     minutes: Annotated[float, typer.Option(help="After them no new measurement starts.")] = 10.0,
     loss: Annotated[
         str, typer.Option(help="exact: only parts that change no picture beyond rounding; lossy: all parts.")
@@ -50,6 +52,7 @@ def tune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    **_: Any,
 ) -> None:
     """Measure what makes a model faster here, and write a plan.
 
@@ -64,7 +67,7 @@ def tune(
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
-    from fastgen.pipelines.checkpoint import check_names
+    from fastgen.pipelines.loading.checkpoint import check_names
     from fastgen.pipelines.schema import SCHEMA, check_prompt
 
     check_choice("--loss", loss, ("exact", "lossy"))
@@ -78,7 +81,9 @@ def tune(
     texts = [check_prompt(text) for text in read_prompts_file(prompts_file)]
     texts = [texts[i % len(texts)] for i in range(prompts)]
     check_names("cpu" if device == "auto" else device, dtype)
-    checkpoint = find_model(model, variant)
+    given = SimpleNamespace(**context.params)
+    options = load_options(given)
+    checkpoint = find_model(model, given.variant, given.revision)
     check_writable(output.parent)
     log = output.with_suffix(".log.jsonl")
     files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]
@@ -98,11 +103,13 @@ def tune(
             raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
         drawn = resolve_settings(kind_of_pipe, checkpoint, {**dict.fromkeys(SETTINGS), "steps": steps})
         where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
+        options.check(pipeline_class(checkpoint), checkpoint.index, where)
         kind = str(weights).removeprefix("torch.")
         scorer = load_metric(metric, texts, str(where))
         call = {"steps": steps, "batch_size": 1}
-        pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind)
+        pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind, options=options)
         header = _header(model, model_digest(checkpoint), where, kind, texts, metric, call)
+        header |= {"loading": options.recorded} if options.recorded else {}
         tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _report)
         parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
         chosen = tuner.tune(parts, max_drop)

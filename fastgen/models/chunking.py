@@ -19,6 +19,7 @@ THRESHOLD = 0.5
 """A position with a boundary probability above it belongs to the natural set."""
 
 TailDrop: TypeAlias = float | Sequence[float] | Tensor
+TokenBudget: TypeAlias = int | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,13 @@ class Chunks:
 
 
 def check_budget(
-    tail_drop: TailDrop | None, token_budget: int | None, samples: int, length: int
-) -> tuple[Tensor, int | None]:
+    tail_drop: TailDrop | None, token_budget: TokenBudget | None, samples: int, length: int
+) -> tuple[Tensor, TokenBudget | None]:
     """Validate the knobs.
 
     Args:
         tail_drop: rho in [0, 1), one number or one per sample; None is 0.
-        token_budget: exact number of tokens to keep in each sample, 1 … L.
+        token_budget: exact number of tokens to keep in each sample, 1 … L, one number or one per sample.
         samples, length: n and L.
 
     Returns:
@@ -83,7 +84,11 @@ def check_budget(
         ValueError: a value out of range, a list of another length, or both knobs together.
     """
     if token_budget is not None:
-        check_integer("token_budget", token_budget, 1, length)
+        budgets = token_budget if isinstance(token_budget, Sequence) else [token_budget] * samples
+        for budget in budgets:
+            check_integer("token_budget", budget, 1, length)
+        if len(budgets) != samples:
+            raise FastgenError(f"token_budget: needs one number or {samples}, one per sample; got {len(budgets)}")
     if tail_drop is None:
         return torch.zeros(samples, dtype=torch.float64, device="cpu"), token_budget
     try:
@@ -105,7 +110,7 @@ def select_chunks(
     probabilities: Tensor,
     grid: tuple[int, int],
     tail_drop: TailDrop | None = None,
-    token_budget: int | None = None,
+    token_budget: TokenBudget | None = None,
     floor: float = 0.0,
 ) -> Chunks:
     """Elastic chunking (section 4): the likeliest boundary tokens of each sample.
@@ -130,8 +135,6 @@ def select_chunks(
     samples, length = probabilities.shape
     rho, token_budget = check_budget(tail_drop, token_budget, samples, length)
     least = max(1, math.ceil(floor * length - 1e-9))
-    if token_budget is not None and token_budget < least:
-        raise ValueError(f"token_budget: {token_budget} is below the floor, {least} of {length} tokens ({floor:.3g})")
     device = probabilities.device
     natural = probabilities > THRESHOLD
     if token_budget is None:
@@ -141,8 +144,12 @@ def select_chunks(
         keep = (size - dropped).clamp(min=least)
         lengths = tuple(keep.tolist())
     else:
-        lengths = (token_budget,) * samples
-        keep = torch.full((samples,), token_budget, device=device)
+        lengths = tuple(token_budget) if isinstance(token_budget, Sequence) else (token_budget,) * samples
+        if min(lengths) < least:
+            raise ValueError(
+                f"token_budget: {min(lengths)} is below the floor, {least} of {length} tokens ({floor:.3g})"
+            )
+        keep = torch.tensor(lengths, device=device)
     # The number of kept tokens is known, so that the device need not be asked for it.
     packing = pack_top(probabilities.float(), keep, sum(lengths), full=True)
     equal = lengths[0] if len(set(lengths)) == 1 else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.caching import cacheable
-from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.models.chunking import Chunks, TailDrop, TokenBudget
 from fastgen.models.elastic import ElasticModelMixin
 from fastgen.models.packing import Segments, adaptive
 from fastgen.models.routers import RouterKind
@@ -206,7 +206,7 @@ class DCDiTTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, PeftAd
         timestep: Tensor,
         class_labels: Tensor,
         tail_drop: TailDrop | None = None,
-        token_budget: int | None = None,
+        token_budget: TokenBudget | None = None,
         output_chunks: bool = False,
         return_dict: bool = True,
     ) -> DCTransformerOutput | tuple[Tensor]:
@@ -217,7 +217,7 @@ class DCDiTTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, PeftAd
             timestep: [n].
             class_labels: [n].
             tail_drop: share of the natural set to drop, one number in [0, 1) or one per sample.
-            token_budget: exact number of tokens to keep in each sample.
+            token_budget: exact number of tokens to keep, of every sample or one per sample.
             output_chunks: also return which tokens were kept.
             return_dict: False gives `(sample,)`.
 

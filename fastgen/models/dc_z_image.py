@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fastgen.kernels.varlen import varlen_attention
 from fastgen.models.caching import cacheable
-from fastgen.models.chunking import Chunks, TailDrop
+from fastgen.models.chunking import Chunks, TailDrop, TokenBudget
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.elastic import ElasticModelMixin
+from fastgen.models.layers import rotary_factors
 from fastgen.models.norms import ReadableRMSNorm, weight_of
 from fastgen.models.packing import Segments, adaptive
 from fastgen.models.patch_grid import PatchChunking, forward_patches
-from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import RouterKind
 from fastgen.models.scaffold import DynamicChunking, ResidualGate
 from fastgen.models.z_image_batch import SEQUENCE_MULTIPLE, turn
@@ -218,7 +218,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
         f_patch_size: int = 1,
         joint_attention_kwargs: dict[str, Any] | None = None,
         tail_drop: TailDrop | None = None,
-        token_budget: int | None = None,
+        token_budget: TokenBudget | None = None,
         output_chunks: bool = False,
     ) -> DCTransformerOutput | tuple[list[Tensor]]:
         """Predict the velocity.
@@ -232,7 +232,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             patch_size, f_patch_size, joint_attention_kwargs: accepted for the stock signature; tokens are latent
                 positions here.
             tail_drop: share of the natural set to drop, one number in [0, 1) or one per sample.
-            token_budget: exact number of image tokens to keep in each sample.
+            token_budget: exact number of image tokens to keep, of every sample or one per sample.
             output_chunks: also return which tokens were kept.
 
         Raises:

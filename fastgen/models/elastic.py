@@ -17,7 +17,7 @@ from fastgen.accounting import add_tokens
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.models.caching import Held, HeldChunksMixin
-from fastgen.models.chunking import Chunks, TailDrop, check_budget
+from fastgen.models.chunking import Chunks, TailDrop, TokenBudget, check_budget
 from fastgen.models.patch_grid import PatchChunking
 from fastgen.models.scaffold import Chunked, DynamicChunking
 
@@ -219,8 +219,8 @@ class ElasticModelMixin(HeldChunksMixin):
         raise NotImplementedError
 
     def resolve_budget(
-        self, tail_drop: TailDrop | None, token_budget: int | None, samples: int, sigma: Tensor
-    ) -> tuple[TailDrop | None, int | None]:
+        self, tail_drop: TailDrop | None, token_budget: TokenBudget | None, samples: int, sigma: Tensor
+    ) -> tuple[TailDrop | None, TokenBudget | None]:
         """The budget of a forward pass: what the call says, else that of the generation, else what was set."""
         if tail_drop is not None or token_budget is not None:
             return tail_drop, token_budget
@@ -239,7 +239,7 @@ class ElasticModelMixin(HeldChunksMixin):
         latents: Tensor,
         conditioning: Tensor,
         tail_drop: TailDrop | None,
-        token_budget: int | None,
+        token_budget: TokenBudget | None,
         **given: Tensor,
     ) -> Chunked:
         """Latents [n, C, H, W] to packed kept tokens, those of the held set where there is one; tells the account, and

@@ -15,9 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgen.models.attention import padded_causal_mask
-from fastgen.models.feed_forward import GatedMLP
-from fastgen.models.rotary import rotate_pairs
+from fastgen.models.layers import GatedMLP, padded_causal_mask, rotate_pairs
 
 __all__ = ["PRESETS", "LlamaGen", "LlamaGenTransformer", "convert_llamagen", "convert_vq"]
 

@@ -24,9 +24,17 @@ from torch import Tensor, nn
 
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.pack import pack, scatter
-from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
+from fastgen.models.chunking import (
+    THRESHOLD,
+    Chunks,
+    TailDrop,
+    TokenBudget,
+    confidence,
+    select_chunks,
+    straight_through,
+)
+from fastgen.models.layers import rotary_factors
 from fastgen.models.packing import Segments, adaptive
-from fastgen.models.rotary import rotary_factors
 from fastgen.models.routers import PredictabilityRouter
 from fastgen.models.scaffold import Chunked
 from fastgen.models.z_image_batch import patchify
@@ -119,7 +127,7 @@ class PatchChunking(nn.Module):
         latents: Tensor,
         conditioning: Tensor,
         tail_drop: TailDrop | None,
-        token_budget: int | None,
+        token_budget: TokenBudget | None,
         held: Chunks | None = None,
         features: Tensor | None = None,
     ) -> Chunked:
@@ -161,7 +169,7 @@ def forward_patches(
     text_lengths: list[int],
     conditioning: Tensor,
     tail_drop: TailDrop | None,
-    token_budget: int | None,
+    token_budget: TokenBudget | None,
 ) -> tuple[Tensor, Chunked, Tensor]:
     """Velocity [n, C, H, W], what was kept, and what the head reads, [n, L, D].
 

@@ -13,7 +13,15 @@ from fastgen.checks import check_bool, check_integer, check_number
 from fastgen.kernels.dechunk import dechunk
 from fastgen.kernels.dispatch import active
 from fastgen.kernels.pack import pack
-from fastgen.models.chunking import THRESHOLD, Chunks, TailDrop, confidence, select_chunks, straight_through
+from fastgen.models.chunking import (
+    THRESHOLD,
+    Chunks,
+    TailDrop,
+    TokenBudget,
+    confidence,
+    select_chunks,
+    straight_through,
+)
 from fastgen.models.norms import GroupNormSiLU
 from fastgen.models.routers import RouterKind, build_router
 
@@ -211,7 +219,7 @@ class DynamicChunking(nn.Module):
         latents: Tensor,
         conditioning: Tensor,
         tail_drop: TailDrop | None,
-        token_budget: int | None,
+        token_budget: TokenBudget | None,
         held: Chunks | None = None,
     ) -> Chunked:
         """Latents [n, C, H, W] to packed kept tokens; those of `held` when given.

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from fastgen.kernels.qk_norm_rope import qk_norm_rope
-from fastgen.models.attention import attend
+from fastgen.models.layers import attend
 from fastgen.models.norms import weight_of
 
 if TYPE_CHECKING:

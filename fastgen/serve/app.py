@@ -245,7 +245,8 @@ def _line(
         }
         return _event("image_generation.partial_image", body)
     if asked.progress:
-        return _event("fastgen.progress", {**common, "step": event.step, "steps": event.steps})
+        visits = {"visits": event.visits} if event.visits else {}
+        return _event("fastgen.progress", {**common, "step": event.step, "steps": event.steps, **visits})
     return None
 
 

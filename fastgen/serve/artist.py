@@ -15,9 +15,9 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.images import check_image_file
 from fastgen.evaluation.verifiers.names import verifier_class
 from fastgen.io import encode_png
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.generation import GeneratedImage, Progress, generate_images, set_checkpoint
 from fastgen.pipelines.loading import load_checkpoint, resolve_device
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
 from fastgen.pipelines.schema import SETTINGS, SearchSettings
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.serve.errors import ApiError, from_message
@@ -155,8 +155,9 @@ class Studio:
         partials = Partials(pipe, [order.partial_images for order in orders])
 
         def on_progress(progress: Progress) -> None:
+            visits = [[chain, *row] for _, chain, row in progress.visits] if first.details else []
             report(
-                Event(step=progress.step, steps=progress.steps),
+                Event(step=progress.step, steps=progress.steps, visits=visits),
                 None if progress.images_now > 1 else progress.images_done,
             )
             for i, png in partials.after(progress):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,7 @@ class Event:
     Attributes:
         step, steps: done and all, of a progress.
         partial: PNG of the picture under way.
+        visits: of a search, what the round evaluated: [chain, number, parent, time, score] of each.
         score: of a search's candidate, whose preview `partial` is.
         drawn: the finished picture.
         error: it will not come.
@@ -75,6 +77,7 @@ class Event:
 
     step: int = 0
     steps: int = 0
+    visits: Sequence[list[float | None]] = ()
     partial: bytes | None = None
     score: float | None = None
     drawn: Drawn | None = None

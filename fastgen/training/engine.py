@@ -8,7 +8,6 @@ others are refused. More or fewer steps are allowed, and recorded.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.environment import commit, cpu_name, native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.io import check_writable
@@ -49,10 +49,10 @@ class TrainConfig:
 
     Args:
         output_dir: folder of checkpoint, log and exported model.
-        steps: optimiser steps in all.
-        batch_size: items a step and process.
-        accumulate: parts a step's batch is worked off in; a divisor of batch_size. Small parts stay in the CPU's
-            cache: four parts train the tiny Janus about 1.3 times as fast as one.
+        steps: total optimizer steps.
+        batch_size: items per step and process.
+        accumulate: gradient-accumulation steps, a divisor of batch_size. Small parts stay in the CPU's cache: four
+            parts train the tiny Janus about 1.3 times as fast as one.
         compile: `torch.compile` the sub-modules that the recipe's module names in `compiled_parts` (tiny Janus on one
             CPU core: 1.26 times as fast, after 80 s of compiling).
         lr: peak learning rate.
@@ -63,14 +63,14 @@ class TrainConfig:
         grad_clip: gradient norm limit.
         checkpoint_every: steps between checkpoints.
         log_every: steps between log lines.
-        max_seconds: stop (with a checkpoint, resumable) after so much wall time; 0 = never.
+        max_seconds: save a checkpoint and stop after this wall time; 0 = never.
         precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 where the
             device multiplies it natively.
         workers: processes that draw the batches of the next steps, the same batches; 0 = this one draws them. Needs
             accumulate 1, because a part's batch begins where the loss of the one before left the random numbers.
 
     Raises:
-        ValueError: a number is out of range.
+        FastgenError: a value is out of range; names the setting.
     """
 
     output_dir: Path
@@ -92,20 +92,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("warmup", "workers"):
+            check_integer(name, getattr(self, name), 0)
+        for name in ("lr", "grad_clip"):
+            check_number(name, getattr(self, name), above=0)
+        check_number("decay", self.decay, 0, 1)
+        check_number("ema_decay", self.ema_decay, 0, below=1)
+        check_number("max_seconds", self.max_seconds, 0)
+        check_choice("precision", self.precision, PRECISIONS)
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
-        if self.workers < 0 or (self.workers and self.accumulate > 1):
-            raise ValueError(f"workers must be >= 0, and 0 with accumulate > 1, got {self.workers}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a positive number, got {self.lr}")
-        if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"decay must be in [0, 1] and ema_decay in [0, 1), got {self.decay}, {self.ema_decay}")
-        if self.warmup < 0 or self.max_seconds < 0 or self.grad_clip <= 0:
-            raise ValueError("warmup and max_seconds must not be negative, grad_clip must be positive")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise FastgenError(
+                f"accumulate: {self.accumulate} is not allowed, needs a divisor of batch_size {self.batch_size}"
+            )
+        if self.workers and self.accumulate > 1:
+            raise FastgenError(f"workers: {self.workers} is not allowed, needs 0 with accumulate {self.accumulate}")
 
 
 class Recipe(Protocol):

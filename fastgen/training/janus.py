@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import JanusForConditionalGeneration
 
 from fastgen.data.shapes import ShapesWorld
-from fastgen.models.attention import fused_backward_is_slow
+from fastgen.models.layers import fused_backward_is_slow
 from fastgen.models.tiny_janus import build_janus
 from fastgen.models.tokenizers import build_janus_tokenizer
 from fastgen.pretrained import load_pretrained

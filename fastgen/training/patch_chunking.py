@@ -6,6 +6,9 @@ while it learns. Every sample keeps its likeliest ones, exactly as many as that 
 drawn: a threshold would let a router that cannot tell them apart yet keep all or none. The threshold is fitted beside
 it, for every noise level by itself, so that the natural set has the share too and the router cannot save where the
 picture is laid out.
+
+Samples of one batch have budgets of their own (multi-budget training), and those without a caption, the unconditional
+branch of guidance, learn to do with as few as the floor (Lite-CFG).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_integer, check_number
 from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import Chunks
@@ -29,9 +33,9 @@ from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.z_image import caption_tokens, save_pipeline, text_features
 
-__all__ = ["PatchRecipe", "drop_cost_loss", "level_loss", "wanted_share"]
+__all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_budgets"]
 
-SCAFFOLD: dict[str, Any] = {"compression": 4.0, "floor": 0.125}
+SCAFFOLD: dict[str, Any] = {"grid": "patch", "compression": 4.0, "floor": 0.125}
 BAND = 4
 """Samples of neighbouring noise levels that keep the wanted share together."""
 HELD_OUT = 128
@@ -41,11 +45,33 @@ _COST_WEIGHT = 0.1
 _CAPTION_DROPOUT = 0.1
 
 
-def wanted_share(start: int, warm_up: int, anneal: int, compression: float) -> float:
-    """Share of patches to keep in the batch that begins with item `start`: 1 in the first `warm_up` items, then
-    falling to 1 / `compression` over `anneal` items."""
-    progress = min(1.0, max(0.0, (start - warm_up) / max(1, anneal)))
-    return 1.0 - progress * (1.0 - 1.0 / compression)
+def annealed(item: int, anneal: int) -> float:
+    """How far dropping has come with an item: rises from 0 to 1 over the first `anneal`.
+
+    It begins at once: while nothing is dropped there is no error to learn from, and both optimizers would scale mere
+    rounding up to full steps.
+    """
+    return min(1.0, item / max(1, anneal))
+
+
+def token_budgets(
+    progress: float, dropped: Tensor, compression: float, least: int, patches: int, generator: torch.Generator
+) -> list[int]:
+    """Patches to keep in each sample.
+
+    Args:
+        progress: see `annealed`; at 0 all are kept.
+        dropped: bool [n], samples whose caption was dropped: half of them keep `least` at progress 1.
+        compression: N; the others keep one in N, less a tail drop of `BUDGETS`.
+        least: fewest patches of a sample.
+        patches: of a whole sample.
+        generator: draws the tail drops.
+    """
+    tails = torch.tensor(BUDGETS)[torch.randint(len(BUDGETS), dropped.shape, generator=generator)]
+    targets = (1 - tails) / compression
+    lite = dropped & (torch.rand(dropped.shape, generator=generator) < 0.5)
+    targets = torch.where(lite, 0.0, targets).clamp(min=least / patches)
+    return [max(least, round(patches * (1 - progress * (1 - target)))) for target in targets.tolist()]
 
 
 def level_loss(probabilities: Tensor, sigma: Tensor, share: float, band: int = BAND) -> Tensor:
@@ -97,7 +123,7 @@ class PatchModule(torch.nn.Module):
         self.transformer = transformer
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, captions: list[Tensor], token_budget: int
+        self, latents: Tensor, timestep: Tensor, captions: list[Tensor], token_budget: list[int]
     ) -> tuple[Tensor, Chunks]:
         """Velocity [n, C, h, w], and what was kept."""
         images = list(latents[:, :, None].unbind(0))
@@ -116,13 +142,12 @@ class PatchRecipe:
         seed: seed of the new parts and of the data.
         pipeline: folder of a trained `ZImagePipeline` for ShapesWorld: the teacher, its VAE and its text encoder.
         init: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
-        warm_up: items before anything is dropped.
-        anneal: items over which the wanted share falls.
-        cost: weight of `drop_cost_loss`.
+        anneal: items over which the wanted share falls, at least 0.
+        cost: weight of `drop_cost_loss`, at least 0.
         scaffold: configuration of a new scaffold where it is not `SCAFFOLD`.
 
     Raises:
-        FastgenError: `init` has another grid.
+        FastgenError: `init` has another grid, a number is out of range, or the scaffold is not one of that grid.
     """
 
     name = "dc-patch"
@@ -132,8 +157,7 @@ class PatchRecipe:
         seed: int,
         pipeline: Path,
         init: Path | None = None,
-        warm_up: int = 2_000,
-        anneal: int = 20_000,
+        anneal: int = 16_000,
         cost: float = _COST_WEIGHT,
         **scaffold: Any,
     ) -> None:
@@ -141,14 +165,20 @@ class PatchRecipe:
 
         from fastgen.io import read_object
 
-        self.warm_up, self.anneal, self.cost = warm_up, anneal, cost
+        check_integer("anneal", anneal, 0)
+        check_number("cost", cost, 0)
+        if scaffold.get("grid", "patch") != "patch" or (init is not None and scaffold):
+            raise FastgenError(
+                f"recipe {self.name}: {scaffold} cannot be chosen, needs grid 'patch', and none with --init"
+            )
+        self.anneal, self.cost = anneal, cost
         pipe = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32)
         defaults = pipeline / "fastgen.json"
         self.defaults = read_object(defaults) if defaults.is_file() else {}
         self.teacher: Any = pipe.transformer.eval().requires_grad_(False)
         torch.manual_seed(seed)
         if init is None:
-            made: Any = upcycle(self.teacher, grid="patch", **{**SCAFFOLD, **scaffold})
+            made: Any = upcycle(self.teacher, **{**SCAFFOLD, **scaffold})
         else:
             made = load_pretrained(DCZImageTransformer2DModel, init)
             if made.config.grid != "patch":
@@ -169,20 +199,19 @@ class PatchRecipe:
         return PatchModule(self.transformer.train())
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders, their tokenised captions (some dropped), the wanted share, and how many patches to keep."""
+        """Renders, their tokenised captions (some dropped), the wanted share, and how many patches of each to keep."""
         data = self.data.batch(size, start)
         dropped = torch.rand(size, generator=generator) < _CAPTION_DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped.tolist(), data.texts, strict=True)]
         compression = self.transformer.config.compression
-        share = wanted_share(start, self.warm_up, self.anneal, compression)
-        budget = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))] if share < 1 else 0.0
+        progress = annealed(start + size, self.anneal)
         patches = (self.size // 8) ** 2
-        least = math.ceil(self.transformer.config.floor * patches - 1e-9)
+        least = max(1, math.ceil(self.transformer.config.floor * patches - 1e-9))
         return {
             "images": torch.from_numpy(data.images),
             **caption_tokens(self.pipe.tokenizer, texts),
-            "share": share,
-            "token_budget": max(1, least, round(share * (1 - budget) * patches)),
+            "share": 1 - progress * (1 - 1 / compression),
+            "token_budget": token_budgets(progress, dropped, compression, least, patches, generator),
         }
 
     def loss(
@@ -210,7 +239,7 @@ class PatchRecipe:
             "kept": float(kept.mean()),
             "kept_noisy": float(kept[noisiest].mean()),
             "kept_clean": float(kept[~noisiest].mean()) if not bool(noisiest.all()) else float("nan"),
-            "tokens": batch["token_budget"],
+            "tokens": sum(batch["token_budget"]) / len(sigma),
         }
         return error + _LEVEL_WEIGHT * level + self.cost * cost, numbers
 

@@ -1,347 +1,357 @@
-"""The recipes by name, with the settings that made the committed checkpoints."""
+"""The recipes by name: a class of settings each, with the defaults that made the committed checkpoints.
+
+The options of `fastgen train RECIPE` are made from these classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, download_janus, embedded_folder, find_checkpoint
+from fastgen.pipelines.loading.checkpoint import download_janus, embedded_folder, find_checkpoint
+from fastgen.pipelines.schema import setting
 from fastgen.pretrained import load_pretrained
+from fastgen.training.recipe_settings import (
+    DrawnSettings,
+    RecipeSettings,
+    TrainingSettings,
+    key_values,
+    place,
+    threads,
+)
 
 if TYPE_CHECKING:
-    from fastgen.training.engine import Recipe, TrainConfig
+    from fastgen.training.engine import Recipe
+
+__all__ = [
+    "RECIPES",
+    "CascadeCalibrate",
+    "Heads",
+    "SearchCalibrate",
+    "janus_folder",
+]
+
+_CONTINUE = "Model folder to continue from."
+_VAE = "FOLDER/model/vae, written by `fastgen train vae -o FOLDER`"
+_VQ = "FOLDER/model/vq, written by `fastgen train vq -o FOLDER`"
+_Z_IMAGE = "a Z-Image pipeline: an embedded name or a folder"
+_JANUS = "a Janus model: a name, a folder or a Hub id"
+_PIPELINE = "a Z-Image or DiT pipeline: a name, a folder or a Hub id"
+_SAMPLES = "a folder of the pipeline's samples; with --prompts-file and --samples they are drawn"
+_WINDOWS = "a folder of recorded windows; with --samples they are recorded"
+_GRAFTED = "FOLDER/model/transformer, written by `fastgen train dc-graft -o FOLDER`"
 
 
-@dataclass(frozen=True, slots=True)
-class RecipeEntry:
-    """A recipe's defaults.
-
-    Args:
-        summary: one line for the command line.
-        settings: fields of `TrainConfig`.
-        needs: the recipe whose result must be there before, or "".
-        part: where that result lies below its output folder.
-        continues: whether `--init` is understood.
-        upcycles: whether it starts from a whole pipeline (name, folder or Hub id) and its own samples.
-        draws: whether it can learn from that pipeline's own samples.
-    """
-
-    summary: str
-    settings: dict[str, Any]
-    needs: str = ""
-    part: str = ""
-    continues: bool = False
-    upcycles: bool = False
-    draws: bool = False
+def _part(what: str) -> Any:
+    return place(f"{what[0].upper()}{what[1:]}.")
 
 
-RECIPES: dict[str, RecipeEntry] = {
-    "vae": RecipeEntry(
-        "the AutoencoderKL of the tiny Z-Image pipeline",
-        {"steps": 2000, "batch_size": 8, "lr": 1.5e-3, "warmup": 50, "decay": 0.4, "ema_decay": 0.99},
-    ),
-    "vq": RecipeEntry(
-        "the VQ tokenizer of the tiny Janus",
-        {
-            "steps": 2000,
-            "batch_size": 8,
-            "lr": 1.5e-3,
-            "warmup": 50,
-            "decay": 0.4,
-            "ema_decay": 0.99,
-            "precision": "fp32",  # in bfloat16 most vectors fall to another code than in float32
-        },
-    ),
-    "detector": RecipeEntry(
-        "the ShapesWorld detector (checker and FD-shapes features)",
-        {"steps": 1350, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
-    ),
-    "verifier": RecipeEntry(
-        "the yes/no model of ShapesWorld that a search asks",
-        {"steps": 1900, "batch_size": 64, "lr": 1e-3, "decay": 0.4, "ema_decay": 0.998},
-    ),
-    "z-image": RecipeEntry(
-        "transformer and text encoder of the tiny Z-Image pipeline",
-        {"steps": 10000, "batch_size": 64, "accumulate": 2, "lr": 2e-3, "decay": 0.4},
-        needs="vae",
-        part="model/vae",
-        continues=True,
-    ),
-    "small": RecipeEntry(
-        "a deeper Z-Image for 128x128 pictures, grown from the tiny one",
-        {"steps": 20000, "batch_size": 16, "accumulate": 2, "lr": 1.5e-3, "decay": 0.3},
-        needs="z-image",
-        part="model",
-        continues=True,
-    ),
-    "janus": RecipeEntry(
-        "language model and image heads of the tiny Janus",
-        {"steps": 8400, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
-        needs="vq",
-        part="model/vq",
-        continues=True,
-    ),
-    "drafter": RecipeEntry(
-        "an EAGLE drafter of a Janus (name, folder or Hub id)",
-        {"steps": 2400, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
-        needs="janus",
-        part="model",
-        continues=True,
-        draws=True,
-    ),
-    "heads": RecipeEntry(
-        "heads that correct the Jacobi windows of a Janus (name, folder or Hub id)",
-        {"steps": 4000, "batch_size": 12, "lr": 2e-3, "warmup": 50, "decay": 0.5, "ema_decay": 0.99},
-        needs="janus",
-        part="model",
-        continues=True,
-    ),
-    "dc": RecipeEntry(
-        "a small Z-Image transformer with dynamic chunking, for many compute budgets",
-        {"steps": 10000, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
-        needs="z-image",
-        part="model",
-        continues=True,
-    ),
-    "dc-patch": RecipeEntry(
-        "a trained Z-Image for ShapesWorld that learns to drop its own patches, beginning as itself",
-        {"steps": 4000, "batch_size": 32, "accumulate": 4, "lr": 5e-4, "decay": 0.5},
-        needs="z-image",
-        part="model",
-        continues=True,
-    ),
-    "dc-graft": RecipeEntry(
-        "stage 1 of upcycling a trained Z-Image or DiT: the new parts learn from the original",
-        {"steps": 5000, "batch_size": 64, "accumulate": 4, "lr": 1e-3},
-        continues=True,
-        upcycles=True,
-        draws=True,
-    ),
-    "dc-finetune": RecipeEntry(
-        "stage 2 of upcycling: everything but the embeddings, for many compute budgets",
-        {"steps": 10000, "batch_size": 64, "accumulate": 4, "lr": 5e-4},
-        continues=True,
-        upcycles=True,
-        draws=True,
-    ),
-    "dc-dense": RecipeEntry(
-        "the same transformer without dynamic chunking, its baseline",
-        # As many as take the compute of the steps of `dc`: over its tail drops, with 23 to 30 % of the tokens kept
-        # before them, its forward passes take 1.17 times as many FLOPs.
-        {"steps": 11700, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
-        needs="z-image",
-        part="model",
-        continues=True,
-    ),
-}
+class Vae(
+    TrainingSettings,
+    name="vae",
+    summary="the AutoencoderKL of the tiny Z-Image pipeline",
+    defaults={"steps": 2000, "batch_size": 8, "lr": 1.5e-3, "warmup": 50, "decay": 0.4, "ema_decay": 0.99},
+):
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.vae import VaeRecipe
+
+        return VaeRecipe(seed)
 
 
-def train_config(name: str, output_dir: Path, **overrides: Any) -> TrainConfig:
-    """The recipe's `TrainConfig` with overrides; those that are `None` keep the default.
+class Vq(
+    TrainingSettings,
+    name="vq",
+    summary="the VQ tokenizer of the tiny Janus",
+    defaults={**Vae.defaults, "precision": "fp32"},  # in bfloat16 most vectors fall to another code than in float32
+):
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.vq import VqRecipe
 
-    Raises:
-        FastgenError: unknown recipe.
-        ValueError: a setting is out of range.
-    """
-    from fastgen.training.engine import TrainConfig
-
-    config = TrainConfig(output_dir=output_dir, **_entry(name).settings)
-    return replace(config, **{key: value for key, value in overrides.items() if value is not None})
-
-
-def build_recipe(
-    name: str,
-    seed: int,
-    part: Path | None = None,
-    init: Path | None = None,
-    data: Path | None = None,
-    choices: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """Build a recipe.
-
-    Args:
-        name: a key of `RECIPES`.
-        seed: seed of weights and data.
-        part: folder of the trained part that the recipe needs (VAE, VQ, or a pipeline), or name of an embedded model.
-        init: folder of a model to go on from.
-        data: folder of samples to learn from (`fastgen.training.samples`): upcycling, and the drafter where it is not
-            to learn from renders; for heads, of recorded windows (`fastgen.training.windows`).
-        choices: what else the recipe lets one choose: of `drafter` the fields of `DrafterTerms`, `kind`, and the
-            configuration of a new drafter; of `heads` the configuration of new heads.
-
-    Raises:
-        FastgenError: unknown recipe, a folder that is missing, absent or not understood, or a choice it does not have.
-        ValueError: a choice out of range.
-    """
-    entry = _entry(name)
-    if choices and name not in ("drafter", "heads"):
-        raise FastgenError(f"recipe {name} lets nothing be chosen, got {', '.join(choices)}")
-    if entry.upcycles:
-        return _upcycling(name, seed, part, init, data)
-    if name == "drafter" and part is not None:
-        return _drafter(seed, part, init, data, choices or {})
-    if name == "heads" and part is not None:
-        return _heads(seed, part, init, data, choices or {})
-    if data is not None:
-        raise FastgenError(f"recipe {name} renders its data and takes no --data")
-    if entry.needs and part is None and (init is None or entry.needs in ("z-image", "janus")):
-        raise FastgenError(
-            f"recipe {name} needs --part FOLDER/{entry.part}, written by `fastgen train {entry.needs} -o FOLDER`"
-        )
-    if part is not None and not entry.needs:
-        raise FastgenError(f"recipe {name} takes no trained part")
-    if init is not None and not entry.continues:
-        raise FastgenError(f"recipe {name} does not take --init; the same command goes on from its checkpoint")
-    if part is not None and str(part) in EMBEDDED_MODELS:
-        part = embedded_folder(str(part))
-    for folder in (part, init):
-        if folder is not None and not (folder / "config.json").exists() and not (folder / "model_index.json").exists():
-            raise FastgenError(f"{folder} holds no model (no config.json or model_index.json)")
-    return _BUILDERS[name](seed, part, init)
+        return VqRecipe(seed)
 
 
-def _entry(name: str) -> RecipeEntry:
-    if name not in RECIPES:
-        raise FastgenError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+class Detector(
+    TrainingSettings,
+    name="detector",
+    summary="the ShapesWorld detector (checker and FD-shapes features)",
+    defaults={"steps": 1350, "batch_size": 32, "lr": 2e-3, "ema_decay": 0.995},
+):
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.detector import DetectorRecipe
+
+        return DetectorRecipe(seed)
 
 
-def _vae(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.vae import VaeRecipe
+class Verifier(
+    TrainingSettings,
+    name="verifier",
+    summary="the yes/no model of ShapesWorld that scores pictures in a search",
+    defaults={"steps": 1900, "batch_size": 64, "lr": 1e-3, "decay": 0.4, "ema_decay": 0.998},
+):
+    def _build(self, seed: int) -> Recipe:
+        from diffusers import AutoencoderKL
 
-    return VaeRecipe(seed)
+        from fastgen.training.verifier import VerifierRecipe
 
-
-def _vq(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.vq import VqRecipe
-
-    return VqRecipe(seed)
-
-
-def _detector(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.detector import DetectorRecipe
-
-    return DetectorRecipe(seed)
+        return VerifierRecipe(seed, load_pretrained(AutoencoderKL, embedded_folder("tiny") / "vae").float())
 
 
-def _verifier(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from diffusers import AutoencoderKL
+@dataclass(frozen=True, kw_only=True)
+class ZImage(
+    TrainingSettings,
+    name="z-image",
+    summary="transformer and text encoder of the tiny Z-Image pipeline",
+    example="--part runs/vae/model/vae",
+    needs={"part": _VAE},
+    defaults={"steps": 10000, "batch_size": 64, "accumulate": 2, "lr": 2e-3, "decay": 0.4},
+):
+    part: Path | None = _part(_VAE)
+    init: Path | None = place(_CONTINUE)
 
-    from fastgen.training.verifier import VerifierRecipe
+    def check_together(self) -> None:
+        if self.init is None:  # a pipeline to continue from has a VAE
+            super().check_together()
 
-    return VerifierRecipe(seed, load_pretrained(AutoencoderKL, embedded_folder("tiny") / "vae").float())
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.z_image import ZImageRecipe
 
-
-def _z_image(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.z_image import ZImageRecipe
-
-    return ZImageRecipe(seed, part, init)
-
-
-def _small(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.small_z_image import SmallRecipe
-
-    return SmallRecipe(seed, part or Path(), init)
-
-
-def _janus(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.janus import JanusRecipe
-
-    return JanusRecipe(seed, part, init)
+        return ZImageRecipe(seed, self.model("part"), self.model("init"))
 
 
-def _drafter(seed: int, part: Path, init: Path | None, data: Path | None, choices: Mapping[str, Any]) -> Recipe:
-    from fastgen.training.drafter import DrafterRecipe, DrafterTerms
-    from fastgen.training.samples import Samples
+@dataclass(frozen=True, kw_only=True)
+class Janus(
+    ZImage,
+    name="janus",
+    summary="language model and image heads of the tiny Janus",
+    example="--part runs/vq/model/vq",
+    needs={"part": _VQ},
+    defaults={"steps": 8400, "batch_size": 32, "accumulate": 4, "lr": 2e-3, "decay": 0.4},
+):
+    part: Path | None = _part(_VQ)
 
-    ours = {field.name for field in fields(DrafterTerms)}
-    terms = DrafterTerms(**{key: value for key, value in choices.items() if key in ours})
-    drafter = {key: value for key, value in choices.items() if key not in ours}
-    if init is not None and drafter:
-        raise FastgenError(f"recipe drafter: {', '.join(drafter)} belong to a new drafter, not to one of --init")
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.janus import JanusRecipe
 
-    folder = janus_folder("drafter", part)
-    drawn = None if data is None else Samples(data, seed)
-    try:
-        return DrafterRecipe(seed, folder, init, terms, samples=drawn, **drafter)
-    except TypeError as error:
-        raise FastgenError(f"recipe drafter: {error}") from error
+        return JanusRecipe(seed, self.model("part"), self.model("init"))
 
 
-def _heads(seed: int, part: Path, init: Path | None, data: Path | None, choices: Mapping[str, Any]) -> Recipe:
-    from fastgen.training.heads import HeadsRecipe, load_heads, load_target
-    from fastgen.training.windows import Windows
+@dataclass(frozen=True, kw_only=True)
+class Small(
+    TrainingSettings,
+    name="small",
+    summary="a deeper Z-Image for 128x128 pictures, grown from the tiny one",
+    example="--part tiny",
+    needs={"part": _Z_IMAGE},
+    defaults={"steps": 20000, "batch_size": 16, "accumulate": 2, "lr": 1.5e-3, "decay": 0.3},
+):
+    part: Path | None = _part(_Z_IMAGE)
+    init: Path | None = place(_CONTINUE)
 
-    if data is None:
-        raise FastgenError("recipe heads needs --data, a folder of recorded windows; with --samples they are recorded")
-    if init is not None and choices:
-        raise FastgenError(f"recipe heads: {', '.join(choices)} belong to new heads, not to those of --init")
-    folder = janus_folder("heads", part)
-    windows, heads = Windows(data, seed), None if init is None else load_heads(init)
-    try:
-        return HeadsRecipe(seed, load_target(folder), windows, heads, **choices)
-    except TypeError as error:
-        raise FastgenError(f"recipe heads: {error}") from error
+    def _models(self) -> tuple[Path, Path | None]:
+        return self.model("part") or Path(), self.model("init")
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.small_z_image import SmallRecipe
+
+        return SmallRecipe(seed, *self._models())
+
+
+class DC(
+    Small,
+    name="dc",
+    summary="a small Z-Image transformer with dynamic chunking, for many compute budgets",
+    defaults={"steps": 10000, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
+):
+    dense: ClassVar[bool] = False
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.dc_z_image import DCRecipe
+
+        return DCRecipe(seed, *self._models(), self.dense)
+
+
+class DCDense(
+    DC,
+    name="dc-dense",
+    summary="the same transformer without dynamic chunking, its baseline",
+    # As many steps as take the compute of the steps of `dc`: over its tail drops, with 23 to 30 % of the tokens kept
+    # before them, its forward passes take 1.17 times as many FLOPs.
+    defaults={**DC.defaults, "steps": 11700},
+):
+    dense: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPatch(
+    Small,
+    name="dc-patch",
+    summary="a trained Z-Image for ShapesWorld that learns to drop its own patches, beginning as itself",
+    defaults={"steps": 4000, "batch_size": 16, "lr": 5e-4, "warmup": 50, "decay": 0.4},
+):
+    set: Any = key_values(
+        "anneal (items over which the share of kept patches falls), cost, or the new scaffold's configuration "
+        "(compression=8, floor=0.0625, n_last_layers=2)"
+    )
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.patch_chunking import PatchRecipe
+
+        return self.made(PatchRecipe, seed, *self._models(), **self.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafter(
+    DrawnSettings,
+    name="drafter",
+    summary="an EAGLE drafter of a Janus (name, folder or Hub id)",
+    example="--part tiny-janus",
+    needs={"part": _JANUS},
+    defaults={"steps": 2400, "batch_size": 16, "accumulate": 2, "lr": 2e-3, "decay": 0.5},
+):
+    part: Path | None = _part(_JANUS)
+    set: Any = key_values("a loss term, kind, or the new drafter's configuration (redundancy=class, width=128)")
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.drafter import DrafterRecipe, DrafterTerms
+        from fastgen.training.samples import Samples
+
+        ours = {field.name for field in fields(DrafterTerms)}
+        terms = DrafterTerms(**{key: value for key, value in self.choices.items() if key in ours})
+        drafter = {key: value for key, value in self.choices.items() if key not in ours}
+        init, data = self.path("init"), self.path("data")
+        if init is not None and drafter:
+            raise FastgenError(f"recipe drafter: {', '.join(drafter)} belong to a new drafter, not to one of --init")
+        folder = janus_folder(self.name, self.needed("part"))
+        drawn = None if data is None else Samples(data, seed)
+        return self.made(DrafterRecipe, seed, folder, init, terms, samples=drawn, **drafter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads(
+    DrawnSettings,
+    name="heads",
+    summary="heads that correct the Jacobi windows of a Janus (name, folder or Hub id)",
+    example="--part tiny-janus --data runs/windows --samples 2000",
+    needs={"part": _JANUS, "data": _WINDOWS},
+    defaults={"steps": 4000, "batch_size": 12, "lr": 2e-3, "warmup": 50, "decay": 0.5, "ema_decay": 0.99},
+):
+    part: Path | None = _part(_JANUS)
+    data: Path | None = place("Folder of recorded windows.")
+    set: Any = key_values("the new heads' configuration")
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.training.heads import HeadsRecipe, load_heads, load_target
+        from fastgen.training.windows import Windows
+
+        init = self.path("init")
+        if init is not None and self.choices:
+            raise FastgenError(f"recipe heads: {', '.join(self.choices)} belong to new heads, not to those of --init")
+        folder = janus_folder(self.name, self.needed("part"))
+        windows, heads = Windows(self.needed("data"), seed), None if init is None else load_heads(init)
+        return self.made(HeadsRecipe, seed, load_target(folder), windows, heads, **self.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCGraft(
+    DrawnSettings,
+    name="dc-graft",
+    summary="stage 1 of upcycling a trained Z-Image or DiT: the new parts learn from the original",
+    example="--part tiny --data runs/samples --samples 20000 --prompts-file shapesworld",
+    needs={"part": _PIPELINE, "data": _SAMPLES},
+    defaults={"steps": 5000, "batch_size": 64, "accumulate": 4, "lr": 1e-3},
+):
+    part: Path | None = _part(_PIPELINE)
+
+    def _build(self, seed: int) -> Recipe:
+        from fastgen.pipelines.loading import load_checkpoint
+        from fastgen.training.samples import Samples
+        from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
+
+        checkpoint = find_checkpoint(str(self.part))  # explains what is missing before anything is read
+        samples = Samples(self.needed("data"), seed)
+        kind = FinetuneRecipe if isinstance(self, DCFinetune) else GraftRecipe
+        return kind(seed, load_checkpoint(checkpoint, dtype="float32"), samples, self.path("init"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCFinetune(
+    DCGraft,
+    name="dc-finetune",
+    summary="stage 2 of upcycling: everything but the embeddings, for many compute budgets",
+    example="--part tiny --data runs/samples --init runs/graft/model/transformer",
+    needs={**DCGraft.needs, "init": _GRAFTED},
+    defaults={"steps": 10000, "batch_size": 64, "accumulate": 4, "lr": 5e-4},
+):
+    init: Path | None = place(f"{_GRAFTED}; required.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeCalibrate(
+    RecipeSettings,
+    name="cascade-calibrate",
+    summary="thresholds of CASCADE-R for a model (--part) with its drafter (--init)",
+    example="--part tiny-janus --init runs/drafter/model",
+    needs={"part": "a model that draws tokens", "init": "the folder of its drafter"},
+):
+    part: Path | None = place("Model that draws tokens, by name, folder or Hub id.")
+    init: Path | None = place("Folder of its drafter.")
+    data: Path | None = place(
+        "Result of `fastgen bench speculative`: its score drops and costs choose the default source."
+    )
+    samples: int | None = setting(int, "Pictures to measure. Default: 50.", minimum=0)
+    prompts_file: str | None = setting(str, "Prompts, one a line, or 'shapesworld'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCalibrate(
+    RecipeSettings,
+    name="search-calibrate",
+    summary="thresholds of noise search for a model (--part) with a verifier (--init)",
+    example="--part tiny --init shapes-verifier --samples 1000",
+    needs={"part": "a diffusion pipeline", "init": "a verifier by name or folder"},
+):
+    part: Path | None = place("Diffusion pipeline by name, folder or Hub id.")
+    init: Path | None = place("Verifier by name or folder.")
+    samples: int | None = setting(int, "Trajectories to measure. Default: 1000.", minimum=0)
+    prompts_file: str | None = setting(
+        str, "Prompts, one a line; their scores replace the check of pictures. Default: ShapesWorld."
+    )
+    batch_size: int | None = setting(int, "Trajectories at a time. Default: 32.", minimum=1)
+    set: Any = key_values(
+        "steps, guidance_scale, height, width, sampler, branches; image and mask (files) or strength, for a pipeline "
+        "that begins with a picture"
+    )
+    threads: int | None = threads()
+
+
+_TRAINED = (
+    Vae,
+    Vq,
+    Detector,
+    Verifier,
+    ZImage,
+    Small,
+    Janus,
+    Drafter,
+    Heads,
+    DC,
+    DCPatch,
+    DCGraft,
+    DCFinetune,
+    DCDense,
+)
+RECIPES: dict[str, type[TrainingSettings]] = {each.name: each for each in _TRAINED}
 
 
 def janus_folder(recipe: str, part: Path) -> Path:
-    """Folder of the Janus that a recipe needs, downloaded if need be.
+    """Folder of the Janus that a recipe needs; downloads it if necessary.
 
     Raises:
-        FastgenError: it is none.
+        FastgenError: it is not a Janus model.
     """
     checkpoint = find_checkpoint(str(part))
     if checkpoint.kind != "janus":
         raise FastgenError(f"recipe {recipe}: {part} is no Janus model")
     return checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
-
-
-def _dc(seed: int, part: Path | None, init: Path | None, dense: bool = False) -> Recipe:
-    from fastgen.training.dc_z_image import DCRecipe
-
-    return DCRecipe(seed, part or Path(), init, dense)
-
-
-def _dc_dense(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    return _dc(seed, part, init, dense=True)
-
-
-def _dc_patch(seed: int, part: Path | None, init: Path | None) -> Recipe:
-    from fastgen.training.patch_chunking import PatchRecipe
-
-    return PatchRecipe(seed, part or Path(), init)
-
-
-def _upcycling(name: str, seed: int, part: Path | None, init: Path | None, data: Path | None) -> Recipe:
-    if part is None or data is None:
-        raise FastgenError(
-            f"recipe {name} needs --part, a Z-Image or DiT pipeline (name, folder or Hub id), and --data, a folder of "
-            "its samples; with --prompts-file and --samples they are drawn"
-        )
-    if name == "dc-finetune" and init is None:
-        raise FastgenError(f"recipe {name} needs --init FOLDER/model/transformer, written by `fastgen train dc-graft`")
-    from fastgen.pipelines.loading import load_checkpoint
-    from fastgen.training.samples import Samples
-    from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
-
-    checkpoint = find_checkpoint(str(part))  # explains what is missing before anything is read
-    samples = Samples(data, seed)
-    kind = GraftRecipe if name == "dc-graft" else FinetuneRecipe
-    return kind(seed, load_checkpoint(checkpoint, dtype="float32"), samples, init)
-
-
-_BUILDERS: dict[str, Callable[[int, Path | None, Path | None], Recipe]] = {
-    "vae": _vae,
-    "vq": _vq,
-    "detector": _detector,
-    "verifier": _verifier,
-    "z-image": _z_image,
-    "small": _small,
-    "janus": _janus,
-    "dc": _dc,
-    "dc-dense": _dc_dense,
-    "dc-patch": _dc_patch,
-}

@@ -32,8 +32,8 @@ from fastgen.evaluation.verifiers.base import ModelVerifier, Verifier
 from fastgen.evaluation.verifiers.names import load_verifier, verifier_class
 from fastgen.io import atomic_write_json, check_writable, read_json
 from fastgen.pipelines.beginnings import Beginning, read_beginning
-from fastgen.pipelines.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint, find_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.calibration import FILE, Calibration, model_signature
 from fastgen.pipelines.search.denoisers.base import denoiser_of

@@ -1,19 +1,21 @@
 """Recipe `small`: a deeper Z-Image for 128x128 pictures, grown from the tiny one.
 
 VAE, text encoder and tokenizer of the tiny pipeline stay as they are; only the transformer is trained, by flow
-matching on ShapesWorld renders of that size.
+matching on ShapesWorld renders of that size. It begins as the trained one: every weight is copied, and a new block is
+a copy of the block before it with closed gates, which makes it the identity; it opens with the first optimizer steps.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
 from fastgen.data.shapes import ShapesWorld
-from fastgen.models.grow import grow
 from fastgen.models.z_image_batch import use_real_rotary
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
@@ -36,20 +38,69 @@ _CAPTION_DROPOUT = 0.1
 _LAYOUT_WEIGHT = 0.5
 
 
+def source_blocks(old: int, new: int) -> list[tuple[int, bool]]:
+    """For each of `new` blocks the one of `old` blocks it is copied from, and whether it is a further copy.
+
+    Raises:
+        ValueError: fewer new blocks than old ones.
+    """
+    if not 1 <= old <= new:
+        raise ValueError(f"n_layers: needs at least the {old} blocks of the trained model, got {new}")
+    sources = [index * old // new for index in range(new)]
+    return [(source, index > 0 and source == sources[index - 1]) for index, source in enumerate(sources)]
+
+
+def grow(model: ZImageTransformer2DModel, n_layers: int, rope_theta: float | None = None) -> ZImageTransformer2DModel:
+    """A stock transformer of `n_layers` blocks that computes what `model` computes.
+
+    Args:
+        model: the trained transformer; it stays as it is.
+        n_layers: blocks of the new one, at least those of `model`.
+        rope_theta: base of the rotary frequencies, higher for larger pictures; None keeps that of `model`. With
+            another one the function changes.
+
+    Raises:
+        ValueError: fewer blocks than `model` has.
+    """
+    sources = source_blocks(model.config.n_layers, n_layers)
+    changes = {"n_layers": n_layers, "rope_theta": model.config.rope_theta if rope_theta is None else rope_theta}
+    grown: ZImageTransformer2DModel = ZImageTransformer2DModel.from_config({**model.config, **changes})
+    parameter = next(model.parameters())
+    grown.to(device=parameter.device, dtype=parameter.dtype)
+    trained = model.state_dict()
+    state = {name: value for name, value in trained.items() if not name.startswith("layers.")}
+    for index, (source, closed) in enumerate(sources):
+        for name, value in _block(trained, source).items():
+            state[f"layers.{index}.{name}"] = _close_gates(value) if closed and "adaLN" in name else value
+    grown.load_state_dict(state)
+    return grown
+
+
+def _block(state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = re.compile(rf"layers\.{index}\.")
+    return {name[match.end() :]: value for name, value in state.items() if (match := prefix.match(name))}
+
+
+def _close_gates(modulation: Tensor) -> Tensor:
+    """Weight or bias [4 D, …] of a block's modulation (scale, gate, scale, gate) with both gates zero."""
+    closed = modulation.clone()
+    for gate in closed.chunk(4)[1::2]:
+        gate.zero_()
+    return closed
+
+
 class SmallRecipe:
     """Flow matching with caption dropout.
 
     Args:
         seed: seed of the data.
         pipeline: folder of the trained tiny `ZImagePipeline`.
-        init: folder of a grown pipeline to go on from; None grows the tiny one.
+        init: folder of a grown pipeline to continue from; None grows the tiny one.
     """
 
     name = "small"
 
     def __init__(self, seed: int, pipeline: Path, init: Path | None = None) -> None:
-        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
-
         pipe = load_pretrained(ZImagePipeline, init or pipeline, torch_dtype=torch.float32)
         if init is None:
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=SHIFT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from fastgen.contracts import Loss
+from fastgen.pipelines.quantization import layer_pattern
 
 __all__ = ["Part", "Undo", "added_attributes", "block_layers", "denoising_network"]
 
@@ -49,13 +49,12 @@ def block_layers(model: Any) -> list[nn.Linear]:
 
     Those that diffusers names as sensitive are left out.
     """
-    sensitive = [*(model._skip_layerwise_casting_patterns or ()), *(model._keep_in_fp32_modules or ()), "lora_"]
+    chosen = layer_pattern(model)
     return [
         layer
         for name, layer in model.named_modules()
         if type(layer) is nn.Linear
-        and re.search(r"\.\d+\.", name)
-        and not any(re.search(pattern, name) for pattern in sensitive)
+        and chosen.fullmatch(name)
         and type(layer.weight) is nn.Parameter
         and type(layer.weight.data) is torch.Tensor
         and layer.weight.is_floating_point()

@@ -22,6 +22,7 @@ from fastgen.pipelines.accelerate.solver import Solver
 from fastgen.pipelines.accelerate.step_cache import StepCache
 from fastgen.pipelines.accelerate.tail_drops import TailDrops
 from fastgen.pipelines.accelerate.text_encoder import TextEncoder
+from fastgen.pipelines.accelerate.token_stage import TokenStage
 
 __all__ = [
     "PARTS",
@@ -42,6 +43,7 @@ __all__ = [
     "StepCache",
     "TailDrops",
     "TextEncoder",
+    "TokenStage",
     "VaeSlicing",
     "VaeTiling",
     "made_part",
@@ -63,6 +65,7 @@ PARTS: dict[str, type[Part]] = {
         Compile,
         ContextParallel,
         TextEncoder,
+        TokenStage,
         Solver,
         StepCache,
         DBCache,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
 from fastgen.pipelines.accelerate.part import Part, Undo, block_layers, denoising_network
+from fastgen.pipelines.quantization import BITS, torchao_config, why_not_here
 
 __all__ = ["Quantize"]
-
-_KINDS = ("int8", "int8-dynamic", "fp8", "int4")
 
 
 @dataclass(frozen=True)
@@ -32,20 +28,17 @@ class Quantize(Part):
     kind: str = "int8"
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, _KINDS)
+        check_choice("kind", self.kind, BITS)
 
     def why_not(self, pipe: Any) -> str | None:
         model = denoising_network(pipe)
-        if importlib.util.find_spec("torchao") is None:
-            return "torchao is not installed (python -m pip install torchao)"
+        if reason := why_not_here(self.kind, pipe._execution_device):
+            return reason
         if getattr(model, "quantization_method", None) is not None:
             return "its denoiser is quantised already"
         if not block_layers(model):
             return "its denoiser has no linear layers in blocks, or their weights are not in memory"
-        where = pipe._execution_device
-        if self.kind == "fp8" and (where.type != "cuda" or torch.cuda.get_device_capability(where) < (8, 9)):
-            return "fp8 needs a GPU of compute capability 8.9 or newer"
-        return "int4 needs a GPU" if self.kind == "int4" and where.type != "cuda" else None
+        return None
 
     def enable(self, pipe: Any) -> Undo:
         from torchao.quantization import quantize_
@@ -67,7 +60,7 @@ class Quantize(Part):
 
         chosen = set(map(id, layers))
         try:
-            quantize_(model, self._config(), lambda module, name: id(module) in chosen)
+            quantize_(model, torchao_config(self.kind), lambda module, name: id(module) in chosen)
             for layer, weight, _ in before:
                 quantized[id(layer)] = layer.weight
                 if weight.device.type == "cuda":
@@ -78,14 +71,3 @@ class Quantize(Part):
                 raise FastgenError(f"quantize: {self.kind} does not work here: {one_line(error)}") from error
             raise
         return undo
-
-    def _config(self) -> Any:
-        from torchao import quantization as torchao
-
-        kinds = {
-            "int8": "Int8WeightOnlyConfig",
-            "int8-dynamic": "Int8DynamicActivationInt8WeightConfig",
-            "fp8": "Float8DynamicActivationFloat8WeightConfig",
-            "int4": "Int4WeightOnlyConfig",
-        }
-        return getattr(torchao, kinds[self.kind])()

@@ -28,7 +28,7 @@ __all__ = ["accelerate", "accelerated", "restore"]
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _on: weakref.WeakKeyDictionary[Any, list[Part]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
-_WITHOUT_PLAN = ("kernels", "channels_last", "prompt_padding", "attention")
+_WITHOUT_PLAN = ("kernels", "channels_last", "prompt_padding", "attention", "token_stage")
 
 
 def accelerate(

@@ -15,7 +15,7 @@ from torch import nn
 from fastgen.checks import check_choice, check_integer
 from fastgen.pipelines.accelerate.calls import change_encoding
 from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
-from fastgen.pipelines.memory import free_memory
+from fastgen.pipelines.loading.memory import free_memory
 
 __all__ = ["TextEncoder"]
 

@@ -35,6 +35,7 @@ __all__ = [
     "Effort",
     "Node",
     "Program",
+    "Round",
     "SearchStopped",
     "Visit",
     "best_of",
@@ -143,6 +144,23 @@ class Visit:
     score: float
     effort: Effort = "full"
 
+    def row(self) -> list[float | None]:
+        """[number, parent, time, score], JSON-ready: without a score None."""
+        return [self.number, self.parent, self.index, self.score if math.isfinite(self.score) else None]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round of evaluations brought.
+
+    Attributes:
+        running: chains that go on.
+        visits: prompt, chain and visit of each evaluated node.
+    """
+
+    running: int
+    visits: list[tuple[int, int, Visit]]
+
 
 @dataclass(eq=False)
 class Chain:
@@ -240,7 +258,7 @@ def run_chains(
     verifier: Verifier,
     prompts: Sequence[str],
     batch_size: int = 32,
-    on_round: Callable[[int], None] | None = None,
+    on_round: Callable[[Round], None] | None = None,
     preview: Preview | None = None,
 ) -> list[Node]:
     """Run the chains to their ends.
@@ -251,7 +269,7 @@ def run_chains(
         verifier: scores pictures.
         prompts: texts for it.
         batch_size: rows of one forward pass, and pictures of one call of the verifier.
-        on_round: called after each round of evaluations with how many chains are still running.
+        on_round: called after each round of evaluations.
         preview: makes the pictures that are scored while a trajectory is under way; None: as at its end.
 
     Returns:
@@ -269,17 +287,20 @@ def run_chains(
         while running:
             asked = [(chains[place], ask) for place, (_, ask) in running.items()]
             answers = _nodes(asked, evaluate(asked, verifier, prompts, batch_size, preview))
+            visits = []
             for place, nodes in zip(list(running), answers, strict=True):
                 made, _ = running[place]
+                chain = chains[place]
                 for node in nodes:
-                    chains[place].record(node)
+                    chain.record(node)
+                    visits.append((chain.prompt, chain.number, chain.trace[-1]))
                 try:
                     running[place] = (made, made.send(nodes))
                 except StopIteration as done:
                     results[place] = _best_end(done.value, chains[place].furthest)
                     del running[place]
             if on_round is not None:
-                on_round(len(running))
+                on_round(Round(len(running), visits))
     except (Exception, KeyboardInterrupt) as error:
         raise SearchStopped(f"search: {type(error).__name__}: {error}") from error
     return [results[place] for place in range(len(chains))]

@@ -14,6 +14,7 @@ from fastgen.pipelines.generation import GeneratedImage, Progress
 from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget
+from fastgen.pipelines.search.engine import Round
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.samplers import Sampler
 from fastgen.pipelines.settings import pipeline_arguments
@@ -78,7 +79,7 @@ def search_images(
                 "batch_invariant: rounding depends on the batch shape" if batch_invariant and batch_size > 1 else None,
             )
             try:
-                output = search.search(
+                output = search(
                     list(texts),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in own],
                     max_seconds=seconds,
@@ -120,19 +121,20 @@ def _reporter(
     count: int,
     budget: Budget,
     seconds: float | None,
-) -> Callable[[int], None] | None:
-    """Tells a callback which part of the budget is spent."""
+) -> Callable[[Round], None] | None:
+    """Tells a callback which part of the budget is spent, and what was evaluated."""
     if callback is None:
         return None
     started = time.perf_counter()
 
-    def report(running: int) -> None:
+    def report(found: Round) -> None:
         stats = current()
-        parts = [0.0 if running else 1.0]
+        parts = [0.0 if found.running else 1.0]
         if budget.max_nfe is not None and stats is not None:
             parts.append(stats.nfe / (budget.max_nfe * count))
         if seconds is not None:
             parts.append((time.perf_counter() - started) / seconds)
-        callback(Progress(done, total, count, round(_PARTS * min(max(parts), 1.0)), _PARTS))
+        visits = [(prompt, chain, visit.row()) for prompt, chain, visit in found.visits]
+        callback(Progress(done, total, count, round(_PARTS * min(max(parts), 1.0)), _PARTS, visits=visits))
 
     return report

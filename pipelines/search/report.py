@@ -108,10 +108,7 @@ def report_of(
         finished=winner.last,
         stopped=stopped,
         seconds=seconds,
-        trees=[
-            [[v.number, v.parent, v.index, v.score if math.isfinite(v.score) else None] for v in chain.trace]
-            for chain in chains
-        ],
+        trees=[[visit.row() for visit in chain.trace] for chain in chains],
         path=path,
         chain=owner,
         explored=sum(visit.effort == "exploring" for chain in chains for visit in chain.trace),

@@ -174,7 +174,7 @@ class Leaking(HeadsSource):
 LAWS = {"plain": TokenLaw(1.0), "guided": TokenLaw(3.0, 0.8), "top-k": TokenLaw(3.0, top_k=3)}
 
 
-@pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "drawn anew"])
+@pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "drawn again"])
 @pytest.mark.parametrize("law", long_tail(LAWS, fast=("guided",)))
 def test_pictures_have_the_law_of_the_target(janus: JanusImagePipeline, law: str, coupled: bool) -> None:
     """All 64 pictures of 3 tokens against their probabilities."""

@@ -17,8 +17,8 @@ from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.sources import TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
-from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.speculative import DEFAULT_QUALITY, DEFAULT_TREE
 
 PROMPTS = list(ShapesWorld(31_337).batch(20).texts)

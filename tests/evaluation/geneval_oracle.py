@@ -55,8 +55,8 @@ def oracle(data: dict, objects: list[tuple[str, float, tuple, str]], cap: int = 
 
 def official_summary(path: Path) -> dict[str, float]:
     """What the official summary script prints of a results file: task means in order of appearance, their unweighted
-    mean, and the shares of correct images and of prompts with a correct image; prompts are told apart by the text of
-    their metadata."""
+    mean, and the shares of correct images and of prompts with a correct image; prompts differ if the texts of their
+    metadata do."""
     tasks: dict[str, list[bool]] = {}
     prompts: dict[str, bool] = {}
     correct = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, ZImagePipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen.cli.main import run
-from fastgen.evaluation.benchmarks import dc_quality
-from fastgen.evaluation.benchmarks.peers import first_block_cache, merge_groups, token_merging
+from fastgen.evaluation.benchmarks.peers import mag_ratios, merge_groups, step_cache, taylor_seer, token_merging
 from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
+from fastgen.evaluation.dc_results import pareto_front
 
 
 @pytest.fixture
@@ -86,40 +87,86 @@ def test_like_tokens_merge_without_loss(z: ZImagePipeline) -> None:
     torch.testing.assert_close(output[:, 1:8], output[:, :1].expand(-1, 7, -1))
 
 
-def test_first_block_cache_skips_steps(z: ZImagePipeline) -> None:
-    plain, calls = draw(z), []
+CACHES: dict[str, tuple[Any, Any, int]] = {
+    # One that skips, one that skips nothing, and how often the last block runs in 8 steps of the former.
+    "first-block": (FirstBlockCacheConfig(threshold=1e9), FirstBlockCacheConfig(threshold=-1.0), 1),
+    "mag": (
+        MagCacheConfig(threshold=1e9, mag_ratios=[1.0] * 8, num_inference_steps=8),
+        MagCacheConfig(threshold=-1.0, mag_ratios=[1.0] * 8, num_inference_steps=8),
+        3,  # the first two always, then one of four
+    ),
+    "taylorseer": (taylor_seer(3), taylor_seer(1), 5),  # the first three, and one of three
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_step_caches_skip_steps_and_leave_no_trace(name: str, z: ZImagePipeline) -> None:
+    skips, nothing, runs = CACHES[name]
+    plain, calls = draw(z, 8), []
     hook = z.transformer.layers[-1].feed_forward.w1.register_forward_hook(lambda *a: calls.append(1))
-    with first_block_cache(z, 1e9) as pipe:
-        cached = draw(pipe)
-    assert len(calls) == 1 and np.isfinite(cached).all()
-    with first_block_cache(z, -1.0) as pipe:
-        assert np.array_equal(draw(pipe), plain)
+    with step_cache(z, skips) as pipe:
+        cached = draw(pipe, 8)
+        assert len(calls) == runs
+        # The second picture begins as the first did.
+        assert np.array_equal(draw(pipe, 8), cached)
+    assert np.isfinite(cached).all()
+    with step_cache(z, nothing) as pipe:
+        assert np.array_equal(draw(pipe, 8), plain)
     hook.remove()
-    assert np.array_equal(draw(z), plain)
+    assert np.array_equal(draw(z, 8), plain)
+
+
+def test_mag_ratios_are_how_much_the_blocks_update_grows(z: ZImagePipeline) -> None:
+    ratios = mag_ratios(z, ["a red circle"], 4, height=32, width=16)
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        z.transformer.layers[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0])),
+        z.transformer.layers[-1].register_forward_hook(lambda module, given, output: outputs.append(output)),
+    ]
+    z(["a red circle"], height=32, width=16, num_inference_steps=4, output_type="latent",
+      generator=[torch.Generator().manual_seed(0)])  # fmt: skip
+    for hook in hooks:
+        hook.remove()
+    norms = [(after - before).norm(dim=-1) for before, after in zip(inputs, outputs, strict=True)]
+    expected = [1.0] + [float((b / a).mean()) for a, b in itertools.pairwise(norms)]
+    assert ratios == pytest.approx(expected, rel=1e-4) and len(set(ratios)) == 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_holds_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    rows = [{"seconds": {"p50": float(second)}, "score": score / 6} for second, score in points]
+    front = {(row["seconds"]["p50"], row["score"]) for row in pareto_front(rows)}
+    places = {(row["seconds"]["p50"], row["score"]) for row in rows}
+    unbeaten = {a for a in places if not any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in places)}
+    assert front == unbeaten
 
 
 @pytest.mark.slow
 def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc", "--model", str(micro_dc), "--dense", str(micro_z), "--folder", str(tmp_path / "f")]
     arguments += ["--tail-drop", "0", "--tail-drop", "0.5", "--limit", "1", "--images-per-prompt", "1", "--runs", "1"]
-    arguments += ["--guidance-scale", "3"]
+    arguments += ["--guidance-scale", "3", "--steps", "3", "--quick"]
     assert run([*arguments, "--json", "--out", str(tmp_path / "dc.json")]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "dc.json").read_text())
     rows = {row["variant"]: row for row in printed["rows"]}
     assert list(rows) == [
-        "dense", "dense first-block-cache 0.1", "dense first-block-cache 0.3", "dense token-merging 0.25",
-        "dense token-merging 0.5", "dc 0", "dc 0.5", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9",
-        "dc late lite-cfg 0.98", "dense guidance 3", "dc 0 guidance 3", "dc late lite-cfg 0.98 guidance 3",
+        "dense", "dense 3 steps", "dense first-block-cache 0.1", "dense taylorseer 2", "dense magcache 0.06",
+        "dc 0", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9", "dc late lite-cfg 0.98",
+        "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 3 steps",
+        "dc 0 lite-cfg 0.9 first-block-cache 0.1",
+        "dense guidance 3", "dc 0 guidance 3", "dc late lite-cfg 0.98 guidance 3",
     ]  # fmt: skip
     assert rows["dc late lite-cfg 0.98"]["tail_drop"] == [0.95, 0.99]  # of two steps
+    assert rows["dc late lite-cfg 0.98 3 steps"]["tail_drop"] == [0.7, 0.95, 0.99]
+    assert rows["dense 3 steps"]["steps"] == 3 and rows["dense 3 steps"]["flops"] > rows["dense"]["flops"]
     assert rows["dc 0 guidance 3"]["guidance_scale"] == 3 and rows["dc 0"]["guidance_scale"] is None
     for row in rows.values():
         assert 0 <= row["score"] <= 1 and row["flops"] > 0 and 0 < row["seconds"]["p20"] <= row["seconds"]["p80"]
-    assert rows["dense"]["kept"] is None and rows["dc 0"]["kept"] > rows["dc 0.5"]["kept"] > 0
-    assert (
-        rows["dc 0"]["flops"] > rows["dc 0 lite-cfg 0.9"]["flops"] and rows["dc 0"]["flops"] > rows["dc 0.5"]["flops"]
-    )
+    assert rows["dense"]["kept"] is None and rows["dc 0"]["kept"] > rows["dc 0.5 lite-cfg 0.9"]["kept"] > 0
+    flops = [rows[name]["flops"] for name in ("dc 0", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9")]
+    assert flops == sorted(flops, reverse=True)
     assert rows["dense"]["kept_by_step"] is None and len(rows["dc 0"]["kept_by_step"]) == 2
     assert [row["sigma"] for row in printed["router"]["rows"]] == sorted(SIGMAS, reverse=True)
     assert all(0 < row["boundary"] < 1 for row in printed["router"]["rows"])
@@ -135,6 +182,7 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     ("change", "message"),
     [
         (["--tail-drop", "1"], "tail_drops"),
+        (["--steps", "0"], "steps: 0 is not allowed"),
         (["--runs", "0"], "runs"),
         (["--guidance-scale", "-1"], "guidance_scales"),
         (["--images-per-prompt", "0"], "images_per_prompt"),
@@ -168,4 +216,3 @@ def test_a_budget_is_part_of_an_evaluation_run(micro_dc: Path, tmp_path: Path, c
     assert "token_budget is 1 there and 2 now" in capsys.readouterr().err
     assert run([*arguments, "--tail-drop", "1.5"]) == 2
     assert "--tail-drop" in capsys.readouterr().err
-    assert dc_quality.LITE_CFG == 0.9

@@ -347,15 +347,15 @@ def test_equal_seconds_are_a_mixture_of_the_two_nearest_budgets() -> None:
         row("best-of-n max_nfe=200", 200, 4.0, 0.9),
         row("svdd", 48, 1.6, 0.9),  # nor slower and faster at once
     ]
-    told = statistics_of(rows, by)
-    (found,) = told["equal"]
+    summary = statistics_of(rows, by)
+    (found,) = summary["equal"]
     assert (found["policy"], found["rival"], found["rival_budgets"]) == ("threshold", "best-of-n", [48, 72])
     assert found["share"] == pytest.approx(0.5)
     half = (rows[3].data["score"] + rows[4].data["score"]) / 2
     assert found["rival_score"] == pytest.approx(half) and 0.6 < half < 0.8
     assert found["difference"] == pytest.approx(rows[1].data["score"] - half) and found["p"] < 0.001
-    reached = {entry["rival"]: entry for entry in told["reach"] if entry["unit"] == "seconds"}
-    assert {entry["policy"] for entry in told["reach"]} == {"threshold"} and set(reached) == {"best-of-n", "svdd"}
+    reached = {entry["rival"]: entry for entry in summary["reach"] if entry["unit"] == "seconds"}
+    assert {entry["policy"] for entry in summary["reach"]} == {"threshold"} and set(reached) == {"best-of-n", "svdd"}
     assert reached["best-of-n"]["rival_budget"] == 200 and reached["svdd"]["rival_budget"] == 48
     mixed = mixture(rows[3].outcomes, rows[4].outcomes, 0.25)
     assert mixed.seconds.mean() == pytest.approx(1.75) and mixed.nfe.mean() == pytest.approx(66)

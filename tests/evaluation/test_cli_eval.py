@@ -198,7 +198,7 @@ def test_a_model_is_scored_through_speculative_decoding(tmp_path: Path, capsys: 
     assert report["stats"]["passes"]["target"] < 256
 
 
-SEARCH = ["eval", "shapes", "--method", "search", "--steps", "3", "--policy", "best-of-n", "--max-nfe", "12"]
+SEARCH = ["eval", "shapes", "--method", "search", "--steps", "2", "--policy", "best-of-n", "--max-nfe", "8"]
 SIX = ["--limit", "1", "--images-per-prompt", "1", "--json", "--allow-small"]
 
 

@@ -163,7 +163,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "nonsense"], "nonsense"),
         (["--images", "empty", "--device", "abacus"], "abacus"),
         (["--images", "empty", "--out", "file"], "file"),
-        (["--model", "renders", "--metadata", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["--model", "renders", "--metadata", "none.jsonl"], "none.jsonl: no such file"),
         (["--images", "empty", "--detector", "empty"], "detector mask2former: empty holds no config.json"),
     ],
 )

@@ -218,9 +218,9 @@ def test_command_and_its_exit_status(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--confidence", "1"], "--confidence: 1.0"),
-        (["--margin", "-1"], "--margin: -1.0"),
-        (["--max-slowdown", "0"], "--max-slowdown: 0.0"),
+        (["--confidence", "1"], "confidence: 1.0"),
+        (["--margin", "-1"], "margin: -1.0"),
+        (["--max-slowdown", "0"], "max_slowdown: 0.0"),
         (["--max-slowdown", "2"], "does not say how long"),
         (["--gate", "beauty"], "--gate: 'beauty'"),
     ],

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import runner_worker
 import torch
+from long_tail import long_tail
 from PIL import Image
 
 from fastgen.errors import FastgenError
@@ -165,7 +166,8 @@ def test_batches_are_cut_in_the_same_places(tmp_path: Path) -> None:
 def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
     """A real pipeline whose pixels depend on the batch: interrupted, resumed and shared runs make the same files."""
     from fastgen.evaluation.runner import EvaluationRun, RunSettings
-    from fastgen.pipelines.loading import generate_images, load_pipeline
+    from fastgen.pipelines.generation import generate_images
+    from fastgen.pipelines.loading import load_pipeline
 
     pipe = load_pipeline(str(micro_z))
     settings = RunSettings(model="micro", model_fingerprint="0", images_per_prompt=2, batch_size=5)
@@ -269,7 +271,7 @@ def test_the_command_killed_at_random_moments(tmp_path: Path, size: int) -> None
 # --- failures ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("broken", long_tail([0, 1], fast=(1,)))
 def test_a_failure_is_reported_and_stops_the_others(tmp_path: Path, broken: int) -> None:
     began = time.monotonic()
     codes = finish(start(tmp_path, 2, seconds=0.2, own={broken: {"fail_at": 2}}), within=30)

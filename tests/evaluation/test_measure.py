@@ -19,12 +19,12 @@ def test_calls_take_turns_and_warm_up_is_not_counted(monkeypatch: pytest.MonkeyP
 
 
 def test_a_call_lasts_from_an_idle_device_to_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(measure, "wait_for", lambda device: told.append(str(device)))
-    measure.seconds_of(partial(told.append, "work"), torch.device("cuda"))
-    assert told == ["cuda", "work", "cuda"]
-    measure.seconds_of(partial(told.append, "work"))
-    assert told[3:] == ["work"]
+    order: list[str] = []
+    monkeypatch.setattr(measure, "wait_for", lambda device: order.append(str(device)))
+    measure.seconds_of(partial(order.append, "work"), torch.device("cuda"))
+    assert order == ["cuda", "work", "cuda"]
+    measure.seconds_of(partial(order.append, "work"))
+    assert order[3:] == ["work"]
 
 
 def test_percentiles_interpolate() -> None:

@@ -47,10 +47,10 @@ def test_statistics_tell_a_router_that_sees_edges_from_one_that_does_not(micro_d
             return torch.logit(torch.where(edges, 0.8, 0.1))
 
     pipe.transformer.scaffold.router = Oracle()
-    told = router_statistics(pipe, renders=4)
+    statistics = router_statistics(pipe, renders=4)
     (grid,) = grids
-    assert told["boundary_to_background"] == pytest.approx(8, rel=1e-4)
-    for row in told["rows"]:
+    assert statistics["boundary_to_background"] == pytest.approx(8, rel=1e-4)
+    for row in statistics["rows"]:
         assert row["boundary"] == pytest.approx(0.8, rel=1e-4) and row["background"] == pytest.approx(0.1, rel=1e-4)
         assert row["kept"] == pytest.approx(cell_kinds(batch, grid)["boundary"].mean(), rel=1e-4)
 

@@ -24,8 +24,7 @@ from fastgen.evaluation.fid.fd_shapes import FDShapes
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata
 from fastgen.evaluation.geneval.rules import ImageResult
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker
-from fastgen.evaluation.report import contact_sheet
-from fastgen.evaluation.results_page import scores_markdown
+from fastgen.evaluation.report import contact_sheet, scores_markdown
 from fastgen.evaluation.runner import (
     EvaluationRun,
     RunSettings,
@@ -112,7 +111,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, finished: Path, 
 
 
 class Second(Group):
-    """The second of two processes, alone: the first one told it that everything is missing, and has begun since."""
+    """The second of two processes, alone: the first one reported that everything is missing, and has begun since."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,9 +323,9 @@ def test_settings_are_checked(bad: dict) -> None:
 
 
 def test_progress_is_reported(tmp_path) -> None:
-    told: list[tuple] = []
-    EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS).generate(Painter(), lambda *item: told.append(item))
-    assert told[0] == ("generate", 0, 36) and told[-1] == ("generate", 36, 36) and len(told) == 37
+    calls: list[tuple] = []
+    EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS).generate(Painter(), lambda *item: calls.append(item))
+    assert calls[0] == ("generate", 0, 36) and calls[-1] == ("generate", 36, 36) and len(calls) == 37
 
 
 def test_model_fingerprint_sees_content_not_cards(tmp_path) -> None:
@@ -401,7 +400,7 @@ def test_samples_are_read_in_order(finished: Path) -> None:
 
 
 def test_reads_the_official_layout_too(tmp_path) -> None:
-    """Four or five digits, a grid beside the samples, and files that are none of ours."""
+    """Four or five digits, a grid next to the samples, and files that are none of ours."""
     for name, item in zip(("00000", "00001", "00010"), PROMPTS, strict=False):
         samples = tmp_path / name / "samples"
         samples.mkdir(parents=True)

@@ -174,13 +174,13 @@ def test_a_run_goes_on_from_its_log(pipe: Any, tmp_path: Path) -> None:
     first = tuner(pipe, tmp_path)
     first.measure(())
     first.measure((FewerSteps(0.5),))
-    told: list[Trial] = []
-    again = tuner(pipe, tmp_path, report=told.append)
+    trials: list[Trial] = []
+    again = tuner(pipe, tmp_path, report=trials.append)
     assert again.trials == first.trials
     again.measure((FewerSteps(0.5),))
-    assert told == []
+    assert trials == []
     again.measure((FewerSteps(0.25),))
-    assert len(told) == 1 and len(tuner(pipe, tmp_path).trials) == 3
+    assert len(trials) == 1 and len(tuner(pipe, tmp_path).trials) == 3
     other = tuner(pipe, tmp_path, header={"model": "another"})
     assert other.trials == []
 

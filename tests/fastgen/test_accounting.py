@@ -1,4 +1,4 @@
-"""`fastgen.accounting`: who is told what, times, memory, and errors. FLOPs are in test_flops.py."""
+"""`fastgen.accounting`: what is reported to whom, times, memory, and errors. FLOPs are in test_flops.py."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def search(micro_z: Path, verifier: Path) -> list[object]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the verifier do something after so many calls; returns how many pictures each call had."""
+    """Makes the verifier do something after `calls` calls; returns how many pictures each call had."""
 
     def after(calls: int, act: Any = None) -> list[int]:
         score, made = ShapesVerifier._score_batch, list[int]()
@@ -92,18 +92,18 @@ def test_the_sidecar_holds_the_search_and_one_line_tells_of_it(
     options = ["--max-nfe", 40, "--tau", 1, "--starts", 2, "--seed", 3, "--json"]
     code, stdout, stderr = call(capsys, "a red circle", *search, *options, "-o", out)
     assert code == 0, stderr
-    result, told = json.loads(stdout), sidecar(out)
-    found = told["search"]
+    result, record = json.loads(stdout), sidecar(out)
+    found = record["search"]
     assert found["policy"] == "threshold, tau fixed(1)" and found["taus"] == [1.0] * 4
     assert found["verifier"] == "shapes-verifier" and found["sampler"] == "ancestral"
     # Guidance takes two forward passes: 20 evaluations, of which 2 are starts and 1 finishes each later transition.
     assert found["nfe"] == 40 and found["tries"] == [[16, 1, 1]] and found["forced"] == 3
     assert found["accepted"] == [[False] * 3] and found["starts"] == 2 and len(found["trees"][0]) == 20
-    assert not told["interrupted"] and not told["preview"] and told["loss"] == "lossy"
-    assert {"denoise", "decode", "verifier"} <= set(told["stats"]["seconds"]) and told["stats"]["flops"] > 0
+    assert not record["interrupted"] and not record["preview"] and record["loss"] == "lossy"
+    assert {"denoise", "decode", "verifier"} <= set(record["stats"]["seconds"]) and record["stats"]["flops"] > 0
     asked = {"method": "search", "policy": "threshold", "verifier": str(verifier), "max_nfe": 40, "tau": 1.0}
-    assert asked.items() <= told["settings"].items() and told["settings"]["starts"] == 2
-    assert told["settings"] == {"prompt": "a red circle", "seed": 3, **result["settings"]}
+    assert asked.items() <= record["settings"].items() and record["settings"]["starts"] == 2
+    assert record["settings"] == {"prompt": "a red circle", "seed": 3, **result["settings"]}
     # The score is that of the picture on the disk.
     image = torch.from_numpy(pixels(out).astype(np.uint8)).permute(2, 0, 1)[None]
     score = float(load_verifier(verifier).score(image, ["a red circle"]))
@@ -153,9 +153,9 @@ def test_other_pictures_and_the_batch_size_change_no_file(
     assert code == 0, stderr
     assert stderr.count(" for 3 pictures") == 3 and sum(batches[48:]) == 24 and max(batches[48:]) == 8
     for name in seen[0]:
-        told = sidecar(tmp_path / "fast" / name)
-        assert told["stats"]["images"] == 3 and told["search"]["nfe"] == 32 and told["stats"]["nfe"] == 96
-        assert told["search"]["path"] == sidecar(tmp_path / "1" / name)["search"]["path"]
+        record = sidecar(tmp_path / "fast" / name)
+        assert record["stats"]["images"] == 3 and record["search"]["nfe"] == 32 and record["stats"]["nfe"] == 96
+        assert record["search"]["path"] == sidecar(tmp_path / "1" / name)["search"]["path"]
 
 
 def test_seconds_and_a_good_score_end_a_search(
@@ -228,9 +228,9 @@ def test_ctrl_c_keeps_the_best_until_then_and_a_rerun_searches_again(
     assert lines[1].startswith(f"{second}: interrupted, a rerun searches again, score ")
     assert "of a preview at time 1 of" in lines[1]
     assert sorted(path.name for path in broken.glob("*.png")) == [first.name, second.name]
-    told = sidecar(second)
-    assert told["interrupted"] and told["preview"] and told["search"]["stopped"] == "interrupted"
-    assert 2 <= told["search"]["nfe"] < 150 and not sidecar(first)["interrupted"]
+    record = sidecar(second)
+    assert record["interrupted"] and record["preview"] and record["search"]["stopped"] == "interrupted"
+    assert 2 <= record["search"]["nfe"] < 150 and not sidecar(first)["interrupted"]
     with Image.open(second) as image:
         image.load()
 

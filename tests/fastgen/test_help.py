@@ -6,18 +6,21 @@ import importlib
 import logging
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from fastgen.cli import eval as eval_group
-from fastgen.cli import generate, train
+from fastgen.cli import generate
 from fastgen.cli.main import COMMANDS, run
 from fastgen.cli.panels import PANELS, arrange, verbose_option
-from fastgen.training.recipes import RECIPES
+from fastgen.errors import FastgenError
+from fastgen.pipelines.schema import Rule
+from fastgen.training.recipes import RECIPES, CascadeCalibrate, SearchCalibrate
 
-RECIPE_NAMES = [*RECIPES, train.CALIBRATE, train.SEARCH]
+EVERY_RECIPE = {**RECIPES, **{each.name: each for each in (CascadeCalibrate, SearchCalibrate)}}
 
 
 def shown(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -80,21 +83,17 @@ def test_every_help_ends_with_an_example_that_fits_and_is_short(
 def test_no_help_names_its_panel_again(module: object) -> None:
     command = typer.main.get_command(module.app)  # type: ignore[attr-defined]
     for name, leaf in getattr(command, "commands", {"generate": command}).items():
-        arrange(name, leaf, [])
+        arrange(name, leaf)
         for option in leaf.params:
             text = getattr(option, "help", None) or ""
             assert not any(f"({method})." in f"{text}." for method in PANELS), (name, text)
 
 
-def test_train_lists_the_recipes_and_the_options_of_all(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_lists_the_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(["train"], capsys, monkeypatch)
-    for name, summary in train.summaries().items():
-        assert f" {name}: {summary}"[:60] in text
-    options = text[text.index("─ Options ─") :].split("Examples:")[0]
-    assert set(re.findall(r" (--[a-z-]+) ", options)) == {"--output", "--seed", "--json", "--verbose", "--help"}
-    assert all(panel.count("\n") <= 60 for panel in text.split("╭─"))
+    for settings in EVERY_RECIPE.values():
+        assert re.search(rf" {settings.name} +{re.escape(settings.summary)} ", text), settings.name
+    assert {f"train {name}" for name in EVERY_RECIPE} == {name for name in LEAVES if name.startswith("train ")}
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES])
@@ -104,44 +103,45 @@ def test_a_recipe_shows_its_own_defaults(
     text = shown(["train", recipe], capsys, monkeypatch)
     for option, name in (("--steps", "steps"), ("--batch-size", "batch_size"), ("--lr", "lr")):
         (line,) = [line for line in text.splitlines() if f" {option} " in line]
-        assert f"Default: {RECIPES[recipe].settings[name]}." in line
+        assert f"Default: {RECIPES[recipe].defaults[name]}." in line
 
 
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_a_recipe_shows_the_options_it_takes(
-    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recipe", [*EVERY_RECIPE])
+def test_a_recipe_has_the_options_of_its_settings_and_refuses_others(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = shown(["train", recipe], capsys, monkeypatch)
-    assert f"{recipe}: {train.summaries()[recipe]}"[:40] in text
-    named = {parameter.name: parameter.opts for parameter in typer.main.get_command(train.app).params}
-    for name, options in named.items():
-        if name != "recipe":
-            assert any(f"{option} " in text for option in options) is (name in train.options_of(recipe)), name
+    own = {f"--{name.replace('_', '-')}" for name in EVERY_RECIPE[recipe].rules()}
+    every = {option for name in EVERY_RECIPE for p in LEAVES[f"train {name}"].params for option in p.opts}
+    has = {option for parameter in LEAVES[f"train {recipe}"].params for option in parameter.opts}
+    assert has == own | {"--output", "-o", "--json"}
+    for option in sorted(every - has):
+        assert run(["train", recipe, "-o", f"{tmp_path}/o", option, "1"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: No such option: {option}")
+
+
+def _wrong(rule: Rule) -> str:
+    """A value that a rule does not allow."""
+    if rule.choices:
+        return "mystery"
+    if rule.kind in (int, float):
+        return "-3"
+    return "width" if rule.kind == list[str] else ""
 
 
 @pytest.mark.parametrize(
-    ("recipe", "option"),
-    [
-        (recipe, option)
-        for recipe in RECIPE_NAMES
-        for option in ("part", "init", "data", "samples", "prompts_file", "choose")
-        if option not in train.options_of(recipe)
-    ],
+    ("recipe", "name"),
+    [(recipe, name) for recipe, settings in EVERY_RECIPE.items() for name in settings.rules() if name != "compile"],
 )
-def test_options_that_are_not_shown_are_refused(
-    recipe: str, option: str, tmp_path: object, capsys: pytest.CaptureFixture[str]
+def test_one_error_names_the_option_of_a_bad_value(
+    recipe: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = {"samples": "2", "choose": "width=8"}.get(option, "x")
-    label = {"prompts_file": "--prompts-file", "choose": "--set"}.get(option, f"--{option}")
-    given = ["--part", "tiny"] if "part" in train.options_of(recipe) else []
-    assert run(["train", recipe, "-o", f"{tmp_path}/o", *given, label, value]) == 2
-    assert capsys.readouterr().err == f"error: {label}: recipe {recipe} takes none\n"
-
-
-@pytest.mark.parametrize("option", ["--steps", "--lr", "--batch-size", "--max-minutes", "--threads"])
-def test_a_calibration_ignores_no_option(option: str, tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", train.CALIBRATE, "-o", f"{tmp_path}/o", "--part", "x", "--init", "y", option, "1"]) == 2
-    assert capsys.readouterr().err == f"error: {option}: recipe {train.CALIBRATE} takes none\n"
+    option, value = f"--{name.replace('_', '-')}", _wrong(EVERY_RECIPE[recipe].rules()[name])
+    assert run(["train", recipe, "-o", f"{tmp_path}/o", option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: ") and error.count("\n") == 1
+    assert "is not allowed" in error
+    with pytest.raises(FastgenError, match=f"^{name}: "):
+        EVERY_RECIPE[recipe](**{name: object()})
 
 
 @pytest.mark.parametrize(("words", "wanted"), [("fastgen gen", "generate"), ("fastgen generate --max-n", "--max-nfe")])

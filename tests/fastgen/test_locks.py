@@ -135,7 +135,8 @@ def test_a_run_keeps_its_folder_until_its_result_is_written(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fastgen.io, "atomic_write_json", asked)
+    for module in ("fastgen.io", "fastgen.evaluation.geneval.scoring"):
+        monkeypatch.setattr(f"{module}.atomic_write_json", asked)
     (tmp_path / "reference").mkdir()
     arguments = COMMANDS[name][1]
     if name == "eval fid":

@@ -118,8 +118,8 @@ def test_a_transformers_folder_of_another_type_says_what_to_do(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert run(["generate", "a red circle", "--model", str(tmp_path), "-o", str(tmp_path / "out.png")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and advice in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and advice in error
 
 
 def test_the_readme_promises_what_the_table_says() -> None:

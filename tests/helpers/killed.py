@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "fastgen.evaluation.geneval.named_judges",
         "fastgen.evaluation.shapesworld",
         "fastgen.pipelines.dc_z_image",
-        "fastgen.pipelines.loading",
+        "fastgen.pipelines.loading.loader",
         "fastgen.pipelines.speculative",
         "fastgen.training.engine",
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
@@ -43,7 +43,7 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 
 
 def command(folder: Path, arguments: list[str], rank: int = 0, size: int = 1, port: int = 0) -> None:
-    """`fastgen` in `folder`; what it says goes into said-RANK.txt beside the folder."""
+    """`fastgen` in `folder`; what it says goes into said-RANK.txt next to the folder."""
     torch.set_num_threads(1)
     os.chdir(folder)
     said = os.open(folder.with_name(f"{folder.name}-said-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import fastgen
 from fastgen.errors import FastgenError
 from fastgen.locks import locked_files, locked_folder
 
@@ -40,19 +39,6 @@ def other(kind: str, argument: Any) -> Iterator[tuple[str, Any]]:
         ours.close()
         process.kill()
         process.join()
-
-
-def _count_enabled(path: Path) -> dict[str, int]:
-    pipe = pickle.loads(path.read_bytes())
-    counts = fastgen.enable_kernels(pipe)
-    fastgen.disable_kernels(pipe)
-    return counts
-
-
-def enabled_elsewhere(path: Path) -> dict[str, int]:
-    """How many operations of a pickled pipeline another process enables."""
-    with ProcessPoolExecutor(1, mp_context=_SPAWN) as pool:
-        return pool.submit(_count_enabled, path).result()
 
 
 def brightness(images: Any, prompts: list[str]) -> Any:

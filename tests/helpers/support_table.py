@@ -27,7 +27,7 @@ from fastgen.cli.models import FILE, METHODS, markdown
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.part import denoising_network
 from fastgen.pipelines.accelerate.step_cache import StepCache
-from fastgen.pipelines.load_options import LoRA
+from fastgen.pipelines.loading.load_options import LoRA
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
 from fastgen.pipelines.speculative import SpeculativeImagePipeline
 

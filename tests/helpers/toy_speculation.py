@@ -33,7 +33,7 @@ class Toy:
 
     @classmethod
     def random(cls, vocabulary: int, seed: int, sharpness: float = 1.5, zeros: int = 0) -> Toy:
-        """p and q differ; with `zeros`, p puts no mass on so many tokens of each context, as top-k does."""
+        """p and q differ; with `zeros`, p puts no mass on that many tokens of each context, as top-k does."""
         generator = torch.Generator().manual_seed(seed)
         shape = (vocabulary,) * 3
         logits = sharpness * torch.randn(shape, generator=generator, dtype=torch.float64)

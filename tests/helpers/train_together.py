@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from short_recipes import build_recipe, train_config
 
-from fastgen.pipelines.checkpoint import embedded_folder
 from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.training.engine import Recipe, Trainer
 from fastgen.training.heads import record
-from fastgen.training.recipes import RECIPES, build_recipe, train_config
+from fastgen.training.recipes import RECIPES
 from fastgen.training.samples import draw_samples
 
 

@@ -26,7 +26,7 @@ MODULES = (
     "fastgen.cli.train",
     "fastgen.evaluation.shapesworld",
     "fastgen.evaluation.report_page",
-    "fastgen.pipelines.loading",
+    "fastgen.pipelines.loading.loader",
     "fastgen.pipelines.noise_search",
     "fastgen.training.engine",
     "diffusers.pipelines.z_image.pipeline_z_image",

@@ -265,7 +265,7 @@ def test_the_reference_is_what_models_compute() -> None:
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
-    from fastgen.models.rotary import rotate_halves, rotate_pairs
+    from fastgen.models.layers import rotate_halves, rotate_pairs
 
     query, key = qk((2, 3, 2, 8), 2, torch.float32)
     tables = table(3, 8)

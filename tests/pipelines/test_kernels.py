@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from long_tail import long_tail
-from other_process import enabled_elsewhere
 from tiny_flows import tiny_flux, tiny_qwen_image, tiny_sd3
 from tiny_pipelines import quiet, shaken, vae
 from torch import Tensor, nn
@@ -349,12 +348,13 @@ def test_enabled_models_can_be_saved_and_copied(tmp_path: Any) -> None:
         assert torch.equal(block(**inputs)[1], expected)
 
 
-def test_enabled_pipelines_survive_another_process(tmp_path: Any) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_copies_of_enabled_pipelines_are_enabled(copied: Callable[[Any], Any]) -> None:
+    """Those in another process are drawn with in test_pickling."""
     pipe = tiny_dit()
     expected = call_dit(pipe)
     counts = fastgen.enable_kernels(pipe)
-    (tmp_path / "pipe.pkl").write_bytes(pickle.dumps(pipe))
-    assert enabled_elsewhere(tmp_path / "pipe.pkl") == counts
-    again = copy.deepcopy(pipe)
+    again = copied(pipe)
+    assert fastgen.enable_kernels(again) == counts
     fastgen.disable_kernels(again)
     assert torch.equal(call_dit(again), expected)

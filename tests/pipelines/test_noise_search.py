@@ -12,8 +12,9 @@ from diffusers import ZImagePipeline
 from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
 
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.search.engine import Round
 from fastgen.pipelines.search.policies import Threshold, ValueSampling
 from fastgen.pipelines.search.starts import BestOfN
 
@@ -72,7 +73,15 @@ def test_each_prompt_has_its_own_negative_prompt(tiny: ZImagePipeline) -> None:
 )
 def test_a_search_finds_what_the_verifier_likes(tiny: ZImagePipeline, policy: Any) -> None:
     prompts = ["a heart", "a ring"]
-    output = NoiseSearchPipeline(tiny, redness, policy)(prompts, generator=seeded(1, 2), max_nfe=60, **CALL)
+    rounds: list[Round] = []
+    output = NoiseSearchPipeline(tiny, redness, policy)(
+        prompts, generator=seeded(1, 2), max_nfe=60, on_round=rounds.append, **CALL
+    )
+    visits = [visit for found in rounds for visit in found.visits]
+    for place, report in enumerate(output.reports):  # the rounds have shown the whole trees
+        for chain, tree in enumerate(report.trees):
+            assert [visit.row() for *where, visit in visits if where == [place, chain]] == tree
+    assert rounds[-1].running == 0
     plain = NoiseSearchPipeline(tiny, redness, Threshold(-math.inf))(
         prompts, generator=seeded(1, 2), max_nfe=60, **CALL
     )

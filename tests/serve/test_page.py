@@ -66,7 +66,7 @@ def _draw(page: Any, model: int, method: str, **fields: str) -> None:
 @pytest.mark.parametrize(
     ("model", "method", "fields", "shown"),
     [
-        (0, "search", {"max_nfe": "40", "steps": "4"}, "svg.tree circle"),
+        (0, "search", {"max_nfe": "40", "steps": "4"}, "svg.tree image"),
         (1, "speculative", {}, "#inside canvas"),
         (2, "dc", {"steps": "4"}, "#inside img"),
     ],
@@ -84,6 +84,22 @@ def test_a_method_draws_beside_the_stock_picture_and_shows_what_it_did(
     assert page.locator(shown).count() >= 1
     if folder := os.environ.get("FASTGEN_TEST_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/page-{method}.png", full_page=True)
+
+
+def test_the_tree_of_a_search_grows_with_previews_while_it_draws(page: Any) -> None:
+    page.evaluate(
+        """() => {
+            window.sizes = [];
+            new MutationObserver(() => window.sizes.push(document.querySelectorAll("svg.tree image").length))
+                .observe(document.getElementById("inside"), {childList: true});
+        }"""
+    )
+    _draw(page, 0, "search", max_nfe="40", steps="4")
+    sizes = [size for size in page.evaluate("() => window.sizes") if size]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 2
+    shown = page.locator("#inside figcaption").text_content() or ""
+    nodes = page.locator("svg.tree image, svg.tree circle").count()
+    assert f" {nodes} evaluations" in shown
 
 
 def test_downloads_are_the_picture_and_its_settings(page: Any, tmp_path: Path) -> None:

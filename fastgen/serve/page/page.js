@@ -129,18 +129,23 @@ async function drawOne(body, title, shown, signal) {
   const caption = make("figcaption", {}, `${title} …`);
   shown.replaceChildren(make("figure", {}, image, caption));
   const started = performance.now();
-  const candidates = [];
+  const tree = { rows: [], seen: [] };
   for await (const event of events(body, signal)) {
     if (event.type === "error") throw new Error(event.error.message);
-    if (event.type === "fastgen.progress") showProgress(title, event, started);
+    if (event.type === "fastgen.progress") {
+      showProgress(title, event, started);
+      if (event.visits) {
+        grow(tree, event.visits);
+        $("inside").replaceChildren(treeOf(tree));
+      }
+    }
     if (event.type === "fastgen.candidate") {
-      candidates.push(event);
+      tree.seen.push(event);
       image.src = `data:image/png;base64,${event.b64_json}`;
-      showCandidates(candidates);
     }
     if (event.type === "image_generation.partial_image") image.src = `data:image/png;base64,${event.b64_json}`;
     if (event.type === "image_generation.completed") {
-      const result = { title, body, record: event.fastgen, data: event.b64_json, candidates,
+      const result = { title, body, record: event.fastgen, data: event.b64_json, tree,
         seconds: (performance.now() - started) / 1000 };
       showPicture(result, image, caption);
       return result;
@@ -180,52 +185,53 @@ function showInside(result) {
       make("img", { src: `data:image/png;base64,${details.map}`, alt: "Noisy picture, boundary probability and kept tokens by step" }),
       make("figcaption", {}, "By step: the noisy picture, the router's probability, and the tokens that are kept")));
   }
-  if (details.search) inside.append(treeOf(details.search));
+  if (details.search) inside.append(treeOf(result.tree, details.search));
   const lengths = result.record.stats.accepted_lengths ?? [];
   if (lengths.length && (result.record.stats.images ?? 1) === 1) inside.append(roundsOf(lengths));
 }
 
-function showCandidates(list) {
-  const scores = list.map((each) => each.score).filter(Number.isFinite);
-  const low = Math.min(...scores), high = Math.max(...scores, low + 1e-6);
-  const points = list.map((each, i) => [i, Number.isFinite(each.score) ? each.score : low]);
-  const best = points.reduce((a, b) => (b[1] > a[1] ? b : a), points[0]);
-  const view = svg(list.length, low, high);
-  for (const [x, y] of points) view.dot(x, y, x === best[0] ? "#c0392b" : "#4a6fa5", 3);
-  const shown = list.slice(-12).map((each) =>
-    make("img", { src: `data:image/png;base64,${each.b64_json}`, alt: `candidate, score ${each.score?.toFixed(2)}`, width: 48, height: 48 }));
-  $("inside").replaceChildren(make("figure", {}, view.element, make("div", {}, ...shown),
-    make("figcaption", {}, `${list.length} candidates, best score ${best[1].toFixed(3)}`)));
+// Adds what a round evaluated. The candidates that it scored were sent before, in an order of their own.
+function grow(tree, visits) {
+  for (const [chain, number, parent, time, score] of visits) {
+    const place = tree.seen.findIndex((each) => each.score !== null && each.score === score);
+    const [preview] = place < 0 ? [] : tree.seen.splice(place, 1);
+    tree.rows.push({ chain, number, parent, time, score, preview });
+  }
+  tree.seen = [];
 }
 
-function treeOf(search) {
-  const rows = search.trees.flatMap((tree, chain) => tree.map((row) => ({ chain, number: row[0], parent: row[1], time: row[2], score: row[3] })));
+// The tree of a search; `search` is its report, once there is one.
+function treeOf({ rows }, search) {
   const scores = rows.map((row) => row.score).filter((score) => score !== null);
   const low = Math.min(...scores), high = Math.max(...scores, low + 1e-6);
   const view = svg(Math.max(...rows.map((row) => row.time)) + 1, low, high);
   const at = new Map(rows.map((row) => [`${row.chain}/${row.number}`, row]));
-  const way = new Set(search.path);
+  const way = new Set(search?.path);
+  const chosen = (row) => row.chain === search?.chain && way.has(row.number);
   const height = (row) => row.score ?? low;
   for (const row of rows) {
     const parent = at.get(`${row.chain}/${row.parent}`);
-    const chosen = row.chain === search.chain && way.has(row.number);
-    if (parent) view.line(parent.time, height(parent), row.time, height(row), chosen ? "#c0392b" : "#8888", chosen ? 2 : 0.7);
+    if (parent) view.line(parent.time, height(parent), row.time, height(row), chosen(row) ? "#c0392b" : "#8888", chosen(row) ? 2 : 0.7);
   }
-  for (const row of rows) view.dot(row.time, height(row), row.chain === search.chain && way.has(row.number) ? "#c0392b" : "#4a6fa5", 2.5);
-  return make("figure", {}, view.element, make("figcaption", {},
-    `Every evaluation at its step and score; in red the way to the picture. ${search.policy}, ${search.evaluations} evaluations, `
-    + `${search.nfe} forward passes, score ${search.score?.toFixed(3)}`));
+  for (const row of rows) {
+    if (row.preview) view.picture(row.time, height(row), row.preview.b64_json, chosen(row) ? "#c0392b" : "#4a6fa5");
+    else view.dot(row.time, height(row), chosen(row) ? "#c0392b" : "#4a6fa5", 2.5);
+  }
+  const found = search
+    ? `in red the way to the picture. ${search.policy}, ${search.evaluations} evaluations, ${search.nfe} forward passes, score ${search.score?.toFixed(3)}`
+    : `${rows.length} evaluations, best score ${high.toFixed(3)}`;
+  return make("figure", {}, view.element, make("figcaption", {}, `Every evaluation at its step and score; ${found}`));
 }
 
 function svg(columns, low, high) {
   const space = "http://www.w3.org/2000/svg";
   const element = document.createElementNS(space, "svg");
-  element.setAttribute("viewBox", "0 0 600 220");
+  element.setAttribute("viewBox", "0 0 600 240");
   element.setAttribute("class", "tree");
   element.setAttribute("role", "img");
   element.setAttribute("aria-label", "Candidates by step and score");
-  const x = (value) => 40 + 540 * value / Math.max(1, columns - 1);
-  const y = (value) => 200 - 180 * (value - low) / (high - low);
+  const x = (value) => 50 + 530 * value / Math.max(1, columns - 1);
+  const y = (value) => 220 - 200 * (value - low) / (high - low);
   const add = (tag, attributes, text) => {
     const part = document.createElementNS(space, tag);
     for (const [name, value] of Object.entries(attributes)) part.setAttribute(name, value);
@@ -236,6 +242,11 @@ function svg(columns, low, high) {
   return {
     element,
     dot: (a, b, fill, r) => add("circle", { cx: x(a), cy: y(b), r, fill }),
+    picture: (a, b, data, stroke) => {
+      const [left, top] = [x(a) - 9, y(b) - 9];
+      add("image", { x: left, y: top, width: 18, height: 18, href: `data:image/png;base64,${data}` });
+      add("rect", { x: left, y: top, width: 18, height: 18, fill: "none", stroke });
+    },
     line: (a, b, c, d, stroke, width) => add("line", { x1: x(a), y1: y(b), x2: x(c), y2: y(d), stroke, "stroke-width": width }),
   };
 }

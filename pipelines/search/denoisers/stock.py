@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError, one_line
-from fastgen.pipelines.config_schema import check_plain
+from fastgen.pipelines.loading.config_schema import check_plain
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction

@@ -432,7 +432,7 @@ def test_a_model_is_drawn_and_scored(numbers: Path, monkeypatch, capsys) -> None
     assert run([*DRAWN, *options]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["generation"]["images_made_now"] == 1 and again["metrics"] == first["metrics"]
-    # Twice the features are not there: told before anything is drawn.
+    # Twice the features are not there: an error before anything is drawn.
     monkeypatch.setattr(Numbers, "taps", {"pool": 40})
     assert run([*DRAWN, "--run", "other"]) == 2
     assert "other: 12 images are too few for a covariance of 40" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the metrics cost beside the network: their memory at real size, and the share of their sums."""
+"""What the metrics cost besides the network: their memory at real size, and the share of their sums."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.prompts import CLASSES, COLORS, TASKS, official_prompts
 
 SHIFT = {"left of": (-60, 0), "right of": (60, 0), "above": (0, -60), "below": (0, 60)}
-# At the thresholds of the rules in single precision, and beside them.
+# At the thresholds of the rules in single precision, and next to them.
 EDGES = [value for limit in (0.3, 0.9) for value in (
     np.float32(limit), np.nextafter(np.float32(limit), np.float32(1)), np.nextafter(np.float32(limit), np.float32(0))
 )]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from fastgen.evaluation.geneval.metadata import Metadata, format_metadata, read_metadata
 from fastgen.evaluation.geneval.prompts import CLASSES, COLORS, METADATA_SHA256, TASKS, official_prompts
 
-# Beside the repository, or beside what holds its work tree.
+# Next to the repository, or next to what holds its work tree.
 OFFICIAL = next(
     (
         folder / "shared/data/geneval/evaluation_metadata.jsonl"

@@ -110,7 +110,7 @@ def _inside(shape: str, x: float, y: float) -> bool:
     return inside
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     radius=st.floats(6.5, 16),

@@ -57,12 +57,15 @@ def test_tail_drop_equals_the_definition(grid: tuple[int, int], rhos: list[int],
 @given(grid=st.tuples(st.integers(1, 8), st.integers(1, 8)), seed=st.integers(0, 10**6), data=st.data())
 def test_budget_keeps_exactly_the_likeliest(grid: tuple[int, int], seed: int, data: Any) -> None:
     length = grid[0] * grid[1]
-    budget = data.draw(st.integers(1, length))
+    budgets = data.draw(st.lists(st.integers(1, length), min_size=3, max_size=3))
     p = random_probabilities(3, length, seed, levels=4)
-    chunks = select_chunks(p, grid, token_budget=budget)
-    assert chunks.lengths == (budget,) * 3 and chunks.segments.equal_length == chunks.segments.max_seqlen == budget
+    chunks = select_chunks(p, grid, token_budget=budgets)
+    assert list(chunks.lengths) == budgets and chunks.segments.max_seqlen == max(budgets)
     for i in range(3):
-        assert chunks.mask[i].nonzero().squeeze(1).tolist() == naive_kept(p[i].tolist(), 0.0, budget)
+        assert chunks.mask[i].nonzero().squeeze(1).tolist() == naive_kept(p[i].tolist(), 0.0, budgets[i])
+    one, other = (select_chunks(p, grid, token_budget=budget) for budget in (budgets[0], [budgets[0]] * 3))
+    assert one.lengths == other.lengths and torch.equal(one.mask, other.mask)
+    assert one.segments.equal_length == other.segments.equal_length == budgets[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,6 +114,9 @@ def test_products_just_below_an_integer_are_that_integer() -> None:
         ({"token_budget": 13}, "token_budget"),
         ({"token_budget": 2.0}, "token_budget"),
         ({"token_budget": True}, "token_budget"),
+        ({"token_budget": [3]}, "token_budget: needs one number or 2, one per sample; got 1"),
+        ({"token_budget": [3, 13]}, "token_budget: 13 is not allowed"),
+        ({"token_budget": [3, 2.0]}, "token_budget"),
         ({"token_budget": 3, "tail_drop": 0.5}, "exclude each other"),
     ],
 )

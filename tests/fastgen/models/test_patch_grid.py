@@ -18,7 +18,7 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 
 
 def stock(seed: int = 0) -> ZImageTransformer2DModel:
@@ -202,6 +202,8 @@ def test_a_budget_below_the_floor_names_both_numbers() -> None:
     assert run(model, inputs(), token_budget=8).shape == (3, 4, 1, 8, 16)
     with pytest.raises(ValueError, match=r"token_budget: 7 is below the floor, 8 of 32 tokens"):
         run(model, inputs(), token_budget=7)
+    with pytest.raises(ValueError, match=r"token_budget: 6 is below the floor, 8 of 32 tokens"):
+        run(model, inputs(), token_budget=[8, 6, 32])
 
 
 @given(floor=st.floats(0, 1), length=st.integers(1, 200), seed=st.integers(0, 99))

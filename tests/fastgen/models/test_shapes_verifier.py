@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_recipes import build_recipe
 
 from fastgen.data.captions import vocabulary
 from fastgen.models.shapes_verifier import ShapesVerifier
-from fastgen.training.recipes import build_recipe
 from fastgen.training.verifier import _Supervised
 
 PROMPTS = ["a red circle", "two green stars", "a photo of a heart above a ring", "zebra"]

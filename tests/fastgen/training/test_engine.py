@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_process import other
+from short_recipes import build_recipe
 
 from fastgen.errors import FastgenError
 from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
-from fastgen.training.recipes import build_recipe
 
 
 class LineRecipe:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_recipes import build_recipe, train_config
 
+from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.training.engine import Trainer
-from fastgen.training.patch_chunking import PatchRecipe, drop_cost_loss, level_loss, wanted_share
-from fastgen.training.recipes import build_recipe, train_config
+from fastgen.training.patch_chunking import PatchRecipe, annealed, drop_cost_loss, level_loss, token_budgets
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +26,27 @@ def _few_held_out() -> Iterator[None]:
         yield
 
 
-def test_the_wanted_share_falls_from_all_to_the_target() -> None:
-    shares = [wanted_share(start, 100, 400, 4.0) for start in range(0, 700, 50)]
-    assert shares[:3] == [1.0, 1.0, 1.0] and shares[-4:] == [0.25] * 4
-    assert shares == sorted(shares, reverse=True) and wanted_share(300, 100, 400, 4.0) == 0.625
-    assert wanted_share(1, 0, 0, 8.0) == 0.125
+def test_dropping_begins_with_the_first_items_and_ends_at_the_target() -> None:
+    steps = [annealed(item, 400) for item in range(0, 600, 50)]
+    assert steps[0] == 0 < steps[1] and steps == sorted(steps) and steps[8:] == [1.0] * 4
+    assert annealed(1, 0) == 1.0
+
+
+def test_each_sample_has_a_budget_and_those_without_a_caption_the_smallest() -> None:
+    dropped = torch.arange(400) % 2 == 0
+
+    def budgets(progress: float, least: int = 8) -> tuple[list[int], list[int]]:
+        drawn = token_budgets(progress, dropped, 4.0, least, 64, torch.Generator().manual_seed(0))
+        return drawn[0::2], drawn[1::2]
+
+    without, with_caption = budgets(1.0)
+    assert set(with_caption) == {16, 14, 13, 11, 10, 8}
+    assert min(without) == 8 and without.count(8) > 100 > with_caption.count(8)
+    assert min(budgets(1.0, 1)[0]) == 1 and min(budgets(1.0, 1)[1]) == 6
+    assert set(sum(budgets(0.0), [])) == {64}
+    # Half way there every sample has dropped half of what it is to drop.
+    half = sum(budgets(0.5), [])
+    assert (max(half), min(half)) == (40, 36)
 
 
 def test_no_noise_level_saves_for_another() -> None:
@@ -89,7 +106,7 @@ def test_it_begins_as_its_teacher_and_resumes_bit_for_bit(tmp_path: Path) -> Non
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["module"] for folder in (once, twice)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     first = json.loads((once / "log.jsonl").read_text().splitlines()[0])
-    assert first["kept"] == first["share"] == 1.0 and first["velocity"] < 1e-3
+    assert first["kept"] == 1.0 > first["share"] > 0.999 and first["velocity"] < 1e-3
     assert json.loads((once / "model/fastgen.json").read_text())["height"] == 64
     again = PatchRecipe(0, embedded_folder("tiny"), once / "model/transformer")
     assert again.transformer.config.grid == "patch"
@@ -101,12 +118,29 @@ def test_a_transformer_of_the_other_grid_is_refused(tmp_path: Path) -> None:
 
 
 def test_budgets_fall_with_the_share() -> None:
-    recipe = PatchRecipe(0, embedded_folder("tiny"), warm_up=10, anneal=10)
+    recipe = PatchRecipe(0, embedded_folder("tiny"), anneal=100)
     generator = torch.Generator().manual_seed(0)
-    drawn = [[recipe.batch(start, 1, generator)["token_budget"] for _ in range(40)] for start in (5, 15, 30)]
-    assert set(drawn[0]) == {64}  # 8 x 8 patches, all of them
-    assert (max(drawn[1]), min(drawn[1])) == (40, 16)
-    assert (max(drawn[2]), min(drawn[2])) == (16, 8)  # not below the floor, an eighth
-    lower = PatchRecipe(0, embedded_folder("tiny"), warm_up=0, anneal=0, floor=0.0)
-    assert min(lower.batch(9, 1, generator)["token_budget"] for _ in range(40)) == 6
+    drawn = [recipe.batch(start, 40, generator) for start in (0, 20, 200)]
+    assert [batch["share"] for batch in drawn] == pytest.approx([0.7, 0.55, 0.25])
+    assert [max(batch["token_budget"]) for batch in drawn] == [45, 35, 16]  # of 8 x 8 patches
+    assert min(drawn[2]["token_budget"]) == 8  # the floor, an eighth
+    lower = PatchRecipe(0, embedded_folder("tiny"), anneal=0, floor=0.0, compression=8.0)
+    assert min(lower.batch(9, 40, generator)["token_budget"]) == 1
     assert isinstance(recipe.transformer, DCZImageTransformer2DModel)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("anneal=-1", "anneal: -1 is not allowed"),
+        ("cost=no", "cost: 'no' is not allowed"),
+        ("floor=2", "floor: "),
+        ("grid=latent", "needs grid 'patch'"),
+        ("grit=1", "unexpected keyword argument 'grit'"),
+        ("n_last_layers=99", "n_last_layers: needs 0 to"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(choice: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "dc-patch", "--part", "tiny", "-o", "nowhere", "--set", choice]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error

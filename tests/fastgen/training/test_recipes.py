@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from long_tail import long_tail
+from short_recipes import build_recipe, train_config
 
 from fastgen.cli.main import run
-from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
-from fastgen.training.recipes import RECIPES, build_recipe, train_config
+from fastgen.training.recipes import RECIPES
 
 
 def _losses(folder: Path) -> list[float]:
@@ -109,7 +109,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     assert image.shape == (64, 64, 3)
     assert set(json.loads((model / "training.json").read_text())) == {"vae", "z-image"}
     # Going on from it starts where it ended, not from random weights.
-    _, first = _losses(tmp_path / "first")[0], _losses(tmp_path / "first")[-3:]
+    first = _losses(tmp_path / "first")[-3:]
     trainer = Trainer(
         build_recipe("z-image", 0, None, model), train_config("z-image", tmp_path / "more", steps=2, batch_size=8)
     )
@@ -148,7 +148,7 @@ def test_small_grows_from_the_embedded_tiny_and_goes_on(
 @pytest.mark.slow
 def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     from fastgen.drafters.eagle import EagleDrafter
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     model = _short("drafter", tmp_path / "first", embedded_folder("tiny-janus"), steps=8, batch_size=4, accumulate=1)
     first = [json.loads(line)["overlap_1"] for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
@@ -166,8 +166,8 @@ def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", long_tail(["dc", "dc-dense"], fast=("dc",)))
 def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
-    from fastgen.pipelines.checkpoint import embedded_folder
     from fastgen.pipelines.loading import load_pipeline
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
     from fastgen.training.cards import share_components
 
     model = _short(name, tmp_path / "first", embedded_folder("tiny"), steps=8)
@@ -196,7 +196,7 @@ def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str
 
 
 def test_multi_budget_training_draws_its_tail_drops_after_the_warm_up() -> None:
-    from fastgen.pipelines.checkpoint import embedded_folder
+    from fastgen.pipelines.loading.checkpoint import embedded_folder
     from fastgen.training.dc_z_image import BUDGETS, DCRecipe
 
     recipe = DCRecipe(0, embedded_folder("tiny"), warm_up=100)
@@ -290,12 +290,12 @@ def test_detector_learns_and_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mystery", "-o", "x"], "unknown recipe 'mystery'"),
+        (["mystery", "-o", "x"], "No such command 'mystery'"),
         (["z-image", "-o", "x"], "needs --part"),
-        (["vae", "-o", "x", "--steps", "0"], "steps must be at least 1"),
-        (["vae", "-o", "x", "--lr", "-1"], "lr must be a positive number"),
-        (["vae", "-o", "x", "--part", "."], "--part: recipe vae takes none"),
-        (["detector", "-o", "x", "--init", "."], "--init: recipe detector takes none"),
+        (["vae", "-o", "x", "--steps", "0"], "--steps: 0 is not allowed"),
+        (["vae", "-o", "x", "--lr", "-1"], "--lr: -1.0 is not allowed"),
+        (["vae", "-o", "x", "--part", "."], "No such option: --part"),
+        (["detector", "-o", "x", "--init", "."], "No such option: --init"),
         (["janus", "-o", "x", "--part", "nowhere"], "holds no model"),
     ],
 )
@@ -321,9 +321,7 @@ def test_command_line_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["items_seen"] == 12
 
 
-def test_unknown_names_are_errors_of_the_library_too(tmp_path: Path) -> None:
-    with pytest.raises(FastgenError, match="unknown recipe"):
-        train_config("mystery", tmp_path)
+def test_recipes_have_these_names() -> None:
     assert set(RECIPES) == {
         *("vae", "vq", "detector", "verifier", "z-image", "small", "janus"),
         *("drafter", "heads", "dc", "dc-dense", "dc-patch", "dc-graft", "dc-finetune"),

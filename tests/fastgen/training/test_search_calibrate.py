@@ -18,8 +18,8 @@ from fastgen.data.captions import TASKS, vocabulary
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.names import load_verifier
 from fastgen.models.shapes_verifier import ShapesVerifier
-from fastgen.pipelines.checkpoint import find_checkpoint
 from fastgen.pipelines.loading import load_checkpoint, load_pipeline
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
 from fastgen.pipelines.search.calibration import Calibration
 from fastgen.pipelines.search.policies import Threshold
@@ -197,7 +197,7 @@ def test_a_wrong_picture_is_refused_before_anything_is_drawn(
 
 
 def test_the_search_continues_with_the_first_sibling(micro_z: Path, verifier: str) -> None:
-    """The picture is that of a plain stochastic trajectory, whatever was tried beside it."""
+    """The picture is that of a plain stochastic trajectory, whatever else was tried."""
     pipe = load_pipeline(str(micro_z))
     settings: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 4, "output_type": "pt"}
     made = load_verifier(verifier)
@@ -295,13 +295,13 @@ def stopping_after(chunks: int) -> Any:
     ("arguments", "message"),
     [
         (["--init", "VERIFIER"], "needs --part, a diffusion pipeline"),
-        (["--part", "MODEL"], "and --init, a verifier"),
+        (["--part", "MODEL"], "needs --init, a verifier"),
         (["--part", "MODEL", "--init", "mystery"], "'mystery' is unknown"),
         (["--part", "MODEL", "--init", "clip-score"], "--prompts-file: search-calibrate with verifier clip-score"),
         (["--part", "MODEL", "--init", "VERIFIER", "--samples", "5"], "trajectories: 5 is not allowed"),
         (["--part", "MODEL", "--init", "VERIFIER", "--samples", "-1"], "--samples: -1"),
-        (["--part", "MODEL", "--init", "VERIFIER", "--lr", "1"], "--lr: recipe search-calibrate takes none"),
-        (["--part", "MODEL", "--init", "VERIFIER", "--data", "x"], "--data: recipe search-calibrate takes none"),
+        (["--part", "MODEL", "--init", "VERIFIER", "--lr", "1"], "No such option: --lr"),
+        (["--part", "MODEL", "--init", "VERIFIER", "--data", "x"], "No such option: --data"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "colour=1"], "settings: colour is unknown"),
         (["--part", "MODEL", "--init", "VERIFIER", "--set", "branches=0"], "branches: 0 is not allowed"),
         (

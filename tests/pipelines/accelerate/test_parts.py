@@ -108,7 +108,7 @@ def test_a_part_that_does_not_apply_says_why_and_changes_nothing(name: str, part
 
 def test_every_part_has_a_case() -> None:
     tried = {getattr(case, "values", case)[1].name for case in ON}
-    elsewhere = {"compile", "kernels", "quantized_attention", "tail_drop", "context_parallel"}
+    elsewhere = {"compile", "kernels", "quantized_attention", "tail_drop", "context_parallel", "token_stage"}
     assert tried | elsewhere == set(PARTS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -75,14 +76,13 @@ def test_each_is_followed_replaced_or_refused_by_name(name: str, flow: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"),
+    ("name", "policy", "flow"),
     [
-        pytest.param(name, policy, marks=() if place % len(POLICIES) == number else pytest.mark.slow)
+        pytest.param(name, policy, flow, marks=() if place % (2 * len(POLICIES)) == number else pytest.mark.slow)
         for place, name in enumerate(SCHEDULERS)
-        for number, policy in enumerate(POLICIES)
+        for number, (flow, policy) in enumerate(itertools.product((False, True), POLICIES))
     ],
 )
-@pytest.mark.parametrize("flow", [False, True])
 def test_each_policy_searches_with_it_or_says_why_not_and_which_can(name: str, policy: str, flow: bool) -> None:
     kind: Any = getattr(diffusers, name)
     try:

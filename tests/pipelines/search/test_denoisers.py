@@ -9,7 +9,7 @@ import torch
 from diffusers import ZImagePipeline
 from search_paths import deterministic
 
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
 from fastgen.pipelines.search.interpolants import Prediction
 

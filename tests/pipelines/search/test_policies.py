@@ -34,7 +34,7 @@ def test_a_threshold_of_minus_infinity_is_a_plain_sample() -> None:
     assert chain.tries == [(1, True)] * 3 and chain.pool.nfe == 4
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 999), quota=st.integers(1, 4), starts=st.integers(1, 3))
 def test_best_so_far_with_a_quota_is_rbf(seed: int, quota: int, starts: int) -> None:
     """As far as the quota does not roll over, which it does not before the first acceptance; up to RBF's last step."""
@@ -49,7 +49,7 @@ def test_best_so_far_with_a_quota_is_rbf(seed: int, quota: int, starts: int) -> 
     assert trace(ours)[:count] == trace(rbf)[:count]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 999), candidates=st.integers(1, 5))
 def test_an_infinite_threshold_with_patience_is_svdd(seed: int, candidates: int) -> None:
     threshold = Threshold(math.inf, starts=candidates, patience=candidates)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgen.accounting import account, count_flops
 from fastgen.drafters.targets.base import unit_range
-from fastgen.pipelines.checkpoint import embedded_folder
+from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.noise_search import NoiseSearchPipeline, SearchInterrupted
 from fastgen.pipelines.search.denoisers.base import Denoiser, Settings, as_bytes, denoiser_of
 from fastgen.pipelines.search.interpolants import Prediction

@@ -119,7 +119,7 @@ def test_the_grid_of_the_paper() -> None:
     assert [sampler.model_level(i, Linear())[0] for i in range(10)] == pytest.approx(t, abs=5e-5)
 
 
-@pytest.mark.parametrize("diffusion", long_tail([*DIFFUSIONS, None], fast=("grpo", "sine", None)))
+@pytest.mark.parametrize("diffusion", long_tail([*DIFFUSIONS, None], fast=("grpo", None)))
 def test_moments_of_a_gaussian(diffusion: str | None) -> None:
     """At 1,000 steps any noise gives the data's moments within 1 % and four standard errors."""
     grid = [1 - i / 1000 for i in range(1000)]
@@ -128,7 +128,7 @@ def test_moments_of_a_gaussian(diffusion: str | None) -> None:
     if diffusion is not None:
         norm = 0.7 if diffusion == "grpo" else 1.0
         sampler = EulerMaruyama(path, [max(t, 1e-3) for t in grid], diffusion=diffusion, norm=norm)
-    count = 40_000
+    count = 20_000
     sample = draw(sampler, gaussian, count, seed=3)
     slack = 4 / math.sqrt(count)
     assert abs(float(sample.mean()) - 0.5) < 0.01 + slack * DEVIATION

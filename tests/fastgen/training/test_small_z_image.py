@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 
-from fastgen.models.grow import grow, source_blocks
 from fastgen.models.tiny_z_image import TEXT_WIDTH, build_transformer
+from fastgen.training.small_z_image import grow, source_blocks
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from tiny_flows import tiny_flux
 from tiny_unets import ddim, stock, tiny_sd, tiny_sdxl
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import find_checkpoint
-from fastgen.pipelines.load_options import LoadOptions, LoRA, choose_offload
-from fastgen.pipelines.loading import generate_images, load_pipeline
+from fastgen.pipelines.generation import generate_images
+from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
+from fastgen.pipelines.loading.load_options import LoadOptions, LoRA, choose_offload
 
 CPU = torch.device("cpu")
 

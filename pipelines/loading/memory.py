@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ from typing import Any
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.checkpoint import Checkpoint
-from fastgen.pipelines.weight_files import check_safetensors, read_files
+from fastgen.pipelines.loading.checkpoint import Checkpoint
+from fastgen.pipelines.loading.networks import DTYPES, component_class
+from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
+from fastgen.pipelines.quantization import BITS, layer_pattern
 
-__all__ = ["check_memory", "free_memory", "weight_sizes"]
+__all__ = ["check_memory", "denoiser_name", "free_memory", "weight_sizes"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
+def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None = None) -> dict[str, int]:
     """Bytes of each network's weights once they are loaded in a type.
 
     Args:
         checkpoint: with its weights on this machine.
         dtype: of weights that are floating-point numbers; others keep theirs.
+        quantize: kind of `BITS` that the denoiser's weights become.
     """
     if checkpoint.kind == "janus":
         folders = {"model": checkpoint.folder}
@@ -36,18 +40,36 @@ def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
         name: sum(_file_size(file, dtype) for file in read_files(folder, checkpoint.variant))
         for name, folder in folders.items()
     }
+    if quantize is not None:
+        name = denoiser_name(checkpoint.index)
+        pattern = layer_pattern(component_class(*checkpoint.index[name]))
+        files = read_files(folders[name], checkpoint.variant)
+        sizes[name] -= sum(_saved(file, pattern, dtype, BITS[quantize]) for file in files)
     return {name: size for name, size in sizes.items() if size}
+
+
+def denoiser_name(index: Mapping[str, Any]) -> str:
+    """Which component of a model_index.json is called at every step; empty where none is."""
+    return next((name for name in ("transformer", "unet", "prior") if name in index), "")
+
+
+def _saved(file: Path, pattern: re.Pattern[str], dtype: torch.dtype, bits: int) -> int:
+    """Bytes that the matrices of layers with such names take less, with a scale for each row."""
+    if file.suffix != ".safetensors":
+        return 0
+    return sum(
+        math.prod(shape) * (8 * dtype.itemsize - bits) // 8 - shape[0] * dtype.itemsize
+        for name, (stored, shape) in check_safetensors(file).items()
+        if stored in _FLOATS and len(shape) == 2 and pattern.fullmatch(name.removesuffix(".weight"))
+    )
 
 
 def _file_size(file: Path, dtype: torch.dtype) -> int:
     if file.suffix != ".safetensors":
         return file.stat().st_size
-    tensors = check_safetensors(file).values()
     return sum(
-        math.prod(entry["shape"]) * dtype.itemsize
-        if entry["dtype"] in _FLOATS
-        else entry["data_offsets"][1] - entry["data_offsets"][0]
-        for entry in tensors
+        math.prod(shape) * (dtype.itemsize if kind in _FLOATS else DTYPES.get(kind, torch.uint8).itemsize)
+        for kind, shape in check_safetensors(file).values()
     )
 
 

@@ -14,7 +14,7 @@ import transformers
 from diffusers import ConfigMixin
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.config_schema import check_arguments, check_config
 
 FILE = Path("config.json")
 
@@ -134,7 +134,7 @@ def test_a_scheduler_with_an_infinite_default_is_read_from_its_folder(micro_z: P
     """JSON of libraries holds -Infinity there."""
     import shutil
 
-    from fastgen.pipelines.checkpoint import find_checkpoint
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
     folder = shutil.copytree(micro_z, tmp_path / "z")
     diffusers.DPMSolverMultistepScheduler().save_pretrained(Path(folder) / "scheduler")

@@ -7,8 +7,6 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +20,20 @@ from fastgen.checks import check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
-from fastgen.pipelines.checkpoint import (
+from fastgen.pipelines.generation import set_checkpoint
+from fastgen.pipelines.loading.checkpoint import (
     Checkpoint,
     check_names,
     check_weights,
     download_janus,
-    explain_hub_error,
     find_checkpoint,
     find_drafter,
 )
-from fastgen.pipelines.config_schema import check_arguments
-from fastgen.pipelines.generation import (
-    GeneratedImage,
-    Progress,
-    generate_images,
-    set_checkpoint,
-    unknown_words,
-)
-from fastgen.pipelines.load_options import LoadOptions, LoRA
-from fastgen.pipelines.memory import check_memory, free_memory, weight_sizes
-from fastgen.pipelines.networks import check_keys, component_class, empty_network, explained, load_network
+from fastgen.pipelines.loading.config_schema import check_arguments
+from fastgen.pipelines.loading.faults import explained
+from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
+from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
+from fastgen.pipelines.loading.networks import check_keys, component_class, empty_network, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
@@ -49,7 +41,7 @@ from fastgen.pretrained import load_pretrained
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["GeneratedImage", "Progress", "generate_images", "load_pipeline", "resolve_device", "unknown_words"]
+__all__ = ["load_checkpoint", "load_pipeline", "resolve_device"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +59,7 @@ def load_pipeline(
     loras: Iterable[str | LoRA] | str | None = None,
     offload: str = "none",
     vae_tiling: bool = False,
+    quantize: str | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
@@ -85,6 +78,8 @@ def load_pipeline(
         offload: "none"; "model", "group" or "sequential" keep weights in main memory until a GPU needs them; "auto"
             takes the first of these that fits.
         vae_tiling: decode in tiles, for large pictures in little memory.
+        quantize: "int8", "int8-dynamic" (computes in 8 bits too), "fp8" or "int4" weights of the denoiser, by torchao.
+            Loss contract: lossy.
 
     Returns:
         the pipeline class that the model names, or a `JanusImagePipeline`.
@@ -94,7 +89,7 @@ def load_pipeline(
             had; the message is one line.
     """
     check_names(device, dtype)
-    options = LoadOptions.of(scheduler, loras, offload, vae_tiling)
+    options = LoadOptions.of(scheduler, loras, offload, vae_tiling, quantize)
     checkpoint = find_checkpoint(model, variant, revision)
     return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=options)
 
@@ -120,11 +115,11 @@ def load_checkpoint(
         raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)
     options.check(kind_of_pipeline, checkpoint.index, where)
-    with phase("load"), _memory_explained(checkpoint.model, where):
+    with phase("load"):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
         check_weights(checkpoint)
-        sizes = weight_sizes(checkpoint, kind)
+        sizes = weight_sizes(checkpoint, kind, options.quantize)
         way = options.resolve_offload(sizes, None if where.type == "cpu" else free_memory(where))
         check_memory(checkpoint.model, sizes, where, way, kind)
         drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
@@ -133,7 +128,8 @@ def load_checkpoint(
             pipe = _load_janus(checkpoint, kind)
         else:
             straight = where if way == "none" else torch.device("cpu")
-            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint, begins), straight)
+            networks = _checked_components(checkpoint, begins)
+            pipe = _load_diffusers(checkpoint, kind, networks, straight, options.quantize)
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
@@ -141,17 +137,11 @@ def load_checkpoint(
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
+        if options.quantize is not None:
+            pipe.loss = "lossy"
         options.place(pipe, where, way)
     set_checkpoint(pipe, checkpoint)
     return pipe
-
-
-@contextmanager
-def _memory_explained(model: str, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise FastgenError(f"model {model!r} does not fit into the memory of {device}") from error
 
 
 def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -202,52 +192,37 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
     if checkpoint.kind == "janus":
-        folder = download_janus(hub_id, checkpoint.revision)
-    else:
-        which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
-        try:
-            folder = Path(DiffusionPipeline.download(hub_id, **which, trust_remote_code=False))
-        except Exception as error:
-            raise explain_hub_error(hub_id, error) from error
-    return replace(checkpoint, folder=folder)
+        return replace(checkpoint, folder=download_janus(hub_id, checkpoint.revision))
+    which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
+    with explained(f"model {hub_id!r}", hub_id=hub_id):
+        folder = DiffusionPipeline.download(hub_id, **which, trust_remote_code=False)
+    return replace(checkpoint, folder=Path(folder))
 
 
 def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
     from fastgen.pipelines.janus import JanusImagePipeline
 
-    folder = checkpoint.folder
-
-    def load() -> JanusImagePipeline:
-        pipe, info = load_pretrained(
-            JanusImagePipeline, folder, torch_dtype=dtype, variant=checkpoint.variant, output_loading_info=True
-        )
-        check_keys(folder, info)
-        return pipe
-
-    return explained(folder, load)
+    loading = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
+    with explained(f"checkpoint {checkpoint.folder}"):
+        pipe, info = load_pretrained(JanusImagePipeline, checkpoint.folder, **loading)
+        check_keys(checkpoint.folder, info)
+    return pipe
 
 
-def _with_drafter(kind: type, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+def _with_drafter(kind: Any, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Speculative decoding of a pipeline's model."""
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.heads import WindowHeads
     from fastgen.drafters.loading import heads_beside, load_drafter
 
-    if folder is None:
-        plain: DiffusionPipeline = kind(pipe.model, pipe.tokenizer)
-        return plain
-
-    def load() -> DiffusionPipeline:
-        drafter = load_drafter(folder, dtype)
-        if isinstance(drafter, WindowHeads):
-            calibration = Calibration.beside(folder)
-            only: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, calibration=calibration, heads=drafter)
-            return only
-        heads = heads_beside(folder, dtype)
-        made: DiffusionPipeline = kind(pipe.model, pipe.tokenizer, drafter, Calibration.beside(folder), heads)
-        return made
-
-    return explained(folder, load)
+    parts: dict[str, Any] = {}
+    if folder is not None:
+        with explained(f"checkpoint {folder}"):
+            drafter = load_drafter(folder, dtype)
+            is_heads = isinstance(drafter, WindowHeads)
+            parts = {"heads": drafter} if is_heads else {"drafter": drafter, "heads": heads_beside(folder, dtype)}
+            parts["calibration"] = Calibration.beside(folder)
+    return kind(pipe.model, pipe.tokenizer, **parts)
 
 
 def _check_janus(checkpoint: Checkpoint, drafter: Path | None) -> None:
@@ -266,8 +241,8 @@ def _check_janus(checkpoint: Checkpoint, drafter: Path | None) -> None:
     networks = [empty_network(drafter_class(part), part) for part in parts]
     Calibration.beside(drafter)
     if model is not None:
-        tokenizer = explained(folder, lambda: load_pretrained(AutoTokenizer, folder))
-        target = explained(folder, lambda: target_of(model.float(), tokenizer))
+        with explained(f"checkpoint {folder}"):
+            target = target_of(model.float(), load_pretrained(AutoTokenizer, folder))
         for network in networks:
             if network is not None:
                 network.float().check(target)
@@ -300,16 +275,23 @@ def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str,
 
 
 def _load_diffusers(
-    checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any], device: torch.device
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    networks: dict[str, Any],
+    device: torch.device,
+    quantize: str | None,
 ) -> DiffusionPipeline:
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
     random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
     holds one of them at a time."""
+    bits = {denoiser_name(checkpoint.index): quantize}
     loaded = {
-        name: kind and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant).to(device)
+        name: kind
+        and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
         for name, kind in networks.items()
     }
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
     # What is no network (scheduler, tokenizer) comes from the base where there is one.
     rest = checkpoint.base or checkpoint.folder
-    return explained(rest, lambda: load_pretrained(loader, rest, **loaded))
+    with explained(f"checkpoint {rest}"):
+        return load_pretrained(loader, rest, **loaded)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgen.models.attention import attend, fused_backward_is_slow
+from fastgen.models.layers import attend, fused_backward_is_slow
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgen.checks import check_choice
+from fastgen.checks import check_choice, check_integer
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
-from fastgen.pipelines.config_limits import check_numbers
-from fastgen.pipelines.weight_files import check_weight_folder
+from fastgen.pipelines.loading.config_limits import check_numbers
+from fastgen.pipelines.loading.faults import explained
+from fastgen.pipelines.loading.weight_files import check_weight_folder
 
 __all__ = [
     "DTYPES",
@@ -126,18 +127,16 @@ class Checkpoint:
         for name, value in (("height", height), ("width", width)):
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise FastgenError(f"{name}: {value} is not allowed, needs an integer >= 1")
+            check_integer(name, value, 1)
             if self.fixed_size is not None and value != self.fixed_size:
-                raise FastgenError(f"{name}: {value} is not allowed, {self.model} draws {self.fixed_size} pixels only")
-            if self.size_multiple and value % self.size_multiple:
-                raise FastgenError(
-                    f"{name}: {value} is not allowed, {self.model} needs a multiple of {self.size_multiple} pixels"
-                )
-            if self.max_size is not None and value > self.max_size:
-                raise FastgenError(
-                    f"{name}: {value} is not allowed, {self.model} draws at most {self.max_size} pixels"
-                )
+                needs = f"draws {self.fixed_size} pixels only"
+            elif self.size_multiple and value % self.size_multiple:
+                needs = f"needs a multiple of {self.size_multiple} pixels"
+            elif self.max_size is not None and value > self.max_size:
+                needs = f"draws at most {self.max_size} pixels"
+            else:
+                continue
+            raise FastgenError(f"{name}: {value} is not allowed, {self.model} {needs}")
 
 
 def embedded_folder(name: str) -> Path:
@@ -185,7 +184,7 @@ def _find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     if path.exists():
         raise FastgenError(f"model {name!r} is a file; needs the folder that holds model_index.json or config.json")
     if on_hub:
-        return replace(_read_checkpoint(name, _hub_configs(name, revision), name), revision=revision)
+        return replace(_read_checkpoint(name, _download(name, revision, _CONFIG_FILES), name), revision=revision)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise FastgenError(f"model {name!r}: there is no such folder")
     raise FastgenError(
@@ -412,59 +411,17 @@ def check_weights(checkpoint: Checkpoint) -> None:
 # ---- Hub ----
 
 
-def _hub_configs(model: str, revision: str | None) -> Path:
-    """Download the configuration files of a Hub model, or find them in the local cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_CONFIG_FILES)))
-    except Exception as error:
-        raise explain_hub_error(model, error) from error
-
-
 def download_janus(model: str, revision: str | None = None) -> Path:
     """Download the files of a Janus model, or find them in the local cache.
 
     Raises:
         FastgenError: what was missing and how to get it.
     """
+    return _download(model, revision, _JANUS_FILES)
+
+
+def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_JANUS_FILES)))
-    except Exception as error:
-        raise explain_hub_error(model, error) from error
-
-
-def explain_hub_error(model: str, error: Exception) -> Exception:
-    """One line that says what was missing and how to get it; an error of another kind comes back as it is."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return FastgenError(
-            f"model {model!r} is gated: accept its terms on its Hub page and log in with `hf auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FastgenError(f"model {model!r}: the Hub has no such revision")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FastgenError(
-            f"model {model!r} is not on the Hub, or it is private: check the name, or log in with `hf auth login`"
-        )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return FastgenError(f"model {model!r}: the Hub has no file that it needs: {_first_line(error)}")
-    # LocalEntryNotFoundError, OfflineModeIsEnabled and whatever the HTTP library raises without a connection.
-    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    if isinstance(error, offline) or "onnect" in type(error).__name__ or "Timeout" in type(error).__name__:
-        return FastgenError(
-            f"model {model!r} is not in the local cache and the Hub cannot be reached: run `hf download {model}` "
-            "on a machine with a connection, then pass its folder as the model"
-        )
-    if isinstance(error, errors.HfHubHTTPError):
-        return FastgenError(f"model {model!r}: the Hub answered: {_first_line(error)}")
-    if isinstance(error, OSError):
-        return FastgenError(f"model {model!r} cannot be downloaded: {_first_line(error)}")
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    with explained(f"model {model!r}", hub_id=model):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))

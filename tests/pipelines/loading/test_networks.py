@@ -15,9 +15,8 @@ import pytest
 import tiny_unets
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines import loading
-from fastgen.pipelines.checkpoint import embedded_folder, find_checkpoint
-from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading import load_pipeline, loader
+from fastgen.pipelines.loading.checkpoint import embedded_folder, find_checkpoint
 from fastgen.pipelines.settings import check_classes
 
 
@@ -28,8 +27,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading, "load_network", fail)
-    monkeypatch.setattr(loading, "_load_janus", fail)
+    monkeypatch.setattr(loader, "load_network", fail)
+    monkeypatch.setattr(loader, "_load_janus", fail)
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ import functools
 import importlib
 import logging
 import math
-import pickle
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,19 +21,21 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.errors import FastgenError, one_line
+from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.config_schema import check_arguments, check_config
-from fastgen.pipelines.weight_files import check_safetensors, read_files, variant_of
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
+from fastgen.pipelines.loading.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.faults import explained, fault, is_out_of_memory
+from fastgen.pipelines.loading.weight_files import check_safetensors, read_files, variant_of
+from fastgen.pipelines.quantization import config_while_loading
 from fastgen.pretrained import load_pretrained
 
 __all__ = [
+    "DTYPES",
     "check_keys",
     "component_class",
     "drawing_fault",
     "empty_network",
-    "explained",
     "explained_drawing",
     "load_network",
 ]
@@ -49,7 +50,8 @@ _MOST_UNUSED = 0.03
 _PARTS_PER_WEIGHT, _MORE_PARTS = 16, 4096
 # Elements of a tensor for each that the weight files hold, and some more (tables that are computed).
 _SIZE_PER_WEIGHT, _MORE_SIZE = 4, 2**27
-_DTYPES = {
+#: Types of tensors, by their names in weight files.
+DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
@@ -116,23 +118,28 @@ def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
             return None
         headers |= check_safetensors(weights)
     weights_held = {
-        name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
-        for name, entry in headers.items()
+        name: torch.empty(shape, dtype=DTYPES.get(stored, torch.uint8), device="meta")
+        for name, (stored, shape) in headers.items()
     }
 
-    def build() -> Any:
-        with _silent(), _limited(folder, weights_held):
-            if config_kind is not None:
-                return _of_transformers(kind, load_pretrained(config_kind, folder), weights_held)
-            return _of_diffusers(kind, config, weights_held)
-
-    network, info = explained(folder, build)
+    with explained(f"checkpoint {folder}"), _silent(), _limited(folder, weights_held):
+        if config_kind is not None:
+            network, info = _of_transformers(kind, load_pretrained(config_kind, folder), weights_held)
+        else:
+            network, info = _of_diffusers(kind, config, weights_held)
     check_keys(folder, info, {name: tensor.numel() for name, tensor in weights_held.items()})
     return network
 
 
-def load_network(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-    """The network of a folder with its weights.
+def load_network(
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    variant: str | None,
+    device: torch.device,
+    quantize: str | None = None,
+) -> Any:
+    """The network of a folder with its weights, on a device; with `quantize` in fewer bits (`BITS`).
 
     Raises:
         FastgenError: as `empty_network`, or a weight file is broken.
@@ -140,13 +147,16 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype, variant: str | Non
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     if not any(variant_of(file) == variant for file in folder.iterdir()):
         variant = None
-
-    def load() -> torch.nn.Module:
-        network, info = load_pretrained(kind, folder, output_loading_info=True, variant=variant, **{keyword: dtype})
+    more: dict[str, Any] = {keyword: dtype}
+    if quantize is not None:
+        more |= {"quantization_config": config_while_loading(quantize, kind)}
+        more |= {} if device.type == "cpu" else {"device_map": {"": str(device)}}
+    with explained(f"checkpoint {folder}"):
+        network, info = load_pretrained(kind, folder, output_loading_info=True, variant=variant, **more)
         check_keys(folder, info)
-        return network.eval()
-
-    return explained(folder, load)
+        if quantize is not None and all(type(weight.data) is torch.Tensor for weight in network.parameters()):
+            raise FastgenError(f"quantize: no layer of {kind.__name__} could be kept in fewer bits")
+        return network.to(device).eval()
 
 
 def check_keys(folder: Path, info: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> None:
@@ -174,20 +184,6 @@ def check_keys(folder: Path, info: Mapping[str, Any], sizes: Mapping[str, int] |
             logger.warning("checkpoint %s %s", folder, unused)
     if faults:
         raise FastgenError(f"checkpoint {folder} does not fit its configuration: it {', it '.join(faults)}")
-
-
-def explained(folder: Path, load: Callable[[], T]) -> T:
-    """Run a stock loader; what it cannot load becomes one line that names the folder."""
-    try:
-        return load()
-    except FastgenError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise FastgenError(f"checkpoint {folder} does not fit into memory") from error
-    except pickle.UnpicklingError as error:
-        raise FastgenError(f"checkpoint {folder}: a weight file is no archive of tensors, or is corrupt") from error
-    except Exception as error:  # every loader, and every class that it builds, raises its own
-        raise FastgenError(f"checkpoint {folder} cannot be loaded: {reason(error)}") from error
 
 
 @contextmanager
@@ -227,18 +223,13 @@ def drawing_fault(checkpoint: Checkpoint, error: Exception) -> FastgenError | No
     """The line for an error of drawing with a model; None where the error says enough, or is a bug of ours."""
     if isinstance(error, (FastgenError, OSError)) or getattr(error, "of_caller", False):
         return None
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory")
     if checkpoint.model in EMBEDDED_MODELS:
         return None
-    told = f"model {checkpoint.model!r} cannot draw: {reason(error)}"
-    return FastgenError(f"{told} (FASTGEN_DEBUG=1 shows the traceback)")
-
-
-def reason(error: BaseException) -> str:
-    """An error of a library in one line."""
-    text = one_line(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return FastgenError(
+        f"{fault(f'model {checkpoint.model!r}', error, 'cannot draw')} (FASTGEN_DEBUG=1 shows the traceback)"
+    )
 
 
 def _of_diffusers(kind: Any, config: dict[str, Any], held: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

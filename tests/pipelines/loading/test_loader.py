@@ -15,8 +15,9 @@ from micro_models import PROMPTS
 from safetensors.torch import load_file, save_file
 
 from fastgen.errors import FastgenError
+from fastgen.pipelines.generation import Progress, generate_images, unknown_words
 from fastgen.pipelines.janus import JanusImagePipeline
-from fastgen.pipelines.loading import Progress, generate_images, load_pipeline, resolve_device, unknown_words
+from fastgen.pipelines.loading import load_pipeline, resolve_device
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Type hints, and where there are none the defaults, tell which kinds of values an argument takes; a default that is not
 negative tells that no negative number makes sense. So every class of diffusers and transformers has a schema, and a
-new one needs nothing here. Numbers too large for anything are refused before, by `fastgen.pipelines.config_limits`.
+new one needs nothing here. Numbers too large for anything are refused before, by `config_limits`.
 """
 
 from __future__ import annotations

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgen.checks import check_bool, check_choice
-from fastgen.errors import FastgenError, one_line
+from fastgen.errors import FastgenError
 from fastgen.io import file_sha256
-from fastgen.pipelines.weight_files import check_safetensors
+from fastgen.pipelines.loading.faults import explained
+from fastgen.pipelines.loading.weight_files import check_safetensors
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OFFLOADS", "LoadOptions", "LoRA", "choose_offload", "scheduler_class"]
+__all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "choose_offload", "scheduler_class"]
 
 Offload = Literal["none", "auto", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
 """Where weights wait: on the device; there if they fit; whole networks, groups of layers, or single layers in main
 memory until they are needed."""
+
+QUANTIZED = ("int8", "int8-dynamic", "fp8", "int4")
+"""Kinds of weights in fewer bits; int8-dynamic computes in 8 bits too."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Schedulers of flow models that read the noise levels and the shift that their pipelines pass.
@@ -105,12 +109,11 @@ class LoRA:
         """
         path = Path(self.source)
         where = {"weight_name": path.name} if path.is_file() else {}
-        try:
-            folder = path.parent if path.is_file() else self.source
+        folder = path.parent if path.is_file() else self.source
+        hub_id = None if path.exists() else self.source
+        failed = f"cannot be loaded into {type(pipe).__name__}"
+        with explained(f"lora: {self.source}", failed, hub_id=hub_id, use="pass its folder to --lora"):
             pipe.load_lora_weights(os.fspath(folder), adapter_name=name, use_safetensors=True, **where)
-        except Exception as error:  # of diffusers, peft and the Hub
-            told = f"lora: {self.source} cannot be loaded into {type(pipe).__name__}"
-            raise FastgenError(f"{told}: {one_line(error)}") from error
         if not any(name in names for names in pipe.get_list_adapters().values()):
             raise FastgenError(f"lora: {self.source} has no weights for any layer of {type(pipe).__name__}")
 
@@ -175,6 +178,7 @@ class LoadOptions:
         loras: LoRA weights.
         offload: see `OFFLOADS`.
         vae_tiling: decode in tiles, for large pictures in little memory; pixels change near their borders.
+        quantize: keep the denoiser's weights in fewer bits, see `QUANTIZED`.
 
     Raises:
         FastgenError: a value that is not allowed, or files that are not there.
@@ -184,6 +188,7 @@ class LoadOptions:
     loras: tuple[LoRA, ...] = ()
     offload: Offload = "none"
     vae_tiling: bool = False
+    quantize: str | None = None
 
     @classmethod
     def of(
@@ -192,6 +197,7 @@ class LoadOptions:
         loras: Iterable[Any] | str | None = None,
         offload: str = "none",
         vae_tiling: bool = False,
+        quantize: str | None = None,
     ) -> LoadOptions:
         """From what a user writes: `loras` as PATH or PATH:WEIGHT, one or several."""
         if scheduler is not None and not isinstance(scheduler, str):
@@ -199,7 +205,10 @@ class LoadOptions:
         given = (loras,) if isinstance(loras, str | os.PathLike | LoRA) else tuple(loras or ())
         check_bool("vae_tiling", vae_tiling)
         check_choice("offload", offload, OFFLOADS)
-        return cls(scheduler, tuple(LoRA.parse(each) for each in given), offload, vae_tiling)  # type: ignore[arg-type]
+        if quantize is not None:
+            check_choice("quantize", quantize, QUANTIZED)
+        parsed = tuple(LoRA.parse(each) for each in given)
+        return cls(scheduler, parsed, offload, vae_tiling, quantize)  # type: ignore[arg-type]
 
     def check(self, kind: type, index: Mapping[str, Any], device: torch.device) -> None:
         """Before weights load.
@@ -225,6 +234,17 @@ class LoadOptions:
             raise FastgenError(f"vae_tiling: {kind.__name__} has no VAE")
         if self.offload not in ("none", "auto") and device.type == "cpu":
             raise FastgenError(f"offload: {self.offload!r} moves weights to a GPU, and the device is the CPU")
+        if self.quantize is not None:
+            self._check_quantize(kind, index, device)
+
+    def _check_quantize(self, kind: type, index: Mapping[str, Any], device: torch.device) -> None:
+        from fastgen.pipelines.loading.memory import denoiser_name
+        from fastgen.pipelines.quantization import why_not_here
+
+        if not denoiser_name(index):
+            raise FastgenError(f"quantize: {kind.__name__} has no denoiser")
+        if reason := why_not_here(str(self.quantize), device):
+            raise FastgenError(f"quantize: {self.quantize} cannot be used: {reason}")
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -234,6 +254,7 @@ class LoadOptions:
             for each in self.loras
         ]
         asked = {"scheduler": self.scheduler, "loras": loras, "vae_tiling": self.vae_tiling}
+        asked |= {"quantize": self.quantize}
         return {name: value for name, value in asked.items() if value}
 
     def apply(self, pipe: Any) -> None:
@@ -272,16 +293,13 @@ class LoadOptions:
         Raises:
             FastgenError: the pipeline cannot be offloaded in that way.
         """
-        if way == "none":
-            pipe.to(device)
-            return
-        try:
-            if way == "model":
+        with explained(f"offload: {type(pipe).__name__}", f"cannot do {way!r}"):
+            if way == "none":
+                pipe.to(device)
+            elif way == "model":
                 pipe.enable_model_cpu_offload(device=device)
             elif way == "sequential":
                 pipe.enable_sequential_cpu_offload(device=device)
             else:
                 stream = device.type == "cuda"
                 pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=stream)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise FastgenError(f"offload: {type(pipe).__name__} cannot do {way!r}: {one_line(error)}") from error

@@ -11,10 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from generate_command import call
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines import checkpoint as module
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, Checkpoint, check_names, check_weights, find_checkpoint
+from fastgen.pipelines.loading.checkpoint import (
+    EMBEDDED_MODELS,
+    Checkpoint,
+    check_names,
+    check_weights,
+    find_checkpoint,
+)
 
 
 @pytest.fixture
@@ -217,6 +223,22 @@ def test_missing_component_and_wrong_shape_of_files(z: Path, janus: Path, tmp_pa
         find_checkpoint(janus / "config.json")
 
 
+def test_the_official_layout_of_janus_pro_is_answered_with_the_converted_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "aligner_config": {"cls": "MlpProjector", "model_type": "aligner"},
+        "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision"},
+        "language_config": {"model_type": "llama", "vocab_size": 102400},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    code, _, err = call(capsys, "a ring", "--model", tmp_path)
+    assert code == 2 and err.count("\n") == 1
+    assert "deepseek-community/Janus-Pro-1B or deepseek-community/Janus-Pro-7B" in err
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -239,37 +261,6 @@ def test_hub_model_without_connection_says_how_to_get_it() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_hub_errors_have_different_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def made(kind: type[Exception], text: str) -> Exception:
-        return kind.__new__(kind, text)  # their constructors want a response of the HTTP library of the day
-
-    connect, timeout = type("ConnectError", (Exception,), {}), type("ReadTimeout", (Exception,), {})
-    cases: list[tuple[Exception, str]] = [
-        (made(errors.GatedRepoError, "gated"), "accept its terms"),
-        (made(errors.RepositoryNotFoundError, "no"), "not on the Hub"),
-        (made(errors.RevisionNotFoundError, "no"), "revision"),
-        (made(errors.OfflineModeIsEnabled, "offline"), "hf download"),
-        (made(errors.LocalEntryNotFoundError, "no"), "hf download"),
-        (connect("no route"), "hf download"),
-        (timeout("slow"), "hf download"),
-        (made(errors.HfHubHTTPError, "500 oops\nmore"), "the Hub answered"),
-        (OSError(28, "No space left on device"), "cannot be downloaded"),
-    ]
-    for error, message in cases:
-
-        def fail(*args: object, error: Exception = error, **kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        for call in (find_checkpoint, module.download_janus):
-            with pytest.raises(FastgenError, match=message) as caught:
-                call("owner/name")
-            assert "owner/name" in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_hub_model_from_the_cache(z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -288,7 +279,7 @@ def test_names_that_cannot_exist(device: str, dtype: str) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys; from fastgen.pipelines.checkpoint import find_checkpoint, check_weights\n"
+        "import sys; from fastgen.pipelines.loading.checkpoint import find_checkpoint, check_weights\n"
         "check_weights(find_checkpoint('tiny')); print('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)

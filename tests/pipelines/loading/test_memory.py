@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
-from fastgen.pipelines import loading, memory
-from fastgen.pipelines.checkpoint import EMBEDDED_MODELS, find_checkpoint
-from fastgen.pipelines.loading import load_pipeline
-from fastgen.pipelines.memory import check_memory, free_memory, weight_sizes
+from fastgen.pipelines.loading import load_pipeline, loader, memory
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, find_checkpoint
+from fastgen.pipelines.loading.memory import check_memory, free_memory, weight_sizes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIGABYTE = 10**9
@@ -36,7 +36,7 @@ def test_a_model_larger_than_memory_ends_before_its_weights_are_read(
     micro_z: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(loading, "load_network", lambda *given: pytest.fail("weights are read"))
+    monkeypatch.setattr(loader, "load_network", lambda *given: pytest.fail("weights are read"))
     assert run(["generate", "x", "--model", str(micro_z), "-o", str(tmp_path / "a.png")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -87,17 +87,19 @@ def test_a_container_limits_main_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_networks_go_straight_to_their_device(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[tuple[str, torch.device]] = []
-    stock: Any = loading.load_network
+    placed: list[torch.device] = []
+    stock: Any = loader.load_network
 
-    class Spy:
-        def __init__(self, network: Any) -> None:
-            self.network = network
+    def load(*given: Any) -> Any:
+        placed.append(given[4])
+        return stock(*given)
 
-        def to(self, device: torch.device) -> Any:
-            moved.append((type(self.network).__name__, device))
-            return self.network.to(device)
-
-    monkeypatch.setattr(loading, "load_network", lambda *given: Spy(stock(*given)))
+    monkeypatch.setattr(loader, "load_network", load)
     load_pipeline(str(micro_z))
-    assert len(moved) == 3 and {device for _, device in moved} == {CPU}
+    assert placed == [CPU] * 3
+    network = stock(*_vae(micro_z), torch.device("meta"))
+    assert next(network.parameters()).device.type == "meta"
+
+
+def _vae(folder: Path) -> tuple[Any, Path, torch.dtype, None]:
+    return AutoencoderKL, folder / "vae", torch.float32, None

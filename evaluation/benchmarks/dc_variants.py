@@ -1,0 +1,166 @@
+"""The rows of `fastgen bench dc`: a dense Z-Image with ever fewer steps, its step caches, and dynamic chunking."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, ZImagePipeline
+
+from fastgen.data.shapes import ShapesWorld
+from fastgen.errors import FastgenError
+from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer, token_merging
+from fastgen.evaluation.runner import model_fingerprint
+from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint
+
+__all__ = ["FULL", "LATE", "LITE_CFG", "QUICK", "Choice", "Variant", "variants_of"]
+
+LITE_CFG = 0.9
+# Steps near the data keep most tokens and decide least: nothing is dropped before the last three steps.
+LATE = (0.7, 0.95, 0.99)
+LATE_LITE_CFG = 0.98
+_CALIBRATION = 8
+"""Prompts of the training distribution that MagCache is calibrated with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which rows.
+
+    Args:
+        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps.
+        steps: denoising steps, besides the models' own.
+        guidance_scales: besides the models' own, for the dense model, all tokens, and late drops.
+        first_block, mag: thresholds of the step caches of the dense model; the first of `first_block` is that of the
+            chunked one, too.
+        taylor: intervals of TaylorSeer.
+        merged: shares of token merging.
+    """
+
+    tail_drops: Sequence[float] = (0.0, 0.3, 0.6)
+    steps: Sequence[int] = (4, 6, 8, 12, 20)
+    guidance_scales: Sequence[float] = ()
+    first_block: Sequence[float] = (0.1, 0.3)
+    mag: Sequence[float] = (0.06, 0.24)
+    taylor: Sequence[int] = (2, 3)
+    merged: Sequence[float] = (0.25, 0.5)
+
+
+FULL = Choice()
+QUICK = Choice((0.0, 0.5), (6,), (), (0.1,), (0.06,), (2,), ())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        name: "dense", "dense 6 steps", "dense first-block-cache 0.1", "dc 0.3 lite-cfg 0.9 6 steps" …
+        pipe: the pipeline it belongs to.
+        fingerprint: of that pipeline's files.
+        settings: of `generate_images`.
+        adapt: makes the pipeline that draws.
+    """
+
+    name: str
+    pipe: DiffusionPipeline
+    fingerprint: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapt: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+
+
+def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, device: str) -> Iterator[Variant]:
+    """All rows, the dense model as it is first.
+
+    Args:
+        checkpoints: of the model with dynamic chunking, and of the dense one.
+        choice: which rows.
+        peers: with step caches and token merging of the dense model.
+        device: where the pipelines are loaded to.
+
+    Raises:
+        FastgenError: a model without dynamic chunking, or a baseline that is no stock Z-Image.
+    """
+    chunked, dense = (load_checkpoint(found, device=device, dtype="float32") for found in checkpoints)
+    if "tail_drop" not in inspect.signature(type(chunked).__call__).parameters:
+        raise FastgenError(f"model: {checkpoints[0].model} has no dynamic chunking")
+    if type(dense) is not ZImagePipeline:
+        raise FastgenError(f"dense: {checkpoints[1].model} is no stock Z-Image pipeline")
+    ours, theirs = (model_fingerprint(*found.folders) for found in checkpoints)
+    own = [int(found.defaults["steps"]) for found in checkpoints]
+    yield Variant("dense", dense, theirs)
+    for steps in choice.steps:
+        if steps != own[1]:
+            yield Variant(f"dense {steps} steps", dense, theirs, {"steps": steps})
+    if peers:
+        for name, adapt in _peers(dense, checkpoints[1].defaults, choice):
+            # An adapted pipeline does not know which model it was made of.
+            yield Variant(f"dense {name}", dense, theirs, checkpoints[1].defaults, adapt)
+    yield Variant("dc 0", chunked, ours, {"tail_drop": 0.0})
+    for steps in dict.fromkeys((own[0], *choice.steps)):
+        suffix, asked = ("", {}) if steps == own[0] else (f" {steps} steps", {"steps": steps})
+        for name, budget in _budgets(checkpoints[0].defaults, choice, steps):
+            yield Variant(f"dc {name}{suffix}", chunked, ours, {**budget, **asked})
+    if peers and choice.first_block:
+        # Its transformer takes diffusers' caches itself.
+        threshold, (name, budget) = choice.first_block[0], next(_budgets({}, choice, own[0]))
+        config = FirstBlockCacheConfig(threshold=threshold)
+        name = f"dc {name} first-block-cache {threshold:g}"
+        yield Variant(name, chunked, ours, {**checkpoints[0].defaults, **budget}, partial(_cached, config=config))
+    for scale in choice.guidance_scales:
+        guided = {"guidance_scale": scale}
+        yield Variant(f"dense guidance {scale:g}", dense, theirs, guided)
+        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, **guided})
+        name, late = _late(own[0])
+        yield Variant(f"dc {name} guidance {scale:g}", chunked, ours, {**late, **guided})
+
+
+def _budgets(defaults: dict[str, Any], choice: Choice, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and settings of the budgets of a generation of so many steps."""
+    for rho in choice.tail_drops:
+        yield f"{rho:g} lite-cfg {LITE_CFG:g}", {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
+    yield _late(steps)
+    if "tail_drop" in defaults:
+        yield "own schedule", {}
+
+
+def _late(steps: int) -> tuple[str, dict[str, Any]]:
+    drops = [0.0] * (steps - len(LATE)) + list(LATE)[-steps:]
+    return f"late lite-cfg {LATE_LITE_CFG:g}", {"tail_drop": drops, "uncond_tail_drop": LATE_LITE_CFG}
+
+
+def _peers(
+    dense: ZImagePipeline, defaults: dict[str, Any], choice: Choice
+) -> Iterator[tuple[str, Callable[[Any], AbstractContextManager[Any]]]]:
+    """Names and step caches of the dense model, and token merging."""
+    for threshold in choice.first_block:
+        config: Any = FirstBlockCacheConfig(threshold=threshold)
+        yield f"first-block-cache {threshold:g}", partial(step_cache, config=config)
+    for interval in choice.taylor:
+        yield f"taylorseer {interval}", partial(step_cache, config=taylor_seer(interval))
+    if choice.mag:
+        prompts = list(ShapesWorld(2_718).batch(_CALIBRATION).texts)
+        given = {name: defaults[name] for name in ("height", "width", "guidance_scale")}
+        ratios = mag_ratios(dense, prompts, int(defaults["steps"]), **given)
+        for threshold in choice.mag:
+            config = MagCacheConfig(threshold=threshold, mag_ratios=ratios, num_inference_steps=len(ratios))
+            yield f"magcache {threshold:g}", partial(step_cache, config=config)
+    patch = 2 * dense.vae_scale_factor
+    grid = int(defaults["height"]) // patch, int(defaults["width"]) // patch
+    for ratio in choice.merged:
+        yield f"token-merging {ratio:g}", partial(token_merging, ratio=ratio, grid=grid)
+
+
+@contextmanager
+def _cached(pipe: Any, config: Any) -> Iterator[Any]:
+    """A pipeline with dynamic chunking and a step cache."""
+    pipe.transformer.enable_cache(config)
+    try:
+        yield pipe
+    finally:
+        pipe.transformer.disable_cache()
