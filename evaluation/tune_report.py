@@ -66,9 +66,8 @@ def plot(trials: Sequence[Trial], chosen: Trial, metric: str, path: Path) -> Non
         )  # fmt: skip
     axes.plot([trial.ratio[0] for trial in best], [trial.score for trial in best], color="black", lw=0.8, zorder=0)
     for number, trial in enumerate(best, 1):
-        axes.annotate(
-            str(number), (trial.ratio[0], trial.score), xytext=(4, 5), textcoords="offset points", fontsize=8
-        )
+        place = (4, 5) if number % 2 else (4, -12)  # neighbours on the front are often close
+        axes.annotate(str(number), (trial.ratio[0], trial.score), xytext=place, textcoords="offset points", fontsize=8)
     names = [f"{number}  {trial.name}" for number, trial in enumerate(best, 1)]
     axes.text(1.02, 0.0, "\n".join(names), transform=axes.transAxes, fontsize=7, va="bottom")
     axes.plot([chosen.ratio[0]], [chosen.score], "o", ms=11, mfc="none", mec="black", label="chosen")

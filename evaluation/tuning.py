@@ -27,7 +27,9 @@ from fastgen.evaluation.benchmarks.measure import seconds_of
 from fastgen.evaluation.tune_metrics import Metric
 from fastgen.io import parse_json
 from fastgen.pipelines.accelerate.parts import (
+    PARTS,
     Attention,
+    BFloat16,
     ChannelsLast,
     Compile,
     DBCache,
@@ -35,6 +37,7 @@ from fastgen.pipelines.accelerate.parts import (
     Guidance,
     Kernels,
     Part,
+    PromptPadding,
     Quantize,
     QuantizedAttention,
     Solver,
@@ -47,6 +50,7 @@ from fastgen.pipelines.generation import GeneratedImage, generate_images
 
 __all__ = [
     "SHARES",
+    "SHIFTS",
     "Trial",
     "Tuner",
     "beats_fewer_steps",
@@ -60,13 +64,18 @@ __all__ = [
 SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
 """Of the steps, tried as fewer steps."""
 
+_CLEARLY_FEWER = 0.7
+
+SHIFTS = (1.0, 2.0)
+"""What a solver multiplies the shift of the noise levels by."""
+
 
 def candidates(pipe: Any, loss: Loss, compile: bool = False) -> list[Part]:
     """Parts and settings to try on a pipeline: those that can be used with it and are allowed."""
-    parts: list[Part] = [Kernels(), ChannelsLast(), Attention(), *([Compile()] if compile else [])]
+    parts: list[Part] = [Kernels(), ChannelsLast(), PromptPadding(), Attention(), *([Compile()] if compile else [])]
     if loss == "lossy":
         parts += [FewerSteps(share) for share in SHARES]
-        parts += [Solver(), *(Guidance(share) for share in (0.75, 0.5, 0.25))]
+        parts += [BFloat16(), *map(Solver, SHIFTS), *(Guidance(share) for share in (0.75, 0.5, 0.25))]
         parts += [StepCache("first-block", threshold) for threshold in (0.05, 0.1, 0.2)]
         parts += [StepCache("taylor-seer", interval=interval) for interval in (2, 3)]
         parts += [DBCache(), QuantizedAttention(), Quantize()]
@@ -162,10 +171,12 @@ def _key(parts: Iterable[Part]) -> list[list[Any]]:
 
 
 def _combinations(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """What is added to a plan at once: each part; a solver, which saves nothing by itself, with fewer steps."""
-    alone = [(part,) for part in parts if part.name != "solver"]
-    fewer = [part for part in parts if part.name == "fewer_steps"]
-    return [*alone, *((solver, part) for solver in parts if solver.name == "solver" for part in fewer)]
+    """What is added to a plan at once: each part; a solver, which alone saves nothing, with clearly fewer steps."""
+    steps = [part for part in parts if isinstance(part, FewerSteps)]
+    others = [(part,) for part in parts if part.name not in ("solver", "fewer_steps")]
+    fewer = [part for part in steps if part.share <= _CLEARLY_FEWER]
+    solved = [(solver, part) for part in fewer for solver in parts if solver.name == "solver"]
+    return [*((part,) for part in steps), *others[:1], *solved, *others[1:]]
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
@@ -219,6 +230,8 @@ class Tuner:
             parts: to choose from.
             max_drop: of the mean score.
         """
+        begin = time.monotonic()
+        half_time = begin + (self.deadline - begin) / 2
         exact = [part for part in parts if part.loss == "exact"]
         chosen = self.measure(())
         for part in exact:
@@ -227,11 +240,14 @@ class Tuner:
                 chosen = self._try((*chosen.parts, part)) or chosen
         lossy = _combinations([part for part in parts if part.loss != "exact"])
         for added in lossy:  # fewer steps first: the rival of all others
+            if added[0].name != "fewer_steps" and time.monotonic() > half_time:
+                break  # the rest is for combining what was found
             self._try((*chosen.parts, *added))
         chosen = self._best(max_drop, chosen)
         while not self.time_is_up:
             before = chosen
-            for added in lossy:
+            used = {part.name for part in chosen.parts}
+            for added in sorted(lossy, key=lambda added: any(part.name in used for part in added)):  # new ones first
                 names = {part.name for part in added}
                 self._try((*(each for each in chosen.parts if each.name not in names), *added))
             for part in chosen.parts:  # the look back
@@ -256,6 +272,7 @@ class Tuner:
         """Draw every prompt without and with the parts, one after the other; what is known is not measured again."""
         if (known := self._known(parts)) is not None:
             return known
+        parts = tuple(sorted(parts, key=lambda part: list(PARTS).index(part.name)))
         if not self.stock:  # the first pictures also warm up
             self.stock = [self._draw(i)[0] for i in range(len(self.prompts))]
         with accelerated(self.pipe, plan=parts):

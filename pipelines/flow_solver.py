@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -14,9 +15,11 @@ __all__ = ["unipc_of_flow"]
 class _UniPC(diffusers.UniPCMultistepScheduler):
     """With what pipelines of flow models ask of their scheduler: levels as a list, and noise added to a picture."""
 
-    def set_timesteps(self, *args: Any, sigmas: Any = None, **kwargs: Any) -> None:
+    def set_timesteps(self, *args: Any, sigmas: Any = None, mu: Any = None, **kwargs: Any) -> None:
         levels = None if sigmas is None else np.array(sigmas, dtype=np.float64)
-        super().set_timesteps(*args, sigmas=levels, **kwargs)
+        if mu is not None:
+            mu += math.log(self.config.flow_shift)  # read by no one else where shifting is dynamic
+        super().set_timesteps(*args, sigmas=levels, mu=mu, **kwargs)
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """(1 - sigma) sample + sigma noise, as the Euler scheduler of flow models has it."""
@@ -38,10 +41,17 @@ _UniPC.__name__ = _UniPC.__qualname__ = diffusers.UniPCMultistepScheduler.__name
 _UniPC.__module__ = diffusers.UniPCMultistepScheduler.__module__
 
 
-def unipc_of_flow(scheduler: Any) -> diffusers.UniPCMultistepScheduler:
-    """UniPC with the noise levels of a flow-matching scheduler."""
+def unipc_of_flow(scheduler: Any, shift: float = 1.0) -> diffusers.UniPCMultistepScheduler:
+    """UniPC with the noise levels of a flow-matching scheduler.
+
+    Args:
+        scheduler: with Euler steps.
+        shift: what the shift of its noise levels is multiplied by; above 1, more of the steps are at high noise.
+    """
     config = scheduler.config
+    if not config.get("use_dynamic_shifting"):  # those that are dynamic get theirs with every call, as mu
+        shift *= config.get("shift", 1.0)
     made: diffusers.UniPCMultistepScheduler = _UniPC.from_config(
-        config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.get("shift", 1.0)
+        config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     return made

@@ -236,6 +236,7 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
     from fastgen.cli.plan import whole_batches
     from fastgen.environment import versions
     from fastgen.pipelines.accelerate import accelerate as turn_on
+    from fastgen.pipelines.accelerate.compile_costs import pays_for_compiling
     from fastgen.pipelines.generation import generate_images, unknown_words
     from fastgen.pipelines.loading import load_checkpoint
 
@@ -247,7 +248,12 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
         pipe: Any = load_checkpoint(drawing.checkpoint, **drawing.loading)
         if drawing.compile:
             pipe.compile()
-        on = None if faster is None else turn_on(pipe, plan=None if isinstance(faster, str) else faster)
+        on: Plan | None = None
+        if isinstance(faster, str):
+            on = turn_on(pipe, compiling=pays_for_compiling(pipe, drawing.call, len(drawn)))
+        elif faster is not None:
+            on = turn_on(pipe, plan=faster)
+        compiled = drawing.compile or (on is not None and "compile" in {part.name for part in on.parts})
         prompts, seeds = [job.prompt for job in drawn], [job.seed for job in drawn]
         with warnings_shown(), options.progress() as update:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
@@ -256,7 +262,7 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
             # The counter of FLOPs does not see into compiled graphs.
             common: dict[str, Any] = {
                 **drawing.call,
-                "flops": not drawing.compile,
+                "flops": not compiled,
                 "callback": lambda at: update("pictures", at.fraction * len(drawn), len(drawn)),
             }
             if search is None:
@@ -315,4 +321,7 @@ def _save(
 
 def _turned_on(plan: Plan | None) -> dict[str, Any]:
     """Each part of `accelerate`: on, or why it is off."""
-    return {} if plan is None else {"accelerate": {row.part.name: "on" if row.on else row.why for row in plan.rows}}
+    if plan is None:
+        return {}
+    said = {row.part.name: f"on{f': {row.why}' if row.why else ''}" if row.on else row.why for row in plan.rows}
+    return {"accelerate": said}

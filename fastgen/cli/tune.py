@@ -95,10 +95,13 @@ def tune(
         from fastgen.evaluation.tuning import Tuner, candidates, front
         from fastgen.io import atomic_write_bytes
         from fastgen.pipelines.loading import load_checkpoint, resolve_device
-        from fastgen.pipelines.settings import draws_tokens, pipeline_class
+        from fastgen.pipelines.schema import SETTINGS
+        from fastgen.pipelines.settings import draws_tokens, pipeline_class, resolve_settings
 
-        if draws_tokens(pipeline_class(checkpoint)):
+        kind_of_pipe = pipeline_class(checkpoint)
+        if draws_tokens(kind_of_pipe):
             raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
+        drawn = resolve_settings(kind_of_pipe, checkpoint, {**dict.fromkeys(SETTINGS), "steps": steps})
         where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
         options.check(pipeline_class(checkpoint), checkpoint.index, where)
         kind = str(weights).removeprefix("torch.")
@@ -110,6 +113,7 @@ def tune(
         tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _report)
         parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
         chosen = tuner.tune(parts, max_drop)
+        _remember_compiling(pipe, tuner.trials, {**drawn, "batch_size": 1})
         plan = _plan(pipe, tuner.trials, chosen, header, metric, max_drop)
         shown = dict.fromkeys([(), chosen.parts, *(trial.parts for trial in front(tuner.trials))])
         names = {trial.parts: trial.name for trial in tuner.trials}
@@ -143,6 +147,19 @@ def _header(
         "metric": metric,
         "settings": call,
     }
+
+
+def _remember_compiling(pipe: Any, trials: list[Trial], call: dict[str, Any]) -> None:
+    """Write down what compilation cost and gave, so that `generate` knows for how many pictures it pays."""
+    from statistics import median
+
+    from fastgen.pipelines.accelerate.compile_costs import CompileCosts, remember_costs
+    from fastgen.pipelines.accelerate.parts import Compile
+
+    for trial in trials:
+        if trial.parts == (Compile(),):
+            costs = CompileCosts(trial.first_seconds, median(trial.seconds), median(trial.stock_seconds))
+            remember_costs(pipe, call, costs)
 
 
 def _report(trial: Trial) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from fastgen.contracts import Loss
+from fastgen.pipelines.quantization import layer_pattern
 
-__all__ = ["Part", "Undo", "added_attributes", "denoising_network"]
+__all__ = ["Part", "Undo", "added_attributes", "block_layers", "denoising_network"]
 
 Undo = Callable[[], None]
 
@@ -25,16 +27,39 @@ def denoising_network(pipe: Any) -> Any:
 def added_attributes(model: nn.Module) -> Undo:
     """Removes, when called, what was added to the attributes of the model's modules since now.
 
-    Libraries that hook into models leave empty registries and bound methods behind.
+    Libraries that hook into models leave empty registries and bound methods behind, and children in another order, by
+    which diffusers' caches tell the first block from the others.
     """
-    before = [(module, set(vars(module))) for module in model.modules()]
+    before = [(module, set(vars(module)), list(module._modules)) for module in model.modules()]
 
     def remove() -> None:
-        for module, names in before:
+        for module, names, children in before:
             for name in set(vars(module)) - names:
                 delattr(module, name)
+            if list(module._modules) != children:
+                now = dict(module._modules)
+                module._modules.clear()
+                module._modules.update({name: now.pop(name) for name in children if name in now} | now)
 
     return remove
+
+
+def block_layers(model: Any) -> list[nn.Linear]:
+    """Linear layers inside a list of blocks, those that carry LoRA included, with plain weights in memory.
+
+    Those that diffusers names as sensitive are left out.
+    """
+    chosen = layer_pattern(model)
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear
+        and chosen.fullmatch(name)
+        and type(layer.weight) is nn.Parameter
+        and type(layer.weight.data) is torch.Tensor
+        and layer.weight.is_floating_point()
+        and layer.weight.device.type != "meta"
+    ]
 
 
 class Part(ABC):

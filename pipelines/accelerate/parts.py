@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.attention import Attention, QuantizedAttention
+from fastgen.pipelines.accelerate.bfloat16 import BFloat16
 from fastgen.pipelines.accelerate.channels_last import ChannelsLast
 from fastgen.pipelines.accelerate.compiling import Compile
 from fastgen.pipelines.accelerate.dbcache import DBCache
@@ -15,6 +16,7 @@ from fastgen.pipelines.accelerate.guidance import Guidance
 from fastgen.pipelines.accelerate.kernels import Kernels
 from fastgen.pipelines.accelerate.parallel import ContextParallel
 from fastgen.pipelines.accelerate.part import Part
+from fastgen.pipelines.accelerate.prompt_padding import PromptPadding
 from fastgen.pipelines.accelerate.quantize import Quantize
 from fastgen.pipelines.accelerate.solver import Solver
 from fastgen.pipelines.accelerate.step_cache import StepCache
@@ -25,6 +27,7 @@ from fastgen.pipelines.accelerate.token_stage import TokenStage
 __all__ = [
     "PARTS",
     "Attention",
+    "BFloat16",
     "ChannelsLast",
     "Compile",
     "ContextParallel",
@@ -33,6 +36,7 @@ __all__ = [
     "Guidance",
     "Kernels",
     "Part",
+    "PromptPadding",
     "Quantize",
     "QuantizedAttention",
     "Solver",
@@ -51,10 +55,12 @@ PARTS: dict[str, type[Part]] = {
     for each in (
         Kernels,
         ChannelsLast,
+        PromptPadding,
         Attention,
         QuantizedAttention,
         VaeSlicing,
         VaeTiling,
+        BFloat16,
         Quantize,
         Compile,
         ContextParallel,

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
-from fastgen.pipelines.accelerate.part import Part, Undo, denoising_network
-from fastgen.pipelines.quantization import BITS, layer_pattern, torchao_config, why_not_here
+from fastgen.pipelines.accelerate.part import Part, Undo, block_layers, denoising_network
+from fastgen.pipelines.quantization import BITS, torchao_config, why_not_here
 
 __all__ = ["Quantize"]
 
@@ -39,7 +36,7 @@ class Quantize(Part):
             return reason
         if getattr(model, "quantization_method", None) is not None:
             return "its denoiser is quantised already"
-        if not self._layers(model):
+        if not block_layers(model):
             return "its denoiser has no linear layers in blocks, or their weights are not in memory"
         return None
 
@@ -47,7 +44,7 @@ class Quantize(Part):
         from torchao.quantization import quantize_
 
         model = denoising_network(pipe)
-        layers = self._layers(model)
+        layers = block_layers(model)
         before = [(layer, layer.weight, set(vars(layer))) for layer in layers]
         quantized: dict[int, Any] = {}
 
@@ -74,17 +71,3 @@ class Quantize(Part):
                 raise FastgenError(f"quantize: {self.kind} does not work here: {one_line(error)}") from error
             raise
         return undo
-
-    def _layers(self, model: Any) -> list[nn.Linear]:
-        """Linear layers inside a list of blocks, those that carry LoRA included."""
-        chosen = layer_pattern(model)
-        return [
-            layer
-            for name, layer in model.named_modules()
-            if type(layer) is nn.Linear
-            and chosen.fullmatch(name)
-            and type(layer.weight) is nn.Parameter
-            and type(layer.weight.data) is torch.Tensor
-            and layer.weight.is_floating_point()
-            and layer.weight.device.type != "meta"
-        ]

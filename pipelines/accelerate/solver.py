@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastgen.checks import check_number
 from fastgen.pipelines.accelerate.part import Part, Undo
 
 __all__ = ["Solver"]
@@ -21,10 +22,19 @@ _OTHERS = ("BriaFiboPipeline", "CogView4Pipeline", "CogView4ControlPipeline", "G
 @dataclass(frozen=True)
 class Solver(Part):
     """UniPC in place of the Euler steps of a flow model. It takes no less time by itself, but needs fewer steps:
-    together with `fewer_steps`."""
+    together with `fewer_steps`.
+
+    Args:
+        shift: what the shift of the noise levels is multiplied by; above 1, more of the steps are at high noise, which
+            is where few steps lose most.
+    """
 
     name = "solver"
     loss = "lossy"
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("shift", self.shift, above=0)
 
     def why_not(self, pipe: Any) -> str | None:
         scheduler: Any = getattr(pipe, "scheduler", None)
@@ -41,7 +51,7 @@ class Solver(Part):
         from fastgen.pipelines.flow_solver import unipc_of_flow
 
         stock, config = pipe.scheduler, pipe.config
-        pipe.scheduler = made = unipc_of_flow(stock)
+        pipe.scheduler = made = unipc_of_flow(stock, self.shift)
 
         def undo() -> None:
             if pipe.scheduler is made:  # not one that the user put there meanwhile

@@ -28,13 +28,14 @@ __all__ = ["accelerate", "accelerated", "restore"]
 _undos: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _on: weakref.WeakKeyDictionary[Any, list[Part]] = weakref.WeakKeyDictionary()
 #: Lossy parts are only turned on where their cost is known: by a plan.
-_WITHOUT_PLAN = ("kernels", "channels_last", "attention", "token_stage")
+_WITHOUT_PLAN = ("kernels", "channels_last", "prompt_padding", "attention", "token_stage")
 
 
 def accelerate(
     pipe: DiffusionPipeline,
     loss: Loss | None = None,
     plan: Plan | str | os.PathLike[str] | Iterable[Part] | None = None,
+    compiling: tuple[bool, str] | None = None,
 ) -> Plan:
     """Make a pipeline faster; what was turned on by an earlier call is turned off first.
 
@@ -45,6 +46,7 @@ def accelerate(
         pipe: any diffusers pipeline, also one that is offloaded, compiled, quantised or carries LoRA.
         loss: the weakest contract that is allowed; None is "exact" without a plan, and any with one.
         plan: a `Plan`, the file of one, or parts.
+        compiling: whether to compile without a plan, and why (not); see `CompileCosts.pays`.
 
     Returns:
         what is on, and why the rest is off; `print` shows a table.
@@ -61,7 +63,7 @@ def accelerate(
         check_loss(loss)
     if loss == "lossy" and plan is None:
         raise FastgenError("loss: 'lossy' needs a plan, which says at which settings: see `fastgen tune`")
-    wanted = _wanted(pipe, plan)
+    wanted = _wanted(pipe, plan, compiling)
     too_weak = [part.name for part in wanted.parts if LOSSES.index(part.loss) > LOSSES.index(loss or LOSSES[-1])]
     if too_weak:
         raise FastgenError(f"plan: {too_weak[0]} is not allowed under loss={loss!r}")
@@ -101,26 +103,29 @@ def accelerated(
     pipe: DiffusionPipeline,
     loss: Loss | None = None,
     plan: Plan | str | os.PathLike[str] | Iterable[Part] | None = None,
+    compiling: tuple[bool, str] | None = None,
 ) -> Iterator[Plan]:
     """`accelerate` inside, `restore` after, whatever happens."""
-    made = accelerate(pipe, loss, plan)
+    made = accelerate(pipe, loss, plan, compiling)
     try:
         yield made
     finally:
         restore(pipe)
 
 
-def _exact_plan(pipe: Any) -> Plan:
+def _exact_plan(pipe: Any, compiling: tuple[bool, str] | None) -> Plan:
     """What `accelerate` tries on a pipeline without a plan."""
     tried = (*_WITHOUT_PLAN, *(("text_encoder",) if memory_is_short(pipe) else ()))
-    why = {name: "" if name in tried else "by a plan only: see `fastgen tune`" for name in PARTS}
-    return Plan(type(pipe).__name__, tuple(Row(part(), not why[name], why[name]) for name, part in PARTS.items()))
+    rows = {name: (name in tried, "" if name in tried else "by a plan only: see `fastgen tune`") for name in PARTS}
+    if compiling is not None:
+        rows["compile"] = compiling
+    return Plan(type(pipe).__name__, tuple(Row(part(), *rows[name]) for name, part in PARTS.items()))
 
 
-def _wanted(pipe: Any, plan: Any) -> Plan:
+def _wanted(pipe: Any, plan: Any, compiling: tuple[bool, str] | None) -> Plan:
     name = type(pipe).__name__
     if plan is None:
-        return _exact_plan(pipe)
+        return _exact_plan(pipe, compiling)
     if isinstance(plan, str | os.PathLike):
         plan = Plan.load(plan)
     elif not isinstance(plan, Plan):

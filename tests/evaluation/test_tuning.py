@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from PIL import Image
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
+from fastgen.evaluation import tuning
 from fastgen.evaluation.shapesworld import render_prompts, shapes_prompts
 from fastgen.evaluation.tune_metrics import load_metric, ssim
 from fastgen.evaluation.tuning import Trial, Tuner, beats_fewer_steps, candidates, front
 from fastgen.pipelines.accelerate import Plan
-from fastgen.pipelines.accelerate.parts import ChannelsLast, FewerSteps, Guidance, Part, Solver
+from fastgen.pipelines.accelerate.parts import BFloat16, ChannelsLast, FewerSteps, Guidance, Part, Solver
 from fastgen.pipelines.loading import load_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two green stars"]
@@ -106,19 +108,59 @@ def tuner(pipe: Any, folder: Path, **given: Any) -> Tuner:
 
 def test_candidates_are_those_that_can_be_used_and_are_allowed(pipe: Any) -> None:
     exact, lossy = candidates(pipe, "exact"), candidates(pipe, "lossy")
-    assert {part.name for part in exact} == {"channels_last"}
-    assert {part.name for part in lossy} == {"channels_last", "fewer_steps", "guidance", "solver"} | (
-        {"quantize", "dbcache"} & {part.name for part in lossy}  # where torchao and cache-dit are installed
+    assert {part.name for part in exact} == {"channels_last", "prompt_padding"}
+    assert {part.name for part in lossy} == {
+        "channels_last",
+        "prompt_padding",
+        "fewer_steps",
+        "guidance",
+        "solver",
+    } | (
+        # Where torchao and cache-dit are installed, and on processors with bfloat16.
+        {"quantize", "dbcache", "bfloat16"} & {part.name for part in lossy}
     )
 
 
 def test_a_solver_is_tried_together_with_fewer_steps(pipe: Any, tmp_path: Path) -> None:
     tried = tuner(pipe, tmp_path)
-    tried.tune([FewerSteps(0.5), Solver()], max_drop=10.0)
-    plans = [{part.name for part in trial.parts} for trial in tried.trials]
-    assert {"solver", "fewer_steps"} in plans
+    solvers = [part for part in candidates(pipe, "lossy") if isinstance(part, Solver)]
+    tried.tune([FewerSteps(0.9), FewerSteps(0.5), *solvers], max_drop=10.0)
+    plans = [set(trial.parts) for trial in tried.trials]
+    assert len(solvers) > 1 and all({solver, FewerSteps(0.5)} in plans for solver in solvers)
+    assert not any({solver, FewerSteps(0.9)} in plans for solver in solvers)  # almost as many steps: nothing to gain
 
 
+def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: Any, tmp_path: Path) -> None:
+    measured = tuner(pipe, tmp_path).measure((FewerSteps(0.5), Solver(), ChannelsLast()))
+    assert [part.name for part in measured.parts] == ["channels_last", "solver", "fewer_steps"]
+
+
+@pytest.fixture
+def counted(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Passes of the denoiser in place of seconds, so that a busy machine decides nothing."""
+    rows, stock = [0], tuning.timed_picture
+
+    def count(model: Any, args: Any, output: Any) -> None:
+        rows[0] += len(args[0])
+
+    def timed(*given: Any) -> tuple[Image.Image, float]:
+        before = rows[0]
+        return stock(*given)[0], float(rows[0] - before)
+
+    hook = pipe.transformer.register_forward_hook(count)
+    monkeypatch.setattr(tuning, "timed_picture", timed)
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_solver_with_guidance_on_few_steps_is_found(pipe: Any, tmp_path: Path) -> None:
+    parts = [FewerSteps(0.9), FewerSteps(0.5), BFloat16(), Solver(), Guidance(0.5)]
+    chosen = tuner(pipe, tmp_path).tune([part for part in parts if part.why_not(pipe) is None], max_drop=10.0)
+    assert {FewerSteps(0.5), Guidance(0.5)} <= set(chosen.parts) and chosen.ratio[0] == pytest.approx(6 / 16)
+
+
+@pytest.mark.usefixtures("counted")
 def test_the_fastest_plan_that_loses_little_is_chosen(pipe: Any, tmp_path: Path) -> None:
     parts = [FewerSteps(0.9), FewerSteps(0.25), Guidance(0.5)]
     everything = tuner(pipe, tmp_path).tune(parts, max_drop=10.0)

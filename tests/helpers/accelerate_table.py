@@ -17,6 +17,7 @@ from fastgen.pipelines.accelerate.parts import (
     FewerSteps,
     Guidance,
     Part,
+    PromptPadding,
     Quantize,
     Solver,
     StepCache,
@@ -25,7 +26,7 @@ from fastgen.pipelines.accelerate.parts import (
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accelerate-pipelines.md"
-EXACT = (ChannelsLast(), Attention("_native_math"), VaeSlicing(), TextEncoder())
+EXACT = (ChannelsLast(), PromptPadding(), Attention("_native_math"), VaeSlicing(), TextEncoder())
 LOSSY = (
     Quantize(),
     StepCache(),
@@ -82,7 +83,7 @@ Each line is a tiny pipeline with random weights that the tests draw with on a C
 `cache`. "Equal": under `accelerate(pipe)`, and under all exact parts of the line together, the picture is the stock
 one up to float32 rounding (1e-3 of 1 or of its standard deviation; Kandinsky 3: 1e-2). "Restored": after `restore`,
 and after each of the lossy parts, the pipeline draws the stock picture bit for bit, and its weights, layouts, hooks
-and processors are what they were. `kernels`, faster attention and `compile` are not in this table.
+and processors are what they were. `kernels`, `bfloat16`, faster attention and `compile` are not in this table.
 
 | family | pipeline | equal | restored | exact parts | lossy parts, by a plan |
 | --- | --- | --- | --- | --- | --- |"""

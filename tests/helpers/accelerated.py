@@ -29,6 +29,7 @@ def state(pipe: Any) -> dict[str, Any]:
             for name, module in model.named_modules():
                 own = vars(module)
                 found[f"{part}.{name}"] = (
+                    list(module._modules),
                     len(module._forward_hooks),
                     len(module._forward_pre_hooks),
                     {key: value if isinstance(value, bool | int | str) else None for key, value in own.items()},

@@ -18,7 +18,16 @@ from stock_families import family
 from torch import nn
 
 import fastgen
-from fastgen.pipelines.accelerate.parts import DBCache, FewerSteps, Part, Quantize, StepCache
+from fastgen.pipelines.accelerate.parts import (
+    DBCache,
+    FewerSteps,
+    Guidance,
+    Part,
+    PromptPadding,
+    Quantize,
+    Solver,
+    StepCache,
+)
 
 CPU = torch.device("cpu")
 
@@ -61,7 +70,24 @@ def cached(pipe: Any) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
 
 
-LOADS: list[Any] = [with_lora, offloaded, offloaded_by_groups, compiled, cached]
+class Own:
+    """A user's attention processor."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        found = self.stock(attn, *args, **kwargs)
+        return tuple(0.5 * each for each in found) if isinstance(found, tuple) else 0.5 * found
+
+
+def with_own_processors(pipe: Any) -> None:
+    for module in pipe.transformer.modules():
+        if hasattr(module, "set_processor") and hasattr(module, "to_q"):
+            module.set_processor(Own(module.processor))
+
+
+LOADS: list[Any] = [with_lora, offloaded, offloaded_by_groups, compiled, cached, with_own_processors]
 NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 
 
@@ -81,6 +107,23 @@ def test_exact_and_lossy_parts_leave_what_a_pipeline_carries(load: Callable[[Any
             with pytest.raises(KeyboardInterrupt):
                 draw(pipe, "flux", callback_on_step_end=stop)
     assert torch.equal(draw(pipe, "flux"), expected)
+    assert before is None or state(pipe) == before
+
+
+@pytest.mark.parametrize("load", [with_lora, offloaded, offloaded_by_groups, with_own_processors])
+def test_parts_of_calls_and_of_prompts_leave_what_a_pipeline_carries(load: Callable[[Any], None]) -> None:
+    pipe = copy.deepcopy(family("z-image"))
+    load(pipe)
+    expected = draw(pipe, "z-image", steps=2)
+    before = state(pipe) if load is not offloaded else None
+    with fastgen.accelerated(pipe) as plan:
+        assert "prompt_padding" in {part.name for part in plan.parts}
+        torch.testing.assert_close(draw(pipe, "z-image", steps=2), expected, atol=1e-3, rtol=0)
+    with fastgen.accelerated(pipe, plan=[PromptPadding(), Solver(2.0), Guidance(0.5), FewerSteps()]):
+        assert torch.isfinite(draw(pipe, "z-image", steps=4)).all()
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, "z-image", callback_on_step_end=stop)
+    assert torch.equal(draw(pipe, "z-image", steps=2), expected)
     assert before is None or state(pipe) == before
 
 

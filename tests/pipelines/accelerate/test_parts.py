@@ -11,10 +11,12 @@ from accelerated import draw, state
 from stock_families import family
 
 import fastgen
+from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.parts import (
     PARTS,
     Attention,
+    BFloat16,
     ChannelsLast,
     ContextParallel,
     DBCache,
@@ -22,6 +24,7 @@ from fastgen.pipelines.accelerate.parts import (
     Guidance,
     Kernels,
     Part,
+    PromptPadding,
     Quantize,
     QuantizedAttention,
     Solver,
@@ -33,6 +36,7 @@ from fastgen.pipelines.accelerate.parts import (
 )
 
 torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+bfloat16 = pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="this CPU does not multiply bfloat16")
 cache_dit = pytest.mark.skipif(importlib.util.find_spec("cache_dit") is None, reason="needs cache-dit")
 
 #: A family and a part that can be used with it here.
@@ -40,6 +44,7 @@ ON: list[Any] = [
     ("sana", ChannelsLast()),
     ("flux", Attention("_native_math")),
     ("z-image", Attention("_native_math")),
+    ("z-image", PromptPadding()),
     ("flux", VaeSlicing()),
     ("flux", VaeTiling()),
     ("stable-diffusion", TextEncoder()),
@@ -49,6 +54,7 @@ ON: list[Any] = [
     ("stable-diffusion", Guidance(0.5)),
     ("flux", FewerSteps(0.5)),
     ("z-image", Solver()),
+    *(pytest.param(name, BFloat16(), marks=bfloat16) for name in ("flux", "z-image", "stable-diffusion")),
     *(pytest.param(name, Quantize("int8"), marks=torchao) for name in ("flux", "stable-diffusion")),
     pytest.param("z-image", Quantize("int8-dynamic"), marks=torchao),
     *(pytest.param(name, DBCache(1e9, warmup=1), marks=cache_dit) for name in ("flux", "z-image", "qwen-image")),
@@ -85,6 +91,8 @@ def test_a_part_keeps_its_contract_and_leaves_nothing(name: str, part: Part) -> 
         ("stable-diffusion", TailDrops(), "its denoiser has no dynamic chunking"),
         ("stable-diffusion", ContextParallel(), "one process only"),
         ("flux", Guidance(), "it is not known how its branches"),
+        ("stable-diffusion", PromptPadding(), "its pipeline reads padding"),
+        ("stable-diffusion", Solver(), "its scheduler does not take the Euler steps"),
         pytest.param("sdxl", DBCache(), "cache-dit does not know UNet2DConditionModel", marks=cache_dit),
         pytest.param("flux", Quantize("fp8"), "fp8 needs a GPU", marks=torchao),
         pytest.param("flux", Quantize("int4"), "int4 needs a GPU", marks=torchao),
@@ -100,7 +108,7 @@ def test_a_part_that_does_not_apply_says_why_and_changes_nothing(name: str, part
 
 def test_every_part_has_a_case() -> None:
     tried = {getattr(case, "values", case)[1].name for case in ON}
-    elsewhere = {"compile", "kernels", "quantized_attention", "tail_drop", "context_parallel"}
+    elsewhere = {"compile", "kernels", "quantized_attention", "tail_drop", "context_parallel", "token_stage"}
     assert tried | elsewhere == set(PARTS)
 
 
@@ -256,6 +264,102 @@ def test_few_prompts_are_remembered() -> None:
         assert len(passes) - count == count * 2 // 3
     finally:
         pipe.text_encoder._forward_hooks.clear()
+
+
+def test_encoders_leave_before_denoising_and_are_back_for_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/gpu/test_text_encoder.py sees on a GPU, in the order of events: here all memory is main memory."""
+    pipe = family("stable-diffusion")
+    events: list[str] = []
+    encoder = pipe.text_encoder
+    hooks = [
+        encoder.register_forward_hook(lambda *given: events.append("encode")),
+        pipe.unet.register_forward_hook(lambda *given: events.append("denoise")),
+    ]
+    monkeypatch.setattr(TextEncoder, "_frees", lambda self, pipe: True)
+    monkeypatch.setattr(type(encoder), "cpu", lambda self: events.append("away") or self, raising=False)
+    monkeypatch.setattr(type(encoder), "to", lambda self, *given: events.append("back") or self, raising=False)
+    try:
+        with fastgen.accelerated(pipe, plan=[TextEncoder()]):
+            for prompt in ("a red circle", "a red circle", "two blue squares"):
+                draw(pipe, "stable-diffusion", prompt=prompt, steps=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    order = [event for i, event in enumerate(events) if i == 0 or events[i - 1] != event]
+    assert order == ["encode", "away", "denoise", "back", "encode", "away", "denoise", "back"]
+
+
+# ---- padding of prompts ----
+
+
+def test_a_text_encoder_computes_the_tokens_of_the_longest_prompt_only() -> None:
+    pipe = family("z-image")
+    lengths: list[int] = []
+    hook = pipe.text_encoder.embed_tokens.register_forward_hook(
+        lambda module, args, output: lengths.append(output.shape[1])
+    )
+    prompts = [
+        "a red circle",
+        "two blue squares left of a green star",
+    ]
+    try:
+        with torch.no_grad():
+            expected, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+            with fastgen.accelerated(pipe) as plan:
+                ours, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+                short, _ = pipe.encode_prompt("x", do_classifier_free_guidance=False, max_sequence_length=4)
+    finally:
+        hook.remove()
+    assert "prompt_padding" in {part.name for part in plan.parts}
+    assert lengths == [512, max(map(len, expected)), 4] and len(short[0]) == 4
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+# ---- bfloat16 ----
+
+
+def test_only_linear_layers_of_blocks_multiply_in_bfloat16_and_the_picture_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastgen.pipelines.accelerate.bfloat16.native_bfloat16", lambda device: True)
+    pipe = family("flux")
+    expected = draw(pipe, "flux")
+    with fastgen.accelerated(pipe, plan=[BFloat16()]):
+        half = {name for name, weight in pipe.transformer.named_parameters() if weight.dtype == torch.bfloat16}
+        assert half and all("blocks." in name and "norm" not in name for name in half)
+        assert pipe.transformer.dtype == torch.float32
+        assert BFloat16().why_not(pipe) == (
+            "its denoiser has no linear layers in float32 in its blocks, or their weights are not in memory"
+        )
+        difference = (draw(pipe, "flux") - expected).abs()
+    assert 0 < float(difference.mean()) < 0.05 * float(expected.std())
+    monkeypatch.setattr("fastgen.pipelines.accelerate.bfloat16.native_bfloat16", lambda device: False)
+    assert BFloat16().why_not(pipe) == "the processor does not multiply bfloat16 natively"
+
+
+def test_weights_that_a_user_put_in_meanwhile_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.pipelines.accelerate.bfloat16.native_bfloat16", lambda device: True)
+    pipe = family("flux")
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    stock, own = layer.weight, torch.nn.Parameter(torch.zeros_like(layer.weight))
+    try:
+        with fastgen.accelerated(pipe, plan=[BFloat16()]):
+            layer.weight = own
+        assert layer.weight is own
+    finally:
+        layer.weight = stock
+
+
+# ---- step caches ----
+
+
+@cache_dit
+def test_a_step_cache_works_after_another_one_was_taken_back() -> None:
+    pipe = family("flux")
+    for part in (DBCache(1e9, warmup=1), StepCache(threshold=1e9), DBCache(1e9, warmup=1)):
+        with fastgen.accelerated(pipe, plan=[part]):
+            assert torch.isfinite(draw(pipe, "flux")).all()
 
 
 # ---- quantised weights ----

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import fastgen
+from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.parts import FewerSteps, Guidance, Solver
+from fastgen.pipelines.flow_solver import unipc_of_flow
 from fastgen.pipelines.loading import load_pipeline
 
 
@@ -46,6 +50,29 @@ def test_it_solves_the_same_equation(pipe: Any) -> None:
     exact = draw(pipe, 100)
     with fastgen.accelerated(pipe, plan=[Solver()]):
         assert float((draw(pipe, 100) - exact).norm()) < 0.1 * float(exact.norm())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_its_shift_multiplies_that_of_the_scheduler(dynamic: bool) -> None:
+    euler: Any = FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=dynamic)
+    mu = 0.7
+    made = unipc_of_flow(euler, 3.0)
+    levels = [1.0, 0.75, 0.5, 0.25]
+    made.set_timesteps(sigmas=levels, mu=mu)
+    shift = 3.0 * (math.exp(mu) if dynamic else 2.0)
+    expected = [shift * level / (1 + (shift - 1) * level) for level in levels]
+    torch.testing.assert_close(made.sigmas, torch.tensor([*expected, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_a_larger_shift_changes_the_picture_of_few_steps_and_is_taken_back(pipe: Any) -> None:
+    before = draw(pipe, 3)
+    with fastgen.accelerated(pipe, plan=[Solver()]):
+        plain = draw(pipe, 3)
+    with fastgen.accelerated(pipe, plan=[Solver(2.0)]):
+        assert not torch.equal(draw(pipe, 3), plain)
+    assert torch.equal(draw(pipe, 3), before)
+    with pytest.raises(FastgenError, match="shift"):
+        Solver(0.0)
 
 
 def test_it_is_off_by_default_and_says_where_it_does_not_apply(pipe: Any) -> None:
