@@ -236,9 +236,10 @@ def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, 
     folder = checkpoint.folder
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, folder)
-    model = load_network(getattr(transformers, checkpoint.pipeline_class), folder, dtype, checkpoint.variant)
+    kind, cpu = getattr(transformers, checkpoint.pipeline_class), torch.device("cpu")
+    model = load_network(kind, folder, dtype, checkpoint.variant, cpu)
     if isinstance(options.get("decode"), str):
-        options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None)
+        options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
     return _TokenModel(model, tokenizer)
 
 
