@@ -82,12 +82,17 @@ def resolve_settings(
             continue
         SCHEMA[name].check(origin + name, value)
         if janus and name in ("height", "width"):
+            if checkpoint is not None and checkpoint.speculative_only:
+                hint = ", by its option size" if "size" in checkpoint.target_options else ""
+                raise FastgenError(f"{origin}{name}: not in pixels, {checkpoint.model} has tokens{hint}")
             if image_size is not None and value != image_size:
                 raise FastgenError(f"{origin}{name}: {value} is not allowed, the model draws {image_size} pixels only")
             continue
         known = _PIPELINE_NAMES.get(name, name) in accepted
         if not known or (janus and name == "negative_prompt"):
             hint = _NOT_FOR_TOKENS.get(name, "") if janus else ""
+            if name == "negative_prompt" and checkpoint is not None and "negative" in checkpoint.target_options:
+                hint = "; the model's option negative does that"
             raise FastgenError(f"{origin}{name}: {pipe_class.__name__} does not take it{hint}")
         settings[name] = value
     for method in DRAWING:
@@ -164,7 +169,7 @@ def check_classes(checkpoint: Checkpoint, prompts: Iterable[str]) -> None:
     Raises:
         FastgenError: names the first such prompt.
     """
-    if checkpoint.kind == "janus" or not takes_classes(pipeline_class(checkpoint)):
+    if checkpoint.draws_tokens or not takes_classes(pipeline_class(checkpoint)):
         return
     file = checkpoint.folder / "model_index.json"
     listed = read_object(file).get("id2label") or {}
@@ -189,14 +194,18 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None, begins: st
     Raises:
         FastgenError: the installed diffusers has no such class.
     """
-    if method == "speculative":
-        if checkpoint.kind != "janus":
+    if begins is not None and (checkpoint.draws_tokens or checkpoint.has_dynamic_chunking):
+        raise FastgenError(f"--image: model {checkpoint.model!r} begins with no picture")
+    if checkpoint.speculative_only and method not in (None, "speculative"):
+        raise FastgenError(
+            f"method {method}: model {checkpoint.model!r} draws by method speculative; tree 'plain' is its plain loop"
+        )
+    if method == "speculative" or checkpoint.speculative_only:
+        if not checkpoint.draws_tokens:
             raise FastgenError(f"method speculative: model {checkpoint.model!r} does not draw tokens")
         from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
         return SpeculativeImagePipeline
-    if begins is not None and (checkpoint.kind == "janus" or checkpoint.has_dynamic_chunking):
-        raise FastgenError(f"--image: model {checkpoint.model!r} begins with no picture")
     if checkpoint.kind == "janus":
         from fastgen.pipelines.janus import JanusImagePipeline
 

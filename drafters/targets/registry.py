@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from diffusers import VQModel
+from torch import Tensor
+
 from fastgen.checks import check_callable, check_integer
-from fastgen.drafters.targets.base import Target
+from fastgen.drafters.targets.base import Target, unit_range
 from fastgen.errors import FastgenError
 
 __all__ = ["register_target", "target_of"]
@@ -43,10 +46,32 @@ def _chameleon(
 ) -> Target:
     from fastgen.drafters.targets.vocabulary import ChameleonTarget
 
+    last = int(model.lm_head.out_features) - 1
     if line_end is not None:
-        check_integer("line_end", line_end, 0)
+        check_integer("line_end", line_end, 0, last)
+    if begin is not None:
+        if not isinstance(begin, list | tuple) or not begin:
+            raise FastgenError(f"begin: {begin!r} is not allowed, needs a list of token ids")
+        begin = [check_integer("begin", each, 0, last) for each in begin]
+    if isinstance(decode, VQModel):
+        decode = _decoder(decode, int(model.model.vqmodel.quantize.embedding.num_embeddings))
     check_callable("decode", decode)
     return ChameleonTarget(model, tokenizer, _size(size), line_end, begin, decode)
+
+
+def _decoder(network: VQModel, codes: int) -> Callable[[Tensor], Tensor]:
+    """Pictures of codes by a network of diffusers."""
+    held = int(network.config.num_vq_embeddings)
+    if held != codes:
+        raise FastgenError(f"decode: this VQModel has {held} codes, the model {codes}")
+
+    def decode(tokens: Tensor) -> Tensor:
+        here = network.to(tokens.device)
+        vectors = here.quantize.get_codebook_entry(tokens.flatten(), (*tokens.shape, -1))
+        decoded: Tensor = here.decode(vectors.to(here.dtype), force_not_quantize=True).sample
+        return unit_range(decoded.permute(0, 2, 3, 1))
+
+    return decode
 
 
 def _glm_image(model: Any, tokenizer: Any, **options: Any) -> Target:

@@ -142,7 +142,8 @@ class ChameleonTarget(VocabularyTarget):
         line_end: id of the token behind each row (Lumina-mGPT: 8803); None for none (Anole).
         begin: ids of the tokens that open a picture; the unconditional rows are these alone. None takes the
             tokenizer's `boi_token`.
-        decode: function of codes [B, height, width] to pictures [B, H, W, 3] in [0, 1].
+        decode: function of codes [B, height, width] to pictures [B, H, W, 3] in [0, 1]; the registry makes one of a
+            `VQModel` of diffusers.
 
     Raises:
         ValueError: a size below 1.

@@ -55,11 +55,13 @@ def prepare(
     from fastgen.cli.plan import model_digest
     from fastgen.pipelines.loading.checkpoint import check_names, find_drafter
 
-    method = given.method
     check_names("cpu" if given.device == "auto" else given.device, given.dtype)
-    model = given.model if given.model is not None else METHODS[method or "base"]
+    model = given.model if given.model is not None else METHODS[given.method or "base"]
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
+    if given.method is None and checkpoint.speculative_only:
+        given.method = "speculative"
+    method = given.method
     _check_with_model(given, model, checkpoint)
     drafts = find_drafter(checkpoint, given.drafter) if method == "speculative" else None
 
@@ -81,7 +83,12 @@ def prepare(
         check_speculative_files(checkpoint, drafts, call.get("tree"), given.quality)
     device = own_device(best_device() if given.device == "auto" else given.device)
     where, weights = resolve_device(device, given.dtype)
-    options.check(kind, checkpoint.index, where)
+    options.check(kind, checkpoint.index, where, checkpoint.target_options)
+    if "decode" in checkpoint.target_options and "decode" not in options.target:
+        raise FastgenError(
+            f"options: model {model!r} has no decoder of its codes; give a VQModel of diffusers: "
+            "--model-option decode=FOLDER"
+        )
     faster = _faster(given, kind, where, checkpoint)
     weight_type = str(weights).removeprefix("torch.")
     settings: dict[str, Any] = {

@@ -54,7 +54,7 @@ def check_method(method: str | None, checkpoint: Checkpoint) -> None:
     model, is_chunked = checkpoint.model, checkpoint.has_dynamic_chunking
     if method in ("base", "dc") and (method == "dc") != is_chunked:
         raise FastgenError(f"--method {method}: model {model!r} has {'' if is_chunked else 'no '}dynamic chunking")
-    if method == "search" and checkpoint.kind == "janus":
+    if method == "search" and checkpoint.draws_tokens:
         raise FastgenError(f"--method search: model {model!r} draws tokens, there is no noise to search")
 
 

@@ -107,6 +107,15 @@ LOADING: dict[str, tuple[Any, Any]] = {
         ),
         None,
     ),
+    "model_option": (
+        _loading(
+            list[str] | None,
+            "NAME=VALUE of a model that draws tokens: size=64x64 (tokens), negative=TEXT, line_end=8803, "
+            "begin=8197,8828, decode=FOLDER; repeat.",
+            show_default=False,
+        ),
+        None,
+    ),
     "vae_tiling": (_loading(bool, "Decode in tiles, for large pictures in little memory.", "--vae-tiling"), False),
 }
 
@@ -121,7 +130,8 @@ def load_options(given: Any) -> LoadOptions:
     """
     from fastgen.pipelines.loading.load_options import LoadOptions
 
-    return LoadOptions.of(given.scheduler, given.lora, given.offload, given.vae_tiling, given.quantize)
+    names = ("scheduler", "lora", "offload", "vae_tiling", "quantize", "model_option")
+    return LoadOptions.of(*(getattr(given, name) for name in names))
 
 
 def given_loading(given: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ LlamaGen.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from fastgen.io import atomic_write_json
 from fastgen.models.layers import GatedMLP, padded_causal_mask, rotate_pairs
 
 __all__ = ["PRESETS", "LlamaGen", "LlamaGenTransformer", "convert_llamagen", "convert_vq"]
@@ -259,6 +262,29 @@ class LlamaGen(nn.Module):
     def __init__(self, transformer: LlamaGenTransformer, vq: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.transformer, self.vq, self.text_encoder = transformer, vq, text_encoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any) -> None:
+        """Write a folder that `fastgen.load_pipeline` and `fastgen generate --model` read.
+
+        Args:
+            folder: made if need be.
+            tokenizer: of the text encoder.
+        """
+        parts = {"transformer": self.transformer, "vq": self.vq, "text_encoder": self.text_encoder}
+        index: dict[str, Any] = {"_class_name": "LlamaGen"}
+        for name, part in {**parts, "tokenizer": tokenizer}.items():
+            part.save_pretrained(Path(folder, name))
+            ours = type(part).__module__.startswith("fastgen.")
+            index[name] = [type(part).__module__ if ours else "transformers", type(part).__name__]
+        atomic_write_json(Path(folder, "model_index.json"), index)
 
 
 def convert_vq(weights: dict[str, Tensor]) -> dict[str, Tensor]:

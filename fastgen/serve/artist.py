@@ -47,8 +47,8 @@ class Catalogue:
     def methods(self, model: str) -> list[str]:
         """What the model can draw with; the first is its own."""
         checkpoint = self.models[model]
-        if checkpoint.kind == "janus":
-            return ["speculative", "base"]
+        if checkpoint.draws_tokens:
+            return ["speculative"] if checkpoint.speculative_only else ["speculative", "base"]
         own = "dc" if checkpoint.has_dynamic_chunking else "base"
         return [own, *(["search"] if self.settings.verifier or model in EMBEDDED_MODELS else [])]
 
@@ -143,7 +143,7 @@ class Studio:
             while self._keep is not None and len(self._pipes) >= self._keep:
                 del self._pipes[next(iter(self._pipes))]
             checkpoint, where = self._catalogue.models[model], self._catalogue
-            method = "speculative" if checkpoint.kind == "janus" else None
+            method = "speculative" if checkpoint.draws_tokens else None
             dtype = str(where.dtype).removeprefix("torch.")
             self._pipes[model] = load_checkpoint(checkpoint, device=str(where.device), dtype=dtype, method=method)
         return self._pipes[model]

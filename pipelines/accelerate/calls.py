@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.pipelines.accelerate.part import denoising_network
 from fastgen.pipelines.stock_arguments import defaults_of
 
-__all__ = ["Change", "Encode", "Progress", "change_calls", "change_encoding", "plain_copy", "progress", "takes"]
+__all__ = ["Change", "Encode", "Progress", "change_calls", "change_encoding", "progress", "takes"]
 
 Change = Callable[[dict[str, Any]], None]
 """Changes the arguments of a call, by name, in place; those that the user left out are not among them."""
@@ -86,7 +86,7 @@ def _release(pipe: Any) -> None:
         pipe.__class__ = type(pipe).__mro__[1]
 
 
-def plain_copy(stock: Any, state: dict[str, Any]) -> Any:
+def _plain(stock: Any, state: dict[str, Any]) -> Any:
     made = stock.__new__(stock)
     getattr(made, "__setstate__", vars(made).update)(state)
     return made
@@ -121,7 +121,7 @@ def _subclass(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         return denoising_network(self).device if self in _encoders else stock.device.fget(self)
 
     def reduced(self: Any, protocol: Any) -> Any:  # a copy is a plain one: the changes belong to this object
-        return plain_copy, (stock, getattr(self, "__getstate__", lambda: vars(self))())
+        return _plain, (stock, getattr(self, "__getstate__", lambda: vars(self))())
 
     changed: dict[str, Any] = {
         "__call__": call,

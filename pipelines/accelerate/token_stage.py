@@ -17,7 +17,6 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from fastgen.accounting import note_path
 from fastgen.checks import check_integer
-from fastgen.pipelines.accelerate.calls import plain_copy
 from fastgen.pipelines.accelerate.part import Part, Undo
 
 __all__ = ["TokenStage"]
@@ -93,7 +92,7 @@ def _in_windows(stock: Any, window: int) -> Any:
         if other:
             note_path("token stage", "stock", f"{other[0]} is given")
             return stock.generate(self, *args, **kwargs)
-        return stock.generate(self, *args, custom_generate=loop, **kwargs)
+        return stock.generate(self, *args, **{**kwargs, "custom_generate": loop})
 
     def loop(
         self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
@@ -107,7 +106,7 @@ def _in_windows(stock: Any, window: int) -> Any:
         return _draw(window, *given, **kwargs)
 
     def reduced(self: Any, protocol: Any) -> Any:
-        return plain_copy, (stock, vars(self))
+        return object.__new__, (stock,), vars(self)  # a copy is a plain one
 
     changed = {
         "generate": generate,
@@ -129,7 +128,8 @@ def _why_stock(model: Any, processors: Any, criteria: Any, config: Any, given: d
             return f"{type(each).__name__} looks at more than the token's logits"
     if criteria.max_length is None or given.get("image_grid_thw") is None or model.training:
         return "no picture is asked for"
-    if given.get("inputs_embeds") is not None or given["cache"].get_seq_length() > 0:
+    cache = given.get("cache")
+    if given.get("inputs_embeds") is not None or (cache is not None and cache.get_seq_length() > 0):
         return "the prompt is given in parts"
     return None
 
@@ -159,7 +159,9 @@ def _draw(
     noise = None
     if config.do_sample:  # as torch.multinomial draws it, token by token
         shape = (len(ids), target.vocab_size)
-        noise = torch.stack([torch.empty(shape, device=device).exponential_() for _ in range(count)], dim=1)
+        noise = torch.stack(
+            [torch.empty(shape, dtype=torch.float32, device=device).exponential_() for _ in range(count)], dim=1
+        )
     with torch.no_grad(), brought_in(model):
         prefix = target.begin(ids.to(device), mask.to(device), noise, **given)
         source, unused = JacobiSource(min(window, count)), [torch.Generator()] * len(ids)

@@ -47,12 +47,18 @@ OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
 # Transformers that ask for one of them, whatever class the folder names.
 _PIPELINE_OF_TRANSFORMER = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
 
-Kind = Literal["diffusers", "janus"]
+Kind = Literal["diffusers", "janus", "tokens"]
+#: Models of transformers that only speculative decoding draws with, by model_type: their class, and the options of
+#: their adapter (`fastgen.drafters.targets`).
+TOKEN_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "chameleon": ("ChameleonForConditionalGeneration", ("size", "line_end", "begin", "decode")),
+    "emu3": ("Emu3ForConditionalGeneration", ("size", "negative")),
+}
 #: What to do with models of other types, by model_type.
 _ADVICE = {
     "multi_modality": "; the official layout of Janus-Pro is not read, take the converted "
     "deepseek-community/Janus-Pro-1B or deepseek-community/Janus-Pro-7B",
-    **dict.fromkeys(("emu3", "chameleon"), "; from Python, fastgen.SpeculativeImagePipeline draws with it"),
+    "glm_image": "; fastgen reads the whole folder of diffusers' GlmImagePipeline, zai-org/GLM-Image",
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -71,9 +77,9 @@ class Checkpoint:
     Args:
         model: as the user wrote it.
         folder: where its configuration files are.
-        kind: "diffusers" (a folder with model_index.json) or "janus" (a transformers folder).
+        kind: "diffusers" (a folder with model_index.json), "janus" or "tokens" (of transformers, see `TOKEN_MODELS`).
         hub_id: the Hub id if the model comes from there; its weights may not be on this machine yet.
-        pipeline_class: name of the diffusers pipeline class, "JanusImagePipeline" for Janus.
+        pipeline_class: name of the diffusers pipeline class, "JanusImagePipeline" for Janus, else that of the model.
         defaults: the model's own generation settings, from its fastgen.json.
         size_multiple: height and width must be multiples of it (0: not known from the configuration).
         fixed_size: the only height and width in pixels, if the model can draw no other.
@@ -107,6 +113,20 @@ class Checkpoint:
     @property
     def has_dynamic_chunking(self) -> bool:
         return self.pipeline_class in OWN_PIPELINES
+
+    @property
+    def draws_tokens(self) -> bool:
+        return self.kind != "diffusers" or self.pipeline_class == "LlamaGen"
+
+    @property
+    def speculative_only(self) -> bool:
+        """Whether speculative decoding, with its plain loop, is the only method that draws with it."""
+        return self.draws_tokens and self.kind != "janus"
+
+    @property
+    def target_options(self) -> tuple[str, ...]:
+        """Names of the options of its adapter."""
+        return next((names for kind, names in TOKEN_MODELS.values() if kind == self.pipeline_class), ())
 
     @property
     def index(self) -> dict[str, Any]:
@@ -291,9 +311,15 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
                 drafter=None if drafter is None else _own_drafter(folder, drafter),
             )
         kind = config.get("model_type", "model of unknown type")
+        if isinstance(kind, str) and kind in TOKEN_MODELS:
+            _check_json_files(folder)
+            drafter = defaults.pop("drafter", None)
+            own = None if drafter is None else _own_drafter(folder, drafter)
+            return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
         advice = _ADVICE.get(kind, "") if isinstance(kind, str) else ""
         raise FastgenError(
-            f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a Janus model{advice}"
+            f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
+            f"tokens (janus, {', '.join(TOKEN_MODELS)}){advice}"
         )
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
 
@@ -399,7 +425,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         FastgenError: names the file and what is wrong with it.
     """
     folder = checkpoint.folder
-    if checkpoint.kind == "janus":
+    if checkpoint.kind != "diffusers":
         check_weight_folder(folder, "model", checkpoint.variant)
         return
     for component in map(checkpoint.component, _components(read_object(folder / "model_index.json"))):
@@ -412,7 +438,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
 
 def download_janus(model: str, revision: str | None = None) -> Path:
-    """Download the files of a Janus model, or find them in the local cache.
+    """Download the files of a transformers model, or find them in the local cache.
 
     Raises:
         FastgenError: what was missing and how to get it.

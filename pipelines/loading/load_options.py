@@ -10,8 +10,8 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,6 +169,47 @@ def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
     return "group"
 
 
+def _size(text: str) -> list[int]:
+    height, _, width = text.partition("x")
+    return [int(height), int(width)]
+
+
+#: What `NAME=VALUE` of an option of a token model means.
+_TARGET_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "size": _size,
+    "negative": str,
+    "line_end": int,
+    "begin": lambda text: [int(each) for each in text.split(",")],
+    "decode": str,
+}
+
+
+def target_options(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    """Options of a token model's adapter, of a mapping, or of texts NAME=VALUE.
+
+    Raises:
+        FastgenError: there is none of that name, or the text is no such value.
+    """
+    if isinstance(given, str):
+        given = [given]
+    found: dict[str, Any] = {}
+    pairs: Any = (
+        given.items() if isinstance(given, Mapping) else (str(text).partition("=")[::2] for text in given or ())
+    )
+    for name, value in pairs:
+        if name not in _TARGET_OPTIONS:
+            raise FastgenError(f"options: {name!r} is unknown, there are {', '.join(_TARGET_OPTIONS)}")
+        try:
+            found[name] = _TARGET_OPTIONS[name](value) if isinstance(value, str) else value
+        except ValueError as error:
+            needed = "HEIGHTxWIDTH in tokens" if name == "size" else "a number, or numbers with commas"
+            raise FastgenError(f"options: {name}={value!r} is not allowed, needs {needed}") from error
+    decode = found.get("decode")
+    if isinstance(decode, str) and not Path(decode, "config.json").is_file():
+        raise FastgenError(f"options: decode={decode!r} is no folder of a VQModel of diffusers")
+    return found
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """What is added to a model while it is loaded.
@@ -179,6 +220,7 @@ class LoadOptions:
         offload: see `OFFLOADS`.
         vae_tiling: decode in tiles, for large pictures in little memory; pixels change near their borders.
         quantize: keep the denoiser's weights in fewer bits, see `QUANTIZED`.
+        target: options of a token model's adapter, by name.
 
     Raises:
         FastgenError: a value that is not allowed, or files that are not there.
@@ -189,6 +231,7 @@ class LoadOptions:
     offload: Offload = "none"
     vae_tiling: bool = False
     quantize: str | None = None
+    target: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -198,8 +241,9 @@ class LoadOptions:
         offload: str = "none",
         vae_tiling: bool = False,
         quantize: str | None = None,
+        target: Mapping[str, Any] | Iterable[str] | None = None,
     ) -> LoadOptions:
-        """From what a user writes: `loras` as PATH or PATH:WEIGHT, one or several."""
+        """From what a user writes: `loras` as PATH or PATH:WEIGHT, one or several; `target` as `target_options`."""
         if scheduler is not None and not isinstance(scheduler, str):
             raise FastgenError(f"scheduler: needs the name of a class, got {type(scheduler).__name__}")
         given = (loras,) if isinstance(loras, str | os.PathLike | LoRA) else tuple(loras or ())
@@ -208,19 +252,23 @@ class LoadOptions:
         if quantize is not None:
             check_choice("quantize", quantize, QUANTIZED)
         parsed = tuple(LoRA.parse(each) for each in given)
-        return cls(scheduler, parsed, offload, vae_tiling, quantize)  # type: ignore[arg-type]
+        return cls(scheduler, parsed, offload, vae_tiling, quantize, target_options(target))  # type: ignore[arg-type]
 
-    def check(self, kind: type, index: Mapping[str, Any], device: torch.device) -> None:
+    def check(self, kind: type, index: Mapping[str, Any], device: torch.device, takes: tuple[str, ...] = ()) -> None:
         """Before weights load.
 
         Args:
             kind: the pipeline's class.
             index: content of its model_index.json.
             device: where it goes.
+            takes: names of the options of a token model's adapter.
 
         Raises:
             FastgenError: something that the pipeline or the device cannot do.
         """
+        if unknown := sorted(set(self.target) - set(takes)):
+            has = f"the model has {', '.join(takes)}" if takes else "the model has no such options"
+            raise FastgenError(f"options: {unknown[0]} is not allowed, {has}")
         if self.scheduler is not None:
             entry = index.get("scheduler")
             if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], str):
@@ -253,8 +301,9 @@ class LoadOptions:
             {"source": each.source, "weight": each.weight, "sha256": [file_sha256(file) for file in each.files()]}
             for each in self.loras
         ]
-        asked = {"scheduler": self.scheduler, "loras": loras, "vae_tiling": self.vae_tiling}
-        asked |= {"quantize": self.quantize}
+        asked: dict[str, Any] = {"scheduler": self.scheduler, "loras": loras, "vae_tiling": self.vae_tiling}
+        options = {name: value for name, value in self.target.items() if not callable(value)}
+        asked |= {"quantize": self.quantize, "options": options}
         return {name: value for name, value in asked.items() if value}
 
     def apply(self, pipe: Any) -> None:

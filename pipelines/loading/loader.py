@@ -7,13 +7,16 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from transformers import AutoTokenizer
 
 from fastgen.accounting import phase
 from fastgen.checks import check_choice
@@ -60,12 +63,13 @@ def load_pipeline(
     offload: str = "none",
     vae_tiling: bool = False,
     quantize: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
-        model: "tiny", "tiny-janus", "tiny-dc" … (embedded), a folder of a diffusers pipeline or of a transformers
-            Janus model, or the Hub id of one.
+        model: "tiny", "tiny-janus", "tiny-dc" … (embedded), a folder of a diffusers pipeline or of a model of
+            transformers that draws tokens (Janus, Emu3, Chameleon), or the Hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
             float16.
@@ -80,18 +84,22 @@ def load_pipeline(
         vae_tiling: decode in tiles, for large pictures in little memory.
         quantize: "int8", "int8-dynamic" (computes in 8 bits too), "fp8" or "int4" weights of the denoiser, by torchao.
             Loss contract: lossy.
+        options: of a model that draws tokens, as `SpeculativeImagePipeline` has them: `size` and `negative` of Emu3,
+            `size`, `line_end`, `begin` and `decode` of Chameleon. `decode` may be the folder of a `VQModel` of
+            diffusers.
 
     Returns:
-        the pipeline class that the model names, or a `JanusImagePipeline`.
+        the pipeline class that the model names, a `JanusImagePipeline`, or for other models that draw tokens a
+        `SpeculativeImagePipeline`.
 
     Raises:
         FastgenError: there is no such model, a file of it is missing or broken, or the device or the type cannot be
             had; the message is one line.
     """
     check_names(device, dtype)
-    options = LoadOptions.of(scheduler, loras, offload, vae_tiling, quantize)
+    asked = LoadOptions.of(scheduler, loras, offload, vae_tiling, quantize, options)
     checkpoint = find_checkpoint(model, variant, revision)
-    return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=options)
+    return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=asked)
 
 
 def load_checkpoint(
@@ -110,11 +118,12 @@ def load_checkpoint(
     if method is not None:
         check_choice("method", method, ("base", "dc", "speculative", "search"))
     kind_of_pipeline = pipeline_class(checkpoint, method, begins)
+    method = "speculative" if checkpoint.speculative_only else method
     resolve_settings(kind_of_pipeline, checkpoint, dict.fromkeys(SETTINGS))  # the model's own
     if drafter is not None and method != "speculative":
         raise FastgenError("drafter: needs method speculative")
     where, kind = resolve_device(device, dtype)
-    options.check(kind_of_pipeline, checkpoint.index, where)
+    options.check(kind_of_pipeline, checkpoint.index, where, checkpoint.target_options)
     with phase("load"):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
@@ -123,9 +132,12 @@ def load_checkpoint(
         way = options.resolve_offload(sizes, None if where.type == "cpu" else free_memory(where))
         check_memory(checkpoint.model, sizes, where, way, kind)
         drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
-        if checkpoint.kind == "janus":
-            _check_janus(checkpoint, drafts)
-            pipe = _load_janus(checkpoint, kind)
+        target = dict(options.target)
+        if checkpoint.kind != "diffusers":
+            _check_tokens(checkpoint, drafts, target)
+            pipe = (
+                _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_tokens(checkpoint, kind, target)
+            )
         else:
             straight = where if way == "none" else torch.device("cpu")
             networks = _checked_components(checkpoint, begins)
@@ -133,7 +145,7 @@ def load_checkpoint(
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
-            pipe = _with_drafter(kind_of_pipeline, pipe, drafts, kind)
+            pipe = _with_drafter(kind_of_pipeline, pipe, drafts, kind, target)
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
@@ -191,7 +203,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
 
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
-    if checkpoint.kind == "janus":
+    if checkpoint.kind != "diffusers":
         return replace(checkpoint, folder=download_janus(hub_id, checkpoint.revision))
     which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
     with explained(f"model {hub_id!r}", hub_id=hub_id):
@@ -209,40 +221,70 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
     return pipe
 
 
-def _with_drafter(kind: Any, pipe: Any, folder: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+@dataclass(frozen=True)
+class _TokenModel:
+    """Parts of a speculative pipeline that is yet to be made."""
+
+    model: Any
+    tokenizer: Any
+
+
+def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Model and tokenizer of a transformers folder; the decoder's folder in `options` becomes the decoder."""
+    import transformers
+
+    folder = checkpoint.folder
+    with explained(f"checkpoint {folder}"):
+        tokenizer = load_pretrained(AutoTokenizer, folder)
+    kind, cpu = getattr(transformers, checkpoint.pipeline_class), torch.device("cpu")
+    model = load_network(kind, folder, dtype, checkpoint.variant, cpu)
+    if isinstance(options.get("decode"), str):
+        options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
+    return _TokenModel(model, tokenizer)
+
+
+def _with_drafter(
+    kind: Any, pipe: Any, folder: Path | None, dtype: torch.dtype, options: dict[str, Any]
+) -> DiffusionPipeline:
     """Speculative decoding of a pipeline's model."""
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.heads import WindowHeads
     from fastgen.drafters.loading import heads_beside, load_drafter
 
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"options": options}
     if folder is not None:
         with explained(f"checkpoint {folder}"):
             drafter = load_drafter(folder, dtype)
             is_heads = isinstance(drafter, WindowHeads)
-            parts = {"heads": drafter} if is_heads else {"drafter": drafter, "heads": heads_beside(folder, dtype)}
+            parts |= {"heads": drafter} if is_heads else {"drafter": drafter, "heads": heads_beside(folder, dtype)}
             parts["calibration"] = Calibration.beside(folder)
     return kind(pipe.model, pipe.tokenizer, **parts)
 
 
-def _check_janus(checkpoint: Checkpoint, drafter: Path | None) -> None:
-    """What can be refused before weights are read: a model that its files do not fit, a drafter of another model."""
-    from transformers import AutoTokenizer, JanusForConditionalGeneration
+def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[str, Any]) -> None:
+    """What can be refused before weights are read: a model that its files do not fit, options that it does not take,
+    a drafter of another model."""
+    import transformers
 
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.loading import drafter_class
     from fastgen.drafters.targets import target_of
 
     folder = checkpoint.folder
-    model = empty_network(JanusForConditionalGeneration, folder, checkpoint.variant)
-    if drafter is None:
+    name = "JanusForConditionalGeneration" if checkpoint.kind == "janus" else checkpoint.pipeline_class
+    model = empty_network(getattr(transformers, name), folder, checkpoint.variant)
+    if isinstance(options.get("decode"), str):
+        empty_network(VQModel, Path(options["decode"]))
+    if drafter is None and checkpoint.kind == "janus":
         return
-    parts = [drafter, *(heads for heads in [drafter / "heads"] if heads.is_dir())]
+    parts = [] if drafter is None else [drafter, *(heads for heads in [drafter / "heads"] if heads.is_dir())]
     networks = [empty_network(drafter_class(part), part) for part in parts]
-    Calibration.beside(drafter)
+    if drafter is not None:
+        Calibration.beside(drafter)
     if model is not None:
+        given = {name: value for name, value in options.items() if name != "decode"}
         with explained(f"checkpoint {folder}"):
-            target = target_of(model.float(), load_pretrained(AutoTokenizer, folder))
+            target = target_of(model.float(), load_pretrained(AutoTokenizer, folder), **given)
         for network in networks:
             if network is not None:
                 network.float().check(target)
@@ -280,16 +322,22 @@ def _load_diffusers(
     networks: dict[str, Any],
     device: torch.device,
     quantize: str | None,
-) -> DiffusionPipeline:
+) -> Any:
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
     random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
     holds one of them at a time."""
     bits = {denoiser_name(checkpoint.index): quantize}
-    loaded = {
+    loaded: dict[str, Any] = {
         name: kind
         and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
         for name, kind in networks.items()
     }
+    if checkpoint.pipeline_class == "LlamaGen":
+        from fastgen.models.llamagen import LlamaGen
+
+        words = checkpoint.component("tokenizer")
+        with explained(f"checkpoint {words}"):
+            return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
     # What is no network (scheduler, tokenizer) comes from the base where there is one.
     rest = checkpoint.base or checkpoint.folder

@@ -31,7 +31,7 @@ def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | Non
         dtype: of weights that are floating-point numbers; others keep theirs.
         quantize: kind of `BITS` that the denoiser's weights become.
     """
-    if checkpoint.kind == "janus":
+    if checkpoint.kind != "diffusers":
         folders = {"model": checkpoint.folder}
     else:
         names = (name for name, entry in checkpoint.index.items() if isinstance(entry, list) and name[:1] != "_")

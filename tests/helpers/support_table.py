@@ -18,6 +18,7 @@ import torch
 from micro_models import save_micro_janus
 from stock_families import FAMILIES
 from stock_table import made
+from tiny_glm_image import tiny_whole_glm_image
 from tiny_pipelines import quiet
 from tiny_tokens import chameleon_pipeline, emu3_pipeline, llamagen_pipeline
 from tiny_unets import ddim, tiny_dit
@@ -27,6 +28,7 @@ from fastgen.cli.models import FILE, METHODS, markdown
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.part import denoising_network
 from fastgen.pipelines.accelerate.step_cache import StepCache
+from fastgen.pipelines.accelerate.token_stage import TokenStage
 from fastgen.pipelines.loading.load_options import LoRA
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
 from fastgen.pipelines.speculative import SpeculativeImagePipeline
@@ -111,6 +113,19 @@ def chunking(pipe: Any, call: dict[str, Any], stock: torch.Tensor) -> str:
 
 
 def speculative(pipe: Any, call: dict[str, Any], stock: torch.Tensor) -> str:
+    if type(pipe).__name__ == "GlmImagePipeline":
+        pipe = tiny_whole_glm_image()  # its language model too
+
+        def tokens() -> torch.Tensor:
+            drawn: torch.Tensor = pipe.generate_prior_tokens(
+                "ring", 64, 64, generator=torch.Generator().manual_seed(0)
+            )[0]
+            return drawn
+
+        plain = tokens()
+        with fastgen.accelerated(pipe, plan=[TokenStage()]):
+            assert torch.equal(tokens(), plain)
+        return "yes"
     if not isinstance(pipe, SpeculativeImagePipeline):
         pipe = SpeculativeImagePipeline(pipe, pipe.tokenizer)
     plain = draw(pipe, {**call, "temperature": 0.0, "tree": "plain"})
