@@ -264,7 +264,7 @@ def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
 def test_a_loaded_drafter_draws_the_same(pipe: SpeculativeImagePipeline, tmp_path: Path) -> None:
     pipe.drafter.save_pretrained(tmp_path)
     again = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, load_drafter(tmp_path))
-    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "3-2", "output_type": "tokens"}
     first, second = (p("a ring", generator=seeded(2), **arguments).tokens for p in (pipe, again))
     assert torch.equal(first, second)
 
