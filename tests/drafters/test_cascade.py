@@ -138,7 +138,8 @@ def test_classes_are_those_of_greedy_complete_linkage(seed: int, count: int, cap
 @settings(max_examples=25, deadline=None)
 def test_codes_join_the_nearest_child_while_its_class_has_room(seed: int, delta: float, radius: float) -> None:
     """The classes of all nodes at once, against a loop over nodes, children and codes."""
-    toy, near = Toy.twins(4, seed=seed % 50), Neighbours.of(codebook(4), 7)
+    toy = Toy.twins(4, seed=seed % 50)
+    near = Neighbours.of(torch.randn(8, 2, generator=torch.Generator().manual_seed(seed)), 7)
     drafted, _ = draft_of(toy, named_tree("3-4-2"), 3, True, seed)
     rule = Cascade(CascadeConfig(breadth=0.5, depth=2.0, delta=delta, radius=radius), near)
     made, p, tokens = rule.classes(drafted, torch.zeros(3)), drafted.inner_target(), drafted.child_tokens()

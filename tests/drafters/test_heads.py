@@ -202,7 +202,7 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
 def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     janus: JanusImagePipeline, name: str
 ) -> None:
-    """Coins and laws are known, so nothing is left to chance: each decision of a hundred pictures is judged once more.
+    """Coins and laws are known, so nothing is left to chance: each decision of 300 pictures is judged once more.
     A change of 1 % in the acceptances flips a decision where the coin lies between the two thresholds. How many that
     are is Poisson with a mean of `seen`: above 8, none are found once in 3,000 changes.
 
@@ -210,7 +210,7 @@ def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     target = FewTokens(janus, 16)
     for factor in (1.0, 1.01, 0.99):
         judge, replay = Judge(factor), Replay()
-        tokens = draw(target, sources_of(target)[name], judge, LAWS["plain"], 100).tokens
+        tokens = draw(target, sources_of(target)[name], judge, LAWS["plain"], 300).tokens
         for judged in judge.rounds:
             replay.follow(*judged)
         assert replay.seen > 8

@@ -133,7 +133,8 @@ def test_without_a_tree_the_fastest_by_the_calibration_draws(pipe: SpeculativeIm
         for rule in ("exact", "gsd", "cascade"):
             made = {"1": {rule: {**times, **change}}, "3": {rule: {**times, "jacobi-6": 0.2}}}
             pace = Pace({}, {"cpu eager": made})
-            tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, Calibration((), pace=pace))
+            made_of = Calibration((Level(0.5, 0.1, 0.9, 2.0, 0.0, (9, 0, 0)),), pace=pace)
+            tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, made_of)
             output = tuned("a ring", generator=seeded(1), acceptance=rule, **arguments)
             reason = output.stats.paths["tree"][wanted]
             assert drafted(output) == wanted and "measured on cpu eager in batches of 1" in reason
