@@ -215,13 +215,16 @@ def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
             replay.follow(*judged)
         assert replay.seen > 8
         assert (replay.wrong == 0) == (factor == 1.0)
-    laws = laws_of(target, tokens, LAWS["plain"])
+    laws, images, unfinished = laws_of(target, tokens, LAWS["plain"]), torch.arange(len(tokens)), torch.tensor([])
     for drafted, _, remaining, way in judge.rounds:
+        if len(remaining) < len(images):  # those that are finished have left the batch
+            images = images[unfinished]
+        unfinished = remaining > way.length + 1
         depth = torch.arange(way.nodes.shape[1])
         place = target.num_tokens - remaining[:, None] + depth
         read = (depth <= way.length[:, None]) & (place < target.num_tokens)
-        rows = torch.arange(len(tokens))[:, None]
-        said, wanted = drafted.target[rows, way.nodes], laws[rows, place.clamp_max(target.num_tokens - 1)]
+        rows, places = torch.arange(len(images))[:, None], place.clamp_max(target.num_tokens - 1)
+        said, wanted = drafted.target[rows, way.nodes], laws[images[:, None], places]
         assert torch.allclose(said[read], wanted[read], atol=1e-4)
 
 
