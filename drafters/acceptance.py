@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_number
 from fastgen.contracts import Loss
+from fastgen.drafters.tree import Tree
 from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified, walk
 from fastgen.errors import FastgenError
 from fastgen.kernels.rejection import TINY, Rejection, Scaled, normalise, pick
@@ -142,6 +143,10 @@ class AcceptanceRule(ABC):
 
     def check_tree(self, children: int, drawn: bool, temperature: float) -> None:  # noqa: B027 - most rules take any
         """Raises FastgenError if it cannot verify trees with this many children a node, drawn or likeliest ones."""
+
+    def reads_hidden(self, tree: Tree) -> bool:
+        """Whether it reads `Drafted.hidden` of such a tree."""
+        return self.needs_hidden
 
     def to(self, device: torch.device) -> AcceptanceRule:
         """The same with its tables on another device."""

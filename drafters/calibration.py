@@ -93,6 +93,21 @@ class Calibration:
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
     pace: Pace | None = None
 
+    def check(self, sizes: Mapping[str, Any], label: str = "calibration") -> None:
+        """Refuse another model than the one that it was made for, as far as it says so.
+
+        Args:
+            sizes: of the model, see `fastgen.drafters.drafter.describe`.
+            label: what the message calls it.
+
+        Raises:
+            FastgenError: names the mismatch.
+        """
+        made = self.about.get("target")
+        for name, value in sizes.items():
+            if isinstance(made, Mapping) and made.get(name, value) != value:
+                raise FastgenError(f"{label}: made for a model of {name} {made[name]}, this one has {value}")
+
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
         """Thresholds of the highest level that is not above `quality`; nothing is relaxed below the first.
 
@@ -121,6 +136,7 @@ class Calibration:
             made = Pace.of_rows(rows, machine_of(torch.device(settings["device"]).type, bool(settings["compile"])))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FastgenError(f"--data: is no result of `fastgen bench speculative`: {error!r}") from error
+        self.check(settings.get("target", {}), "--data is of another model: calibration")
         if not made.tokens:
             raise FastgenError("--data: the result has no row of a rule at its default settings")
         scored = {row["variant"]: row for row in rows if row.get("score") is not None}

@@ -22,7 +22,8 @@ from torch import Tensor
 from fastgen.checks import check_integer, check_number
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
 from fastgen.drafters.redundancy import are_siblings, convergence, sensitivity, sibling_pairs, similarity
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, verified
+from fastgen.drafters.tree import Tree
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified
 from fastgen.kernels.rejection import Lent
 
 __all__ = ["Cascade", "CascadeConfig", "Classes", "form_classes"]
@@ -73,7 +74,7 @@ class CascadeConfig:
     @property
     def relaxes(self) -> bool:
         """Whether any two tokens can come into one class."""
-        return min(self.breadth, self.depth) <= 1 or self.radius > 0
+        return self.delta > 0 and (min(self.breadth, self.depth) <= 1 or self.radius > 0)
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,16 @@ def form_classes(link: Tensor, mass: Tensor, caps: Tensor) -> tuple[Tensor, Tens
         member's slot).
     """
     count = link.shape[-1]
-    first = torch.arange(count, device=link.device).expand(mass.shape).clone()
-    lent = torch.zeros_like(mass)
-    for slot in range(1, count):
-        free = torch.ones_like(first[..., 0], dtype=torch.bool)
-        for head in range(slot):
-            member = first[..., :slot] == head
-            fits = (link[..., slot, :slot] | ~member).all(dim=-1) & (first[..., head] == head)
-            fits &= free & (lent[..., head] + mass[..., slot] <= caps[..., head])
-            first[..., slot] = torch.where(fits, head, first[..., slot])
-            lent[..., head] = torch.where(fits, lent[..., head] + mass[..., slot], lent[..., head])
-            free &= ~fits
+    slots = torch.arange(count, device=link.device)
+    first, lent = slots.expand(mass.shape).clone(), torch.zeros_like(mass)
+    for slot in range(1, count):  # all nodes and all classes at once
+        head, weight = slots[:slot], mass[..., slot, None]
+        member = first[..., None, :slot] == head[:, None]
+        fits = (link[..., slot, None, :slot] | ~member).all(dim=-1) & (first[..., :slot] == head)
+        fits &= lent[..., :slot] + weight <= caps[..., :slot]
+        joins = fits & (fits.cumsum(dim=-1) == 1)
+        first[..., slot] = torch.where(joins, head, slot).amin(dim=-1)
+        lent[..., :slot] += joins * weight
     return first, lent
 
 
@@ -139,11 +139,17 @@ class Cascade(AcceptanceRule):
         self.config, self.neighbours = config, neighbours
         self.needs_hidden = config.relaxes
 
+    def reads_hidden(self, tree: Tree) -> bool:
+        # Without siblings there is no pair to compare, and nothing says how sensitive the target is.
+        return self.needs_hidden and tree.max_children > 1
+
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
+        if not self.reads_hidden(drafted.tree):
+            return strict(drafted, noise)
         return decide(drafted, noise, Lent(self.classes(drafted, spent).of_token))
 
     def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
-        if not self.config.relaxes:
+        if not self.reads_hidden(drafted.tree):
             return verified(drafted, noise, remaining)
         return verified(drafted, noise, remaining, classes=self.classes(drafted, spent).of_token)
 
@@ -151,45 +157,51 @@ class Cascade(AcceptanceRule):
         """Classes of siblings, and of the codes that join them; one pass for all nodes."""
         config, children, tokens = self.config, drafted.inner_children(), drafted.child_tokens()
         p, exists = drafted.inner_target(), children >= 0
+        count, vocabulary = children.shape[-1], p.shape[-1]
+        slots = torch.arange(count + vocabulary + 1, device=p.device)
         may = (spent <= config.image_budget)[:, None, None]
-        mass = p.gather(-1, tokens) * exists
-        linked = torch.zeros_like(are_siblings(children))
+        first, room = slots[:count].expand(children.shape), torch.full_like(tokens, config.delta, dtype=p.dtype)
         if min(config.breadth, config.depth) <= 1:
             alike = similarity(drafted)
             linked = sibling_pairs(alike, children) >= config.breadth
             if config.horizon > 0 and config.depth <= 1:
                 linked |= sibling_pairs(convergence(alike, drafted.tree, config.horizon), children) >= config.depth
             linked &= are_siblings(children) & may[..., None]
-        caps = torch.full_like(mass, config.delta)
-        first, lent = form_classes(linked, mass, caps)
-        count, vocabulary = children.shape[-1], p.shape[-1]
-        of_token = (count + torch.arange(vocabulary + 1, device=p.device)).repeat(*p.shape[:2], 1)
+            first, lent = form_classes(linked, p.gather(-1, tokens) * exists, room)
+            room = room - lent
+        # The last column takes what is written for no token.
+        of_token = slots[count:].repeat(*p.shape[:2], 1)
         if config.radius > 0 and self.neighbours is not None:
-            self._extend(of_token, drafted, first, caps - lent, may, self.neighbours)
+            inside = self._near(drafted, children, tokens, self.neighbours) & may[..., None]
+            near = self.neighbours.codes[:, : config.near][tokens]
+            fits = _within(p.gather(-1, near.flatten(2)).view(near.shape) * inside, inside, first, room)
+            heads = first[..., None].expand(near.shape).flatten(2)
+            of_token.scatter_(-1, torch.where(fits, near, vocabulary).flatten(2), heads)
         # Children last: a drafted token is in its own class whatever its neighbours say.
         of_token.scatter_(-1, torch.where(exists, tokens, vocabulary), first)
         return Classes(first, of_token[..., :vocabulary])
 
-    def _extend(
-        self, of_token: Tensor, drafted: Drafted, first: Tensor, room: Tensor, may: Tensor, neighbours: Neighbours
-    ) -> None:
-        """Section 6.6: write undrafted codes near a child into its class, as far as the class has room."""
-        children, tokens, book = drafted.inner_children(), drafted.child_tokens(), neighbours.codebook
+    def _near(self, drafted: Drafted, children: Tensor, tokens: Tensor, neighbours: Neighbours) -> Tensor:
+        """Section 6.6: which codes [B, A, C, k] near a child are predicted to move the target little enough."""
+        book, exists = neighbours.codebook, children >= 0
         reach = self.config.radius / sensitivity(drafted, book)
-        near = neighbours.codes[:, : self.config.near][tokens]
-        apart = neighbours.distances[:, : self.config.near][tokens]
-        inside = (apart <= reach[..., None, None]) & (children >= 0)[..., None] & may[..., None]
+        inside = neighbours.distances[:, : self.config.near][tokens] <= reach[..., None, None]
+        inside &= exists[..., None]
         # A code belongs to the nearest child only; among equally near ones to the first.
-        spots = book[tokens]
-        squares = spots.square().sum(dim=-1).where(children >= 0, torch.inf)
+        near, spots = neighbours.codes[:, : self.config.near][tokens], book[tokens]
+        squares = spots.square().sum(dim=-1).where(exists, torch.inf)
         # Up to the square of the code itself, which is the same for all children.
         to_each = squares[:, :, None, None] - 2 * (book[near] @ spots[:, :, None].mT)
         to_each = to_each.nan_to_num(nan=torch.inf)
-        inside &= to_each.argmin(dim=-1) == torch.arange(children.shape[-1], device=children.device)[:, None]
-        p = drafted.inner_target()
-        for slot in range(children.shape[-1]):
-            head, codes, wanted = first[..., slot : slot + 1], near[..., slot, :], inside[..., slot, :]
-            mass = p.gather(-1, codes) * wanted
-            fits = wanted & (mass.cumsum(dim=-1) <= room.gather(-1, head))
-            room.scatter_add_(-1, head, -(mass * fits).sum(dim=-1, keepdim=True))
-            of_token.scatter_(-1, codes, torch.where(fits, head, of_token.gather(-1, codes)))
+        return inside & (to_each.argmin(dim=-1) == torch.arange(children.shape[-1], device=children.device)[:, None])
+
+
+def _within(mass: Tensor, inside: Tensor, first: Tensor, room: Tensor) -> Tensor:
+    """Of the codes near each child, in turn the nearest ones that its class still has room for, [B, A, C, k]."""
+    before, fits = mass.cumsum(dim=-1), []
+    for slot in range(mass.shape[2]):  # all nodes at once; a class's members share its room
+        head = first[..., slot : slot + 1]
+        fits.append(inside[..., slot, :] & (before[..., slot, :] <= room.gather(-1, head)))
+        if slot + 1 < mass.shape[2]:
+            room = room.scatter_add(-1, head, -(mass[..., slot, :] * fits[-1]).sum(dim=-1, keepdim=True))
+    return torch.stack(fits, dim=2)

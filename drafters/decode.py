@@ -278,7 +278,7 @@ class _Rounds:
         following = index[:, None] + tree.depth + 1
         p = target.token_law(target.head(output.hidden), self.prefix, self.law, following)
         hidden = None
-        if self.rule.needs_hidden:
+        if self.rule.reads_hidden(tree):
             hidden = target.guided(target.redundancy(output.hidden), self.prefix, self.law)
         return Drafted(tree, proposal.tokens, p, proposal.draft, hidden), output
 

@@ -1,4 +1,4 @@
-"""What `tree=None` drafts with: the source of the least expected time, from measured costs and acceptance."""
+"""What `tree=None` drafts with: the source of the least expected time, from what was measured; else the plain loop."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ Table = Mapping[str, Mapping[str, float]]
 
 
 def machine_of(device: str, compiled: bool) -> str:
-    """Name of a kind of device, as costs are kept by."""
+    """Name of a kind of device, as times are kept by."""
     return f"{device} {'compiled' if compiled else 'eager'}"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens and cost of a round, one picture at a time.
+    """What sources gain and cost, as far as it was measured.
 
     Attributes:
-        tokens: by acceptance rule and source: of a round, the bonus counted.
-        costs: by `machine_of` and source: of a round, in tokens of the plain loop.
+        tokens: by acceptance rule and source: of a round of one picture, the bonus counted.
+        times: by `machine_of`, pictures in a batch, acceptance rule and source: of a batch, as a multiple of the plain
+            loop's time for as many pictures.
 
     Raises:
-        FastgenError: no such source, or a number that is not above 0.
+        FastgenError: no such source or batch, or a number that is not above 0.
     """
 
     tokens: Table
-    costs: Table
+    times: Mapping[str, Mapping[str, Table]]
 
     def __post_init__(self) -> None:
-        for label, table in (("tokens", self.tokens), ("costs", self.costs)):
+        batches = [table for made in self.times.values() for table in made.items()]
+        for size, _ in batches:
+            if not size.isdecimal() or int(size) < 1:
+                raise FastgenError(f"pace: {size!r} is no number of pictures")
+        for table in (self.tokens, *(table for _, table in batches)):
             for row in table.values():
                 for name, value in row.items():
-                    check_tree_name(f"pace: {label}", name)
-                    check_number(f"pace: {label} of {name}", value, above=0)
+                    check_tree_name("pace", name)
+                    check_number(f"pace: {name}", value, above=0)
 
     @classmethod
     def of_dict(cls, data: Any) -> Pace:
@@ -49,56 +54,81 @@ class Pace:
         Raises:
             FastgenError: it is none.
         """
-        if not isinstance(data, Mapping) or set(data) != {"tokens", "costs"}:
-            raise FastgenError("pace: needs tokens and costs")
-        if not all(isinstance(row, Mapping) for table in data.values() for row in _rows(table)):
+        if not isinstance(data, Mapping) or set(data) != {"tokens", "times"}:
+            raise FastgenError("pace: needs tokens and times")
+        if _depth(data["tokens"]) - {2} or _depth(data["times"]) - {4}:
             raise FastgenError("pace: needs numbers by source")
-        return cls(data["tokens"], data["costs"])
+        return cls(data["tokens"], data["times"])
 
-    def fastest(self, rule: str, machine: str, layers: int, usable: Callable[[str], bool]) -> tuple[str, str]:
-        """A source and why: the least expected seconds a token; the plain loop where none is faster.
+    def fastest(
+        self, rule: str, machine: str, batch: int, layers: int, usable: Callable[[str], bool]
+    ) -> tuple[str, str]:
+        """A source and why: the least expected time; the plain loop where none is known to take less.
 
-        On a kind of device that was not measured, a round is counted as a token of the plain loop, and each level that
-        a drafter adds as one of the target's layers.
+        A batch that was not measured is counted as the next larger one that was: drafting gains the less, the more
+        pictures are drawn at once. On a kind of device that was not measured, a round of one picture is counted as a
+        token of the plain loop, and each level that a drafter adds as one of the target's layers.
 
         Args:
-            rule: which accepts; one that was not measured is counted as the exact one.
+            rule: which accepts.
             machine: see `machine_of`.
+            batch: pictures drawn at once.
             layers: of the target.
             usable: whether the parts of a source are there, and the rule takes it.
         """
-        known = self.tokens.get(rule) or self.tokens.get("exact", {})
-        measured = self.costs.get(machine)
-        costs = {name: 1 + levels_of(name) / layers for name in known} if measured is None else measured
-        paces = {name: costs[name] / known[name] for name in known if name in costs and usable(name)}
-        best = min({**paces, PLAIN: 1.0}.items(), key=lambda pair: pair[1])[0]
-        how = f"measured on {machine}" if measured is not None else f"{machine} was not measured: by passes and levels"
+        if machine in self.times:
+            known = self.times[machine]
+            measured = min((int(size) for size in known if int(size) >= batch), default=None)
+            times = {} if measured is None else known[str(measured)].get(rule, {})
+            how = f"measured on {machine} in batches of {measured or batch}"
+        else:
+            known_tokens = self.tokens.get(rule, {}) if batch == 1 else {}
+            times = {name: (1 + levels_of(name) / layers) / known_tokens[name] for name in known_tokens}
+            how = f"{machine} was not measured: by passes and levels"
+        if not times:
+            return PLAIN, f'{rule} in batches of {batch} was not measured on {machine}; tree="auto" measures it'
+        times = {name: time for name, time in times.items() if usable(name)}
+        best = min({**times, PLAIN: 1.0}.items(), key=lambda pair: pair[1])[0]
         return best, f"least expected time, {how}"
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], machine: str) -> Pace:
         """From rows of `fastgen bench speculative` on one machine, with default settings of each rule."""
-        plain = min(row["seconds"]["p50"] for row in rows if row["variant"].startswith("plain loop"))
+        plain = [_seconds(row) for row in rows if row["variant"].startswith("plain loop")]
         tokens: dict[str, dict[str, float]] = {}
-        costs: dict[str, float] = {}
+        times: dict[str, dict[str, dict[str, float]]] = {}
         for row in rows:
             words = row["variant"].split()
             usual = len(words) == 2 or words[2:] == ["quality=0.5"]
             if row["rule"] is None or not usual or "@" in words[1] or words[1] in ("auto", PLAIN):
                 continue
             tokens.setdefault(row["rule"], {})[words[1]] = 1 / row["target_pass_ratio"]
-            cost = row["seconds"]["p50"] / plain / row["target_pass_ratio"]
-            costs[words[1]] = max(cost, costs.get(words[1], 0.0))
-        return cls(tokens, {machine: costs} if costs else {})
+            for batch, seconds in _seconds(row).items():
+                if others := [made[batch] for made in plain if batch in made]:
+                    times.setdefault(batch, {}).setdefault(row["rule"], {})[words[1]] = seconds / min(others)
+        return cls(tokens, {machine: times} if times else {})
 
     def updated(self, other: Pace) -> Pace:
         """With what another one measured, in place of what is known."""
-        tables = [
-            {key: {**old.get(key, {}), **new.get(key, {})} for key in {**old, **new}}
-            for old, new in ((self.tokens, other.tokens), (self.costs, other.costs))
-        ]
-        return Pace(*tables)
+        return Pace(_merged(self.tokens, other.tokens), _merged(self.times, other.times))
 
 
-def _rows(table: Any) -> list[Any]:
-    return list(table.values()) if isinstance(table, Mapping) else [table]
+def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds a picture by pictures in a batch."""
+    return {size: 60 / speed for size, speed in row.get("pictures_a_minute", {}).items()} | {
+        "1": row["seconds"]["p50"]
+    }
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Nested tables with the newer numbers."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _depth(table: Any) -> set[int]:
+    """How deep the numbers of a nested table lie; an empty table is as deep as any."""
+    if not isinstance(table, Mapping):
+        return {0}
+    return {depth + 1 for value in table.values() if value != {} for depth in _depth(value)}

@@ -77,11 +77,15 @@ class Lent(Rejection):
 
     def __init__(self, classes: Tensor) -> None:
         self.classes = classes
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def _held(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens [B, A, V] are class mates of `tokens`, and their mass [B, A]."""
-        mates = self.classes == pick(self.classes, tokens)[..., None]
-        return mates, (target * mates).sum(dim=-1)
+        """Which tokens [B, A, V] are class mates of `tokens`, and their mass [B, A]. All that is asked of a child is
+        answered from one computation."""
+        if self._last is None or self._last[0] is not target or self._last[1] is not tokens:
+            mates = self.classes == pick(self.classes, tokens)[..., None]
+            self._last = (target, tokens, mates, (target * mates).sum(dim=-1))
+        return self._last[2], self._last[3]
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         return self._held(target, tokens)[1] / pick(draft, tokens).clamp_min(TINY)

@@ -18,16 +18,17 @@ from fastgen.contracts import Loss
 from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
+from fastgen.drafters.cascade import Cascade
 from fastgen.drafters.choices import fingerprint, keep, kept, place
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
-from fastgen.drafters.drafter import Drafter
+from fastgen.drafters.drafter import Drafter, describe
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.names import LOSSLESS, PLAIN, RULES, check_tree_name, tree_widths, window_of
 from fastgen.drafters.offload import brought_in
-from fastgen.drafters.pace import Pace, machine_of
+from fastgen.drafters.pace import machine_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import DynamicShape, Tree, named_tree
@@ -46,8 +47,8 @@ from fastgen.pretrained import load_pretrained
 
 __all__ = ["SpeculativeImagePipeline"]
 
-#: Where the speed of sources was not measured: places of a window, and the tree of a rule that compares siblings.
-DEFAULT_PLACES, DEFAULT_TREE = {"jacobi": 12, "heads": 16}, "4-4-2-2-1-1"
+#: What `sampled` without a tree asks for.
+DEFAULT_TREE = "4-4-2-2-1-1"
 DEFAULT_QUALITY = 0.5
 
 
@@ -186,10 +187,10 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
                 or the size of a dynamic one; without a drafter "jacobi-12", a window of that many tokens, or
                 "heads-12", one that heads correct; "plain" is the plain loop, which drafts nothing. "auto" measures
-                which is fastest here, once for each acceptance rule and law (that takes a dozen pictures or more),
-                and keeps it in the user's cache. None takes the source of the least expected time by the
-                calibration's measured costs, or the plain loop where none is faster; without such costs a window,
-                which heads correct where there are some.
+                which is fastest here, once for each acceptance rule, law and number of pictures in a batch (that
+                takes a dozen batches or more), and keeps it in the user's cache. None takes the source that the
+                calibration's measurements expect to be fastest for such a batch; the plain loop, whatever the rule,
+                where none is faster or nothing was measured. So the batch may have a say in what a seed draws.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
@@ -225,15 +226,15 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             rule = self._rule(target, acceptance, quality)
             rule.check(target)
             reason: str | None = None
-            if shape is None:
-                shape, reason = self._fastest(target, rule)
             if shape == PLAIN and rule.name not in LOSSLESS:
                 raise FastgenError(f"acceptance: {rule.name!r} judges what is drafted, tree 'plain' drafts nothing")
+            if shape is None:
+                shape, reason = self._fastest(target, rule, len(groups[0]))
             source = None if shape in ("auto", PLAIN) else self._source(shape, sampled, law, rule)
             if source is not None:
                 source.check(target, law, rule)
             if shape == "auto":
-                shape, name = self._choose(target, prompts, rule, law)
+                shape, name = self._choose(target, [prompts[i] for i in groups[0]], rule, law)
                 source, reason = self._source(shape, None, law, rule), "measured here"
             else:
                 name = shape if isinstance(shape, str) else type(shape).__name__
@@ -280,8 +281,9 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             raise FastgenError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
         return build_rule("cascade", target, **asdict(self.calibration.config(quality)))
 
-    def _fastest(self, target: Target, rule: AcceptanceRule) -> tuple[str, str]:
-        """The source of the least expected time, without measuring, and why."""
+    def _fastest(self, target: Target, rule: AcceptanceRule, batch: int) -> tuple[str, str]:
+        """The source of the least expected time, without measuring, and why. What was not measured is not taken: the
+        plain loop draws, whatever the rule."""
 
         def usable(name: str) -> bool:
             if tree_widths(name) is not None:
@@ -291,36 +293,29 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 return False
             return not name.startswith("heads-") or (self.heads is not None and places <= self.heads.config.window)
 
-        pace: Pace | None = None if self.calibration is None else self.calibration.pace
-        if pace is not None and not (rule.needs_hidden and rule.name not in pace.tokens):
-            machine = machine_of(target.device.type, self._compile)
-            name, reason = pace.fastest(rule.name, machine, len(target.layers), usable)
-            if name != PLAIN or rule.name in LOSSLESS:
-                return name, reason
-        if rule.needs_hidden and self.drafter is not None:
-            return DEFAULT_TREE, "the rule compares siblings"
-        wide = "x2" if rule.needs_hidden else ""
-        kind = "jacobi" if self.heads is None else "heads"
-        longest = target.num_tokens if self.heads is None else min(self.heads.config.window, target.num_tokens)
-        return f"{kind}-{min(DEFAULT_PLACES[kind], longest)}{wide}", "its speed was not measured for this model"
+        if self.calibration is None or self.calibration.pace is None:
+            return PLAIN, 'no speed was measured for this model; tree="auto" measures it'
+        name = "exact" if isinstance(rule, Cascade) and not rule.config.relaxes else rule.name
+        machine = machine_of(target.device.type, self._compile)
+        return self.calibration.pace.fastest(name, machine, batch, len(target.layers), usable)
 
     def _choose(
         self, target: Target, prompts: list[str], rule: AcceptanceRule, law: TokenLaw
     ) -> tuple[str | Tree, str]:
-        """The fastest source for the present parts, measured once, and its name."""
+        """The fastest source for the present parts and a batch like this, measured once, and its name."""
         # By their numbers: a model that is gone must not be kept, and the worst that a mistake costs is speed.
         numbers = (id(self.model), id(self.drafter), id(self.heads), str(target.device), target.dtype)
         knobs = {name: value for name, value in vars(rule).items() if isinstance(value, str | int | float)}
         settings = {"config": getattr(rule, "config", None), **knobs}
-        key = (rule.name, str(settings), law, *numbers, self._compile)
+        key = (rule.name, str(settings), law, *numbers, self._compile, len(prompts))
         if key not in self._chosen:
             drafter = None if rule.name == "block" else self.drafter  # block verification takes chains only
             about = {"rule": [type(rule).__qualname__, str(settings)], "law": asdict(law), "compile": self._compile}
             about |= {name: fingerprint(getattr(self, name)) for name in ("model", "drafter", "heads")}
-            about |= {"dtype": str(target.dtype), **place(target.device)}
+            about |= {"dtype": str(target.dtype), "batch": len(prompts), **place(target.device)}
             if (found := kept(about)) is None:
                 with phase("auto"):
-                    prefix = target.prefix(prompts[:1], law.guided)
+                    prefix = target.prefix(prompts, law.guided)
                     source, name = choose_source(
                         target, drafter, rule, prefix, law, compile=self._compile, heads=self.heads
                     )
@@ -401,8 +396,10 @@ def _check_parts(
         if not isinstance(heads, WindowHeads):
             raise FastgenError(f"heads: {type(heads).__name__} are no heads of a window")
         heads.check(target)
-    if calibration is not None and not isinstance(calibration, Calibration):
-        raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
+    if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
+        calibration.check(describe(target))
     return target
 
 

@@ -42,7 +42,9 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
                     f"{label} {place}: made for a model of {name} {config[name]}, {checkpoint.model} has {value}"
                 )
     if folder is not None:
-        Calibration.beside(folder)
+        calibration = Calibration.beside(folder)
+        if calibration is not None:
+            calibration.check(wanted, f"calibration {folder / FILE}")
     if quality is not None and (folder is None or not (folder / FILE).is_file()):
         raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
     if tree is None or tree in ("auto", "plain"):

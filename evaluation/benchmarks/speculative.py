@@ -22,6 +22,7 @@ from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
+from fastgen.drafters.drafter import describe
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.law import TokenLaw
@@ -32,7 +33,7 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import named_tree
 from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles, result_of, seconds_of, take_turns
+from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.quality import score_row
 from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
@@ -175,7 +176,7 @@ def benchmark_speculative(
         dtype: of the variants; "auto" is bfloat16 where the device multiplies it natively. The plain loops and stock
             `generate` run in float32 as well.
         compile: compile the rounds; the plain loop runs both ways.
-        batches: also measure pictures a minute at these batch sizes, not compiled: images that are done leave.
+        batches: also measure pictures a minute at these batch sizes, in turn; images that are done leave.
         report: called with each line of progress.
 
     Returns:
@@ -240,10 +241,15 @@ def benchmark_speculative(
         row |= {name: value for name, value in scores.items() if name != "prompts"}
         if scores and row is not unspeculated:
             row["paired"] = _paired(scored[0], scores)
-    for row, variant in zip(ours, [None, *rows_of], strict=True):
-        for batch in batches:
-            report(f"batch {batch}: {row['variant']}")
-            row.setdefault("pictures_a_minute", {})[str(batch)] = _throughput(target, law, variant, chosen, batch)
+    plain = [row["variant"] for row in rows if row["variant"].startswith(f"plain loop, {dtype}")]
+    drawn: dict[str, Variant | None] = dict.fromkeys(plain)
+    drawn |= {variant.name: variant for variant in rows_of}
+    for batch in batches:
+        report(f"batch {batch}")
+        made = _throughputs(target, law, drawn, chosen, batch, compile)
+        for row in rows:
+            if row["variant"] in made:
+                row.setdefault("pictures_a_minute", {})[str(batch)] = made[row["variant"]]
     settings = {
         "model": model,
         "model_variant": model_variant,
@@ -258,6 +264,7 @@ def benchmark_speculative(
         "dtype": dtype,
         "compile": compile,
         "threads": torch.get_num_threads(),
+        "target": describe(target),
     }
     return result_of("speculative", settings, rows=rows)
 
@@ -341,14 +348,25 @@ def _paired(plain: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     return {"difference": difference, "ci": [difference - reach, difference + reach]}
 
 
-def _throughput(target: Target, law: TokenLaw, variant: Variant | None, prompts: Sequence[str], batch: int) -> float:
-    """Pictures a minute of the faster of two batches, after a first one."""
+def _throughputs(
+    target: Target,
+    law: TokenLaw,
+    variants: Mapping[str, Variant | None],
+    prompts: Sequence[str],
+    batch: int,
+    compile: bool,
+) -> dict[str, float]:
+    """Pictures a minute of the faster of two batches, after a first one; all variants in turn. A variant whose name
+    says "compiled" is, and all of those that draft are where `compile` says so."""
     texts = [prompts[number % len(prompts)] for number in range(batch)]
-    seconds = [
-        seconds_of(partial(_draw, target, law, variant, texts, range(run * batch, (run + 1) * batch)), target.device)
-        for run in range(3)
-    ]
-    return 60 * batch / min(seconds[1:])
+
+    def draw(name: str, variant: Variant | None) -> None:
+        compiled = name.endswith("compiled") if variant is None else compile
+        _draw(target, law, variant, texts, range(batch), compiled)
+
+    calls = {name: partial(draw, name, variant) for name, variant in variants.items()}
+    seconds = take_turns(calls, 2, device=target.device)
+    return {name: 60 * batch / min(taken) for name, taken in seconds.items()}
 
 
 def _pictures(

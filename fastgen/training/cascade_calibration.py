@@ -16,6 +16,7 @@ from fastgen.data.shapes import ShapesWorld
 from fastgen.drafters.calibration import Calibration, PairRecorder, calibrate_levels
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.decode import decode_speculative
+from fastgen.drafters.drafter import describe
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.sources import TreeSource
@@ -80,6 +81,7 @@ def calibrate_cascade(
     levels = calibrate_levels(recorder.pairs).levels
     about = {"model": model, "drafter": Path(drafter).name, "tree": tree, "pictures": pictures, "seed": seed}
     about |= {"guidance_scale": scale, "pairs": len(recorder.pairs), "commit": commit(), "environment": environment()}
+    about["target"] = describe(target)
     calibration = Calibration(levels, about)
     calibration.save(output)
     return calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastgen.drafters.calibration import Calibration, Level, PairRecorder, calib
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.tree import named_tree
 from fastgen.drafters.verify import strict
+from fastgen.errors import FastgenError
 
 
 def kept(pairs: torch.Tensor, level: Level) -> list[torch.Tensor]:
@@ -94,3 +96,24 @@ def test_the_recorder_decides_exactly_and_sees_every_pair() -> None:
     assert float(pairs[twins, 3].max()) < 1e-6 < float(pairs[~twins, 3].min())
     finite = torch.isfinite(pairs[:, 2])
     assert float(pairs[twins & finite, 2].max()) < float(pairs[~twins & finite, 2].min())
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "target_layers"])
+def test_a_calibration_of_another_model_is_refused(name: str) -> None:
+    """With one line, and so is a benchmark of another model; one that does not say what it was made for is taken."""
+    sizes = {"hidden_size": 32, "vocab_size": 48, "target_layers": 2}
+    made = Calibration((), {"target": {**sizes, name: 7}})
+    for refused in (lambda: made.check(sizes), lambda: made.with_results(result(sizes))):
+        with pytest.raises(FastgenError, match=f"made for a model of {name} 7, this one has {sizes[name]}") as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    made.check({"num_tokens": 16})
+    for about in ({}, {"target": {}}, {"target": "toy"}):
+        Calibration((), about).check(sizes)
+
+
+def result(target: dict[str, int]) -> dict[str, Any]:
+    """Of `fastgen bench speculative`."""
+    row = {"variant": "plain loop", "rule": None, "target_pass_ratio": 1.0, "seconds": {"p50": 1.0}}
+    drawn = {**row, "variant": "exact jacobi-4", "rule": "exact", "target_pass_ratio": 0.5}
+    return {"rows": [row, drawn], "settings": {"device": "cpu", "compile": False, "target": target}}

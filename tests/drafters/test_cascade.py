@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from toy_speculation import Toy, chi_square
 from fastgen.drafters import cascade
 from fastgen.drafters.acceptance import Exact, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig, form_classes
-from fastgen.drafters.redundancy import convergence, law_distance_bound, total_variation
+from fastgen.drafters.redundancy import convergence, law_distance_bound, sensitivity, total_variation
 from fastgen.drafters.tree import chain, named_tree, static_tree
 from fastgen.drafters.verify import Drafted, Noise, strict, walk
 
@@ -63,7 +64,8 @@ def test_off_is_the_exact_rule_bit_for_bit(sampled: bool) -> None:
 
 
 def test_nothing_is_computed_where_nothing_can_be_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Descendants are compared only below a threshold that they can reach, hidden states only where one is asked."""
+    """Descendants are compared only below a threshold that they can reach, hidden states only where one is asked; and
+    nothing at all in a chain, which has no siblings, or where a class may lend nothing."""
     called: list[str] = []
     for name in ("similarity", "convergence", "sensitivity"):
         real = getattr(cascade, name)
@@ -80,6 +82,13 @@ def test_nothing_is_computed_where_nothing_can_be_relaxed(monkeypatch: pytest.Mo
         rule = Cascade(config, near)
         rule.walk(drafted, noise, spent, left)
         assert called == wanted and rule.needs_hidden == bool(wanted)
+    called.clear()
+    for config, tree in ((CascadeConfig(radius=0.1), chain(4)), (CascadeConfig(delta=0.0), named_tree("3-4-2"))):
+        rule, (drafted, noise) = Cascade(config, near), draft_of(Toy.twins(4, seed=2), tree, 10, True)
+        bare = replace(drafted, hidden=None)
+        assert torch.equal(rule.verify(bare, noise, spent).child, strict(bare, noise).child)
+        rule.walk(bare, noise, spent, left)
+        assert not called and not rule.reads_hidden(tree)
 
 
 def test_it_is_lossy() -> None:
@@ -101,21 +110,61 @@ def test_a_spent_budget_relaxes_nothing() -> None:
 
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 6), cap=st.floats(0, 1))
 @settings(max_examples=80, deadline=None)
-def test_classes_are_cliques_within_their_caps(seed: int, count: int, cap: float) -> None:
+def test_classes_are_those_of_greedy_complete_linkage(seed: int, count: int, cap: float) -> None:
+    """A child joins the first class that it is linked to all of and that has room; node by node in plain Python."""
     generator = torch.Generator().manual_seed(seed)
-    link = torch.rand(1, 2, count, count, generator=generator) < 0.6
+    link = torch.rand(2, 2, count, count, generator=generator) < 0.6
     link = link | link.mT
-    mass = torch.rand(1, 2, count, generator=generator) / count
+    mass = torch.rand(2, 2, count, generator=generator, dtype=torch.float64) / count
     first, lent = form_classes(link, mass, torch.full_like(mass, cap))
-    for node in range(2):
+    for image, node in itertools.product(range(2), range(2)):
+        weights = mass[image, node].tolist()
         groups: dict[int, list[int]] = {}
-        for slot, head in enumerate(first[0, node].tolist()):
-            groups.setdefault(head, []).append(slot)
-        for head, members in groups.items():
-            assert head == members[0]
-            assert all(link[0, node, a, b] for a in members for b in members if a != b)
-            others = sum(float(mass[0, node, slot]) for slot in members[1:])
-            assert others <= cap + 1e-6 and abs(others - float(lent[0, node, head])) < 1e-6
+        for slot in range(count):
+            for members in groups.values():
+                room = cap - sum(weights[member] for member in members[1:])
+                if all(link[image, node, slot, member] for member in members) and weights[slot] <= room:
+                    members.append(slot)
+                    break
+            else:
+                groups[slot] = [slot]
+        heads = {slot: head for head, members in groups.items() for slot in members}
+        assert first[image, node].tolist() == [heads[slot] for slot in range(count)]
+        wanted = [sum(weights[member] for member in groups.get(slot, [])[1:]) for slot in range(count)]
+        assert lent[image, node].tolist() == pytest.approx(wanted)
+
+
+@given(seed=st.integers(0, 10_000), delta=st.floats(0.01, 0.5), radius=st.floats(0.05, 3.0))
+@settings(max_examples=25, deadline=None)
+def test_codes_join_the_nearest_child_while_its_class_has_room(seed: int, delta: float, radius: float) -> None:
+    """The classes of all nodes at once, against a loop over nodes, children and codes."""
+    toy = Toy.twins(4, seed=seed % 50)
+    near = Neighbours.of(torch.randn(8, 2, generator=torch.Generator().manual_seed(seed)), 7)
+    drafted, _ = draft_of(toy, named_tree("3-4-2"), 3, True, seed)
+    rule = Cascade(CascadeConfig(breadth=0.5, depth=2.0, delta=delta, radius=radius), near)
+    made, p, tokens = rule.classes(drafted, torch.zeros(3)), drafted.inner_target(), drafted.child_tokens()
+    reach, exists = radius / sensitivity(drafted, near.codebook), drafted.inner_children() >= 0
+    apart = torch.cdist(near.codebook, near.codebook)
+    for image, node in itertools.product(range(3), range(tokens.shape[1])):
+        slots = [slot for slot in range(tokens.shape[2]) if exists[image, node, slot]]
+        children = [int(tokens[image, node, slot]) for slot in slots]
+        firsts, law = made.of_slot[image, node].tolist(), p[image, node].double()
+        wanted = [tokens.shape[2] + code for code in range(8)]
+        lent = {head: sum(float(law[children[s]]) for s in slots if firsts[s] == head != s) for head in slots}
+        for slot, child in zip(slots, children, strict=True):
+            run, taken, head = 0.0, 0.0, firsts[slot]
+            for code in near.codes[child].tolist():
+                nearest = min(
+                    range(len(children)), key=lambda i: (float(apart[code, children[i]].round(decimals=4)), i)
+                )
+                if nearest == slot and float(apart[child, code]) <= float(reach[image, node]):
+                    run += float(law[code])
+                    if run <= delta - lent[head] + 1e-7:
+                        wanted[code], taken = head, taken + float(law[code])
+            lent[head] += taken
+        for slot, child in zip(slots, children, strict=True):
+            wanted[child] = firsts[slot]
+        assert made.of_token[image, node].tolist() == wanted
 
 
 def test_an_extended_class_keeps_its_cap() -> None:

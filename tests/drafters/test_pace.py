@@ -19,29 +19,51 @@ from fastgen.errors import FastgenError
 
 NAMES = ("jacobi-4", "heads-4", "4-2")
 TOKENS = {"exact": {"jacobi-4": 3.0, "heads-4": 4.0, "4-2": 2.0}}
-COSTS = st.fixed_dictionaries({name: st.floats(0.1, 10.0) for name in NAMES})
+TIMES = st.dictionaries(st.sampled_from(NAMES), st.floats(0.1, 10.0))
+TABLES = st.dictionaries(
+    st.sampled_from(["cpu eager", "cpu compiled"]),
+    st.dictionaries(st.integers(1, 9).map(str), st.dictionaries(st.sampled_from(["exact", "gsd"]), TIMES)),
+)
 
 
-@given(costs=COSTS, without=st.sampled_from([None, *NAMES]))
-def test_no_usable_source_is_expected_to_be_faster(costs: dict[str, float], without: str | None) -> None:
-    pace = Pace(TOKENS, {"cpu eager": costs})
-    name, reason = pace.fastest("exact", "cpu eager", 4, lambda name: name != without)
-    paces = {other: costs[other] / TOKENS["exact"][other] for other in costs if other != without} | {"plain": 1.0}
-    assert name != without and paces[name] == min(paces.values()) and "measured on cpu eager" in reason
+@given(
+    times=TABLES,
+    rule=st.sampled_from(["exact", "gsd", "cascade"]),
+    machine=st.sampled_from(["cpu eager", "cpu compiled", "cuda eager"]),
+    batch=st.integers(1, 12),
+    without=st.sampled_from([None, *NAMES]),
+)
+def test_only_what_was_measured_to_be_faster_replaces_the_plain_loop(
+    times: Any, rule: str, machine: str, batch: int, without: str | None
+) -> None:
+    """For every rule, lossy ones too; of usable sources the fastest, in the next larger batch that was measured."""
+    pace = Pace(TOKENS, times)
+    name, reason = pace.fastest(rule, machine, batch, 4, lambda name: name != without)
+    assert name != without and "\n" not in reason
+    if machine not in times:
+        assert name == "plain" or (rule == "exact" and batch == 1)
+        return
+    larger = [int(size) for size in times[machine] if int(size) >= batch]
+    measured = times[machine][str(min(larger))].get(rule, {}) if larger else {}
+    usable = {name: time for name, time in measured.items() if name != without}
+    assert {**usable, "plain": 1.0}[name] == min({**usable, "plain": 1.0}.values())
+    assert ("was not measured" in reason) == (not measured)
 
 
 def test_a_device_without_measurements_is_counted_by_passes_and_levels() -> None:
     pace = Pace(TOKENS, {})
-    assert pace.fastest("exact", "cuda compiled", 24, lambda name: True)[0] == "heads-4"
+    assert pace.fastest("exact", "cuda compiled", 1, 24, lambda name: True)[0] == "heads-4"
     # With one layer, heads cost a pass more: 2 passes for 4 tokens are dearer than 1 for 3.
-    assert pace.fastest("exact", "cuda eager", 1, lambda name: True)[0] == "jacobi-4"
-    assert pace.fastest("exact", "cuda eager", 1, lambda name: name == "4-2")[0] == "plain"
-    assert pace.fastest("gsd", "cuda compiled", 24, lambda name: True)[0] == "heads-4", "as the exact rule"
+    assert pace.fastest("exact", "cuda eager", 1, 1, lambda name: True)[0] == "jacobi-4"
+    assert pace.fastest("exact", "cuda eager", 1, 1, lambda name: name == "4-2")[0] == "plain"
+    for rule, batch in (("gsd", 1), ("exact", 2)):
+        name, reason = pace.fastest(rule, "cuda compiled", batch, 24, lambda name: True)
+        assert name == "plain" and 'tree="auto" measures it' in reason
     assert machine_of("cuda", True) == "cuda compiled"
 
 
 def test_a_calibration_keeps_the_pace(tmp_path: Path) -> None:
-    made = Calibration((), pace=Pace(TOKENS, {"cpu eager": {"jacobi-4": 1.5}}))
+    made = Calibration((), pace=Pace(TOKENS, {"cpu eager": {"1": {"exact": {"jacobi-4": 0.5}}}}))
     made.save(tmp_path)
     assert Calibration.load(tmp_path) == made
 
@@ -51,11 +73,16 @@ def test_a_calibration_keeps_the_pace(tmp_path: Path) -> None:
     [
         [],
         {"tokens": {}},
-        {"tokens": [], "costs": {}},
-        {"tokens": {"exact": 3}, "costs": {}},
-        {"tokens": {"exact": {"tall": 3.0}}, "costs": {}},
-        {"tokens": {"exact": {"jacobi-4": 0.0}}, "costs": {}},
-        {"tokens": {"exact": {"jacobi-4": "3"}}, "costs": {}},
+        {"tokens": [], "times": {}},
+        {"tokens": {"exact": 3}, "times": {}},
+        {"tokens": {"exact": {"tall": 3.0}}, "times": {}},
+        {"tokens": {"exact": {"jacobi-4": 0.0}}, "times": {}},
+        {"tokens": {"exact": {"jacobi-4": "3"}}, "times": {}},
+        {"tokens": {}, "costs": {"cpu eager": {"jacobi-4": 1.5}}},
+        {"tokens": {}, "times": {"cpu eager": {"exact": {"jacobi-4": 0.5}}}},
+        {"tokens": {}, "times": {"cpu eager": {"none": {"exact": {"jacobi-4": 0.5}}}}},
+        {"tokens": {}, "times": {"cpu eager": {"0": {"exact": {"jacobi-4": 0.5}}}}},
+        {"tokens": {}, "times": {"cpu eager": {"1": {"exact": {"jacobi-4": -0.5}}}}},
     ],
 )
 def test_a_broken_pace_is_refused(broken: Any) -> None:
@@ -79,8 +106,8 @@ def test_a_benchmark_tells_pace_and_drops() -> None:
     """The fastest plain loop counts; rows of other settings, of another drafter, or of what was chosen do not."""
     rows = [
         row("plain loop, float32", 1.0, 3.0),
-        row("plain loop, float32, compiled", 1.0, 2.0, 0.7),
-        row("exact heads-4", 0.25, 1.0, 0.7),
+        row("plain loop, float32, compiled", 1.0, 2.0, 0.7) | {"pictures_a_minute": {"4": 60.0}},
+        row("exact heads-4", 0.25, 1.0, 0.7) | {"pictures_a_minute": {"4": 90.0, "8": 90.0}},
         row("cascade heads-4x2 quality=0.5", 0.2, 1.2, 0.66),
         row("cascade heads-4x2 quality=1", 0.1, 1.2, 0.5),
         row("lantern heads-4 delta=0.2", 0.1, 9.0),
@@ -92,11 +119,16 @@ def test_a_benchmark_tells_pace_and_drops() -> None:
     made = Calibration((level,), {"a": 1}).with_results(data)
     assert made.pace is not None
     assert made.pace.tokens == {"exact": {"heads-4": 4.0}, "cascade": {"heads-4x2": 5.0}}
-    assert made.pace.costs == {"cpu compiled": pytest.approx({"heads-4": 2.0, "heads-4x2": 3.0})}
+    assert made.pace.times == {
+        "cpu compiled": {
+            "1": {"exact": {"heads-4": 0.5}, "cascade": {"heads-4x2": 0.6}},
+            "4": {"exact": {"heads-4": pytest.approx(2 / 3)}},  # in batches of 8 there is no plain loop to compare
+        }
+    }
     drop = made.levels[0].drops["heads-4x2"]
     assert drop.score == pytest.approx(0.04) and drop.stderr == pytest.approx(0.03 * 2**0.5)
     eager = {**data, "settings": {"device": "cpu", "compile": False}}
-    assert made.with_results(eager).pace.costs.keys() == {"cpu compiled", "cpu eager"}  # type: ignore[union-attr]
+    assert made.with_results(eager).pace.times.keys() == {"cpu compiled", "cpu eager"}  # type: ignore[union-attr]
     assert Calibration.of_dict(json.loads(json.dumps(made.as_dict()))) == made
     for broken in ({}, {"rows": rows}, {**data, "rows": rows[:2]}, {**data, "rows": [{}]}):
         with pytest.raises(FastgenError, match="--data"):

@@ -39,7 +39,9 @@ def test_greedy_pictures_are_the_plain_ones_in_fewer_passes(
     code, out, err = call(capsys, *common, "-o", tmp_path / "plain.png")
     assert code == 0, err
     assert json.loads(out)["stats"]["passes"] == {"target": JANUS_TOKENS}
-    code, out, err = call(capsys, *common, "--method", "speculative", "-o", tmp_path / "fast.png")
+    code, out, err = call(
+        capsys, *common, "--method", "speculative", "--tree", "jacobi-8", "-o", tmp_path / "fast.png"
+    )
     assert code == 0, err
     result = json.loads(out)
     assert result["settings"]["method"] == "speculative" and result["stats"]["passes"]["target"] < JANUS_TOKENS
@@ -50,12 +52,13 @@ def test_greedy_pictures_are_the_plain_ones_in_fewer_passes(
 
 @pytest.mark.parametrize(
     ("knobs", "loss"),
-    [([], "distribution"), (["--acceptance", "lantern", "--tree", "jacobi-3"], "lossy")],
+    [([], "distribution"), (["--acceptance", "lantern"], "lossy")],
 )
 def test_knobs_reach_the_sidecar(
     micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: list[str], loss: str
 ) -> None:
     options = ["a ring", "--model", micro_janus, "--method", "speculative", "-o", tmp_path / "a.png", *knobs]
+    options += ["--tree", "jacobi-3"]
     code, _, err = call(capsys, *options)
     assert code == 0, err
     sidecar = json.loads((tmp_path / "a.json").read_text())
@@ -96,7 +99,9 @@ def test_bad_knobs_end_in_one_line(
 def test_the_models_own_drafter(with_drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is taken without being named, and its calibration with it; another one and none can be asked for."""
     common = ["a red circle", "--model", with_drafter, "--method", "speculative", "--json"]
-    code, out, err = call(capsys, *common, "--acceptance", "cascade", "--quality", 0.5, "-o", tmp_path / "a.png")
+    code, out, err = call(
+        capsys, *common, "--acceptance", "cascade", "--quality", 0.5, "--tree", "2-1", "-o", tmp_path / "a.png"
+    )
     assert code == 0, err
     own = json.loads(out)
     assert own["settings"]["drafter"] == "own" and own["settings"]["quality"] == 0.5
@@ -111,6 +116,16 @@ def test_the_models_own_drafter(with_drafter: Path, tmp_path: Path, capsys: pyte
     code, out, err = call(capsys, *common, "--drafter", "none", "-o", tmp_path / "c.png")
     assert code == 0, err
     assert "drafter" not in json.loads(out)["stats"]["passes"]
+
+
+def test_a_calibration_of_another_model_is_refused_first(
+    with_drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(with_drafter, tmp_path / "model"))
+    Calibration((), {"target": {"vocab_size": 7}}).save(model / "drafter")
+    code, _, err = call(capsys, "a ring", "--model", model, "--method", "speculative", "-o", tmp_path / "x.png")
+    assert code == 2 and "made for a model of vocab_size 7" in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_broken_drafter_is_refused_first(

@@ -15,6 +15,7 @@ from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.names import RULES
 from fastgen.drafters.pace import Pace
+from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.tree import DynamicShape, named_tree
 from fastgen.pipelines.janus import JanusImagePipeline
@@ -119,23 +120,41 @@ def drafted(output: Any) -> str:
 
 
 def test_without_a_tree_the_fastest_by_the_calibration_draws(pipe: SpeculativeImagePipeline) -> None:
-    """Also the plain loop; and what was not measured, or whose parts are missing, is not taken."""
-    tokens = {"exact": {"jacobi-4": 3.0, "jacobi-6": 3.5, "3-2": 2.0, "heads-4": 9.0}}
-    costs = {"jacobi-4": 2.0, "jacobi-6": 3.0, "3-2": 1.5, "heads-4": 1.0}
+    """Also the plain loop; what was not measured, or whose parts are missing, is not taken. For every rule, and by
+    the pictures that are drawn at once."""
+    times = {"jacobi-4": 0.7, "jacobi-6": 0.9, "3-2": 0.8, "heads-4": 0.1}
     arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
     for change, wanted in (
         ({}, "jacobi-4"),
-        ({"jacobi-4": 4.0}, "3-2"),
-        ({"jacobi-4": 4.0, "3-2": 3.0, "jacobi-6": 3.4}, "jacobi-6"),
-        ({"jacobi-4": 4.0, "3-2": 2.1, "jacobi-6": 3.6}, "plain"),
+        ({"jacobi-4": 1.4}, "3-2"),
+        ({"jacobi-4": 1.4, "3-2": 1.5}, "jacobi-6"),
+        ({"jacobi-4": 1.4, "3-2": 1.1, "jacobi-6": 1.2}, "plain"),
     ):
-        pace = Pace(tokens, {"cpu eager": {**costs, **change}})
-        tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, Calibration((), pace=pace))
-        output = tuned("a ring", generator=seeded(1), **arguments)
-        assert drafted(output) == wanted and "measured on cpu eager" in output.stats.paths["tree"][wanted]
-        assert torch.equal(output.tokens, tuned("a ring", tree=wanted, generator=seeded(1), **arguments).tokens)
-    assert drafted(pipe("a ring", **arguments)) == "jacobi-12", "nobody measured the drafter"
-    assert drafted(pipe("a ring", acceptance="cascade", **arguments)) == "4-4-2-2-1-1"
+        for rule in ("exact", "gsd", "cascade"):
+            made = {"1": {rule: {**times, **change}}, "3": {rule: {**times, "jacobi-6": 0.2}}}
+            pace = Pace({}, {"cpu eager": made})
+            made_of = Calibration((Level(0.5, 0.1, 0.9, 2.0, 0.0, (9, 0, 0)),), pace=pace)
+            tuned = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, made_of)
+            output = tuned("a ring", generator=seeded(1), acceptance=rule, **arguments)
+            reason = output.stats.paths["tree"][wanted]
+            assert drafted(output) == wanted and "measured on cpu eager in batches of 1" in reason
+    assert drafted(tuned(PROMPTS[:2], acceptance="cascade", **arguments)) == "jacobi-6"
+    assert drafted(tuned(PROMPTS[:2], acceptance="cascade", batch_invariant=True, **arguments)) == "plain"
+    assert drafted(tuned(PROMPTS[:4], acceptance="cascade", **arguments)) == "plain", "nobody measured so many"
+
+
+@pytest.mark.parametrize("acceptance", RULES)
+def test_nothing_is_drafted_where_no_speed_was_measured(
+    plain: JanusImagePipeline, pipe: SpeculativeImagePipeline, acceptance: str
+) -> None:
+    """Whatever the rule, without a calibration or with one that says nothing of the rule."""
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    other = Pace({"exact": {"jacobi-4": 9.0}} if acceptance != "exact" else {}, {})
+    for calibration in (None, Calibration(()), Calibration((Level(0.5, 0.1, 0.9, 2.0, 0.0, (9, 0, 0)),), pace=other)):
+        made = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, pipe.drafter, calibration)
+        output = made("a ring", acceptance=acceptance, generator=seeded(1), **arguments)
+        assert 'tree="auto" measures it' in output.stats.paths["tree"]["plain"]
+        assert torch.equal(output.tokens, plain("a ring", generator=seeded(1), **arguments).tokens)
     assert drafted(pipe("a ring", sampled=False, **arguments)) == "4-4-2-2-1-1"
 
 
@@ -170,7 +189,7 @@ def test_auto_is_measured_once(
     first = pipe("a ring", generator=seeded(1), **arguments)
     window = next(iter(first.stats.paths["tree"]))
     assert first.stats.seconds["auto"] > 0
-    again = pipe(["a ring", "red"], generator=seeded(1, 2), **arguments)
+    again = pipe(["a ring", "red"], generator=seeded(1, 2), batch_invariant=True, **arguments)
     assert calls == ["exact"] and torch.equal(again.tokens[:1], first.tokens)
     fixed = pipe("a ring", generator=seeded(1), **{**arguments, "tree": window})
     assert torch.equal(fixed.tokens, first.tokens)
@@ -181,6 +200,30 @@ def test_auto_is_measured_once(
     monkeypatch.setattr(choices, "versions", lambda: {"torch": "another"})
     SpeculativeImagePipeline(plain.model, plain.tokenizer)("a ring", **arguments)
     assert calls == ["exact", "gsd", "exact"] and not recwarn.list
+
+
+def test_auto_measures_each_size_of_a_batch(
+    plain: JanusImagePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A batch is measured as it is drawn, and keeps a source of its own, in the pipeline and in the cache."""
+    from fastgen.pipelines import speculative
+
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
+    sizes: list[int] = []
+
+    def by_size(*arguments: Any, **settings: Any) -> Any:
+        sizes.append(arguments[3].images)
+        name = f"jacobi-{2 + arguments[3].images}"
+        return JacobiSource.of_name(name, arguments[2]), name
+
+    monkeypatch.setattr(speculative, "choose_source", by_size)
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "auto", "output_type": "tokens"}
+    for _ in range(2):
+        pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
+        for _ in range(2):
+            assert drafted(pipe("a ring", **arguments)) == "jacobi-3"
+            assert drafted(pipe(PROMPTS[:3], **arguments)) == "jacobi-5"
+    assert sizes == [1, 3]
 
 
 def test_quality_is_a_knob_of_cascade(pipe: SpeculativeImagePipeline) -> None:
@@ -207,6 +250,9 @@ def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
         SpeculativeImagePipeline(plain.model, plain.tokenizer, torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="vocab_size"):
         SpeculativeImagePipeline(plain.model, plain.tokenizer, EagleDrafter(32, 47, 2, heads=2))
+    other = Calibration((), {"target": {"vocab_size": 7}})
+    with pytest.raises(ValueError, match="calibration: made for a model of vocab_size 7"):
+        SpeculativeImagePipeline(plain.model, plain.tokenizer, calibration=other)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds none"):
         load_drafter(tmp_path)
@@ -219,7 +265,7 @@ def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
 def test_a_loaded_drafter_draws_the_same(pipe: SpeculativeImagePipeline, tmp_path: Path) -> None:
     pipe.drafter.save_pretrained(tmp_path)
     again = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, load_drafter(tmp_path))
-    arguments: dict[str, Any] = {"guidance_scale": 3.0, "output_type": "tokens"}
+    arguments: dict[str, Any] = {"guidance_scale": 3.0, "tree": "3-2", "output_type": "tokens"}
     first, second = (p("a ring", generator=seeded(2), **arguments).tokens for p in (pipe, again))
     assert torch.equal(first, second)
 

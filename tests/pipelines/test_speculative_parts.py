@@ -49,6 +49,8 @@ def eagle(parts: tuple[Any, Any], seed: int = 0, **config: Any) -> EagleDrafter:
 
 def draw(pipe: Any, prompt: str = "a red circle", **arguments: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
+    if isinstance(pipe, SpeculativeImagePipeline):  # without a tree nothing would be drafted
+        arguments = {"tree": "jacobi-4", **arguments}
     tokens: torch.Tensor = pipe(prompt, generator=generator, output_type="tokens", **arguments).tokens
     return tokens
 
