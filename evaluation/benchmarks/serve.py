@@ -116,8 +116,9 @@ def serve_markdown(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     asked, (low, high) = data["settings"], data["ratio"]["ci"]
+    drawn = f", drawn by {asked['replicas']} replicas of Ray Serve" if asked["replicas"] else ""
     text = (
-        f"{asked['pictures']} pictures of `{asked['model']}` a round, over HTTP on this machine. Throughput of "
+        f"{asked['pictures']} pictures of `{asked['model']}` a round, over HTTP on this machine{drawn}. Throughput of "
         f"{CLIENTS} clients over one: **{data['ratio']['p50']:.2f}x** (95 % {low:.2f} to {high:.2f}).\n\n"
     )
     text += markdown_table(header, table)
