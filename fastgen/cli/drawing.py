@@ -89,7 +89,7 @@ def prepare(
             f"options: model {model!r} has no decoder of its codes; give a VQModel of diffusers: "
             "--model-option decode=FOLDER"
         )
-    faster = _faster(given, kind, where, checkpoint)
+    faster = _faster(given, kind, checkpoint)
     weight_type = str(weights).removeprefix("torch.")
     settings: dict[str, Any] = {
         "model": model,
@@ -126,16 +126,19 @@ def _check_with_model(given: Any, model: str, checkpoint: Checkpoint) -> None:
         raise FastgenError(f"--{'compile' if given.drafter is None else 'drafter'}: needs --method speculative")
 
 
-def _faster(given: Any, kind: type, device: Any, checkpoint: Checkpoint) -> Plan | str | None:
-    """The plan to follow, "exact" for what is exact and pays, or None.
+def _faster(given: Any, kind: type, checkpoint: Checkpoint) -> Plan | str | None:
+    """The plan to follow, "exact" for what is exact and pays, or None: searches and drafts have other ways, and a
+    model that draws tokens has no denoiser.
 
     Raises:
         FastgenError: a plan of another pipeline, model or version, or a broken one.
     """
     if given.plan is not None:
         return read_plan(given.plan, kind, given.method, checkpoint)
-    off = given.accelerate == "off" or (given.accelerate == "auto" and device.type == "cpu")
-    return None if off or given.method in ("search", "speculative") else "exact"
+    from fastgen.pipelines.accelerate.part import DENOISERS
+
+    off = given.accelerate == "off" or given.method in ("search", "speculative")
+    return None if off or not set(DENOISERS) & set(checkpoint.index) else "exact"
 
 
 def _recorded(faster: Plan | str | None) -> dict[str, Any]:

@@ -75,10 +75,10 @@ def generate(
     accelerate: Annotated[
         str,
         typer.Option(
-            help="exact turns on what changes no picture beyond rounding, off nothing; auto is exact on a GPU, off on "
-            "a CPU. Without --plan."
+            help="exact turns on what is faster and changes no picture beyond rounding (not with search and "
+            "speculative, nor with --plan), off nothing."
         ),
-    ] = "auto",
+    ] = "exact",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: options.Dtype = "auto",
     batch_size: options.BatchSize = 8,
@@ -170,9 +170,9 @@ def _check_options(given: Any) -> list[str]:
     check_integer("--seed", given.seed, 0, 2**63 - given.num_images)
     check_integer("--batch-size", given.batch_size, 1)
     check_method_name(given.method)
-    check_choice("--accelerate", given.accelerate, ("auto", "off", "exact"))
-    if given.plan is not None and (given.accelerate != "auto" or given.method in ("search", "speculative")):
-        other = f"--accelerate {given.accelerate}" if given.accelerate != "auto" else f"--method {given.method}"
+    check_choice("--accelerate", given.accelerate, ("exact", "off"))
+    if given.plan is not None and (given.accelerate == "off" or given.method in ("search", "speculative")):
+        other = f"--accelerate {given.accelerate}" if given.accelerate == "off" else f"--method {given.method}"
         raise FastgenError(f"--plan: not with {other}")
     for method in DRAWING:
         method.of(vars(given), option_name)

@@ -18,9 +18,13 @@ __all__ = ["Part", "Undo", "added_attributes", "block_layers", "denoising_networ
 Undo = Callable[[], None]
 
 
+#: Names of the network that is called at every step.
+DENOISERS = ("transformer", "unet", "prior")
+
+
 def denoising_network(pipe: Any) -> Any:
     """The network that is called at every step, or None."""
-    found = [getattr(pipe, name, None) for name in ("transformer", "unet", "prior")]
+    found = [getattr(pipe, name, None) for name in DENOISERS]
     return next((each for each in found if isinstance(each, nn.Module)), None)
 
 

@@ -42,13 +42,14 @@ def prompts_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["z", "janus"])
+@pytest.mark.parametrize(("kind", "method"), [("z", "base"), ("janus", "speculative"), ("janus", "base")])
 def test_json_is_one_object_and_the_sidecar_tells_all(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, method: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = request.getfixturevalue(f"micro_{kind}")
     out = tmp_path / "new" / "out.png"
-    code, stdout, stderr = call(capsys, "a red circle", "-o", out, "--model", model, "--seed", 5, "--json")
+    asked = ("a red circle", "-o", out, "--model", model, "--method", method, "--seed", 5, "--json")
+    code, stdout, stderr = call(capsys, *asked)
     assert code == 0, stderr
     result = json.loads(stdout)
     assert result["files"] == [str(out)] and result["seed"] == 5 and result["seeds"] == [5] and result["kept"] == 0
@@ -58,6 +59,8 @@ def test_json_is_one_object_and_the_sidecar_tells_all(
     sidecar = json.loads(out.with_suffix(".json").read_text())
     assert sidecar["settings"] == {"prompt": "a red circle", "seed": 5, **result["settings"]}
     assert sidecar["loss"] == ("exact" if kind == "z" else "distribution") and sidecar["file"] == "out.png"
+    parts = sidecar["stats"].get("accelerate", {})  # models that draw tokens have no denoiser to make faster
+    assert (parts.get("prompt_padding") == "on") is (kind == "z") is (sidecar["settings"].get("accelerate") == "exact")
     assert {"fastgen", "torch", "diffusers", "transformers", "python"} <= set(sidecar["versions"])
     assert sidecar["stats"]["seconds"][stage] > 0
     with Image.open(out) as image:
