@@ -61,7 +61,7 @@ def preview_error(
         pipe: a diffusers pipeline with an adapter.
         prompts: of it.
         samples: trajectories of each prompt.
-        preview, explore: as in `NoiseSearchPipeline.search`.
+        preview, explore: as in `NoiseSearchPipeline.__call__`.
         verifier: scores pictures [k, 3, H, W] uint8 for k prompts, or has such a `score`; None: pixels alone.
         seed: of the first trajectory.
         batch_size: rows of a forward pass.

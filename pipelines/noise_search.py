@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import time
@@ -280,8 +281,10 @@ class NoiseSearchPipeline(WrappingPipeline):
         return output if return_dict else (output.images,)
 
     def _stock(self, prompt: Any, **arguments: Any) -> Any:
+        named = "prompt" in inspect.signature(type(self.pipe).__call__).parameters  # or DiT's class_labels come first
+        given = () if named or prompt is None else (prompt,)
         with finite_decoder(self.pipe):
-            output = self.pipe(*(() if prompt is None else (prompt,)), **arguments)
+            output = self.pipe(*given, **({"prompt": prompt} if named else {}), **arguments)
         check_output(output[0])
         return output
 

@@ -104,7 +104,7 @@ def benchmark_search(
         budgets: forward passes of the model on one sample, for each prompt.
         seeds: searches of each prompt.
         limit: how many prompts of each task, from the first.
-        sampler: see `NoiseSearchPipeline.search`.
+        sampler: see `NoiseSearchPipeline.__call__`.
         batch_size: rows of a forward pass.
         device, dtype: of the model; the verifiers run there in their own precision.
         share: (i, n) does the i-th of n shares of the searches, from 1 on, and no more: n processes side by side, each

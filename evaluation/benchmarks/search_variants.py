@@ -58,7 +58,7 @@ class Variant:
         name: as it was written.
         policy: name of the policy, or "none".
         settings: of the policy.
-        arguments: of `NoiseSearchPipeline.search`.
+        arguments: of `NoiseSearchPipeline.__call__`.
         thresholds: of `NoiseSearchPipeline`.
         max_nfe: the one budget that it is measured at; None: all of the benchmark.
     """
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 def parse_variant(text: str) -> Variant:
     """ "POLICY [SETTING=VALUE …]", e.g. "threshold tau=0.7 starts=4" or "svdd chains=1 sampler=rollover".
 
-    A setting is one of the policy, an argument of `NoiseSearchPipeline.search`, `thresholds`, the file of calibrated
+    A setting is one of the policy, an argument of `NoiseSearchPipeline.__call__`, `thresholds`, the file of calibrated
     ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or
     "previous(DELTA)"; knobs are written "explore=tail_drop:0.9,uncond_tail_drop:0.95".
 
@@ -121,7 +121,7 @@ def parse_variant(text: str) -> Variant:
     if name not in (NONE, *POLICIES):
         raise ValueError(f"policy: {name!r} is unknown, there are {', '.join((NONE, *POLICIES))}")
     own = set() if name == NONE else {item.name for item in fields(POLICIES[name])}  # type: ignore[arg-type]
-    further = set() if name == NONE else set(inspect.signature(NoiseSearchPipeline.search).parameters) - _FIXED
+    further = set() if name == NONE else set(inspect.signature(NoiseSearchPipeline.__call__).parameters) - _FIXED
     if name == "threshold":
         further.add("thresholds")
     if name != NONE:

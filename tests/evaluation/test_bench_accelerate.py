@@ -32,6 +32,9 @@ def test_a_point_of_fewer_steps_never_beats_their_line(points: list[tuple[float,
         assert needed is None or needed <= seconds + 1e-9
 
 
+EXACT = "channels_last + prompt_padding"
+
+
 @pytest.fixture
 def command(micro_z: Path, tmp_path: Path) -> list[str]:
     parts = (FewerSteps(0.5), Guidance(0.5))
@@ -51,9 +54,9 @@ def test_every_plan_is_drawn_in_every_round_and_a_killed_run_goes_on(
     assert "fewer_steps(0.5) + guidance(0.5)" in capsys.readouterr().out
     data: dict[str, Any] = json.loads((tmp_path / "b.json").read_text())
     rows = {row["plan"]: row for row in data["rows"]}
-    assert set(rows) == {"stock", "channels_last", "fewer_steps(0.5)", "fewer_steps(0.5) + guidance(0.5)"}
+    assert set(rows) == {"stock", EXACT, "fewer_steps(0.5)", "fewer_steps(0.5) + guidance(0.5)"}
     assert rows["stock"]["largest_difference"] == 0 and rows["stock"]["score"] == pytest.approx(1.0)
-    assert rows["channels_last"]["loss"] == "exact" and rows["channels_last"]["time_saved"] is None
+    assert rows[EXACT]["loss"] == "exact" and rows[EXACT]["time_saved"] is None
     assert rows["fewer_steps(0.5)"]["ratio"][0] < 1 and rows["fewer_steps(0.5)"]["drop"][0] > 0
     assert data["settings"]["rounds"] == 4 and data["accelerate_seconds"]["p50"] > 0
 

@@ -124,10 +124,9 @@ def test_candidates_are_those_that_can_be_used_and_are_allowed(pipe: Any) -> Non
 def test_a_solver_is_tried_together_with_fewer_steps(pipe: Any, tmp_path: Path) -> None:
     tried = tuner(pipe, tmp_path)
     solvers = [part for part in candidates(pipe, "lossy") if isinstance(part, Solver)]
-    tried.tune([FewerSteps(0.9), FewerSteps(0.5), *solvers], max_drop=10.0)
+    tried.tune([FewerSteps(0.5), *solvers], max_drop=10.0)
     plans = [set(trial.parts) for trial in tried.trials]
     assert len(solvers) > 1 and all({solver, FewerSteps(0.5)} in plans for solver in solvers)
-    assert not any({solver, FewerSteps(0.9)} in plans for solver in solvers)  # almost as many steps: nothing to gain
 
 
 def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: Any, tmp_path: Path) -> None:
@@ -262,7 +261,7 @@ def test_wrong_options_of_tune_are_one_line(
     [
         (["--plan", "nothing.json"], "there is no file 'nothing.json'"),
         (["--accelerate", "fast"], "--accelerate: 'fast' is not allowed"),
-        (["--plan", "nothing.json", "--accelerate", "exact"], "--plan: not with --accelerate exact"),
+        (["--plan", "nothing.json", "--accelerate", "off"], "--plan: not with --accelerate off"),
         (["--plan", "nothing.json", "--method", "search"], "--plan: not with --method search"),
     ],
 )

@@ -71,7 +71,7 @@ def test_wrong_values_are_one_line_before_weights_load(
 def test_a_run_draws_with_them_and_records_them(
     micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["eval", "shapes", *WORDS["eval shapes"], "--model", str(micro_z)]
+    words = ["eval", "geneval", *WORDS["eval geneval"], "--model", str(micro_z)]
     pictures = {}
     for scheduler in (None, "FlowMatchLCM"):
         out = tmp_path / f"{scheduler}"

@@ -114,7 +114,7 @@ def test_those_templates_render_in_transformers(template: str) -> None:
 def test_a_template_is_tried_on_the_prompts_that_are_drawn() -> None:
     template = "{% if 'dog' in messages[0].content %}{{ 'x' * (messages|length * 999999999) }}{% endif %}"
     check_chat_template(Templated(template), "m", ["a red circle"])
-    with pytest.raises(FastgenError, match="asks for too much"):
+    with pytest.raises(FastgenError, match="needs too much work"):
         check_chat_template(Templated(template), "m", ["a red circle", "a blue dog"])
 
 

@@ -180,7 +180,11 @@ def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     after = Calibration.load(tmp_path / "out")
     assert [level.drops.get("2-1", (None,))[0] for level in after.levels] == [None, None, None, 0.0]
-    assert after.about == about and after.pace is not None and after.pace.costs == {"cpu eager": {"2-1": 2.0}}
+    assert (
+        after.about == about
+        and after.pace is not None
+        and after.pace.times == {"cpu eager": {"1": {"exact": {"2-1": 1.0}}}}
+    )
     for wrong in (
         command,
         [*command, "--init", str(tmp_path / "out"), "--data", str(tmp_path / "drafter" / "config.json")],
