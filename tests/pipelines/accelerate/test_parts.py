@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerated import draw, state
+from diffusers import DiffusionPipeline
 from stock_families import family
 
 import fastgen
@@ -104,6 +106,66 @@ def test_a_part_that_does_not_apply_says_why_and_changes_nothing(name: str, part
     with pytest.raises(FastgenError, match=f"{part.name} cannot be used with this {type(pipe).__name__}: {reason}"):
         fastgen.accelerate(pipe, plan=[part])
     assert state(pipe) == before
+
+
+class _Stepless(DiffusionPipeline):
+    """Its denoiser runs once; it has no encoder of texts and decodes nothing."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+    def __call__(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.transformer(latents),)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (ChannelsLast(), "no 2D convolutions"),
+        (VaeSlicing(), "it has no VAE with slicing"),
+        (VaeTiling(), "it has no VAE with tiling"),
+        (TextEncoder(), "it has no text encoder"),
+        (FewerSteps(), "its call takes no number of steps"),
+    ],
+)
+def test_a_pipeline_without_what_a_part_changes_stays_and_the_error_says_why(part: Part, reason: str) -> None:
+    pipe, latents = _Stepless(torch.nn.Linear(4, 4)), torch.randn(2, 4)
+    expected, before = pipe(latents)[0], state(pipe)
+    with pytest.raises(FastgenError, match=f"{part.name} cannot be used with this _Stepless: {reason}"):
+        fastgen.accelerate(pipe, plan=[part])
+    assert state(pipe) == before and torch.equal(pipe(latents)[0], expected)
+
+
+def test_kernels_draw_the_picture_up_to_rounding_and_leave_nothing() -> None:
+    """By the part itself: as a rule it refuses a CPU, where the references run."""
+    pipe = family("flux")
+    expected, before = draw(pipe, "flux"), state(pipe)
+    undo = Kernels().enable(pipe)
+    assert state(pipe) != before
+    drawn = draw(pipe, "flux")
+    undo()
+    assert float((drawn - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.std()))
+    assert state(pipe) == before and torch.equal(draw(pipe, "flux"), expected)
+
+
+def test_tail_drops_are_those_of_the_call_and_leave_nothing(micro_dc: Path) -> None:
+    pipe: Any = fastgen.load_pipeline(str(micro_dc))
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(**given: Any) -> torch.Tensor:
+        images: torch.Tensor = pipe(
+            "a red circle", height=32, width=32, num_inference_steps=2, output_type="pt",
+            generator=torch.Generator().manual_seed(3), **given,
+        ).images  # fmt: skip
+        return images
+
+    expected, dropped, before = drawn(), drawn(tail_drop=0.3, uncond_tail_drop=0.5), state(pipe)
+    with fastgen.accelerated(pipe, plan=[TailDrops(0.3, 0.5)]) as plan:
+        assert plan.loss == "lossy" and torch.equal(drawn(), dropped)
+        assert torch.equal(drawn(tail_drop=0.0), expected)  # what a call asks for counts
+    assert not torch.equal(dropped, expected)
+    assert state(pipe) == before and torch.equal(drawn(), expected)
 
 
 def test_every_part_has_a_case() -> None:
