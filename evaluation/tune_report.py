@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from fastgen.errors import FastgenError
 from fastgen.evaluation.tuning import Trial, front
 from fastgen.io import atomic_write_bytes, encode_png
 
@@ -36,17 +35,11 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> bytes:
 
 
 def plot(trials: Sequence[Trial], chosen: Trial, metric: str, path: Path) -> None:
-    """Score against seconds of all plans, with the Pareto front named, as a PNG.
-
-    Raises:
-        FastgenError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FastgenError("the plot needs matplotlib (python -m pip install matplotlib)") from error
+    """Score against seconds of all plans, with the Pareto front named, as a PNG; needs matplotlib."""
     import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)

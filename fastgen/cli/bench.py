@@ -117,7 +117,7 @@ def dc(
     check_device(device)
     for name in (model, dense):
         find_model(name, variant)
-    check_files(out, plot, folder=folder)
+    check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
         from dataclasses import replace
 
@@ -201,7 +201,7 @@ def speculative(
         if len(text.split()) < 2:
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
         check_choice("--variant", text.split()[0], RULES)
-    check_files(out, plot, folder=folder)
+    check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot

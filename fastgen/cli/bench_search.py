@@ -65,7 +65,7 @@ def search(
         verifier_class(name)
     for text in policy or []:
         check_choice("--policy", text.split()[0], ["none", *POLICIES])
-    check_files(out, plot, folder=folder)
+    check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.search import BUDGETS, VARIANTS, benchmark_search
         from fastgen.evaluation.search_results import search_markdown, search_plot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,22 @@ OutOption = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
-def check_files(*files: Path | None, folder: Path | None = None) -> None:
-    """Refuse files and a folder that cannot be written, before anything is measured.
+def has_matplotlib() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_files(*files: Path | None, folder: Path | None = None, plot: Path | None = None) -> None:
+    """Refuse files and a folder that cannot be written, and a plot that cannot be drawn, before anything is measured.
 
     Raises:
-        FastgenError: of the first folder that is not writable.
+        FastgenError: of the first folder that is not writable; matplotlib is not installed.
     """
     from fastgen.io import check_writable
 
+    if plot is not None and not has_matplotlib():
+        raise FastgenError("--plot: needs matplotlib (python -m pip install matplotlib)")
+    files = (*files, plot)
     if folder is not None:
         check_writable(folder, create=False)
     for file in files:

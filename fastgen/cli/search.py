@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import signal
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli.options import option_name
+from fastgen.cli.publish import has_matplotlib
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SearchSettings
 
@@ -82,8 +82,8 @@ def check_options(method: str | None, asked: SearchSettings, save_tree: bool) ->
     given = [*asked.given(), *["save_tree"] * save_tree]
     if given and method != "search":
         raise FastgenError(f"{option_name(given[0])}: needs --method search")
-    if save_tree and importlib.util.find_spec("matplotlib") is None:
-        raise FastgenError("--save-tree: needs matplotlib: pip install matplotlib")
+    if save_tree and not has_matplotlib():
+        raise FastgenError("--save-tree: needs matplotlib (python -m pip install matplotlib)")
 
 
 def plan_search(

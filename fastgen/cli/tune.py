@@ -15,6 +15,7 @@ import typer
 
 from fastgen.cli.methods import best_device, find_model
 from fastgen.cli.options import load_options, with_loading
+from fastgen.cli.publish import has_matplotlib
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def tune(
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
     check_writable(output.parent)
+    if not (plots := has_matplotlib()):
+        typer.echo("note: there will be no plot, it needs matplotlib (python -m pip install matplotlib)", err=True)
     log = output.with_suffix(".log.jsonl")
     files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]
     context.with_resource(locked_files(files))
@@ -118,10 +121,11 @@ def tune(
         shown = dict.fromkeys([(), chosen.parts, *(trial.parts for trial in front(tuner.trials))])
         names = {trial.parts: trial.name for trial in tuner.trials}
         rows = [(names[parts], tuner.draw(parts, _SHEET)) for parts in shown]
-        atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
-        tune_report.plot(tuner.trials, chosen, metric, files[2])
         plan.save(output)
-    written = {"plan": str(output), "plot": str(files[2]), "sheet": str(files[3])}
+        atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
+        if plots:
+            tune_report.plot(tuner.trials, chosen, metric, files[2])
+    written = {"plan": str(output), **({"plot": str(files[2])} if plots else {}), "sheet": str(files[3])}
     typer.echo(json.dumps({**plan.as_dict(), "files": written}) if as_json else str(plan))
     typer.echo(", ".join(written.values()), err=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -227,6 +228,37 @@ def test_the_command_writes_a_plan_that_generate_follows(
     assert sidecar["loss"] == "lossy"
     assert sidecar["settings"]["plan"] == [[part.name, part.settings] for part in made.parts]
     assert sidecar["stats"]["nfe"] < 16
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
+    )
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_without_matplotlib_there_is_a_plan_and_no_plot(
+    micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, plan = tmp_path / "p.txt", tmp_path / "plan.json"
+    prompts.write_text("\n".join(PROMPTS))
+    command = ["tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3, "--steps", 2]
+    assert run([*map(str, command), "--minutes", "0.001"]) == 0
+    assert "there will be no plot, it needs matplotlib" in capsys.readouterr().err
+    assert Plan.load(plan).pipeline == "ZImagePipeline"
+    assert plan.with_suffix(".sheet.png").is_file() and not plan.with_suffix(".png").exists()
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+@pytest.mark.parametrize("name", ["dc", "speculative", "search"])
+def test_a_plot_that_cannot_be_drawn_is_an_error_before_anything_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", name, "--plot", str(tmp_path / "plot.png"), "--folder", str(tmp_path / "run")]) == 2
+    assert "error: --plot: needs matplotlib" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -441,4 +441,4 @@ def test_trees_need_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, stderr = call(capsys, "a ring", *search, "--max-nfe", 20, "--save-tree", "-o", tmp_path / "o.png")
-    assert code == 2 and stderr == "error: --save-tree: needs matplotlib: pip install matplotlib\n"
+    assert code == 2 and stderr == "error: --save-tree: needs matplotlib (python -m pip install matplotlib)\n"
