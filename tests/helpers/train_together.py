@@ -50,18 +50,15 @@ def record_windows(folder: Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     scratch = Path(sys.argv[1])
-    parts = {"vae": Path(sys.argv[2]), "vq": Path(sys.argv[3]), "z-image": embedded_folder("tiny")}
-    parts["janus"] = embedded_folder("tiny-janus")
+    parts = {"z-image": Path(sys.argv[2]), "janus": Path(sys.argv[3])}  # of the others: a whole pipeline
+    parts |= dict.fromkeys(("drafter", "heads"), embedded_folder("tiny-janus"))
     draw(scratch / "samples")
     record_windows(scratch / "windows")
     for name, entry in RECIPES.items():
         config = train_config(name, scratch / name, steps=2, batch_size=4, accumulate=2, warmup=0, decay=0.0)
-        part, init, data = parts.get(entry.needs), None, None
-        if entry.upcycles:
-            part, data = embedded_folder("tiny"), scratch / "samples"
-            init = scratch / "dc-graft" / "model" / "transformer" if name == "dc-finetune" else None
-        if name == "heads":
-            data = scratch / "windows"
+        part = parts.get(name, embedded_folder("tiny")) if "part" in entry.needs else None
+        init = scratch / "dc-graft" / "model" / "transformer" if "init" in entry.needs else None
+        data = scratch / ("windows" if name == "heads" else "samples") if "data" in entry.needs else None
         trainer = Trainer(build_recipe(name, 0, part, init, data), config)
         starts = record_starts(trainer.recipe)
         before = [param.detach().clone() for param in trainer.trained]
