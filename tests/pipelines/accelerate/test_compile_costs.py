@@ -82,7 +82,7 @@ def test_tune_measures_what_generate_compiles_by(
     command = ["tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3, "--steps", 2]
     assert run([*map(str, command), "--loss", "exact", "--compile", "--device", "cpu"]) == 0
     pipe: Any = load_pipeline(str(micro_z))
-    call = {"height": 64, "width": 64, "steps": 2, "batch_size": 1}
+    call = {"height": 16, "width": 16, "steps": 2, "batch_size": 1}
     costs = measured_costs(pipe, call)
     assert costs is not None and costs.first > costs.compiled
     remember_costs(pipe, call, CompileCosts(2.0, 0.1, 10.0))  # one that pays at once
