@@ -68,10 +68,12 @@ def kill_and_resume(
         assert attempt < 4 * kills, "hardly a kill falls into a run"
         folder = tmp_path / str(attempt)
         for _ in range(rng.choice((1, 2, 3))):
+            for left in folder.parent.glob(f"{folder.name}-met-*"):
+                left.unlink()
             processes = launch(folder, arguments, rng.choice(sizes))
             time.sleep(rng.uniform(0.05, 1.0) * seconds)
             # Before they have met, only a launcher can know that one is dead.
-            met = (folder / "run" / "run.json").exists()
+            met = len([*folder.parent.glob(f"{folder.name}-met-*")]) == len(processes)
             victims = [rng.choice(processes)] if met and rng.random() < 0.3 else processes
             hits += any(process.is_alive() for process in victims)
             for process in victims:

@@ -57,7 +57,13 @@ def command(folder: Path, arguments: list[str], rank: int = 0, size: int = 1, po
     from fastgen.evaluation.distributed import Group
 
     meet = Group.from_environment
-    Group.from_environment = lambda device="cpu": meet(device, silence=4.0)  # type: ignore[method-assign, assignment]
+
+    def met(device: str = "cpu") -> Group:
+        group = meet(device, silence=4.0)
+        (folder.parent / f"{folder.name}-met-{rank}").touch()
+        return group
+
+    Group.from_environment = met  # type: ignore[method-assign, assignment]
     code = run(arguments)
     sys.stdout.flush()
     os._exit(code)
