@@ -86,8 +86,6 @@ def tune(
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
     check_writable(output.parent)
-    if not (plots := has_matplotlib()):
-        typer.echo("note: there will be no plot, it needs matplotlib (python -m pip install matplotlib)", err=True)
     log = output.with_suffix(".log.jsonl")
     files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]
     context.with_resource(locked_files(files))
@@ -110,6 +108,8 @@ def tune(
         kind = str(weights).removeprefix("torch.")
         scorer = load_metric(metric, texts, str(where))
         call = {"steps": steps, "batch_size": 1}
+        if not (plots := has_matplotlib()):
+            typer.echo("note: there will be no plot, it needs matplotlib (python -m pip install matplotlib)", err=True)
         pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind, options=options)
         header = _header(model, model_digest(checkpoint), where, kind, texts, metric, call)
         header |= {"loading": options.recorded} if options.recorded else {}

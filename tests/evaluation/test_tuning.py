@@ -261,6 +261,7 @@ def test_a_plot_that_cannot_be_drawn_is_an_error_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
