@@ -67,7 +67,7 @@ def _draw(page: Any, model: int, method: str, **fields: str) -> None:
     ("model", "method", "fields", "shown"),
     [
         (0, "search", {"max_nfe": "40", "steps": "4"}, "svg.tree image"),
-        (1, "speculative", {}, "#inside canvas"),
+        (1, "speculative", {"tree": "jacobi-4"}, "#inside canvas"),
         (2, "dc", {"steps": "4"}, "#inside img"),
     ],
 )
