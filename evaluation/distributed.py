@@ -137,8 +137,7 @@ class Group:
         if self.size > 1 and time.monotonic() - self._checked > 1:
             self._look()
 
-    def _look(self, silence: float | None = None) -> None:
-        silence = self._silence if silence is None else silence
+    def _look(self) -> None:
         self._checked = time.monotonic()
         if self._ask(lambda: self._store.check(["failed"])):
             raise PeerFailed(self._ask(lambda: self._store.get("failed")).decode("utf-8", "replace"))
@@ -149,8 +148,8 @@ class Group:
             known, since = self._seen.get(rank, (-1, 0.0))
             if beats != known:
                 self._seen[rank] = (beats, time.monotonic())
-            elif time.monotonic() - since > silence:
-                raise PeerFailed(f"process {rank} of {self.size} has shown no sign of life for {silence:.0f} s")
+            elif time.monotonic() - since > self._silence:
+                raise PeerFailed(f"process {rank} of {self.size} has shown no sign of life for {self._silence:.0f} s")
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
@@ -265,11 +264,11 @@ class Group:
             import torch.distributed as dist
 
             # The work is done: a process that shows no sign of life now is not waited for as long as one at work.
-            silence = min(self._silence, _LEAVING)
+            self._silence = min(self._silence, _LEAVING)
             with contextlib.suppress(FastgenError):
                 left = self._ask(lambda: self._store.add("left", 1))
                 while self.is_main and left < self.size:
-                    self._look(silence)
+                    self._look()
                     time.sleep(_POLL)
                     left = self._ask(lambda: self._store.add("left", 0))
             with contextlib.suppress(RuntimeError):

@@ -154,9 +154,10 @@ class _Alone:
 
 def _own(todo: list[Job], group: Any) -> list[Job]:
     """The part of this process: whole batches, so that pictures are those of one process."""
-    batches = list(dict.fromkeys(job.batch.partition("-")[0] or str(job.image) for job in todo))
-    own = {batch for place, batch in enumerate(batches) if group.owns(place)}
-    return [job for job in todo if (job.batch.partition("-")[0] or str(job.image)) in own]
+    batches: dict[str, list[Job]] = {}
+    for job in todo:
+        batches.setdefault(job.batch.partition("-")[0] or str(job.image), []).append(job)
+    return [job for place, batch in enumerate(batches.values()) if group.owns(place) for job in batch]
 
 
 def _check_options(given: Any) -> list[str]:
