@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastgen.cli.eval_run import Json
+from fastgen.cli.publish import JsonOption
 
 REGRESSION = 3
 """Exit status of a regression; 2 is a mistake in the call, as everywhere, e.g. results that do not compare."""
@@ -35,7 +35,7 @@ def compare(
         float | None, typer.Option("--max-slowdown", help="Fail when a picture takes this many times as long.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the comparison here as JSON.")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> int:
     """Compare two results: exit status 0 without a regression, 3 with one, 2 when they do not compare."""
     from fastgen.evaluation.compare import compare as compare_results

@@ -10,6 +10,7 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress
+from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def fid(
     run: Annotated[
         Path | None, typer.Option("--run", help="Folder of the drawn images; a killed run continues there.")
     ] = None,
-    device: options.Device = "cpu",
+    device: DeviceOption = "cpu",
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Folder of reference statistics and of unfinished work.")
     ] = None,
@@ -104,7 +105,7 @@ def fid(
         Path | None, typer.Option("--save-statistics", help="Write the statistics of IMAGES, a reference for later.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result here as JSON.")] = None,
-    as_json: options.Json = False,
+    as_json: JsonOption = False,
     **_: Any,
 ) -> None:
     """FID, KID, IS, sFID, precision, recall, CMMD, FD-DINOv2, CLIPScore or FD-shapes, each with its protocol."""

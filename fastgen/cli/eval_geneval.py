@@ -10,6 +10,8 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
+from fastgen.cli.methods import BatchSizeOption
+from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -52,12 +54,12 @@ def geneval(
         Path | None,
         typer.Option("--self-test-photos", help="Folder of photographs named after what they show, e.g. cat.jpg."),
     ] = None,
-    batch_size: options.BatchSize = 4,
+    batch_size: BatchSizeOption = 4,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
-    device: options.Device = "cpu",
-    as_json: options.Json = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
     **_: Any,
 ) -> None:
     """GenEval of a model, or of a folder of images in the official layout.

@@ -16,8 +16,19 @@ import typer
 
 from fastgen.checks import check_choice, check_integer, check_number
 from fastgen.cli import search as searching
-from fastgen.cli.methods import METHODS, check_method, check_method_name, find_model, read_plan
+from fastgen.cli.methods import (
+    METHODS,
+    BatchInvariantOption,
+    DrafterOption,
+    MethodOption,
+    PlanOption,
+    check_method,
+    check_method_name,
+    find_model,
+    read_plan,
+)
 from fastgen.cli.options import given_loading, load_options, option_name, with_common, with_loading, with_options
+from fastgen.cli.publish import DtypeOption
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import SETTINGS, ChunkingSettings, DrawSettings, SearchSettings, SpeculativeSettings
 
@@ -30,39 +41,10 @@ if TYPE_CHECKING:
     from fastgen.pipelines.loading.checkpoint import Checkpoint
     from fastgen.pipelines.loading.load_options import LoadOptions
 
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
 Images = Annotated[
     Path | None, typer.Option("--images", help="Score this folder (GenEval layout) and generate nothing.")
 ]
 ImagesPerPrompt = Annotated[int, typer.Option("--images-per-prompt", help="Images a prompt.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
-        "picture a verifier scores best). Default: the model's own.",
-        show_default=False,
-    ),
-]
-Drafter = Annotated[
-    str | None,
-    typer.Option(
-        "--drafter", help="A folder, a Hub id or none. Default: the model's own (speculative).", show_default=False
-    ),
-]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")]
-BatchInvariant = Annotated[
-    bool,
-    typer.Option(
-        "--batch-invariant/--fast-batches",
-        help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
-    ),
-]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the run; every image gets its own from it.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first N prompts of each task, for a quick look.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of images and results; a killed run continues there.")]
@@ -89,11 +71,11 @@ _DRAWING = tuple(name for method in _METHODS for name in method.rules() if name 
 #: Options of every command that draws, besides those of the methods: annotation and default.
 _COMMON: dict[str, tuple[Any, Any]] = {
     "images_per_prompt": (ImagesPerPrompt, 4),
-    "method": (Method, None),
-    "drafter": (Drafter, None),
-    "plan": (PlanFile, None),
-    "batch_invariant": (BatchInvariant, False),
-    "dtype": (Dtype, "auto"),
+    "method": (MethodOption, None),
+    "drafter": (DrafterOption, None),
+    "plan": (PlanOption, None),
+    "batch_invariant": (BatchInvariantOption, False),
+    "dtype": (DtypeOption, "auto"),
     "engine": (Engine, "local"),
     "ray_workers": (Workers, 2),
     "ray_address": (Address, None),

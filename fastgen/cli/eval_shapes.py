@@ -10,6 +10,8 @@ import typer
 
 from fastgen.cli import eval_run as options
 from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
+from fastgen.cli.methods import BatchSizeOption
+from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
 
@@ -23,7 +25,7 @@ def shapes(
         ),
     ] = None,
     images: options.Images = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: BatchSizeOption = 32,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     out: options.Out = None,
@@ -34,8 +36,8 @@ def shapes(
     allow_small: Annotated[
         bool, typer.Option("--allow-small", help="FD-shapes even of fewer than 256 images (biased).")
     ] = False,
-    device: options.Device = "cpu",
-    as_json: options.Json = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
     **_: Any,
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes of a model, or of a folder of images."""

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.cli import eval_run as options
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.drawing import Drawing, prepare
-from fastgen.cli.methods import check_method_name
+from fastgen.cli.eval_run import progress
+from fastgen.cli.methods import (
+    BatchInvariantOption,
+    BatchSizeOption,
+    DrafterOption,
+    MethodOption,
+    PlanOption,
+    check_method_name,
+)
 from fastgen.cli.options import option_name, with_loading, with_options
+from fastgen.cli.publish import DtypeOption, JsonOption
 from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import DRAWING, SearchSettings, check_prompt
 
@@ -54,13 +62,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    method: options.Method = None,
+    method: MethodOption = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Text file with one prompt per line; a rerun makes the missing pictures.")
     ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Picture i of each prompt uses seed + i.")] = 0,
-    drafter: options.Drafter = None,
+    drafter: DrafterOption = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the rounds; worth it for many pictures (speculative).")
     ] = False,
@@ -71,7 +79,7 @@ def generate(
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where tokens are kept (dynamic chunking).")
     ] = False,
-    plan: options.PlanFile = None,
+    plan: PlanOption = None,
     accelerate: Annotated[
         str,
         typer.Option(
@@ -80,11 +88,11 @@ def generate(
         ),
     ] = "exact",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: options.Dtype = "auto",
-    batch_size: options.BatchSize = 8,
-    batch_invariant: options.BatchInvariant = False,
+    dtype: DtypeOption = "auto",
+    batch_size: BatchSizeOption = 8,
+    batch_invariant: BatchInvariantOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Draw existing pictures again.")] = False,
-    as_json: options.Json = False,
+    as_json: JsonOption = False,
     **_: Any,
 ) -> None:
     """Make pictures from a prompt or from a file of prompts.
@@ -256,7 +264,7 @@ def _make(jobs: list[Job], todo: list[Job], drawing: Drawing) -> dict[str, Any]:
             on = turn_on(pipe, plan=faster)
         compiled = drawing.compile or (on is not None and "compile" in {part.name for part in on.parts})
         prompts, seeds = [job.prompt for job in drawn], [job.seed for job in drawn]
-        with warnings_shown(), options.progress() as update:
+        with warnings_shown(), progress() as update:
             if unknown := unknown_words(pipe, list(dict.fromkeys(prompts))):
                 shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
                 typer.echo(f"note: the model has no token for: {shown}", err=True)

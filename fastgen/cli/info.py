@@ -15,12 +15,13 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 import fastgen
 from fastgen import _assets
+from fastgen.cli.publish import JsonOption
 from fastgen.environment import cpu_name
 
 app = typer.Typer(help="Show versions, devices and which fast paths are available.", add_completion=False)
@@ -312,7 +313,7 @@ def _lines(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show versions, devices and which fast paths are available."""
     found = collect()

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "BatchInvariantOption",
+    "BatchSizeOption",
+    "DrafterOption",
+    "MethodOption",
+    "PlanOption",
     "VariantOption",
     "best_device",
     "check_method",
@@ -31,6 +36,32 @@ def variant_option(name: str = "--variant") -> Any:
 
 
 VariantOption = Annotated[str | None, variant_option()]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
+        "picture a verifier scores best). Default: the model's own.",
+        show_default=False,
+    ),
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter", help="A folder, a Hub id or none. Default: the model's own (speculative).", show_default=False
+    ),
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
+]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")]
+BatchInvariantOption = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant/--fast-batches",
+        help="Draw one picture at a time, so that pixels do not depend on the batch; slower.",
+    ),
+]
 
 #: Methods, each with the embedded model that it takes by default.
 METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastgen.cli.publish import JsonOption
 from fastgen.errors import FastgenError
 
 __all__ = ["FILE", "METHODS", "find", "markdown", "read"]
@@ -99,7 +100,7 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="A family, a pipeline class or a Hub id; part of it is enough.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show which method works with which model."""
     rows = read() if name is None else find(name, read())

@@ -12,6 +12,7 @@ import typer
 
 from fastgen.checks import check_choice
 from fastgen.cli.methods import VariantOption
+from fastgen.cli.publish import DtypeOption
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Serve pictures over HTTP, with a page to look at.")
@@ -60,7 +61,7 @@ def serve(
         typer.Option(help="Of searches: a name, NAME:WEIGHTS or a folder. Default: the model's.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(help="How long a picture waits for others to share its batch.")] = 20,
     max_queue: Annotated[int, typer.Option(help="Pictures that wait; more are refused with status 429.")] = 64,

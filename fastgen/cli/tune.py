@@ -15,7 +15,7 @@ import typer
 
 from fastgen.cli.methods import best_device, find_model
 from fastgen.cli.options import load_options, with_loading
-from fastgen.cli.publish import has_matplotlib
+from fastgen.cli.publish import DtypeOption, JsonOption, has_matplotlib
 from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def tune(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Try regional compilation too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
     **_: Any,
 ) -> None:
     """Measure what makes a model faster here, and write a plan.
