@@ -1,15 +1,17 @@
-"""Layers whose weights are kept in 8 or 4 bits, and how torchao is asked for them. Imports no torchao by itself.
+"""Layers whose weights are kept in 8 or 4 bits, and how torchao is asked for them.
 
-For weights of a pipeline that is loaded (`fastgen.pipelines.accelerate.quantize`), and while one is loaded.
+For weights of a pipeline that is loaded (`fastgen.pipelines.accelerate.quantize`), and while one is loaded. Imports
+neither torch nor torchao by itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BITS", "config_while_loading", "layer_pattern", "torchao_config", "why_not_here"]
 
@@ -25,6 +27,8 @@ _CONFIGS = {
 
 def why_not_here(kind: str, device: torch.device) -> str | None:
     """Why weights of this kind cannot be had on this machine, in a few words; None if they can."""
+    import torch
+
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed (python -m pip install torchao)"
     if kind == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):

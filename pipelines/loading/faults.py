@@ -29,9 +29,9 @@ def explained(
     """
     try:
         yield
+    except FastgenError:
+        raise
     except Exception as error:
-        if isinstance(error, FastgenError):
-            raise
         raise fault(what, error, failed, hub_id, use) from error
 
 

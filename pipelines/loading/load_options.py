@@ -20,6 +20,7 @@ from fastgen.errors import FastgenError
 from fastgen.io import file_sha256
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import check_safetensors
+from fastgen.pipelines.quantization import BITS
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
 """Where weights wait: on the device; there if they fit; whole networks, groups of layers, or single layers in main
 memory until they are needed."""
 
-QUANTIZED = ("int8", "int8-dynamic", "fp8", "int4")
+QUANTIZED = tuple(BITS)
 """Kinds of weights in fewer bits; int8-dynamic computes in 8 bits too."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

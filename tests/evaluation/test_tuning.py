@@ -198,14 +198,19 @@ def test_no_new_measurement_starts_when_time_is_up(pipe: Any, tmp_path: Path) ->
     assert chosen.parts == ()
 
 
-def test_the_command_writes_a_plan_that_generate_follows(
-    micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def command(micro_z: Path, tmp_path: Path) -> list[str]:
     prompts, plan = tmp_path / "p.txt", tmp_path / "plan.json"
     prompts.write_text("\n".join(PROMPTS))
-    command = ["tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3, "--steps", 4]
+    return [*map(str, ("tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3))]
+
+
+def test_the_command_writes_a_plan_that_generate_follows(
+    command: list[str], micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
-    assert run([*map(str, command), "--max-drop", "10", "--minutes", "1"]) == 0
+    plan, command = tmp_path / "plan.json", [*command, "--steps", "4"]
+    assert run([*command, "--max-drop", "10", "--minutes", "1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("ZImagePipeline, loss contract lossy") and "fewer_steps" in out
     made = Plan.load(plan)
@@ -213,7 +218,7 @@ def test_the_command_writes_a_plan_that_generate_follows(
     assert any(row["beats_fewer_steps"] is None for row in made.measured["trials"])
     for file in (plan.with_suffix(".png"), plan.with_suffix(".sheet.png")):
         Image.open(file).load()
-    assert run([*map(str, command), "--max-drop", "10", "--minutes", "0.001", "--json"]) == 0  # known from the log
+    assert run([*command, "--max-drop", "10", "--minutes", "0.001", "--json"]) == 0  # known from the log
     printed = json.loads(capsys.readouterr().out)
     assert printed.pop("files")["plan"] == str(plan) and printed == Plan.load(plan).as_dict()
     here = ["x", "--model", micro_z, "--steps", 8, "-o", tmp_path / "a.png"]
@@ -240,12 +245,10 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_without_matplotlib_there_is_a_plan_and_no_plot(
-    micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts, plan = tmp_path / "p.txt", tmp_path / "plan.json"
-    prompts.write_text("\n".join(PROMPTS))
-    command = ["tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3, "--steps", 2]
-    assert run([*map(str, command), "--minutes", "0.001"]) == 0
+    plan = tmp_path / "plan.json"
+    assert run([*command, "--steps", "2", "--minutes", "0.001"]) == 0
     assert "there will be no plot, it needs matplotlib" in capsys.readouterr().err
     assert Plan.load(plan).pipeline == "ZImagePipeline"
     assert plan.with_suffix(".sheet.png").is_file() and not plan.with_suffix(".png").exists()
