@@ -177,7 +177,7 @@ class Trainer:
             for name in getattr(module, "compiled_parts", ()):
                 module.get_submodule(name).compile(dynamic=getattr(module, "compiled_shapes", False))
         if self.sharded:
-            shard(module, self.accelerator.device, self.precision == "bf16")
+            shard(module, self.accelerator.device)
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.optimizers = build_optimizers(module, config.lr, self.precision, adamw)
         self.module = module if self.sharded else self.accelerator.prepare(module)
