@@ -9,7 +9,7 @@ import typer
 
 from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
-from fastgen.cli.bench_search import search, search_overhead
+from fastgen.cli.bench_search import search
 from fastgen.cli.bench_serve import serve
 from fastgen.cli.methods import VariantOption, find_model, variant_option
 from fastgen.cli.notes import measuring
@@ -27,7 +27,6 @@ def _group() -> None:
 app.command("accelerate")(accelerate)
 app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("search-overhead")(search_overhead)
 app.command("serve")(serve)
 
 

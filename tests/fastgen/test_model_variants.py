@@ -22,7 +22,6 @@ SHORT = ["--limit", "1", "--images-per-prompt", "1", "--steps", "1"]
 DRAWING = {
     "generate": ["generate", "a ring", "--steps", "1"],
     "eval shapes": ["eval", "shapes", *SHORT],
-    "bench search-overhead": ["bench", "search-overhead", "--runs", "2"],
 }
 MORE = {
     "eval geneval": ["eval", "geneval", "--detector", "shapes", "--no-self-test", *SHORT],
