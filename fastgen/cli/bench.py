@@ -11,7 +11,7 @@ from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search
 from fastgen.cli.bench_serve import serve
-from fastgen.cli.methods import VariantOption, find_model, variant_option
+from fastgen.cli.methods import VariantOption, check_device, find_model, variant_option
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 from fastgen.errors import FastgenError
@@ -46,7 +46,6 @@ def generate(
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
     from fastgen.checks import check_integer
-    from fastgen.cli.eval_run import check_device
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
     check_integer("--runs", runs, 1)
@@ -111,7 +110,6 @@ def dc(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking against a dense model with fewer
     steps, step caches and token merging."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device)
     for name in (model, dense):
@@ -183,7 +181,6 @@ def speculative(
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
     from fastgen.checks import check_choice, check_integer
-    from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
     from fastgen.pipelines.loading.checkpoint import find_drafter
 
@@ -241,7 +238,6 @@ def speculative_cost(
     as_json: JsonOption = False,
 ) -> None:
     """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)
@@ -279,7 +275,6 @@ def dc_speed(
     as_json: JsonOption = False,
 ) -> None:
     """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)

@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from fastgen.cli.methods import VariantOption, find_model
+from fastgen.cli.methods import VariantOption, check_device, find_model
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 
@@ -48,7 +48,6 @@ def search(
 ) -> None:
     """Noise search: ShapesWorld-GenEval against NFE and seconds for all policies, with paired tests."""
     from fastgen.checks import check_choice
-    from fastgen.cli.eval_run import check_device
     from fastgen.evaluation.verifiers.names import verifier_class
     from fastgen.pipelines.noise_search import SamplerName
     from fastgen.pipelines.search.names import POLICIES
