@@ -47,10 +47,7 @@ def generate_markdown(data: dict[str, Any]) -> str:
     ]
     warm = []
     for row in data["warm"]:
-        cells = [row["model"], row["engine"], str(row["batch"])]
-        if "failed" in row:
-            warm.append([*cells, f"failed: {row['failed']}", "", "", "", "", ""])
-            continue
+        cells = [row["model"], row.get("engine", "eager"), str(row["batch"])]
         step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
         invariant = "yes" if row["batch_invariant"] else "no"
         warm.append([*cells, invariant, str(row["n"]), *three(row["seconds_per_image"]), step])

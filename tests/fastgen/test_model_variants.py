@@ -26,18 +26,7 @@ DRAWING = {
 MORE = {
     "eval geneval": ["eval", "geneval", "--detector", "shapes", "--no-self-test", *SHORT],
     "eval fid": ["eval", "fid", "--allow-small", "--bootstrap", "0", "--reference", "others", *SHORT],
-    "bench generate": [
-        "bench",
-        "generate",
-        "--no-cold",
-        "--no-compile",
-        "--runs",
-        "1",
-        "--batch",
-        "1",
-        "--steps",
-        "1",
-    ],
+    "bench generate": ["bench", "generate", "--no-cold", "--runs", "1", "--batch", "1", "--steps", "1"],
     "bench search": ["bench", "search", "--policy", "random", "--budget", "12", "--seeds", "1", "--limit", "1"],
 }
 

@@ -207,7 +207,7 @@ def test_benchmarks_say_what_is_cut_off_and_keep_it_in_the_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.evaluation.benchmarks.generate.PROMPT", LONG)
-    words = ["bench", "generate", "--no-cold", "--no-compile", "--runs", "2", "--steps", "1", "--batch", "1"]
+    words = ["bench", "generate", "--no-cold", "--runs", "2", "--steps", "1", "--batch", "1"]
     result, notes = told(*words, "--model", sd / "plain", "--out", "x.json")
     assert [note.removeprefix("note: ") for note in notes] == result["notes"]
     assert len(notes) == 1 and END in notes[0]
