@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,11 +71,13 @@ def benchmark_search_overhead(
     pipe: Any = load_checkpoint(checkpoint, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     call = call_of(checkpoint)
-    calls: dict[str, Callable[..., Any]] = {
-        STOCK: pipe,
-        WRAPPED: NoiseSearchPipeline(pipe, policy=None),
-        CONTROL: pipe,
-    }
+    search = NoiseSearchPipeline(pipe, policy=None)
+
+    def wrapped(prompt: str, generator: torch.Generator, **arguments: Any) -> Any:
+        return search(prompt, generator=generator, output_type="np", pipeline_kwargs=arguments)
+
+    stock = functools.partial(pipe, output_type="np")
+    calls: dict[str, Callable[..., Any]] = {STOCK: stock, WRAPPED: wrapped, CONTROL: stock}
     check_prompt_lengths(pipe, chosen)
     report("warm-up")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -84,7 +87,7 @@ def benchmark_search_overhead(
         for name in order:
             generator = torch.Generator().manual_seed(run + 1)
             started = time.perf_counter()
-            output = calls[name](chosen[run % len(chosen)], generator=generator, output_type="np", **call)
+            output = calls[name](chosen[run % len(chosen)], generator=generator, **call)
             wait_for(torch.device(pipe.device))
             if run >= 0:
                 seconds[name].append(time.perf_counter() - started)
