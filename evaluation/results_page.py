@@ -14,7 +14,7 @@ from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.gains import gains_table
 from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import markdown_table, percent, provenance, scores_markdown, three
-from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
+from fastgen.evaluation.search_results import search_markdown
 from fastgen.evaluation.speculative_results import (
     speculative_cost_markdown,
     speculative_markdown,
@@ -30,7 +30,6 @@ _COMMANDS = {
     "bench-search-elastic": "bench search --model tiny-dc",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
-    "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
 _MODELS = (
@@ -48,10 +47,7 @@ def generate_markdown(data: dict[str, Any]) -> str:
     ]
     warm = []
     for row in data["warm"]:
-        cells = [row["model"], row["engine"], str(row["batch"])]
-        if "failed" in row:
-            warm.append([*cells, f"failed: {row['failed']}", "", "", "", "", ""])
-            continue
+        cells = [row["model"], row.get("engine", "eager"), str(row["batch"])]
         step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
         invariant = "yes" if row["batch_invariant"] else "no"
         warm.append([*cells, invariant, str(row["n"]), *three(row["seconds_per_image"]), step])
@@ -147,10 +143,8 @@ def results_page(folder: Path) -> str:
         ("bench-search-own-call", "Noise search: thresholds by the pipeline's own call, no adapter", search_markdown),
         ("bench-search-rbf", "Noise search: thresholds against RBF with 500 passes", search_markdown),
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
-        ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
         ("bench-serve", "A server and its clients", serve_markdown),
-        ("bench-serve-load", "A server whose replicas are killed, on a busy machine", serve_markdown),
         ("bench-kernels", "Fused kernels", kernels_markdown),
         ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):
@@ -160,8 +154,13 @@ def results_page(folder: Path) -> str:
                 f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"
             )
-    if read("shapes-checker") is not None:
-        parts.append("## ShapesWorld checker\n\nSee [shapes-checker](results/shapes-checker.md).\n")
+    for name, title in (
+        ("bench-search-overhead", "Noise search: what wrapping costs"),
+        ("bench-serve-load", "A server whose replicas are killed, on a busy machine"),
+        ("shapes-checker", "ShapesWorld checker"),
+    ):
+        if (folder / f"{name}.json").is_file():
+            parts.append(f"## {title}\n\nSee [{name}](results/{name}.md).\n")
     return "\n".join(parts)
 
 

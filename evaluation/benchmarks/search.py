@@ -88,9 +88,8 @@ def benchmark_search(
     batch_size: int = 32,
     device: str = "cpu",
     dtype: str = "auto",
-    share: tuple[int, int] | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run the benchmark.
 
     Args:
@@ -107,12 +106,10 @@ def benchmark_search(
         sampler: see `NoiseSearchPipeline.__call__`.
         batch_size: rows of a forward pass.
         device, dtype: of the model; the verifiers run there in their own precision.
-        share: (i, n) does the i-th of n shares of the searches, from 1 on, and no more: n processes side by side, each
-            with a core of its own. A call without it then finds all of them done.
         report: called with each line of progress.
 
     Returns:
-        None of a share, else a JSON-ready dict: "environment", "detector", "settings", "skipped" (pairs of policy and
+        a JSON-ready dict: "environment", "detector", "settings", "skipped" (pairs of policy and
         budget that are not possible, with the reason), "rows" (see `rows_of`), "comparisons" and "reach" (see
         `statistics_of`).
 
@@ -122,8 +119,6 @@ def benchmark_search(
     """
     for name, number in (("seeds", seeds), ("batch_size", batch_size), *(("budgets", budget) for budget in budgets)):
         check_integer(name, number, 1)
-    if share is not None and not 1 <= share[0] <= share[1]:
-        raise FastgenError(f"share: {share[0]}/{share[1]} is not allowed, needs I/N with 1 <= I <= N")
     variants = [parse_variant(text) for text in dict.fromkeys((NONE, *policies))]
     prompts = _numbered(limit)
     checkpoint = find_checkpoint(model, variant)
@@ -149,9 +144,7 @@ def benchmark_search(
     for entry in skipped:
         report(f"left out: {entry['policy']} at {entry['budget']}: {entry['reason']}")
     _open(folder, record, searches)
-    _run(bench, searches, prompts, seeds, share or (1, 1), report)
-    if share is not None:
-        return None
+    _run(bench, searches, prompts, seeds, report)
     report("score")
     by = Resampling([item.tag for _, item in prompts])
     rows = rows_of(searches, prompts, seeds, detector, asked, held, by, device)
@@ -223,8 +216,7 @@ def _open(folder: Path, record: dict[str, Any], searches: Sequence[Search]) -> N
         file = place / "settings.json"
         if not file.is_file():
             check_writable(place)
-            full = any(not item.name.startswith(".") for item in place.iterdir())
-            if full and not file.is_file():  # another share may just have written it
+            if any(not item.name.startswith(".") for item in place.iterdir()):
                 raise FastgenError(f"{place}: is not empty and holds no searches; choose another folder")
             atomic_write_json(file, wanted)
         held = read_object(file)
@@ -239,11 +231,10 @@ def _run(
     searches: Sequence[Search],
     prompts: Sequence[tuple[int, Metadata]],
     seeds: int,
-    share: tuple[int, int],
     report: Callable[[str], None],
 ) -> None:
-    """Every search of this share that has no record yet."""
-    todo = list(_missing(searches, prompts, seeds, share))
+    """Every search that has no record yet."""
+    todo = list(_missing(searches, prompts, seeds))
     if not todo:
         return
     report("warm-up")
@@ -264,14 +255,12 @@ def _run(
 
 
 def _missing(
-    searches: Sequence[Search], prompts: Sequence[tuple[int, Metadata]], seeds: int, share: tuple[int, int]
+    searches: Sequence[Search], prompts: Sequence[tuple[int, Metadata]], seeds: int
 ) -> Iterator[tuple[Search, int, Metadata, int]]:
-    """All prompts before the next seed; a share has all rows of its prompts. Which row begins changes from prompt to
-    prompt: the first one reads the prompt for the verifier, which keeps it."""
+    """All prompts before the next seed. Which row begins changes from prompt to prompt: the first one reads the prompt
+    for the verifier, which keeps it."""
     for seed in range(seeds):
         for turn, (place, item) in enumerate(prompts):
-            if (seed * len(prompts) + turn) % share[1] != share[0] - 1:
-                continue
             first = (turn + seed) % len(searches)
             for search in (*searches[first:], *searches[:first]):
                 path = search.picture(place, seed)

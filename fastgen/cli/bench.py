@@ -9,9 +9,9 @@ import typer
 
 from fastgen.cli.bench_accelerate import accelerate
 from fastgen.cli.bench_kernels import kernels
-from fastgen.cli.bench_search import search, search_overhead
+from fastgen.cli.bench_search import search
 from fastgen.cli.bench_serve import serve
-from fastgen.cli.methods import VariantOption, find_model, variant_option
+from fastgen.cli.methods import VariantOption, check_device, find_model, variant_option
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 from fastgen.errors import FastgenError
@@ -27,7 +27,6 @@ def _group() -> None:
 app.command("accelerate")(accelerate)
 app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("search-overhead")(search_overhead)
 app.command("serve")(serve)
 
 
@@ -40,14 +39,12 @@ def generate(
     batch: Annotated[list[int] | None, typer.Option(help="Pictures per call; repeat. Default: 1 and 8.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion).")] = 8,
     cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Measure cold starts.")] = True,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
     from fastgen.checks import check_integer
-    from fastgen.cli.eval_run import check_device
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
     check_integer("--runs", runs, 1)
@@ -68,7 +65,6 @@ def generate(
             batches=batches,
             steps=steps,
             cold=cold,
-            compile=compile,
             device=device,
             dtype=dtype,
             report=lambda line: typer.echo(line, err=True),
@@ -112,7 +108,6 @@ def dc(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking against a dense model with fewer
     steps, step caches and token merging."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device)
     for name in (model, dense):
@@ -184,7 +179,6 @@ def speculative(
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
     from fastgen.checks import check_choice, check_integer
-    from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
     from fastgen.pipelines.loading.checkpoint import find_drafter
 
@@ -242,7 +236,6 @@ def speculative_cost(
     as_json: JsonOption = False,
 ) -> None:
     """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)
@@ -280,7 +273,6 @@ def dc_speed(
     as_json: JsonOption = False,
 ) -> None:
     """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgen.cli.methods import VariantOption, find_model, read_plan
+from fastgen.cli.methods import VariantOption, check_device, find_model, read_plan
 from fastgen.cli.notes import measuring
 from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
 
@@ -40,7 +40,6 @@ def accelerate(
 ) -> None:
     """Exact parts, plans and fewer steps: seconds and score, drawn in turns with the stock pipeline."""
     from fastgen.checks import check_integer, check_number
-    from fastgen.cli.eval_run import check_device
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.evaluation.tuning import SHARES
     from fastgen.locks import locked_files

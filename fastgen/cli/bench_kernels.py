@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastgen.cli.methods import check_device
 from fastgen.cli.publish import DeviceOption, JsonOption, OutOption, check_files, publish
 
 __all__ = ["kernels"]
@@ -30,7 +31,6 @@ def kernels(
     as_json: JsonOption = False,
 ) -> None:
     """Fused kernels against their references, eager and compiled, and against the memory's speed."""
-    from fastgen.cli.eval_run import check_device
     from fastgen.io import atomic_write_json
 
     check_device(device)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli.eval_run import Drawing, drawing_options, progress
+from fastgen.cli.eval_run import Drawing, drawing_options
+from fastgen.cli.notes import progress
 from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 

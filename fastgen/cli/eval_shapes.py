@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
+from fastgen.cli.eval_run import Drawing, drawing_options
 from fastgen.cli.methods import BatchSizeOption
+from fastgen.cli.notes import progress
 from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
@@ -97,6 +98,8 @@ def shapes(
 
 def _scores_text(report: dict[str, Any]) -> str:
     """The scores for people."""
+    from fastgen.evaluation.report import source_lines, task_lines
+
     lines = task_lines(report)
     fd = report["fd_shapes"]
     if fd["value"] is None:

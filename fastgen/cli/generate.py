@@ -17,7 +17,6 @@ import typer
 from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.drawing import Drawing, prepare
-from fastgen.cli.eval_run import progress
 from fastgen.cli.methods import (
     BatchInvariantOption,
     BatchSizeOption,
@@ -26,6 +25,7 @@ from fastgen.cli.methods import (
     PlanOption,
     check_method_name,
 )
+from fastgen.cli.notes import progress
 from fastgen.cli.options import option_name, with_loading, with_options
 from fastgen.cli.publish import DtypeOption, JsonOption
 from fastgen.errors import FastgenError
