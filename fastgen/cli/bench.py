@@ -173,6 +173,9 @@ def speculative(
     batch: Annotated[
         list[int] | None, typer.Option(help="Also measure pictures a minute at this batch size; repeat.")
     ] = None,
+    commands: Annotated[
+        int, typer.Option(help="Also time this many whole generate commands, against the plain loop's.")
+    ] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -191,13 +194,15 @@ def speculative(
         find_drafter(checkpoint, path)
     for size in batch or []:
         check_integer("--batch", size, 1)
+    check_integer("--commands", commands, 0)
     for text in variant or []:
         if len(text.split()) < 2:
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
         check_choice("--variant", text.split()[0], RULES)
     check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
-        from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
@@ -216,6 +221,7 @@ def speculative(
             dtype=dtype,
             compile=compile,
             batches=batch or (),
+            commands=commands,
             report=lambda line: typer.echo(line, err=True),
         )
         if plot is not None:
