@@ -166,6 +166,12 @@ def decode_speculative(
         return _Rounds(target, source, rule, prefix, law, list(generators), compile).decode(on_token)
 
 
+def _sizes(batch: int) -> list[int]:
+    """Images that compiled rounds of a batch go on with, most first. Each size is another graph: there are few, all,
+    half and a quarter of them, but none below 4, where a graph costs more time than it saves."""
+    return [batch, *(batch >> half for half in (1, 2) if batch >> half >= 4)]
+
+
 class _Rounds:
     """State of one batch."""
 
@@ -186,7 +192,8 @@ class _Rounds:
         # Numbers of the images that are still drawn, and the tokens of those that left.
         self.images = torch.arange(batch, device=device)
         self.finished = torch.zeros(batch, target.num_tokens, dtype=torch.int64, device=device)
-        self.narrows = not compile
+        self.sizes = _sizes(batch) if compile else None
+        self.narrows = True
         self.path = source.max_depth + 1
         self.cache = target.new_cache(prefix, source.nodes + self.path)
         self.tokens = torch.zeros(batch, target.num_tokens + self.path, dtype=torch.int64, device=device)
@@ -213,7 +220,7 @@ class _Rounds:
                     on_token(min(done, total) - 1)
                 if done >= total:
                     break
-                if self.narrows and 4 * int((self.count >= total).sum()) >= len(self.count):
+                if self.narrows:
                     self._leave()
             self.round()
             rounds += 1
@@ -240,19 +247,29 @@ class _Rounds:
             self.spent = self.counts["stolen"][self.images].float()
 
     def _leave(self) -> None:
-        """Images that are done leave the batch: the others go on without them. Every image has random numbers of its
-        own, so that only rounding knows of it; a compiled step is made for one batch size and keeps them."""
-        here = (self.count < self.target.num_tokens).nonzero()[:, 0]
-        if not self.source.narrow(here, self.prefix):
+        """Images that are done leave the batch as soon as they are a quarter of it, or, where the step is compiled, as
+        soon as the others fit into a smaller graph. Every image has random numbers of its own, so that only rounding
+        knows of it."""
+        done, here = self.count >= self.target.num_tokens, len(self.count)
+        drawn = here - int(done.sum())
+        if self.sizes is None:
+            size = drawn if 4 * drawn <= 3 * here else here
+        else:
+            size = min(size for size in self.sizes if size >= drawn)
+        if size == here:
+            return
+        # All that are not done, and as many of the others as the size has room for.
+        stay = done.to(torch.uint8).argsort(stable=True)[:size].sort().values
+        if not self.source.narrow(stay, self.prefix):
             self.narrows = False
             return
         self.finished[self.images] = self.tokens[:, : self.target.num_tokens]
-        self.cache.narrow(self.prefix.both(here))
-        self.prefix = self.prefix.narrowed(here)
+        self.cache.narrow(self.prefix.both(stay))
+        self.prefix = self.prefix.narrowed(stay)
         self.images, self.tokens, self.count, self.spent = (
-            values[here] for values in (self.images, self.tokens, self.count, self.spent)
+            values[stay] for values in (self.images, self.tokens, self.count, self.spent)
         )
-        self.generators = [self.generators[number] for number in here.tolist()]
+        self.generators = [self.generators[number] for number in stay.tolist()]
 
     def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """A round without decisions on the host: accepted lengths [B] without forced tokens, and counts."""

@@ -30,6 +30,7 @@ _COMMANDS = {
     "bench-search-elastic": "bench search --model tiny-dc",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
+    "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
 _MODELS = (
@@ -145,6 +146,7 @@ def results_page(folder: Path) -> str:
         ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
         ("bench-serve", "A server and its clients", serve_markdown),
+        ("bench-serve-load", "A server whose replicas are killed, on a busy machine", serve_markdown),
         ("bench-kernels", "Fused kernels", kernels_markdown),
         ("bench-kernels-end-to-end", "Fused kernels: steps of whole models", kernels_markdown),
     ):
@@ -156,7 +158,6 @@ def results_page(folder: Path) -> str:
             )
     for name, title in (
         ("bench-search-overhead", "Noise search: what wrapping costs"),
-        ("bench-serve-load", "A server whose replicas are killed, on a busy machine"),
         ("shapes-checker", "ShapesWorld checker"),
     ):
         if (folder / f"{name}.json").is_file():

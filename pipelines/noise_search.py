@@ -39,7 +39,7 @@ from fastgen.pipelines.token_images import as_output, one_per_image
 from fastgen.pipelines.wrapping import WrappingPipeline
 from fastgen.pretrained import load_pretrained
 
-__all__ = ["NoFinitePicture", "NoiseSearchOutput", "NoiseSearchPipeline", "SearchInterrupted"]
+__all__ = ["NoFinitePicture", "NoiseSearchOutput", "NoiseSearchPipeline", "SamplerName", "SearchInterrupted"]
 
 SamplerName = Literal["ancestral", "euler-maruyama", "rollover"]
 
@@ -179,9 +179,9 @@ class NoiseSearchPipeline(WrappingPipeline):
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         on_round: Callable[[Round], None] | None = None,
-        **extra: Any,
+        pipeline_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Draw one image of each prompt. Without a policy this is the pipeline's own call, with its arguments.
+        """Draw one image of each prompt. Without a policy this is the pipeline's own call.
 
         Args:
             prompt: text or list of texts.
@@ -206,7 +206,8 @@ class NoiseSearchPipeline(WrappingPipeline):
             output_type: "pil", "np" or "pt".
             return_dict: False gives ``(images,)``.
             on_round: called after each round of evaluations.
-            extra: further arguments: what the pipeline's adapter takes, or any of the pipeline's own call.
+            pipeline_kwargs: arguments of the pipeline's own call by name, such as `image`, `mask_image`, `strength`,
+                `max_sequence_length`, or the knobs of a model with dynamic chunking.
 
         Candidates whose latents, pixels or score are not numbers are dropped.
 
@@ -220,12 +221,14 @@ class NoiseSearchPipeline(WrappingPipeline):
             SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
         """
         policy = self.policy
+        asked: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        asked |= {"height": height, "width": width, "negative_prompt": negative_prompt}
+        further = _further(pipeline_kwargs, asked)
         if policy is None:
-            own: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-            own.update(guidance_scale=guidance_scale, negative_prompt=negative_prompt, generator=generator)
-            own.update(max_nfe=max_nfe, max_seconds=max_seconds, target_score=target_score, explore=explore)
+            own: dict[str, Any] = {"generator": generator, "max_nfe": max_nfe, "max_seconds": max_seconds}
+            own |= {"target_score": target_score, "explore": explore, **asked}
             own = {name: value for name, value in own.items() if value is not None}
-            return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **extra)
+            return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **further)
         if not isinstance(prompt, str | list | tuple) or not prompt:
             raise FastgenError(f"prompt: {prompt!r} is not allowed, needs a text or a list of at least one")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -242,7 +245,7 @@ class NoiseSearchPipeline(WrappingPipeline):
         if explore and self._denoiser.use_effort is Denoiser.use_effort:
             raise FastgenError(f"explore: {type(self.pipe).__name__} has no dynamic chunking")
         budget = Budget(max_nfe, max_seconds, target_score)
-        settings = Settings(num_inference_steps, guidance_scale, height, width, negative_prompt, extra)
+        settings = Settings(**asked, extra=further)
         texts = [*prompts, *(settings.checked(len(prompts)).negatives(len(prompts)) or ())]
         check_prompt_lengths(self.pipe, [text for text in texts if isinstance(text, str)])
         generators = one_per_image(generator, len(prompts))
@@ -334,6 +337,24 @@ class NoiseSearchPipeline(WrappingPipeline):
             place = (seed, start, pool, explore)
             chains += [Chain(denoiser, path, prompt, number, *place) for number in range(policy.chains)]
         return chains
+
+
+def _further(given: Mapping[str, Any] | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """Of `pipeline_kwargs` those that the search has no argument for; the others go to `asked`, where they are None.
+
+    Raises:
+        FastgenError: no mapping of names, or an argument that is given twice.
+    """
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        raise FastgenError(f"pipeline_kwargs: {given!r} is not allowed, needs arguments of the pipeline by name")
+    further = dict(given or {})
+    own = inspect.signature(NoiseSearchPipeline.__call__).parameters.keys() - asked.keys()
+    for name in given or {}:
+        if name in own or asked.get(name) is not None:
+            raise FastgenError(f"pipeline_kwargs: {name} is an argument of the search itself, give it once, there")
+        if name in asked:
+            asked[name] = further.pop(name)
+    return further
 
 
 def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def _search(bench: Bench, search: Search, prompt: str, seed: int) -> tuple[Image
     started = time.perf_counter()
     try:
         with account() as stats:
-            output = search.pipeline(prompt, generator=generator, **bench.call, **arguments)
+            output = search.pipeline(prompt, generator=generator, pipeline_kwargs=bench.call, **arguments)
             wait_for(torch.device(bench.pipe.device))
     except SearchInterrupted as error:
         raise (error.__cause__ or error) from None

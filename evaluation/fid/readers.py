@@ -8,6 +8,7 @@ thread) are two steps. Nothing is ever loaded whole.
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
@@ -84,6 +85,11 @@ class ImageSource(ABC):
     def _digest_name(self, index: int) -> str:
         return str(index)
 
+    def names_digest(self) -> str:
+        """sha256 over the names of all images, in order, and their prompts; reads none of them."""
+        names = [self._digest_name(index) for index in range(len(self))]
+        return hashlib.sha256(json.dumps([names, list(self.prompts or ())]).encode()).hexdigest()
+
     def read(self, index: int) -> np.ndarray:
         """One image, uint8 [H, W, 3]."""
         return self.decode(index, self.fetch(index))
@@ -125,6 +131,23 @@ def _captions(names: Sequence[str], read: Callable[[str], bytes | None]) -> list
     return found
 
 
+def _listed_captions(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """Captions in the metadata.jsonl of an image folder of Hugging Face `datasets`, or None when one has none."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        return None
+    found: dict[str, str] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                record = parse_json(line, f"{path}, line {number}")
+                try:
+                    found[record["file_name"]] = str(next(record[key] for key in _CAPTION_KEYS if key in record))
+                except (KeyError, TypeError, StopIteration):
+                    return None
+    return [found[name] for name in names] if found.keys() >= set(names) else None
+
+
 def _metadata_prompt(path: Path) -> str | None:
     try:
         return str(parse_json(read_limited(path, _MAX_TEXT_BYTES).splitlines()[0], path)["prompt"])
@@ -159,7 +182,7 @@ class FolderSource(ImageSource):
             return
         inside = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
         self.files = sorted(_images(folder, (name for name in inside if (self.folder / name).is_file())))
-        self.prompts = _captions(self.files, self._read_beside)
+        self.prompts = _captions(self.files, self._read_beside) or _listed_captions(self.folder, self.files)
 
     def _read_beside(self, name: str) -> bytes | None:
         path = self.folder / name

@@ -171,6 +171,9 @@ def speculative(
     batch: Annotated[
         list[int] | None, typer.Option(help="Also measure pictures a minute at this batch size; repeat.")
     ] = None,
+    commands: Annotated[
+        int, typer.Option(help="Also time this many whole generate commands, against the plain loop's.")
+    ] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -189,13 +192,15 @@ def speculative(
         find_drafter(checkpoint, path)
     for size in batch or []:
         check_integer("--batch", size, 1)
+    check_integer("--commands", commands, 0)
     for text in variant or []:
         if len(text.split()) < 2:
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
         check_choice("--variant", text.split()[0], RULES)
     check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
-        from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
@@ -214,6 +219,7 @@ def speculative(
             dtype=dtype,
             compile=compile,
             batches=batch or (),
+            commands=commands,
             report=report,
         )
         if plot is not None:
@@ -297,13 +303,19 @@ def serve(
     variant: VariantOption = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
     pictures: Annotated[int, typer.Option(help="Pictures of a round.")] = 24,
+    minutes: Annotated[
+        float, typer.Option(help="Then keep eight clients busy for this long, and compare every picture.")
+    ] = 0.0,
+    replicas: Annotated[
+        int, typer.Option(help="Replicas of Ray Serve to draw on; one is killed every minute of that load.")
+    ] = 0,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What `fastgen serve` gains by shared batches."""
+    """What `fastgen serve` gains by shared batches, and whether it stays right under load."""
     from fastgen.cli.serve import check_libraries
 
-    check_libraries(ray=False)
+    check_libraries(ray=replicas > 0)
     find_model(model, variant)
     check_files(out)
     with measuring() as notes:
@@ -313,7 +325,9 @@ def serve(
             model,
             rounds=rounds,
             pictures=pictures,
+            minutes=minutes,
             variant=variant,
+            replicas=replicas,
             report=report,
         )
     publish(result, out, as_json, serve_markdown(result), notes.texts)

@@ -314,7 +314,7 @@ def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
 
     others = () if drafter is None else (drafter,)
     if checkpoint.hub_id is not None:
-        name = f"{checkpoint.hub_id}@{checkpoint.folder.name}"
+        name = f"{checkpoint.hub_id}@{checkpoint.root.name}"
         return f"{name} {model_fingerprint(*others)}" if others else name
     return model_fingerprint(*checkpoint.folders, *others)
 

@@ -213,7 +213,7 @@ def _difference(job: Job) -> str:
 def model_digest(checkpoint: Checkpoint, drafter: Path | None = None) -> str:
     """Tells which weights these are: the Hub revision, or a digest of the weight files."""
     if checkpoint.hub_id is not None:
-        return checkpoint.folder.name
+        return checkpoint.root.name
     own = [] if drafter is None or drafter == checkpoint.drafter else [drafter]
     return weights_digest([*checkpoint.folders, *own])
 

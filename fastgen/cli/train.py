@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
 from fastgen.training.recipe_settings import DrawnSettings, RecipeSettings, TrainingSettings
 from fastgen.training.recipes import RECIPES, CascadeCalibrate, Heads, SearchCalibrate, janus_folder
+
+if TYPE_CHECKING:
+    from fastgen.training.train_config import TrainConfig
 
 app = typer.Typer(
     help="Train an embedded model by its recipe, or calibrate one; `fastgen train RECIPE --help` shows its options.",
@@ -44,6 +47,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
 
     config = settings.train_config(output)
     check_writable(output, create=False)
+    _check_checkpoint(settings, config)
     if isinstance(settings, DrawnSettings) and settings.samples:
         (_record if isinstance(settings, Heads) else _draw)(settings, settings.samples)
     built = settings.build()
@@ -57,10 +61,26 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
     torch.set_flush_denormal(True)  # for the run alone: it holds for the whole process
     try:
         learnt = _learnt_from(settings)
+        if identity := getattr(getattr(built, "samples", None), "identity", ""):
+            learnt["pictures"] = identity
         record = _with_progress(lambda report: Trainer(built, config, report, learnt), config.steps)
     finally:
         torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+
+
+def _check_checkpoint(settings: TrainingSettings, config: TrainConfig) -> None:
+    """Refuse a checkpoint of another run before anything is loaded; most of what it costs is the import of torch."""
+    path = config.output_dir / "checkpoint.pt"
+    if path.exists():
+        import torch
+        from accelerate import PartialState
+
+        from fastgen.training.checkpoints import check_resumable
+        from fastgen.training.engine import run_settings
+
+        processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+        check_resumable(path, settings.name, config.seed, run_settings(config, processes))
 
 
 def _learnt_from(settings: TrainingSettings) -> dict[str, Any]:

@@ -13,7 +13,15 @@ import torch
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_bytes, parse_json
 
-__all__ = ["check_run", "damaged", "file_version", "read_checkpoint", "trim_log", "write_checkpoint"]
+__all__ = [
+    "check_resumable",
+    "check_run",
+    "damaged",
+    "file_version",
+    "read_checkpoint",
+    "trim_log",
+    "write_checkpoint",
+]
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -50,11 +58,31 @@ def damaged(path: Path, error: Exception) -> FastgenError:
     return FastgenError(f"checkpoint {path} is damaged or of another model: {type(error).__name__}: {line}")
 
 
-def check_run(path: Path, state: dict[str, Any], recipe: str, seed: int, settings: dict[str, Any]) -> None:
+def check_resumable(path: Path, recipe: str, seed: int, settings: dict[str, Any]) -> None:
+    """`check_run`, but for its data, of a checkpoint that may be there, before anything is loaded.
+
+    Raises:
+        FastgenError: it is of another run, or cannot be read.
+    """
+    if not path.exists():
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_run(path, state, recipe, seed, settings, ("data",))
+    except FastgenError:
+        raise
+    except Exception as error:  # zipfile, torch and pickle raise errors of a dozen types
+        raise damaged(path, error) from error
+
+
+def check_run(
+    path: Path, state: dict[str, Any], recipe: str, seed: int, settings: dict[str, Any], but: tuple[str, ...] = ()
+) -> None:
     """Refuse a checkpoint of another run.
 
     Args:
         settings: what the weights of this run depend on, JSON-ready. Checkpoints of older versions have none.
+        but: settings that are not compared.
 
     Raises:
         FastgenError: names what differs.
@@ -66,9 +94,9 @@ def check_run(path: Path, state: dict[str, Any], recipe: str, seed: int, setting
     wanted = json.loads(json.dumps(settings))
     held = parse_json(state["settings"], path) if "settings" in state else wanted
     changed = [
-        f"{name} is {held.get(name)!r} there and {value!r} now"
-        for name, value in wanted.items()
-        if held.get(name) != value
+        f"{name} is {held.get(name)!r} there and {wanted.get(name)!r} now"
+        for name in {**wanted, **held}
+        if name not in but and held.get(name) != wanted.get(name)
     ]
     if changed:
         raise FastgenError(

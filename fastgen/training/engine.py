@@ -21,8 +21,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from fastgen.checks import check_choice, check_integer, check_number
-from fastgen.environment import commit, cpu_name, native_bfloat16
+from fastgen.environment import commit, cpu_name
 from fastgen.errors import FastgenError
 from fastgen.io import check_writable
 from fastgen.locks import locked_folder
@@ -34,79 +33,18 @@ from fastgen.training.checkpoints import (
     trim_log,
     write_checkpoint,
 )
-from fastgen.training.muon import Muon
+from fastgen.training.muon import build_optimizers
 from fastgen.training.prefetch import Draw, Prefetcher
-
-PRECISIONS = ("auto", "bf16", "fp32")
-# With another value of these a resumed run has other weights. The number of steps is not among them, although the
-# learning rate falls towards the last one: a run may be made longer, and its record says so.
-_FIXED = ("batch_size", "accumulate", "lr", "warmup", "decay", "ema_decay", "grad_clip")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """Settings of a run.
-
-    Args:
-        output_dir: folder of checkpoint, log and exported model.
-        steps: total optimizer steps.
-        batch_size: items per step and process.
-        accumulate: gradient-accumulation steps, a divisor of batch_size. Small parts stay in the CPU's cache: four
-            parts train the tiny Janus about 1.3 times as fast as one.
-        compile: `torch.compile` the sub-modules that the recipe's module names in `compiled_parts` (tiny Janus on one
-            CPU core: 1.26 times as fast, after 80 s of compiling).
-        lr: peak learning rate.
-        seed: seeds weights, data and noise.
-        warmup: steps of linear warm-up.
-        decay: share of the run, at its end, in which the learning rate falls linearly to zero.
-        ema_decay: decay of the weight average.
-        grad_clip: gradient norm limit.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between log lines.
-        max_seconds: save a checkpoint and stop after this wall time; 0 = never.
-        precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 where the
-            device multiplies it natively.
-        workers: processes that draw the batches of the next steps, the same batches; 0 = this one draws them. Needs
-            accumulate 1, because a part's batch begins where the loss of the one before left the random numbers.
-
-    Raises:
-        FastgenError: a value is out of range; names the setting.
-    """
-
-    output_dir: Path
-    steps: int
-    batch_size: int
-    lr: float
-    seed: int = 0
-    warmup: int = 100
-    decay: float = 0.3
-    ema_decay: float = 0.999
-    grad_clip: float = 1.0
-    checkpoint_every: int = 200
-    log_every: int = 20
-    max_seconds: float = 0.0
-    accumulate: int = 1
-    compile: bool = False
-    precision: str = "auto"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("warmup", "workers"):
-            check_integer(name, getattr(self, name), 0)
-        for name in ("lr", "grad_clip"):
-            check_number(name, getattr(self, name), above=0)
-        check_number("decay", self.decay, 0, 1)
-        check_number("ema_decay", self.ema_decay, 0, below=1)
-        check_number("max_seconds", self.max_seconds, 0)
-        check_choice("precision", self.precision, PRECISIONS)
-        if self.batch_size % self.accumulate:
-            raise FastgenError(
-                f"accumulate: {self.accumulate} is not allowed, needs a divisor of batch_size {self.batch_size}"
-            )
-        if self.workers and self.accumulate > 1:
-            raise FastgenError(f"workers: {self.workers} is not allowed, needs 0 with accumulate {self.accumulate}")
+from fastgen.training.sharding import (
+    clip_gradients,
+    gather_weights,
+    load_parts,
+    remove_parts,
+    save_parts,
+    shard,
+    sharding_asked,
+)
+from fastgen.training.train_config import FIXED, TrainConfig, learning_rate, resolve_precision
 
 
 class Recipe(Protocol):
@@ -127,45 +65,6 @@ class Recipe(Protocol):
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Write the trained (EMA) weights in Hub layout with a model card."""
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Warm-up, constant, linear decay to zero over the last `decay` share of the run."""
-    rise = min(1.0, (step + 1) / max(config.warmup, 1))
-    fall_steps = config.decay * config.steps
-    fall = 1.0 if fall_steps == 0 else min(1.0, (config.steps - step) / fall_steps)
-    return config.lr * rise * fall
-
-
-def resolve_precision(name: str) -> str:
-    """ "fp32" or "bf16": what "auto" means on this machine, anything else as it is."""
-    if name != "auto":
-        return name
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16" if native_bfloat16(device) else "fp32"
-
-
-def build_optimizers(module: torch.nn.Module, lr: float, precision: str = "fp32") -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices; AdamW for embeddings, output heads, convolutions, norms and biases.
-
-    A module may name further AdamW parameters by a substring in its attribute `adamw_names`. With `precision` "bf16"
-    Muon orthogonalises in bfloat16, as its reference does.
-    """
-    names: tuple[str, ...] = getattr(module, "adamw_names", ())
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
-    hidden: list[torch.nn.Parameter] = []
-    other: list[torch.nn.Parameter] = []
-    for name, param in module.named_parameters():
-        if not param.requires_grad:
-            continue
-        special = param.ndim != 2 or id(param) in embeddings or any(part in name for part in names)
-        (other if special else hidden).append(param)
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        optimizers.append(Muon(hidden, lr=lr, weight_decay=0.01, bfloat16=precision == "bf16"))
-    if other:
-        optimizers.append(torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
-    return optimizers
 
 
 @dataclass(frozen=True)
@@ -215,6 +114,31 @@ def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
+def asks_to_shard(config: TrainConfig) -> bool:
+    """Whether the run is one whose weights can lie in parts."""
+    return config.shard or sharding_asked()
+
+
+def run_settings(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What the weights of a run depend on, but for its data, JSON-ready."""
+    found = {name: getattr(config, name) for name in FIXED}
+    found |= {"precision": resolve_precision(config.precision), "processes": processes}
+    return found | ({"shard": True} if asks_to_shard(config) else {})
+
+
+def recompute_activations(module: torch.nn.Module, recipe: str) -> None:
+    """Turn on gradient checkpointing in the models of a module.
+
+    Raises:
+        FastgenError: none has it.
+    """
+    models = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+    if not models:
+        raise FastgenError(f"gradient_checkpointing: recipe {recipe} trains no model that has it")
+    for model in models:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
 class Trainer:
     """Runs one recipe; `run()` returns the record that went into the model card.
 
@@ -240,23 +164,30 @@ class Trainer:
         self.precision = resolve_precision(config.precision)
         # accelerate's own precision is one for the whole process: a second run could not have another.
         self.accelerator = Accelerator(mixed_precision="no", cpu=not cuda)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        adamw = asks_to_shard(config)
+        if adamw and not getattr(recipe, "shardable", False):
+            raise FastgenError(f"shard: recipe {recipe.name} cannot be trained in parts")
+        self.sharded = adamw and processes > 1
         torch.manual_seed(config.seed)
         module = recipe.build()
-        self.trained = [param for param in module.parameters() if param.requires_grad]
-        self.optimizers = build_optimizers(module, config.lr, self.precision)
+        if config.gradient_checkpointing:
+            recompute_activations(module, recipe.name)
         if config.compile:
             for name in getattr(module, "compiled_parts", ()):
                 module.get_submodule(name).compile(dynamic=getattr(module, "compiled_shapes", False))
-        self.module = self.accelerator.prepare(module)
+        if self.sharded:
+            shard(module, self.accelerator.device, self.precision == "bf16")
+        self.trained = [param for param in module.parameters() if param.requires_grad]
+        self.optimizers = build_optimizers(module, config.lr, self.precision, adamw)
+        self.module = module if self.sharded else self.accelerator.prepare(module)
         self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = 0, 0.0
         self.logs: dict[str, float] = {}
         self.resumed: list[dict[str, int]] = []
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.batches = _Batches(recipe, config.seed, process, processes, config.batch_size, config.accumulate)
-        self.settings = {name: getattr(config, name) for name in _FIXED}
-        self.settings |= {"precision": self.precision, "processes": processes, "data": data}
+        self.settings = run_settings(config, processes) | {"data": data}
         self.checkpoint = config.output_dir / "checkpoint.pt"
         self._loaded = file_version(self.checkpoint)
         if self._loaded is not None:
@@ -297,13 +228,21 @@ class Trainer:
                     self._save()
             self._save()
         record = self.record(self.logs)
-        if self.accelerator.is_main_process:
-            module = self.accelerator.unwrap_model(self.module)
+        self._export(config.output_dir / "model", record)
+        return record
+
+    def _export(self, folder: Path, record: dict[str, Any]) -> None:
+        main = self.accelerator.is_main_process
+        if self.sharded:
+            self.ema.copy_to(self.trained)
+            gather_weights(self.module, main)
+            if main:
+                self.recipe.export(self.module, folder, record)
+        elif main:
             self.ema.store(self.trained)
             self.ema.copy_to(self.trained)
-            self.recipe.export(module, config.output_dir / "model", record)
+            self.recipe.export(self.accelerator.unwrap_model(self.module), folder, record)
             self.ema.restore(self.trained)
-        return record
 
     def record(self, logs: dict[str, float]) -> dict[str, Any]:
         """What a model card says of the run."""
@@ -341,12 +280,15 @@ class Trainer:
                 raise FastgenError(
                     f"the loss is {float(loss.detach())} at step {self.step}; lower --lr and start again"
                 )
-            # Processes average their gradients once a step, with the last part.
-            with nullcontext() if part + 1 == config.accumulate else accelerator.no_sync(self.module):
+            # Processes average their gradients once a step, with the last part; where a process has room for its
+            # share of them alone, with each.
+            once = part + 1 < config.accumulate and not self.sharded
+            with accelerator.no_sync(self.module) if once else nullcontext():
                 accelerator.backward(loss / config.accumulate)
             for key, value in {"loss": float(loss.detach()), **logs}.items():
                 totals[key] = totals.get(key, 0.0) + value / config.accumulate
-        norm = accelerator.clip_grad_norm_(self.trained, config.grad_clip)
+        clip = clip_gradients if self.sharded else accelerator.clip_grad_norm_
+        norm = clip(self.trained, config.grad_clip)
         rate = learning_rate(config, self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -385,7 +327,11 @@ class Trainer:
             self.report(record)
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
+        """Write a checkpoint. Parts are whole on the disk before the file takes its name that names their step."""
+        folder, main = self.config.output_dir, self.accelerator.is_main_process
+        if self.sharded:
+            save_parts(folder, self.step, self.module, self.ema.shadow_params, self.optimizers)
+        if not main:
             return
         state = {
             "recipe": self.recipe.name,
@@ -396,21 +342,22 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "logs": self.logs,
-            "module": self.accelerator.unwrap_model(self.module).state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
+        if self.sharded:
+            state["ema"]["shadow_params"] = []
+        else:
+            state["module"] = self.accelerator.unwrap_model(self.module).state_dict()
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write_checkpoint(self.checkpoint, state)
+        if self.sharded:
+            remove_parts(folder, self.step)
 
     def _load(self) -> None:
         state = read_checkpoint(self.checkpoint)
         try:
             check_run(self.checkpoint, state, self.recipe.name, self.config.seed, self.settings)
-            self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.accelerator.device)
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+            self._load_weights(state)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.logs, self.resumed = dict(state.get("logs", {})), list(state.get("resumed", []))
             if state.get("steps", self.config.steps) != self.config.steps:
@@ -420,3 +367,15 @@ class Trainer:
         except Exception as error:  # torch and accelerate raise errors of a dozen types
             raise damaged(self.checkpoint, error) from error
         self._loaded = file_version(self.checkpoint)
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        averages = self.ema.shadow_params
+        if self.sharded:
+            load_parts(self.config.output_dir, state["step"], self.module, averages, self.optimizers)
+            self.ema.load_state_dict({**state["ema"], "shadow_params": averages})
+            return
+        self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)

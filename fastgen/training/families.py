@@ -6,6 +6,7 @@ captions, DiT by DDPM with learned variance under classes; distillation and fine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +14,11 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline, ZImagePipeline
 from torch import Tensor
 
-from fastgen.models.chunking import TailDrop
+from fastgen.models.chunking import TailDrop, TokenBudget
 from fastgen.models.dc_dit import DCTransformerOutput
 from fastgen.models.upcycle import DCModel
 from fastgen.training.ddpm import GaussianDiffusion
-from fastgen.training.flow_matching import flow_matching_batch
+from fastgen.training.flow_matching import LOGIT_MEAN, encode_latents, flow_matching_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class Noisy:
     start: Tensor
     noise: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Noisy]) -> Noisy:
+        """One batch of several."""
+        names = ("latents", "level", "start", "noise")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:
@@ -51,9 +58,13 @@ class Activations:
     final: Tensor
 
 
+_MOST_TOKENS = 512  # of a prompt; Z-Image cuts it there
+
+
 class Family(Protocol):
     """Teacher, conditioning and loss of one kind of model."""
 
+    pipe: Any
     teacher: Any
     frozen: tuple[str, ...]
     """Names of the student's timestep and condition embeddings: frozen when it is finetuned (section 10)."""
@@ -61,8 +72,11 @@ class Family(Protocol):
     def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
         """The original's own samples: latents as its transformer sees them, float32 on the CPU."""
 
-    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+    def conditions(self, labels: list[Any], dropped: list[bool], device: torch.device | None = None) -> dict[str, Any]:
         """Inputs of teacher and student for prompts or classes, the dropped ones unconditional."""
+
+    def encode(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Latents of pictures uint8 [n, H, W, 3], float32."""
 
     def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
         """Noise at random levels."""
@@ -71,7 +85,12 @@ class Family(Protocol):
         """The teacher's forward pass."""
 
     def predict(
-        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+        self,
+        student: DCModel,
+        noisy: Noisy,
+        conditions: dict[str, Any],
+        tail_drop: TailDrop | None = None,
+        token_budget: TokenBudget | None = None,
     ) -> tuple[Tensor, DCTransformerOutput]:
         """The student's prediction [n, C', h, w] and everything it tells."""
 
@@ -113,27 +132,49 @@ class _Ends:
             hook.remove()
 
 
-class ZImageFamily:
+class _Encodes:
+    """Pictures by the pipeline's own VAE."""
+
+    pipe: Any
+
+    def encode(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+        return encode_latents(self.pipe.vae, pictures, generators)
+
+
+class ZImageFamily(_Encodes):
     """Z-Image: captions, flow matching."""
 
     frozen: tuple[str, ...] = ("t_embedder", "cap_embedder", "cap_pad_token")
 
     def __init__(self, pipe: ZImagePipeline) -> None:
         self.pipe, self.teacher = pipe, pipe.transformer
+        self.logit_mean = LOGIT_MEAN
 
     def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
         latents: Tensor = self.pipe(labels, generator=generators, output_type="latent", **settings).images
         return latents.float().cpu()
 
-    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+    def conditions(self, labels: list[Any], dropped: list[bool], device: torch.device | None = None) -> dict[str, Any]:
         prompts = ["" if drop else text for text, drop in zip(labels, dropped, strict=True)]
+        device = device or self.pipe.text_encoder.device
+        self.pipe.text_encoder.to(device)
         embeds, _ = self.pipe.encode_prompt(
-            prompts, device=self.teacher.device, do_classifier_free_guidance=False, max_sequence_length=512
+            prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=self._longest(prompts)
         )
         return {"cap_feats": [features.float() for features in embeds]}
 
+    def _longest(self, prompts: list[str]) -> int:
+        """Tokens of the longest prompt as the pipeline formats it; the encoder need not read padding up to 512."""
+        chats = [
+            self.pipe.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            for prompt in prompts
+        ]
+        return min(_MOST_TOKENS, max(len(ids) for ids in self.pipe.tokenizer(chats).input_ids))
+
     def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
-        noisy, sigma, target = flow_matching_batch(latents, generator)
+        noisy, sigma, target = flow_matching_batch(latents, generator, self.logit_mean)
         return Noisy(noisy, 1 - sigma, latents, latents - target)
 
     def teach(self, noisy: Noisy, conditions: dict[str, Any]) -> Activations:
@@ -148,10 +189,16 @@ class ZImageFamily:
         return Activations(torch.stack(sample).squeeze(2), padded[:, :tokens], ends.final[:, :tokens])
 
     def predict(
-        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+        self,
+        student: DCModel,
+        noisy: Noisy,
+        conditions: dict[str, Any],
+        tail_drop: TailDrop | None = None,
+        token_budget: TokenBudget | None = None,
     ) -> tuple[Tensor, DCTransformerOutput]:
         images = list(noisy.latents[:, :, None].unbind(0))
-        output = student(images, noisy.level, **conditions, tail_drop=tail_drop, output_chunks=True)
+        budget = {"tail_drop": tail_drop, "token_budget": token_budget}
+        output = student(images, noisy.level, **conditions, **budget, output_chunks=True)
         return torch.stack(list(output.sample)).squeeze(2), output
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
@@ -159,7 +206,7 @@ class ZImageFamily:
         return (prediction.float() - target).square().mean(dim=(1, 2, 3))
 
 
-class DiTFamily:
+class DiTFamily(_Encodes):
     """DiT: classes, DDPM with learned variance."""
 
     frozen: tuple[str, ...] = ("embedder",)
@@ -177,10 +224,10 @@ class DiTFamily:
         mean: Tensor = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
         return mean.float().cpu()
 
-    def conditions(self, labels: list[Any], dropped: list[bool]) -> dict[str, Any]:
+    def conditions(self, labels: list[Any], dropped: list[bool], device: torch.device | None = None) -> dict[str, Any]:
         none = self.teacher.config.num_embeds_ada_norm
         classes = [none if drop else int(label) for label, drop in zip(labels, dropped, strict=True)]
-        return {"class_labels": torch.tensor(classes, device=self.teacher.device)}
+        return {"class_labels": torch.tensor(classes, device=device or self.teacher.device)}
 
     def corrupt(self, latents: Tensor, generator: torch.Generator) -> Noisy:
         step = torch.randint(self.diffusion.steps, (len(latents),), generator=generator).to(latents.device)
@@ -195,9 +242,15 @@ class DiTFamily:
         return Activations(sample, ends.embedded - embed.pos_embed.to(ends.embedded.dtype), ends.final)
 
     def predict(
-        self, student: DCModel, noisy: Noisy, conditions: dict[str, Any], tail_drop: TailDrop
+        self,
+        student: DCModel,
+        noisy: Noisy,
+        conditions: dict[str, Any],
+        tail_drop: TailDrop | None = None,
+        token_budget: TokenBudget | None = None,
     ) -> tuple[Tensor, DCTransformerOutput]:
-        output = student(noisy.latents, noisy.level, **conditions, tail_drop=tail_drop, output_chunks=True)
+        budget = {"tail_drop": tail_drop, "token_budget": token_budget}
+        output = student(noisy.latents, noisy.level, **conditions, **budget, output_chunks=True)
         return output.sample, output
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:

@@ -5,27 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from fastgen.models.z_image_batch import patchify
 from fastgen.training.vae import to_pixels
 
-_LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
+LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
 _UNIFORM_SHARE = 0.15
 
 
 @torch.no_grad()
-def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scaled latents of uint8 images [n, H, W, 3], sampled from the VAE's posterior."""
+def encode_latents(vae: Any, images: torch.Tensor, generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
+    """Scaled latents of uint8 images [n, H, W, 3], float32, sampled from the VAE's posterior; with one generator per
+    image the noise of an image does not depend on the others."""
     vae.to(images.device)
-    posterior = vae.encode(to_pixels(images).to(memory_format=torch.channels_last)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-    latents = posterior.mean + posterior.std * noise
-    scaled: torch.Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    pixels = to_pixels(images).to(vae.dtype, memory_format=torch.channels_last)
+    posterior = vae.encode(pixels).latent_dist
+    noise = randn_tensor(posterior.mean.shape, generator).to(images.device)
+    latents = posterior.mean.float() + posterior.std.float() * noise
+    scaled: torch.Tensor = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     return scaled.contiguous()
 
 
 def flow_matching_batch(
-    latents: torch.Tensor, generator: torch.Generator, logit_mean: float = _LOGIT_MEAN
+    latents: torch.Tensor, generator: torch.Generator, logit_mean: float = LOGIT_MEAN
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noisy latents at logit-normal noise levels, the levels sigma [n], and the target data - noise."""
     n = len(latents)

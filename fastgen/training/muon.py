@@ -85,3 +85,29 @@ class Muon(torch.optim.Optimizer):
                 # 0.2 sqrt(max(m, n)): an orthogonal update then has the RMS of a usual AdamW update.
                 param.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(param.shape)))
         return loss
+
+
+def build_optimizers(
+    module: torch.nn.Module, lr: float, precision: str = "fp32", adamw: bool = False
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices; AdamW for embeddings, output heads, convolutions, norms and biases.
+
+    A module may name further AdamW parameters by a substring in its attribute `adamw_names`. With `precision` "bf16"
+    Muon orthogonalises in bfloat16, as its reference does. With `adamw` AdamW takes everything: its update needs no
+    whole matrix, so weights can be divided between processes.
+    """
+    names: tuple[str, ...] = getattr(module, "adamw_names", ())
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    hidden: list[torch.nn.Parameter] = []
+    other: list[torch.nn.Parameter] = []
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        special = adamw or param.ndim != 2 or id(param) in embeddings or any(part in name for part in names)
+        (other if special else hidden).append(param)
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        optimizers.append(Muon(hidden, lr=lr, weight_decay=0.01, bfloat16=precision == "bf16"))
+    if other:
+        optimizers.append(torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
+    return optimizers

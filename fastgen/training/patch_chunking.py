@@ -14,6 +14,8 @@ branch of guidance, learn to do with as few as the floor (Lite-CFG).
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,19 @@ import torch
 from torch import Tensor
 
 from fastgen.checks import check_integer, check_number
-from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
+from fastgen.io import read_object
 from fastgen.models.chunking import Chunks
-from fastgen.models.dc_z_image import DCZImageTransformer2DModel
-from fastgen.models.upcycle import upcycle
-from fastgen.models.z_image_batch import forward_batch, patchify, use_real_rotary
+from fastgen.models.patch_grid import PATCH
+from fastgen.models.z_image_batch import patchify
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import BUDGETS
-from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
-from fastgen.training.z_image import captioned, save_pipeline, text_features
+from fastgen.training.families import Noisy
+from fastgen.training.flow_matching import LOGIT_MEAN, TokenMetric
+from fastgen.training.pictures import Renders, TrainingData
+from fastgen.training.upcycling import GROUP, UpcyclingRecipe, half_copy, item_generator, student_config
+from fastgen.training.z_image import save_pipeline
 
 __all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_budgets"]
 
@@ -39,7 +43,9 @@ SCAFFOLD: dict[str, Any] = {"grid": "patch", "compression": 4.0, "floor": 0.125}
 BAND = 4
 """Samples of neighbouring noise levels that keep the wanted share together."""
 HELD_OUT = 128
-"""Fresh renders whose latents give the metric."""
+"""Most items whose latents give the metric."""
+_HELD_OUT_START = 10_000_000
+_METRIC_TOKENS = 32_768  # enough for the covariance of a patch
 _LEVEL_WEIGHT = 0.1
 _COST_WEIGHT = 0.1
 
@@ -108,41 +114,16 @@ def drop_cost_loss(chunks: Chunks, error: Tensor) -> Tensor:
     return -(missed * dropped * chunks.probabilities / count).sum(dim=1).mean()
 
 
-class PatchModule(torch.nn.Module):
-    """What is trained: the upcycled transformer."""
-
-    adamw_names = ("scaffold", "adaptor", "t_embedder", "cap_embedder", "adaLN")
-    compiled_shapes = None  # the number of kept tokens is another one in every batch
-
-    def __init__(self, transformer: DCZImageTransformer2DModel) -> None:
-        super().__init__()
-        groups = ("context_refiner", "noise_refiner", "layers", "last_layers")
-        blocks = {group: len(getattr(transformer, group)) for group in groups}
-        self.compiled_parts = [f"transformer.{group}.{i}" for group, n in blocks.items() for i in range(n)]
-        self.transformer = transformer
-
-    def forward(
-        self, latents: Tensor, timestep: Tensor, captions: list[Tensor], token_budget: list[int]
-    ) -> tuple[Tensor, Chunks]:
-        """Velocity [n, C, h, w], and what was kept."""
-        images = list(latents[:, :, None].unbind(0))
-        output = self.transformer(images, timestep, captions, token_budget=token_budget, output_chunks=True)
-        velocity = torch.cat(output.sample, dim=1).transpose(0, 1)
-        # Where no patch is dropped, nothing asks for its neighbour's share; processes wait for gradients of all.
-        share: Any = self.transformer.scaffold.share
-        unused: Tensor = sum(parameter.sum() for parameter in share.parameters())
-        return velocity + 0.0 * unused, output.chunks
-
-
-class PatchRecipe:
+class PatchRecipe(UpcyclingRecipe):
     """Learns the velocity of the pipeline's own transformer with ever fewer patches.
 
     Args:
         seed: seed of the new parts and of the data.
-        pipeline: folder of a trained `ZImagePipeline` for ShapesWorld: the teacher, its VAE and its text encoder.
+        pipeline: a trained `ZImagePipeline`, or the folder of one: the teacher, its VAE and its text encoder.
         init: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
         anneal: items over which the wanted share falls, at least 0.
         cost: weight of `drop_cost_loss`, at least 0.
+        samples: what to learn from; None renders ShapesWorld, which a pipeline in a folder has to know.
         scaffold: configuration of a new scaffold where it is not `SCAFFOLD`.
 
     Raises:
@@ -154,15 +135,14 @@ class PatchRecipe:
     def __init__(
         self,
         seed: int,
-        pipeline: Path,
+        pipeline: Any,
         init: Path | None = None,
         anneal: int = 16_000,
         cost: float = _COST_WEIGHT,
+        samples: TrainingData | None = None,
         **scaffold: Any,
     ) -> None:
         from diffusers import ZImagePipeline
-
-        from fastgen.io import read_object
 
         check_integer("anneal", anneal, 0)
         check_number("cost", cost, 0)
@@ -170,77 +150,92 @@ class PatchRecipe:
             raise FastgenError(
                 f"recipe {self.name}: {scaffold} cannot be chosen, needs grid 'patch', and none with --init"
             )
+        if init is not None and (grid := student_config(init).get("grid", "latent")) != "patch":
+            raise FastgenError(f"--init: {init} has grid {grid!r}, recipe {self.name} needs 'patch'")
         self.anneal, self.cost = anneal, cost
-        pipe = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32)
-        defaults = pipeline / "fastgen.json"
-        self.defaults = read_object(defaults) if defaults.is_file() else {}
-        self.teacher: Any = pipe.transformer.eval().requires_grad_(False)
-        torch.manual_seed(seed)
-        if init is None:
-            made: Any = upcycle(self.teacher, **{**SCAFFOLD, **scaffold})
-        else:
-            made = load_pretrained(DCZImageTransformer2DModel, init)
-            if made.config.grid != "patch":
-                raise FastgenError(f"--init: {init} has grid {made.config.grid!r}, recipe {self.name} needs 'patch'")
-        self.transformer: DCZImageTransformer2DModel = made
-        use_real_rotary(self.teacher)
-        pipe.register_modules(transformer=None)
-        self.pipe = pipe
-        self.vae = pipe.vae.eval().requires_grad_(False)
-        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
-        self.size = int(self.defaults.get("height", 64))
-        self.data = ShapesWorld(seed + 1212, size=self.size)
-        images = torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images)
-        self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
+        self.defaults: dict[str, Any] | None = None  # of a pipeline that is exported whole
+        if samples is None:
+            defaults = pipeline / "fastgen.json"
+            self.defaults = read_object(defaults) if defaults.is_file() else {}
+            samples = Renders(seed + 1212, int(self.defaults.get("height", 64)))
+            pipeline = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32)
+        super().__init__(seed, pipeline, samples, init, **({} if init is not None else {**SCAFFOLD, **scaffold}))
+        self.pipe, self.transformer = pipeline, self.student
+        if self.defaults is not None:  # noise levels of the teacher's own training, at its size
+            self.family.logit_mean = LOGIT_MEAN + math.log((samples.size or 64) / 64)  # type: ignore[attr-defined]
+        self._metric: TokenMetric | None = None
 
-    def build(self) -> PatchModule:
-        """The upcycled transformer."""
-        return PatchModule(self.transformer.train())
+    def frozen_names(self) -> set[str]:
+        return set()
 
-    def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders, their tokenised captions (some dropped), the wanted share, and how many patches of each to keep."""
-        data = self.data.batch(size, start)
-        items, dropped = captioned(data, self.pipe.tokenizer, generator)
-        compression = self.transformer.config.compression
-        progress = annealed(start + size, self.anneal)
-        patches = (self.size // 8) ** 2
-        least = max(1, math.ceil(self.transformer.config.floor * patches - 1e-9))
-        return {
-            **items,
-            "share": 1 - progress * (1 - 1 / compression),
-            "token_budget": token_budgets(progress, dropped, compression, least, patches, generator),
-        }
+    def budget(self, items: list[int], dropped: Tensor, generators: list[torch.Generator]) -> dict[str, Any]:
+        """The share that each item's group is to keep, and how many patches of each."""
+        config, patches = self.student.config, self.patches
+        least = max(1, math.ceil(config.floor * patches - 1e-9))
+        shares, budgets = [], []
+        for index, item in enumerate(items):
+            progress = annealed(item // GROUP * GROUP + GROUP, self.anneal)
+            shares.append(1 - progress * (1 - 1 / config.compression))
+            own = dropped[index : index + 1], config.compression, least, patches, generators[index]
+            budgets += token_budgets(progress, *own)
+        return {"share": shares, "token_budget": budgets}
 
-    def loss(
-        self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
+    @cached_property
+    def patches(self) -> int:
+        """Of a whole item."""
+        if self.samples.size is None:  # latents
+            return math.prod(self.samples.batch(0, 1)[0].shape[-2:]) // PATCH**2
+        return (self.samples.size // (self.pipe.vae_scale_factor * PATCH)) ** 2
+
+    def metric(self, device: torch.device) -> TokenMetric:
+        """How errors count, by latents of a few items that no short run learns from."""
+        if self._metric is None:
+            count = max(1, min(HELD_OUT, _METRIC_TOKENS // self.patches))
+            values, _ = self.samples.batch(_HELD_OUT_START, count)
+            values = values.to(device)
+            generators = [item_generator(self.seed, index, 2) for index in range(count)]
+            self._metric = TokenMetric(
+                values if values.is_floating_point() else self.family.encode(values, generators)
+            )
+        return self._metric
+
+    def stage_loss(
+        self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Squared error against the teacher's velocity, the threshold's place, and the cost of what was dropped."""
-        latents = encode_latents(self.vae, batch["images"], generator)
-        # Noise levels of the teacher's own training, at its size.
-        noisy, sigma, _ = flow_matching_batch(latents, generator, 1.2 + torch.tensor(self.size / 64).log().item())
-        lengths = batch["attention_mask"].sum(dim=1)
-        features = text_features(self.text_encoder, batch)
-        with torch.no_grad():
-            target = forward_batch(self.teacher.to(noisy.device), noisy, 1 - sigma, features, lengths)[0].float()
-        captions = [row[:length] for row, length in zip(features, lengths.tolist(), strict=True)]
-        output, chunks = module(noisy, 1 - sigma, captions, batch["token_budget"])
-        error, numbers = self.metric.loss(output, target, sigma)
-        level = level_loss(chunks.probabilities, sigma, batch["share"])
-        missed = patchify((output.float() - target).detach()).square().mean(dim=-1)
-        cost = drop_cost_loss(chunks, missed)
+        """Squared error against the teacher's velocity, and the cost of what was dropped."""
+        target = self.family.teach(noisy, conditions).prediction.float()
+        sigma = 1 - noisy.level
+        error, numbers = self.metric(target.device).loss(prediction, target, sigma)
+        missed = patchify((prediction.float() - target).detach()).square().mean(dim=-1)
         noisiest = sigma >= sigma.median()
-        kept = chunks.natural.float().mean(dim=1)
+        kept = output.chunks.natural.float().mean(dim=1)
         numbers |= {
-            "level": float(level.detach()),
-            "share": batch["share"],
-            "kept": float(kept.mean()),
             "kept_noisy": float(kept[noisiest].mean()),
             "kept_clean": float(kept[~noisiest].mean()) if not bool(noisiest.all()) else float("nan"),
+        }
+        return error + self.cost * drop_cost_loss(output.chunks, missed), numbers
+
+    def router_loss(self, chunks: Chunks, noisy: Noisy, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """The threshold's place, in each group of items."""
+        sigma, shares = 1 - noisy.level, batch["share"]
+        sizes = [len([*own]) for _, own in groupby(batch["items"], lambda item: item // GROUP)]
+        level, first = sigma.new_zeros(()), 0
+        for size in sizes:
+            own = slice(first, first + size)
+            level = level + level_loss(chunks.probabilities[own], sigma[own], shares[first]) * (size / len(sigma))
+            first += size
+        numbers = {
+            "level": float(level.detach()),
+            "share": sum(shares) / len(shares),
+            "kept": float(chunks.natural.float().mean()),
             "tokens": sum(batch["token_budget"]) / len(sigma),
         }
-        return error + _LEVEL_WEIGHT * level + self.cost * cost, numbers
+        return _LEVEL_WEIGHT * level, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
-        """Save a whole pipeline in half precision."""
-        save_pipeline(folder, self.pipe, self.defaults, self.transformer)
+        """Save the transformer in half precision; with it the whole pipeline where that draws ShapesWorld."""
+        if self.defaults is None:
+            super().export(module, folder, record)
+            return
+        save_pipeline(folder, self.pipe, self.defaults, half_copy(self.student))
         write_record(folder, self.name, record)

@@ -14,9 +14,24 @@ from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, embedded_folde
 from fastgen.pipelines.schema import Rule, Settings, setting
 
 if TYPE_CHECKING:
-    from fastgen.training.engine import Recipe, TrainConfig
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
+    from fastgen.training.engine import Recipe
+    from fastgen.training.pictures import Pictures
+    from fastgen.training.samples import Samples
+    from fastgen.training.train_config import TrainConfig
 
-__all__ = ["DrawnSettings", "RecipeSettings", "TrainingSettings", "key_values", "place", "threads"]
+__all__ = [
+    "PICTURES_HELP",
+    "DrawnSettings",
+    "RecipeSettings",
+    "TrainingSettings",
+    "UpcyclingSettings",
+    "key_values",
+    "place",
+    "threads",
+]
+
+PICTURES_HELP = "The pipeline's own samples, or pictures with captions: a folder, webdataset shards or a zip file."
 
 
 def _check_seed(label: str, value: object) -> None:
@@ -159,11 +174,11 @@ class TrainingSettings(RecipeSettings):
         Raises:
             FastgenError: settings that exclude each other.
         """
-        from fastgen.training.engine import TrainConfig
+        from fastgen.training.train_config import TrainConfig
 
         given = self.given()
-        names = ("steps", "batch_size", "accumulate", "lr", "compile", "precision", "workers", "seed")
-        chosen = {name: given[name] for name in names if name in given}
+        ours = {each.name for each in fields(TrainConfig)}
+        chosen = {name: value for name, value in given.items() if name in ours}
         chosen["max_seconds"] = 60.0 * given.get("max_minutes", 0.0)
         return TrainConfig(output_dir=output_dir, **{**self.defaults, **chosen})
 
@@ -223,3 +238,46 @@ class DrawnSettings(TrainingSettings):
         super().check_together()
         if self.samples and self.data is None:
             raise FastgenError(f"recipe {self.name} needs --data, the folder for the samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingSettings(DrawnSettings):
+    """Settings of a recipe that upcycles a trained pipeline, of any size."""
+
+    data: Path | None = place(PICTURES_HELP)
+    size: int | None = setting(int, "Height and width that pictures are cut to; samples have their own.", minimum=1)
+    shard: bool | None = setting(
+        bool, "Divide weights and optimizer state between processes (FSDP2, AdamW).", special=check_bool
+    )
+    gradient_checkpointing: bool | None = setting(
+        bool, "Recompute activations in the backward pass to save memory.", special=check_bool
+    )
+
+    def found(self) -> tuple[Checkpoint, Samples | Pictures]:
+        """The pipeline and the data, whose shapes fit each other and the student; no weights are read.
+
+        Raises:
+            FastgenError: they do not, or something is missing.
+        """
+        from fastgen.pipelines.loading.checkpoint import find_checkpoint
+        from fastgen.training.pictures import open_data
+        from fastgen.training.upcycling_checks import check_data, check_student
+
+        checkpoint = find_checkpoint(str(self.part))
+        if (init := self.path("init")) is not None:
+            check_student(init, checkpoint, self.name)
+        if self.size is not None:
+            checkpoint.check_size(self.size, self.size)
+        data = open_data(self.needed("data"), self.seed or 0, self.size)
+        check_data(data, checkpoint)
+        return checkpoint, data
+
+    def loaded(self, checkpoint: Checkpoint) -> Any:
+        """The pipeline; one that is trained in parts and in bfloat16 is read in bfloat16, its students are float32."""
+        from fastgen.pipelines.loading import load_checkpoint
+        from fastgen.training.engine import asks_to_shard
+        from fastgen.training.train_config import resolve_precision
+
+        config = self.train_config(Path())
+        bfloat16 = asks_to_shard(config) and resolve_precision(config.precision) == "bf16"
+        return load_checkpoint(checkpoint, dtype="bfloat16" if bfloat16 else "float32")

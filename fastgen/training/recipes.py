@@ -14,9 +14,11 @@ from fastgen.pipelines.loading.checkpoint import download_janus, embedded_folder
 from fastgen.pipelines.schema import setting
 from fastgen.pretrained import load_pretrained
 from fastgen.training.recipe_settings import (
+    PICTURES_HELP,
     DrawnSettings,
     RecipeSettings,
     TrainingSettings,
+    UpcyclingSettings,
     key_values,
     place,
     threads,
@@ -185,11 +187,15 @@ class DCDense(
 
 @dataclass(frozen=True, kw_only=True)
 class DCPatch(
-    Small,
+    UpcyclingSettings,
     name="dc-patch",
-    summary="a trained Z-Image for ShapesWorld that learns to drop its own patches, beginning as itself",
+    summary="a trained Z-Image that learns to drop its own patches, beginning as itself",
+    example="--part tiny",
+    needs={"part": _Z_IMAGE},
     defaults={"steps": 4000, "batch_size": 16, "lr": 5e-4, "warmup": 50, "decay": 0.4},
 ):
+    part: Path | None = _part(_Z_IMAGE)
+    data: Path | None = place(f"{PICTURES_HELP} Default: ShapesWorld.")
     set: Any = key_values(
         "anneal (items over which the share of kept patches falls), cost, or the new scaffold's configuration "
         "(compression=8, floor=0.0625, n_last_layers=2)"
@@ -198,7 +204,13 @@ class DCPatch(
     def _build(self, seed: int) -> Recipe:
         from fastgen.training.patch_chunking import PatchRecipe
 
-        return self.made(PatchRecipe, seed, *self._models(), **self.choices)
+        init = self.path("init")
+        if self.data is not None:
+            checkpoint, data = self.found()
+            return self.made(PatchRecipe, seed, self.loaded(checkpoint), init, samples=data, **self.choices)
+        if self.size is not None:
+            raise FastgenError("size: belongs to pictures; needs --data")
+        return self.made(PatchRecipe, seed, self.model("part"), self.model("init"), **self.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +267,7 @@ class Heads(
 
 @dataclass(frozen=True, kw_only=True)
 class DCGraft(
-    DrawnSettings,
+    UpcyclingSettings,
     name="dc-graft",
     summary="stage 1 of upcycling a trained Z-Image or DiT: the new parts learn from the original",
     example="--part tiny --data runs/samples --samples 20000 --prompts-file shapesworld",
@@ -265,14 +277,11 @@ class DCGraft(
     part: Path | None = _part(_PIPELINE)
 
     def _build(self, seed: int) -> Recipe:
-        from fastgen.pipelines.loading import load_checkpoint
-        from fastgen.training.samples import Samples
         from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
 
-        checkpoint = find_checkpoint(str(self.part))  # explains what is missing before anything is read
-        samples = Samples(self.needed("data"), seed)
+        checkpoint, data = self.found()  # explains what is missing before anything is read
         kind = FinetuneRecipe if isinstance(self, DCFinetune) else GraftRecipe
-        return kind(seed, load_checkpoint(checkpoint, dtype="float32"), samples, self.path("init"))
+        return kind(seed, self.loaded(checkpoint), data, self.path("init"))
 
 
 @dataclass(frozen=True, kw_only=True)

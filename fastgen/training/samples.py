@@ -30,7 +30,28 @@ _SHARD = 64
 _Draw = Callable[[list[Any], list[torch.Generator], dict[str, Any]], Tensor]
 
 
-class Samples:
+class Shuffled:
+    """Items in an order of its own for every pass.
+
+    Args:
+        count: items of a pass.
+        seed: of the order.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def place(self, index: int) -> int:
+        """Where item `index` lies; item i of pass k is a random one that the pass has not shown yet."""
+        turn, step = divmod(index, self.count)
+        if self._order[0] != turn:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+            self._order = turn, torch.randperm(self.count, generator=generator)
+        return int(self._order[1][step])
+
+
+class Samples(Shuffled):
     """Random access to the samples of a folder, in an order of its own for every pass.
 
     Args:
@@ -44,25 +65,28 @@ class Samples:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         if not (folder / "samples.json").is_file():
             raise FastgenError(f"{folder}: holds no samples (samples.json is missing)")
-        self.folder, self.seed = folder, seed
-        self.count = int(read_json(folder / "samples.json")["count"])
+        super().__init__(int(read_json(folder / "samples.json")["count"]), seed)
+        self.folder = folder
         if absent := [index for index in range(-(-self.count // _SHARD)) if not _shard(folder, index).is_file()]:
             raise FastgenError(f"{folder}: {len(absent)} shards are missing; draw them by the command that began it")
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._labels: dict[int, list[Any]] = {}
 
+    size = None
+    identity = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: latents (C, h, w), tokens (N,)."""
+        with safe_open(_shard(self.folder, 0), "pt") as file:
+            return tuple(file.get_slice("samples").get_shape()[1:])
+
     def batch(self, start: int, size: int) -> tuple[Tensor, list[Any]]:
-        """Latents float32 [size, C, h, w], or tokens int64 [size, N], and labels of items start … start + size - 1;
-        item i of pass k is a random sample that the pass has not shown yet."""
+        """Latents float32 [size, C, h, w], or tokens int64 [size, N], and labels of items start … start + size - 1."""
         pairs = [self._item(index) for index in range(start, start + size)]
         return torch.stack([sample for sample, _ in pairs]), [label for _, label in pairs]
 
     def _item(self, index: int) -> tuple[Tensor, Any]:
-        turn, place = divmod(index, self.count)
-        if self._order[0] != turn:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-            self._order = turn, torch.randperm(self.count, generator=generator)
-        shard, row = divmod(int(self._order[1][place]), _SHARD)
+        shard, row = divmod(self.place(index), _SHARD)
         with safe_open(_shard(self.folder, shard), "pt") as file:  # mapped: only the one row is read
             sample = file.get_slice("samples")[row : row + 1][0]
             if shard not in self._labels:

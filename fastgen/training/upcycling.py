@@ -2,23 +2,23 @@
 
 Stage 1 trains the new encoder, router and decoder against the frozen original: its prediction, and what its first and
 last layers say. Stage 2 trains everything but the embeddings of timestep and condition by the original's own diffusion
-loss, with a tail drop drawn for every batch. The data are the original's own samples (`fastgen.training.samples`), so
-neither stage needs a data set.
+loss, with a tail drop drawn for every sample. The data are the original's own samples (`fastgen.training.samples`), so
+neither stage needs a data set, or pictures with captions (`fastgen.training.pictures`).
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.models.chunking import ratio_loss
+from fastgen.models.chunking import Chunks, ratio_loss
 from fastgen.models.dc_dit import DCDiTTransformer2DModel, DCTransformerOutput
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
@@ -26,8 +26,10 @@ from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop
 from fastgen.training.families import Activations, Noisy, family_of
-from fastgen.training.samples import Samples
+from fastgen.training.pictures import TrainingData
 
+GROUP = 16
+"""Neighbouring items whose kept share is judged together; a process's part of a batch should be a multiple of it."""
 _DROPOUT = 0.1
 _STUDENTS = {kind.__name__: kind for kind in (DCDiTTransformer2DModel, DCZImageTransformer2DModel)}
 
@@ -36,44 +38,61 @@ class _Student(torch.nn.Module):
     """What the engine trains: the student alone, so that checkpoints hold no teacher."""
 
     adamw_names = ("scaffold", "adaptor", "embedder", "adaLN", "modulation")
+    compiled_shapes = None  # the number of kept tokens is another one in every batch
 
     def __init__(self, recipe: UpcyclingRecipe, student: DCModel) -> None:
         super().__init__()
         self.student = student
         self._family = recipe.family
+        groups = ("context_refiner", "noise_refiner", "layers", "last_layers", "transformer_blocks")
+        blocks = {group: len(getattr(student, group, ())) for group in groups}
+        self.compiled_parts = [f"student.{group}.{i}" for group, n in blocks.items() for i in range(n)]
 
     def forward(
-        self, noisy: Noisy, conditions: dict[str, Any], tail_drop: float
+        self, noisy: Noisy, conditions: dict[str, Any], budget: dict[str, Any]
     ) -> tuple[Tensor, DCTransformerOutput]:
         """Prediction and everything the student tells."""
-        return self._family.predict(self.student, noisy, conditions, tail_drop)
+        prediction, output = self._family.predict(self.student, noisy, conditions, **budget)
+        # Where no patch is dropped, nothing asks for its neighbour's share; processes wait for gradients of all.
+        share: Any = getattr(self.student.scaffold, "share", None)
+        if share is not None:
+            prediction = prediction + 0.0 * sum(parameter.sum() for parameter in share.parameters())
+        return prediction, output
 
 
 class UpcyclingRecipe(ABC):
-    """What both stages share.
+    """What all stages share.
+
+    Everything random about an item depends on the seed and the item alone, so that it does not matter how items are
+    divided into batches, parts and processes. Losses are means over items, or over groups of `GROUP` of them.
 
     Args:
-        seed: seed of the new parts.
+        seed: seed of the new parts, and of dropped conditions, noise and budgets.
         pipe: the original `ZImagePipeline` or `DiTPipeline`.
-        samples: its own samples.
+        samples: its own samples, or pictures with captions.
         student: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
-        warm_up: batches of tail drop 0 at the start, in items.
+        warm_up: items of tail drop 0 at the start.
         scaffold: configuration of the scaffold, where the student is new.
     """
 
     name = ""
+    shardable = True
+    taught = True
+    """Whether the original's forward pass is needed."""
 
     def __init__(
         self,
         seed: int,
         pipe: Any,
-        samples: Samples,
+        samples: TrainingData,
         student: Path | None = None,
         warm_up: int = 20_000,
         **scaffold: Any,
     ) -> None:
-        self.family, self.samples, self.warm_up = family_of(pipe), samples, warm_up
-        self.family.teacher.eval().requires_grad_(False)
+        self.seed, self.family, self.samples, self.warm_up = seed, family_of(pipe), samples, warm_up
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
         torch.manual_seed(seed)
         self.student: DCModel = (
             upcycle(self.family.teacher, **scaffold) if student is None else load_student(student)
@@ -91,31 +110,42 @@ class UpcyclingRecipe(ABC):
         """The student's parameters that keep their values."""
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Samples of the original, which of their conditions to drop, and the batch's tail drop."""
-        latents, labels = self.samples.batch(start, size)
-        dropped = torch.rand(size, generator=generator) < _DROPOUT
-        return {
-            "latents": latents,
-            "labels": labels,
-            "dropped": dropped.tolist(),
-            "tail_drop": draw_tail_drop(start, self.warm_up, generator),
-        }
+        """Samples of the original, which of their conditions to drop, and their budgets."""
+        values, labels = self.samples.batch(start, size)
+        items = list(range(start, start + size))
+        generators = [item_generator(self.seed, item) for item in items]
+        dropped = torch.cat([torch.rand(1, generator=each) for each in generators]) < _DROPOUT
+        budget = self.budget(items, dropped, generators)
+        return {"values": values, "labels": labels, "dropped": dropped.tolist(), "items": items, **budget}
+
+    def budget(self, items: list[int], dropped: Tensor, generators: list[torch.Generator]) -> dict[str, Any]:
+        """Tail drops of the items, one number where all have the same."""
+        drops = [draw_tail_drop(item, self.warm_up, own) for item, own in zip(items, generators, strict=True)]
+        return {"tail_drop": drops[0] if len(set(drops)) == 1 else drops}
 
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """The stage's loss plus the ratio loss of the natural sets."""
-        latents = batch["latents"]
-        self.family.teacher.to(latents.device)
-        noisy = self.family.corrupt(latents, generator)
+        """The stage's loss plus the loss of its router."""
+        values = batch["values"]
+        if self.taught:
+            self.family.teacher.to(values.device)
+        generators = [item_generator(self.seed, item, 1) for item in batch["items"]]
         with torch.no_grad():
-            conditions = self.family.conditions(batch["labels"], batch["dropped"])
-        prediction, output = module(noisy, conditions, batch["tail_drop"])
+            latents = values if values.is_floating_point() else self.family.encode(values, generators)
+            parts = zip(latents.split(1), generators, strict=True)
+            noisy = Noisy.joined([self.family.corrupt(part, own) for part, own in parts])
+            conditions = self.family.conditions(batch["labels"], batch["dropped"], values.device)
+        budget = {name: batch[name] for name in ("tail_drop", "token_budget") if name in batch}
+        prediction, output = module(noisy, conditions, budget)
         own, numbers = self.stage_loss(prediction, output, noisy, conditions)
-        chunks = output.chunks
-        ratio = ratio_loss(chunks.probabilities, chunks.natural, self.student.config.compression)
-        numbers |= {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
-        return own + RATIO_WEIGHT * ratio, numbers
+        router, measured = self.router_loss(output.chunks, noisy, batch)
+        return own + router, numbers | measured
+
+    def router_loss(self, chunks: Chunks, noisy: Noisy, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """The ratio loss of the natural sets."""
+        ratio = ratio_loss(chunks.probabilities, chunks.natural, self.student.config.compression, GROUP)
+        return RATIO_WEIGHT * ratio, {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
 
     @abstractmethod
     def stage_loss(
@@ -125,15 +155,28 @@ class UpcyclingRecipe(ABC):
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
         """Save the student in half precision to `folder/transformer`."""
-        half: Any = copy.deepcopy(self.student).to(torch.float16)
-        half.save_pretrained(folder / "transformer")
+        half_copy(self.student).save_pretrained(folder / "transformer")
         write_record(folder, self.name, record)
+
+
+def item_generator(seed: int, item: int, purpose: int = 0) -> torch.Generator:
+    """Random numbers of one item."""
+    state = np.random.SeedSequence((seed, item, purpose)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def half_copy(model: Any) -> Any:
+    """A copy in float16, of a model that was trained in parts too."""
+    copied = type(model).from_config(model.config).to(torch.float16)
+    copied.load_state_dict(model.state_dict())
+    return copied
 
 
 class GraftRecipe(UpcyclingRecipe):
     """Stage 1: the scaffold learns to say what the original's ends say."""
 
     name = "dc-graft"
+    grids = ("latent",)
 
     def frozen_names(self) -> set[str]:
         return set(backbone_names(self.student))
@@ -150,6 +193,7 @@ class FinetuneRecipe(UpcyclingRecipe):
     """Stage 2: diffusion loss with multiple budgets; embeddings of timestep and condition stay."""
 
     name = "dc-finetune"
+    taught = False
 
     def frozen_names(self) -> set[str]:
         names = (name for name, _ in self.student.named_parameters())
@@ -163,7 +207,7 @@ class FinetuneRecipe(UpcyclingRecipe):
 
 
 def graft_losses(prediction: Tensor, output: DCTransformerOutput, taught: Activations) -> dict[str, Tensor]:
-    """Squared errors against the original, each divided by the variance of what is to be matched.
+    """Squared errors against the original, each sample's divided by the variance of what it is to match.
 
     A position's target is what the original says of its 2 x 2 patch. Encoder outputs count where they were kept: only
     those reach the backbone.
@@ -180,16 +224,19 @@ def graft_losses(prediction: Tensor, output: DCTransformerOutput, taught: Activa
         raise ValueError("output: needs the chunks; call the model with output_chunks=True")
     grid = output.chunks.grid
     embedded, final = (_spread(tokens, grid) for tokens in (taught.embedded, taught.final))
-    kept = output.chunks.mask
+    every = torch.ones_like(output.chunks.mask)
     return {
-        "prediction": _relative(prediction, taught.prediction),
-        "embedded": _relative(output.encoded[kept], embedded[kept]),
-        "final": _relative(output.decoded, final),
+        "prediction": _relative(prediction.flatten(2).mT, taught.prediction.flatten(2).mT, every),
+        "embedded": _relative(output.encoded, embedded, output.chunks.mask),
+        "final": _relative(output.decoded, final, every),
     }
 
 
-def _relative(value: Tensor, target: Tensor) -> Tensor:
-    return (value.float() - target.float()).square().mean() / target.float().var().clamp(min=1e-6)
+def _relative(value: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Mean over samples of [n, L, D], at the positions `counted`, bool [n, L]."""
+    errors = (value.float() - target.float()).square().mean(dim=-1)
+    own = torch.where(counted, errors, 0.0).sum(dim=1) / counted.sum(dim=1)
+    return (own / target.float().flatten(1).var(dim=1).clamp(min=1e-6)).mean()
 
 
 def _spread(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -202,11 +249,21 @@ def load_student(folder: Path) -> DCModel:
     """An upcycled transformer from its folder.
 
     Raises:
-        ValueError: the folder holds another model.
+        FastgenError: the folder holds another model.
+    """
+    student: DCModel = load_pretrained(_STUDENTS[student_config(folder)["_class_name"]], folder)
+    return student
+
+
+def student_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an upcycled transformer.
+
+    Raises:
+        FastgenError: the folder holds another model.
     """
     path = folder / "config.json"
-    kind = read_object(path).get("_class_name") if path.is_file() else None
+    config = read_object(path) if path.is_file() else {}
+    kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _STUDENTS:
         raise FastgenError(f"init: {folder} holds no transformer with dynamic chunking (found {str(kind)[:60]})")
-    student: DCModel = load_pretrained(_STUDENTS[kind], folder)
-    return student
+    return config

@@ -11,7 +11,7 @@ import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
 from fastgen.pipelines.generation import GeneratedImage, Progress
-from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SamplerName, SearchInterrupted
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.engine import Round
@@ -32,7 +32,7 @@ def search_images(
     seeds: Sequence[int],
     *,
     budget: Budget,
-    sampler: str | Sampler | None = None,
+    sampler: SamplerName | Sampler | None = None,
     batch_size: int = 8,
     batch_invariant: bool = False,
     flops: bool = False,
@@ -64,8 +64,6 @@ def search_images(
     """
     check_prompt_lengths(pipe, [*prompts, *([settings["negative_prompt"]] if settings.get("negative_prompt") else [])])
     search = NoiseSearchPipeline(pipe, verifier, policy)
-    arguments = pipeline_arguments(settings) | {"max_nfe": budget.max_nfe, "target_score": budget.target_score}
-    arguments |= {"sampler": sampler or "ancestral", "batch_size": 1 if batch_invariant else batch_size}
     size = 1 if batch_invariant else batch_size
     for start in range(0, len(prompts), size):
         texts, own = prompts[start : start + size], seeds[start : start + size]
@@ -82,9 +80,13 @@ def search_images(
                 output = search(
                     list(texts),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in own],
+                    max_nfe=budget.max_nfe,
                     max_seconds=seconds,
+                    target_score=budget.target_score,
+                    sampler=sampler or "ancestral",
+                    batch_size=size,
                     on_round=_reporter(callback, start, len(prompts), len(texts), budget, seconds),
-                    **arguments,
+                    pipeline_kwargs=pipeline_arguments(settings),
                 )
             except (NoFinitePicture, SearchInterrupted) as error:
                 output, cause = error.output, error

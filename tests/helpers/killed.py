@@ -96,7 +96,8 @@ class LineRecipe:
 def train(folder: Path) -> None:
     """Forty steps with a checkpoint after every third."""
     torch.set_num_threads(1)
-    from fastgen.training.engine import TrainConfig, Trainer
+    from fastgen.training.engine import Trainer
+    from fastgen.training.train_config import TrainConfig
 
     settings: dict[str, Any] = {"lr": 1e-2, "warmup": 3, "log_every": 1, "checkpoint_every": 3, "precision": "fp32"}
     Trainer(LineRecipe(), TrainConfig(output_dir=folder, steps=40, batch_size=4, **settings)).run()

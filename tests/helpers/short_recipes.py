@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastgen.training.engine import Recipe, TrainConfig
+from fastgen.training.engine import Recipe
 from fastgen.training.recipes import RECIPES
+from fastgen.training.train_config import TrainConfig
 
 
 def train_config(name: str, folder: Path, **overrides: Any) -> TrainConfig:

@@ -21,7 +21,9 @@ from other_process import other
 from short_recipes import build_recipe
 
 from fastgen.errors import FastgenError
-from fastgen.training.engine import TrainConfig, Trainer, build_optimizers, learning_rate, resolve_precision
+from fastgen.training.engine import Trainer
+from fastgen.training.muon import build_optimizers
+from fastgen.training.train_config import TrainConfig, learning_rate, resolve_precision
 
 
 class LineRecipe:

@@ -16,8 +16,9 @@ from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import Target
 from fastgen.errors import FastgenError
-from fastgen.training.engine import TrainConfig, Trainer
+from fastgen.training.engine import Trainer
 from fastgen.training.heads import HeadsRecipe, load_target
+from fastgen.training.train_config import TrainConfig
 from fastgen.training.windows import WindowRecorder, Windows, record_windows
 
 WINDOW = 4

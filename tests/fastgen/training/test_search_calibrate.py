@@ -172,7 +172,7 @@ def test_a_pipeline_that_begins_with_a_picture_is_calibrated_and_searched_so(
     if masked:
         begin["mask_image"] = Image.open(picture["mask"])
     search = NoiseSearchPipeline(pipe, load_verifier(verifier), "threshold", thresholds=found)
-    output = search("a ring", num_inference_steps=4, height=16, width=16, max_nfe=40, **begin)
+    output = search("a ring", num_inference_steps=4, height=16, width=16, max_nfe=40, pipeline_kwargs=begin)
     assert output.reports[0].finished and output.reports[0].taus
     with pytest.raises(ValueError, match="Img2Img|Inpaint"):
         NoiseSearchPipeline(load_pipeline(str(micro_z)), load_verifier(verifier), "threshold", thresholds=found)

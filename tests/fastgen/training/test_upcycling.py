@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.models.upcycle import backbone_names, upcycle
-from fastgen.training.engine import TrainConfig, Trainer
+from fastgen.training.engine import Trainer
 from fastgen.training.families import family_of
 from fastgen.training.samples import Samples, draw_samples
+from fastgen.training.train_config import TrainConfig
 from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe, graft_losses, load_student
 
 PROMPTS = ["a red circle", "two blue squares", "a green star above a white ring"]

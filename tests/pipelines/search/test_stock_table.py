@@ -40,7 +40,8 @@ def check_callback(name: str) -> None:
     torch.manual_seed(0)
     plain = stock(pipe, PROMPTS[0], 3, call)
     torch.manual_seed(0)
-    wrapped = stock(NoiseSearchPipeline(pipe, policy=None), PROMPTS[0], 3, {**call, "callback_on_step_end": note})
+    off = NoiseSearchPipeline(pipe, policy=None)
+    wrapped = stock(off, PROMPTS[0], 3, {"pipeline_kwargs": {**call, "callback_on_step_end": note}})
     assert torch.equal(plain, wrapped) and seen == list(range(len(seen))) and seen
     with pytest.raises(ValueError, match="^callback_on_step_end: a search of"):
         made(pipe, PROMPTS[:1], {**call, "callback_on_step_end": note})

@@ -1,0 +1,100 @@
+"""FSDP2 for the trainer: weights, gradients and optimizer state are divided between the processes.
+
+`torch.distributed.fsdp.fully_shard` on every block that a model names in `_no_split_modules`, then on the rest. Each
+process writes and reads its own part of a checkpoint (`torch.distributed.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+__all__ = ["clip_gradients", "gather_weights", "load_parts", "remove_parts", "save_parts", "shard", "sharding_asked"]
+
+_PARTS = "checkpoint-{step}"
+
+
+def sharding_asked() -> bool:
+    """Whether `accelerate launch` was configured for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def shard(module: torch.nn.Module, device: torch.device, bfloat16: bool) -> None:
+    """Divide a module's parameters between the processes, in place.
+
+    Args:
+        module: equal in all processes; its parameters are other ones afterwards.
+        device: of this process; the parts lie there.
+        bfloat16: gather the weights of a block in bfloat16. Parts, gradients and their sums stay float32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    parts = list(module.modules())
+    whole = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
+    for part in reversed(parts[1:]):  # inner ones first
+        if type(part).__name__ in whole:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], limit: float) -> float:
+    """Scale gradients that lie in parts so that their norm over all processes is at most `limit`; returns the norm."""
+    norm = torch.nn.utils.get_total_norm([param.grad for param in parameters if param.grad is not None])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, whole)
+    return float(whole)
+
+
+@torch.no_grad()
+def gather_weights(module: torch.nn.Module, keep: bool) -> None:
+    """Put whole weights on the CPU in the place of the parts, where `keep` is set; all processes call it.
+
+    The module can be read and saved afterwards, and no longer be trained.
+    """
+    for part in list(module.modules()):
+        for name, param in list(part.named_parameters(recurse=False)):
+            if isinstance(param, DTensor):
+                whole = param.full_tensor()
+                if keep:
+                    setattr(part, name, torch.nn.Parameter(whole.cpu(), param.requires_grad))
+
+
+def save_parts(folder: Path, step: int, module: torch.nn.Module, averages: list[Any], optimizers: list[Any]) -> None:
+    """Write trained weights, their averages and the optimizers of a step, each process its part."""
+    save(_state(module, averages, optimizers), checkpoint_id=folder / _PARTS.format(step=step))
+
+
+def load_parts(folder: Path, step: int, module: torch.nn.Module, averages: list[Any], optimizers: list[Any]) -> None:
+    """Read what `save_parts` wrote."""
+    state = _state(module, averages, optimizers)
+    load(state, checkpoint_id=folder / _PARTS.format(step=step))
+    set_optimizer_state_dict(module, optimizers, state["optimizers"])
+
+
+def remove_parts(folder: Path, step: int) -> None:
+    """Remove the parts of all steps but this one."""
+    for path in folder.glob(_PARTS.format(step="*")):
+        if path.name != _PARTS.format(step=step):
+            shutil.rmtree(path)
+
+
+def _state(module: torch.nn.Module, averages: list[Any], optimizers: list[Any]) -> dict[str, Any]:
+    trained = {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
+    return {
+        "module": trained,
+        "averages": dict(zip(trained, averages, strict=True)),
+        "optimizers": get_optimizer_state_dict(module, optimizers),
+    }
