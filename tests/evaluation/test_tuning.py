@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +135,16 @@ def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: An
 
 
 @pytest.fixture
-def counted(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of the denoiser in place of seconds, so that a busy machine decides nothing."""
-    rows, stock = [0], tuning.timed_picture
+    stock = tuning.timed_picture
 
-    def count(model: Any, args: Any, output: Any) -> None:
-        rows[0] += len(args[0])
+    def timed(pipe: Any, *given: Any) -> tuple[Image.Image, float]:
+        rows: list[int] = []
+        with pipe.transformer.register_forward_hook(lambda model, args, output: rows.append(len(args[0]))):
+            return stock(pipe, *given)[0], float(sum(rows))
 
-    def timed(*given: Any) -> tuple[Image.Image, float]:
-        before = rows[0]
-        return stock(*given)[0], float(rows[0] - before)
-
-    hook = pipe.transformer.register_forward_hook(count)
     monkeypatch.setattr(tuning, "timed_picture", timed)
-    yield
-    hook.remove()
 
 
 @pytest.mark.usefixtures("counted")
@@ -205,6 +199,7 @@ def command(micro_z: Path, tmp_path: Path) -> list[str]:
     return [*map(str, ("tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3))]
 
 
+@pytest.mark.usefixtures("counted")
 def test_the_command_writes_a_plan_that_generate_follows(
     command: list[str],
     micro_z: Path,
