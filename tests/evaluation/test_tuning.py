@@ -97,7 +97,7 @@ def pipe(micro_z: Path) -> Any:
 def tuner(pipe: Any, folder: Path, **given: Any) -> Tuner:
     settings: dict[str, Any] = {
         "pipe": pipe,
-        "prompts": PROMPTS,
+        "prompts": PROMPTS[:2],
         "metric": ssim,
         "call": {"steps": 8, "batch_size": 1},
         "log": folder / "log.jsonl",
