@@ -17,12 +17,12 @@ import typer
 from fastgen.cli.options import option_name
 from fastgen.cli.publish import has_matplotlib
 from fastgen.errors import FastgenError
+from fastgen.pipelines.beginnings import Beginning, read_beginning
 from fastgen.pipelines.schema import SearchSettings
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
     from fastgen.evaluation.verifiers.base import Verifier
-    from fastgen.pipelines.beginnings import Beginning
     from fastgen.pipelines.generation import GeneratedImage
     from fastgen.pipelines.loading.checkpoint import Checkpoint
     from fastgen.pipelines.search.budget import Budget
@@ -31,7 +31,19 @@ if TYPE_CHECKING:
 SaveTreeOption = Annotated[
     bool, typer.Option("--save-tree", help="Also write NAME.tree.png: all candidates and their scores (search).")
 ]
-
+ImageOption = Annotated[
+    Path | None, typer.Option("--image", help="A picture to begin with, img2img (search).", show_default=False)
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option("--mask", help="White where --image is to be drawn again, inpainting (search).", show_default=False),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How much of --image may change, above 0 to 1. Default: the pipeline's (search).", show_default=False
+    ),
+]
 
 #: Of the models that come with fastgen.
 DEFAULT_VERIFIER = "shapes-verifier"
@@ -296,3 +308,18 @@ def write_missing_trees(jobs: Sequence[Job]) -> None:
         if search and not job.image.with_suffix(".tree.png").exists():
             with Image.open(job.image) as picture:
                 atomic_write_many([tree_file(job.image, search, picture)])
+
+
+def beginning_of(
+    method: str | None, image: Path | None, mask: Path | None, strength: float | None
+) -> Beginning | None:
+    """What these options ask for.
+
+    Raises:
+        FastgenError: without a search, or what `read_beginning` refuses.
+    """
+    given = {"image": image, "mask": mask, "strength": strength}
+    names = [option_name(name) for name, value in given.items() if value is not None]
+    if names and method != "search":
+        raise FastgenError(f"{names[0]}: needs --method search")
+    return read_beginning(image, mask, strength, option_name)
