@@ -66,7 +66,7 @@ SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
 
 _CLEARLY_FEWER = 0.7
 
-SHIFTS = (1.0, 2.0)
+SHIFTS = (1.0, 2.0, 3.0)
 """What a solver multiplies the shift of the noise levels by."""
 
 

@@ -208,7 +208,7 @@ class Studio:
         verifier = self._verifiers[plan.verifier]
         if order.details:
             verifier = Watched(verifier, lambda png, score: report(Event(partial=png, score=score), None))
-        limits: dict[str, Any] = {"budget": plan.budget, "sampler": plan.sampler, **plan.cheap}
+        limits: dict[str, Any] = {"budget": plan.budget, "sampler": plan.sampler, "preview": plan.preview}
         yield from search_images(pipe, verifier, plan.policy, prompts, seeds, **limits, **common)
 
     def _edited(self, pipe: Any, order: Order, common: dict[str, Any]) -> Iterator[GeneratedImage]:

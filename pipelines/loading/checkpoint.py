@@ -308,30 +308,19 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         )
     if (folder / "config.json").is_file():
         config = read_object(folder / "config.json")
-        if config.get("model_type") == "janus":
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            return Checkpoint(
-                model,
-                folder,
-                "janus",
-                hub_id,
-                "JanusImagePipeline",
-                defaults,
-                fixed_size=_janus_size(folder, config),
-                drafter=None if drafter is None else _own_drafter(folder, drafter),
+        kind = str(config.get("model_type", "model of unknown type"))
+        if kind != "janus" and kind not in TOKEN_MODELS:
+            raise FastgenError(
+                f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
+                f"tokens (janus, {', '.join(TOKEN_MODELS)}){_ADVICE.get(kind, '')}"
             )
-        kind = config.get("model_type", "model of unknown type")
-        if isinstance(kind, str) and kind in TOKEN_MODELS:
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            own = None if drafter is None else _own_drafter(folder, drafter)
-            return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
-        advice = _ADVICE.get(kind, "") if isinstance(kind, str) else ""
-        raise FastgenError(
-            f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
-            f"tokens (janus, {', '.join(TOKEN_MODELS)}){advice}"
-        )
+        _check_json_files(folder)
+        drafter = defaults.pop("drafter", None)
+        own = None if drafter is None else _own_drafter(folder, drafter)
+        if kind == "janus":
+            size, name = _janus_size(folder, config), "JanusImagePipeline"
+            return Checkpoint(model, folder, "janus", hub_id, name, defaults, fixed_size=size, drafter=own)
+        return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
 
 

@@ -99,20 +99,6 @@ def test_rows_and_statistics(
 
 
 @pytest.mark.slow
-def test_an_elastic_search_is_compared_with_the_plain_one(
-    micro_dc: Path, verifiers: tuple[str, str], tmp_path: Path
-) -> None:
-    plain, elastic = "best-of-n", "best-of-n explore=tail_drop:0.9,uncond_tail_drop:0.9"
-    found = benchmark_search(
-        str(micro_dc), tmp_path, verifier=verifiers[0], policies=[plain, elastic], budgets=[24, 40], limit=1, seeds=1
-    )
-    assert {(entry["policy"], entry["rival"]) for entry in found["reach"]} == {(elastic, plain)}
-    assert {(entry["policy"], entry["rival"]) for entry in found["comparisons"]} == {(elastic, plain)}
-    rows = {(row["policy"], row["budget"]): row for row in found["rows"]}
-    assert found["reach"][0]["target"] == rows[plain, 40]["score"]
-
-
-@pytest.mark.slow
 def test_a_policy_may_have_a_budget_of_its_own(micro_z: Path, verifiers: tuple[str, str], tmp_path: Path) -> None:
     names = ["best-of-n", "svdd max_nfe=24"]
     found = benchmark_search(
@@ -212,8 +198,7 @@ def test_variants_read_settings_thresholds_and_arguments() -> None:
     assert variant.settings == {"tau": 0.7, "starts": 4, "returns": "best"}
     assert variant.arguments == {"sampler": "rollover", "target_score": 0.9}
     assert parse_variant("threshold thresholds=1.json").thresholds == "1.json"
-    explored = parse_variant("svdd explore=tail_drop:0.9,token_budget:4 preview=pooled").arguments
-    assert explored == {"explore": {"tail_drop": 0.9, "token_budget": 4}, "preview": "pooled"}
+    assert parse_variant("svdd preview=pooled").arguments == {"preview": "pooled"}
     for text, rule in (
         ("best-so-far", BestSoFar()),
         ("online-quantile(0.5)", OnlineQuantile(0.5)),

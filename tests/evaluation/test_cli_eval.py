@@ -172,7 +172,6 @@ def test_bad_options_of_speculative_decoding(
         (["--method", "search", "--max-nfe", "3"], "max_nfe"),
         (["--method", "search", "--max-nfe", "48", "--target-score", "2"], "--target-score"),
         (["--method", "search", "--policy", "best-of-n", "--max-nfe", "48", "--sampler", "ancestral"], "--sampler"),
-        (["--method", "search", "--explore", "0.5"], "no dynamic chunking"),
         (["--method", "search", "--model", "tiny-janus"], "draws tokens"),
         (["--method", "search", "--model", "renders"], "no model"),
         (["--method", "dc", "--model", "tiny"], "no dynamic chunking"),
