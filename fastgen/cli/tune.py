@@ -47,7 +47,9 @@ def tune(
             "or a verifier: shapes-verifier, clip-score, pick-score …"
         ),
     ] = "ssim",
-    max_drop: Annotated[float, typer.Option(help="How much lower the mean score of the plan may be.")] = 0.05,
+    max_drop: Annotated[
+        float, typer.Option(help="Of the mean score: the upper end of the 95 % interval of its drop.")
+    ] = 0.05,
     prompts: Annotated[int, typer.Option(help="Pictures of each measurement.")] = 12,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from diffusers import ZImagePipeline
 from generate_command import call as generate
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -162,6 +164,22 @@ def test_the_fastest_plan_that_loses_little_is_chosen(pipe: Any, tmp_path: Path)
     strict = tuner(pipe, tmp_path).tune(parts, max_drop=0.0)
     assert all(lost.drop[0] <= 0 for lost in [strict])
     assert type(pipe) is ZImagePipeline
+
+
+@given(losses=st.lists(st.integers(-20, 20), min_size=2, max_size=40), bound=st.floats(0, 0.5))
+def test_a_plan_whose_loss_is_not_known_well_enough_is_not_chosen(losses: list[int], bound: float) -> None:
+    """The bound is on the upper end of the interval of scipy's paired t-test, not on the mean."""
+    n = len(losses)
+    stock, tried = (1.0,) * n, tuple(1 - loss / 20 for loss in losses)
+    plan = Trial((FewerSteps(0.5),), (0.5,) * n, (1.0,) * n, tried, stock, 9, 0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = tuner(None, Path(folder))
+    measured.trials = [plan]
+    lost = np.subtract(stock, tried)
+    high = stats.ttest_1samp(lost, 0.0).confidence_interval().high if np.ptp(losses) else lost[0]
+    assume(abs(high - bound) > 1e-6)
+    default = Trial((), (1.0,) * n, (1.0,) * n, stock, stock, 0, 1.0)
+    assert measured._best(bound, default) is (plan if high <= bound else default)
 
 
 def test_a_run_goes_on_from_its_log(pipe: Any, tmp_path: Path) -> None:
