@@ -184,8 +184,12 @@ class Calibration:
 
     @classmethod
     def beside(cls, folder: str | os.PathLike[str]) -> Calibration | None:
-        """The calibration in a drafter's folder, if there is one."""
-        return cls.load(folder) if (Path(folder) / FILE).exists() else None
+        """The calibration in a drafter's folder, or in the saved pipeline that the folder is of, if there is one."""
+        if (Path(folder) / FILE).exists():
+            return cls.load(folder)
+        index = Path(folder).parent / "model_index.json"
+        saved = read_object(index).get("calibration") if index.is_file() else None
+        return None if saved is None else cls.of_dict(saved, index)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Calibration:

@@ -1,8 +1,8 @@
 """Compiled steps of decoding: one graph for draft, target pass, verification and commit.
 
 A step is a few hundred small operators; on a CPU half of the time of a small target goes into starting them, on a GPU
-nearly all. Compiling takes up to a minute a step (inductor keeps the result on disk); another batch size, sampler,
-rule, tree or longer prompt is another graph.
+nearly all. Compiling takes up to a minute a step (inductor keeps the result on disk); another batch size (also that
+of a batch from which finished images left), sampler, rule, tree or longer prompt is another graph.
 """
 
 from __future__ import annotations

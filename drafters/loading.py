@@ -20,7 +20,7 @@ from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pretrained import load_pretrained
 
-__all__ = ["build_rule", "drafter_class", "has_heads", "heads_beside", "load_drafter"]
+__all__ = ["build_rule", "drafter_class", "heads_beside", "heads_folder", "load_drafter"]
 
 _KINDS: dict[str, Any] = {
     "exact": Exact,
@@ -73,15 +73,18 @@ def _kind(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def has_heads(folder: str | os.PathLike[str]) -> bool:
-    """Whether a drafter's folder holds heads of a window: itself, or in `heads`."""
-    return (Path(folder) / "heads").is_dir() or _kind(Path(folder)) == WindowHeads.__name__
+def heads_folder(folder: str | os.PathLike[str]) -> Path | None:
+    """The heads of a window that go with a drafter, if any: in its folder, or next to it in a saved pipeline."""
+    places = [Path(folder) / "heads"]
+    if Path(folder).name == "drafter" and (Path(folder).parent / "model_index.json").is_file():
+        places.append(Path(folder).parent / "heads")
+    return next((place for place in places if place.is_dir()), None)
 
 
 def heads_beside(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> WindowHeads | None:
-    """The heads in a drafter's folder (`heads`), if there are some."""
-    path = Path(folder) / "heads"
-    return load_drafter(path, dtype) if path.is_dir() else None
+    """The heads of `heads_folder`."""
+    path = heads_folder(folder)
+    return None if path is None else load_drafter(path, dtype)
 
 
 def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:

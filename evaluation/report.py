@@ -50,6 +50,29 @@ def scores_markdown(data: dict[str, Any]) -> str:
     return markdown_table(["task", "correct %", "± s.e.", "prompts", "images"], rows) + "\n" + provenance(data) + "\n"
 
 
+def task_lines(report: dict[str, Any]) -> list[str]:
+    """The scores of the tasks for people."""
+
+    def row(name: str, score: float, stderr: float | None) -> str:
+        error = "" if stderr is None else f" ± {stderr:.3f}"
+        return f"  {name:<16}{score:.3f}{error}"
+
+    lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
+    lines += [row(tag, task["score"], task["stderr"]) for tag, task in report["tasks"].items()]
+    lines.append(row("mean of tasks", report["overall"], report["overall_stderr"]) + "  (standard error by prompt)")
+    images, prompts = report["correct_images"], report["correct_prompts"]
+    return [*lines, f"  correct images {images:.3f}, correct prompts {prompts:.3f}"]
+
+
+def source_lines(report: dict[str, Any]) -> list[str]:
+    """Where the scores come from and where they went, for people."""
+    lines = []
+    if report.get("seconds_per_image") is not None:
+        lines.append(f"{report['seconds_per_image']:.3f} s per image on {report['settings']['device']}")
+    lines.append(provenance(report))
+    return lines + [f"{name}: {report[name]}" for name in ("images", "sheet", "results") if name in report]
+
+
 def plain(text: str) -> str:
     """`text` for Markdown, shown as it is: no link, picture, tag, code, emphasis or new cell comes out of it."""
     line = " ".join(text.split())

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastgen.evaluation.benchmarks.accelerate import accelerate_markdown
 from fastgen.evaluation.benchmarks.serve import serve_markdown
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.gains import gains_table
 from fastgen.evaluation.kernel_results import kernels_markdown
 from fastgen.evaluation.report import markdown_table, percent, provenance, scores_markdown, three
-from fastgen.evaluation.search_results import search_markdown, search_overhead_markdown
+from fastgen.evaluation.search_results import search_markdown
 from fastgen.evaluation.speculative_results import (
     speculative_cost_markdown,
     speculative_markdown,
@@ -23,11 +24,12 @@ from fastgen.io import read_object
 
 # Of results whose name is not that of their command.
 _COMMANDS = {
+    "bench-accelerate": "bench accelerate --share 0.667 --share 0.5 "
+    "--plan plan-tiny-solver-2.json --plan plan-tiny-solver-3.json",
     "bench-search-twelve": "bench search",
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
-    "bench-search-elastic": "bench search --model tiny-dc",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
@@ -48,10 +50,7 @@ def generate_markdown(data: dict[str, Any]) -> str:
     ]
     warm = []
     for row in data["warm"]:
-        cells = [row["model"], row["engine"], str(row["batch"])]
-        if "failed" in row:
-            warm.append([*cells, f"failed: {row['failed']}", "", "", "", "", ""])
-            continue
+        cells = [row["model"], row.get("engine", "eager"), str(row["batch"])]
         step = f"{1e3 * row['seconds_per_step']['p50']:.1f}"
         invariant = "yes" if row["batch_invariant"] else "no"
         warm.append([*cells, invariant, str(row["n"]), *three(row["seconds_per_image"]), step])
@@ -146,8 +145,7 @@ def results_page(folder: Path) -> str:
         ("bench-search-equal", "Noise search: thresholds against rivals of equal seconds", search_markdown),
         ("bench-search-own-call", "Noise search: thresholds by the pipeline's own call, no adapter", search_markdown),
         ("bench-search-rbf", "Noise search: thresholds against RBF with 500 passes", search_markdown),
-        ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
-        ("bench-search-overhead", "Noise search: what wrapping costs", search_overhead_markdown),
+        ("bench-accelerate", "Exact parts, a plan, and fewer steps", accelerate_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
         ("bench-serve", "A server and its clients", serve_markdown),
         ("bench-serve-load", "A server whose replicas are killed, on a busy machine", serve_markdown),
@@ -160,8 +158,12 @@ def results_page(folder: Path) -> str:
                 f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"
             )
-    if read("shapes-checker") is not None:
-        parts.append("## ShapesWorld checker\n\nSee [shapes-checker](results/shapes-checker.md).\n")
+    for name, title in (
+        ("bench-search-overhead", "Noise search: what wrapping costs"),
+        ("shapes-checker", "ShapesWorld checker"),
+    ):
+        if (folder / f"{name}.json").is_file():
+            parts.append(f"## {title}\n\nSee [{name}](results/{name}.md).\n")
     return "\n".join(parts)
 
 

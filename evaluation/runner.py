@@ -12,7 +12,7 @@ Every file is written atomically, and image i of a prompt depends only on the pr
 killed at any moment and started again ends with the files of an uninterrupted one, with however many processes.
 
 An image counts as finished when its seal holds (`fastgen.evaluation.seals`): it is whole, and was drawn for this
-prompt, number and settings. In folders of older versions, whose run.json has no "sealed", it must decode whole.
+prompt, number and settings.
 Processes of one run share its folder; another run is refused meanwhile.
 """
 
@@ -35,7 +35,7 @@ from fastgen.errors import FastgenError
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, format_metadata
 from fastgen.evaluation.samples import Sample, judge_samples, read_samples, results_jsonl, spread
-from fastgen.evaluation.seals import is_sealed, is_whole, sealed_png
+from fastgen.evaluation.seals import is_sealed, sealed_png
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_format, check_writable, read_json, remove_leftovers
 from fastgen.locks import locked_folder
 from fastgen.pipelines.schema import DRAWING
@@ -172,25 +172,24 @@ class EvaluationRun:
         self.folder, self.prompts, self.settings = Path(folder), list(prompts), settings
         self.group = group or Group()
         self.group.meet()  # no process holds the folder for an earlier part of the run
-        self._sealed = self.group.main_first(self._open)
+        self.group.main_first(self._open)
         self._digest = hashlib.sha256(json.dumps(settings.as_dict(), sort_keys=True).encode()).hexdigest()
 
-    def _open(self) -> bool:
-        """Check or make the record of the run; whether its images have seals."""
+    def _open(self) -> None:
+        """Check or make the record of the run."""
         digest = hashlib.sha256(format_metadata(self.prompts)).hexdigest()
-        record = {"format": _FORMAT, "settings": self.settings.as_dict(), "metadata_sha256": digest, "sealed": True}
+        record = {"format": _FORMAT, "settings": self.settings.as_dict(), "metadata_sha256": digest}
         path = self.folder / "run.json"
         check_writable(self.folder)
         with locked_folder(self.folder) if self.group.is_main else contextlib.nullcontext():
-            return self._open_record(path, record)
+            self._open_record(path, record)
 
-    def _open_record(self, path: Path, record: dict[str, Any]) -> bool:
+    def _open_record(self, path: Path, record: dict[str, Any]) -> None:
         if path.is_file():
             held = read_json(path)
             _check_record(self.folder, held, record)
             if self.group.is_main:
                 remove_leftovers(self.folder)
-            return held.get("sealed") is True
         elif not self.group.is_main:
             raise FastgenError(
                 f"{self.folder}: is not the folder that the first process sees; it must be a shared one"
@@ -199,7 +198,6 @@ class EvaluationRun:
             raise FastgenError(f"{self.folder}: is not empty and holds no evaluation run; choose another folder")
         else:
             atomic_write_json(path, record)
-        return True
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -224,7 +222,7 @@ class EvaluationRun:
             data = self.sample(*pair).read_bytes()
         except OSError:
             return False
-        return is_sealed(data, self._identity(pair)) if self._sealed else is_whole(data)
+        return is_sealed(data, self._identity(pair))
 
     def _identity(self, pair: tuple[int, int]) -> str:
         """What an image was drawn for."""

@@ -12,11 +12,9 @@ import zlib
 
 from PIL import Image
 
-from fastgen.errors import FastgenError
-from fastgen.evaluation.images import decode_image
 from fastgen.io import encode_png
 
-__all__ = ["is_sealed", "is_whole", "sealed_png"]
+__all__ = ["is_sealed", "sealed_png"]
 
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _KEY = b"tEXtfastgen-seal\x00"
@@ -37,17 +35,6 @@ def is_sealed(data: bytes, identity: str) -> bool:
     length = len(_seal(b"", "")) + len(_END)
     body, tail = data[:-length], data[-length:]
     return tail == _seal(body, identity) + _END
-
-
-def is_whole(data: bytes) -> bool:
-    """Whether `data` are a PNG with its last chunk, and decode to the last pixel."""
-    if not data.endswith(_END):
-        return False
-    try:
-        decode_image(data, "image")
-    except FastgenError:
-        return False
-    return True
 
 
 def _seal(body: bytes, identity: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Results of `fastgen bench search` and `fastgen bench search-overhead` as Markdown and as a plot."""
+"""Results of `fastgen bench search` as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgen.evaluation.report import figure_of, markdown_table, percent, provenance
 
-__all__ = ["search_markdown", "search_overhead_markdown", "search_plot"]
+__all__ = ["search_markdown", "search_plot"]
 
 _RIVALS = ("rbf", "svdd", "best-of-n")  # that the thresholds are tested against in the table
 
@@ -17,9 +17,9 @@ def search_markdown(data: dict[str, Any]) -> str:
     settings = data["settings"]
     held = "" if settings["heldout"] is None else f", held-out verifier {settings['heldout']}"
     count = settings.get("processes", 1)
-    beside = "" if count == 1 else f" ({count} processes, a core each)"
+    shared = "" if count == 1 else f" ({count} processes, a core each)"
     note = (
-        f"{settings['model']}, {settings['prompts']} prompts x {settings['seeds']} seeds, one at a time{beside}; "
+        f"{settings['model']}, {settings['prompts']} prompts x {settings['seeds']} seeds, one at a time{shared}; "
         f"verifier {settings['verifier']}{held}; sampler {settings['sampler']}. Score: ShapesWorld-GenEval, with 95 % "
         "over prompts. Gain: over the pipeline without a search, paired. Searched and held-out: mean scores of the "
         "verifiers. Diversity: mean distance of two pictures of a prompt in the detector's features.\n\n"
@@ -200,51 +200,3 @@ def _plain_ticks(panel: Any) -> None:
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
-
-
-def search_overhead_markdown(data: dict[str, Any]) -> str:
-    """A result of `fastgen bench search-overhead`."""
-    table = []
-    for row in data["rows"]:
-        low, high = row["ratio_ci"]
-        spread = row["ratio"]
-        table.append(
-            [
-                *(row["call"], str(row["n"]), f"{1e3 * row['seconds']['p50']:.1f}", f"{spread['p50']:.4f}"),
-                *(f"{spread['p20']:.4f} to {spread['p80']:.4f}", f"{low:.4f} to {high:.4f}"),
-            ]
-        )
-    header = ["call", "rounds", "ms p50", "over stock, p50", "p20 to p80", "95 % of the median"]
-    note = (
-        "The stock pipeline's call, and the same one through `NoiseSearchPipeline` without a policy, in turns; ratios "
-        "are within a round. A second stock call in each round shows what turns alone do.\n\n"
-    )
-    return note + markdown_table(header, table) + "\n" + _evaluations(data) + provenance(data) + "\n"
-
-
-def _evaluations(data: dict[str, Any]) -> str:
-    """What an evaluation costs by the paths to a model."""
-    if not data.get("evaluations"):
-        return ""
-    table = []
-    for row in data["evaluations"]:
-        low, high = (1e3 * end for end in row["host_ci"])
-        above = [
-            row[key] and "{:+.2f} ({:+.2f} to {:+.2f})".format(*(1e3 * value for value in row[key]))
-            for key in ("above_adapter", "above_step")
-        ]
-        table.append(
-            [
-                *(row["model"], row["path"], str(row["n"]), f"{1e3 * row['seconds']['p50']:.1f}"),
-                f"{1e3 * row['host']['p50']:.2f} ({low:.2f} to {high:.2f})",
-                f"{row['share']:.2%}",
-                *(text or "" for text in above),
-            ]
-        )
-    host = "processor ms outside the model (95 % of the median)"
-    header = ["model", "path", "n", "ms p50", host, "of a stock step", "above the adapter", "above a stock step"]
-    note = (
-        "One evaluation of the model, paths in turns, and a step of the stock call. What counts is the processor time "
-        "of the calling thread outside the model's forward pass; an evaluation takes the place of a step.\n\n"
-    )
-    return note + markdown_table(header, table) + "\n"

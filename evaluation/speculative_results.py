@@ -41,7 +41,9 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; "
         + ("score against the plain loop's with 95 % of it, paired by prompt; " if compares else "")
         + "mean score by the embedded verifier"
-        + ("; pictures a minute by batch size.\n\n" if sizes else ".\n\n")
+        + ("; pictures a minute by batch size" if sizes else "")
+        + "".join(f"; `{row['what']}` takes {row['seconds']['p50']:.2f} s" for row in data.get("commands", []))
+        + ".\n\n"
     )
     return table_page(note, header, rows, data)
 

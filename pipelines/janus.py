@@ -76,6 +76,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
 
         Args:
             torch_dtype, dtype: of the weights; default as stored.
+            tokenizer: in place of the one in the folder.
             output_loading_info: return (pipeline, dict of missing, unexpected and mismatched weights).
             kwargs: for `JanusForConditionalGeneration.from_pretrained` (`revision`, `token`, `local_files_only` …).
         """
@@ -84,7 +85,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         path = os.fspath(pretrained_model_name_or_path)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         hub = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
-        tokenizer = load_pretrained(AutoTokenizer, path, **hub)
+        tokenizer = kwargs.pop("tokenizer", None) or load_pretrained(AutoTokenizer, path, **hub)
         info = kwargs.pop("output_loading_info", False)
         model, loading = load_pretrained(
             JanusForConditionalGeneration, path, dtype=dtype or "auto", output_loading_info=True, **kwargs

@@ -117,7 +117,10 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         return load_pretrained(super(), os.fspath(pretrained_model_name_or_path), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a folder that `from_pretrained` loads; arguments as of `DiffusionPipeline.save_pretrained`."""
+        """Write a folder that `from_pretrained`, `fastgen.load_pipeline` and `--model` load.
+
+        Arguments as of `DiffusionPipeline.save_pretrained`.
+        """
         self.register_to_config(calibration=None if self.calibration is None else self.calibration.as_dict())
         self.register_to_config(options={name: value for name, value in self.options.items() if not callable(value)})
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.drafters.calibration import FILE, Calibration
+from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.heads import WindowHeads
-from fastgen.drafters.loading import has_heads
+from fastgen.drafters.loading import heads_folder
 from fastgen.drafters.names import tree_widths, window_of
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
@@ -29,9 +29,9 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
         FastgenError: names the part or the argument, and the mismatch.
     """
     wanted = _numbers(checkpoint)
-    places = [] if folder is None else [place for place in (folder, folder / "heads") if place.is_dir()]
+    places = [] if folder is None else [folder, heads_folder(folder)]
     heads: dict[str, Any] = {}
-    for place in places:
+    for place in filter(None, places):
         config = read_object(place / "config.json")
         if config.get("_class_name") == WindowHeads.__name__:
             heads = config
@@ -41,11 +41,10 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
                 raise FastgenError(
                     f"{label} {place}: made for a model of {name} {config[name]}, {checkpoint.model} has {value}"
                 )
-    if folder is not None:
-        calibration = Calibration.beside(folder)
-        if calibration is not None:
-            calibration.check(wanted, f"calibration {folder / FILE}")
-    if quality is not None and (folder is None or not (folder / FILE).is_file()):
+    calibration = None if folder is None else Calibration.beside(folder)
+    if calibration is not None:
+        calibration.check(wanted, f"calibration of {folder}")
+    if quality is not None and calibration is None:
         raise FastgenError("--quality: needs a drafter with a calibration (`fastgen train cascade-calibrate`)")
     if tree is None or tree in ("auto", "plain"):
         return
@@ -53,7 +52,7 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
         if folder is None:
             raise FastgenError(f"--tree: {tree!r} needs a drafter; without one there are windows such as jacobi-12")
         return
-    if tree.startswith("heads-") and (folder is None or not has_heads(folder)):
+    if tree.startswith("heads-") and not heads:
         raise FastgenError(f"--tree: {tree!r} needs heads of this model; train them with `fastgen train heads`")
     places_asked, tokens = window_of(tree)[0], wanted.get("num_tokens")
     if tokens is not None and places_asked > tokens:

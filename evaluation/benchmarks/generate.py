@@ -31,7 +31,6 @@ def benchmark_generate(
     batches: Sequence[int] = (1, 8),
     steps: int | None = 8,
     cold: bool = True,
-    compile: bool = True,
     device: str = "cpu",
     dtype: str = "auto",
     report: Callable[[str], None] = lambda line: None,
@@ -45,7 +44,6 @@ def benchmark_generate(
         batches: numbers of pictures per call.
         steps: denoising steps of diffusion models; None takes each model's default.
         cold: measure cold starts as well, each in a process of its own.
-        compile: also measure diffusion models with their transformer under torch.compile.
         report: called with each line of progress.
 
     Returns:
@@ -63,7 +61,7 @@ def benchmark_generate(
         cold_rows = _cold_rows(models, variant, runs, steps, device, dtype)
     warm_rows = []
     for model in models:
-        warm_rows += _warm_rows(model, variant, runs, batches, steps, compile, device, dtype, report)
+        warm_rows += _warm_rows(model, variant, runs, batches, steps, device, dtype, report)
     settings = {
         "models": list(models),
         "variant": variant,
@@ -127,42 +125,24 @@ def _warm_rows(
     runs: int,
     batches: Sequence[int],
     steps: int | None,
-    compile: bool,
     device: str,
     dtype: str,
     report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    import torch
-
     from fastgen.pipelines.loading import load_pipeline
     from fastgen.pipelines.loading.checkpoint import find_checkpoint
     from fastgen.pipelines.settings import check_classes
 
     check_classes(find_checkpoint(model, variant), [PROMPT])
     pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant)
-    diffusion = _is_diffusion(model)
-    options = {"steps": steps} if diffusion and steps is not None else {}
+    options = {"steps": steps} if steps is not None and _is_diffusion(model) else {}
     report(f"{model}: same pixels for every batch size")
     _check_batches(pipe, options, model)
     rows = []
     for batch in batches:
         for invariant in (True, False) if batch > 1 else (True,):
             report(f"{model}: {batch} pictures, {'batch-invariant' if invariant else 'fast batches'}")
-            rows.append({"model": model, "engine": "eager", **_warm_row(pipe, batch, invariant, options, runs)})
-    if not (compile and diffusion):
-        return rows
-    eager = pipe.transformer
-    pipe.transformer = torch.compile(eager)
-    try:
-        for batch in batches:
-            report(f"{model}: {batch} pictures, torch.compile")
-            try:
-                row = _warm_row(pipe, batch, batch == 1, options, runs)
-            except Exception as error:  # no compiler, or a model that cannot be compiled: the row says so
-                row = {"batch": batch, "failed": _first_line(error.__cause__ or error)}
-            rows.append({"model": model, "engine": "torch.compile", **row})
-    finally:
-        pipe.transformer = eager
+            rows.append({"model": model, **_warm_row(pipe, batch, invariant, options, runs)})
     return rows
 
 
@@ -228,7 +208,3 @@ def _check_batches(pipe: Any, options: dict[str, Any], model: str) -> None:
 
     if pixels(1) != pixels(3):
         raise FastgenError(f"model {model!r}: pictures depend on the batch size; not timed")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

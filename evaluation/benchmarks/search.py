@@ -1,9 +1,8 @@
 """Noise search: score against forward passes and against seconds, for all policies at several budgets.
 
-Every prompt is searched alone, as a user waits for one picture, and its own seconds are taken: from the call to the
-picture, with text encoder, decoder and verifier. All policies at all budgets take turns on a prompt before the next
-one comes, so that the machine's moods fall on all of them. The checker that scores is not the verifier that is
-searched.
+Every prompt is searched alone, as a user waits for one picture; its seconds are those from the call to the picture,
+with text encoder, decoder and verifier. All policies at all budgets take turns on a prompt before the next one, so
+that a slow moment of the machine affects all of them. The checker that scores is not the verifier that is searched.
 """
 
 from __future__ import annotations
@@ -88,14 +87,13 @@ def benchmark_search(
     batch_size: int = 32,
     device: str = "cpu",
     dtype: str = "auto",
-    share: tuple[int, int] | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run the benchmark.
 
     Args:
         model: a diffusion pipeline that draws ShapesWorld.
-        folder: of the pictures and of what every search did; a killed run continues there, and so does one with more
+        folder: of the pictures and of what every search did; a killed run resumes there, and so does one with more
             prompts, seeds, policies or budgets.
         variant: of the weight files, as in diffusers.
         verifier: that is searched.
@@ -107,12 +105,10 @@ def benchmark_search(
         sampler: see `NoiseSearchPipeline.__call__`.
         batch_size: rows of a forward pass.
         device, dtype: of the model; the verifiers run there in their own precision.
-        share: (i, n) does the i-th of n shares of the searches, from 1 on, and no more: n processes side by side, each
-            with a core of its own. A call without it then finds all of them done.
         report: called with each line of progress.
 
     Returns:
-        None of a share, else a JSON-ready dict: "environment", "detector", "settings", "skipped" (pairs of policy and
+        a JSON-ready dict: "environment", "detector", "settings", "skipped" (pairs of policy and
         budget that are not possible, with the reason), "rows" (see `rows_of`), "comparisons" and "reach" (see
         `statistics_of`).
 
@@ -122,8 +118,6 @@ def benchmark_search(
     """
     for name, number in (("seeds", seeds), ("batch_size", batch_size), *(("budgets", budget) for budget in budgets)):
         check_integer(name, number, 1)
-    if share is not None and not 1 <= share[0] <= share[1]:
-        raise FastgenError(f"share: {share[0]}/{share[1]} is not allowed, needs I/N with 1 <= I <= N")
     variants = [parse_variant(text) for text in dict.fromkeys((NONE, *policies))]
     prompts = _numbered(limit)
     checkpoint = find_checkpoint(model, variant)
@@ -149,9 +143,7 @@ def benchmark_search(
     for entry in skipped:
         report(f"left out: {entry['policy']} at {entry['budget']}: {entry['reason']}")
     _open(folder, record, searches)
-    _run(bench, searches, prompts, seeds, share or (1, 1), report)
-    if share is not None:
-        return None
+    _run(bench, searches, prompts, seeds, report)
     report("score")
     by = Resampling([item.tag for _, item in prompts])
     rows = rows_of(searches, prompts, seeds, detector, asked, held, by, device)
@@ -217,14 +209,13 @@ def _plan(
 
 
 def _open(folder: Path, record: dict[str, Any], searches: Sequence[Search]) -> None:
-    """Make the folders, or go on in those of the same settings."""
+    """Make the folders, or resume in those of the same settings."""
     check_writable(folder)
     for place, wanted in ((folder, record), *((search.folder, search.settings) for search in searches)):
         file = place / "settings.json"
         if not file.is_file():
             check_writable(place)
-            full = any(not item.name.startswith(".") for item in place.iterdir())
-            if full and not file.is_file():  # another share may just have written it
+            if any(not item.name.startswith(".") for item in place.iterdir()):
                 raise FastgenError(f"{place}: is not empty and holds no searches; choose another folder")
             atomic_write_json(file, wanted)
         held = read_object(file)
@@ -239,11 +230,10 @@ def _run(
     searches: Sequence[Search],
     prompts: Sequence[tuple[int, Metadata]],
     seeds: int,
-    share: tuple[int, int],
     report: Callable[[str], None],
 ) -> None:
-    """Every search of this share that has no record yet."""
-    todo = list(_missing(searches, prompts, seeds, share))
+    """Every search that has no record yet."""
+    todo = list(_missing(searches, prompts, seeds))
     if not todo:
         return
     report("warm-up")
@@ -264,14 +254,12 @@ def _run(
 
 
 def _missing(
-    searches: Sequence[Search], prompts: Sequence[tuple[int, Metadata]], seeds: int, share: tuple[int, int]
+    searches: Sequence[Search], prompts: Sequence[tuple[int, Metadata]], seeds: int
 ) -> Iterator[tuple[Search, int, Metadata, int]]:
-    """All prompts before the next seed; a share has all rows of its prompts. Which row begins changes from prompt to
-    prompt: the first one reads the prompt for the verifier, which keeps it."""
+    """All prompts before the next seed. Which row begins changes from prompt to prompt: the first one reads the prompt
+    for the verifier, which keeps it."""
     for seed in range(seeds):
         for turn, (place, item) in enumerate(prompts):
-            if (seed * len(prompts) + turn) % share[1] != share[0] - 1:
-                continue
             first = (turn + seed) % len(searches)
             for search in (*searches[first:], *searches[:first]):
                 path = search.picture(place, seed)
@@ -286,7 +274,7 @@ def _search(bench: Bench, search: Search, prompt: str, seed: int) -> tuple[Image
     started = time.perf_counter()
     try:
         with account() as stats:
-            output = search.pipeline(prompt, generator=generator, **bench.call, **arguments)
+            output = search.pipeline(prompt, generator=generator, pipeline_kwargs=bench.call, **arguments)
             wait_for(torch.device(bench.pipe.device))
     except SearchInterrupted as error:
         raise (error.__cause__ or error) from None

@@ -131,7 +131,7 @@ def serve_markdown(data: dict[str, Any]) -> str:
             f"Memory of the server after a tenth of the time: {memory[len(memory) // 10]:.0f} MB, at the end: "
             f"{memory[-1]:.0f} MB.\n"
         )
-    return text + provenance(data) + "\n"
+    return text + "\n" + provenance(data) + "\n"
 
 
 @contextlib.contextmanager

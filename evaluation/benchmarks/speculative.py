@@ -7,9 +7,10 @@ Before anything is timed, every lossless variant has to draw the plain loop's ve
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,15 @@ from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.drafter import describe
 from fastgen.drafters.heads import WindowHeads
-from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.loading import build_rule, heads_beside, load_drafter
-from fastgen.drafters.names import PLAIN
+from fastgen.drafters.loading import heads_beside, load_drafter
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
-from fastgen.drafters.tree import named_tree
 from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
+from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, Variant, parse_variant
 from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.measures import OVERALL
@@ -45,97 +44,7 @@ from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pipelines.token_images import as_output
 
-__all__ = ["VARIANTS", "Variant", "benchmark_speculative", "parse_variant"]
-
-#: "RULE DRAFT", the draft a window, a tree ("TREE@DRAFTER" with several drafters) or "auto"; settings behind it.
-VARIANTS = (
-    "exact jacobi-6",
-    "exact jacobi-12",
-    "exact jacobi-24",
-    "block jacobi-12",
-    "lantern jacobi-12 delta=0.05",
-    "lantern jacobi-12 delta=0.2",
-    "lantern++ jacobi-12 factor=2",
-    "gsd jacobi-12",
-    "cool-sd jacobi-12 delta=1.1",
-)
-
-
-_NONE, _HEADS = "none (Jacobi)", "heads"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: an acceptance rule with what it accepts from.
-
-    Attributes:
-        name: as it was written.
-        rule: the rule.
-        source: makes the draft source of a batch; None is the plain loop.
-        drafter, tree: for the table.
-    """
-
-    name: str
-    rule: AcceptanceRule
-    source: Callable[[], DraftSource | None]
-    drafter: str
-    tree: str
-
-
-Choose = Callable[[AcceptanceRule, Any], tuple[DraftSource | None, str]]
-
-
-def parse_variant(
-    text: str,
-    target: Target,
-    drafters: Mapping[str, Any] | None = None,
-    choose: Choose | None = None,
-    heads: WindowHeads | None = None,
-) -> Variant:
-    """ "RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2", "exact 4-2-1" or "exact chain-4@medusa".
-
-    Args:
-        text: to be read. "quality" is a setting of "cascade", by the calibration of the drafter.
-        target: the model.
-        drafters: by name, each with its calibration or None; a tree takes the first where none is named.
-        choose: what "auto" drafts with, for a rule and a drafter.
-        heads: of windows such as "heads-12".
-
-    Raises:
-        ValueError: it cannot be read, or needs a drafter that is not there.
-    """
-    words = text.split()
-    if len(words) < 2 or any("=" not in word for word in words[2:]):
-        raise ValueError(f'variant: {text!r} is not of the form "RULE DRAFT [SETTING=VALUE …]"')
-    settings: dict[str, Any] = {}
-    for word in words[2:]:
-        key, _, value = word.partition("=")
-        try:
-            settings[key] = int(value) if value.lstrip("-").isdecimal() else float(value)
-        except ValueError:
-            raise ValueError(f"variant: {word!r} in {text!r} is no number") from None
-    tree, _, name = words[1].partition("@")
-    given = drafters or {}
-    name = name or next(iter(given), "")
-    drafter, calibration = given.get(name, (None, None))
-    if "quality" in settings:
-        if words[0] != "cascade" or calibration is None:
-            raise ValueError(f"variant: {text!r}: quality needs acceptance cascade and a calibrated drafter")
-        settings = {**asdict(calibration.config(settings.pop("quality"))), **settings}
-    rule = build_rule(words[0], target, **settings)
-    if tree == PLAIN:
-        return Variant(text, rule, lambda: None, _NONE, PLAIN)
-    if tree == "auto" and choose is not None:
-        source, found = choose(rule, drafter)
-        drafts = name if isinstance(source, TreeSource) else _HEADS if isinstance(source, HeadsSource) else _NONE
-        return Variant(text, rule, partial(copy, source), drafts, found)
-    if tree.startswith(("jacobi-", "heads-")):
-        window_source(tree, rule, heads)  # a name that cannot be read is refused here
-        drafts = _HEADS if tree.startswith("heads-") else _NONE
-        return Variant(text, rule, partial(window_source, tree, rule, heads), drafts, tree)
-    if drafter is None:
-        raise ValueError(f"variant: {text!r} needs a drafter, there is {', '.join(given) or 'none'}")
-    return Variant(text, rule, partial(TreeSource, drafter, named_tree(tree), True), name, tree)
+__all__ = ["benchmark_speculative"]
 
 
 def benchmark_speculative(
@@ -156,6 +65,7 @@ def benchmark_speculative(
     dtype: str = "auto",
     compile: bool = True,
     batches: Sequence[int] = (),
+    commands: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -177,6 +87,8 @@ def benchmark_speculative(
             `generate` run in float32 as well.
         compile: compile the rounds; the plain loop runs both ways.
         batches: also measure pictures a minute at these batch sizes, in turn; images that are done leave.
+        commands: also measure so many whole `fastgen generate --method speculative` commands without other options,
+            in turn with those of the plain loop.
         report: called with each line of progress.
 
     Returns:
@@ -185,7 +97,7 @@ def benchmark_speculative(
         accepted_without_bonus, stolen (mass a picture), score, stderr, fd, verifier (mean score by
         shapes-verifier), "paired" (difference of the score to the plain loop's with its 95 % interval, by prompts as
         pairs) and "pictures_a_minute" by batch size. The first rows are the plain loops and
-        stock `generate`.
+        stock `generate`. And "commands" with the seconds of whole commands.
 
     Raises:
         FastgenError: a number out of range, or a lossless variant that draws other tokens at temperature 0.
@@ -241,12 +153,9 @@ def benchmark_speculative(
         row |= {name: value for name, value in scores.items() if name != "prompts"}
         if scores and row is not unspeculated:
             row["paired"] = _paired(scored[0], scores)
-    plain = [row["variant"] for row in rows if row["variant"].startswith(f"plain loop, {dtype}")]
-    drawn: dict[str, Variant | None] = dict.fromkeys(plain)
-    drawn |= {variant.name: variant for variant in rows_of}
     for batch in batches:
         report(f"batch {batch}")
-        made = _throughputs(target, law, drawn, chosen, batch, compile)
+        made = _throughputs(targets, law, rows_of, dtype, chosen, batch, compile)
         for row in rows:
             if row["variant"] in made:
                 row.setdefault("pictures_a_minute", {})[str(batch)] = made[row["variant"]]
@@ -266,7 +175,26 @@ def benchmark_speculative(
         "threads": torch.get_num_threads(),
         "target": describe(target),
     }
-    return result_of("speculative", settings, rows=rows)
+    whole = []
+    if commands:
+        report("commands")
+        whole = _commands(["--model", model, "--device", device], model_variant, chosen[0], commands)
+    return result_of("speculative", settings, rows=rows, commands=whole)
+
+
+def _commands(options: list[str], variant: str | None, prompt: str, runs: int) -> list[dict[str, Any]]:
+    """Seconds of whole processes that draw one picture: with the source that is taken by itself, and with none."""
+    options += [] if variant is None else ["--variant", variant]
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "fastgen.cli.main", "generate", prompt, *options, "--overwrite"]
+        words += ["-o", str(Path(folder, "out.png")), "--method", "speculative"]
+        ends: list[list[str]] = [[], ["--tree", "plain"]]
+        calls = {
+            " ".join(["fastgen generate --method speculative", *end]): partial(measure_process, [*words, *end])
+            for end in ends
+        }
+        turns = take_turns(calls, runs)
+    return [{"what": name, "n": runs, "seconds": percentiles(taken)} for name, taken in turns.items()]
 
 
 @torch.no_grad()
@@ -349,24 +277,34 @@ def _paired(plain: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _throughputs(
-    target: Target,
+    targets: dict[str, Target],
     law: TokenLaw,
-    variants: Mapping[str, Variant | None],
+    variants: Sequence[Variant],
+    dtype: str,
     prompts: Sequence[str],
     batch: int,
     compile: bool,
 ) -> dict[str, float]:
-    """Pictures a minute of the faster of two batches, after a first one; all variants in turn. A variant whose name
-    says "compiled" is, and all of those that draft are where `compile` says so."""
+    """Pictures a minute of the faster of two batches, after a first one; plain loops and variants in turn."""
     texts = [prompts[number % len(prompts)] for number in range(batch)]
-
-    def draw(name: str, variant: Variant | None) -> None:
-        compiled = name.endswith("compiled") if variant is None else compile
-        _draw(target, law, variant, texts, range(batch), compiled)
-
-    calls = {name: partial(draw, name, variant) for name, variant in variants.items()}
-    seconds = take_turns(calls, 2, device=target.device)
+    calls = {
+        name: partial(draw, texts, range(batch))
+        for name, draw in _drawn(targets, law, variants, dtype, compile).items()
+    }
+    seconds = take_turns(calls, 2, device=targets[dtype].device)
     return {name: 60 * batch / min(taken) for name, taken in seconds.items()}
+
+
+def _drawn(
+    targets: dict[str, Target], law: TokenLaw, variants: Sequence[Variant], dtype: str, compile: bool
+) -> dict[str, Callable[[Sequence[str], Sequence[int]], Decoded]]:
+    """What draws a batch of prompts with their seeds, by row: our plain loops, and the variants."""
+    calls: dict[str, Callable[[Sequence[str], Sequence[int]], Decoded]] = {}
+    for kind, target in targets.items():
+        calls[f"plain loop, {kind}"] = partial(_draw, target, law, None)
+        if compile:
+            calls[f"plain loop, {kind}, compiled"] = partial(_draw, target, law, None, compile=True)
+    return calls | {each.name: partial(_draw, targets[dtype], law, each, compile=compile) for each in variants}
 
 
 def _pictures(
@@ -392,24 +330,19 @@ def _timed(
 ) -> list[dict[str, Any]]:
     """Seconds, passes and accepted lengths of single pictures; all in turn, after one round of warm-up."""
 
-    def stock(pipe: Any, prompt: str, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        pipe(prompt, guidance_scale=law.guidance_scale, generator=generator, output_type="tokens")
+    def stock(pipe: Any, texts: Sequence[str], seeds: Sequence[int]) -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipe(list(texts), guidance_scale=law.guidance_scale, generator=generators, output_type="tokens")
 
-    def ours(kind: str, variant: Variant | None, compiled: bool, prompt: str, seed: int) -> Decoded:
-        return _draw(targets[kind], law, variant, [prompt], [seed], compiled)
-
-    calls: dict[str, Callable[[str, int], Any]] = {}
-    for kind in pipes:
-        calls[f"plain loop, {kind}"] = partial(ours, kind, None, False)
-        if compile:
-            calls[f"plain loop, {kind}, compiled"] = partial(ours, kind, None, True)
+    calls: dict[str, Callable[[Sequence[str], Sequence[int]], Any]] = {}
+    ours = _drawn(targets, law, variants, dtype, compile)
+    calls |= {name: draw for name, draw in ours.items() if name.startswith("plain loop")}
     calls |= {f"stock generate, {kind}": partial(stock, pipe) for kind, pipe in pipes.items()}
-    calls |= {variant.name: partial(ours, dtype, variant, compile) for variant in variants}
+    calls |= ours
     results: dict[tuple[int, str], Any] = {}
 
     def kept(seed: int, prompt: str, name: str) -> None:
-        results[seed, name] = calls[name](prompt, seed)
+        results[seed, name] = calls[name]([prompt], [seed])
 
     turns = take_turns(
         {(seed, name): partial(kept, seed, prompt, name) for seed, prompt in enumerate(prompts) for name in calls},

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastgen.cli.bench_accelerate import accelerate
-from fastgen.cli.bench_kernels import kernels
-from fastgen.cli.bench_search import search, search_overhead
-from fastgen.cli.bench_serve import serve
-from fastgen.cli.methods import VariantOption, find_model, variant_option
+from fastgen.cli.bench_search import search
+from fastgen.cli.methods import VariantOption, check_device, find_model, variant_option
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help=True)
@@ -25,10 +25,7 @@ def _group() -> None:
 
 
 app.command("accelerate")(accelerate)
-app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("search-overhead")(search_overhead)
-app.command("serve")(serve)
 
 
 @app.command("generate")
@@ -40,14 +37,12 @@ def generate(
     batch: Annotated[list[int] | None, typer.Option(help="Pictures per call; repeat. Default: 1 and 8.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps (diffusion).")] = 8,
     cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Measure cold starts.")] = True,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure torch.compile as well.")] = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Cold start, seconds per picture and per step, memory."""
     from fastgen.checks import check_integer
-    from fastgen.cli.eval_run import check_device
 
     models, batches = model or ["tiny", "tiny-janus"], batch or [1, 8]
     check_integer("--runs", runs, 1)
@@ -68,10 +63,9 @@ def generate(
             batches=batches,
             steps=steps,
             cold=cold,
-            compile=compile,
             device=device,
             dtype=dtype,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
     publish(result, out, as_json, generate_markdown(result), notes.texts)
 
@@ -112,7 +106,6 @@ def dc(
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking against a dense model with fewer
     steps, step caches and token merging."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device)
     for name in (model, dense):
@@ -140,7 +133,7 @@ def dc(
             timed_prompts=4 if quick else 24,
             runs=runs,
             device=device,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
         if plot is not None:
             dc_quality_plot(result, plot)
@@ -178,13 +171,15 @@ def speculative(
     batch: Annotated[
         list[int] | None, typer.Option(help="Also measure pictures a minute at this batch size; repeat.")
     ] = None,
+    commands: Annotated[
+        int, typer.Option(help="Also time this many whole generate commands, against the plain loop's.")
+    ] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed against score (extra: report).")] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Passes, seconds, accepted length and quality of speculative decoding, for rules, drafts and trees."""
     from fastgen.checks import check_choice, check_integer
-    from fastgen.cli.eval_run import check_device
     from fastgen.drafters.names import RULES
     from fastgen.pipelines.loading.checkpoint import find_drafter
 
@@ -197,13 +192,15 @@ def speculative(
         find_drafter(checkpoint, path)
     for size in batch or []:
         check_integer("--batch", size, 1)
+    check_integer("--commands", commands, 0)
     for text in variant or []:
         if len(text.split()) < 2:
             raise FastgenError(f"--variant: {text!r} is not allowed, needs RULE DRAFT")
         check_choice("--variant", text.split()[0], RULES)
     check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
-        from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
+        from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
@@ -222,7 +219,8 @@ def speculative(
             dtype=dtype,
             compile=compile,
             batches=batch or (),
-            report=lambda line: typer.echo(line, err=True),
+            commands=commands,
+            report=report,
         )
         if plot is not None:
             speculative_plot(result, plot)
@@ -242,7 +240,6 @@ def speculative_cost(
     as_json: JsonOption = False,
 ) -> None:
     """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)
@@ -255,7 +252,7 @@ def speculative_cost(
         runs=runs,
         device=device,
         dtype=dtype,
-        report=lambda line: typer.echo(line, err=True),
+        report=report,
     )
     publish(result, out, as_json, speculative_cost_markdown(result))
 
@@ -280,7 +277,6 @@ def dc_speed(
     as_json: JsonOption = False,
 ) -> None:
     """Forward time and FLOPs of dynamic chunking against the dense model, at real sizes with random weights."""
-    from fastgen.cli.eval_run import check_device
 
     check_device(device, dtype)
     check_files(out)
@@ -296,6 +292,80 @@ def dc_speed(
         compile=compile,
         device=device,
         dtype=dtype,
-        report=lambda line: typer.echo(line, err=True),
+        report=report,
     )
     publish(result, out, as_json, dc_markdown(result))
+
+
+@app.command("serve")
+def serve(
+    model: Annotated[str, typer.Option(help="Model to serve: name, folder or Hub id.")] = "tiny",
+    variant: VariantOption = None,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
+    pictures: Annotated[int, typer.Option(help="Pictures of a round.")] = 24,
+    minutes: Annotated[
+        float, typer.Option(help="Then keep eight clients busy for this long, and compare every picture.")
+    ] = 0.0,
+    replicas: Annotated[
+        int, typer.Option(help="Replicas of Ray Serve to draw on; one is killed every minute of that load.")
+    ] = 0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What `fastgen serve` gains by shared batches, and whether it stays right under load."""
+    from fastgen.cli.serve import check_libraries
+
+    check_libraries(ray=replicas > 0)
+    find_model(model, variant)
+    check_files(out)
+    with measuring() as notes:
+        from fastgen.evaluation.benchmarks.serve import benchmark_serve, serve_markdown
+
+        result = benchmark_serve(
+            model,
+            rounds=rounds,
+            pictures=pictures,
+            minutes=minutes,
+            variant=variant,
+            replicas=replicas,
+            report=report,
+        )
+    publish(result, out, as_json, serve_markdown(result), notes.texts)
+
+
+@app.command("kernels")
+def kernels(
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this operation (with --end-to-end: models whose names begin so); repeat for several."),
+    ] = None,
+    device: DeviceOption = "cpu",
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="After this many, references are no longer compiled and no other model is begun.")
+    ] = 110.0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fused kernels against their references, eager and compiled, and against the memory's speed."""
+    from fastgen.io import atomic_write_json
+
+    check_device(device)
+    check_files(out)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.kernels import benchmark_kernels
+        from fastgen.evaluation.kernel_results import kernels_markdown
+
+        result = benchmark_kernels(
+            op,
+            device=device,
+            compile=compile,
+            end_to_end=end_to_end,
+            seconds=seconds,
+            report=report,
+            save=lambda result: None if out is None else atomic_write_json(out, result),
+        )
+    publish(result, out, as_json, kernels_markdown(result))

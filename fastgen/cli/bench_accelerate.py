@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastgen.cli.methods import VariantOption, find_model, read_plan
+from fastgen.cli.methods import VariantOption, check_device, find_model, read_plan
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 
 __all__ = ["accelerate"]
 
@@ -40,7 +40,6 @@ def accelerate(
 ) -> None:
     """Exact parts, plans and fewer steps: seconds and score, drawn in turns with the stock pipeline."""
     from fastgen.checks import check_integer, check_number
-    from fastgen.cli.eval_run import check_device
     from fastgen.cli.plan import model_digest, read_prompts_file
     from fastgen.evaluation.tuning import SHARES
     from fastgen.locks import locked_files
@@ -80,7 +79,7 @@ def accelerate(
             log,
             {"model": model, "weights": model_digest(checkpoint), "device": device, "dtype": dtype, "metric": metric},
             time.monotonic() + 60 * minutes,
-            lambda line: typer.echo(line, err=True),
+            report,
         )
     publish(result, out, as_json, accelerate_markdown(result), notes.texts)
 

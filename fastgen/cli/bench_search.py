@@ -1,4 +1,4 @@
-"""`fastgen bench search` and `fastgen bench search-overhead`."""
+"""`fastgen bench search`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, get_args
 
 import typer
 
-from fastgen.cli.methods import VariantOption, find_model
+from fastgen.cli.methods import VariantOption, check_device, find_model
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 
-__all__ = ["search", "search_overhead"]
+__all__ = ["search"]
 
 
 def search(
@@ -40,10 +40,6 @@ def search(
     folder: Annotated[Path, typer.Option(help="Folder of pictures and records; a killed run continues there.")] = Path(
         "fastgen-bench-search"
     ),
-    share: Annotated[
-        str | None,
-        typer.Option(help="I/N: do the I-th of N shares of the searches, each in a process and on a core of its own."),
-    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against NFE and seconds (extra: report).")] = None,
@@ -52,7 +48,6 @@ def search(
 ) -> None:
     """Noise search: ShapesWorld-GenEval against NFE and seconds for all policies, with paired tests."""
     from fastgen.checks import check_choice
-    from fastgen.cli.eval_run import check_device
     from fastgen.evaluation.verifiers.names import verifier_class
     from fastgen.pipelines.noise_search import SamplerName
     from fastgen.pipelines.search.names import POLICIES
@@ -60,7 +55,6 @@ def search(
     check_device(device, dtype)
     find_model(model, variant)
     check_choice("--sampler", sampler, get_args(SamplerName))
-    part = None if share is None else _share(share)
     for name in (verifier, *([] if heldout is None else [heldout])):
         verifier_class(name)
     for text in policy or []:
@@ -84,50 +78,8 @@ def search(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
-            share=part,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
-        if result is None:
-            return
         if plot is not None:
             search_plot(result, plot)
     publish(result, out, as_json, search_markdown(result), notes.texts)
-
-
-def _share(text: str) -> tuple[int, int]:
-    from fastgen.errors import FastgenError
-
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-        raise FastgenError(f"--share: {text!r} is not allowed, needs I/N, e.g. 1/8")
-    return int(first), int(count)
-
-
-def search_overhead(
-    model: Annotated[str, typer.Option(help="Diffusion pipeline: name, folder or Hub id.")] = "tiny",
-    variant: VariantOption = None,
-    runs: Annotated[int, typer.Option(help="Measured rounds.")] = 30,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What wrapping a pipeline for noise search costs while its search is off."""
-    from fastgen.cli.eval_run import check_device
-
-    check_device(device, dtype)
-    find_model(model, variant)
-    check_files(out)
-    with measuring() as notes:
-        from fastgen.evaluation.benchmarks.search_overhead import benchmark_search_overhead
-        from fastgen.evaluation.search_results import search_overhead_markdown
-
-        result = benchmark_search_overhead(
-            model,
-            variant=variant,
-            runs=runs,
-            device=device,
-            dtype=dtype,
-            report=lambda line: typer.echo(line, err=True),
-        )
-    publish(result, out, as_json, search_overhead_markdown(result), notes.texts)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
+from fastgen.cli.eval_run import Drawing, drawing_options
 from fastgen.cli.methods import BatchSizeOption
+from fastgen.cli.notes import progress
 from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
@@ -81,6 +82,7 @@ def geneval(
     from fastgen.evaluation.distributed import Group
     from fastgen.evaluation.geneval.named_judges import load_judge
     from fastgen.evaluation.geneval.scoring import score_images
+    from fastgen.evaluation.report import source_lines
     from fastgen.evaluation.shapesworld import DETECTOR, RENDERS, render_prompts
     from fastgen.io import check_writable, user_cache_dir
     from fastgen.locks import locked_folder
@@ -116,12 +118,7 @@ def geneval(
         )
         if not group.is_main:
             return
-        report = {**score.data, **report, "images": str(folder)}
-    report["stats"] = stats.as_dict()
-    if target is not None:
-        score.write(folder, target, report)
-        report["results"] = str(target / "scores.json")
-    score.discard()
+    report = score.finish(folder, target, {**report, "stats": stats.as_dict()})
     typer.echo(json.dumps(report) if as_json else "\n".join([*_lines(report), *source_lines(report)]))
 
 
@@ -154,6 +151,8 @@ def _summarise(path: Path, out: Path | None, as_json: bool) -> None:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     """The scores for people, and everything that keeps them from being compared with others."""
+    from fastgen.evaluation.report import task_lines
+
     first, *tasks = task_lines(report)
     notes = [f"{first}, detector={report['detector_name']}", *tasks]
     if report.get("partial"):

@@ -1,12 +1,10 @@
-"""What the commands of `fastgen eval` that generate have in common: their options, the run they continue, progress."""
+"""What the commands of `fastgen eval` that generate have in common: their options and the run they continue."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from fastgen.cli.methods import (
     DrafterOption,
     MethodOption,
     PlanOption,
+    check_device,
     check_method,
     check_method_name,
     find_model,
@@ -301,15 +300,6 @@ class GenerationRun:
         }
 
 
-def check_device(device: str, dtype: str = "auto") -> None:
-    """FastgenError when this machine cannot compute on `device` in `dtype`."""
-    from fastgen.pipelines.loading import resolve_device
-    from fastgen.pipelines.loading.checkpoint import check_names
-
-    check_names(device, dtype)
-    resolve_device(device, dtype)
-
-
 def refuse_with_images(options: dict[str, Any]) -> None:
     """FastgenError when an option of generation is given although nothing is generated."""
     given = [name for name, value in options.items() if value is not None]
@@ -324,7 +314,7 @@ def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
 
     others = () if drafter is None else (drafter,)
     if checkpoint.hub_id is not None:
-        name = f"{checkpoint.hub_id}@{checkpoint.folder.name}"
+        name = f"{checkpoint.hub_id}@{checkpoint.root.name}"
         return f"{name} {model_fingerprint(*others)}" if others else name
     return model_fingerprint(*checkpoint.folders, *others)
 
@@ -394,50 +384,3 @@ def _generator(
         return scattered(drawer, prompts, seeds, cluster)
 
     return generate
-
-
-def task_lines(report: dict[str, Any]) -> list[str]:
-    """The scores of the tasks for people."""
-
-    def row(name: str, score: float, stderr: float | None) -> str:
-        error = "" if stderr is None else f" ± {stderr:.3f}"
-        return f"  {name:<16}{score:.3f}{error}"
-
-    lines = [f"{report['benchmark']}: {report['n_images']} images of {report['n_prompts']} prompts"]
-    lines += [row(tag, task["score"], task["stderr"]) for tag, task in report["tasks"].items()]
-    lines.append(row("mean of tasks", report["overall"], report["overall_stderr"]) + "  (standard error by prompt)")
-    images, prompts = report["correct_images"], report["correct_prompts"]
-    return [*lines, f"  correct images {images:.3f}, correct prompts {prompts:.3f}"]
-
-
-def source_lines(report: dict[str, Any]) -> list[str]:
-    """Where the scores come from and where they went, for people."""
-    from fastgen.evaluation.report import provenance
-
-    lines = []
-    if report.get("seconds_per_image") is not None:
-        lines.append(f"{report['seconds_per_image']:.3f} s per image on {report['settings']['device']}")
-    lines.append(provenance(report))
-    return lines + [f"{name}: {report[name]}" for name in ("images", "sheet", "results") if name in report]
-
-
-@contextmanager
-def progress(shown: bool = True) -> Iterator[Callable[[str, float, int], None]]:
-    """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: float, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update

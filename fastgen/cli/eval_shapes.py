@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from fastgen.cli import eval_run as options
-from fastgen.cli.eval_run import Drawing, drawing_options, progress, source_lines, task_lines
+from fastgen.cli.eval_run import Drawing, drawing_options
 from fastgen.cli.methods import BatchSizeOption
+from fastgen.cli.notes import progress
 from fastgen.cli.publish import DeviceOption, JsonOption
 from fastgen.errors import FastgenError
 
@@ -83,20 +84,17 @@ def shapes(
         )
         if not group.is_main:
             return
-        report = {**score.data, **report, "images": str(folder)}
         if sheet is not None:
             save_png(sheet, score.sheet(captions=captions))
             report["sheet"] = str(sheet)
-    report["stats"] = stats.as_dict()
-    if target is not None:
-        score.write(folder, target, report)
-        report["results"] = str(target / "scores.json")
-    score.discard()
+    report = score.finish(folder, target, {**report, "stats": stats.as_dict()})
     typer.echo(json.dumps(report) if as_json else _scores_text(report))
 
 
 def _scores_text(report: dict[str, Any]) -> str:
     """The scores for people."""
+    from fastgen.evaluation.report import source_lines, task_lines
+
     lines = task_lines(report)
     fd = report["fd_shapes"]
     if fd["value"] is None:

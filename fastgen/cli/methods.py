@@ -22,6 +22,7 @@ __all__ = [
     "PlanOption",
     "VariantOption",
     "best_device",
+    "check_device",
     "check_method",
     "check_method_name",
     "find_model",
@@ -72,6 +73,15 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str, dtype: str = "auto") -> None:
+    """FastgenError when this machine cannot compute on `device` in `dtype`."""
+    from fastgen.pipelines.loading import resolve_device
+    from fastgen.pipelines.loading.checkpoint import check_names
+
+    check_names(device, dtype)
+    resolve_device(device, dtype)
 
 
 def check_method_name(method: str | None) -> None:

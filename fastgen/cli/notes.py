@@ -1,18 +1,19 @@
-"""What fastgen and the libraries warn of while pictures are made reaches the user: on stderr, and in the record."""
+"""What the user sees while pictures are made, on stderr: warnings, which the record holds too, and progress."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from fastgen.accounting import add_note, is_in
 
-__all__ = ["Notes", "measuring", "quiet_libraries", "warnings_shown"]
+__all__ = ["Notes", "measuring", "progress", "quiet_libraries", "warnings_shown"]
 
 # Said better by `fastgen.pipelines.prompts`.
 _REPEATED = ("truncated because CLIP can only handle", "Token indices sequence length is longer")
@@ -83,3 +84,25 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(shown: bool = True) -> Iterator[Callable[[str, float, int], None]]:
+    """Progress bars with the time left, on stderr and only on a terminal; yields the callback."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: float, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update

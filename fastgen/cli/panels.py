@@ -49,7 +49,6 @@ EXAMPLES = {
     "bench dc-speed": ["fastgen bench dc-speed --size S --out dc-speed.json"],
     "bench speculative": ["fastgen bench speculative --limit 2 --out speculative.json"],
     "bench search": ["fastgen bench search --budget 48 --out search.json"],
-    "bench search-overhead": ["fastgen bench search-overhead --runs 30"],
     "bench speculative-cost": ["fastgen bench speculative-cost --size janus-pro-1b"],
     "bench accelerate": ["fastgen bench accelerate --model tiny --out accelerate.json"],
     "bench kernels": ["fastgen bench kernels --out kernels.json"],

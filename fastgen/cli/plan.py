@@ -4,10 +4,9 @@ Names. ``-o out.png`` gives out.png, or out-0.png, out-1.png … for several pic
 line of the prompts file, picture of that line. Each picture has a sidecar of the same name in JSON.
 
 Finished pictures. A picture counts as finished when its sidecar holds the sha256 of its file and the very settings
-that this run has for it; then it is kept. Where a sidecar of an older version has no sha256, the picture must decode
-whole.
-A picture that was made otherwise is replaced if it was named by ``-o``, as any tool
-replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a mistake.
+that this run has for it; then it is kept. A picture that was made otherwise is replaced if it was named by ``-o``, as
+any tool replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a
+mistake.
 The picture of a search that was interrupted is not finished: it is made again.
 """
 
@@ -40,7 +39,7 @@ __all__ = [
     "whole_batches",
 ]
 
-#: Format of sidecars; those of older versions have no number.
+#: Format of sidecars.
 SIDECAR_FORMAT = 1
 
 # Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
@@ -170,7 +169,7 @@ def _unfinished(jobs: list[Job], strict: bool) -> Iterator[Job]:
         if is_finished(job):
             continue
         # With the same settings it is the picture of a search that was interrupted.
-        if strict and is_whole_png(job.image) and _recorded_settings(job) != job.settings:
+        if strict and job.image.is_file() and _recorded_settings(job) != job.settings:
             raise FastgenError(f"{job.image} is in the way: {_difference(job)}; use --overwrite or another folder")
         yield job
 
@@ -180,22 +179,8 @@ def is_finished(job: Job) -> bool:
     sidecar = read_sidecar(job)
     if sidecar.get("settings") != job.settings or sidecar.get("interrupted"):
         return False
-    if "sha256" not in sidecar:
-        return is_whole_png(job.image)
     try:
-        return file_sha256(job.image) == sidecar["sha256"]
-    except FastgenError:
-        return False
-
-
-def is_whole_png(path: Path) -> bool:
-    """Whether there is a picture that decodes to its last pixel."""
-    from fastgen.evaluation.images import MAX_FILE_BYTES
-    from fastgen.evaluation.seals import is_whole
-    from fastgen.io import read_limited
-
-    try:
-        return is_whole(read_limited(path, MAX_FILE_BYTES))
+        return file_sha256(job.image) == sidecar.get("sha256")
     except FastgenError:
         return False
 
@@ -228,7 +213,7 @@ def _difference(job: Job) -> str:
 def model_digest(checkpoint: Checkpoint, drafter: Path | None = None) -> str:
     """Tells which weights these are: the Hub revision, or a digest of the weight files."""
     if checkpoint.hub_id is not None:
-        return checkpoint.folder.name
+        return checkpoint.root.name
     own = [] if drafter is None or drafter == checkpoint.drafter else [drafter]
     return weights_digest([*checkpoint.folders, *own])
 

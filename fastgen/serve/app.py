@@ -81,8 +81,18 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
         redoc_url=None,
         default_response_class=AsciiResponse,
     )
-    started, shelf = int(time.time()), Shelf()
     _answer_errors(app)
+    _add_drawing(app, settings, catalogue, backend)
+    _add_models(app, catalogue)
+    _add_health(app, backend, metrics)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.add_middleware(Guard, settings=settings, count=lambda route, code: metrics.requests.labels(route, code).inc())
+    return app
+
+
+def _add_drawing(app: FastAPI, settings: ServeSettings, catalogue: Catalogue, backend: Backend) -> None:
+    """Routes that draw pictures, and the one that gives finished ones by URL."""
+    shelf = Shelf()
 
     @app.post("/v1/images/generations", response_model=ImagesAnswer, responses=_STREAMED | _REFUSED)
     async def generations(asked: ImageRequest, request: Request) -> Any:
@@ -96,6 +106,30 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
         """Pictures that begin with an uploaded one."""
         asked, image, mask = await _read_form(request)
         return await respond(asked, catalogue.orders(asked, image, mask), request)
+
+    @app.get("/pictures/{name}", responses={404: _REFUSED[404]}, response_class=Response)
+    async def picture(name: str) -> Response:
+        """A finished picture, for response_format url."""
+        found = shelf.get(name)
+        if found is None:
+            raise ApiError(404, "there is no such picture, or not any more", "name", "not_found")
+        return Response(found[0], media_type=found[1])
+
+    async def respond(asked: Any, orders: list[Order], request: Request) -> Any:
+        if settings.log_prompts:
+            logger.info("%d x %r", len(orders), asked.prompt)
+        events = backend.draw(orders)
+        if not asked.stream:
+            drawn = await _finished(events, len(orders), request, settings.timeout)
+            return AsciiResponse(answer(asked, drawn, shelf, str(request.base_url)))
+        first = await anext(events)  # refusals are answers, not events
+        lines = _stream(first, events, asked, lambda p: one(asked, p, shelf, str(request.base_url)), settings.timeout)
+        return StreamingResponse(lines, media_type="text/event-stream")
+
+
+def _add_models(app: FastAPI, catalogue: Catalogue) -> None:
+    """Routes that say what is served."""
+    started = int(time.time())
 
     @app.get("/v1/models", responses={401: _REFUSED[401]})
     async def models() -> ModelsAnswer:
@@ -112,13 +146,9 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
     def described(name: str) -> ModelAnswer:
         return ModelAnswer(id=name, created=started, fastgen=catalogue.description(name))
 
-    @app.get("/pictures/{name}", responses={404: _REFUSED[404]}, response_class=Response)
-    async def picture(name: str) -> Response:
-        """A finished picture, for response_format url."""
-        found = shelf.get(name)
-        if found is None:
-            raise ApiError(404, "there is no such picture, or not any more", "name", "not_found")
-        return Response(found[0], media_type=found[1])
+
+def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
+    """Routes for whoever watches the server, and its page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -140,22 +170,6 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(f"{PAGE}/index.html")
-
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    app.add_middleware(Guard, settings=settings, count=lambda route, code: metrics.requests.labels(route, code).inc())
-
-    async def respond(asked: Any, orders: list[Order], request: Request) -> Any:
-        if settings.log_prompts:
-            logger.info("%d x %r", len(orders), asked.prompt)
-        events = backend.draw(orders)
-        if not asked.stream:
-            drawn = await _finished(events, len(orders), request, settings.timeout)
-            return AsciiResponse(answer(asked, drawn, shelf, str(request.base_url)))
-        first = await anext(events)  # refusals are answers, not events
-        lines = _stream(first, events, asked, lambda p: one(asked, p, shelf, str(request.base_url)), settings.timeout)
-        return StreamingResponse(lines, media_type="text/event-stream")
-
-    return app
 
 
 async def _finished(

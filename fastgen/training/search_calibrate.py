@@ -160,7 +160,8 @@ def calibrate_search(
     pipe.set_progress_bar_config(disable=True)
     policy, checker = Branching(branches), ShapesChecker() if prompts is None else None
     search = NoiseSearchPipeline(pipe, made, policy)
-    call = {**asked, **({} if beginning is None else beginning.arguments), "batch_size": batch_size}
+    call = {"sampler": asked.pop("sampler"), "batch_size": batch_size}
+    call["pipeline_kwargs"] = asked | ({} if beginning is None else beginning.arguments)
     rows = _draw(search, policy, checker, output, items, seed, call, report)
     about = {"trajectories": trajectories, "seed": seed, "settings": recorded}
     about |= {"prompts": SHAPESWORLD if prompts is None else len(prompts), "level": LEVEL}

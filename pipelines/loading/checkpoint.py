@@ -89,6 +89,8 @@ class Checkpoint:
         revision: branch, tag or commit on the Hub.
         base: folder of the model whose components and defaults stand in for those that `folder` does not hold
             ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
+        tokenizer: folder of its tokenizer, where that is not `folder`: in a saved `SpeculativeImagePipeline`.
+        options: of its adapter, as a saved `SpeculativeImagePipeline` keeps them.
     """
 
     model: str
@@ -104,11 +106,18 @@ class Checkpoint:
     base: Path | None = None
     variant: str | None = None
     revision: str | None = None
+    tokenizer: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The folder that `model` names; of a Hub id the snapshot, whose name is the commit."""
+        return self.folder if self.tokenizer is None else self.tokenizer.parent
 
     @property
     def folders(self) -> tuple[Path, ...]:
         """All folders that the model's files are in."""
-        return (self.folder,) if self.base is None else (self.folder, self.base)
+        return (self.root,) if self.base is None else (self.root, self.base)
 
     @property
     def has_dynamic_chunking(self) -> bool:
@@ -271,6 +280,8 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         for component, entry in index.items():
             if isinstance(entry, list) and not all(part is None or isinstance(part, str) for part in entry):
                 raise FastgenError(f"{folder / 'model_index.json'}: {component} must name a library and a class")
+        if pipeline_class == "SpeculativeImagePipeline":
+            return _read_saved(model, folder, hub_id, index)
         base = _base_folder(folder, defaults.pop("base", None))
         if base is not None:
             defaults = {**_defaults(base), **defaults}
@@ -297,31 +308,32 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
         )
     if (folder / "config.json").is_file():
         config = read_object(folder / "config.json")
-        if config.get("model_type") == "janus":
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            return Checkpoint(
-                model,
-                folder,
-                "janus",
-                hub_id,
-                "JanusImagePipeline",
-                defaults,
-                fixed_size=_janus_size(folder, config),
-                drafter=None if drafter is None else _own_drafter(folder, drafter),
+        kind = str(config.get("model_type", "model of unknown type"))
+        if kind != "janus" and kind not in TOKEN_MODELS:
+            raise FastgenError(
+                f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
+                f"tokens (janus, {', '.join(TOKEN_MODELS)}){_ADVICE.get(kind, '')}"
             )
-        kind = config.get("model_type", "model of unknown type")
-        if isinstance(kind, str) and kind in TOKEN_MODELS:
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            own = None if drafter is None else _own_drafter(folder, drafter)
-            return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
-        advice = _ADVICE.get(kind, "") if isinstance(kind, str) else ""
-        raise FastgenError(
-            f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
-            f"tokens (janus, {', '.join(TOKEN_MODELS)}){advice}"
-        )
+        _check_json_files(folder)
+        drafter = defaults.pop("drafter", None)
+        own = None if drafter is None else _own_drafter(folder, drafter)
+        if kind == "janus":
+            size, name = _janus_size(folder, config), "JanusImagePipeline"
+            return Checkpoint(model, folder, "janus", hub_id, name, defaults, fixed_size=size, drafter=own)
+        return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
     raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+
+
+def _read_saved(model: str, folder: Path, hub_id: str | None, index: dict[str, Any]) -> Checkpoint:
+    """What `SpeculativeImagePipeline.save_pretrained` wrote: the model of transformers in it, and the parts beside."""
+    found, options = _read_checkpoint(model, folder / "model", hub_id), index.get("options") or {}
+    if not found.draws_tokens or not isinstance(options, dict):
+        raise FastgenError(f"{folder / 'model_index.json'}: the model or its options are not those of image tokens")
+    if not (folder / "tokenizer").is_dir():
+        raise FastgenError(f"{folder}: the component 'tokenizer' of model_index.json is missing")
+    drafts = [folder / name for name in ("drafter", "heads") if name in _components(index)]
+    drafter = _drafter_folder(drafts[0]) if drafts else None
+    return replace(found, tokenizer=folder / "tokenizer", drafter=drafter, options=options)
 
 
 def _defaults(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The schema of a configuration: what the class that it builds says of its own arguments.
 
 Type hints, and where there are none the defaults, tell which kinds of values an argument takes; a default that is not
-negative tells that no negative number makes sense. So every class of diffusers and transformers has a schema, and a
-new one needs nothing here. Numbers too large for anything are refused before, by `config_limits`.
+negative tells that no negative number makes sense. So every class of diffusers has a schema, and a new one needs
+nothing here; configurations of transformers check themselves. Numbers too large for anything are refused before, by
+`config_limits`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastgen.errors import FastgenError
 
-__all__ = ["check_arguments", "check_config", "check_plain"]
+__all__ = ["check_arguments", "check_plain"]
 
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 _DICTS = (dict, collections.abc.Mapping)
@@ -31,7 +32,7 @@ def check_arguments(config: Mapping[str, Any], kind: Any, file: Path) -> None:
 
     Args:
         config: of JSON.
-        kind: of diffusers, transformers or ours: whatever is built of the configuration.
+        kind: of diffusers or ours: whatever is built of the configuration.
         file: where it comes from, for the message.
 
     Raises:
@@ -58,14 +59,6 @@ def check_arguments(config: Mapping[str, Any], kind: Any, file: Path) -> None:
             raise FastgenError(f"{file}: {name} is {_shown(value)}, needs {allowed}")
         if _is_number(value):
             _check_range(name, value, default, file)
-
-
-def check_config(config: Mapping[str, Any], kind: Any, file: Path) -> None:
-    """`check_arguments` for a configuration class of transformers, and for the configurations in it."""
-    check_arguments(config, kind, file)
-    for name, inner in getattr(kind, "sub_configs", {}).items():
-        if isinstance(config.get(name), Mapping) and isinstance(inner, type) and inner.__name__ != "AutoConfig":
-            check_config(config[name], inner, file)
 
 
 def check_plain(name: str, value: Any, function: Any) -> None:
@@ -107,8 +100,6 @@ def _allowed(value: Any, hint: Any, default: Any) -> bool:
 
 
 def _check_range(name: str, value: Any, default: Any, file: Path) -> None:
-    if isinstance(value, dict):  # as transformers writes infinities
-        value = float(value["__float__"])
     if not math.isfinite(value) and value != default:
         raise FastgenError(f"{file}: {name} is {value}, needs a finite number")
     if value < 0 and _is_number(default) and default >= 0 and not _SIGNED.search(name):
@@ -135,7 +126,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if bare is bool:
         return isinstance(value, bool)
     if bare is int:
-        return _is_number(value) and not isinstance(value, dict) and (not math.isfinite(value) or value == int(value))
+        return _is_number(value) and (not math.isfinite(value) or value == int(value))
     if bare is float:
         return _is_number(value)
     if bare is str:
@@ -165,8 +156,6 @@ def _resembles(value: Any, default: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, dict) and value.keys() == {"__float__"}:  # as transformers writes infinities
-        return value["__float__"] in ("Infinity", "-Infinity", "NaN")
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

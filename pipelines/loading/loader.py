@@ -132,7 +132,7 @@ def load_checkpoint(
         way = options.resolve_offload(sizes, None if where.type == "cpu" else free_memory(where))
         check_memory(checkpoint.model, sizes, where, way, kind)
         drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
-        target = dict(options.target)
+        target = {**checkpoint.options, **options.target}
         if checkpoint.kind != "diffusers":
             _check_tokens(checkpoint, drafts, target)
             pipe = (
@@ -145,7 +145,7 @@ def load_checkpoint(
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
-            pipe = _with_drafter(kind_of_pipeline, pipe, drafts, kind, target)
+            pipe = _with_drafter(kind_of_pipeline, pipe, checkpoint, drafts, kind, target)
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
@@ -204,7 +204,8 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
     if checkpoint.kind != "diffusers":
-        return replace(checkpoint, folder=download_janus(hub_id, checkpoint.revision))
+        snapshot = download_janus(hub_id, checkpoint.revision)
+        return replace(checkpoint, folder=snapshot / checkpoint.folder.relative_to(checkpoint.root))
     which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
     with explained(f"model {hub_id!r}", hub_id=hub_id):
         folder = DiffusionPipeline.download(hub_id, **which, trust_remote_code=False)
@@ -214,8 +215,10 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
 def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
     from fastgen.pipelines.janus import JanusImagePipeline
 
-    loading = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
+    loading: dict[str, Any] = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
     with explained(f"checkpoint {checkpoint.folder}"):
+        if checkpoint.tokenizer is not None:
+            loading["tokenizer"] = load_pretrained(AutoTokenizer, checkpoint.tokenizer)
         pipe, info = load_pretrained(JanusImagePipeline, checkpoint.folder, **loading)
         check_keys(checkpoint.folder, info)
     return pipe
@@ -235,7 +238,7 @@ def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, 
 
     folder = checkpoint.folder
     with explained(f"checkpoint {folder}"):
-        tokenizer = load_pretrained(AutoTokenizer, folder)
+        tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
     kind, cpu = getattr(transformers, checkpoint.pipeline_class), torch.device("cpu")
     model = load_network(kind, folder, dtype, checkpoint.variant, cpu)
     if isinstance(options.get("decode"), str):
@@ -244,7 +247,7 @@ def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, 
 
 
 def _with_drafter(
-    kind: Any, pipe: Any, folder: Path | None, dtype: torch.dtype, options: dict[str, Any]
+    kind: Any, pipe: Any, checkpoint: Checkpoint, folder: Path | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> DiffusionPipeline:
     """Speculative decoding of a pipeline's model."""
     from fastgen.drafters.calibration import Calibration
@@ -258,6 +261,8 @@ def _with_drafter(
             is_heads = isinstance(drafter, WindowHeads)
             parts |= {"heads": drafter} if is_heads else {"drafter": drafter, "heads": heads_beside(folder, dtype)}
             parts["calibration"] = Calibration.beside(folder)
+    elif checkpoint.drafter is None and checkpoint.tokenizer is not None:
+        parts["calibration"] = Calibration.beside(checkpoint.tokenizer)
     return kind(pipe.model, pipe.tokenizer, **parts)
 
 
@@ -267,7 +272,7 @@ def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[st
     import transformers
 
     from fastgen.drafters.calibration import Calibration
-    from fastgen.drafters.loading import drafter_class
+    from fastgen.drafters.loading import drafter_class, heads_folder
     from fastgen.drafters.targets import target_of
 
     folder = checkpoint.folder
@@ -277,14 +282,15 @@ def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[st
         empty_network(VQModel, Path(options["decode"]))
     if drafter is None and checkpoint.kind == "janus":
         return
-    parts = [] if drafter is None else [drafter, *(heads for heads in [drafter / "heads"] if heads.is_dir())]
-    networks = [empty_network(drafter_class(part), part) for part in parts]
+    parts = [] if drafter is None else [drafter, heads_folder(drafter)]
+    networks = [empty_network(drafter_class(part), part) for part in parts if part is not None]
     if drafter is not None:
         Calibration.beside(drafter)
     if model is not None:
         given = {name: value for name, value in options.items() if name != "decode"}
         with explained(f"checkpoint {folder}"):
-            target = target_of(model.float(), load_pretrained(AutoTokenizer, folder), **given)
+            words = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
+            target = target_of(model.float(), words, **given)
         for network in networks:
             if network is not None:
                 network.float().check(target)

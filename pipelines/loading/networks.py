@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.loading.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.config_schema import check_arguments
 from fastgen.pipelines.loading.faults import explained, fault, is_out_of_memory
 from fastgen.pipelines.loading.weight_files import check_safetensors, read_files, variant_of
 from fastgen.pipelines.quantization import config_while_loading
@@ -108,8 +108,6 @@ def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
         check_arguments(config, kind, file)
         if not isinstance(config.get("_class_name", ""), str):
             raise FastgenError(f"{file}: _class_name is no text")
-    else:
-        check_config(config, config_kind, file)
     if config.get("quantization_config") is not None:
         return None
     headers: dict[str, Any] = {}

@@ -11,11 +11,12 @@ import torch
 
 from fastgen.accounting import account, count_flops, current, note_path
 from fastgen.pipelines.generation import GeneratedImage, Progress
-from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SearchInterrupted
+from fastgen.pipelines.noise_search import NoFinitePicture, NoiseSearchPipeline, SamplerName, SearchInterrupted
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.engine import Round
 from fastgen.pipelines.search.policy import Policy
+from fastgen.pipelines.search.previews import PreviewOption
 from fastgen.pipelines.search.samplers import Sampler
 from fastgen.pipelines.settings import pipeline_arguments
 
@@ -32,7 +33,8 @@ def search_images(
     seeds: Sequence[int],
     *,
     budget: Budget,
-    sampler: str | Sampler | None = None,
+    sampler: SamplerName | Sampler | None = None,
+    preview: PreviewOption = "full",
     batch_size: int = 8,
     batch_invariant: bool = False,
     flops: bool = False,
@@ -46,7 +48,7 @@ def search_images(
 
     Args:
         pipe: a diffusers pipeline with an adapter.
-        verifier, policy, sampler: see `NoiseSearchPipeline`; no sampler stands for its default.
+        verifier, policy, sampler, preview: see `NoiseSearchPipeline`; no sampler stands for its default.
         prompts, seeds: of equal length.
         budget: of each picture; pictures that are searched for together share their seconds.
         batch_size: pictures that are searched for together, and rows of a forward pass, at most.
@@ -64,8 +66,6 @@ def search_images(
     """
     check_prompt_lengths(pipe, [*prompts, *([settings["negative_prompt"]] if settings.get("negative_prompt") else [])])
     search = NoiseSearchPipeline(pipe, verifier, policy)
-    arguments = pipeline_arguments(settings) | {"max_nfe": budget.max_nfe, "target_score": budget.target_score}
-    arguments |= {"sampler": sampler or "ancestral", "batch_size": 1 if batch_invariant else batch_size}
     size = 1 if batch_invariant else batch_size
     for start in range(0, len(prompts), size):
         texts, own = prompts[start : start + size], seeds[start : start + size]
@@ -82,9 +82,14 @@ def search_images(
                 output = search(
                     list(texts),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in own],
+                    max_nfe=budget.max_nfe,
                     max_seconds=seconds,
+                    target_score=budget.target_score,
+                    sampler=sampler or "ancestral",
+                    preview=preview,
+                    batch_size=size,
                     on_round=_reporter(callback, start, len(prompts), len(texts), budget, seconds),
-                    **arguments,
+                    pipeline_kwargs=pipeline_arguments(settings),
                 )
             except (NoFinitePicture, SearchInterrupted) as error:
                 output, cause = error.output, error

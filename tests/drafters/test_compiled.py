@@ -82,6 +82,24 @@ def test_a_round_is_one_graph_and_draws_the_same(target: Target, graphs: Compile
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [(1, [1]), (3, [3]), (8, [8, 4]), (16, [16, 8, 4]), (35, [35, 17, 8])])
+def test_sizes_of_compiled_rounds_are_few(batch: int, sizes: list[int]) -> None:
+    assert decode._sizes(batch) == sizes
+
+
+def test_images_that_are_done_leave_compiled_rounds(target: Target, graphs: CompileCounterWithBackend) -> None:
+    """A graph for the whole batch and for its half, and every image is what it is without compilation."""
+    with torch.no_grad():
+        prefix = target.prefix([PROMPTS[number % len(PROMPTS)] for number in range(8)], True)
+    rule, made = build_rule("exact", target), []
+    for compile in (False, True):
+        source = make_source(target, "jacobi coupled")
+        made.append(decode_speculative(target, source, rule, prefix, LAW, seeded(8), compile=compile))
+    assert torch.equal(made[0].tokens, made[1].tokens) and torch.equal(made[0].rounds, made[1].rounds)
+    # Half of them need fewer rounds than the slowest.
+    assert int(made[1].rounds.sort().values[3]) < int(made[1].rounds.max()) and graphs.frame_count == 2
+
+
 @pytest.mark.parametrize("rule", long_tail((name for name in RULES if name != "exact"), fast=("block", "cascade")))
 def test_every_rule_is_captured(target: Target, graphs: CompileCounterWithBackend, rule: str) -> None:
     with torch.no_grad():

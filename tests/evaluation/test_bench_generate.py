@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -39,14 +38,14 @@ def test_command_writes_rows(
 ) -> None:
     out = tmp_path / "new" / "bench.json"
     arguments = ["bench", "generate", "--model", str(micro_z), "--model", str(micro_janus), "--runs", "2"]
-    arguments += ["--batch", "1", "--batch", "2", "--steps", "2", "--no-cold", "--no-compile"]
+    arguments += ["--batch", "1", "--batch", "2", "--steps", "2", "--no-cold"]
     assert run([*arguments, "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(out.read_text())
     rows = [(Path(r["model"]).name, r["batch"], r["batch_invariant"]) for r in result["warm"]]
     assert rows == [(m, b, i) for m in ("z", "janus") for b, i in ((1, True), (2, True), (2, False))]
     for row in result["warm"]:
-        assert row["n"] == 2 and row["engine"] == "eager"
+        assert row["n"] == 2
         for name in ("seconds_per_image", "seconds_per_step"):
             assert 0 < row[name]["p20"] <= row[name]["p50"] <= row[name]["p80"]
         assert row["seconds_per_step"]["p50"] < row["seconds_per_image"]["p50"] * row["batch"]
@@ -68,23 +67,6 @@ def test_cold_rows_count_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--steps" in commands[-5] and "--steps" not in commands[-1]
 
 
-def test_a_compiler_that_fails_is_an_error(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    def broken(module: torch.nn.Module) -> torch.nn.Module:
-        def fail(*args: object, **kwargs: object) -> None:
-            raise RuntimeError("no C++ compiler\nat all")
-
-        other = copy.deepcopy(module)
-        other.forward = fail  # type: ignore[method-assign]
-        return other
-
-    monkeypatch.setattr(torch, "compile", broken)
-    result = bench.benchmark_generate([str(micro_z)], runs=1, batches=(1,), steps=1, cold=False)
-    assert [row["engine"] for row in result["warm"]] == ["eager", "torch.compile"]
-    assert result["warm"][1]["failed"] == "no C++ compiler"
-
-
 def test_wrong_pictures_are_not_timed(micro_z: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastgen.pipelines.generation as generation
 
@@ -95,7 +77,7 @@ def test_wrong_pictures_are_not_timed(micro_z: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(generation, "generate_images", depends_on_the_batch)
     with pytest.raises(FastgenError, match="depend on the batch size"):
-        bench.benchmark_generate([str(micro_z)], runs=1, cold=False, compile=False)
+        bench.benchmark_generate([str(micro_z)], runs=1, cold=False)
 
 
 @pytest.mark.parametrize(

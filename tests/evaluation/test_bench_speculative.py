@@ -17,8 +17,10 @@ from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.verify import Walk
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.speculative import VARIANTS, benchmark_speculative, parse_variant
+from fastgen.evaluation.benchmarks import speculative
+from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
+from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, parse_variant
 from fastgen.pipelines.janus import JanusImagePipeline
 
 NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto", "exact plain"]
@@ -34,13 +36,20 @@ def drafter(micro_janus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_rows_without_scores(
-    micro_janus: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    micro_janus: Path,
+    drafter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    processes: list[list[str]] = []  # whole commands are what other tests run
+    monkeypatch.setattr(speculative, "measure_process", processes.append)
     options = [word for name in NAMES for word in ("--variant", name)]
     command = ["bench", "speculative", "--model", str(micro_janus), "--drafter", str(drafter), *options]
     out = tmp_path / "r.json"
     fixed = ["--no-quality", "--dtype", "float32", "--no-compile", "--json", "--out", str(out)]
-    code = run([*command, *fixed, "--timed-prompts", "2", "--runs", "1", "--batch", "1", "--batch", "3"])
+    commands = ["--commands", "2"]
+    code = run([*command, *fixed, "--timed-prompts", "2", "--runs", "1", "--batch", "1", "--batch", "3", *commands])
     printed = json.loads(capsys.readouterr().out)
     assert code == 0 and printed == json.loads(out.read_text())
     rows = printed["rows"]
@@ -49,6 +58,9 @@ def test_rows_without_scores(
         assert row["seconds"]["p50"] > 0 and row["score"] is None
         ratio = rows[0]["seconds"]["p50"] / row["seconds"]["p50"]
         assert row["speedup_vs_fastest_plain"] == pytest.approx(ratio)
+    what = [row["what"] for row in printed["commands"]]
+    assert len(what) == 2 and what[1] == f"{what[0]} --tree plain" and printed["commands"][0]["n"] == 2
+    assert processes[0::2] == 3 * processes[:1] and processes[1] == [*processes[0], "--tree", "plain"]
     exact, lantern, tree, auto, plain = rows[2:]
     assert auto["tree"].startswith(("jacobi-", "auto ", "plain"))
     assert plain["target_pass_ratio"] == 1 and plain["accepted_length"] == 1 and plain["tree"] == "plain"

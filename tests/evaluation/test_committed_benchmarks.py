@@ -14,6 +14,21 @@ def rows_of(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return data, {row["variant"]: row for row in data["rows"]}
 
 
+def test_accelerate_against_fewer_steps() -> None:
+    """The exact parts are faster than stock; the best plan takes half its time at no loss, fewer steps do not."""
+    data = json.loads((RESULTS / "bench-accelerate.json").read_text(encoding="utf-8"))
+    stock, exact, *others = data["rows"]
+    assert len(data["settings"]["plans"]) == len(data["rows"]) and data["settings"]["rounds"] == 360
+    assert exact["loss"] == "exact" and exact["ratio"][2] < 1 and exact["largest_difference"] <= 1
+    fewer = [row for row in others if [name for name, _ in row["parts"]] == ["fewer_steps"]]
+    near = [row for row in others if row["drop"][0] <= 0.015]
+    best = min(near, key=lambda row: row["ratio"][0])
+    assert best["ratio"][2] <= 0.5 and best not in fewer
+    for row in fewer:
+        assert best["ratio"][0] < 0.85 * row["ratio"][0] and best["score"] > row["score"]
+    assert data["accelerate_seconds"]["p80"] < 0.05
+
+
 def test_dynamic_chunking_against_its_dense_baseline() -> None:
     """Far better at equal training compute, and at equal cost; 30 % of the denoiser's work is saved within two
     points."""

@@ -208,23 +208,6 @@ def test_a_picture_counts_only_when_it_is_the_one_that_was_drawn(tmp_path, finis
     assert content(tmp_path / "run") == content(finished)
 
 
-def test_a_folder_without_seals_goes_on_with_what_decodes(tmp_path) -> None:
-    """As older versions left it: pictures as they are saved, and a record that knows nothing of seals."""
-    run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
-    run.generate(Painter())
-    record = json.loads((run.folder / "run.json").read_text())
-    del record["sealed"]
-    (run.folder / "run.json").write_text(json.dumps(record))
-    for pair in ((p, i) for p in range(len(PROMPTS)) for i in range(3)):
-        run.sample(*pair).write_bytes(_resaved(run.sample(*pair).read_bytes(), b""))
-    hurt = run.sample(3, 1)
-    hurt.write_bytes(_zeroed(hurt.read_bytes(), b""))
-    run.sample(4, 1).write_bytes(run.sample(4, 1).read_bytes()[:-1])
-    again = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
-    assert again.missing() == [(3, 1), (4, 1)]
-    assert again.generate(Painter()) == 2 and again.missing() == []
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,23 +22,11 @@ SHORT = ["--limit", "1", "--images-per-prompt", "1", "--steps", "1"]
 DRAWING = {
     "generate": ["generate", "a ring", "--steps", "1"],
     "eval shapes": ["eval", "shapes", *SHORT],
-    "bench search-overhead": ["bench", "search-overhead", "--runs", "2"],
 }
 MORE = {
     "eval geneval": ["eval", "geneval", "--detector", "shapes", "--no-self-test", *SHORT],
     "eval fid": ["eval", "fid", "--allow-small", "--bootstrap", "0", "--reference", "others", *SHORT],
-    "bench generate": [
-        "bench",
-        "generate",
-        "--no-cold",
-        "--no-compile",
-        "--runs",
-        "1",
-        "--batch",
-        "1",
-        "--steps",
-        "1",
-    ],
+    "bench generate": ["bench", "generate", "--no-cold", "--runs", "1", "--batch", "1", "--steps", "1"],
     "bench search": ["bench", "search", "--policy", "random", "--budget", "12", "--seeds", "1", "--limit", "1"],
 }
 

@@ -112,7 +112,8 @@ def drawn(denoiser: StockDenoiser, seeds: list[int], which: list[int] | None = N
 
 def stock(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    text = {} if any(name.startswith("prompt_embeds") for name in call) else {"prompt": prompt}
+    names = {**call, **call.get("pipeline_kwargs", {})}
+    text = {} if any(name.startswith("prompt_embeds") for name in names) else {"prompt": prompt}
     images: torch.Tensor = pipe(num_inference_steps=STEPS, generator=generator, output_type="pt", **text, **call)[0]
     return images[0].float()
 

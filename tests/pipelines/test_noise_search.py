@@ -161,7 +161,8 @@ def test_time_ends_a_search_with_a_whole_picture(tiny: ZImagePipeline) -> None:
         ({"max_nfe": 80, "output_type": "latent"}, "output_type"),
         ({"max_nfe": 80, "batch_size": 0}, "batch_size"),
         ({"max_nfe": 80, "generator": seeded(0, 1)}, "generator"),
-        ({"max_nfe": 80, "colour": 1}, "colour"),
+        ({"max_nfe": 80, "pipeline_kwargs": {"colour": 1}}, "colour"),
+        ({"max_nfe": 80, "pipeline_kwargs": {"height": 32}}, "height is an argument of the search"),
     ],
 )
 def test_bad_arguments(tiny: ZImagePipeline, arguments: dict[str, Any], word: str) -> None:

@@ -255,8 +255,8 @@ def search(build: Callable[[Folders], tuple[Pipe, Draw]]) -> Callable[[Folders],
 
 
 def search_without_policy(folders: Folders) -> tuple[Pipe, Draw]:
-    inner, draw = speculative("eagle-1", tree="3-2")(folders)
-    return NoiseSearchPipeline(inner, policy=None), draw
+    inner, _ = speculative("eagle-1")(folders)
+    return NoiseSearchPipeline(inner, policy=None), lambda pipe: token_images(pipe, pipeline_kwargs={"tree": "3-2"})
 
 
 PIPELINES = {

@@ -17,7 +17,6 @@ from tiny_unets import ddim, tiny_dit, tiny_sd, tiny_sdxl
 import fastgen
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
-from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.pipelines.prompts import check_prompt_lengths
 
 END = "a blue circle at the end"
@@ -208,21 +207,11 @@ def test_benchmarks_say_what_is_cut_off_and_keep_it_in_the_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.evaluation.benchmarks.generate.PROMPT", LONG)
-    words = ["bench", "generate", "--no-cold", "--no-compile", "--runs", "2", "--steps", "1", "--batch", "1"]
+    words = ["bench", "generate", "--no-cold", "--runs", "2", "--steps", "1", "--batch", "1"]
     result, notes = told(*words, "--model", sd / "plain", "--out", "x.json")
     assert [note.removeprefix("note: ") for note in notes] == result["notes"]
     assert len(notes) == 1 and END in notes[0]
     assert json.loads(Path("x.json").read_text())["notes"] == result["notes"]
-
-
-@pytest.mark.slow
-def test_benchmarks_of_searches_say_what_is_cut_off(sd: Path, told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fastgen.evaluation.benchmarks.search_overhead.shapes_prompts",
-        lambda: [Metadata.from_dict(json.loads(metadata(LONG)))],
-    )
-    result, notes = told("bench", "search-overhead", "--model", sd / "plain", "--runs", "2")
-    assert len(result["notes"]) == len(notes) == 1 and END in notes[0]
 
 
 def test_the_sidecar_of_a_picture_holds_its_own_notes(sd: Path, tmp_path: Path, told: Any) -> None:

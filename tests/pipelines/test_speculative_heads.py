@@ -45,6 +45,34 @@ def test_a_saved_pipeline_keeps_its_heads(parts: tuple[Any, Any, WindowHeads], t
     assert torch.equal(draw(loaded, "heads-4").tokens, draw(pipe, "heads-4").tokens)
 
 
+def test_a_saved_pipeline_loads_by_its_folder_with_every_part(
+    parts: tuple[Any, Any, WindowHeads], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`load_pipeline` and the command line draw what the pipeline drew: heads alone, and with a drafter and its
+    calibration, whose heads lie beside it. The model alone loads for the plain method."""
+    model, tokenizer, heads = parts
+    alone, whole = tmp_path / "alone", tmp_path / "whole"
+    fastgen.SpeculativeImagePipeline(model, tokenizer, heads=heads).save_pretrained(alone)
+    embedded: Any = fastgen.load_pipeline("tiny-janus", method="speculative")
+    embedded.save_pretrained(whole)
+    for folder, pipe, tree in ((alone, None, "heads-4"), (whole, embedded, "heads-4"), (whole, embedded, "2-1")):
+        loaded: Any = fastgen.load_pipeline(str(folder), method="speculative")
+        pipe = pipe or fastgen.SpeculativeImagePipeline(model, tokenizer, heads=heads)
+        assert torch.equal(draw(loaded, tree).tokens, draw(pipe, tree).tokens)
+        assert loaded.calibration == pipe.calibration
+    assert loaded.drafter is not None and loaded.heads is not None and loaded.calibration is not None
+    base = ["generate", "a red circle", "--model", str(whole), "--device", "cpu"]
+    given = ["--method", "speculative", "--tree", "heads-4", "--acceptance", "cascade", "--quality", "0.5"]
+    assert run([*base, *given, "-o", str(tmp_path / "drafted.png")]) == 0
+    assert run([*base, "-o", str(tmp_path / "plain.png")]) == 0
+    without = fastgen.load_pipeline(str(whole), method="speculative", drafter="none")
+    assert without.drafter is None and without.heads is None
+    capsys.readouterr()
+    (whole / "tokenizer").rename(tmp_path / "elsewhere")
+    assert run([*base, "-o", str(tmp_path / "none.png")]) == 2
+    assert "the component 'tokenizer' of model_index.json is missing" in capsys.readouterr().err
+
+
 def test_heads_that_do_not_fit_are_refused(parts: tuple[Any, Any, WindowHeads]) -> None:
     model, tokenizer, heads = parts
     pipe = fastgen.SpeculativeImagePipeline(model, tokenizer, heads=heads)

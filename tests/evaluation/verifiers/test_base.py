@@ -1,4 +1,4 @@
-"""The part that all verifiers share: checks, batches, remembered prompts, thresholds, sums."""
+"""The part that all verifiers share: checks, batches, remembered prompts, thresholds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastgen.evaluation.verifiers.base import ModelVerifier
-from fastgen.evaluation.verifiers.combine import Weighted
 from fastgen.pipelines.search.thresholds import check_in_range
 
 
@@ -120,45 +119,3 @@ def test_thresholds_outside_the_range_are_refused() -> None:
     assert check_in_range("threshold", -1e9, verifier) == -1e9
     with pytest.raises(ValueError, match="nan is no number"):
         check_in_range("threshold", float("nan"), verifier)
-
-
-# --- sums --------------------------------------------------------------------------------------------------------
-
-
-def test_a_weighted_sum_standardises_each_verifier() -> None:
-    one, two = Brightness(), Brightness()
-    prompts = ["", "a", "aa", "aaa", ""]
-    alone = one.score(PICTURES, prompts).double()
-    both = Weighted([(one, 2.0), (two, -0.5)], moments=[(3.0, 4.0), (1.0, 0.25)])
-    wanted = 2 * (alone - 3) / 4 - 0.5 * (alone - 1) / 0.25
-    torch.testing.assert_close(both.score(PICTURES, prompts).double(), wanted)
-    assert both.name == "2*brightness + -0.5*brightness"
-
-
-def test_a_sum_does_not_depend_on_the_other_pictures() -> None:
-    both = Weighted([(Brightness(), 1.0), (Brightness(), 3.0)], moments=[(1.0, 2.0), (0.0, 1.0)])
-    together = both.score(PICTURES, ["a"] * 5)
-    assert together.tolist() == [both.score(PICTURES[i : i + 1], ["a"]).item() for i in range(5)]
-
-
-def test_the_range_of_a_sum() -> None:
-    both = Weighted([(Brightness(), 2.0), (Brightness(), -0.5)], moments=[(100.0, 10.0), (0.0, 1.0)])
-    assert both.range == (-20.0 - 150.0, 40.0 + 0.0)
-    boundless = Brightness()
-    boundless.range = None
-    assert Weighted([(Brightness(), 1.0), (boundless, 1.0)]).range is None
-
-
-@pytest.mark.parametrize(
-    ("weights", "moments", "message"),
-    [
-        ([], None, "terms: needs at least one verifier"),
-        ([0.0], None, "weight of brightness must be finite and not 0"),
-        ([float("nan")], None, "weight of brightness must be finite"),
-        ([1.0], [(0.0, 0.0)], "standard deviations above 0"),
-        ([1.0], [(0.0, 1.0), (0.0, 1.0)], "moments: needs 1, one pair for each verifier, got 2"),
-    ],
-)
-def test_bad_sums_are_refused(weights: list[float], moments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Weighted([(Brightness(), weight) for weight in weights], moments)

@@ -91,6 +91,14 @@ def test_generate_draws_with_each_and_writes_its_options(name: str, folders: dic
         assert picture.height * width == picture.width * height, "as many pixels for a token in both directions"
 
 
+def test_a_saved_pipeline_loads_by_its_folder_with_its_options(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipe: Any = fastgen.load_pipeline(str(folders["emu3"]), options={"size": [3, 4], "negative": "a"})
+    pipe.save_pretrained(tmp_path)
+    loaded: Any = fastgen.load_pipeline(str(tmp_path))
+    assert loaded.options == {"size": [3, 4], "negative": "a"}
+    assert fastgen.load_pipeline(str(tmp_path), options={"size": [2, 2]}).options["size"] == [2, 2]
+
+
 def test_pictures_of_chameleon_are_those_of_the_decoder(folders: dict[str, Path]) -> None:
     network = VQModel.from_pretrained(folders["decoder"])
     pipe = SpeculativeImagePipeline(

@@ -119,7 +119,7 @@ def test_flows_that_a_search_cannot_follow(make: Any, option: str) -> None:
     pipe = make()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(**{option: True})
     arguments: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "max_nfe": 60}
-    arguments |= {"use_resolution_binning": False} if make is tiny_sana else {}
+    arguments |= {"pipeline_kwargs": {"use_resolution_binning": False}} if make is tiny_sana else {}
     for policy in (BestOfN(n=1), Threshold(0.5)):
         with pytest.raises(ValueError, match=f"scheduler: FlowMatchEulerDiscreteScheduler with {option}"):
             NoiseSearchPipeline(pipe, brightness, policy)("a cat", **arguments)
@@ -169,7 +169,8 @@ def test_what_is_replaced_is_reported(scheduler: Any, used: str | None, policy: 
 
 def test_flows_report_it_as_well(caplog: pytest.LogCaptureFixture) -> None:
     pipe = tiny_sana(diffusers.DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"))
-    call: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "use_resolution_binning": False}
+    call: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3}
+    call["pipeline_kwargs"] = {"use_resolution_binning": False}
     with caplog.at_level(logging.INFO, logger="fastgen"):
         output = NoiseSearchPipeline(pipe, brightness, BestOfN(n=1))("a cat", **call)
     assert output.reports[0].replaced == {"scheduler": f"Euler: {output.stats.paths['scheduler']['Euler']}"}

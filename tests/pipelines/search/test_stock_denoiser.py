@@ -106,7 +106,13 @@ def test_policies_search_pipelines_without_an_adapter(name: str, policy: str) ->
     pipe, call = family(name), FAMILIES[name][1]
     options = {"tau": 0.4} if policy == "threshold" else {}
     search = NoiseSearchPipeline(pipe, brightness, named_policy(policy, **options) if options else policy)
-    found = search(PROMPTS[0], num_inference_steps=2, max_nfe=200, generator=torch.Generator().manual_seed(1), **call)
+    found = search(
+        PROMPTS[0],
+        num_inference_steps=2,
+        max_nfe=200,
+        generator=torch.Generator().manual_seed(1),
+        pipeline_kwargs=call,
+    )
     assert len(found.images) == 1 and found.reports[0].nfe <= 200
 
 
@@ -115,7 +121,9 @@ def test_one_candidate_is_the_stock_picture() -> None:
     nfe = 2 * len(made(pipe, PROMPTS[:1], call).times)
     search = NoiseSearchPipeline(pipe, brightness, "best-of-n")
     generator = torch.Generator().manual_seed(SEEDS[0])
-    found = search(PROMPTS[0], num_inference_steps=STEPS, max_nfe=nfe, generator=generator, output_type="pt", **call)
+    found = search(
+        PROMPTS[0], num_inference_steps=STEPS, max_nfe=nfe, generator=generator, output_type="pt", pipeline_kwargs=call
+    )
     theirs = stock(pipe, PROMPTS[0], SEEDS[0], call)
     assert float((found.images[0] - theirs).abs().max()) <= 1.01 / 255  # pictures are bytes
 
@@ -145,7 +153,7 @@ def after_search(name: str, error: type[BaseException] | None, threaded: bool) -
     def work() -> None:
         try:
             search = NoiseSearchPipeline(pipe, verifier, "best-of-n")
-            search(PROMPTS[0], num_inference_steps=2, max_nfe=16, **call)
+            search(PROMPTS[0], num_inference_steps=2, max_nfe=16, pipeline_kwargs=call)
         except BaseException as caught:
             raised.append(caught)
 
@@ -176,7 +184,7 @@ def test_every_attribute_of_every_family_is_as_before(name: str) -> None:
 def test_momentum_of_guidance_is_left_out_and_named() -> None:
     pipe, call = tiny_hunyuan_image(momentum=-0.5), FAMILIES["hunyuan-image"][1]
     search = NoiseSearchPipeline(pipe, brightness, "best-of-n")
-    found = search(PROMPTS[0], num_inference_steps=2, max_nfe=8, **call)
+    found = search(PROMPTS[0], num_inference_steps=2, max_nfe=8, pipeline_kwargs=call)
     assert "AdaptiveProjectedMixGuidance without momentum" in found.stats.paths["guider"]
     assert pipe.guider.adaptive_projected_guidance_momentum == -0.5
 
