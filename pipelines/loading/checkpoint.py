@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fastgen.checks import check_choice, check_integer
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
-from fastgen.pipelines.loading.config_limits import check_numbers
+from fastgen.pipelines.loading.config_schema import check_numbers
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import check_weight_folder
 

@@ -108,3 +108,12 @@ def test_a_scheduler_with_an_infinite_default_is_read_from_its_folder(micro_z: P
     diffusers.DPMSolverMultistepScheduler().save_pretrained(Path(folder) / "scheduler")
     assert "Infinity" in (Path(folder) / "scheduler" / "scheduler_config.json").read_text()
     find_checkpoint(folder)
+
+
+def test_a_list_whose_members_have_no_type_takes_any() -> None:
+    class Model:
+        def __init__(self, places: list | None = None, mixed: int | list | tuple[int] = 1) -> None: ...  # type: ignore[type-arg]
+
+    check_arguments({"places": [1, "a"], "mixed": [[1], 2]}, Model, FILE)
+    with pytest.raises(FastgenError, match="places is 'x', needs"):
+        check_arguments({"places": "x"}, Model, FILE)
