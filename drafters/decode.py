@@ -223,7 +223,7 @@ class _Rounds:
                     break
                 if self.narrows:
                     self._leave(counts)
-            self.rounds.append((self.images, *self.advance(self, *self._noise())))
+            self.round()
             rounds += 1
         lengths, counted = self._collected()
         accepted = [length for length in lengths.flatten().tolist() if length >= 0]
@@ -234,6 +234,10 @@ class _Rounds:
             add_passes("drafter", first + rounds * each)
         self.finished[self.images] = self.tokens[:, :total]
         return Decoded(self.finished, rounds + 1, (lengths >= 0).sum(dim=0), accepted, counted)
+
+    def round(self) -> None:
+        """Draft, verify, commit, and keep what the round left."""
+        self.rounds.append((self.images, *self.advance(self, *self._noise())))
 
     def _collected(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Accepted lengths [rounds, B], -1 where an image was finished, and counts [B] by name."""
