@@ -32,8 +32,8 @@ def _device(data: dict[str, Any]) -> str:
 
 
 def _speculative(folder: Path) -> list[str]:
-    data, rows = _rows(folder, "bench-speculative", "variant")
-    drawn, plain = rows["exact auto"], rows["plain loop, bfloat16"]
+    data, rows = _rows(folder, "bench-speculative-batches", "variant")
+    drawn, plain = rows["exact heads-16"], rows["plain loop, bfloat16"]
     speed = (
         f"{drawn['speedup_vs_fastest_plain']:.1f} x the fastest plain loop, "
         f"{drawn['speedup_vs_stock']:.1f} x stock `generate`"

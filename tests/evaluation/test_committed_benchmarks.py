@@ -86,6 +86,20 @@ def test_speculative_decoding_against_the_plain_loop() -> None:
     assert all(row["verifier"] is not None for row in rows.values() if row["score"] is not None)
 
 
+def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
+    """Alone, in batches of four and sixteen, and as a whole command; CASCADE takes the fewest passes."""
+    data, rows = rows_of("bench-speculative-batches")
+    plain = [row for row in rows.values() if row["rule"] is None]
+    exact, cascade = rows["exact heads-16"], rows["cascade heads-16x2 quality=0.5"]
+    assert exact["speedup_vs_fastest_plain"] >= 2.6
+    assert cascade["target_pass_ratio"] <= 0.2 and cascade["target_pass_ratio"] < exact["target_pass_ratio"]
+    fast, slow = (row["seconds"] for row in data["commands"])
+    assert "plain" in data["commands"][1]["what"] and fast["p80"] < slow["p20"]
+    for size, gain in (("1", 2.4), ("4", 1.5), ("16", 1.2)):
+        best = max(row["pictures_a_minute"][size] for row in plain if row.get("pictures_a_minute"))
+        assert max(row["pictures_a_minute"][size] for row in rows.values() if row["rule"] == "exact") > gain * best
+
+
 def test_fused_kernels_against_compiled_references() -> None:
     """The tables of docs/kernels.md are the committed ones; kernels that are taken by default are the faster ones."""
     data = json.loads((RESULTS / "bench-kernels.json").read_text(encoding="utf-8"))
