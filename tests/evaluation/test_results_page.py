@@ -83,14 +83,8 @@ def test_page_shows_what_is_there(tmp_path: Path) -> None:
 
 def test_readme_gets_the_tables_between_their_marks(tmp_path: Path, repository: Path) -> None:
     results = repository / "docs" / "results"
-    for name in (
-        "bench-accelerate",
-        "bench-speculative",
-        "bench-search-equal",
-        "bench-dc",
-        "bench-kernels-end-to-end",
-    ):
-        (tmp_path / f"{name}.json").write_text((results / f"{name}.json").read_text())
+    for path in results.glob("bench-*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "shapesworld-tiny.json").write_text(json.dumps(SCORES))
     before = "# Title\n<!-- gains -->\nstale\n<!-- gains -->\n<!-- scores -->\nstale\n<!-- scores -->\nrest\n"
     after = results_page.with_tables(before, tmp_path)
