@@ -203,7 +203,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
 
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
-    if checkpoint.kind != "diffusers":
+    if checkpoint.draws_tokens:
         snapshot = download_janus(hub_id, checkpoint.revision)
         return replace(checkpoint, folder=snapshot / checkpoint.folder.relative_to(checkpoint.root))
     which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
@@ -341,7 +341,7 @@ def _load_diffusers(
     if checkpoint.pipeline_class == "LlamaGen":
         from fastgen.models.llamagen import LlamaGen
 
-        words = checkpoint.component("tokenizer")
+        words = checkpoint.tokenizer or checkpoint.component("tokenizer")
         with explained(f"checkpoint {words}"):
             return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
