@@ -8,9 +8,9 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffusers
 import torch
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from fastgen.accounting import phase
 from fastgen.checks import check_choice
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, one_line
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.generation import set_checkpoint
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["load_checkpoint", "load_pipeline", "resolve_device"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pipeline(
@@ -135,9 +133,8 @@ def load_checkpoint(
         target = {**checkpoint.options, **options.target}
         if checkpoint.kind != "diffusers":
             _check_tokens(checkpoint, drafts, target)
-            pipe = (
-                _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_tokens(checkpoint, kind, target)
-            )
+            of_tokens = _load_janus if checkpoint.kind == "janus" else _load_tokens
+            pipe = of_tokens(checkpoint, kind, target)
         else:
             straight = where if way == "none" else torch.device("cpu")
             networks = _checked_components(checkpoint, begins)
@@ -157,11 +154,7 @@ def load_checkpoint(
 
 
 def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type for `load_pipeline`'s arguments.
-
-    Raises:
-        FastgenError: this machine has no such device, or the device cannot compute in this type.
-    """
+    """Device and weight type for `load_pipeline`'s arguments; refuses what this machine does not have."""
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -171,19 +164,17 @@ def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.devi
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise FastgenError("device: 'cuda' is not available here (no NVIDIA GPU, or torch was built without CUDA)")
-        if where.index is not None and where.index >= torch.cuda.device_count():
-            raise FastgenError(
-                f"device: {device!r} does not exist, there are {torch.cuda.device_count()} CUDA devices"
-            )
+        if where.index is not None and where.index >= (count := torch.cuda.device_count()):
+            raise FastgenError(f"device: {device!r} does not exist, there are {count} CUDA devices")
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise FastgenError("device: 'mps' is not available here")
-    if dtype == "auto":
+    if dtype != "auto":
+        kind: torch.dtype = getattr(torch, dtype)
+    elif where.type == "cpu":
         kind = torch.float32
-        if where.type != "cpu":
-            has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-            kind = torch.bfloat16 if has_bfloat16 else torch.float16
     else:
-        kind = _DTYPES[dtype]
+        has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        kind = torch.bfloat16 if has_bfloat16 else torch.float16
     _probe(where, kind)
     return where, kind
 
@@ -197,8 +188,7 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
         torch.nn.functional.layer_norm(x @ x, (4,))
     except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         name = str(dtype).removeprefix("torch.")
-        line = str(error).strip().splitlines()[0]
-        raise FastgenError(f"dtype: {name} cannot be used on {device}: {line}") from error
+        raise FastgenError(f"dtype: {name} cannot be used on {device}: {one_line(error)}") from error
 
 
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
@@ -212,7 +202,7 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     return replace(checkpoint, folder=Path(folder))
 
 
-def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype, _: object) -> DiffusionPipeline:
     from fastgen.pipelines.janus import JanusImagePipeline
 
     loading: dict[str, Any] = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
@@ -224,8 +214,7 @@ def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline
     return pipe
 
 
-@dataclass(frozen=True)
-class _TokenModel:
+class _TokenModel(NamedTuple):
     """Parts of a speculative pipeline that is yet to be made."""
 
     model: Any
@@ -323,11 +312,7 @@ def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str,
 
 
 def _load_diffusers(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    networks: dict[str, Any],
-    device: torch.device,
-    quantize: str | None,
+    checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any], device: torch.device, quantize: str | None
 ) -> Any:
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
     random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
