@@ -11,7 +11,6 @@ from fastgen.drafters.verify import Drafted
 __all__ = [
     "are_siblings",
     "convergence",
-    "law_distance_bound",
     "sensitivity",
     "sibling_pairs",
     "similarity",
@@ -75,19 +74,6 @@ def total_variation(laws: Tensor) -> Tensor:
     """TV [B, n, n] of all pairs of laws [B, n, V], one row of pairs at a time: no [n, n, V] tensor."""
     rows = [(laws - laws[:, i : i + 1]).abs().sum(dim=-1) for i in range(laws.shape[1])]
     return torch.stack(rows, dim=1) / 2
-
-
-def law_distance_bound(logits: Tensor) -> Tensor:
-    """Certified bound tanh(d_H / 4) >= TV(p_u, p_w), [B, n, n], from the laws' logits [B, n, V] after temperature.
-
-    d_H is the range over tokens of the difference of the logits (Hilbert's projective metric). It holds for laws that
-    are not truncated.
-    """
-    rows = []
-    for i in range(logits.shape[1]):
-        apart = logits - logits[:, i : i + 1]
-        rows.append(apart.amax(dim=-1) - apart.amin(dim=-1))
-    return torch.tanh(torch.stack(rows, dim=1) / 4)
 
 
 def convergence(alike: Tensor, tree: Tree, horizon: int) -> Tensor:

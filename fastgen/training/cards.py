@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,28 +158,6 @@ def inherit_records(folder: Path, part: Path) -> None:
     if path.exists():
         for name, record in read_object(path).items():
             write_record(folder, name, record)
-
-
-def share_components(folder: Path, base: Path) -> list[str]:
-    """Drop the components of the pipeline in `folder` that `base` holds as well, and name the base in fastgen.json.
-
-    Networks are dropped when their weights are equal byte for byte, scheduler and tokenizer always.
-
-    Returns:
-        names of the components that stay.
-    """
-    stay = []
-    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
-        weights = sorted(component.glob("*.safetensors"))
-        twins = [base / component.name / path.name for path in weights]
-        pairs = zip(weights, twins, strict=True)
-        if (base / component.name).is_dir() and all(b.exists() and a.read_bytes() == b.read_bytes() for a, b in pairs):
-            shutil.rmtree(component)
-        else:
-            stay.append(component.name)
-    path = folder / "fastgen.json"
-    _write(path, {**read_object(path), "base": base.name})
-    return stay
 
 
 def forget_paths(folder: Path) -> None:

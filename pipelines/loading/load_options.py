@@ -25,7 +25,7 @@ from fastgen.pipelines.quantization import BITS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "choose_offload", "scheduler_class"]
+__all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "scheduler_class"]
 
 Offload = Literal["none", "auto", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
@@ -129,15 +129,6 @@ def _with_scheduler(pipe: Any, asked: str) -> None:
         pipe.scheduler = unipc_of_flow(pipe.scheduler)
     else:
         pipe.scheduler = chosen.from_config(pipe.scheduler.config)
-
-
-def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
-    """The fastest way that fits into `free` bytes of a device, for networks of these sizes in bytes."""
-    if sum(sizes.values()) * _WORKING_MEMORY <= free:
-        return "none"
-    if max(sizes.values(), default=0) * _WORKING_MEMORY <= free:
-        return "model"
-    return "group"
 
 
 def _size(text: str) -> list[int]:
@@ -273,7 +264,9 @@ class LoadOptions:
         """The way to place networks of these sizes in bytes, "auto" by what fits; `free` is None on a CPU."""
         if self.offload != "auto":
             return self.offload
-        return "none" if free is None else choose_offload(sizes, free)
+        if free is None or sum(sizes.values()) * _WORKING_MEMORY <= free:
+            return "none"
+        return "model" if max(sizes.values()) * _WORKING_MEMORY <= free else "group"
 
     @staticmethod
     def place(pipe: Any, device: torch.device, way: Offload) -> None:

@@ -36,7 +36,7 @@ from fastgen.pipelines.loading.config_schema import check_arguments
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
 from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
-from fastgen.pipelines.loading.networks import check_keys, component_class, empty_network, load_network
+from fastgen.pipelines.loading.networks import component_class, empty_network, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
@@ -133,8 +133,7 @@ def load_checkpoint(
         target = {**checkpoint.options, **options.target}
         if checkpoint.kind != "diffusers":
             _check_tokens(checkpoint, drafts, target)
-            of_tokens = _load_janus if checkpoint.kind == "janus" else _load_tokens
-            pipe = of_tokens(checkpoint, kind, target)
+            pipe = _load_tokens(checkpoint, kind, target)
         else:
             straight = where if way == "none" else torch.device("cpu")
             networks = _checked_components(checkpoint, begins)
@@ -202,18 +201,6 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     return replace(checkpoint, folder=Path(folder))
 
 
-def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype, _: object) -> DiffusionPipeline:
-    from fastgen.pipelines.janus import JanusImagePipeline
-
-    loading: dict[str, Any] = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
-    with explained(f"checkpoint {checkpoint.folder}"):
-        if checkpoint.tokenizer is not None:
-            loading["tokenizer"] = load_pretrained(AutoTokenizer, checkpoint.tokenizer)
-        pipe, info = load_pretrained(JanusImagePipeline, checkpoint.folder, **loading)
-        check_keys(checkpoint.folder, info)
-    return pipe
-
-
 class _TokenModel(NamedTuple):
     """Parts of a speculative pipeline that is yet to be made."""
 
@@ -221,15 +208,25 @@ class _TokenModel(NamedTuple):
     tokenizer: Any
 
 
-def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """Model and tokenizer of a transformers folder; the decoder's folder in `options` becomes the decoder."""
+def _token_class(checkpoint: Checkpoint) -> Any:
     import transformers
 
-    folder = checkpoint.folder
+    janus = checkpoint.kind == "janus"
+    return getattr(transformers, "JanusForConditionalGeneration" if janus else checkpoint.pipeline_class)
+
+
+def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Of a transformers folder a `JanusImagePipeline`, or model and tokenizer; the decoder's folder in `options`
+    becomes the decoder."""
+    folder, cpu = checkpoint.folder, torch.device("cpu")
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
-    kind, cpu = getattr(transformers, checkpoint.pipeline_class), torch.device("cpu")
-    model = load_network(kind, folder, dtype, checkpoint.variant, cpu)
+    model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
+    if checkpoint.kind == "janus":
+        from fastgen.pipelines.janus import JanusImagePipeline
+
+        with explained(f"checkpoint {folder}"):
+            return load_pretrained(JanusImagePipeline, folder, model=model, tokenizer=tokenizer)
     if isinstance(options.get("decode"), str):
         options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
     return _TokenModel(model, tokenizer)
@@ -258,15 +255,12 @@ def _with_drafter(
 def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[str, Any]) -> None:
     """What can be refused before weights are read: a model that its files do not fit, options that it does not take,
     a drafter of another model."""
-    import transformers
-
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.loading import drafter_class, heads_folder
     from fastgen.drafters.targets import target_of
 
     folder = checkpoint.folder
-    name = "JanusForConditionalGeneration" if checkpoint.kind == "janus" else checkpoint.pipeline_class
-    model = empty_network(getattr(transformers, name), folder, checkpoint.variant)
+    model = empty_network(_token_class(checkpoint), folder, checkpoint.variant)
     if isinstance(options.get("decode"), str):
         empty_network(VQModel, Path(options["decode"]))
     if drafter is None and checkpoint.kind == "janus":

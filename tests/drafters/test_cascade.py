@@ -15,7 +15,7 @@ from toy_speculation import Toy, chi_square
 from fastgen.drafters import cascade
 from fastgen.drafters.acceptance import Exact, Neighbours
 from fastgen.drafters.cascade import Cascade, CascadeConfig, form_classes
-from fastgen.drafters.redundancy import convergence, law_distance_bound, sensitivity, total_variation
+from fastgen.drafters.redundancy import convergence, sensitivity
 from fastgen.drafters.tree import chain, named_tree, static_tree
 from fastgen.drafters.verify import Drafted, Noise, strict, walk
 
@@ -208,18 +208,6 @@ def test_an_extended_class_keeps_its_cap() -> None:
         exists = drafted.inner_children() >= 0
         assert float(lent[exists].max()) <= delta + 1e-5
         assert float(lent[exists].max()) > 0
-
-
-@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 5.0))
-@settings(max_examples=50, deadline=None)
-def test_the_certified_distance_bounds_total_variation(seed: int, scale: float) -> None:
-    logits = scale * torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    assert (total_variation(logits.softmax(-1)) <= law_distance_bound(logits) + 1e-12).all()
-
-
-def test_the_bound_is_met_by_two_tokens() -> None:
-    logits = torch.tensor([[[0.5, -0.5], [-0.5, 0.5]]], dtype=torch.float64)
-    assert torch.allclose(total_variation(logits.softmax(-1)), law_distance_bound(logits))
 
 
 def test_convergence_looks_at_equal_depth_below() -> None:

@@ -311,8 +311,7 @@ def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
     model = awake(upcycle(pipe.transformer, grid="patch"))
     pipe.transformer = model
     pipe.set_progress_bar_config(disable=True)
-    model.set_budget(tail_drop=0.2, uncond_tail_drop=0.9, images=1)
-    with model.record_chunks() as records:
+    with model.generation(ElasticBudget(0.2, uncond_tail_drop=0.9, images=1)), model.record_chunks() as records:
         pipe("a red circle", height=32, width=32, num_inference_steps=2, guidance_scale=2.0, output_type="latent")
     assert len(records) == 2
     for record in records:
