@@ -10,9 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from transformers import PreTrainedModel
 
 from fastgen.accounting import add_acceptance, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable, check_choice, check_number
@@ -108,8 +106,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         """Load what `save_pretrained` wrote: model, tokenizer, drafter and calibration.
 
         Raises:
-            FastgenError: a folder that holds a model alone, or a LlamaGen in a variant; the message says how to load
-                it.
+            FastgenError: a folder that holds a model alone, or a LlamaGen in a variant; says how to load it.
         """
         folder = Path(pretrained_model_name_or_path)
         if kwargs.get("variant") and (folder / "model" / "model_index.json").is_file():
@@ -128,16 +125,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         """Write a folder that `from_pretrained`, `fastgen.load_pipeline` and `--model` load.
 
         Arguments as of `DiffusionPipeline.save_pretrained`.
-
-        Raises:
-            FastgenError: a part of a class that cannot be saved.
         """
-        for name, part in self.components.items():  # diffusers would write the folder without it
-            if isinstance(part, torch.nn.Module) and not isinstance(part, ModelMixin | PreTrainedModel):
-                raise FastgenError(
-                    f"{name}: a {type(part).__name__} cannot be saved, only models of the classes "
-                    "ModelMixin and PreTrainedModel can"
-                )
+        self.check_saves()
         self.register_to_config(calibration=None if self.calibration is None else self.calibration.as_dict())
         self.register_to_config(options={name: value for name, value in self.options.items() if not callable(value)})
         super().save_pretrained(save_directory, *args, **kwargs)
