@@ -1,6 +1,6 @@
 """Is b worse than a? Differences of two results with confidence intervals, for the CI of models and kernels.
 
-Scores of prompts are compared in pairs where both results tell them: an easy prompt is easy for both, so the
+Scores of prompts are compared in pairs where both results contain them: an easy prompt is easy for both, so the
 difference has a smaller error than either score. Everything else is compared as independent.
 """
 

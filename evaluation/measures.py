@@ -59,7 +59,7 @@ class Result:
     """A result file.
 
     Attributes:
-        path, name: of the file; names of several results tell them apart.
+        path, name: of the file; names distinguish results.
         data: its JSON.
         benchmark: what was measured.
         measures: the numbers, the most important first.
@@ -125,7 +125,7 @@ def read_results(paths: Sequence[str | Path]) -> list[Result]:
 
 
 def _name(path: Path) -> str:
-    """Results of runs are all called scores.json, in folders that tell them apart."""
+    """Results of runs are all called scores.json, in folders of different names."""
     return path.resolve().parent.name if path.name == _SCORES else path.stem
 
 

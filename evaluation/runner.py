@@ -343,7 +343,7 @@ class EvaluationRun:
 def _notes(path: Path) -> list[str]:
     found = read_json(path) if path.is_file() else []
     if not isinstance(found, list) or not all(isinstance(note, str) for note in found):
-        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier notes")
+        raise FastgenError(f"{path}: is damaged; delete it to continue without the earlier notes")
     return found
 
 
@@ -354,7 +354,7 @@ def _timing(path: Path) -> tuple[int, float]:
     try:
         return int(data["images"]), float(data["seconds"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier timing") from error
+        raise FastgenError(f"{path}: is damaged; delete it to continue without the earlier timing") from error
 
 
 def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:

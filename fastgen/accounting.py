@@ -106,7 +106,7 @@ class Stats:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak of the busiest CUDA device if one was used, else of the process; None where the system tells none."""
+        """Peak of the busiest CUDA device if one was used, else of the process; None if the system reports none."""
         devices = [size for name, size in self.peak_memory.items() if name != "process" and size]
         return max(devices, default=self.peak_memory.get("process"))
 
@@ -413,7 +413,7 @@ def _fold_peaks(*, reset: bool) -> None:
 
 
 def _process_peak() -> int | None:
-    """High-water mark of resident memory in bytes; None on systems that tell none (Windows)."""
+    """High-water mark of resident memory in bytes; None on systems that do not report it (Windows)."""
     try:
         # Not getrusage: on Linux its mark outlives exec, so a small program would report its big parent's peak.
         with open("/proc/self/status", encoding="ascii") as lines:

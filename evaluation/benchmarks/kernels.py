@@ -158,7 +158,7 @@ def _implementations(
         try:
             compiled(**inputs)
             works["compiled"] = lambda: compiled(**inputs)
-        except Exception as error:  # a compiler may fail in any way; the row says so and the others go on
+        except Exception as error:  # a compiler may fail in any way; the row says so and the other rows are measured
             row["compile_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         row["compile_seconds"] = time.perf_counter() - start
     if row["check"] == "passed":

@@ -38,7 +38,7 @@ _HOOKS = (
 
 
 class CachedZImagePipeline(ZImagePipeline):
-    """A Z-Image pipeline whose transformer has a step cache: tells the cache which call it is in, and when it ends."""
+    """A Z-Image pipeline whose transformer has a step cache: sets its context in each call, resets it at the end."""
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ class MergingProcessor:
         sums = torch.zeros(*kept.shape, image.shape[-1], dtype=image.dtype, device=image.device)
         merged = sums.scatter_add_(1, wide, image) / counts[..., None]
         shorter = torch.cat([merged, rest], dim=1)
-        if freqs_cis is not None:  # a group stands where the token that stays stands
+        if freqs_cis is not None:  # a group has the position of the token that represents it
             freqs = freqs_cis.expand(len(image), -1, *freqs_cis.shape[2:])
             freqs_cis = torch.cat([_rows(freqs[:, :size], kept), freqs[:, size:]], dim=1)
         if attention_mask is not None:

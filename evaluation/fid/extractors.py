@@ -173,7 +173,7 @@ class CLIPEmbeddings(_Transformers):
         from transformers import CLIPModel
 
         weights = weights or CMMD_CLIP
-        # The whole model: its configuration alone tells the width of the projection.
+        # The whole model: only its configuration has the width of the projection.
         model = _load("cmmd", CLIPModel, weights)
         self.side = int(model.config.vision_config.image_size)
         self.taps = {"pool": int(model.config.projection_dim)}

@@ -140,7 +140,7 @@ class StatisticsFile:
     Attributes:
         path: of the file.
         taps: tap of the network ("pool", "spatial", ...) -> statistics.
-        record: what one of our own files tells of itself (protocol, extractor, resize, dtype); empty for others.
+        record: the description in a file that fastgen wrote (protocol, extractor, resize, dtype); empty for others.
         has_images: the file also holds images.
     """
 
@@ -162,7 +162,7 @@ def holds_statistics(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
-    except Exception:  # a damaged directory fails in a dozen ways; whoever reads it says so
+    except Exception:  # a damaged directory fails in a dozen ways; the caller reports it
         return False
     return f"{_RECORD}.npy" in names or {"mu.npy", "sigma.npy"} <= names
 

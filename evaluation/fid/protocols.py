@@ -120,7 +120,7 @@ def find_protocol(name: str) -> Protocol:
     """The protocol of that name.
 
     Raises:
-        FastgenError: there is none.
+        FastgenError: there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise FastgenError(f"protocol: {name!r} is unknown, needs one of {', '.join(PROTOCOLS)}")

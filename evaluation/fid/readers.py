@@ -152,7 +152,7 @@ def _metadata_prompt(path: Path) -> str | None:
     try:
         return str(parse_json(read_limited(path, _MAX_TEXT_BYTES).splitlines()[0], path)["prompt"])
     except (ValueError, KeyError, IndexError, TypeError):  # FastgenError is a ValueError
-        return None  # whoever needs prompts says that there are none
+        return None  # code that needs prompts reports their absence
 
 
 class FolderSource(ImageSource):
@@ -326,7 +326,7 @@ class CallbackSource(ImageSource):
     Args:
         count: how many.
         make: number -> uint8 [H, W, 3]; equal numbers give equal images.
-        identity: what tells these images from others, in place of hashing them all.
+        identity: identifies these images without hashing all of them.
         name: for messages and results.
         prompts: one an image, if there are any.
     """

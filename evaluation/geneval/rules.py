@@ -291,7 +291,7 @@ def summarize(results: Sequence[ImageResult]) -> Summary:
 
         stderr^2 = P / (P - 1) * sum_p (k_p - s n_p)^2 / (sum_p n_p)^2,
 
-    which for equal n_p is the plain standard error of the P prompt means. Tasks share no prompt, hence the overall
+    which for equal n_p is the plain standard error of the P prompt means. Tasks share no prompt, so the overall
     variance is the sum of the task variances over the squared number of tasks.
 
     Raises:

@@ -147,7 +147,7 @@ def aesthetic_head(tensors: Mapping[str, Tensor]) -> nn.Sequential:
 class Aesthetic(ModelVerifier):
     """LAION's aesthetic score, about 1 to 10 without bounds: linear layers on the embedding of CLIP ViT-L/14.
 
-    The prompt is not looked at, so a search with it alone drifts away from the prompt.
+    The prompt is ignored, so a search with only this score drifts away from the prompt.
 
     Args:
         model: the CLIP model.

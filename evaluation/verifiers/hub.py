@@ -53,10 +53,10 @@ def snapshot(verifier: str, weights: str, patterns: Sequence[str]) -> Path:
 def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") -> Path:
     """The file `weights`, or the first of `names` that the folder or Hub repository `weights` holds.
 
-    Asked for one small file before a stock loader runs, it also tells a missing repository better than those do.
+    It asks for one small file before a stock loader runs; its error about a missing repository is clearer than theirs.
 
     Raises:
-        FastgenError: there is none; `use` as in `explained`.
+        FastgenError: there is no such file; `use` as in `explained`.
     """
     path = Path(weights)
     if path.is_file():
@@ -109,7 +109,7 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] | None = None) -> dic
 
 
 def place(device: str, dtype: str, auto: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type; `auto` is what the type "auto" stands for.
+    """Device and weight type; `auto` is the type used for "auto".
 
     Raises:
         FastgenError: this machine has no such device, or it cannot compute in this type.

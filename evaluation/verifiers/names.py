@@ -47,7 +47,7 @@ def load_verifier(
 
     Args:
         name_or_path: a name from `VERIFIERS`, which takes the published weights; NAME:HUB_ID or NAME:FOLDER for other
-            ones; or a folder whose config.json tells what it is for.
+            ones; or a folder whose config.json names its class.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: of the weights: "float32", "bfloat16", "float16" or "auto": float32 for the cosines and the aesthetic
             score; for the others float32 on the CPU and the GPU's best half type there.

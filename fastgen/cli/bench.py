@@ -187,7 +187,7 @@ def speculative(
     checkpoint = find_model(model, model_variant)
     names = [path.name for path in drafter or []]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise FastgenError(f"--drafter: {twice[0]!r} names two folders; variants could not tell them apart")
+        raise FastgenError(f"--drafter: {twice[0]!r} names two folders; their names must differ")
     for path in drafter or []:
         find_drafter(checkpoint, path)
     for size in batch or []:

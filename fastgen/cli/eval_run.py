@@ -268,7 +268,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRun:
-    """A run on the disk and what draws for it; the model is loaded when images are due, so a finished run loads
+    """A run on the disk and what draws for it; the model is loaded when an image is missing, so a finished run loads
     nothing."""
 
     run: EvaluationRun
@@ -308,7 +308,7 @@ def refuse_with_images(options: dict[str, Any]) -> None:
 
 
 def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
-    """What tells two versions of a model apart: its files, or the commit of a Hub model (the name of its folder); and
+    """Identifies a version of a model: its files, or the commit of a Hub model (the name of its folder); and
     the files of a drafter that is not its own."""
     from fastgen.evaluation.runner import model_fingerprint
 

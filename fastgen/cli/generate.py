@@ -301,7 +301,7 @@ def _map(pipe: Any, picture: GeneratedImage) -> bytes:
 def _save(
     job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], on: Plan | None
 ) -> None:
-    """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
+    """Picture and sidecar, both or neither; the picture last, because its presence means that both are there."""
     from fastgen.cli.plan import SIDECAR_FORMAT
     from fastgen.contracts import weakest
     from fastgen.io import atomic_write_many, encode_json, encode_png

@@ -25,7 +25,7 @@ import fastgen
 from fastgen.cli.panels import arrange
 from fastgen.errors import FastgenError
 
-# Name -> module with an `app`, and the help line. The lines stand here so that `fastgen --help` imports none of them.
+# Name -> module with an `app`, and the help line. They are here so that `fastgen --help` imports none of the modules.
 COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
     "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
@@ -250,7 +250,7 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the `fastgen` script."""
-    # What transformers notes while it is imported is of no use here; an error of ours stands alone on its line.
+    # What transformers notes while it is imported is suppressed; an error of ours is one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):

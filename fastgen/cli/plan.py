@@ -42,7 +42,7 @@ __all__ = [
 #: Format of sidecars.
 SIDECAR_FORMAT = 1
 
-# Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
+# Bytes read at the start, in the middle and at the end of each weight file to identify a training state.
 _SAMPLE = 2**16
 
 
@@ -51,8 +51,8 @@ class Job:
     """One picture to be made.
 
     Attributes:
-        settings: all that its pixels depend on, but for rounding, as it stands in the sidecar.
-        batch: tells which pictures it is drawn together with, and which of them it is; rounding depends on that.
+        settings: all that its pixels depend on, except for rounding, as in the sidecar.
+        batch: the pictures it is drawn together with, and its place among them; rounding depends on that.
     """
 
     prompt: str
@@ -186,7 +186,7 @@ def is_finished(job: Job) -> bool:
 
 
 def read_sidecar(job: Job) -> dict[str, Any]:
-    """The sidecar of the picture; empty where there is none, or no JSON object."""
+    """The sidecar of the picture; empty if it is missing or not a JSON object."""
     try:
         return read_object(job.sidecar)
     except FastgenError:
@@ -202,7 +202,7 @@ def _difference(job: Job) -> str:
     """Why the picture that is there does not count as finished."""
     recorded = _recorded_settings(job)
     if recorded is None:
-        return "it has no sidecar that tells its settings"
+        return "it has no sidecar with its settings"
     for name in {**job.settings, **recorded}:
         there, here = recorded.get(name), job.settings.get(name)
         if there != here:

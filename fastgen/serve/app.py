@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, metrics: Metrics) -> FastAPI:
-    """The application; whoever runs it starts and stops the backend."""
+    """The application; the caller starts and stops the backend."""
     app = FastAPI(
         title="fastgen",
         version=__version__,
@@ -148,7 +148,7 @@ def _add_models(app: FastAPI, catalogue: Catalogue) -> None:
 
 
 def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
-    """Routes for whoever watches the server, and its page."""
+    """Routes for monitoring, and the page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -383,7 +383,7 @@ def test_samples_are_read_in_order(finished: Path) -> None:
 
 
 def test_reads_the_official_layout_too(tmp_path) -> None:
-    """Four or five digits, a grid next to the samples, and files that are none of ours."""
+    """Four or five digits, a grid next to the samples, and files that fastgen did not write."""
     for name, item in zip(("00000", "00001", "00010"), PROMPTS, strict=False):
         samples = tmp_path / name / "samples"
         samples.mkdir(parents=True)

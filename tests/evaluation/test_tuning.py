@@ -87,7 +87,7 @@ def test_shapes_verdicts_are_those_of_the_checker() -> None:
     metric = load_metric("shapes", prompts)
     assert metric(drawn, prompts, drawn) == [1.0, 1.0]
     assert metric(drawn[::-1], prompts, drawn) == [0.0, 0.0]
-    with pytest.raises(FastgenError, match="'a green dog' is none"):
+    with pytest.raises(FastgenError, match="'a green dog' is not one"):
         load_metric("shapes", [*prompts, "a green dog"])
 
 
@@ -293,7 +293,7 @@ def test_a_plot_that_cannot_be_drawn_is_an_error_before_anything_is_measured(
         (["--max-drop", "nan"], "--max-drop"),
         (["-o", "plan.txt"], "plans are written as .json"),
         (["--metric", "beauty"], "or one of ssim, lpips, shapes"),
-        (["--metric", "shapes"], "'a red circle' is none"),
+        (["--metric", "shapes"], "'a red circle' is not one"),
         (["--model", "tiny-janus"], "draws tokens"),
         (["--model", "nothing"], "model 'nothing' is unknown"),
         (["--prompts-file", "nothing.txt"], "prompts file nothing.txt"),

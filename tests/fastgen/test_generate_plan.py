@@ -109,7 +109,7 @@ def test_a_foreign_picture_is_in_the_way(tmp_path: Path, sidecar: str | None) ->
     job.sidecar.unlink()
     if sidecar is not None:
         job.sidecar.write_text(sidecar)
-    with pytest.raises(FastgenError, match="no sidecar that tells its settings; use --overwrite"):
+    with pytest.raises(FastgenError, match="no sidecar with its settings; use --overwrite"):
         unfinished_jobs([job], overwrite=False, strict=True)
     assert unfinished_jobs([job], overwrite=False, strict=False) == [job]
 
