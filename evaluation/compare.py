@@ -124,7 +124,7 @@ def compare(
 
     A gated number fails when it is worse than `margin` allows with the whole confidence interval, or, with `prove`,
     unless the whole interval is no worse than `margin` allows. With several gates each interval is widened so that all
-    of them hold together (Bonferroni).
+    of them are valid together (Bonferroni).
 
     Args:
         a: the baseline.

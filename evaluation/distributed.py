@@ -27,7 +27,7 @@ T = TypeVar("T")
 OnProgress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
-_POLL = 0.02  # seconds between two looks at the store
+_POLL = 0.02  # seconds between polls of the store
 _PULSE = 1.0  # seconds between two signs of life
 _SILENCE = 120.0  # seconds without one after which a process counts as lost
 _LEAVING = 10.0  # the same, while a group breaks up

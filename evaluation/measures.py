@@ -1,4 +1,4 @@
-"""What a result file of fastgen measured, whatever kind it is: numbers with names, errors and a better direction."""
+"""The numbers in a result file of fastgen of any kind, with names, errors and the better direction."""
 
 from __future__ import annotations
 

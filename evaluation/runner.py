@@ -11,7 +11,7 @@
 Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and i. So a run
 killed at any moment and started again ends with the files of an uninterrupted one, with however many processes.
 
-An image counts as finished when its seal holds (`fastgen.evaluation.seals`): it is whole, and was drawn for this
+An image counts as finished when its seal is valid (`fastgen.evaluation.seals`): it is whole, and was drawn for this
 prompt, number and settings.
 Processes of one run share its folder; another run is refused meanwhile.
 """

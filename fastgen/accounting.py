@@ -69,7 +69,7 @@ class Stats:
         accepted_lengths: of each verification of speculative decoding.
         acceptance: of speculative decoding; None without.
         verifier_calls: images scored by a verifier.
-        paths: what was done -> implementation that ran -> why not the faster one.
+        paths: operation -> implementation that ran -> why not the faster one.
         notes: what the user should know of the pictures.
         peak_memory: "process", "cuda:0" ... -> bytes.
     """
@@ -328,7 +328,7 @@ def note_path(name: str, used: str, reason: str | None = None) -> None:
     """Report which implementation ran: ``note_path("attention", "sdpa", "flash needs CUDA")``.
 
     Args:
-        name: what was done ("attention", "qk_norm_rope" ...).
+        name: the operation ("attention", "qk_norm_rope" ...).
         used: the implementation that ran.
         reason: why not the faster one; None when this is the fastest. It is logged once per process, at level INFO.
     """

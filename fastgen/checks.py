@@ -90,7 +90,7 @@ def check_one_budget(token_budget: object, tail_drop: object, uncond_tail_drop: 
     """Tokens are counted, or a share of them is dropped.
 
     Raises:
-        FastgenError: both are asked for.
+        FastgenError: both are given.
     """
     none = tail_drop is None or (isinstance(tail_drop, int | float) and tail_drop == 0)  # it may be a list
     if token_budget is not None and not (none and uncond_tail_drop is None):
@@ -112,7 +112,7 @@ def check_bool(name: str, value: object) -> bool:
     """True or False.
 
     Raises:
-        FastgenError: it is neither.
+        FastgenError: it is not one.
     """
     if not isinstance(value, bool):
         raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs True or False")

@@ -161,11 +161,11 @@ def _point(trial: Trial, chosen: npt.NDArray[np.int64]) -> tuple[float, float]:
 
 
 def seconds_of_fewer_steps(points: Sequence[tuple[float, float]], score: float) -> float | None:
-    """Seconds that a score takes by the line through the best points, those that no other beats in both.
+    """Seconds that a score takes by the line through the Pareto-optimal points.
 
     Args:
         points: seconds and score of the stock pipeline and of fewer steps.
-        score: asked for.
+        score: to reach.
 
     Returns:
         None where the points do not reach from below the score to above it.

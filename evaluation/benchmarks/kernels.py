@@ -96,7 +96,7 @@ def benchmark_kernels(
 
 
 def _chosen(ops: Sequence[str] | None, known: Sequence[str], beginnings: bool) -> list[str]:
-    """Of what is known, what is asked for: by name, or by the beginning of a name."""
+    """The known names that are asked for, by a whole name or a prefix."""
 
     def meant(name: str, op: str) -> bool:
         return name.startswith(op) if beginnings else name == op

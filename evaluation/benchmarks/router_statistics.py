@@ -21,7 +21,7 @@ _BATCH = 32
 
 
 def cell_kinds(batch: ShapesBatch, grid: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Which cells of a `grid` x `grid` grid over the pictures hold what.
+    """The content of the cells of a `grid` x `grid` grid over the pictures.
 
     Returns:
         bool [n, grid * grid] each: "boundary" (pixels of an object and of something else), "inside" (one object

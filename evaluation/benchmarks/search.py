@@ -113,7 +113,7 @@ def benchmark_search(
         `statistics_of`).
 
     Raises:
-        ValueError: a number out of range, a model or verifier that cannot be had, a policy that cannot be read, or a
+        ValueError: a number out of range, a model or verifier that cannot be loaded, an invalid policy, or a
             folder with searches under other settings.
     """
     for name, number in (("seeds", seeds), ("batch_size", batch_size), *(("budgets", budget) for budget in budgets)):

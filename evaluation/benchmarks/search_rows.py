@@ -205,7 +205,7 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
 
 
 def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by policy; those that differ in `max_nfe` alone are budgets of one."""
+    """Rows by policy; names that differ only in `max_nfe` are budgets of one policy."""
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(policy_family(row.data["policy"]), []).append(row)

@@ -46,7 +46,7 @@ class Reference:
 
         Args:
             taps: that are needed of the statistics.
-            protocol: name of the protocol that was asked for.
+            protocol: name of the requested protocol.
 
         Raises:
             FastgenError: names the file, what it holds and what is needed.

@@ -1,4 +1,4 @@
-"""Weights by folder, file or Hub id, with one line for the user when they cannot be had."""
+"""Weights by folder, file or Hub id, with one line for the user when they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
         use: what to do with the downloaded folder; "": load the verifier with it.
 
     Raises:
-        FastgenError: in place of any other error.
+        FastgenError: instead of any other error.
     """
     hub_id = None if Path(weights).exists() else str(weights)
     what = str(weights) if hub_id is None else f"model {hub_id!r}"

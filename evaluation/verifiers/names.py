@@ -54,7 +54,7 @@ def load_verifier(
         options: `batch_size` and `cache_size` of the verifiers with a network.
 
     Raises:
-        FastgenError: no such name, or weights, a package or the device cannot be had; one line.
+        FastgenError: no such name, or weights, a package or the device is not available; one line.
     """
     kind, weights = verifier_class(name_or_path)
     made: Verifier = kind.load(weights, device=device, dtype=dtype, **options)

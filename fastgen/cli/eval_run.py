@@ -138,7 +138,7 @@ class Drawing:
 
         Args:
             context: of the command.
-            images: scored in place of drawn ones.
+            images: scored instead of drawn ones.
             batch_size: name of that option.
 
         Raises:
@@ -360,7 +360,7 @@ class Drawer:
                 return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
             planned, call = self.search
             found = searching.searched_pictures(pipe, verifier, planned, prompts, seeds, **call, **batches)
-            # What a search had when it was cut short is no image of the run; the error comes after it.
+            # The picture of an interrupted search is not an image of the run; the error follows.
             return (picture.image for picture in found if not picture.interrupted)
 
         return generate

@@ -30,7 +30,7 @@ COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
     "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
-    "serve": ("fastgen.cli.serve", "Serve pictures over HTTP, with a page to look at."),
+    "serve": ("fastgen.cli.serve", "Serve pictures over HTTP, with a web page."),
     "tune": ("fastgen.cli.tune", "Measure what makes a model faster here, and write a plan."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
     "models": ("fastgen.cli.models", "Show which method works with which model."),
@@ -100,20 +100,20 @@ def _checked(command: Any) -> Any:
                     # Seeds check their own, larger range.
                     check_integer(label, part, 0, 2**63 - 1 if name == "seed" else 2**31 - 1)
             if name in repeated and value:
-                values[name] = list(dict.fromkeys(value))  # what is asked for twice is one row of a result
+                values[name] = list(dict.fromkeys(value))  # a repeated value is one row of a result
         return act(*args, **values)
 
     return checked
 
 
 def _check_text(label: str, text: str, blank: bool = False) -> None:
-    # A blank negative prompt is how some models (Qwen-Image) are asked for guidance without one.
+    # A blank negative prompt requests guidance without a text from some models (Qwen-Image).
     if not text.strip() and not blank:
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that the locale cannot decode.
     if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
         raise FastgenError(
-            f"{label}: {ascii(text)} is not text: it holds control characters, or bytes that the locale "
+            f"{label}: {ascii(text)} is not text: it contains control characters, or bytes that the locale "
             f"({sys.getfilesystemencoding()}) cannot decode"
         )
 

@@ -78,7 +78,7 @@ LOADING: dict[str, tuple[Any, Any]] = {
     "scheduler": (
         _loading(
             str | None,
-            "A class of diffusers in place of the model's own, e.g. DPMSolverMultistep.",
+            "A scheduler class of diffusers that replaces the model's, e.g. DPMSolverMultistep.",
             show_default=False,
         ),
         None,

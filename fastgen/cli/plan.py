@@ -96,7 +96,7 @@ def read_prompts_file(path: Path) -> list[str]:
         if not line.strip():
             raise FastgenError(f"prompts file {path}: line {number} is empty")
         if any(ord(char) < 32 and char != "\t" for char in line):
-            raise FastgenError(f"prompts file {path}: line {number} holds control characters, it is not text")
+            raise FastgenError(f"prompts file {path}: line {number} contains control characters, it is not text")
     return lines
 
 
@@ -137,7 +137,7 @@ def plan_jobs(
 
 
 def whole_batches(jobs: list[Job], todo: list[Job]) -> list[Job]:
-    """`todo`, and what was planned to be drawn together with them: the same batches whatever is there already."""
+    """`todo`, and what was planned to be drawn together with them: the same batches whichever pictures exist."""
     batches = {job.batch.partition("-")[0] for job in todo} - {""}
     images = {job.image for job in todo}
     return [job for job in jobs if job.image in images or job.batch.partition("-")[0] in batches]
@@ -152,7 +152,7 @@ def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[J
     """Jobs whose pictures have to be made.
 
     Args:
-        overwrite: make all of them, whatever is there.
+        overwrite: make all of them, also those that exist.
         strict: a picture that was made with other settings is an error, not to be replaced.
 
     Raises:

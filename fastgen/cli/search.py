@@ -51,7 +51,7 @@ DEFAULT_VERIFIER = "shapes-verifier"
 
 @dataclass(frozen=True)
 class Search:
-    """A search that was asked for, checked.
+    """The checked settings of a search.
 
     Attributes:
         policy: with its settings.

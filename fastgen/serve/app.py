@@ -77,7 +77,7 @@ def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, 
     app = FastAPI(
         title="fastgen",
         version=__version__,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
         default_response_class=AsciiResponse,
     )
@@ -213,7 +213,7 @@ async def _stream(
     shown: Callable[[Drawn], dict[str, Any]],
     timeout: float,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events, as OpenAI names them; progress only where it is asked for."""
+    """Server-sent events, as OpenAI names them; progress only on request."""
     partials: dict[int, int] = {}
     ends = time.monotonic() + timeout
     async with aclosing(events) as running:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Several processes on one evaluation: the same result as one, whatever is killed, and nobody waits for the dead."""
+"""Several processes on one evaluation: the same result as one, with any of them killed, and none waits forever."""
 
 from __future__ import annotations
 

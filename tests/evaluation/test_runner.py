@@ -475,7 +475,7 @@ def test_results_are_in_the_fields_of_the_official_scorer(finished: Path) -> Non
 
 
 def test_a_colour_classifier_can_be_given(tmp_path) -> None:
-    """On renders of what was asked the detector's own colours are right, and a blind classifier is believed."""
+    """On renders of the prompts the detector's colours are right, and a wrong colour classifier is used as given."""
     shown = []
 
     class Grey:

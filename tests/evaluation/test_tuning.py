@@ -138,7 +138,7 @@ def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: An
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of the denoiser in place of seconds, so that a busy machine decides nothing."""
+    """Passes of the denoiser instead of seconds, so that the load of the machine has no effect."""
     stock = tuning.timed_picture
 
     def timed(pipe: Any, *given: Any) -> tuple[Image.Image, float]:

@@ -42,7 +42,7 @@ def test_prompts_file_round_trip(prompts: list[str], newline: str, final: bool, 
         (b"a\n   \n", "line 2 is empty"),
         (b"a\nb\xff\n", "line 2 is not UTF-8"),
         ("a\nb".encode("utf-16"), "line 1 is not UTF-8"),
-        (b"a\nb\x00c\n", "line 2 holds control characters"),
+        (b"a\nb\x00c\n", "line 2 contains control characters"),
     ],
 )
 def test_bad_prompts_files(tmp_path: Path, content: bytes, message: str) -> None:
