@@ -68,8 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Those first: of two workers, none is left alone with one of them at the end.
-    longest = ("test_docs.py", "test_recipes.py")
+    # These first: of two workers, none is left alone with one of them at the end.
+    longest = ("test_docs.py", "test_recipes.py", "test_packaging.py", "test_hostile_shells.py")
     items.sort(key=lambda item: item.path.name not in longest)
     if moving := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"names of tests hold addresses, workers of pytest-xdist would disagree: {moving[0]}")
