@@ -120,8 +120,7 @@ class ReferenceStatistics:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
-        images = next((len(x) for x in self.features.values()), None)
-        return {"n": self.count, "n_features": images, "sha256": self.sha256}
+        return {"n": self.count, "sha256": self.sha256}
 
 
 def load_reference(
