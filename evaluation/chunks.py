@@ -32,7 +32,7 @@ class ChunkStore:
 
     Args:
         root: folder that holds stores; None keeps nothing.
-        kind: what is kept, for its name.
+        kind: of the results, part of the store's name.
         key: everything the chunks depend on, JSON-ready.
     """
 

@@ -128,7 +128,7 @@ def compare(
 
     Args:
         a: the baseline.
-        b: what is judged.
+        b: the result to judge.
         margin: loss that is allowed: an absolute share for scores, relative to a for distances.
         gates: names of numbers; None takes the overall score, or all metrics with an interval.
         max_slowdown: seconds a picture may grow by this factor.

@@ -39,7 +39,7 @@ class PeerFailed(FastgenError):
 
 
 class Group:
-    """The processes of this evaluation; alone when nothing says otherwise.
+    """The processes of this evaluation; by default only this one.
 
     Args:
         rank, size: of this process, and how many there are.
@@ -198,7 +198,7 @@ class Group:
         return box[0]  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """`work` on the main process, then on the others, which may rely on what it left."""
+        """`work` on the main process, then on the others, which may use its files."""
         if self.is_main:
             done = work()
             self.meet()

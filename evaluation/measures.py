@@ -61,7 +61,7 @@ class Result:
     Attributes:
         path, name: of the file; names distinguish results.
         data: its JSON.
-        benchmark: what was measured.
+        benchmark: its name.
         measures: the numbers, the most important first.
         points: quality against seconds a picture.
     """
@@ -184,7 +184,7 @@ def _points(data: dict[str, Any], name: str) -> list[Point]:
 
 
 def policy_family(policy: str) -> str:
-    """A policy of `fastgen bench search` without a budget of its own: what differs in that alone is one policy."""
+    """A policy of `fastgen bench search` without its budget: names that differ only in that are one policy."""
     return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 

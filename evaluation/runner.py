@@ -70,7 +70,7 @@ class RunSettings:
         model_fingerprint: of its files, see `model_fingerprint`.
         variant: of its weight files ("fp16"); None for those of none.
         images_per_prompt: >= 1.
-        seed: of the run; each image has a seed of its own, see `image_seed`.
+        seed: of the run; each image has its own seed, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
         tail_drop, uncond_tail_drop, token_budget: compute budget of a model with dynamic chunking.
         method: "speculative", "search", or None for what the model is.
@@ -233,7 +233,7 @@ class EvaluationRun:
 
         Raises:
             FastgenError: an image cannot be written; those already made stay.
-            PeerFailed: another process failed; what was made stays.
+            PeerFailed: another process failed; finished images stay.
             RuntimeError: `generate` returned fewer images than asked.
         """
         with self.locked():

@@ -1,4 +1,4 @@
-"""A picture of a noise search: what was tried, what it scored, and which way led to the picture."""
+"""A picture of a noise search: its candidates, their scores, and the path to the returned picture."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def load_metric(name: str, prompts: list[str], device: str = "cpu") -> Metric:
         device: of its network.
 
     Raises:
-        FastgenError: no such metric; its weights cannot be had; or it cannot judge these prompts.
+        FastgenError: no such metric; its weights cannot be loaded; or it cannot judge these prompts.
     """
     if name == "ssim":
         return ssim

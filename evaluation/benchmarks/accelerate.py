@@ -1,8 +1,8 @@
-"""What plans of `fastgen.accelerate` give and cost: seconds a picture and score, in turns with the stock pipeline.
+"""Seconds a picture and score of plans of `fastgen.accelerate`, measured in turns with the stock pipeline.
 
-Round i draws picture i with the stock pipeline and under every plan, in an order that turns with i, so that a machine
-that slows down meets all of them. Fewer steps alone are among the plans: a lossy plan is compared with the seconds
-that they take at its score.
+Round i draws picture i with the stock pipeline and under every plan, in an order that turns with i, so that a slow
+moment of the machine affects all of them. Plans with only fewer steps are included: a lossy plan is compared with
+the seconds that they take at its score.
 """
 
 from __future__ import annotations

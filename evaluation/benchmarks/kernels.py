@@ -53,7 +53,7 @@ def benchmark_kernels(
         end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
         seconds: after this time, references are no longer compiled, and the rows say so.
         report: called with each line of progress.
-        save: given the result after every row, so that a run that is cut off leaves what it has.
+        save: called with the result after every row, so that an interrupted run keeps its rows.
 
     Returns:
         a JSON-ready dict: "finished", "environment", "settings", "seconds", "roofline" and "rows" with op, size, moved

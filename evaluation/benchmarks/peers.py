@@ -2,7 +2,7 @@
 
 The step caches (first-block cache, TaylorSeer, MagCache) are diffusers' own. Token merging follows ToMe for Stable
 Diffusion (Bolya & Hoffman, arXiv 2303.17604): before each attention the image tokens most like another one are
-averaged into it, after it each gets back a copy of what its group became. Loss contract of all: lossy.
+averaged into it, after it each gets a copy of its group's result. Loss contract of all: lossy.
 """
 
 from __future__ import annotations

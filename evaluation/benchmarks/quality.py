@@ -27,7 +27,7 @@ def score_row(
     detector: ShapesModel,
     verifier: Verifier | None = None,
 ) -> dict[str, Any]:
-    """Draw what is missing in the row's own folder below `folder`, and score it.
+    """Draw the missing pictures in the row's folder below `folder`, and score them.
 
     Args:
         folder: of all rows.

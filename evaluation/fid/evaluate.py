@@ -91,7 +91,7 @@ class FidSettings:
 
 @dataclass(slots=True)
 class _Work:
-    """One network with its metrics and what it found."""
+    """One network with its metrics and their values."""
 
     extractor: Extractor
     metrics: list[Metric]

@@ -1,4 +1,4 @@
-"""The networks whose features are compared. Each says everything its features depend on."""
+"""The networks whose features are compared. Each describes everything that its features depend on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Extractor(ABC):
 
     Attributes:
         name: of the network, as results print it.
-        taps: what it gives: tap -> width.
+        taps: its outputs: tap -> width.
         fingerprint: sha256 of the weights.
         resize: named mode of the resize before the network.
         label: printed in front, by default the resize mode; a protocol's own name where there is one.
@@ -79,7 +79,7 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, batch: Tensor, prompts: Sequence[str] = ()) -> dict[str, Tensor]:
-        """`compute` in full single precision, whatever the process allows elsewhere."""
+        """`compute` in full single precision, independent of the settings of the process."""
         with full_precision():
             return self.compute(batch.to(self.device), prompts)
 

@@ -41,7 +41,7 @@ class NpzSource(ImageSource):
     """The images of an npz file, one in memory at a time, stored or compressed.
 
     Raises:
-        FastgenError: it is no npz file, or holds no uint8 array [N, H, W, 3]; the message says what it holds.
+        FastgenError: it is not an npz file, or has no uint8 array [N, H, W, 3]; the message lists its arrays.
     """
 
     def __init__(self, path: str | Path) -> None:

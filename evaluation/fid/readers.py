@@ -220,7 +220,7 @@ class ZipSource(ImageSource):
         self.prompts = _captions(self.files, lambda name: self._read(name, _MAX_TEXT_BYTES) if name in known else None)
 
     def _read(self, name: str, limit: int) -> bytes:
-        """A member; the size that it declares is what is read at most.
+        """A member; at most its declared size is read.
 
         Raises:
             FastgenError: it is larger than `limit`, or cannot be read.
@@ -368,7 +368,7 @@ def open_images(path: str | Path) -> ImageSource:
     """The images at `path`: a folder of images or of tar shards, a .zip, .tar or .npz file.
 
     Raises:
-        FastgenError: there is nothing of the kind; the message names the path and what it should be.
+        FastgenError: it does not exist; the message names the path and what it should be.
     """
     path = Path(path)
     if path.is_dir():

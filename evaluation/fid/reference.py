@@ -49,7 +49,7 @@ class Reference:
             protocol: name of the requested protocol.
 
         Raises:
-            FastgenError: names the file, what it holds and what is needed.
+            FastgenError: names the file, its content and what is needed.
         """
         file = self.statistics
         if file is None:
@@ -109,7 +109,7 @@ class ReferenceStatistics:
         features: tap -> features, on the main process.
         count: images behind `gaussians`; None where a file does not say.
         sha256: of its images; None for statistics.
-        cached: nothing had to be computed.
+        cached: nothing was computed.
     """
 
     gaussians: dict[str, Gaussian] = field(default_factory=dict)

@@ -76,7 +76,7 @@ class _Cosine(ModelVerifier):
         those of `processor_id`.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype, "float32")
@@ -171,7 +171,7 @@ class Aesthetic(ModelVerifier):
         `clip/`, else it is openai/clip-vit-large-patch14.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype, "float32")

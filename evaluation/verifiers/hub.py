@@ -19,7 +19,7 @@ __all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tens
 
 @contextmanager
 def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[None]:
-    """Turn what a stock loader raises into one line that names the verifier, the weights and the way to get them.
+    """Turn an error of a stock loader into one line that names the verifier, the weights and how to get them.
 
     Args:
         verifier: its name; another kind of model comes with its kind, as in "detector mask2former".

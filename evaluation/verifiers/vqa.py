@@ -71,7 +71,7 @@ class VQAScore(ModelVerifier):
         of openai/clip-vit-large-patch14-336 and of the FlanT5 of that size.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype)

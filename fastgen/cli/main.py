@@ -172,15 +172,15 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads what is left in the buffer; Python would complain when it flushes it at exit."""
+    """Discard the rest of the buffer, which has no reader: Python would report an error when it flushes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
-    """Give a process that was started with closed streams some of its own.
+    """Open the standard streams that were closed when the process started.
 
     Otherwise the next file that is opened, perhaps a picture, takes their numbers, and what a library prints goes into
-    it. A closed standard output is a pipe without a reader: what is printed ends in exit code 141.
+    it. A closed standard output is a pipe without a reader: printing ends in exit code 141.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115
@@ -230,7 +230,7 @@ def run(args: Sequence[str]) -> int:
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not _is_broken_pipe(error):
             return error.code if isinstance(error.code, int) else int(error.code is not None)
-        _drop_stdout()  # the reader (`| head`) has what it wants; typer ends with 1 where it notices first
+        _drop_stdout()  # the reader (`| head`) is done; typer exits with 1 if it notices first
         return 141
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group called without a command
