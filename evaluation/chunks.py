@@ -1,7 +1,7 @@
 """Work in numbered chunks whose results are kept on the disk until all are there: a killed run resumes where it was.
 
-A chunk is written whole or not at all, and its result depends on its number and its store's key alone. So whoever
-computes a chunk, before or after an interruption and with however many processes, the results are the same.
+A chunk is written completely or not at all, and its result depends only on its number and its store's key. So the
+results do not depend on interruptions, nor on which process, of how many, computes a chunk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ChunkStore:
 
     Args:
         root: folder that holds stores; None keeps nothing.
-        kind: what is kept, for its name.
+        kind: of the results, part of the store's name.
         key: everything the chunks depend on, JSON-ready.
     """
 

@@ -1,6 +1,6 @@
 """Is b worse than a? Differences of two results with confidence intervals, for the CI of models and kernels.
 
-Scores of prompts are compared in pairs where both results tell them: an easy prompt is easy for both, so the
+Scores of prompts are compared in pairs where both results contain them: an easy prompt is easy for both, so the
 difference has a smaller error than either score. Everything else is compared as independent.
 """
 
@@ -124,11 +124,11 @@ def compare(
 
     A gated number fails when it is worse than `margin` allows with the whole confidence interval, or, with `prove`,
     unless the whole interval is no worse than `margin` allows. With several gates each interval is widened so that all
-    of them hold together (Bonferroni).
+    of them are valid together (Bonferroni).
 
     Args:
         a: the baseline.
-        b: what is judged.
+        b: the result to judge.
         margin: loss that is allowed: an absolute share for scores, relative to a for distances.
         gates: names of numbers; None takes the overall score, or all metrics with an interval.
         max_slowdown: seconds a picture may grow by this factor.

@@ -56,7 +56,7 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
 
 
 def pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that no other one beats in score without taking longer, nor in seconds without a lower score; fastest
+    """The Pareto-optimal rows in seconds and score; fastest
     first."""
     front: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["seconds"]["p50"], -row["score"])):

@@ -27,7 +27,7 @@ T = TypeVar("T")
 OnProgress = Callable[[str, int, int], None]
 """(stage, done, total)"""
 
-_POLL = 0.02  # seconds between two looks at the store
+_POLL = 0.02  # seconds between polls of the store
 _PULSE = 1.0  # seconds between two signs of life
 _SILENCE = 120.0  # seconds without one after which a process counts as lost
 _LEAVING = 10.0  # the same, while a group breaks up
@@ -39,7 +39,7 @@ class PeerFailed(FastgenError):
 
 
 class Group:
-    """The processes of this evaluation; alone when nothing says otherwise.
+    """The processes of this evaluation; by default only this one.
 
     Args:
         rank, size: of this process, and how many there are.
@@ -198,7 +198,7 @@ class Group:
         return box[0]  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """`work` on the main process, then on the others, which may rely on what it left."""
+        """`work` on the main process, then on the others, which may use its files."""
         if self.is_main:
             done = work()
             self.meet()

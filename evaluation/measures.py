@@ -1,4 +1,4 @@
-"""What a result file of fastgen measured, whatever kind it is: numbers with names, errors and a better direction."""
+"""The numbers in a result file of fastgen of any kind, with names, errors and the better direction."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Result:
     """A result file.
 
     Attributes:
-        path, name: of the file; names of several results tell them apart.
+        path, name: of the file; names distinguish results.
         data: its JSON.
-        benchmark: what was measured.
+        benchmark: its name.
         measures: the numbers, the most important first.
         points: quality against seconds a picture.
     """
@@ -125,7 +125,7 @@ def read_results(paths: Sequence[str | Path]) -> list[Result]:
 
 
 def _name(path: Path) -> str:
-    """Results of runs are all called scores.json, in folders that tell them apart."""
+    """Results of runs are all called scores.json, in folders of different names."""
     return path.resolve().parent.name if path.name == _SCORES else path.stem
 
 
@@ -184,7 +184,7 @@ def _points(data: dict[str, Any], name: str) -> list[Point]:
 
 
 def policy_family(policy: str) -> str:
-    """A policy of `fastgen bench search` without a budget of its own: what differs in that alone is one policy."""
+    """A policy of `fastgen bench search` without its budget: names that differ only in that are one policy."""
     return " ".join(word for word in policy.split() if not word.startswith("max_nfe="))
 
 

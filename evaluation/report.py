@@ -132,7 +132,7 @@ def contact_sheet(
 
     Args:
         images: any sizes, at least one; each is fitted into a square of `tile` pixels. Enlarging repeats pixels, so
-            that a small picture shows what it is.
+            that a small picture is recognisable.
         captions: a text under each image, up to three lines.
         correct: verdicts; a green or red bar under each image.
         columns: images in a row.

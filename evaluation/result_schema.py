@@ -1,4 +1,4 @@
-"""What a result file must hold before anybody compares, reports or believes it.
+"""The schema of result files, checked before they are compared or reported.
 
 Everything that is checked here is named in the error by its place in the file, e.g. ``tasks.counting.score``. A result
 whose numbers contradict each other was edited or damaged, and a gate that read it would pass or fail by accident.

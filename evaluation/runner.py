@@ -11,7 +11,7 @@
 Every file is written atomically, and image i of a prompt depends only on the prompt, the settings and i. So a run
 killed at any moment and started again ends with the files of an uninterrupted one, with however many processes.
 
-An image counts as finished when its seal holds (`fastgen.evaluation.seals`): it is whole, and was drawn for this
+An image counts as finished when its seal is valid (`fastgen.evaluation.seals`): it is whole, and was drawn for this
 prompt, number and settings.
 Processes of one run share its folder; another run is refused meanwhile.
 """
@@ -70,7 +70,7 @@ class RunSettings:
         model_fingerprint: of its files, see `model_fingerprint`.
         variant: of its weight files ("fp16"); None for those of none.
         images_per_prompt: >= 1.
-        seed: of the run; each image has a seed of its own, see `image_seed`.
+        seed: of the run; each image has its own seed, see `image_seed`.
         steps, guidance_scale: None takes the model's defaults.
         tail_drop, uncond_tail_drop, token_budget: compute budget of a model with dynamic chunking.
         method: "speculative", "search", or None for what the model is.
@@ -233,7 +233,7 @@ class EvaluationRun:
 
         Raises:
             FastgenError: an image cannot be written; those already made stay.
-            PeerFailed: another process failed; what was made stays.
+            PeerFailed: another process failed; finished images stay.
             RuntimeError: `generate` returned fewer images than asked.
         """
         with self.locked():
@@ -343,7 +343,7 @@ class EvaluationRun:
 def _notes(path: Path) -> list[str]:
     found = read_json(path) if path.is_file() else []
     if not isinstance(found, list) or not all(isinstance(note, str) for note in found):
-        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier notes")
+        raise FastgenError(f"{path}: is damaged; delete it to continue without the earlier notes")
     return found
 
 
@@ -354,7 +354,7 @@ def _timing(path: Path) -> tuple[int, float]:
     try:
         return int(data["images"]), float(data["seconds"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FastgenError(f"{path}: is damaged; delete it to go on without the earlier timing") from error
+        raise FastgenError(f"{path}: is damaged; delete it to continue without the earlier timing") from error
 
 
 def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:

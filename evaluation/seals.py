@@ -1,8 +1,7 @@
-"""Pictures that say themselves whether they are whole and whose they are.
+"""Seals in pictures of a run, which show that a picture is complete and what it was drawn for.
 
-GenEval's layout has no place for a sidecar, so a picture of a run carries its seal: a last text chunk with the sha256
-of all bytes before it and of what the picture was drawn for. A picture that was damaged, exchanged with another or
-edited has a broken seal or none.
+GenEval's layout has no place for a sidecar, so each picture of a run has a seal: a last text chunk with the sha256 of
+all bytes before it and of what the picture was drawn for. The seal of a damaged, swapped or edited picture is invalid.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def sealed_png(image: Image.Image, identity: str) -> bytes:
 
 
 def is_sealed(data: bytes, identity: str) -> bool:
-    """Whether `data` are the very bytes that `sealed_png` gave for this identity."""
+    """Whether `data` are the bytes that `sealed_png` returned for this identity."""
     length = len(_seal(b"", "")) + len(_END)
     body, tail = data[:-length], data[-length:]
     return tail == _seal(body, identity) + _END

@@ -1,4 +1,4 @@
-"""A picture of a noise search: what was tried, what it scored, and which way led to the picture."""
+"""A picture of a noise search: its candidates, their scores, and the path to the returned picture."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _CHAINS = ("#4a6fa5", "#7d5ba6", "#3a9188", "#8c6d31", "#5b5b5b")
 def search_tree(search: Mapping[str, Any], picture: Image.Image | None = None) -> Image.Image:
     """Every evaluation at its time and score, joined to the one that it was proposed from.
 
-    The way to the returned picture is drawn thick. A node that nothing scored stands at the height of the best one
+    The way to the returned picture is drawn thick. A node without a score is drawn at the height of the best one
     that came of it. Search over paths runs through the same times again; its nodes are drawn one after the other.
 
     Args:
-        search: `SearchReport.as_dict()`, as it stands under "search" in a sidecar. "taus", the thresholds at each
+        search: `SearchReport.as_dict()`, as in "search" of a sidecar. "taus", the thresholds at each
             time, and "verifier" may be missing.
         picture: shown next to the tree.
 

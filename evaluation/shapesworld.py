@@ -51,7 +51,7 @@ def render_prompts(prompts: Sequence[str], seeds: Sequence[int], size: int = IMA
     """One render of `size` x `size` pixels per (evaluation prompt, seed): what a perfect model would draw.
 
     Raises:
-        FastgenError: a prompt is none of the evaluation prompts, so its scene is not known.
+        FastgenError: a prompt is not an evaluation prompt, so its scene is not known.
     """
     known = {caption.text: index for index, caption in enumerate(evaluation_captions())}
     for prompt in prompts:

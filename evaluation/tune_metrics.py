@@ -29,7 +29,7 @@ def load_metric(name: str, prompts: list[str], device: str = "cpu") -> Metric:
         device: of its network.
 
     Raises:
-        FastgenError: no such metric; its weights cannot be had; or it cannot judge these prompts.
+        FastgenError: no such metric; its weights cannot be loaded; or it cannot judge these prompts.
     """
     if name == "ssim":
         return ssim
@@ -85,7 +85,7 @@ def _shapes(prompts: list[str], device: str) -> Metric:
 
     known = {item.prompt: item for item in shapes_prompts()}
     if unknown := [prompt for prompt in prompts if prompt not in known]:
-        raise FastgenError(f"--metric: shapes judges ShapesWorld evaluation prompts only, {unknown[0]!r} is none")
+        raise FastgenError(f"--metric: shapes judges ShapesWorld evaluation prompts only, {unknown[0]!r} is not one")
     checker = ShapesChecker(device=device)
 
     def scored(images: list[Image.Image], prompts: list[str], stock: list[Image.Image]) -> list[float]:

@@ -1,9 +1,9 @@
 """Which parts of `accelerate` pay for a model on this machine, by measuring: what `fastgen tune` does.
 
 Every plan is timed against the stock pipeline picture by picture, one after the other and with the same seeds, so that
-a machine that slows down meets both. Parts are chosen greedily with a look back: the fastest plan whose score is not
-too low is taken, every other setting is tried on top of it, and then without each of its parts. Fewer steps alone are
-always measured: a lossy plan that is not above them at its seconds gives its user nothing.
+a slow moment of the machine affects both. Parts are chosen greedily with backtracking: the fastest plan whose score is
+not too low is taken, every other setting is tried on top of it, and then without each of its parts. Plans with only
+fewer steps are always measured: a lossy plan that scores no higher than they do in the same time is useless.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Trial:
         seconds, stock_seconds: of each picture and of the stock one that was drawn just before.
         scores, stock_scores: of each picture.
         largest_difference: of a pixel's channel, 0 to 255, over all pictures.
-        first_seconds: of the first picture, with what is compiled then.
+        first_seconds: of the first picture, compilation included.
         peak_bytes: of GPU memory, where there is one.
     """
 
@@ -171,7 +171,7 @@ def _key(parts: Iterable[Part]) -> list[list[Any]]:
 
 
 def _combinations(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """What is added to a plan at once: each part; a solver, which alone saves nothing, with clearly fewer steps."""
+    """Additions to a plan to try: each part; a solver together with fewer steps, without which it saves no time."""
     steps = [part for part in parts if isinstance(part, FewerSteps)]
     others = [(part,) for part in parts if part.name not in ("solver", "fewer_steps")]
     fewer = [part for part in steps if part.share <= _CLEARLY_FEWER]
@@ -242,7 +242,7 @@ class Tuner:
         lossy = _combinations([part for part in parts if part.loss != "exact"])
         for added in lossy:  # fewer steps first: the rival of all others
             if added[0].name != "fewer_steps" and time.monotonic() > half_time:
-                break  # the rest is for combining what was found
+                break  # the rest is for combinations
             self._try((*chosen.parts, *added))
         chosen = self._best(max_drop, chosen)
         while not self.time_is_up:
@@ -270,7 +270,7 @@ class Tuner:
         return self._known(parts) if self.time_is_up else self.measure(parts)
 
     def measure(self, parts: tuple[Part, ...]) -> Trial:
-        """Draw every prompt without and with the parts, one after the other; what is known is not measured again."""
+        """Draw every prompt without and with the parts, one after the other; known pairs are not measured again."""
         if (known := self._known(parts)) is not None:
             return known
         parts = tuple(sorted(parts, key=lambda part: list(PARTS).index(part.name)))

@@ -39,7 +39,7 @@ def repair_torchvision() -> str:
     try:
         importlib.import_module("torchvision")
         return "healthy"
-    except Exception as error:  # whatever it is, it must not stop a package that can do without torchvision
+    except Exception as error:  # no error may stop a package that works without torchvision
         reason = _one_line(error)
     _forget_torchvision()
     if "torchvision::" not in reason:

@@ -70,7 +70,7 @@ class Stats:
         accepted_lengths: of each verification of speculative decoding.
         acceptance: of speculative decoding; None without.
         verifier_calls: images scored by a verifier.
-        paths: what was done -> implementation that ran -> why not the faster one.
+        paths: operation -> implementation that ran -> why not the faster one.
         notes: what the user should know of the pictures.
         peak_memory: "process", "cuda:0" ... -> bytes.
     """
@@ -107,7 +107,7 @@ class Stats:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak of the busiest CUDA device if one was used, else of the process; None where the system tells none."""
+        """Peak of the busiest CUDA device if one was used, else of the process; None if the system reports none."""
         devices = [size for name, size in self.peak_memory.items() if name != "process" and size]
         return max(devices, default=self.peak_memory.get("process"))
 
@@ -303,7 +303,7 @@ def note_path(name: str, used: str, reason: str | None = None) -> None:
     """Report which implementation ran: ``note_path("attention", "sdpa", "flash needs CUDA")``.
 
     Args:
-        name: what was done ("attention", "qk_norm_rope" ...).
+        name: the operation ("attention", "qk_norm_rope" ...).
         used: the implementation that ran.
         reason: why not the faster one; None when this is the fastest. It is logged once per process, at level INFO.
     """
@@ -382,7 +382,7 @@ def _fold_peaks(*, reset: bool) -> None:
 
 
 def _process_peak() -> int | None:
-    """High-water mark of resident memory in bytes; None on systems that tell none (Windows)."""
+    """High-water mark of resident memory in bytes; None on systems that do not report it (Windows)."""
     try:
         # Not getrusage: on Linux its mark outlives exec, so a small program would report its big parent's peak.
         with open("/proc/self/status", encoding="ascii") as lines:

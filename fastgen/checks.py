@@ -34,7 +34,7 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     """An integer (NumPy's too, no bool) from `minimum` to `maximum`.
 
     Raises:
-        FastgenError: it is none, or lies outside.
+        FastgenError: it has another type, or is outside the range.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < minimum or (maximum is not None and value > maximum):  # type: ignore[operator]
@@ -55,7 +55,7 @@ def check_number(
     """A finite number (NumPy's too, no bool) with ``minimum <= value <= maximum`` and ``above < value < below``.
 
     Raises:
-        FastgenError: it is none, or lies outside.
+        FastgenError: it has another type, or is outside the range.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
@@ -90,7 +90,7 @@ def check_one_budget(token_budget: object, tail_drop: object, uncond_tail_drop: 
     """Tokens are counted, or a share of them is dropped.
 
     Raises:
-        FastgenError: both are asked for.
+        FastgenError: both are given.
     """
     none = tail_drop is None or (isinstance(tail_drop, int | float) and tail_drop == 0)  # it may be a list
     if token_budget is not None and not (none and uncond_tail_drop is None):
@@ -101,7 +101,7 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
     """One of the names in `allowed`.
 
     Raises:
-        FastgenError: it is none of them.
+        FastgenError: it is not one of them.
     """
     if not isinstance(value, str) or value not in allowed:
         raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs one of {', '.join(allowed)}")
@@ -112,7 +112,7 @@ def check_bool(name: str, value: object) -> bool:
     """True or False.
 
     Raises:
-        FastgenError: it is neither.
+        FastgenError: it is not one.
     """
     if not isinstance(value, bool):
         raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs True or False")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FastgenError(ValueError):
-    """A mistake or a condition that the user can mend; the message is one line.
+    """A mistake or a condition that the user can correct; the message is one line.
 
     The message names the argument or the file, the value that was given and what is allowed. The command line
     prints it as ``error: <message>`` without a traceback and exits with code 2. It is a `ValueError`, so code that

@@ -49,7 +49,7 @@ _PathLike = str | os.PathLike[str]
 _MAX_JSON_BYTES = 256 << 20
 _MAX_JSON_DEPTH = 64
 _STAGED_NAME = 100  # characters of a file's name in that of its temporary file
-_PROBE = "fastgen-probe"  # stands for that name where there is no file, only a try whether one can be written
+_PROBE = "fastgen-probe"  # used when there is no file yet, only a check whether one can be written
 _MAX_DIGITS = 100  # of an integer; transformers writes 1e30 as one
 
 _REASONS = {
@@ -77,7 +77,7 @@ def atomic_write_bytes(path: _PathLike, data: bytes) -> None:
 def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
     """Write several files that belong together, e.g. a picture and its sidecar.
 
-    All of them are on the disk under temporary names before the first one is renamed, so a full disk spares every
+    All of them are on the disk under temporary names before the first one is renamed, so a full disk changes no
     target. The renames follow in the given order: put the file whose presence means "finished" last.
 
     Raises:

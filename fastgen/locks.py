@@ -1,10 +1,10 @@
 """One run at a time in a folder. A leaf: imports only the standard library.
 
 A lock is a range of bytes of a hidden file, held by the process through the operating system: it ends with the
-process, however that ends, so no stale lock is left after a kill. It also holds between machines on network file
+process, however that ends, so no stale lock is left after a kill. It also works between machines on network file
 systems that support POSIX locks (NFS, Lustre, CephFS); on one that does not, a warning says so and nothing is locked.
 
-    byte 0          whoever uses the whole folder: the first process of a run
+    byte 0          the process that uses the whole folder: the first process of a run
     bytes 1 + rank  further processes of the same run
     from _NAMES     single files of the folder, by a hash of their names
 """

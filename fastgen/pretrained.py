@@ -1,7 +1,7 @@
 """The one place where models are loaded: code that lies in a model's folder never runs. A leaf.
 
 ``load_pretrained(AutoTokenizer, folder)`` is ``AutoTokenizer.from_pretrained(folder, trust_remote_code=False)``. It
-covers the parts that the loader loads by itself, for which transformers asks on standard input whether to run code.
+covers the parts that the loader loads itself, for which transformers asks on standard input whether to run code.
 """
 
 from __future__ import annotations

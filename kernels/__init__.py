@@ -16,7 +16,7 @@ if __name__ == "kernels":
     _elsewhere = [entry for entry in sys.path if os.path.abspath(entry) != _checkout]
     _spec = importlib.machinery.PathFinder.find_spec("kernels", _elsewhere)
     if _spec is not None and _spec.loader is not None:
-        # The import system hands out what stands in sys.modules when this file has run.
+        # The import system returns the module that is in sys.modules after this file has run.
         sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
     # Otherwise this stays a module with no version and no content, which transformers takes for "not installed"; an

@@ -39,7 +39,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
     """Check that a number is an integer (no bool) from `minimum` to `maximum`; not while compilers trace.
 
     Raises:
-        ValueError: it is none, or lies outside.
+        ValueError: it has another type, or is outside the range.
     """
     if not torch.compiler.is_compiling() and not isinstance(value, torch.SymInt):
         checks.check_integer(name, value, minimum, maximum)
@@ -87,7 +87,7 @@ def shown(tensor: Tensor) -> str:
 def overlaps(tensors: Sequence[Tensor]) -> bool:
     """Whether some element of these tensors lies in the same memory as another one, of the same tensor or not.
 
-    Exact, but for the meta device, which has no memory. Tensors are cut into runs of neighbouring elements, and the
+    Exact, except on the meta device, which has no memory. Tensors are cut into runs of neighbouring elements, and the
     starts of these sorted.
     """
     starts, ends = [], []

@@ -35,7 +35,7 @@ def cached_attention(
         [R, n, query_heads, head_dim] in the dtype of `store`.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit. `slots` are looked at on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """

@@ -33,7 +33,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         [T, heads, head_dim].
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit. Bounds are looked at on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """

@@ -112,7 +112,7 @@ def _elastic(transformer: Any) -> ElasticModelMixin:
     """A transformer with dynamic chunking, also inside `torch.compile`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it has no dynamic chunking.
     """
     inner = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(inner, ElasticModelMixin):

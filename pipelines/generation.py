@@ -1,9 +1,9 @@
 """One call for any text-to-image pipeline: many prompts and seeds in, finished pictures out, one at a time.
 
 Every picture has a `torch.Generator` of its own, on the CPU, seeded with its own seed, so that the random numbers of a
-picture depend on nothing else. Rounding does: matrix products and convolutions add up in another order when the batch
-has another shape, which moves some pixels by one level. `generate_images` therefore calls a diffusion pipeline with
-`batch_size` pictures together unless ``batch_invariant=True`` asks for pixels that depend on nothing else.
+picture depend only on its seed. Rounding depends on the batch: matrix products and convolutions sum in another order
+when the batch has another shape, which moves some pixels by one level. `generate_images` draws `batch_size` pictures
+together unless ``batch_invariant=True`` asks for pixels that do not depend on the batch.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     fastgen.disable_kernels(pipe)
 
 Nothing is patched but the objects of this pipeline: its transformer blocks and its VAE get forward passes of their
-own, its attention modules processors that stand before theirs. Where kernels do not run (on a CPU, with
+own, its attention modules processors that wrap theirs. Where kernels do not run (on a CPU, with
 FASTGEN_KERNELS=reference, for arguments that a fused pass does not know) these call the stock code, so the result
 there is the stock one, bit for bit. Loss contract: exact, up to rounding; after `disable_kernels`, bit for bit what it
 was.
@@ -112,7 +112,7 @@ def _fits(module: Any) -> bool:
 
 
 def _fused_processor(module: Any) -> Any:
-    """The class of the fused processor that can stand before the module's own, or None."""
+    """The class of the fused processor that can wrap the module's own, or None."""
     fused = attention.PROCESSORS.get(type(getattr(module, "processor", None)))
     return fused if fused is not None and fused.fits(module) else None
 

@@ -1,4 +1,4 @@
-"""Text to image with a search: candidates are scored by a verifier while they are drawn, and the good ones go on."""
+"""Text to image with a search: a verifier scores candidates while they are drawn, and the good ones continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: whoever starts the same command again gets the files of a run that nobody killed."""
+"""SIGKILL at random moments: running the same command again gives the files of a run that nobody killed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def kill_and_resume(
             hits += any(process.is_alive() for process in victims)
             for process in victims:
                 process.kill()
-            wait(processes)  # whoever is left notices
+            wait(processes)  # the remaining process notices
         size = rng.choice(sizes)
         assert wait(launch(folder, arguments, size)) == [0] * size, said(folder)
         assert "Traceback" not in said(folder)

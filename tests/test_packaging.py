@@ -396,7 +396,7 @@ __version__ = "0.99"
 
 
 def test_a_torchvision_of_another_torch_breaks_nothing(tmp_path: Path) -> None:
-    """A stand-in that behaves as torchvision does beside a torch it was not built for."""
+    """A stand-in that behaves like a torchvision built for another torch."""
     (tmp_path / "torchvision").mkdir()
     declared = "hasattr(torch.ops.torchvision, 'nms') and hasattr(torch.ops.torchvision, 'qnms')"
     (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN_TORCHVISION.format(declared=declared))

@@ -1,8 +1,8 @@
-"""What plans of `fastgen.accelerate` give and cost: seconds a picture and score, in turns with the stock pipeline.
+"""Seconds a picture and score of plans of `fastgen.accelerate`, measured in turns with the stock pipeline.
 
-Round i draws picture i with the stock pipeline and under every plan, in an order that turns with i, so that a machine
-that slows down meets all of them. Fewer steps alone are among the plans: a lossy plan is compared with the seconds
-that they take at its score.
+Round i draws picture i with the stock pipeline and under every plan, in an order that turns with i, so that a slow
+moment of the machine affects all of them. Plans with only fewer steps are included: a lossy plan is compared with
+the seconds that they take at its score.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ def _point(trial: Trial, chosen: npt.NDArray[np.int64]) -> tuple[float, float]:
 
 
 def seconds_of_fewer_steps(points: Sequence[tuple[float, float]], score: float) -> float | None:
-    """Seconds that a score takes by the line through the best points, those that no other beats in both.
+    """Seconds that a score takes by the line through the Pareto-optimal points.
 
     Args:
         points: seconds and score of the stock pipeline and of fewer steps.
-        score: asked for.
+        score: to reach.
 
     Returns:
         None where the points do not reach from below the score to above it.

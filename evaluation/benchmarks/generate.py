@@ -43,7 +43,7 @@ def benchmark_generate(
         runs: measured runs of each row.
         batches: numbers of pictures per call.
         steps: denoising steps of diffusion models; None takes each model's default.
-        cold: measure cold starts as well, each in a process of its own.
+        cold: measure cold starts as well, each in a new process.
         report: called with each line of progress.
 
     Returns:

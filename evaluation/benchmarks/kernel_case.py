@@ -14,7 +14,7 @@ __all__ = ["Case", "Inputs", "close", "equal", "noise", "size_of"]
 Inputs = Mapping[str, Any]
 """Arguments of an operation, by name."""
 Check = Callable[[Any, Any], str | None]
-"""(result, expected) -> None if they agree, else what is wrong."""
+"""(result, expected) -> None if they agree, else the difference."""
 
 
 @dataclass(frozen=True, slots=True)

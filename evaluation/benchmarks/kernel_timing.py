@@ -29,7 +29,7 @@ def time_on_gpu(works: Mapping[str, Callable[[], object]], seconds: float = 1.0)
     """Time several implementations of the same work, taking turns.
 
     Each repetition overwrites the cache, holds the GPU back until the work is queued, and lies between two events, so
-    that what is measured is the GPU and not the launch. When any of them takes less than 20 microseconds, all are
+    that the GPU is measured and not the launch. When any of them takes less than 20 microseconds, all are
     measured as CUDA graphs of 20 calls instead (cache warm).
 
     Args:

@@ -53,7 +53,7 @@ def benchmark_kernels(
         end_to_end: instead of the operations, measure steps of whole models (`kernels_end_to_end`).
         seconds: after this time, references are no longer compiled, and the rows say so.
         report: called with each line of progress.
-        save: given the result after every row, so that a run that is cut off leaves what it has.
+        save: called with the result after every row, so that an interrupted run keeps its rows.
 
     Returns:
         a JSON-ready dict: "finished", "environment", "settings", "seconds", "roofline" and "rows" with op, size, moved
@@ -96,7 +96,7 @@ def benchmark_kernels(
 
 
 def _chosen(ops: Sequence[str] | None, known: Sequence[str], beginnings: bool) -> list[str]:
-    """Of what is known, what is asked for: by name, or by the beginning of a name."""
+    """The known names that are asked for, by a whole name or a prefix."""
 
     def meant(name: str, op: str) -> bool:
         return name.startswith(op) if beginnings else name == op
@@ -158,7 +158,7 @@ def _implementations(
         try:
             compiled(**inputs)
             works["compiled"] = lambda: compiled(**inputs)
-        except Exception as error:  # a compiler may fail in any way; the row says so and the others go on
+        except Exception as error:  # a compiler may fail in any way; the row says so and the other rows are measured
             row["compile_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         row["compile_seconds"] = time.perf_counter() - start
     if row["check"] == "passed":

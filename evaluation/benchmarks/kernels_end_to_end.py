@@ -57,7 +57,7 @@ def _fresh(build: Callable[[], nn.Module], device: torch.device) -> Any:
 
 
 def _randomized(model: nn.Module) -> nn.Module:
-    """Without zeros, of which fresh models have many: a router of zeros keeps nothing that real ones keep."""
+    """Replaces zeros, which untrained models have many of: a router of zeros keeps no tokens."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)

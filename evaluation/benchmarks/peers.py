@@ -2,7 +2,7 @@
 
 The step caches (first-block cache, TaylorSeer, MagCache) are diffusers' own. Token merging follows ToMe for Stable
 Diffusion (Bolya & Hoffman, arXiv 2303.17604): before each attention the image tokens most like another one are
-averaged into it, after it each gets back a copy of what its group became. Loss contract of all: lossy.
+averaged into it, after it each gets a copy of its group's result. Loss contract of all: lossy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HOOKS = (
 
 
 class CachedZImagePipeline(ZImagePipeline):
-    """A Z-Image pipeline whose transformer has a step cache: tells the cache which call it is in, and when it ends."""
+    """A Z-Image pipeline whose transformer has a step cache: sets its context in each call, resets it at the end."""
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ class MergingProcessor:
         sums = torch.zeros(*kept.shape, image.shape[-1], dtype=image.dtype, device=image.device)
         merged = sums.scatter_add_(1, wide, image) / counts[..., None]
         shorter = torch.cat([merged, rest], dim=1)
-        if freqs_cis is not None:  # a group stands where the token that stays stands
+        if freqs_cis is not None:  # a group has the position of the token that represents it
             freqs = freqs_cis.expand(len(image), -1, *freqs_cis.shape[2:])
             freqs_cis = torch.cat([_rows(freqs[:, :size], kept), freqs[:, size:]], dim=1)
         if attention_mask is not None:

@@ -27,7 +27,7 @@ def score_row(
     detector: ShapesModel,
     verifier: Verifier | None = None,
 ) -> dict[str, Any]:
-    """Draw what is missing in the row's own folder below `folder`, and score it.
+    """Draw the missing pictures in the row's folder below `folder`, and score them.
 
     Args:
         folder: of all rows.
@@ -39,7 +39,7 @@ def score_row(
 
     Returns:
         "score", "stderr", "tasks" and "fd" (ShapesWorld-GenEval and FD-shapes), "detector", and with a verifier
-        "verifier", its mean score. "prompts" tells each prompt's correct pictures, for paired comparisons.
+        "verifier", its mean score. "prompts" lists each prompt's correct pictures, for paired comparisons.
     """
     place = folder / settings.model.replace(" ", "-")
     EvaluationRun(place, list(prompts), settings).generate(draw)

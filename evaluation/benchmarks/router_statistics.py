@@ -1,7 +1,7 @@
 """What the router of a DC-DiT keeps: how much at which noise level, and where (arXiv 2603.06351, its figure of maps).
 
-Measured on ShapesWorld renders, whose truth tells which positions of the latent grid hold an object's boundary: a
-position has one when the pixels that it stands for do not all belong to the same object (or background).
+Measured on ShapesWorld renders, whose truth says which positions of the latent grid are on an object's boundary: a
+position is on one when its pixels do not all belong to the same object (or background).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BATCH = 32
 
 
 def cell_kinds(batch: ShapesBatch, grid: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Which cells of a `grid` x `grid` grid over the pictures hold what.
+    """The content of the cells of a `grid` x `grid` grid over the pictures.
 
     Returns:
         bool [n, grid * grid] each: "boundary" (pixels of an object and of something else), "inside" (one object

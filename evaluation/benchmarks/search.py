@@ -1,6 +1,6 @@
 """Noise search: score against forward passes and against seconds, for all policies at several budgets.
 
-Every prompt is searched alone, as a user waits for one picture; its seconds are those from the call to the picture,
+Every prompt is searched on its own, as a user waits for one picture; its seconds are from the call to the picture,
 with text encoder, decoder and verifier. All policies at all budgets take turns on a prompt before the next one, so
 that a slow moment of the machine affects all of them. The checker that scores is not the verifier that is searched.
 """
@@ -113,7 +113,7 @@ def benchmark_search(
         `statistics_of`).
 
     Raises:
-        ValueError: a number out of range, a model or verifier that cannot be had, a policy that cannot be read, or a
+        ValueError: a number out of range, a model or verifier that cannot be loaded, an invalid policy, or a
             folder with searches under other settings.
     """
     for name, number in (("seeds", seeds), ("batch_size", batch_size), *(("budgets", budget) for budget in budgets)):
@@ -268,7 +268,7 @@ def _missing(
 
 
 def _search(bench: Bench, search: Search, prompt: str, seed: int) -> tuple[Image.Image, dict[str, Any]]:
-    """The picture, and what it took."""
+    """The picture, and its cost."""
     generator, searched = torch.Generator().manual_seed(seed), search.pipeline.policy is not None
     arguments = {**bench.search, "max_nfe": search.budget, **search.variant.arguments} if searched else {}
     started = time.perf_counter()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.measure import percentiles
 from fastgen.evaluation.benchmarks.search_statistics import (
     Outcomes,
     Resampling,
@@ -74,7 +73,7 @@ def rows_of(
 
     Returns:
         of each search: policy, method, budget, settings, description; nfe, evaluations, verifier_calls and seconds of
-        a search on average (with seconds_ci, seconds_spread and the seconds of its phases); score with score_ci (95 %
+        a search on average (with seconds_ci and the seconds of its phases); score with score_ci (95 %
         over prompts), tasks, gain over the pipeline without a search with gain_ci, and task_gains; searched and
         heldout: mean scores of both verifiers (heldout None without one) with intervals; diversity: mean distance of
         two pictures of a prompt in the detector's features (None with one seed); forced transitions, the share that
@@ -104,7 +103,6 @@ def rows_of(
             "description": _same(search, records),
             **{name: by.mean(values) for name, values in means.items()},
             "seconds_ci": by.interval(means["seconds"]),
-            "seconds_spread": percentiles([record["seconds"] for record in records]),
             "phases": _phases(records),
             "score": by.mean(correct),
             "score_ci": by.interval(correct),
@@ -205,7 +203,7 @@ def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
 
 
 def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by policy; those that differ in `max_nfe` alone are budgets of one."""
+    """Rows by policy; names that differ only in `max_nfe` are budgets of one policy."""
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(policy_family(row.data["policy"]), []).append(row)

@@ -91,7 +91,7 @@ class FidSettings:
 
 @dataclass(slots=True)
 class _Work:
-    """One network with its metrics and what it found."""
+    """One network with its metrics and their values."""
 
     extractor: Extractor
     metrics: list[Metric]
@@ -107,7 +107,7 @@ class _Work:
         self.compared = [tap for tap in self.taps if any(m.tap == tap for m in compared)]
 
     def kept(self, bootstrap: int) -> list[str]:
-        """Taps whose features of the images must be at hand."""
+        """Taps whose features of the images are needed."""
         wanted = {m.tap for m in self.metrics if m.needs_features} | (set(self.frechet) if bootstrap else set())
         return [tap for tap in self.taps if tap in wanted]
 

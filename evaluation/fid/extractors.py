@@ -1,4 +1,4 @@
-"""The networks whose features are compared. Each says everything its features depend on."""
+"""The networks whose features are compared. Each describes everything that its features depend on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Extractor(ABC):
 
     Attributes:
         name: of the network, as results print it.
-        taps: what it gives: tap -> width.
+        taps: its outputs: tap -> width.
         fingerprint: sha256 of the weights.
         resize: named mode of the resize before the network.
         label: printed in front, by default the resize mode; a protocol's own name where there is one.
@@ -79,7 +79,7 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, batch: Tensor, prompts: Sequence[str] = ()) -> dict[str, Tensor]:
-        """`compute` in full single precision, whatever the process allows elsewhere."""
+        """`compute` in full single precision, independent of the settings of the process."""
         with full_precision():
             return self.compute(batch.to(self.device), prompts)
 
@@ -173,7 +173,7 @@ class CLIPEmbeddings(_Transformers):
         from transformers import CLIPModel
 
         weights = weights or CMMD_CLIP
-        # The whole model: its configuration alone tells the width of the projection.
+        # The whole model: only its configuration has the width of the projection.
         model = _load("cmmd", CLIPModel, weights)
         self.side = int(model.config.vision_config.image_size)
         self.taps = {"pool": int(model.config.projection_dim)}

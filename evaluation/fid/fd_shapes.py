@@ -87,7 +87,7 @@ class FDShapes:
             reference where ShapesWorld has it, else those of 64x64.
         device: where the network is.
         cache_dir: folder of the reference statistics; the user's cache when None.
-        on_progress: called with (renders done, renders in all) while a reference is computed.
+        on_progress: called with (renders done, total renders) while a reference is computed.
 
     Raises:
         ValueError: fewer than two reference images.

@@ -137,7 +137,7 @@ def check_count(source: ImageSource, count: int | None) -> int:
     if count is not None and count < 1:
         raise FastgenError(f"n: {count} is not allowed, needs >= 1")
     if count is not None and count > len(source):
-        raise FastgenError(f"{source.name}: has {len(source)} images, {count} were asked for")
+        raise FastgenError(f"{source.name}: has {len(source)} images, {count} are needed")
     return len(source) if count is None else count
 
 

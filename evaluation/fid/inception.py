@@ -207,7 +207,7 @@ def find_weights(path: str | Path | None = None) -> Path:
     """The weights file: `path`, or the one in the cache of torch hub.
 
     Raises:
-        FastgenError: there is none; the message says how to get it.
+        FastgenError: there is no such file; the message says how to get it.
     """
     if path is not None:
         if not Path(path).is_file():

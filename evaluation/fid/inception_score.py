@@ -23,7 +23,7 @@ def inception_score(
     Args:
         features: [n, d], or the logits [n, classes] themselves.
         to_logits: features -> logits [n, classes]; called for one part at a time.
-        split_size: images in a part, the last one takes what is left (ADM: 5000); or
+        split_size: images in a part, the last one has the remainder (ADM: 5000); or
         splits: number of equal parts (torch-fidelity: 10).
         shuffle_seed: of the order before the split, drawn as torch-fidelity draws it; None keeps the order.
 

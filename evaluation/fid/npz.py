@@ -41,7 +41,7 @@ class NpzSource(ImageSource):
     """The images of an npz file, one in memory at a time, stored or compressed.
 
     Raises:
-        FastgenError: it is no npz file, or holds no uint8 array [N, H, W, 3]; the message says what it holds.
+        FastgenError: it is not an npz file, or has no uint8 array [N, H, W, 3]; the message lists its arrays.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -140,7 +140,7 @@ class StatisticsFile:
     Attributes:
         path: of the file.
         taps: tap of the network ("pool", "spatial", ...) -> statistics.
-        record: what one of our own files tells of itself (protocol, extractor, resize, dtype); empty for others.
+        record: the description in a file that fastgen wrote (protocol, extractor, resize, dtype); empty for others.
         has_images: the file also holds images.
     """
 
@@ -162,7 +162,7 @@ def holds_statistics(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
-    except Exception:  # a damaged directory fails in a dozen ways; whoever reads it says so
+    except Exception:  # a damaged directory fails in a dozen ways; the caller reports it
         return False
     return f"{_RECORD}.npy" in names or {"mu.npy", "sigma.npy"} <= names
 

@@ -19,11 +19,11 @@ __all__ = ["METRICS", "PROTOCOLS", "Metric", "Protocol", "check_metrics", "count
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How Inception sees an image, and what is computed of it.
+    """The preprocessing for Inception, and the statistics.
 
     Attributes:
         name: what users write.
-        label: what is printed with a number.
+        label: printed with a number.
         resize: a mode of `fastgen.evaluation.fid.resize_modes.RESIZE`.
         shift, scale: pixels are (x - shift) / scale.
         split_size, splits, shuffle_seed: of the inception score; all None: the protocol has none.
@@ -120,7 +120,7 @@ def find_protocol(name: str) -> Protocol:
     """The protocol of that name.
 
     Raises:
-        FastgenError: there is none.
+        FastgenError: there is no such protocol.
     """
     if name not in PROTOCOLS:
         raise FastgenError(f"protocol: {name!r} is unknown, needs one of {', '.join(PROTOCOLS)}")

@@ -152,7 +152,7 @@ def _metadata_prompt(path: Path) -> str | None:
     try:
         return str(parse_json(read_limited(path, _MAX_TEXT_BYTES).splitlines()[0], path)["prompt"])
     except (ValueError, KeyError, IndexError, TypeError):  # FastgenError is a ValueError
-        return None  # whoever needs prompts says that there are none
+        return None  # code that needs prompts reports their absence
 
 
 class FolderSource(ImageSource):
@@ -220,7 +220,7 @@ class ZipSource(ImageSource):
         self.prompts = _captions(self.files, lambda name: self._read(name, _MAX_TEXT_BYTES) if name in known else None)
 
     def _read(self, name: str, limit: int) -> bytes:
-        """A member; the size that it declares is what is read at most.
+        """A member; at most its declared size is read.
 
         Raises:
             FastgenError: it is larger than `limit`, or cannot be read.
@@ -326,7 +326,7 @@ class CallbackSource(ImageSource):
     Args:
         count: how many.
         make: number -> uint8 [H, W, 3]; equal numbers give equal images.
-        identity: what tells these images from others, in place of hashing them all.
+        identity: identifies these images without hashing all of them.
         name: for messages and results.
         prompts: one an image, if there are any.
     """
@@ -368,7 +368,7 @@ def open_images(path: str | Path) -> ImageSource:
     """The images at `path`: a folder of images or of tar shards, a .zip, .tar or .npz file.
 
     Raises:
-        FastgenError: there is nothing of the kind; the message names the path and what it should be.
+        FastgenError: it does not exist; the message names the path and what it should be.
     """
     path = Path(path)
     if path.is_dir():

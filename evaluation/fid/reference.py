@@ -46,10 +46,10 @@ class Reference:
 
         Args:
             taps: that are needed of the statistics.
-            protocol: name of the protocol that was asked for.
+            protocol: name of the requested protocol.
 
         Raises:
-            FastgenError: names the file, what it holds and what is needed.
+            FastgenError: names the file, its content and what is needed.
         """
         file = self.statistics
         if file is None:
@@ -109,7 +109,7 @@ class ReferenceStatistics:
         features: tap -> features, on the main process.
         count: images behind `gaussians`; None where a file does not say.
         sha256: of its images; None for statistics.
-        cached: nothing had to be computed.
+        cached: nothing was computed.
     """
 
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
@@ -120,8 +120,7 @@ class ReferenceStatistics:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
-        images = next((len(x) for x in self.features.values()), None)
-        return {"n": self.count, "n_features": images, "sha256": self.sha256}
+        return {"n": self.count, "sha256": self.sha256}
 
 
 def load_reference(

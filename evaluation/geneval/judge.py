@@ -1,4 +1,4 @@
-"""The GenEval verdict on one image as one pure function of what was detected: no weights, no image.
+"""The GenEval verdict on one image as a pure function of the detections, without weights or the image.
 
 A front for :mod:`fastgen.evaluation.geneval.rules` for detections of any origin.
 """
@@ -25,7 +25,7 @@ class Detection:
         box: (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
         score: confidence in [0, 1]. A `numpy.float32` is compared with the thresholds in single precision, as the
             official scorer does; give all scores of an image in one type.
-        mask: bool [H, W] of the image, or None; the rules do not look at it, a colour classifier may.
+        mask: bool [H, W] of the image, or None; only a colour classifier uses it.
     """
 
     class_name: str

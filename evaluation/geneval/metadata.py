@@ -46,11 +46,11 @@ class Clause:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """One prompt and what a correct picture of it must and must not hold.
+    """One prompt and what a correct picture of it must and must not contain.
 
     Attributes:
         tag: name of the task; results are averaged per tag.
-        include: clauses that must hold.
+        include: clauses that must be true.
         exclude: clauses that must not be reached; (class_name, count) only.
         prompt: the text.
     """

@@ -26,7 +26,7 @@ def load_judge(
         test: whether the self-test runs.
 
     Raises:
-        FastgenError: weights are missing, or the detector does not see what it must.
+        FastgenError: weights are missing, or the detector fails its self-test.
     """
     if detector == DETECTOR:
         return _shapes_judge(device, test)
@@ -35,7 +35,7 @@ def load_judge(
     from fastgen.evaluation.geneval.prompts import CLASSES
     from fastgen.evaluation.geneval.rules import OFFICIAL
 
-    # Before weights load: what is missing costs no time.
+    # Before weights load, so that missing files cost no time.
     pictures = None if not test else scikit_photos() if photos is None else folder_photos(photos, CLASSES)
     found = Mask2FormerDetector.load(detector or HUB_ID, device=device, min_score=OFFICIAL.threshold)
     colors = ClipColors.load(color_model or TAG, device=device)

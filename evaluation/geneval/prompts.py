@@ -2,7 +2,7 @@
 
 The benchmark (Ghosh et al., 2023, arXiv:2310.11513; data under MIT) draws its prompts with a fixed seed from the 80
 COCO classes, ten colours and four relations. Doing the same draws gives the same 553 lines, so nothing is vendored;
-`METADATA_SHA256` tells whether they are right.
+`METADATA_SHA256` checks them.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class ImageResult:
     Attributes:
         tag: task of the prompt.
         prompt_id: names the prompt; images with one prompt_id are one cluster in the standard errors.
-        correct: all clauses hold.
+        correct: all clauses are true.
         reasons: every broken demand, empty when correct.
         details: class name -> [[x1, y1, x2, y2, score], ...], the kept detections, best first.
     """
@@ -200,7 +200,7 @@ def _judge_clause(
     classify_color: ColorFn | None,
     settings: RuleSettings,
 ) -> tuple[list[str], list[int]]:
-    """(broken demands, the objects of the clause); position is read only when count and colour hold."""
+    """(broken demands, the objects of the clause); position is read only when count and colour are right."""
     name = clause.class_name
     found = kept.get(name, [])[: clause.count]
     if len(found) < clause.count:
@@ -291,7 +291,7 @@ def summarize(results: Sequence[ImageResult]) -> Summary:
 
         stderr^2 = P / (P - 1) * sum_p (k_p - s n_p)^2 / (sum_p n_p)^2,
 
-    which for equal n_p is the plain standard error of the P prompt means. Tasks share no prompt, hence the overall
+    which for equal n_p is the plain standard error of the P prompt means. Tasks share no prompt, so the overall
     variance is the sum of the task variances over the squared number of tasks.
 
     Raises:

@@ -41,7 +41,7 @@ class Judge:
         name: of the detector: hf, mmdet-converted, shapes.
         description: JSON-ready: weights and their sha256, ...; verdicts of equal descriptions are interchangeable.
         colors: None when the detector names colours itself.
-        self_test: what `self_test` gave, None when it was not asked for.
+        self_test: the result of `self_test`, None if it did not run.
         official: judges the 553 prompts of the benchmark; what departs from its protocol is then noted.
     """
 
@@ -103,7 +103,7 @@ def score_images(
 
     Args:
         expected: the prompts that must be there; None takes the 553 official ones when the folder holds no other
-            prompt than theirs, and else whatever is there.
+            prompt than theirs, and else the prompts that are there.
         partial: also score a part of them, or unequal numbers of images; `data["partial"]` then says what is
             missing.
         group: processes that share the work; all of them get the scores.

@@ -95,7 +95,7 @@ def self_test(detector: ObjectDetector, photos: Iterable[Photo], threshold: floa
         JSON-ready {"threshold", "photos": [{"name", "expected", "score"}]}
 
     Raises:
-        FastgenError: one of them is not above the threshold; the line says what was seen instead.
+        FastgenError: one of them is not above the threshold; the line names the class that was detected instead.
     """
     rows: list[dict[str, Any]] = []
     for photo in photos:

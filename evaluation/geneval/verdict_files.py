@@ -39,7 +39,7 @@ class Verdicts:
 
     Attributes:
         names: file names of the images.
-        prompts, results: what was asked and the verdicts.
+        prompts, results: the prompts and the verdicts.
         detectors: names of the detectors that gave them.
     """
 
@@ -81,7 +81,7 @@ def read_results(path: str | Path) -> Verdicts:
         reasons = tuple((record["reason"] or "").splitlines())
         found.results.append(ImageResult(metadata.tag, metadata.to_json(), record["correct"], reasons))
         found.detectors.add(record.get("detector", "unknown"))
-    # Other metadata under the same prompt of a task would count as a prompt of its own.
+    # Other metadata under the same prompt of a task would count as another prompt.
     first = {item.to_json(): (item, number) for number, item in reversed(list(enumerate(found.prompts, start=1)))}
     distinct = sorted(first.values(), key=lambda entry: entry[1])
     check_distinct([item for item, _ in distinct], [f"{path}:{number}" for _, number in distinct])

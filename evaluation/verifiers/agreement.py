@@ -1,4 +1,4 @@
-"""How well a verifier's scores tell which pictures a checker finds correct.
+"""How well a verifier's scores predict which pictures a checker finds correct.
 
 A search can only be as good as that: AUROC is the chance that a correct picture scores above a wrong one; where scores
 are probabilities, the expected calibration error and the Brier score say whether they mean what they say.

@@ -1,6 +1,6 @@
 """What a verifier is, and the part that all verifiers with a network share: batches and remembered prompts.
 
-A search scores hundreds of pictures of the same prompt, so what depends on the prompt alone (a text embedding, token
+A search scores hundreds of pictures of the same prompt, so what depends only on the prompt (a text embedding, token
 numbers) is made once and kept for the prompts used last.
 """
 

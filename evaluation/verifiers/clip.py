@@ -76,7 +76,7 @@ class _Cosine(ModelVerifier):
         those of `processor_id`.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype, "float32")
@@ -147,7 +147,7 @@ def aesthetic_head(tensors: Mapping[str, Tensor]) -> nn.Sequential:
 class Aesthetic(ModelVerifier):
     """LAION's aesthetic score, about 1 to 10 without bounds: linear layers on the embedding of CLIP ViT-L/14.
 
-    The prompt is not looked at, so a search with it alone drifts away from the prompt.
+    The prompt is ignored, so a search with only this score drifts away from the prompt.
 
     Args:
         model: the CLIP model.
@@ -171,7 +171,7 @@ class Aesthetic(ModelVerifier):
         `clip/`, else it is openai/clip-vit-large-patch14.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype, "float32")

@@ -1,4 +1,4 @@
-"""Weights by folder, file or Hub id, with one line for the user when they cannot be had."""
+"""Weights by folder, file or Hub id, with one line for the user when they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tens
 
 @contextmanager
 def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[None]:
-    """Turn what a stock loader raises into one line that names the verifier, the weights and the way to get them.
+    """Turn an error of a stock loader into one line that names the verifier, the weights and how to get them.
 
     Args:
         verifier: its name; another kind of model comes with its kind, as in "detector mask2former".
@@ -27,7 +27,7 @@ def explained(verifier: str, weights: str | Path, use: str = "") -> Iterator[Non
         use: what to do with the downloaded folder; "": load the verifier with it.
 
     Raises:
-        FastgenError: in place of any other error.
+        FastgenError: instead of any other error.
     """
     hub_id = None if Path(weights).exists() else str(weights)
     what = str(weights) if hub_id is None else f"model {hub_id!r}"
@@ -53,10 +53,10 @@ def snapshot(verifier: str, weights: str, patterns: Sequence[str]) -> Path:
 def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") -> Path:
     """The file `weights`, or the first of `names` that the folder or Hub repository `weights` holds.
 
-    Asked for one small file before a stock loader runs, it also tells a missing repository better than those do.
+    It asks for one small file before a stock loader runs; its error about a missing repository is clearer than theirs.
 
     Raises:
-        FastgenError: there is none; `use` as in `explained`.
+        FastgenError: there is no such file; `use` as in `explained`.
     """
     path = Path(weights)
     if path.is_file():
@@ -109,7 +109,7 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] | None = None) -> dic
 
 
 def place(device: str, dtype: str, auto: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type; `auto` is what the type "auto" stands for.
+    """Device and weight type; `auto` is the type used for "auto".
 
     Raises:
         FastgenError: this machine has no such device, or it cannot compute in this type.

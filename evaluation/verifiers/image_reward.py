@@ -38,7 +38,7 @@ class ImageReward(Verifier):
         """By the package's own name of the weights, or from a file.
 
         Raises:
-            FastgenError: the package is not installed or cannot be imported, or its weights cannot be had.
+            FastgenError: the package is not installed or cannot be imported, or its weights cannot be loaded.
         """
         if dtype not in ("auto", "float32"):
             raise FastgenError(f"dtype: {dtype!r} is not allowed, verifier {cls.name} computes in float32")

@@ -47,14 +47,14 @@ def load_verifier(
 
     Args:
         name_or_path: a name from `VERIFIERS`, which takes the published weights; NAME:HUB_ID or NAME:FOLDER for other
-            ones; or a folder whose config.json tells what it is for.
+            ones; or a folder whose config.json names its class.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: of the weights: "float32", "bfloat16", "float16" or "auto": float32 for the cosines and the aesthetic
             score; for the others float32 on the CPU and the GPU's best half type there.
         options: `batch_size` and `cache_size` of the verifiers with a network.
 
     Raises:
-        FastgenError: no such name, or weights, a package or the device cannot be had; one line.
+        FastgenError: no such name, or weights, a package or the device is not available; one line.
     """
     kind, weights = verifier_class(name_or_path)
     made: Verifier = kind.load(weights, device=device, dtype=dtype, **options)

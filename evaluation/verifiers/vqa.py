@@ -1,7 +1,7 @@
 """VQAScore: how probable "Yes" is when a network that sees the picture is asked whether it shows the prompt.
 
 arXiv 2404.01291. The texts and the order of the parts are those of the package t2v-metrics 3.0, read in its public
-repository; no score of it was at hand to compare with. Its habits are kept: the text before and the text behind the
+repository; its scores were not available for comparison. Its habits are kept: the text before and the text behind the
 picture are tokenised on their own, so each ends in `</s>`; the answer is `Yes` and `</s>`; and the logits beyond the
 tokenizer's vocabulary, which it cuts off the network, are left out.
 """
@@ -71,7 +71,7 @@ class VQAScore(ModelVerifier):
         of openai/clip-vit-large-patch14-336 and of the FlanT5 of that size.
 
         Raises:
-            FastgenError: something is missing or broken; the line says what and how to get it.
+            FastgenError: something is missing or broken; the line names it and how to get it.
         """
         weights = weights or cls.hub_id
         where, kind = place(device, dtype)

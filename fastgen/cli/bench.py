@@ -97,7 +97,7 @@ def dc(
     ] = False,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images a prompt. Default: 4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 32,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against FLOPs and seconds (extra: report).")] = None,
@@ -160,7 +160,7 @@ def speculative(
     quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Score the evaluation set as well.")] = True,
     images_per_prompt: Annotated[int, typer.Option(help="Images a prompt.")] = 4,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of the evaluation set at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Batch size of the evaluation set.")] = 32,
     timed_prompts: Annotated[int, typer.Option(help="Pictures of a timed round, drawn one by one.")] = 6,
     runs: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     device: DeviceOption = "cpu",
@@ -187,7 +187,7 @@ def speculative(
     checkpoint = find_model(model, model_variant)
     names = [path.name for path in drafter or []]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise FastgenError(f"--drafter: {twice[0]!r} names two folders; variants could not tell them apart")
+        raise FastgenError(f"--drafter: {twice[0]!r} names two folders; their names must differ")
     for path in drafter or []:
         find_drafter(checkpoint, path)
     for size in batch or []:

@@ -127,8 +127,8 @@ def _check_with_model(given: Any, model: str, checkpoint: Checkpoint) -> None:
 
 
 def _faster(given: Any, kind: type, checkpoint: Checkpoint) -> Plan | str | None:
-    """The plan to follow, "exact" for what is exact and pays, or None: searches and drafts have other ways, and a
-    model that draws tokens has no denoiser.
+    """The plan to follow, "exact" for the exact parts that pay off, or None for searches, for speculative decoding and
+    for models that draw tokens, which have no denoiser.
 
     Raises:
         FastgenError: a plan of another pipeline, model or version, or a broken one.

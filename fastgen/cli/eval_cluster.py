@@ -48,7 +48,7 @@ def scattered(drawer: Drawer, prompts: list[str], seeds: list[int], cluster: Clu
 
 
 class Worker:
-    """Draws in a process of its own; the model is loaded once."""
+    """Draws in its own process; the model is loaded once."""
 
     def __init__(self, drawer: Drawer) -> None:
         self._generate = drawer.load()

@@ -94,7 +94,7 @@ def fid(
         str | None,
         typer.Option("--model", help="Draw the images first: tiny, a folder, a Hub id, or renders (ShapesWorld)."),
     ] = None,
-    draw_batch: Annotated[int, typer.Option("--draw-batch", help="Images drawn at once, at most.")] = 32,
+    draw_batch: Annotated[int, typer.Option("--draw-batch", help="Largest batch that is drawn.")] = 32,
     limit: options.Limit = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="Folder of the drawn images; a killed run continues there.")

@@ -58,9 +58,9 @@ Address = Annotated[
 
 #: A search, and the settings of each of its pictures.
 PlannedSearch = tuple[searching.Search, dict[str, Any]]
-#: Revision of a model, and what it is loaded with.
+#: Revision of a model, and the options of its loader.
 Loading = tuple[str | None, "LoadOptions | None"]
-#: Settings that a run does not have. No limit of seconds: what is found would depend on the machine's load, and a run
+#: Settings that a run does not have. No limit of seconds: results would depend on the machine's load, and a run
 #: that was interrupted would not end as one that was not.
 _WITHOUT = ("height", "width", "negative_prompt", "max_seconds")
 _METHODS = (DrawSettings, ChunkingSettings, SpeculativeSettings)
@@ -86,7 +86,7 @@ class Cluster:
     """Where images are drawn that are not drawn here.
 
     Attributes:
-        workers: processes, each with a GPU of its own where the run is on GPUs.
+        workers: processes, each with its own GPU if the run uses GPUs.
         address: of a running Ray cluster; None starts one on this machine.
     """
 
@@ -116,7 +116,7 @@ def drawing_options(command: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How a command draws what it scores, as its options say.
+    """How a command draws the images that it scores, from its options.
 
     Attributes:
         given: all options of the command, by name; `model` None when a folder is scored instead.
@@ -138,7 +138,7 @@ class Drawing:
 
         Args:
             context: of the command.
-            images: scored in place of drawn ones.
+            images: scored instead of drawn ones.
             batch_size: name of that option.
 
         Raises:
@@ -268,7 +268,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRun:
-    """A run on the disk and what draws for it; the model is loaded when images are due, so a finished run loads
+    """A run on the disk and what draws for it; the model is loaded when an image is missing, so a finished run loads
     nothing."""
 
     run: EvaluationRun
@@ -279,7 +279,7 @@ class GenerationRun:
     loading: Loading = (None, None)
 
     def make(self, on_progress: OnProgress) -> dict[str, Any]:
-        """Draw what is missing; what goes into the report about it."""
+        """Draw the missing images; returns their entries of the report."""
         from fastgen.accounting import add_note, phase
         from fastgen.cli.notes import quiet_libraries, warnings_shown
 
@@ -308,7 +308,7 @@ def refuse_with_images(options: dict[str, Any]) -> None:
 
 
 def _identity(checkpoint: Checkpoint, drafter: Path | None) -> str:
-    """What tells two versions of a model apart: its files, or the commit of a Hub model (the name of its folder); and
+    """Identifies a version of a model: its files, or the commit of a Hub model (the name of its folder); and
     the files of a drafter that is not its own."""
     from fastgen.evaluation.runner import model_fingerprint
 
@@ -328,7 +328,7 @@ class Drawer:
         device: where.
         batch_size: pictures drawn together, at most.
         search: of a search.
-        loading: revision of the model, and what it is loaded with.
+        loading: revision of the model, and the options of its loader.
     """
 
     settings: RunSettings
@@ -360,7 +360,7 @@ class Drawer:
                 return (picture.image for picture in generate_images(pipe, prompts, seeds, **asked, **batches))
             planned, call = self.search
             found = searching.searched_pictures(pipe, verifier, planned, prompts, seeds, **call, **batches)
-            # What a search had when it was cut short is no image of the run; the error comes after it.
+            # The picture of an interrupted search is not an image of the run; the error follows.
             return (picture.image for picture in found if not picture.interrupted)
 
         return generate

@@ -82,7 +82,7 @@ def generate(
     accelerate: Annotated[
         str,
         typer.Option(
-            help="exact turns on what is faster and changes no picture beyond rounding (not with search and "
+            help="exact turns on parts that are faster and change no picture beyond rounding (not with search and "
             "speculative, nor with --plan), off nothing."
         ),
     ] = "exact",
@@ -96,7 +96,7 @@ def generate(
 ) -> None:
     """Make pictures from a prompt or from a file of prompts.
 
-    Each picture gets a JSON file of the same name (settings, seed, versions, what the run did). Existing pictures that
+    Each picture gets a JSON file of the same name (settings, seed, versions, statistics). Existing pictures that
     are complete and have the same settings are kept. Ctrl-C leaves complete files only; the same command resumes.
     """
     from fastgen.cli.plan import image_paths, plan_jobs, unfinished_jobs
@@ -301,7 +301,7 @@ def _map(pipe: Any, picture: GeneratedImage) -> bytes:
 def _save(
     job: Job, picture: GeneratedImage, versions: dict[str, str], extra: list[tuple[Path, bytes]], on: Plan | None
 ) -> None:
-    """Picture and sidecar, both or neither; the picture last, because it is what tells that both are there."""
+    """Picture and sidecar, both or neither; the picture last, because its presence means that both are there."""
     from fastgen.cli.plan import SIDECAR_FORMAT
     from fastgen.contracts import weakest
     from fastgen.io import atomic_write_many, encode_json, encode_png

@@ -69,7 +69,7 @@ def collect() -> dict[str, Any]:
 def _guarded(part: Callable[[], Any]) -> Any:
     try:
         return part()
-    except Exception as error:  # the report goes on without this part
+    except Exception as error:  # the report continues without this part
         return {"error": _one_line(error)}
 
 
@@ -247,7 +247,7 @@ def _optional() -> dict[str, dict[str, str | None]]:
 
 
 def _conflicts() -> list[str]:
-    """What stands in the way of this package's name: another project has the same import name and command."""
+    """What shadows this package's name: another project has the same import name and command."""
     found = []
     for other in importlib.metadata.distributions():
         scripts = {entry.name: entry.value for entry in other.entry_points if entry.group == "console_scripts"}

@@ -25,12 +25,12 @@ import fastgen
 from fastgen.cli.panels import arrange
 from fastgen.errors import FastgenError
 
-# Name -> module with an `app`, and the help line. The lines stand here so that `fastgen --help` imports none of them.
+# Name -> module with an `app`, and the help line. They are here so that `fastgen --help` imports none of the modules.
 COMMANDS = {
     "generate": ("fastgen.cli.generate", "Make pictures from a prompt or from a file of prompts."),
     "eval": ("fastgen.cli.eval", "Score images or a model: GenEval, FID and their relatives."),
     "bench": ("fastgen.cli.bench", "Measure speed and memory; writes JSON."),
-    "serve": ("fastgen.cli.serve", "Serve pictures over HTTP, with a page to look at."),
+    "serve": ("fastgen.cli.serve", "Serve pictures over HTTP, with a web page."),
     "tune": ("fastgen.cli.tune", "Measure what makes a model faster here, and write a plan."),
     "train": ("fastgen.cli.train", "Train the embedded models with their recipes."),
     "models": ("fastgen.cli.models", "Show which method works with which model."),
@@ -100,20 +100,20 @@ def _checked(command: Any) -> Any:
                     # Seeds check their own, larger range.
                     check_integer(label, part, 0, 2**63 - 1 if name == "seed" else 2**31 - 1)
             if name in repeated and value:
-                values[name] = list(dict.fromkeys(value))  # what is asked for twice is one row of a result
+                values[name] = list(dict.fromkeys(value))  # a repeated value is one row of a result
         return act(*args, **values)
 
     return checked
 
 
 def _check_text(label: str, text: str, blank: bool = False) -> None:
-    # A blank negative prompt is how some models (Qwen-Image) are asked for guidance without one.
+    # A blank negative prompt requests guidance without a text from some models (Qwen-Image).
     if not text.strip() and not blank:
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that the locale cannot decode.
     if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
         raise FastgenError(
-            f"{label}: {ascii(text)} is not text: it holds control characters, or bytes that the locale "
+            f"{label}: {ascii(text)} is not text: it contains control characters, or bytes that the locale "
             f"({sys.getfilesystemencoding()}) cannot decode"
         )
 
@@ -172,15 +172,15 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads what is left in the buffer; Python would complain when it flushes it at exit."""
+    """Discard the rest of the buffer, which has no reader: Python would report an error when it flushes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
-    """Give a process that was started with closed streams some of its own.
+    """Open the standard streams that were closed when the process started.
 
     Otherwise the next file that is opened, perhaps a picture, takes their numbers, and what a library prints goes into
-    it. A closed standard output is a pipe without a reader: what is printed ends in exit code 141.
+    it. A closed standard output is a pipe without a reader: printing ends in exit code 141.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115
@@ -230,7 +230,7 @@ def run(args: Sequence[str]) -> int:
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not _is_broken_pipe(error):
             return error.code if isinstance(error.code, int) else int(error.code is not None)
-        _drop_stdout()  # the reader (`| head`) has what it wants; typer ends with 1 where it notices first
+        _drop_stdout()  # the reader (`| head`) is done; typer exits with 1 if it notices first
         return 141
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group called without a command
@@ -250,7 +250,7 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the `fastgen` script."""
-    # What transformers notes while it is imported is of no use here; an error of ours stands alone on its line.
+    # What transformers notes while it is imported is suppressed; an error of ours is one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):

@@ -55,7 +55,7 @@ DrafterOption = Annotated[
 PlanOption = Annotated[
     Path | None, typer.Option("--plan", help="Turn on what a plan of `fastgen tune` chose.", show_default=False)
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Images at once, at most.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Largest batch.")]
 BatchInvariantOption = Annotated[
     bool,
     typer.Option(
@@ -100,7 +100,7 @@ def check_method(method: str | None, checkpoint: Checkpoint) -> None:
 
 
 def find_model(model: str, variant: str | None = None, revision: str | None = None) -> Checkpoint:
-    """The model with its configuration, and a look at its weight files where they are on this machine.
+    """The model with its configuration, and its weight files checked if they are on this machine.
 
     Raises:
         FastgenError: there is no such model, it is broken, or it has no weights of this variant.

@@ -61,7 +61,7 @@ def find(name: str, rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]
     """Rows of a family, a pipeline class or a Hub id.
 
     Raises:
-        FastgenError: there is none.
+        FastgenError: there is no such row.
     """
     asked = name.strip().lower()
     ids = {hub.lower(): family for family, hubs in HUB.items() for hub in hubs}

@@ -1,4 +1,4 @@
-"""What the user sees while pictures are made, on stderr: warnings, which the record holds too, and progress."""
+"""Warnings, which are also in the record, and progress while pictures are made, on stderr."""
 
 from __future__ import annotations
 

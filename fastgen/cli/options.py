@@ -59,7 +59,7 @@ def _with_parameters(
     def with_settings(**values: Any) -> Any:
         return command(**values)
 
-    every = [*first, *own, *last]  # panels stand in this order
+    every = [*first, *own, *last]  # panels are shown in this order
     described: Any = with_settings
     del described.__wrapped__  # typer reads the signature below
     described.__signature__ = inspect.Signature(every)
@@ -78,7 +78,7 @@ LOADING: dict[str, tuple[Any, Any]] = {
     "scheduler": (
         _loading(
             str | None,
-            "A class of diffusers in place of the model's own, e.g. DPMSolverMultistep.",
+            "A scheduler class of diffusers that replaces the model's, e.g. DPMSolverMultistep.",
             show_default=False,
         ),
         None,

@@ -16,7 +16,7 @@ from fastgen.pipelines.schema import (
     SpeculativeSettings,
 )
 
-# What stands in brackets at the end of a sentence of an option's help, and the panel that it goes to without that.
+# The text in brackets at the end of a sentence of an option's help, and the panel that it goes to without that.
 PANELS = {
     "diffusion": DrawSettings.panel,
     "autoregressive": SamplingSettings.panel,

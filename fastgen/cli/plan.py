@@ -42,7 +42,7 @@ __all__ = [
 #: Format of sidecars.
 SIDECAR_FORMAT = 1
 
-# Bytes read at the start, in the middle and at the end of each weight file to tell one training state from another.
+# Bytes read at the start, in the middle and at the end of each weight file to identify a training state.
 _SAMPLE = 2**16
 
 
@@ -51,8 +51,8 @@ class Job:
     """One picture to be made.
 
     Attributes:
-        settings: all that its pixels depend on, but for rounding, as it stands in the sidecar.
-        batch: tells which pictures it is drawn together with, and which of them it is; rounding depends on that.
+        settings: all that its pixels depend on, except for rounding, as in the sidecar.
+        batch: the pictures it is drawn together with, and its place among them; rounding depends on that.
     """
 
     prompt: str
@@ -96,7 +96,7 @@ def read_prompts_file(path: Path) -> list[str]:
         if not line.strip():
             raise FastgenError(f"prompts file {path}: line {number} is empty")
         if any(ord(char) < 32 and char != "\t" for char in line):
-            raise FastgenError(f"prompts file {path}: line {number} holds control characters, it is not text")
+            raise FastgenError(f"prompts file {path}: line {number} contains control characters, it is not text")
     return lines
 
 
@@ -137,7 +137,7 @@ def plan_jobs(
 
 
 def whole_batches(jobs: list[Job], todo: list[Job]) -> list[Job]:
-    """`todo`, and what was planned to be drawn together with them: the same batches whatever is there already."""
+    """`todo`, and what was planned to be drawn together with them: the same batches whichever pictures exist."""
     batches = {job.batch.partition("-")[0] for job in todo} - {""}
     images = {job.image for job in todo}
     return [job for job in jobs if job.image in images or job.batch.partition("-")[0] in batches]
@@ -152,7 +152,7 @@ def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[J
     """Jobs whose pictures have to be made.
 
     Args:
-        overwrite: make all of them, whatever is there.
+        overwrite: make all of them, also those that exist.
         strict: a picture that was made with other settings is an error, not to be replaced.
 
     Raises:
@@ -186,7 +186,7 @@ def is_finished(job: Job) -> bool:
 
 
 def read_sidecar(job: Job) -> dict[str, Any]:
-    """The sidecar of the picture; empty where there is none, or no JSON object."""
+    """The sidecar of the picture; empty if it is missing or not a JSON object."""
     try:
         return read_object(job.sidecar)
     except FastgenError:
@@ -202,7 +202,7 @@ def _difference(job: Job) -> str:
     """Why the picture that is there does not count as finished."""
     recorded = _recorded_settings(job)
     if recorded is None:
-        return "it has no sidecar that tells its settings"
+        return "it has no sidecar with its settings"
     for name in {**job.settings, **recorded}:
         there, here = recorded.get(name), job.settings.get(name)
         if there != here:

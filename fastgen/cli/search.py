@@ -51,7 +51,7 @@ DEFAULT_VERIFIER = "shapes-verifier"
 
 @dataclass(frozen=True)
 class Search:
-    """A search that was asked for, checked.
+    """The checked settings of a search.
 
     Attributes:
         policy: with its settings.
@@ -136,7 +136,7 @@ def plan_search(
             raise FastgenError(f"--strength: {pipeline.__name__} does not take it")
         steps = beginning.steps(steps or 1, arguments.get("strength"))
     guided = adapter.guided_above is not None and scale is not None and scale > adapter.guided_above
-    # The pipeline checks again with what the loaded model tells; here less may be known, but never too much.
+    # The pipeline checks again with the loaded model; this check may allow more, but never refuses too much.
     policy.check(budget, (steps or 1) - 1, 2 if guided else 1)
     verifier, files = _verifier(checkpoint, asked)
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`fastgen serve`: the methods behind an HTTP interface, and a page to look at."""
+"""`fastgen serve`: the methods behind an HTTP interface, and a web page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgen.cli.options import load_options, with_loading
 from fastgen.cli.publish import DtypeOption
 from fastgen.errors import FastgenError
 
-app = typer.Typer(help="Serve pictures over HTTP, with a page to look at.")
+app = typer.Typer(help="Serve pictures over HTTP, with a web page.")
 
 _LIBRARIES = {
     "fastapi": "fastapi",

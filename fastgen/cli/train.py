@@ -58,7 +58,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.set_flush_denormal(True)  # for the run alone: it holds for the whole process
+    torch.set_flush_denormal(True)  # only during the run: it is global to the process
     try:
         learnt = _learnt_from(settings)
         if identity := getattr(getattr(built, "samples", None), "identity", ""):

@@ -32,7 +32,7 @@ HELD_STEPS = 4
 
 
 def cacheable(block: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: tells diffusers' caches that the block takes and returns `hidden_states` first."""
+    """Class decorator: registers with diffusers' caches that the block takes and returns `hidden_states` first."""
     # Not by `register`: that imports every transformer of diffusers.
     TransformerBlockRegistry._registry[block] = TransformerBlockMetadata(return_hidden_states_index=0, _cls=block)
     return block

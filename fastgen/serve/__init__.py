@@ -1,1 +1,1 @@
-"""The methods behind an HTTP interface: OpenAI's routes for images, shared batches, and a page to look at."""
+"""The methods behind an HTTP interface: OpenAI's routes for images, shared batches, and a web page."""

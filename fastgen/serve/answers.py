@@ -55,7 +55,7 @@ class ModelsAnswer(BaseModel):
 
 
 class Shelf:
-    """The last pictures that were asked for by URL, under names that nobody can guess."""
+    """The last pictures requested by URL, under unguessable names."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
@@ -74,7 +74,7 @@ class Shelf:
 
 
 def encoded(png: bytes, kind: str, quality: int) -> bytes:
-    """A PNG in the format that was asked for."""
+    """A PNG converted to the requested format."""
     if kind == "png":
         return png
     buffer = io.BytesIO()

@@ -73,11 +73,11 @@ class Backend(Protocol):
 
 
 def create_app(settings: ServeSettings, catalogue: Catalogue, backend: Backend, metrics: Metrics) -> FastAPI:
-    """The application; whoever runs it starts and stops the backend."""
+    """The application; the caller starts and stops the backend."""
     app = FastAPI(
         title="fastgen",
         version=__version__,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # their pages load scripts from other hosts
         redoc_url=None,
         default_response_class=AsciiResponse,
     )
@@ -148,7 +148,7 @@ def _add_models(app: FastAPI, catalogue: Catalogue) -> None:
 
 
 def _add_health(app: FastAPI, backend: Backend, metrics: Metrics) -> None:
-    """Routes for whoever watches the server, and its page."""
+    """Routes for monitoring, and the page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -213,7 +213,7 @@ async def _stream(
     shown: Callable[[Drawn], dict[str, Any]],
     timeout: float,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events, as OpenAI names them; progress only where it is asked for."""
+    """Server-sent events, as OpenAI names them; progress only on request."""
     partials: dict[int, int] = {}
     ends = time.monotonic() + timeout
     async with aclosing(events) as running:  # type: ignore[type-var]

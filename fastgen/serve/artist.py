@@ -141,7 +141,7 @@ class Studio:
     def load(self, model: str) -> Any:
         """The pipeline of a model, loaded once."""
         if model in self._pipes:
-            self._pipes[model] = self._pipes.pop(model)  # the last one used stands last
+            self._pipes[model] = self._pipes.pop(model)  # most recently used last
         else:
             while self._keep is not None and len(self._pipes) >= self._keep:
                 del self._pipes[next(iter(self._pipes))]

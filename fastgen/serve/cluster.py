@@ -1,6 +1,6 @@
 """The same application on Ray Serve: replicas that draw, on one machine or many.
 
-Each replica keeps the models that it was asked for last, and shares batches among the requests that reach it. A
+Each replica keeps its most recently used models, and shares batches among the requests that reach it. A
 picture whose replica is lost is drawn again by another one, from the same seed.
 """
 

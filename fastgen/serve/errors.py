@@ -73,7 +73,7 @@ def answer_of(error: ApiError) -> AsciiResponse:
 
 
 def from_message(error: Exception) -> ApiError:
-    """Of an error for the user ("steps: 0 is not allowed, …"): the field is what stands before the colon."""
+    """Of an error for the user ("steps: 0 is not allowed, …"): the field is the text before the colon."""
     message = " ".join(str(error).split())
     found = re.match(r"(?:--)?([a-z][a-z0-9_-]*)(?: \S+)?: ", message)
     return ApiError(400, message, found and found[1].replace("-", "_"), "invalid_value")

@@ -54,7 +54,7 @@ class Drawn:
     Attributes:
         png: its file.
         record: prompt, seed, settings, loss contract, costs; as the sidecars of `fastgen generate`.
-        details: of the method, where they were asked for.
+        details: of the method, if requested.
     """
 
     png: bytes

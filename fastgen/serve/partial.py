@@ -32,7 +32,7 @@ class Partials:
         self._usable = any(wanted) and hasattr(pipe, "vae") and hasattr(pipe, "scheduler")
 
     def after(self, progress: Progress) -> Iterator[tuple[int, bytes]]:
-        """Place in the batch and PNG of each partial picture that is due after this step."""
+        """Place in the batch and PNG of each partial picture to send after this step."""
         latents = progress.latents
         if not self._usable or latents is None or progress.step >= progress.steps:
             return
@@ -67,7 +67,7 @@ class Partials:
 
 
 def _steps(wanted: int, steps: int) -> set[int]:
-    """Of `steps`, those after which a partial picture is due."""
+    """The steps of `steps` after which a partial picture is sent."""
     return {max(1, round((i + 1) * steps / (wanted + 1))) for i in range(wanted)}
 
 

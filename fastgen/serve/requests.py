@@ -74,7 +74,7 @@ EditRequest: Any = create_model("EditRequest", __base__=ImageRequest, **_EDIT)
 
 
 def size_of(request: Any) -> tuple[int | None, int | None]:
-    """Height and width that are asked for.
+    """The requested height and width.
 
     Raises:
         ApiError: `size` and `height` or `width` say different things.

@@ -89,7 +89,7 @@ class Guard:
 
 
 class _Limited:
-    """Counts what a client really sends, whatever its headers say."""
+    """Counts the bytes that a client sends, independent of its headers."""
 
     def __init__(self, receive: _Receive, most: int) -> None:
         self._receive, self._left, self._most = receive, most, most

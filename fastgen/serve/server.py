@@ -88,7 +88,7 @@ def _drawing(catalogue: Catalogue, metrics: Metrics, cluster: ClusterSettings | 
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
-    """Before models load, so that a port in use is heard of at once."""
+    """Before models load, so that a port in use is reported immediately."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
             0

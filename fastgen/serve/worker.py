@@ -1,4 +1,4 @@
-"""One thread that draws: it takes orders that can share a batch, and tells each what happens to it.
+"""One thread that draws: it takes orders that can share a batch, and reports events to each.
 
 Models run one after the other on their device, so there is one thread, and requests wait in one bounded queue.
 """

@@ -59,7 +59,7 @@ def damaged(path: Path, error: Exception) -> FastgenError:
 
 
 def check_resumable(path: Path, recipe: str, seed: int, settings: dict[str, Any]) -> None:
-    """`check_run`, but for its data, of a checkpoint that may be there, before anything is loaded.
+    """`check_run`, without the data, of a checkpoint if there is one, before anything is loaded.
 
     Raises:
         FastgenError: it is of another run, or cannot be read.
@@ -105,7 +105,7 @@ def check_run(
 
 
 def file_version(path: Path) -> tuple[int, int, int] | None:
-    """Tells one file of this name from another; None when there is none."""
+    """Identifies a file of this name; None when there is no file."""
     try:
         status = path.stat()
     except OSError:

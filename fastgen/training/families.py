@@ -92,7 +92,7 @@ class Family(Protocol):
         tail_drop: TailDrop | None = None,
         token_budget: TokenBudget | None = None,
     ) -> tuple[Tensor, DCTransformerOutput]:
-        """The student's prediction [n, C', h, w] and everything it tells."""
+        """The student's prediction [n, C', h, w] and all its other outputs."""
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
         """The diffusion loss, [n]."""

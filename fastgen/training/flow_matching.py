@@ -46,7 +46,7 @@ class TokenMetric:
 
     Any positive definite weighting of the error has the same minimiser, the posterior mean; they differ in how noisy
     their gradients are. Latents are far from white: within a token the variance of the main directions is a thousand
-    times that of the last, and the large ones are background that no caption tells. Were tokens Gaussian with
+    times that of the last, and the large ones are background that no caption describes. Were tokens Gaussian with
     covariance U diag(v) U^T, the error of the best velocity at noise level sigma would have the variance
     v / ((1 - sigma)^2 v + sigma^2) along each column of U. Errors are divided by that, to the power `exponent`, which
     is 1 for generalised least squares and 0 for the plain mean.

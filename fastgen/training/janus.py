@@ -28,7 +28,7 @@ _CAPTION_WEIGHT = 0.3
 _CAPTION_LAYER = 2  # of four: those after it read from the caption what this one has put together
 _PATCH_LABELS = ("patch_shapes", "patch_colors")
 _NEXT_LABELS = ("next_shapes", "next_colors")
-# The few tokens that settle which object begins where count for more: a caption tells 1 nat of them, of 1,100 in all.
+# The few tokens that settle which object begins where count for more: a caption gives 1 nat of them, of 1,100 in all.
 _EARLY_WEIGHT = 7.0
 
 
@@ -79,7 +79,7 @@ class JanusModule(torch.nn.Module):
             output_hidden_states=True,
         )
         hidden = output.last_hidden_state[:, input_ids.shape[1] - 1 :]
-        # The hidden state that predicts a token also tells what covers that token's patch, and what begins next: only
+        # The hidden state that predicts a token also says what covers that token's patch, and what begins next: only
         # the caption says that.
         layout = self.layout(hidden, *(labels[name] for name in _PATCH_LABELS), 1 + _EARLY_WEIGHT * labels["early"])
         layout = layout + self.plan(hidden, *(labels[name] for name in _NEXT_LABELS))

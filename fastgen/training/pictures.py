@@ -116,7 +116,7 @@ def open_data(path: Path, seed: int, size: int | None) -> Samples | Pictures:
         size: height and width of pictures in pixels; samples have their own.
 
     Raises:
-        FastgenError: there are none, or they cannot be used.
+        FastgenError: there are no pictures, or they cannot be used.
     """
     if (path / "samples.json").is_file() or not path.exists():
         return Samples(path, seed)

@@ -3,7 +3,7 @@
     <folder>/samples.json             what was asked; a folder never continues under other settings
     <folder>/00000.safetensors        up to 64 samples: latents as the transformer sees them (float16), or tokens
 
-Shards are written atomically and every sample has a seed of its own, so an interrupted run goes on where it stopped
+Shards are written atomically and every sample has a seed of its own, so an interrupted run continues where it stopped
 and ends with the files of an uninterrupted one.
 """
 

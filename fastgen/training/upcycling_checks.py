@@ -19,7 +19,7 @@ _COPIED = ("in_channels", "dim", "n_layers", "n_heads", "cap_feat_dim", "num_lay
 
 
 def student_for(folder: Path, recipe: str) -> dict[str, Any]:
-    """The configuration of an upcycled transformer that a recipe can go on from.
+    """The configuration of an upcycled transformer that a recipe can continue from.
 
     Raises:
         FastgenError: the folder holds another model, or one of another grid.

@@ -83,7 +83,7 @@ def adaln(
         y and z, in the shape of `hidden`, in the promoted dtype of what they are made of.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. Numbers in `sequence_ids`
             and `cu_seqlens` are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
@@ -172,7 +172,7 @@ def _check_conditioning(hidden: Tensor, vectors: dict[str, Tensor | None], packe
 
 
 def _check_indices(hidden: Tensor, ids: Tensor | None, cu_seqlens: Tensor | None, count: int | None) -> None:
-    """See that `sequence_ids` and `cu_seqlens` fit, but for their numbers."""
+    """See that `sequence_ids` and `cu_seqlens` fit, without reading their values."""
     if ids is not None:
         if hidden.ndim != 2 or ids.shape != hidden.shape[:1]:
             raise ValueError(

@@ -36,7 +36,7 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
         the same sample holds there.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: another dtype, shape or device.
     """
     check_tensors({"mask": mask}, {"rows": rows})
@@ -79,7 +79,7 @@ def smooth_kept(
         [T, D] in the dtype of `tokens`. Differentiable in tokens and probabilities.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit. `positions` are looked at on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
@@ -145,7 +145,7 @@ def dechunk(
         [n, L, D].
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit; see `smooth_kept`.
     """
     needed = {"tokens": tokens, "positions": positions, "probabilities": probabilities, "mask": mask}

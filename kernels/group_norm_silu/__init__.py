@@ -46,7 +46,7 @@ def group_norm_silu(
         the shape, dtype and memory format of `x`.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument.
     """
     options = (groups, eps, silu)

@@ -35,7 +35,7 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         count: int64 [R], how many are kept, at most m.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: another dtype, shape or device; on a CPU (on a GPU with FASTGEN_KERNELS_DEBUG=1) also lengths,
             counts and nodes that reach beyond the cache. Elsewhere such slots are left alone.
     """

@@ -64,7 +64,7 @@ def qk_norm_rope(
         query and key, in their shapes and dtypes.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. `positions` are looked at
             on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """

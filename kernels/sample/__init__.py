@@ -59,7 +59,7 @@ def sample(
         top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     check_tensors({"cond": cond}, {"uncond": uncond, "gumbel": gumbel})

@@ -68,7 +68,7 @@ def tree_verify(
         classes: int64 [B, A, V], class of every token at a node, below C + V.
 
     Raises:
-        TypeError: what should be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit, or both relaxations. Numbers in tensors (but
             for the laws and the noise) are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """

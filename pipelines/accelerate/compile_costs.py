@@ -66,7 +66,7 @@ def measured_costs(pipe: Any, call: dict[str, Any]) -> CompileCosts | None:
 
 
 def pays_for_compiling(pipe: Any, call: dict[str, Any], pictures: int) -> tuple[bool, str]:
-    """Whether so many pictures pay for compilation by the costs measured so far, and why (not)."""
+    """Whether this many pictures pay for compilation by the costs measured so far, and why (not)."""
     costs = measured_costs(pipe, call)
     if costs is None:
         return False, "its cost was not measured here: see `fastgen tune --compile`"

@@ -34,7 +34,7 @@ class Guidance(Part):
     """Classifier-free guidance in the first steps only (guidance interval): the others need one branch, not two.
 
     Args:
-        share: of the steps, in [0, 1); after them the conditional prediction stands alone.
+        share: of the steps, in [0, 1); after them only the conditional prediction is used.
     """
 
     name = "guidance"

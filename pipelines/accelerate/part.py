@@ -32,7 +32,7 @@ def added_attributes(model: nn.Module) -> Undo:
     """Removes, when called, what was added to the attributes of the model's modules since now.
 
     Libraries that hook into models leave empty registries and bound methods behind, and children in another order, by
-    which diffusers' caches tell the first block from the others.
+    which diffusers' caches use to find the first block.
     """
     before = [(module, set(vars(module)), list(module._modules)) for module in model.modules()]
 

@@ -80,7 +80,7 @@ def made_part(name: object, settings: object) -> Part:
     """A part by its name in a plan.
 
     Raises:
-        FastgenError: there is none of that name, or it does not have such settings.
+        FastgenError: no part has that name, or it does not have such settings.
     """
     if not isinstance(name, str) or name not in PARTS:
         raise FastgenError(f"plan: part {name!r} is unknown, there are {', '.join(PARTS)}")

@@ -1,6 +1,6 @@
 """Attention processors that norm and rotate queries and keys in one launch, for FLUX, SD3, Qwen-Image and Z-Image.
 
-Each stands before the processor it replaced, which it calls where kernels do not run (on a CPU, for arguments that
+Each wraps the processor it replaced, which it calls where kernels do not run (on a CPU, for arguments that
 it does not know). Loss contract: exact, up to rounding.
 """
 
@@ -99,7 +99,7 @@ class FusedFluxProcessor(FusedProcessor):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (_heads(x, attn.head_dim) for x in (query, key, value))
         tables: tuple[Tensor | None, Tensor | None] = (None, None)
-        if image_rotary_emb is not None:  # every angle stands there twice
+        if image_rotary_emb is not None:  # every angle is there twice
             tables = image_rotary_emb[0][:, ::2], image_rotary_emb[1][:, ::2]
         if not both:
             query, key = turn(query, key, (attn.norm_q, attn.norm_k), *tables)
@@ -241,4 +241,4 @@ PROCESSORS: dict[type, type[FusedProcessor]] = {
     QwenDoubleStreamAttnProcessor2_0: FusedQwenProcessor,
     JointAttnProcessor2_0: FusedJointProcessor,
 }
-"""Stock processor -> what stands before it."""
+"""Stock processor -> its wrapper."""

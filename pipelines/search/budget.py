@@ -52,7 +52,7 @@ class Pool:
         started: seconds, of `time.perf_counter`.
         spent: evaluations so far.
         owed: by chain, evaluations that it still needs to finish its trajectory: kept back from all others.
-        done: a picture is good enough, no chain need go on.
+        done: a picture is good enough, no chain needs to continue.
         flops: of its evaluations and their pictures, where they are counted (`fastgen.accounting.count_flops`).
     """
 

@@ -31,7 +31,7 @@ _NETWORKS = ("transformer", "unet")
 
 
 def model_signature(pipe: Any) -> dict[str, Any]:
-    """What tells one model from another: the classes of the pipeline and of its network, and the network's
+    """Identifies a model: the classes of the pipeline and of its network, and the network's
     configuration."""
     name, network = next(((name, getattr(pipe, name)) for name in _NETWORKS if hasattr(pipe, name)), ("", None))
     config = {key: value for key, value in dict(getattr(network, "config", {})).items() if not key.startswith("_")}
@@ -118,7 +118,7 @@ class Calibration:
         return ours == found and all(config[key] == theirs[key] for key in config.keys() & theirs.keys())
 
     def schedule(self, evaluations: float = math.inf) -> Schedule:
-        """The most thorough schedule that takes at most so many evaluations, else the most sparing one.
+        """The most thorough schedule that takes at most this many evaluations, else the cheapest one.
 
         Args:
             evaluations: of a picture; infinite: no limit, for which the middle one is taken.
@@ -163,7 +163,7 @@ class Calibration:
         """Read what `save` wrote, from the file or the folder that holds `thresholds.json`.
 
         Raises:
-            FastgenError: there is none, or it is broken; the line says what.
+            FastgenError: the file is missing or broken; the line says what.
         """
         place = Path(path)
         place = place / FILE if place.is_dir() else place

@@ -54,7 +54,7 @@ class Node:
         score: of the clean sample's picture; -inf where there is a fault, NaN where the verifier was not asked.
         picture: [1, 3, H, W] uint8, of the clean sample; kept of scored ends of trajectories only.
         fault: why this node cannot be a result: latents, pixels or a score that are not numbers.
-        usable: the latents are numbers, so that a trajectory can go on from here.
+        usable: the latents are numbers, so that a trajectory can continue from here.
     """
 
     number: int
@@ -136,7 +136,7 @@ class Round:
     """What a round of evaluations brought.
 
     Attributes:
-        running: chains that go on.
+        running: chains that continue.
         visits: prompt, chain and visit of each evaluated node.
     """
 

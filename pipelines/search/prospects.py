@@ -1,10 +1,10 @@
-"""What becomes of a trajectory, given the verifier's score of a preview: whether to go on with it or begin another.
+"""What becomes of a trajectory, given the verifier's score of a preview: whether to continue it or begin another.
 
 Going on from a preview costs the evaluations that are left of the trajectory and succeeds with a chance p; a new one
 costs a whole trajectory and succeeds with a chance q. A trajectory is worth its cost as long as p / left >= q / whole:
 that is the threshold of its score.
 
-How likely a new one is to succeed depends on the prompt, and every failure tells that it is a hard one. After k of
+How likely a new one is to succeed depends on the prompt, and every failure is evidence of a hard one. After k of
 them q = 1 / (1 / q_0 + k), the posterior mean of a Beta(1, 1 / q_0 - 1) law of the prompts' chances, and what a score
 says is weighed with it: p / (1 - p) = L q / (1 - q), with the likelihood ratio L of the score from all prompts
 together.
@@ -50,11 +50,11 @@ class Prospects:
             raise ValueError("scores, chances: need as many numbers each, and at least one time")
 
     def at(self, places: list[int]) -> Prospects:
-        """Those of other times, which stand nearest to ours at `places`."""
+        """Those of the nearest other times at `places`."""
         scores, chances = (tuple(row[place] for place in places) for row in (self.scores, self.chances))
         looks = self.looks
         if looks is not None:
-            # Where several times stand nearest to the same one of ours, one look is enough.
+            # Where several times are nearest to the same one of ours, one look is enough.
             firsts = {place: i for i, place in reversed(list(enumerate(places)))}
             looks = tuple(tuple(firsts[time] for time in row if time in firsts) for row in looks)
         return replace(self, scores=scores, chances=chances, looks=looks)
@@ -78,7 +78,7 @@ class Prospects:
         return self.looks is None or index in self.looks[min(failures, len(self.looks) - 1)]
 
     def hopeless(self, index: int, score: float, failures: int) -> bool:
-        """Whether a new trajectory promises more for its cost than going on from time `index`."""
+        """Whether a new trajectory promises more for its cost than continuing from time `index`."""
         whole = len(self.scores)
         left = whole - 1 - index
         return self.of(index, score, failures) * whole < self.fresh(failures) * left

@@ -28,8 +28,8 @@ class SearchReport:
         evaluations: of samples; with classifier-free guidance an evaluation takes two forward passes.
         starts: evaluations at the first time.
         tries: by chain, evaluations of each transition.
-        accepted: by chain, whether each transition was gone on from with a candidate that was accepted.
-        forced: transitions that were gone on from with a candidate that was not accepted.
+        accepted: by chain, whether each transition continued with a candidate that was accepted.
+        forced: transitions that continued with a candidate that was not accepted.
         tries_by_time: histogram over all chains: evaluations at each time.
         finished: whether the picture is the end of a trajectory (else a preview of one that was cut short).
         stopped: "finished", "target", "time" or "interrupted".

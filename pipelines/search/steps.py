@@ -50,7 +50,7 @@ class StepPolicy(Policy):
 
     @abstractmethod
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
-        """Whether transition `step` may be tried once more after `tries`, with so many evaluations left beyond what
+        """Whether transition `step` may be tried once more after `tries`, with this many evaluations left beyond what
         finishing takes."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class StepPolicy(Policy):
         return False
 
     def hopeless(self, node: Node, state: State) -> bool:
-        """Whether another trajectory is begun rather than going on from a candidate, if the budget pays for it."""
+        """Whether another trajectory is begun rather than a candidate continued, if the budget pays for it."""
         return False
 
     def looks(self, index: int, state: State) -> bool:

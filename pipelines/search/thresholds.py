@@ -53,7 +53,7 @@ def check_score(name: str, value: object) -> float:
     """A score to compare with: a number, infinities included, which ask for all or nothing.
 
     Raises:
-        FastgenError: it is none.
+        FastgenError: it is not a number.
     """
     if isinstance(value, float) and math.isinf(value):
         return value

@@ -193,8 +193,14 @@ def test_an_image_does_not_depend_on_the_batch(target: Target, name: str) -> Non
         assert torch.equal(alone.tokens[0], together.tokens[i])
 
 
-@pytest.mark.parametrize("name", ["bushy", "dynamic", "jacobi", "jacobi coupled wide", "heads"])
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize(
+    ("name", "guided"),
+    long_tail(
+        [(n, g) for n in ("bushy", "dynamic", "jacobi", "jacobi coupled wide", "heads") for g in (True, False)],
+        fast=[("bushy", True), ("dynamic", False), ("jacobi", True), ("jacobi coupled wide", True), ("heads", False)],
+        unpack=True,
+    ),
+)
 def test_images_that_are_done_leave_the_batch(
     target: Target, name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

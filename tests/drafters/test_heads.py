@@ -191,14 +191,14 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
     heads = awake(target, 0.1)
     return {
         "window": JacobiSource(WINDOW),
-        "window drawn anew": JacobiSource(WINDOW, coupled=False),
+        "window drawn again": JacobiSource(WINDOW, coupled=False),
         "wide window": JacobiSource(WINDOW, width=2),
         "heads": HeadsSource(heads, WINDOW),
         "wide heads": HeadsSource(heads, WINDOW, width=2),
     }
 
 
-@pytest.mark.parametrize("name", ["window", "window drawn anew", "wide window", "heads", "wide heads"])
+@pytest.mark.parametrize("name", ["window", "window drawn again", "wide window", "heads", "wide heads"])
 def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     janus: JanusImagePipeline, name: str
 ) -> None:

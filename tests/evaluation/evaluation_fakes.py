@@ -77,7 +77,7 @@ class KnowingModel(FakeModel):
 
 
 class PixelModel(FakeModel):
-    """Reads what it sees from the first pixels: a pure function of the picture, whoever drew it."""
+    """Reads what it sees from the first pixels: a pure function of the picture."""
 
     def see(self, image: np.ndarray) -> list[tuple]:
         objects = []

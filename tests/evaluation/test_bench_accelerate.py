@@ -75,7 +75,7 @@ def test_every_plan_is_drawn_in_every_round_and_a_killed_run_goes_on(
         (["--minutes", "0"], "--minutes: 0"),
         (["--share", "1"], "share: 1.0"),
         (["--plan", "none.json"], "there is no file 'none.json'"),
-        (["--metric", "shapes"], "'a red circle' is none"),
+        (["--metric", "shapes"], "'a red circle' is not one"),
         (["--minutes", "1e-9", "--log", "other.jsonl"], "only 0 rounds were finished"),
     ],
 )

@@ -260,7 +260,7 @@ def test_means_count_every_task_alike() -> None:
     by = Resampling(TAGS, draws=3000)
     values = np.array([1.0] * 6 + [0.0] * 3)
     assert by.mean(values) == pytest.approx(0.5)
-    # Tasks are not mixed by the bootstrap: without variance inside them there is none at all.
+    # Tasks are not mixed by the bootstrap: without variance inside them the result has none.
     assert by.interval(values) == pytest.approx([0.5, 0.5])
     mixed = np.array([1.0, 0, 1, 0, 1, 0, 1, 0, 1])
     expected = np.sqrt(mixed[:6].var(ddof=1) / 6 + mixed[6:].var(ddof=1) / 3) / 2

@@ -77,7 +77,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         return data[:place] + rng.randbytes(length) + data[place:]
     if way == 4:
         return data[:place] + data[place + length :]
-    if way == 5:  # heads are where sizes and counts stand
+    if way == 5:  # sizes and counts are in the heads
         place = rng.randrange(min(80, len(data)))
         return data[:place] + bytes([rng.randrange(256)]) + data[place + 1 :]
     place = len(data) - 1 - rng.randrange(min(120, len(data)))  # and the ends of archives

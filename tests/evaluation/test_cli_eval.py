@@ -216,7 +216,7 @@ def test_a_model_is_scored_through_a_search(capsys: pytest.CaptureFixture[str]) 
 def test_what_an_interrupted_search_had_is_no_image_of_the_run(
     micro_z: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A verifier that fails in the third picture leaves two; the same command ends as if nothing had been."""
+    """A verifier that fails in the third picture leaves two; the same command finishes as an uninterrupted run."""
     from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 
     command = [*SEARCH, *SIX, "--model", str(micro_z), "--verifier", "shapes-verifier", "--batch-invariant"]

@@ -142,7 +142,7 @@ def test_a_detector_that_does_not_see_scores_nothing(
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error the user can mend; nothing on stdout."""
+    """The one line of an error that the user can correct; nothing on stdout."""
     assert run(["eval", "geneval", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err

@@ -1,4 +1,4 @@
-"""Several processes on one evaluation: the same result as one, whatever is killed, and nobody waits for the dead."""
+"""Several processes on one evaluation: the same result as one, with any of them killed, and none waits forever."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 def same(found: dict[str, object], whole: dict[str, object]) -> None:
-    """Equal to the byte, but for the distance: another number of processes adds its sums in another order."""
+    """Equal to the byte, except for the distance: another number of processes adds its sums in another order."""
     ours, theirs = dict(found.pop("scores")), dict(whole["scores"])  # type: ignore[call-overload]
     fd, other = ours.pop("fd_shapes"), theirs.pop("fd_shapes")
     assert fd.pop("value") == pytest.approx(other["value"], rel=1e-9)
@@ -215,7 +215,7 @@ def kill_and_resume(
     for process in victims:
         if process.pid is not None and process.is_alive():
             process.kill()
-    finish(started, within=40)  # whoever is left must notice
+    finish(started, within=40)  # the remaining process must notice
     codes = finish(start(folder, sizes[1], target=target))
     assert not list((folder / "run").rglob(".*.tmp"))
     assert codes == [0] * sizes[1], [path.read_text() for path in folder.glob("error-*")]

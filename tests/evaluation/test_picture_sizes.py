@@ -102,7 +102,7 @@ def test_a_folder_is_compared_with_renders_of_its_size(
         names.append(score.data["fd_shapes"]["protocol"])
         assert made[-1].reference.images.fetch(0).shape == (size, size, 3)
     assert names[0].replace("FD-shapes", "FD-shapes@128") == names[1]
-    # The other entrance to the same judge names its scores likewise.
+    # The other entrance to the same judge names its scores the same way.
     judged = score_images(folder, load_judge("shapes", test=False), partial=True)
     assert (judged.data["benchmark"], judged.data["detector_name"]) == ("ShapesWorld-GenEval@128", "shapes@128")
 

@@ -1,4 +1,4 @@
-"""A gate and a report read no result that holds what is no number, or that contradicts itself."""
+"""Gates and reports refuse results with values that are not numbers, or that contradict themselves."""
 
 from __future__ import annotations
 

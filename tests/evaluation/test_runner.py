@@ -383,7 +383,7 @@ def test_samples_are_read_in_order(finished: Path) -> None:
 
 
 def test_reads_the_official_layout_too(tmp_path) -> None:
-    """Four or five digits, a grid next to the samples, and files that are none of ours."""
+    """Four or five digits, a grid next to the samples, and files that fastgen did not write."""
     for name, item in zip(("00000", "00001", "00010"), PROMPTS, strict=False):
         samples = tmp_path / name / "samples"
         samples.mkdir(parents=True)
@@ -475,7 +475,7 @@ def test_results_are_in_the_fields_of_the_official_scorer(finished: Path) -> Non
 
 
 def test_a_colour_classifier_can_be_given(tmp_path) -> None:
-    """On renders of what was asked the detector's own colours are right, and a blind classifier is believed."""
+    """On renders of the prompts the detector's colours are right, and a wrong colour classifier is used as given."""
     shown = []
 
     class Grey:

@@ -71,7 +71,7 @@ def test_places_are_times_and_scores() -> None:
     search = searched(ValueSampling(chains=1, candidates=4))
     places = _places(search["trees"][0])
     assert all(places[number] == (time, score) for number, _, time, score in search["trees"][0])
-    # Search over paths comes back to its first time; there a node still stands to the right of its parent.
+    # Search over paths comes back to its first time; there a node is still drawn to the right of its parent.
     tree = searched(SearchOverPaths(steps=3))["trees"][0]
     places = _places(tree)
     assert all(places[number][0] == places[parent][0] + 1 for number, parent, _, _ in tree if parent >= 0)

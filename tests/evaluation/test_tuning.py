@@ -87,7 +87,7 @@ def test_shapes_verdicts_are_those_of_the_checker() -> None:
     metric = load_metric("shapes", prompts)
     assert metric(drawn, prompts, drawn) == [1.0, 1.0]
     assert metric(drawn[::-1], prompts, drawn) == [0.0, 0.0]
-    with pytest.raises(FastgenError, match="'a green dog' is none"):
+    with pytest.raises(FastgenError, match="'a green dog' is not one"):
         load_metric("shapes", [*prompts, "a green dog"])
 
 
@@ -138,7 +138,7 @@ def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: An
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of the denoiser in place of seconds, so that a busy machine decides nothing."""
+    """Passes of the denoiser instead of seconds, so that the load of the machine has no effect."""
     stock = tuning.timed_picture
 
     def timed(pipe: Any, *given: Any) -> tuple[Image.Image, float]:
@@ -293,7 +293,7 @@ def test_a_plot_that_cannot_be_drawn_is_an_error_before_anything_is_measured(
         (["--max-drop", "nan"], "--max-drop"),
         (["-o", "plan.txt"], "plans are written as .json"),
         (["--metric", "beauty"], "or one of ssim, lpips, shapes"),
-        (["--metric", "shapes"], "'a red circle' is none"),
+        (["--metric", "shapes"], "'a red circle' is not one"),
         (["--model", "tiny-janus"], "draws tokens"),
         (["--model", "nothing"], "model 'nothing' is unknown"),
         (["--prompts-file", "nothing.txt"], "prompts file nothing.txt"),

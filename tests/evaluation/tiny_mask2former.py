@@ -45,7 +45,7 @@ def tiny_mask2former(seed: int = 0, queries: int = 12, labels: int = 80) -> Mask
 
 
 def sees(name: str, logit: float = 12.0) -> Mask2FormerForUniversalSegmentation:
-    """A network that finds one `name` in every picture, all over it, and nothing else."""
+    """A network that finds one `name` in every picture, all over it, and no other object."""
     model = tiny_mask2former(queries=1)
     embedder = model.get_submodule("model.transformer_module.decoder.mask_predictor.mask_embedder.2.0")
     projection = model.model.pixel_level_module.decoder.mask_projection

@@ -49,7 +49,7 @@ def test_stock_libraries_load_and_generate_without_fastgen(
     name: str, code: str, expected: str, tmp_path: Path
 ) -> None:
     if repair_torchvision().startswith(("repaired", "broken")):
-        pytest.skip("this torchvision breaks stock diffusers; `fastgen info` tells how to mend that")
+        pytest.skip("this torchvision breaks stock diffusers; `fastgen info` says how to repair it")
     folder = _assets.ROOT / name
     run = subprocess.run(
         [sys.executable, "-c", _NO_FASTGEN + code, str(folder)],

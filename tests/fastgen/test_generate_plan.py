@@ -42,7 +42,7 @@ def test_prompts_file_round_trip(prompts: list[str], newline: str, final: bool, 
         (b"a\n   \n", "line 2 is empty"),
         (b"a\nb\xff\n", "line 2 is not UTF-8"),
         ("a\nb".encode("utf-16"), "line 1 is not UTF-8"),
-        (b"a\nb\x00c\n", "line 2 holds control characters"),
+        (b"a\nb\x00c\n", "line 2 contains control characters"),
     ],
 )
 def test_bad_prompts_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -109,7 +109,7 @@ def test_a_foreign_picture_is_in_the_way(tmp_path: Path, sidecar: str | None) ->
     job.sidecar.unlink()
     if sidecar is not None:
         job.sidecar.write_text(sidecar)
-    with pytest.raises(FastgenError, match="no sidecar that tells its settings; use --overwrite"):
+    with pytest.raises(FastgenError, match="no sidecar with its settings; use --overwrite"):
         unfinished_jobs([job], overwrite=False, strict=True)
     assert unfinished_jobs([job], overwrite=False, strict=False) == [job]
 

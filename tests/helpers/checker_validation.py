@@ -171,7 +171,7 @@ LEVELS: dict[str, tuple[str, Callable[[float], Perturb], tuple[float, ...]]] = {
 
 
 def distractor_detections(checker: ObjectDetector, n: int, seed: int) -> dict[str, Any]:
-    """How often `checker` finds an object where there is none: in `n` pictures of blobs and textures.
+    """How often `checker` finds an object that does not exist: in `n` pictures of blobs and textures.
 
     Returns:
         {"images": n, "0.3" and "0.9": share of the pictures with at least one detection above that score}

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # dtype -> (RMS of the difference / RMS of the oracle, units in the last place) for a result that is computed in
-# float32 and rounded once. The interpreter truncates to bfloat16 where a GPU rounds, hence a whole unit.
+# float32 and rounded once. The interpreter truncates to bfloat16 where a GPU rounds, so the bound is a whole unit.
 BOUNDS = {
     torch.float64: (1e-12, 4096.0),
     torch.float32: (2e-6, 32.0),

@@ -36,7 +36,7 @@ class Running:
     app: Any
 
     def count(self, name: str, **labels: str) -> float:
-        """A figure of /metrics; 0 where there is none yet."""
+        """A figure of /metrics; 0 before it exists."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 

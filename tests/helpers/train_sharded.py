@@ -24,7 +24,7 @@ SIZE = 32
 
 
 def settings_of(name: str, output: Path, model: Path, pictures: Path) -> UpcyclingSettings:
-    """Of a recipe that learns from pictures of `SIZE`; stage 2 goes on from stage 1."""
+    """Of a recipe that learns from pictures of `SIZE`; stage 2 continues from stage 1."""
     places: dict[str, Any] = {"part": model, "data": pictures, "size": SIZE, "shard": True}
     if name == "dc-finetune":
         places["init"] = output / "dc-graft" / "model" / "transformer"

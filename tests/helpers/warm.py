@@ -1,6 +1,6 @@
 """A Python that has imported everything, in a locale of its own, and forks a real process for each command.
 
-The children skip Python's slow ending, but for the last flush of standard output.
+The children skip Python's slow shutdown, except for the last flush of standard output.
 
     python warm.py < requests > answers          one JSON object a line
 

@@ -1,4 +1,4 @@
-"""A kernel takes what its reference takes, but for what it says it does not: dtypes, sizes and layouts."""
+"""A kernel takes what its reference takes, except for what it says it does not: dtypes, sizes and layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over a cache that is written first: against a float64 oracle, and what a compiler is told of it."""
+"""Attention over a cache that is written first: against a float64 oracle, and its declaration for compilers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation runs, who is told, and what a wrong setting says."""
+"""Which implementation runs, what is logged, and the errors of wrong settings."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_without_triton_references_run(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_was_never_timed_waits_to_be_asked_for() -> None:
-    """On a GPU, which the last argument stands for: the reference by itself, and the reason is told."""
+    """On a GPU, which the last argument stands for: the reference runs automatically, and the reason is logged."""
     with account() as stats, use_kernels("auto"):
         assert not _decide("op", None, "slow", True) and _decide("other", None, True, True)
     assert stats.paths["op"] == {"reference": "slow"} and stats.paths["other"] == {"triton": None}

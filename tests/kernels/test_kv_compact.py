@@ -1,4 +1,4 @@
-"""Compaction of a key-value cache: slot by slot, overlaps, and nothing else touched."""
+"""Compaction of a key-value cache: slot by slot, with overlaps, and no other memory is written."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_paths_move_down(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_view_of_a_larger_cache(mode: str) -> None:
-    """Rows and layers of a bigger buffer; what is beside the view keeps its values."""
+    """Rows and layers of a bigger buffer; memory outside the view keeps its values."""
     whole = torch.randn(3, 2, 4, 9, 2, 8).to(DEVICE)
     before = whole.clone()
     lengths, nodes, count = torch.tensor([1, 2]), torch.tensor([[0, 2, 3], [1, 0, 4]]), torch.tensor([3, 3])

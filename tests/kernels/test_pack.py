@@ -133,7 +133,7 @@ def test_there_and_back(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spare", [0, 4])
 def test_gradients(mode: str, spare: int) -> None:
-    """Both are linear, so finite differences are exact but for rounding."""
+    """Both are linear, so finite differences are exact up to rounding."""
     mask = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) < 0.5
     kept = int(mask.sum())
     with use_kernels(mode):

@@ -165,7 +165,7 @@ def test_a_tree_of_which_no_node_is_listed(triton_kernels: None, name: str, rela
 
 
 def test_later_siblings_are_judged_by_what_is_left_of_the_draft(triton_kernels: None) -> None:
-    """Many first children are refused here: with a q that is not normalised anew other tokens would be taken."""
+    """Many first children are refused here: with a q that is not renormalised other tokens would be taken."""
     arguments = case("bushy", 24, 6, True, 7)
     arguments["target"] = arguments["target"].flip(-1).contiguous()
     arguments["remaining"][:] = 9

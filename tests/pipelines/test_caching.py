@@ -154,7 +154,7 @@ def test_held_sets(pipe: Any) -> None:
     assert all((held[step] == held[3 * (step // 3)]).all() for step in range(STEPS))
     assert (held[0] == free[0]).all()
     probabilities = [chunks.probabilities for chunks in draw(pipe, output_chunks=True).chunks]
-    assert not torch.equal(probabilities[0], probabilities[1])  # the router goes on
+    assert not torch.equal(probabilities[0], probabilities[1])  # the router still runs
     pipe.transformer.hold_chunks(None)
     assert all((a == b).all() for a, b in zip(masks(pipe), free, strict=True))
 

@@ -49,7 +49,7 @@ def test_a_saved_pipeline_loads_by_its_folder_with_every_part(
     parts: tuple[Any, Any, WindowHeads], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`load_pipeline` and the command line draw what the pipeline drew: heads alone, and with a drafter and its
-    calibration, whose heads lie beside it. The model alone loads for the plain method."""
+    calibration, with its heads in the same folder. The model alone loads for the plain method."""
     model, tokenizer, heads = parts
     alone, whole = tmp_path / "alone", tmp_path / "whole"
     fastgen.SpeculativeImagePipeline(model, tokenizer, heads=heads).save_pretrained(alone)

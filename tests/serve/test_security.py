@@ -1,4 +1,4 @@
-"""Who may ask, how much a request may hold, and what an answer says of itself."""
+"""Access keys, limits of requests, and headers of answers."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class ElasticDenoiser(Denoiser):
     """What adapters share whose transformer may have dynamic chunking.
 
     The knobs are those of `DCZImagePipeline.__call__`, as numbers: candidates of different times share a forward pass,
-    so that none of them can depend on the step.
+    so that they cannot depend on the step.
     """
 
     _knobs: dict[str, Any] | None = None

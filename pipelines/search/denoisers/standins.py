@@ -1,4 +1,4 @@
-"""What stands for a pipeline's parts while it is entered: a model that is passed over, a VAE that encodes once."""
+"""Replacements of a pipeline's parts while its call runs: a model that is skipped, a VAE that encodes once."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def branching(guider: Any) -> Any:
 
 
 def shape_of(value: Any) -> Any:
-    """What tells one request for a condition from another within a search, whose arguments never change: numbers and
+    """Identifies a request for a condition within a search, whose arguments never change: numbers and
     texts by value, tensors and pictures by their shape."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         return value[0], shape_of(value[1])

@@ -134,7 +134,7 @@ class StockDenoiser(Denoiser):
         return Prediction(clean, noise)
 
     def _predict(self, entry: Entry, latents: Tensor, time: float) -> Prediction:
-        # A time between those of the schedule, of another sampler, stands in the place of the next one.
+        # A time between those of the schedule, of another sampler, replaces the next one.
         index = next((i for i, own in enumerate(self.times) if own <= time), len(self.times) - 1)
         stamp = self._stamps.get(time, time * float(entry.scheduler.config.num_train_timesteps))
         said: Said = entry.output(latents, stamp, index)

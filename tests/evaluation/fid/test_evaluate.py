@@ -373,7 +373,7 @@ def test_the_command_prints_text(numbers: Path, capsys) -> None:
         (["--weights", "inception"], "--weights: 'inception'"),
         (["--weights", "vgg=x"], "--weights: 'vgg=x'"),
         (["--n", "0"], "n: 0 is not allowed"),
-        (["--n", "61"], "mine: has 60 images, 61 were asked for"),
+        (["--n", "61"], "mine: has 60 images, 61 are needed"),
         (["--bootstrap", "-1"], "bootstrap: -1"),
         (["--batch-size", "0"], "batch_size: 0"),
         (["--out", "x.txt"], "x.txt"),

@@ -48,7 +48,7 @@ def test_structure(model: InceptionV3) -> None:
 
 
 def test_blocks_agree_with_torchvision(model: InceptionV3) -> None:
-    """The same names and shapes; the same blocks but for the pooling of three kinds."""
+    """The same names and shapes; the same blocks except for the pooling of three kinds."""
     torchvision = pytest.importorskip("torchvision")
     theirs = torchvision.models.inception_v3(init_weights=False, aux_logits=False, num_classes=1008).eval()
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}

@@ -311,7 +311,7 @@ def sparse_npz(path: Path, count: int) -> None:
     )
     size = len(header.getvalue()) + count * 256 * 256 * 3
     name = b"arr_0.npy"
-    # Sizes above 4 GiB stand in the zip64 field of the local header and of the directory.
+    # Sizes above 4 GiB are in the zip64 field of the local header and of the directory.
     extra = b"\x01\x00\x10\x00" + size.to_bytes(8, "little") * 2
     common = b"\x2d\x00\x00\x00\x00\x00\x00\x00\x21\x00\x00\x00\x00\x00" + b"\xff" * 8
     local = b"PK\x03\x04" + common + len(name).to_bytes(2, "little") + len(extra).to_bytes(2, "little") + name + extra
@@ -407,7 +407,7 @@ def test_a_member_of_a_tar_that_declares_too_much_is_not_skipped_over(tmp_path: 
 def test_statistics_of_a_wrong_shape_are_refused_by_their_headers(
     tmp_path: Path, mu: tuple[int, ...], sigma: tuple[int, ...], message: str
 ) -> None:
-    """The arrays are not there at all: whoever tried to read them would fail otherwise."""
+    """The arrays are not there at all: reading them would fail otherwise."""
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
         for name, shape in (("mu", mu), ("sigma", sigma)):
             buffer = io.BytesIO()

@@ -1,6 +1,6 @@
 """The converter from mmdet: names by its published module structure, values against its own arithmetic.
 
-The published checkpoint is not at hand, so what is proven is that every tensor of that structure finds its place and
+The published checkpoint is not available here; proven is that every tensor of that structure finds its place and
 that the three differing layouts are turned right; not that the published file has exactly this structure.
 """
 

@@ -287,7 +287,7 @@ def test_validation_counts_what_it_should() -> None:
     assert perfect["clean"]["objects"] == sizes.sum()
     assert perfect["clean"]["ece"] == pytest.approx(0.01, abs=1e-6)
     assert len(perfect["rows"]) == 16 and {row["images"] for row in perfect["rows"]} == {20}
-    assert perfect["rows"][0]["0.3"]["recall"] == 0.0  # a perturbed picture is none the stand-in knows
+    assert perfect["rows"][0]["0.3"]["recall"] == 0.0  # the stand-in does not know a perturbed picture
     assert perfect["distractors"] == {"images": 20, "0.3": 0.0, "0.9": 0.0}
 
     blind = validate_checker(ShapesChecker(Blind(batch)), n, seed=seed, n_perturbed=1)

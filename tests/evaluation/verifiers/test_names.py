@@ -1,4 +1,4 @@
-"""Verifiers by name: what is known, what is loaded when, and what is said when weights cannot be had."""
+"""Verifiers by name: the known names, when each is loaded, and errors when weights cannot be loaded."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_words(model: ShapesVerifier) -> None:
 
 @torch.no_grad()
 def test_prompts_of_one_picture_side_by_side(model: ShapesVerifier) -> None:
-    """As many prompts a picture as one likes; a row as long as its words gives what a padded one gives."""
+    """Any number of prompts per picture; a row as long as its words gives what a padded one gives."""
     pixels, tokens = torch.rand(2, 3, 64, 64) * 2 - 1, model.tokens(PROMPTS)
     together = model(pixels, tokens[:, :9].expand(2, -1, -1))
     for k in range(4):

@@ -56,7 +56,7 @@ def test_no_words_say_nothing() -> None:
 
 
 def test_the_loss_counts_words_only() -> None:
-    """Zero weights give the entropy of uniform guesses; what stands behind the mask changes nothing."""
+    """Zero weights give the entropy of uniform guesses; what is behind the mask changes nothing."""
     head = CaptionHead(8)
     hidden, mask = torch.randn(2, 5, 8), torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
     labels = torch.randint(5, (2, 5, 6))

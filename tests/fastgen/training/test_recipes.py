@@ -110,7 +110,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     # Going on from it starts where it ended, not from random weights.
     first = _losses(tmp_path / "first")[-3:]
     trainer = Trainer(
-        build_recipe("z-image", 0, None, model), train_config("z-image", tmp_path / "more", steps=2, batch_size=8)
+        build_recipe("z-image", 0, None, model), train_config("z-image", tmp_path / "more", steps=1, batch_size=4)
     )
     trainer.run()
     again = json.loads((tmp_path / "more" / "log.jsonl").read_text().splitlines()[0])["loss"]
@@ -179,7 +179,7 @@ def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str
     # Going on starts where it ended.
     again = Trainer(
         build_recipe(name, 0, embedded_folder("tiny"), model / "transformer"),
-        train_config(name, tmp_path / "more", steps=1, batch_size=8, log_every=1),
+        train_config(name, tmp_path / "more", steps=1, batch_size=4, log_every=1),
     )
     again.run()
     assert _losses(tmp_path / "more")[0] < records[0]["loss"]

@@ -244,7 +244,7 @@ def test_the_command_line(micro_z: Path, verifier: str, tmp_path: Path, capsys: 
 def test_stock_pipelines_are_calibrated_and_searched_by_it(
     name: str, verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through their own call: a run that was stopped goes on, and `generate` searches by what it measured."""
+    """Through their own call: a run that was stopped continues, and `generate` searches by what it measured."""
     pipe, prompts = family(name), tmp_path / "prompts.txt"
     pipe.save_pretrained(tmp_path / "pipe")
     prompts.write_text("a small red thing\nnothing at all\n")

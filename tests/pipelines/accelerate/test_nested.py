@@ -87,12 +87,23 @@ def with_own_processors(pipe: Any) -> None:
             module.set_processor(Own(module.processor))
 
 
-LOADS: list[Any] = [with_lora, offloaded, offloaded_by_groups, compiled, cached, with_own_processors]
 NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+LOSSY = (Quantize(), StepCache(threshold=1e9), DBCache(1e9, warmup=1), FewerSteps())
 
 
-@pytest.mark.parametrize("load", [*LOADS, pytest.param(quantised, marks=NEEDS_TORCHAO)])
-def test_exact_and_lossy_parts_leave_what_a_pipeline_carries(load: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(
+    ("load", "lossy"),
+    [
+        *((load, LOSSY) for load in (with_lora, offloaded, offloaded_by_groups, cached, with_own_processors)),
+        pytest.param(quantised, LOSSY, marks=NEEDS_TORCHAO),
+        # Compiling again for each part takes long.
+        (compiled, ()),
+        pytest.param(compiled, (StepCache(threshold=1e9),), marks=pytest.mark.slow),
+    ],
+)
+def test_exact_and_lossy_parts_leave_what_a_pipeline_carries(
+    load: Callable[[Any], None], lossy: tuple[Part, ...]
+) -> None:
     pipe = copy.deepcopy(family("flux"))
     load(pipe)
     expected = draw(pipe, "flux")
@@ -100,9 +111,6 @@ def test_exact_and_lossy_parts_leave_what_a_pipeline_carries(load: Callable[[Any
     with fastgen.accelerated(pipe, plan=usable(pipe, EXACT)) as plan:
         assert plan.parts and plan.loss == "exact"
         torch.testing.assert_close(draw(pipe, "flux"), expected, atol=1e-4, rtol=0)
-    lossy: tuple[Part, ...] = (Quantize(), StepCache(threshold=1e9), DBCache(1e9, warmup=1), FewerSteps())
-    if load is compiled:  # compiling again for each part takes long
-        lossy = (StepCache(threshold=1e9),)
     for part in usable(pipe, lossy):
         with fastgen.accelerated(pipe, plan=[part]):
             assert torch.isfinite(draw(pipe, "flux")).all()

@@ -144,7 +144,7 @@ def test_a_stock_pipeline_with_enable_dc(dit: Any) -> None:
     stock = DiTPipeline(dit.transformer, dit.vae, dit.scheduler)
     try:
         enable_dc(stock, uncond_tail_drop=0.6, images=1)
-        # As often as one likes, whatever `images` says: a search's batches are no pipeline's.
+        # Any number of times, whatever `images` says: a search's batches are not those of a pipeline.
         assert kept_by(made(stock, {})) == kept_by(made(dit, {"uncond_tail_drop": 0.6}))
         assert kept_by(made(dit, {})) > kept_by(made(stock, {}))
         assert kept_by(made(stock, {"token_budget": 2})) == 2 * 2 * 2

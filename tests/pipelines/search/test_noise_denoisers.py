@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from long_tail import long_tail
 from search_paths import deterministic
 from tiny_unets import (
     PROMPTS,
@@ -48,7 +49,14 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [*((tiny_sdxl, name) for name in SCHEDULERS), *((tiny_sd, name) for name in ("ddim", "ddim-v", "euler"))],
+    long_tail(
+        [*((tiny_sdxl, name) for name in SCHEDULERS), *((tiny_sd, name) for name in ("ddim", "ddim-v", "euler"))],
+        fast=[
+            *((tiny_sdxl, name) for name in ("ddim-zero-snr", "ddim-thresholded", "euler-v", "euler-continuous")),
+            *((tiny_sd, name) for name in ("ddim", "ddim-v", "euler")),
+        ],
+        unpack=True,
+    ),
 )
 def test_stable_diffusion_is_the_stock_picture(make: Maker, name: str) -> None:
     compare(with_scheduler(make, SCHEDULERS[name]), Settings(STEPS))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, ZImagePipeline
+from long_tail import long_tail
 from tiny_flows import tiny_flux, tiny_qwen_image, tiny_sana
 from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
@@ -71,12 +72,25 @@ def redness(images: Tensor, prompts: list[str]) -> Tensor:
     return (means[:, 0] - means[:, 1:].mean(dim=1)) / 255
 
 
-@pytest.mark.parametrize("policy", [ValueSampling(chains=1, candidates=2), Threshold(0.1, starts=2), BestOfN(n=2)])
-@pytest.mark.parametrize("preview", ["full", "pooled", "decoder"])
-def test_ends_are_decoded_in_full_and_once(tiny: ZImagePipeline, policy: Any, preview: str) -> None:
+POLICIES = {
+    "svdd": ValueSampling(chains=1, candidates=2),
+    "threshold": Threshold(0.1, starts=2),
+    "best-of-n": BestOfN(n=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "preview"),
+    long_tail(
+        [(policy, preview) for policy in POLICIES for preview in ("full", "pooled", "decoder")],
+        fast=[("svdd", "pooled"), ("threshold", "full"), ("threshold", "decoder"), ("best-of-n", "pooled")],
+        unpack=True,
+    ),
+)
+def test_ends_are_decoded_in_full_and_once(tiny: ZImagePipeline, policy: str, preview: str) -> None:
     option = small_decoder() if preview == "decoder" else preview
     with decoded(tiny) as seen:
-        output = NoiseSearchPipeline(tiny, redness, policy)(
+        output = NoiseSearchPipeline(tiny, redness, POLICIES[policy])(
             "a heart", max_nfe=40, preview=option, generator=torch.Generator().manual_seed(0), **CALL
         )
     (report,) = output.reports
@@ -124,7 +138,7 @@ PACKED = [
 
 @pytest.mark.parametrize(("make", "settings"), PACKED, ids=["flux", "qwen-image", "sd", "sana"])
 def test_pooled_pictures_are_of_the_size_and_colours_of_full_ones(make: Any, settings: Settings) -> None:
-    """Of constant latents they are the full picture but for its borders; of others they are not."""
+    """Of constant latents they are the full picture except for its borders; of others they are not."""
     denoiser, said, pictures = shown(make(), settings, "pooled")
     full = denoiser.pictures(said)
     assert pictures.shape == full.shape and pictures.dtype == torch.uint8

@@ -33,7 +33,7 @@ def oracle(scores: Sequence[float], chains: int, starts: int, count: int, budget
     """Walks of all chains over `count` times.
 
     A try that beats the best score so far continues, and the rest of its quota rolls over; a quota that is spent
-    goes on with the best of its tries and rolls nothing over; the last transition takes all that is left.
+    continues with the best of its tries and rolls nothing over; the last transition takes all that is left.
     """
     quota = (budget - starts * chains) // (count * chains)
     told, walks = iter(scores), [Walk(quota=quota) for _ in range(chains)]

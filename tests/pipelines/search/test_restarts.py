@@ -1,4 +1,4 @@
-"""Verifier-Threshold that begins anew: when, with which noise, what it returns and what it costs."""
+"""Verifier-Threshold with restarts: when, with which noise, what it returns and what it costs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_trajectory_has_noise_of_its_own() -> None:
 
 
 def test_one_chain_that_is_good_enough_ends_the_others() -> None:
-    """In lock-step, two rows each time; the first chain had begun anew before it heard of the second one's picture."""
+    """In lock-step, two rows each time; the first chain had restarted before it knew of the second one's picture."""
     scores = Script([0.9, 0.9] * 3 + [0.2, 0.7])
     ends, chains, denoiser = run_policy(restarting(chains=2), verifier=scores, max_nfe=80)
     assert denoiser.rows == [2] * 4 + [1] and chains[0].pool.done
@@ -75,7 +75,7 @@ def test_one_chain_that_is_good_enough_ends_the_others() -> None:
 
 def test_what_promises_less_than_a_new_one_is_given_up() -> None:
     """By hand: at time 1 two evaluations are left of four. Going on pays where p * 4 >= 0.5 * 2, p >= 0.25. After one
-    failure q is 1 / 3 and the odds of every score are half as large; going on pays where p * 4 >= 2 / 3, p >= 1 / 6,
+    failure q is 1 / 3 and the odds of every score are half as large; continuing pays where p * 4 >= 2 / 3, p >= 1 / 6,
     odds of 1 / 5, which were 2 / 5: a score of 2 / 7."""
     policy = restarting(prospects=RISING)
     scores = [0.9, 0.24, 0.9, 0.29, 0.9, 0.9]
@@ -83,7 +83,7 @@ def test_what_promises_less_than_a_new_one_is_given_up() -> None:
     assert [visit.index for visit in chain.trace] == [0, 1, 0, 1, 2, 3] and end.number == 5
     scores[3] = 0.28
     assert len(run_policy(policy, verifier=Script(scores), max_nfe=40)[1][0].trace) > 6
-    # The budget pays for no other one: it is gone on with.
+    # The budget pays for no other one: this one continues.
     scores = [0.9, 0.1, 0.1, 0.3, 0.9, 0.9, 0.9, 0.9]
     (end,), (chain,), _ = run_policy(policy, verifier=Script(scores), max_nfe=5)
     assert chain.pool.nfe == 4 and end.last and end.score == pytest.approx(0.3)
@@ -144,7 +144,7 @@ def test_only_what_may_change_something_is_looked_at() -> None:
 
 
 def test_looks_are_taken_where_they_save_most() -> None:
-    """Outcomes are clear from time 2 of 6 on: one look there, because a second one would tell nothing new."""
+    """Outcomes are clear from time 2 of 6 on: one look there, because a second one would add nothing."""
     rng = np.random.default_rng(1)
     correct = rng.random(3000) < 0.3
     scores = rng.random((3000, 6, 1))

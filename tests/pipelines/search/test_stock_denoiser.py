@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from long_tail import long_tail
 from stock_families import FAMILIES, family
 from stock_table import PROMPTS, SEEDS, drawn, made, stock
 from tiny_newer import tiny_hunyuan_image
@@ -167,9 +168,18 @@ def after_search(name: str, error: type[BaseException] | None, threaded: bool) -
     assert attributes(pipe) == before
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["hunyuan-image", "sdxl-inpaint", "ernie-image"])
+WAYS = [
+    (name, error, threaded)
+    for name in ("hunyuan-image", "sdxl-inpaint", "ernie-image")
+    for error in (None, RuntimeError, KeyboardInterrupt)
+    for threaded in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "threaded"),
+    long_tail(WAYS, fast=[*WAYS[:6], ("sdxl-inpaint", RuntimeError, False), ("ernie-image", None, True)], unpack=True),
+)
 def test_every_attribute_of_the_pipeline_is_as_before(
     name: str, error: type[BaseException] | None, threaded: bool
 ) -> None:

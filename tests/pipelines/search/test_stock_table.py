@@ -18,7 +18,8 @@ from fastgen.pipelines.search.denoisers.base import denoiser_of
 SPREAD = [(name, DIMENSIONS[place % len(DIMENSIONS)]) for place, name in enumerate(FAMILIES)]
 #: Kinds of pipelines that many families have; by default one family stands for each.
 STANDS_FOR = {"inpaint": "flux-inpaint", "controlnet": "sd3-controlnet", "pag": "sdxl-pag"}
-FAST = [pair for pair in SPREAD if STANDS_FOR.get(pair[0].rpartition("-")[2], pair[0]) == pair[0]]
+ONE_OF_EACH = [pair for pair in SPREAD if STANDS_FOR.get(pair[0].rpartition("-")[2], pair[0]) == pair[0]]
+FAST = ONE_OF_EACH[::2]
 ALL = [(name, dimension) for name in FAMILIES for dimension in DIMENSIONS if (name, dimension) not in SPREAD]
 
 
