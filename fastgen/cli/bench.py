@@ -76,8 +76,8 @@ def generate(
 def dc(
     model: Annotated[
         str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
-    ] = "tiny-dc",
-    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
+    ] = "small-dc",
+    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "small",
     variant: VariantOption = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
         "fastgen-bench-dc"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,8 +209,8 @@ EXPLORE = {"tail_drop": 0.9, "uncond_tail_drop": 0.95}
 
 
 @pytest.fixture(scope="module")
-def dc() -> Any:
-    pipe = load_pipeline("tiny-dc", dtype="float32")
+def dc(micro_dc: Path) -> Any:
+    pipe = load_pipeline(str(micro_dc), dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
