@@ -111,8 +111,9 @@ def form_classes(link: Tensor, mass: Tensor, caps: Tensor) -> tuple[Tensor, Tens
         member = first[..., None, :slot] == head[:, None]
         fits = (link[..., slot, None, :slot] | ~member).all(dim=-1) & (first[..., :slot] == head)
         fits &= lent[..., :slot] + weight <= caps[..., :slot]
-        joins = fits & (fits.cumsum(dim=-1) == 1)
-        first[..., slot] = torch.where(joins, head, slot).amin(dim=-1)
+        found = torch.where(fits, head, slot).amin(dim=-1)
+        joins = head == found[..., None]
+        first[..., slot] = found
         lent[..., :slot] += joins * weight
     return first, lent
 

@@ -199,8 +199,8 @@ class _Rounds:
         self.tokens = torch.zeros(batch, target.num_tokens + self.path, dtype=torch.int64, device=device)
         self.count = torch.ones(batch, dtype=torch.int64, device=device)
         self.spent = torch.zeros(batch, device=device)
-        self.counts: dict[str, Tensor] = {}
-        self.lengths: list[Tensor] = []
+        #: Of each round: which images it drew, their accepted lengths (-1 where finished) and the rule's counts.
+        self.rounds: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
         output = target.prefill(prefix, self.cache, source.taps)
         gumbel = _noise_of_a_token(law, generators, target.vocab_size, device)
         logits, start = target.head(output.hidden[:, -1:]), torch.zeros_like(self.count)[:, None]
@@ -213,7 +213,8 @@ class _Rounds:
         while True:
             # The device is asked only once the images may be finished.
             if rounds >= least or on_token is not None:
-                done = int(self.count.min())
+                counts = self.count.tolist()
+                done = min(counts)
                 self.prefix.check(MODEL)
                 self.source.check_finite()
                 if on_token is not None:
@@ -221,10 +222,10 @@ class _Rounds:
                 if done >= total:
                     break
                 if self.narrows:
-                    self._leave()
+                    self._leave(counts)
             self.round()
             rounds += 1
-        lengths = torch.stack(self.lengths) if self.lengths else self.count.new_empty(0, len(self.finished))
+        lengths, counted = self._collected()
         accepted = [length for length in lengths.flatten().tolist() if length >= 0]
         add_accepted(accepted)
         add_passes("target", rounds + 1)
@@ -232,26 +233,28 @@ class _Rounds:
         if each or first:
             add_passes("drafter", first + rounds * each)
         self.finished[self.images] = self.tokens[:, :total]
-        return Decoded(self.finished, rounds + 1, (lengths >= 0).sum(dim=0), accepted, self.counts)
+        return Decoded(self.finished, rounds + 1, (lengths >= 0).sum(dim=0), accepted, counted)
 
     def round(self) -> None:
-        """Draft, verify, commit; then what has only to be kept."""
-        active = self.count < self.target.num_tokens
-        length, counts = self.advance(self, *self._noise())
-        everywhere = torch.full_like(self.finished[:, 0], -1)
-        self.lengths.append(everywhere.index_copy(0, self.images, torch.where(active, length, -1)))
-        for name, value in counts.items():
-            known = self.counts.setdefault(name, value.new_zeros(len(self.finished)))
-            known.index_add_(0, self.images, value * active)
-        if "stolen" in counts:
-            self.spent = self.counts["stolen"][self.images].float()
+        """Draft, verify, commit, and keep what the round left."""
+        self.rounds.append((self.images, *self.advance(self, *self._noise())))
 
-    def _leave(self) -> None:
+    def _collected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accepted lengths [rounds, B], -1 where an image was finished, and counts [B] by name."""
+        lengths = torch.full((len(self.rounds), len(self.finished)), -1, device=self.count.device)
+        counted: dict[str, Tensor] = {}
+        for row, (images, length, counts) in zip(lengths, self.rounds, strict=True):
+            row[images] = length
+            for name, value in counts.items():
+                counted.setdefault(name, value.new_zeros(len(self.finished))).index_add_(0, images, value)
+        return lengths, counted
+
+    def _leave(self, counts: list[int]) -> None:
         """Images that are done leave the batch as soon as they are a quarter of it, or, where the step is compiled, as
         soon as the others fit into a smaller graph. Every image has random numbers of its own, so that only rounding
         knows of it."""
-        done, here = self.count >= self.target.num_tokens, len(self.count)
-        drawn = here - int(done.sum())
+        here, total = len(counts), self.target.num_tokens
+        drawn = sum(count < total for count in counts)
         if self.sizes is None:
             size = drawn if 4 * drawn <= 3 * here else here
         else:
@@ -259,7 +262,8 @@ class _Rounds:
         if size == here:
             return
         # All that are not done, and as many of the others as the size has room for.
-        stay = done.to(torch.uint8).argsort(stable=True)[:size].sort().values
+        chosen = sorted(sorted(range(here), key=lambda number: counts[number] >= total)[:size])
+        stay = torch.tensor(chosen, device=self.count.device)
         if not self.source.narrow(stay, self.prefix):
             self.narrows = False
             return
@@ -269,10 +273,14 @@ class _Rounds:
         self.images, self.tokens, self.count, self.spent = (
             values[stay] for values in (self.images, self.tokens, self.count, self.spent)
         )
-        self.generators = [self.generators[number] for number in stay.tolist()]
+        self.generators = [self.generators[number] for number in chosen]
 
     def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """A round without decisions on the host: accepted lengths [B] without forced tokens, and counts."""
+        """A round without decisions on the host: draft, verify, commit.
+
+        Returns:
+            accepted lengths [B] without forced tokens (-1 where an image was finished), and counts.
+        """
         remaining = self.target.num_tokens - self.count
         index = self.count - 1
         root = self.tokens.gather(1, index[:, None])[:, 0]
@@ -283,20 +291,26 @@ class _Rounds:
         else:
             way = self.rule.walk(drafted, noise, self.spent, remaining)
         self._commit(drafted, way, output, remaining)
-        if not self.target.has_grammar:
-            return way.length, way.counts
-        forced = (drafted.tokens.gather(1, way.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
-        forced = torch.nn.functional.pad(forced, (1, 0)).gather(1, way.length[:, None])[:, 0]
-        return way.length - forced, way.counts | {"forced": forced}
+        active, length, counts = remaining > 0, way.length, way.counts
+        if "stolen" in counts:
+            self.spent = self.spent + counts["stolen"] * active
+        if self.target.has_grammar:
+            forced = (drafted.tokens.gather(1, way.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
+            forced = torch.nn.functional.pad(forced, (1, 0)).gather(1, length[:, None])[:, 0]
+            length, counts = length - forced, counts | {"forced": forced}
+        return torch.where(active, length, -1), {name: value * active for name, value in counts.items()}
 
     def _verify(self, proposal: Proposal, index: Tensor) -> tuple[Drafted, TargetPass]:
         target, tree = self.target, proposal.tree
         output = target.verify(proposal.tokens, tree.depth, tree.mask, self.cache, self.prefix, self.source.taps)
         following = index[:, None] + tree.depth + 1
-        p = target.token_law(target.head(output.hidden), self.prefix, self.law, following)
         hidden = None
         if self.rule.reads_hidden(tree):
-            hidden = target.guided(target.redundancy(output.hidden), self.prefix, self.law)
+            logits, feature = target.head_and_redundancy(output.hidden)
+            hidden = target.guided(feature, self.prefix, self.law)
+        else:
+            logits = target.head(output.hidden)
+        p = target.token_law(logits, self.prefix, self.law, following)
         return Drafted(tree, proposal.tokens, p, proposal.draft, hidden), output
 
     def _noise(self) -> tuple[Noise, Tensor | None]:

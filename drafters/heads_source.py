@@ -67,15 +67,16 @@ class HeadsSource(JacobiSource):
         self.flag = self.prefix.watched()
         return super().narrow(images, prefix)
 
-    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> Tensor:
-        scores = self.laws.log() if noise is None else self.laws.log() + noise
+    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, logs = super().draft_laws(root, index, noise)
+        scores = logs if noise is None else logs + noise
         #: What the round before draws, before it is corrected.
         self.before, self.index = scores.argmax(dim=-1), index
         given = (self.hidden, self.then, self.length, root, self.before, index, self.picture)
         reading = read_round(*given, self.heads.config.row_length, self.target.vocab_size)
         said: Tensor = self.heads(reading, self.tables, self.laws, self.law.temperature or 1.0)
         self.flag.watch(said)
-        return said.exp()
+        return said.exp(), said
 
     def check_finite(self) -> None:
         self.flag.check("the heads' logits")

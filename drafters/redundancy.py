@@ -56,14 +56,18 @@ def sensitivity(drafted: Drafted, codebook: Tensor) -> Tensor:
     if drafted.hidden is None:
         raise ValueError("sensitivity: needs the target's hidden states")
     children, codes = drafted.inner_children(), codebook[drafted.child_tokens()]
+    left, right = torch.triu_indices(children.shape[-1], children.shape[-1], 1, device=children.device)
+    if not len(left):
+        return torch.full(children.shape[:2], torch.inf, device=children.device)
     batch = torch.arange(len(children), device=children.device)[:, None, None]
     states = drafted.hidden[batch, children.clamp_min(0)].float()
     scale = drafted.hidden.float().norm(dim=-1).mean(dim=-1).clamp_min(1e-12)
-    moved = torch.cdist(states, states) / scale[:, None, None, None]
-    apart = torch.cdist(codes, codes)
-    pairs = are_siblings(children).triu(1) & (apart > 0)
-    ratio = torch.where(pairs, moved / apart, torch.nan).flatten(2)
-    own, everywhere = ratio.nanmedian(dim=-1).values, ratio.flatten(1).nanmedian(dim=-1, keepdim=True).values
+    moved = (states[:, :, left] - states[:, :, right]).norm(dim=-1) / scale[:, None, None]
+    apart = (codes[:, :, left] - codes[:, :, right]).norm(dim=-1)
+    exists = children >= 0
+    ratio = torch.where(exists[..., left] & exists[..., right] & (apart > 0), moved / apart, torch.nan)
+    everywhere = ratio.flatten(1).nanmedian(dim=-1, keepdim=True).values
+    own = ratio[..., 0] if len(left) == 1 else ratio.nanmedian(dim=-1).values
     return torch.where(own.isnan(), everywhere, own).nan_to_num(nan=torch.inf)
 
 

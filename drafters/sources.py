@@ -240,19 +240,21 @@ class JacobiSource(DraftSource):
             places = index[:, None] + 1 + torch.arange(self.window, device=root.device)
             rows = torch.arange(len(root), device=root.device)[:, None]
             noise = self.noise[rows, places]
-        laws = self.draft_laws(root, index, noise)
-        scores = laws.log() if noise is None else laws.log() + noise
-        drawn = scores.topk(self.width, dim=-1).indices.flatten(1)
+        laws, logs = self.draft_laws(root, index, noise)
+        scores = logs if noise is None else logs + noise
+        # Of one candidate a place: compilers make no kernel of their own for the first few.
+        drawn = scores.argmax(dim=-1) if self.width == 1 else scores.topk(self.width, dim=-1).indices.flatten(1)
         draft = laws.new_zeros(len(root), self.nodes, laws.shape[-1])
         draft[:, self.spine[:-1]] = laws
         return Proposal(self.tree, torch.cat([root[:, None], drawn], dim=1), draft)
 
-    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> Tensor:
-        """Laws [B, L, V] of the places, drawn with their noise [B, L, V]: what the round before left.
+    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Laws [B, L, V] of the places, drawn with their noise [B, L, V], and their logarithms: what the round before
+        left.
 
         A place's law may depend on the noise of places before it, not on its own or that of later ones.
         """
-        return self.laws
+        return self.laws, self.laws.log()
 
     def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
         # The root moves on by accepted + 1 places: what was said `accepted` places further now stands for each place.

@@ -10,6 +10,7 @@ from fastgen.io import read_object
 
 __all__ = ["gains_table"]
 
+_NEAR = 0.015
 _HEADER = ["method", "on", "speed", "quality", "measured by"]
 
 
@@ -31,8 +32,8 @@ def _device(data: dict[str, Any]) -> str:
 
 
 def _speculative(folder: Path) -> list[str]:
-    data, rows = _rows(folder, "bench-speculative", "variant")
-    drawn, plain = rows["exact auto"], rows["plain loop, bfloat16"]
+    data, rows = _rows(folder, "bench-speculative-batches", "variant")
+    drawn, plain = rows["exact heads-16"], rows["plain loop, bfloat16"]
     speed = (
         f"{drawn['speedup_vs_fastest_plain']:.1f} x the fastest plain loop, "
         f"{drawn['speedup_vs_stock']:.1f} x stock `generate`"
@@ -76,6 +77,29 @@ def _seconds(row: dict[str, Any]) -> float:
     return float(row["seconds"]["p50"])
 
 
+def _accelerate(folder: Path) -> list[str]:
+    """The exact parts, and the fastest plan whose mean score is within 1.5 points of the stock pipeline's."""
+    data, rows = _rows(folder, "bench-accelerate", "plan")
+    stock, exact = rows["stock"], next(row for row in rows.values() if row["parts"] and row["loss"] == "exact")
+    near = [row for row in rows.values() if row["loss"] == "lossy" and row["drop"][0] <= _NEAR]
+    best = min(near, key=lambda row: row["ratio"][0])
+    fewer = min((row for row in rows.values() if _only_fewer_steps(row)), key=lambda row: row["ratio"][0])
+    speed = (
+        f"{1 / exact['ratio'][0]:.2f} x stock, exact; {1 / best['ratio'][0]:.1f} x by the plan "
+        f"(fewer steps alone: {1 / fewer['ratio'][0]:.1f} x)"
+    )
+    quality = (
+        f"{percent(stock['score'])} % correct stock and exact; plan {percent(best['score'])} %, fewer steps "
+        f"{percent(fewer['score'])} %, each ± {percent(max(best['drop'][1], fewer['drop'][1]))} against stock (95 %)"
+    )
+    on = f"`{data['settings']['model']}`, {_device(data)}"
+    return ["`accelerate`, and a plan of `tune`'s parts", on, speed, quality, "`fastgen bench accelerate`"]
+
+
+def _only_fewer_steps(row: dict[str, Any]) -> bool:
+    return [name for name, _ in row["parts"]] == ["fewer_steps"]
+
+
 def _kernels(folder: Path) -> list[str]:
     data, rows = _rows(folder, "bench-kernels-end-to-end", "model")
     (name,) = (name for name in rows if name.startswith("Z-Image"))
@@ -91,5 +115,5 @@ def _kernels(folder: Path) -> list[str]:
 
 def gains_table(folder: Path) -> str:
     """What each method gains, with what it costs, from the results in `folder`."""
-    table = markdown_table(_HEADER, [of(folder) for of in (_speculative, _search, _chunking, _kernels)])
+    table = markdown_table(_HEADER, [of(folder) for of in (_accelerate, _speculative, _search, _chunking, _kernels)])
     return table.replace("---:", "---")  # words, not numbers to compare by their digits

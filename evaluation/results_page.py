@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastgen.evaluation.benchmarks.accelerate import accelerate_markdown
 from fastgen.evaluation.benchmarks.serve import serve_markdown
 from fastgen.evaluation.dc_results import dc_markdown, dc_quality_markdown
 from fastgen.evaluation.gains import gains_table
@@ -23,13 +24,15 @@ from fastgen.io import read_object
 
 # Of results whose name is not that of their command.
 _COMMANDS = {
+    "bench-accelerate": "bench accelerate --share 0.667 --share 0.5 "
+    "--plan plan-tiny-solver-2.json --plan plan-tiny-solver-3.json",
     "bench-search-twelve": "bench search",
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
-    "bench-search-elastic": "bench search --model tiny-dc",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
+    "bench-speculative-batches": "bench speculative --images-per-prompt 1 --batch 1 --batch 4 --batch 16 --commands 5",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
@@ -142,6 +145,7 @@ def results_page(folder: Path) -> str:
         ("bench-dc-latent", "Dynamic chunking of latent positions, trained from random weights", dc_quality_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
         ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
+        ("bench-speculative-batches", "Speculative decoding: batches and whole commands", speculative_markdown),
         ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
@@ -149,7 +153,7 @@ def results_page(folder: Path) -> str:
         ("bench-search-equal", "Noise search: thresholds against rivals of equal seconds", search_markdown),
         ("bench-search-own-call", "Noise search: thresholds by the pipeline's own call, no adapter", search_markdown),
         ("bench-search-rbf", "Noise search: thresholds against RBF with 500 passes", search_markdown),
-        ("bench-search-elastic", "Noise search: elastic against plain", search_markdown),
+        ("bench-accelerate", "Exact parts, a plan, and fewer steps", accelerate_markdown),
         ("bench-dc-speed", "Dynamic chunking: FLOPs and time at real sizes", dc_markdown),
         ("bench-serve", "A server and its clients", serve_markdown),
         ("bench-serve-load", "A server whose replicas are killed, on a busy machine", serve_markdown),

@@ -17,9 +17,9 @@ def search_markdown(data: dict[str, Any]) -> str:
     settings = data["settings"]
     held = "" if settings["heldout"] is None else f", held-out verifier {settings['heldout']}"
     count = settings.get("processes", 1)
-    beside = "" if count == 1 else f" ({count} processes, a core each)"
+    shared = "" if count == 1 else f" ({count} processes, a core each)"
     note = (
-        f"{settings['model']}, {settings['prompts']} prompts x {settings['seeds']} seeds, one at a time{beside}; "
+        f"{settings['model']}, {settings['prompts']} prompts x {settings['seeds']} seeds, one at a time{shared}; "
         f"verifier {settings['verifier']}{held}; sampler {settings['sampler']}. Score: ShapesWorld-GenEval, with 95 % "
         "over prompts. Gain: over the pipeline without a search, paired. Searched and held-out: mean scores of the "
         "verifiers. Diversity: mean distance of two pictures of a prompt in the detector's features.\n\n"

@@ -100,10 +100,10 @@ def score_folder(
 
     Args:
         model: the detector network, see `load_detector`.
-        allow_small: compute FD-shapes of fewer than 2 x 128 images all the same.
+        allow_small: compute FD-shapes of fewer than 2 x 128 images too.
         fd: the distance to use; the standard protocol when None.
         group: processes that share the work; all of them get the scores.
-        work: folder where finished parts are kept until `FolderScore.discard`, so that an interrupted call can resume.
+        work: folder where finished parts are kept until `FolderScore.finish`, so that an interrupted call can resume.
 
     Raises:
         FastgenError: the folder cannot be read, see `read_samples`.

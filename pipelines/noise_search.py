@@ -173,7 +173,6 @@ class NoiseSearchPipeline(WrappingPipeline):
         max_seconds: float | None = None,
         target_score: float | None = None,
         sampler: SamplerName | Sampler = "ancestral",
-        explore: Mapping[str, Any] | None = None,
         preview: PreviewOption = "full",
         batch_size: int = 32,
         output_type: Literal["pil", "np", "pt"] = "pil",
@@ -196,10 +195,6 @@ class NoiseSearchPipeline(WrappingPipeline):
             sampler: of stochastic transitions: "ancestral" (stochastic DDIM on the pipeline's own times),
                 "euler-maruyama" (g = 3 t^2 on them), "rollover" (RBF's: variance-preserving, on a grid of its own
                 with as many times, at whose last the preview is the picture), or a `Sampler`.
-            explore: knobs of a model with dynamic chunking (`tail_drop`, `uncond_tail_drop`, `token_budget`) for
-                candidates: these are evaluated so, and the kept ones again as the call says, which is one
-                more evaluation. Ends of trajectories and single candidates are never explored. Policies that draw
-                whole pictures explore with all of them and draw the best one again from the same noise.
             preview: how candidates that are not at the last time are decoded for the verifier: "full", "pooled", or a
                 decoder such as `AutoencoderTiny`; see `fastgen.pipelines.search.previews.PreviewOption`.
             batch_size: samples of a forward pass, at most; fewer where memory does not take them.
@@ -215,8 +210,7 @@ class NoiseSearchPipeline(WrappingPipeline):
             `NoiseSearchOutput`; without a policy what the pipeline returns.
 
         Raises:
-            ValueError: an argument out of range, a budget smaller than one picture takes, or a model or policy that
-                cannot explore.
+            ValueError: an argument out of range, a budget smaller than one picture takes.
             NotFiniteError: all candidates of a prompt were dropped; it holds the pictures of the others.
             SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
         """
@@ -226,7 +220,7 @@ class NoiseSearchPipeline(WrappingPipeline):
         further = _further(pipeline_kwargs, asked)
         if policy is None:
             own: dict[str, Any] = {"generator": generator, "max_nfe": max_nfe, "max_seconds": max_seconds}
-            own |= {"target_score": target_score, "explore": explore, **asked}
+            own |= {"target_score": target_score, **asked}
             own = {name: value for name, value in own.items() if value is not None}
             return self._stock(prompt, output_type=output_type, return_dict=return_dict, **own, **further)
         if not isinstance(prompt, str | list | tuple) or not prompt:
@@ -240,10 +234,6 @@ class NoiseSearchPipeline(WrappingPipeline):
         check_preview(preview)
         if not isinstance(sampler, Sampler):
             check_choice("sampler", sampler, get_args(SamplerName))
-        if explore is not None and not isinstance(explore, Mapping):
-            raise FastgenError(f"explore: {explore!r} is not allowed, needs knobs of the model by name")
-        if explore and self._denoiser.use_effort is Denoiser.use_effort:
-            raise FastgenError(f"explore: {type(self.pipe).__name__} has no dynamic chunking")
         budget = Budget(max_nfe, max_seconds, target_score)
         settings = Settings(**asked, extra=further)
         texts = [*prompts, *(settings.checked(len(prompts)).negatives(len(prompts)) or ())]
@@ -257,8 +247,8 @@ class NoiseSearchPipeline(WrappingPipeline):
             policy = self._resolved(policy, denoiser, path, budget)
             note_path("policy", policy.description)
             name = _note_sampler(policy, sampler, self.pipe)
-            effort, shown = _checked_effort(explore, denoiser), preview_of(preview, denoiser)
-            chains = self._chains(policy, denoiser, path, budget, generators, started, effort)
+            shown = preview_of(preview, denoiser)
+            chains = self._chains(policy, denoiser, path, budget, generators, started)
             ends: Sequence[Node | None]
             try:
                 ends = run_chains(chains, policy.program, self._score, prompts, batch_size, on_round, shown)
@@ -315,7 +305,6 @@ class NoiseSearchPipeline(WrappingPipeline):
         budget: Budget,
         generators: Sequence[torch.Generator],
         started: float,
-        explore: dict[str, Any],
     ) -> list[Chain]:
         if policy.anywhere and isinstance(denoiser.interpolant, Tabulated):
             scheduler = type(getattr(denoiser.pipe, "scheduler", None)).__name__
@@ -328,14 +317,13 @@ class NoiseSearchPipeline(WrappingPipeline):
             for index in range(len(path.times)):
                 path.model_level(index, denoiser.interpolant)  # raises where the model has no such level
         transitions = (path if policy.stochastic else Sampler(denoiser.interpolant, denoiser.times)).transitions
-        policy.check(budget, transitions, denoiser.forwards, bool(explore))
+        policy.check(budget, transitions, denoiser.forwards)
         chains = []
         for prompt, generator in enumerate(generators):
             start = denoiser.begin(generator, prompt)
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             pool = Pool(budget, denoiser.forwards, started)
-            place = (seed, start, pool, explore)
-            chains += [Chain(denoiser, path, prompt, number, *place) for number in range(policy.chains)]
+            chains += [Chain(denoiser, path, prompt, number, seed, start, pool) for number in range(policy.chains)]
         return chains
 
 
@@ -355,19 +343,6 @@ def _further(given: Mapping[str, Any] | None, asked: dict[str, Any]) -> dict[str
         if name in asked:
             asked[name] = further.pop(name)
     return further
-
-
-def _checked_effort(explore: Mapping[str, Any] | None, denoiser: Denoiser) -> dict[str, Any]:
-    """The exploring effort, which the model can do; empty: none."""
-    effort = dict(explore or {})
-    try:
-        with denoiser.at_effort(effort):
-            pass
-    except ValueError as error:
-        raise ValueError(f"explore: {error}") from error
-    if effort:
-        note_path("explore", ", ".join(f"{name} {value}" for name, value in effort.items()))
-    return effort
 
 
 def _note_sampler(policy: Policy, sampler: SamplerName | Sampler, pipe: Any) -> str | None:
@@ -445,7 +420,7 @@ def _reports(
     return reports, winners
 
 
-def _finished(node: Node) -> tuple[bool, bool, bool, float]:
-    """Full effort first, without a fault, ends of trajectories before previews, then by score."""
+def _finished(node: Node) -> tuple[bool, bool, float]:
+    """Without a fault, ends of trajectories before previews, then by score."""
     score = -math.inf if math.isnan(node.score) else node.score
-    return not node.explored, node.fault is None, node.last, score
+    return node.fault is None, node.last, score

@@ -253,10 +253,6 @@ class SearchSettings(Settings):
     )
     starts: int | None = _count("Starting noises per trajectory.")
     chains: int | None = _count("Trajectories per picture; the best is kept.")
-    explore: float | None = _share(
-        "Evaluate candidates at this tail drop, and the chosen ones in full; needs dynamic chunking."
-    )
-    explore_uncond: float | None = _share("The same for the unconditional branch. Default: as --explore.")
     preview: str | None = setting(
         str,
         "Previews that the verifier scores during the search: full, or pooled at a quarter of the decoder's cost. "

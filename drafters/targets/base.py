@@ -225,6 +225,10 @@ class Target(ABC):
         """The feature of which the logits are a linear map, [..., F]: for a linear head the hidden state itself."""
         return hidden
 
+    def head_and_redundancy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once, for rules that compare hidden states."""
+        return self.head(hidden), self.redundancy(hidden)
+
     @property
     def image_size(self) -> int | None:
         """Height and width in pixels, where the model draws one size only; None where it is not known."""

@@ -70,6 +70,11 @@ class JanusTarget(Target):
         feature: Tensor = head.activation_fn(head.proj_out(hidden))
         return feature
 
+    def head_and_redundancy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.redundancy(hidden)
+        logits: Tensor = self.inner.generation_head.vision_head(feature)
+        return logits, feature
+
     def pixels(self, tokens: Tensor) -> Tensor:
         return unit_range(self.model.decode_image_tokens(tokens))
 

@@ -198,7 +198,7 @@ def accelerate_markdown(data: dict[str, Any]) -> str:
         "time saved against fewer steps",
     ]
     line = f"`accelerate` itself: {data['accelerate_seconds']['p50'] * 1000:.1f} ms"
-    return markdown_table(header, rows) + "\n" + line + "\n" + provenance(data) + "\n"
+    return markdown_table(header, rows) + "\n" + line + "\n\n" + provenance(data) + "\n"
 
 
 def _saved_text(saved: dict[str, Any] | None) -> str:

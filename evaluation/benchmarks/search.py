@@ -1,9 +1,8 @@
 """Noise search: score against forward passes and against seconds, for all policies at several budgets.
 
-Every prompt is searched alone, as a user waits for one picture, and its own seconds are taken: from the call to the
-picture, with text encoder, decoder and verifier. All policies at all budgets take turns on a prompt before the next
-one comes, so that the machine's moods fall on all of them. The checker that scores is not the verifier that is
-searched.
+Every prompt is searched alone, as a user waits for one picture; its seconds are those from the call to the picture,
+with text encoder, decoder and verifier. All policies at all budgets take turns on a prompt before the next one, so
+that a slow moment of the machine affects all of them. The checker that scores is not the verifier that is searched.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def benchmark_search(
 
     Args:
         model: a diffusion pipeline that draws ShapesWorld.
-        folder: of the pictures and of what every search did; a killed run continues there, and so does one with more
+        folder: of the pictures and of what every search did; a killed run resumes there, and so does one with more
             prompts, seeds, policies or budgets.
         variant: of the weight files, as in diffusers.
         verifier: that is searched.
@@ -210,7 +209,7 @@ def _plan(
 
 
 def _open(folder: Path, record: dict[str, Any], searches: Sequence[Search]) -> None:
-    """Make the folders, or go on in those of the same settings."""
+    """Make the folders, or resume in those of the same settings."""
     check_writable(folder)
     for place, wanted in ((folder, record), *((search.folder, search.settings) for search in searches)):
         file = place / "settings.json"

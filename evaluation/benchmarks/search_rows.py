@@ -173,15 +173,14 @@ def _verified(
 
 
 def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
-    """What thresholds are worth against every other policy, and elastic searches against the same policy without.
+    """What thresholds are worth against every other policy.
 
     Returns:
         "comparisons": every threshold row against the row of every rival that takes as many seconds, or the least
         more (where all take fewer, the slowest one, and "slower" is False): see `compare`. "equal": the same against
         a mixture of the two budgets of a rival whose seconds lie on both sides, in the shares with which it takes as
         many; nothing where they do not. "reach": what a threshold pays for the score of every rival at its largest
-        budget, in seconds and in forward passes: see `reach`. The rivals of a policy that explores are rows of that
-        policy which do not, as well.
+        budget, in seconds and in forward passes: see `reach`.
     """
     curves: dict[str, list[Row]] = {}
     for row in rows:
@@ -257,9 +256,7 @@ def _equal(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
 
 def _rivals(ours: Row, theirs: Row) -> bool:
     """Whether a policy is compared with another."""
-    exploring, plain = ("explore" in row.data["settings"] for row in (ours, theirs))
-    elastic = exploring and not plain and ours.method == theirs.method
-    return elastic or (ours.method == OURS and theirs.method not in (OURS, NONE))
+    return ours.method == OURS and theirs.method not in (OURS, NONE)
 
 
 def _as_slow(row: Row, others: Sequence[Row]) -> Row:

@@ -45,7 +45,7 @@ VARIANTS = tuple(POLICIES)
 # Arguments of a search that the benchmark sets itself.
 _FIXED = {
     *("self", "prompt", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "generator"),
-    *("max_nfe", "max_seconds", "batch_size", "output_type", "return_dict", "on_round", "extra"),
+    *("max_nfe", "max_seconds", "batch_size", "output_type", "return_dict", "on_round", "pipeline_kwargs"),
 }
 _THRESHOLD = re.compile(r"(best-so-far)|(online-quantile|previous)\(([-+.\de]+)\)")
 
@@ -112,7 +112,7 @@ def parse_variant(text: str) -> Variant:
 
     A setting is one of the policy, an argument of `NoiseSearchPipeline.__call__`, `thresholds`, the file of calibrated
     ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or
-    "previous(DELTA)"; knobs are written "explore=tail_drop:0.9,uncond_tail_drop:0.95".
+    "previous(DELTA)".
 
     Raises:
         ValueError: it cannot be read, there is no such policy or setting, or one is out of range.
@@ -152,9 +152,7 @@ def call_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, a truth value, knobs, a threshold or a word."""
-    if ":" in text:
-        return {key: _value(value) for key, _, value in (part.partition(":") for part in text.split(","))}
+    """A number, a truth value, a threshold or a word."""
     for kind in (int, float):
         try:
             return kind(text)

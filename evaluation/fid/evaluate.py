@@ -120,7 +120,7 @@ def check_size(what: str, n: int | None, dims: int, allow_small: bool) -> None:
     """
     needed = 2 if allow_small else 2 * dims
     if n is not None and n < needed:
-        hint = "" if allow_small else " (--allow-small computes the biased value all the same)"
+        hint = "" if allow_small else " (--allow-small computes the biased value anyway)"
         raise FastgenError(
             f"{what}: {n} images are too few for a covariance of {dims} features, needs at least {needed}{hint}"
         )

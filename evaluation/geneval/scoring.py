@@ -69,6 +69,17 @@ class GenEvalScore:
     results: list[ImageResult]
     stores: Sequence[ChunkStore] = ()
 
+    def finish(self, folder: Path, target: Path | None, more: dict[str, Any]) -> dict[str, Any]:
+        """The scores of the images in `folder` with `more`; written into `target` if there is one. What was kept for
+        resuming is removed."""
+        report = {**self.data, **more, "images": str(folder)}
+        if target is not None:
+            self.write(folder, target, report)
+            report["results"] = str(target / "scores.json")
+        for store in self.stores:
+            store.discard()
+        return report
+
     def write(self, folder: Path, target: Path, report: dict[str, Any]) -> None:
         """Write the verdicts on the images in `folder`, and the scores in `report`, into `target`."""
         verdicts = results_jsonl(folder, self.samples, self.results, report["detector_name"])
@@ -76,11 +87,6 @@ class GenEvalScore:
         page = (title + scores_markdown(report)).encode()
         atomic_write_many([(target / "results.jsonl", verdicts), (target / "scores.md", page)])
         atomic_write_json(target / "scores.json", report)
-
-    def discard(self) -> None:
-        """Remove what was kept for resuming: the scores are written."""
-        for store in self.stores:
-            store.discard()
 
 
 def score_images(
@@ -98,10 +104,10 @@ def score_images(
     Args:
         expected: the prompts that must be there; None takes the 553 official ones when the folder holds no other
             prompt than theirs, and else whatever is there.
-        partial: score a part of them, or unequal numbers of images, all the same; `data["partial"]` then says what is
+        partial: also score a part of them, or unequal numbers of images; `data["partial"]` then says what is
             missing.
         group: processes that share the work; all of them get the scores.
-        work: folder where finished parts are kept until `GenEvalScore.discard`; an interrupted call resumes from it.
+        work: folder where finished parts are kept until `GenEvalScore.finish`; an interrupted call resumes from it.
 
     Raises:
         FastgenError: the folder cannot be read, a prompt names what nobody can see, an image is damaged, or images

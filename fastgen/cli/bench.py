@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastgen.cli.bench_accelerate import accelerate
-from fastgen.cli.bench_kernels import kernels
 from fastgen.cli.bench_search import search
-from fastgen.cli.bench_serve import serve
 from fastgen.cli.methods import VariantOption, check_device, find_model, variant_option
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 from fastgen.errors import FastgenError
 
 app = typer.Typer(help="Measure speed and memory; writes JSON.", no_args_is_help=True)
@@ -25,9 +25,7 @@ def _group() -> None:
 
 
 app.command("accelerate")(accelerate)
-app.command("kernels")(kernels)
 app.command("search")(search)
-app.command("serve")(serve)
 
 
 @app.command("generate")
@@ -67,7 +65,7 @@ def generate(
             cold=cold,
             device=device,
             dtype=dtype,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
     publish(result, out, as_json, generate_markdown(result), notes.texts)
 
@@ -135,7 +133,7 @@ def dc(
             timed_prompts=4 if quick else 24,
             runs=runs,
             device=device,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
         if plot is not None:
             dc_quality_plot(result, plot)
@@ -222,7 +220,7 @@ def speculative(
             compile=compile,
             batches=batch or (),
             commands=commands,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
         if plot is not None:
             speculative_plot(result, plot)
@@ -254,7 +252,7 @@ def speculative_cost(
         runs=runs,
         device=device,
         dtype=dtype,
-        report=lambda line: typer.echo(line, err=True),
+        report=report,
     )
     publish(result, out, as_json, speculative_cost_markdown(result))
 
@@ -294,6 +292,80 @@ def dc_speed(
         compile=compile,
         device=device,
         dtype=dtype,
-        report=lambda line: typer.echo(line, err=True),
+        report=report,
     )
     publish(result, out, as_json, dc_markdown(result))
+
+
+@app.command("serve")
+def serve(
+    model: Annotated[str, typer.Option(help="Model to serve: name, folder or Hub id.")] = "tiny",
+    variant: VariantOption = None,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
+    pictures: Annotated[int, typer.Option(help="Pictures of a round.")] = 24,
+    minutes: Annotated[
+        float, typer.Option(help="Then keep eight clients busy for this long, and compare every picture.")
+    ] = 0.0,
+    replicas: Annotated[
+        int, typer.Option(help="Replicas of Ray Serve to draw on; one is killed every minute of that load.")
+    ] = 0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What `fastgen serve` gains by shared batches, and whether it stays right under load."""
+    from fastgen.cli.serve import check_libraries
+
+    check_libraries(ray=replicas > 0)
+    find_model(model, variant)
+    check_files(out)
+    with measuring() as notes:
+        from fastgen.evaluation.benchmarks.serve import benchmark_serve, serve_markdown
+
+        result = benchmark_serve(
+            model,
+            rounds=rounds,
+            pictures=pictures,
+            minutes=minutes,
+            variant=variant,
+            replicas=replicas,
+            report=report,
+        )
+    publish(result, out, as_json, serve_markdown(result), notes.texts)
+
+
+@app.command("kernels")
+def kernels(
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this operation (with --end-to-end: models whose names begin so); repeat for several."),
+    ] = None,
+    device: DeviceOption = "cpu",
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Steps of whole models with random weights, kernels on and off.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="After this many, references are no longer compiled and no other model is begun.")
+    ] = 110.0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fused kernels against their references, eager and compiled, and against the memory's speed."""
+    from fastgen.io import atomic_write_json
+
+    check_device(device)
+    check_files(out)
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastgen.evaluation.benchmarks.kernels import benchmark_kernels
+        from fastgen.evaluation.kernel_results import kernels_markdown
+
+        result = benchmark_kernels(
+            op,
+            device=device,
+            compile=compile,
+            end_to_end=end_to_end,
+            seconds=seconds,
+            report=report,
+            save=lambda result: None if out is None else atomic_write_json(out, result),
+        )
+    publish(result, out, as_json, kernels_markdown(result))

@@ -10,7 +10,7 @@ import typer
 
 from fastgen.cli.methods import VariantOption, check_device, find_model, read_plan
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 
 __all__ = ["accelerate"]
 
@@ -79,7 +79,7 @@ def accelerate(
             log,
             {"model": model, "weights": model_digest(checkpoint), "device": device, "dtype": dtype, "metric": metric},
             time.monotonic() + 60 * minutes,
-            lambda line: typer.echo(line, err=True),
+            report,
         )
     publish(result, out, as_json, accelerate_markdown(result), notes.texts)
 

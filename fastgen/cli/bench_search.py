@@ -9,7 +9,7 @@ import typer
 
 from fastgen.cli.methods import VariantOption, check_device, find_model
 from fastgen.cli.notes import measuring
-from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish
+from fastgen.cli.publish import DeviceOption, DtypeOption, JsonOption, OutOption, check_files, publish, report
 
 __all__ = ["search"]
 
@@ -78,7 +78,7 @@ def search(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
-            report=lambda line: typer.echo(line, err=True),
+            report=report,
         )
         if plot is not None:
             search_plot(result, plot)

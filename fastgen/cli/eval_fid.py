@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,20 +117,10 @@ def fid(
     from fastgen.evaluation.fid.evaluate import FidSettings, check_evaluation, evaluate_images, load_extractors
     from fastgen.io import user_cache_dir
 
+    named_alike = [field.name for field in dataclasses.fields(FidSettings) if field.name != "metrics"]
     settings = FidSettings(
-        metrics=_metrics(extractor, metrics, protocol, prompts is not None),
-        protocol=protocol,
-        n=n,
-        reference_n=reference_n,
-        allow_small=allow_small,
-        bootstrap=bootstrap,
-        seed=seed,
-        subsets=subsets,
-        subset_size=subset_size,
-        batch_size=batch_size,
-        workers=workers,
-        mixed_sizes=mixed_sizes,
-        device=device,
+        _metrics(extractor, metrics, protocol, prompts is not None),
+        **{name: context.params[name] for name in named_alike},
     )
     named = _weights(weights or [])
     for path, suffix in ((out, ".json"), (save_statistics, ".npz")):

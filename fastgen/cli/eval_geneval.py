@@ -118,12 +118,7 @@ def geneval(
         )
         if not group.is_main:
             return
-        report = {**score.data, **report, "images": str(folder)}
-    report["stats"] = stats.as_dict()
-    if target is not None:
-        score.write(folder, target, report)
-        report["results"] = str(target / "scores.json")
-    score.discard()
+    report = score.finish(folder, target, {**report, "stats": stats.as_dict()})
     typer.echo(json.dumps(report) if as_json else "\n".join([*_lines(report), *source_lines(report)]))
 
 

@@ -84,15 +84,10 @@ def shapes(
         )
         if not group.is_main:
             return
-        report = {**score.data, **report, "images": str(folder)}
         if sheet is not None:
             save_png(sheet, score.sheet(captions=captions))
             report["sheet"] = str(sheet)
-    report["stats"] = stats.as_dict()
-    if target is not None:
-        score.write(folder, target, report)
-        report["results"] = str(target / "scores.json")
-    score.discard()
+    report = score.finish(folder, target, {**report, "stats": stats.as_dict()})
     typer.echo(json.dumps(report) if as_json else _scores_text(report))
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.cli import pictures
 from fastgen.cli import search as searching
 from fastgen.cli.drawing import Drawing, prepare
 from fastgen.cli.methods import (
@@ -73,9 +72,9 @@ def generate(
         bool, typer.Option("--compile", help="Compile the rounds; worth it for many pictures (speculative).")
     ] = False,
     save_tree: searching.SaveTreeOption = False,
-    image: pictures.ImageOption = None,
-    mask: pictures.MaskOption = None,
-    strength: pictures.StrengthOption = None,
+    image: searching.ImageOption = None,
+    mask: searching.MaskOption = None,
+    strength: searching.StrengthOption = None,
     save_map: Annotated[
         bool, typer.Option("--save-map", help="Also write NAME.map.png: where tokens are kept (dynamic chunking).")
     ] = False,
@@ -106,7 +105,7 @@ def generate(
 
     given = SimpleNamespace(**context.params)
     prompts = _check_options(given)
-    beginning = pictures.beginning_of(method, image, mask, strength)
+    beginning = searching.beginning_of(method, image, mask, strength)
     target, is_folder = _output(output, prompts_file is not None)
     with contextlib.redirect_stdout(sys.stderr), _group(device) as group:  # libraries print; stdout is for the result
         drawing = prepare(given, prompts, beginning, group.device)

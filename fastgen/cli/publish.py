@@ -58,3 +58,8 @@ def publish(
     if out is not None:
         atomic_write_json(out, result)
     typer.echo(json.dumps(result) if as_json else table)
+
+
+def report(line: str) -> None:
+    """A line about what is being measured, on stderr."""
+    typer.echo(line, err=True)

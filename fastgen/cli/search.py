@@ -17,12 +17,12 @@ import typer
 from fastgen.cli.options import option_name
 from fastgen.cli.publish import has_matplotlib
 from fastgen.errors import FastgenError
+from fastgen.pipelines.beginnings import Beginning, read_beginning
 from fastgen.pipelines.schema import SearchSettings
 
 if TYPE_CHECKING:
     from fastgen.cli.plan import Job
     from fastgen.evaluation.verifiers.base import Verifier
-    from fastgen.pipelines.beginnings import Beginning
     from fastgen.pipelines.generation import GeneratedImage
     from fastgen.pipelines.loading.checkpoint import Checkpoint
     from fastgen.pipelines.search.budget import Budget
@@ -31,7 +31,19 @@ if TYPE_CHECKING:
 SaveTreeOption = Annotated[
     bool, typer.Option("--save-tree", help="Also write NAME.tree.png: all candidates and their scores (search).")
 ]
-
+ImageOption = Annotated[
+    Path | None, typer.Option("--image", help="A picture to begin with, img2img (search).", show_default=False)
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option("--mask", help="White where --image is to be drawn again, inpainting (search).", show_default=False),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How much of --image may change, above 0 to 1. Default: the pipeline's (search).", show_default=False
+    ),
+]
 
 #: Of the models that come with fastgen.
 DEFAULT_VERIFIER = "shapes-verifier"
@@ -46,7 +58,7 @@ class Search:
         budget: of each picture.
         sampler: of noisy steps; None: the policy has none.
         verifier: for `load_verifier`.
-        cheap: `explore` and `preview` of the search, as far as they are asked for.
+        preview: how candidates are decoded.
         save_tree: whether trees are written too.
         settings: for the sidecar.
         beginning: arguments of the call for the picture that it begins with.
@@ -56,7 +68,7 @@ class Search:
     budget: Budget
     sampler: str | None
     verifier: str
-    cheap: dict[str, Any]
+    preview: Any
     save_tree: bool
     settings: dict[str, Any]
     beginning: dict[str, Any]
@@ -124,9 +136,8 @@ def plan_search(
             raise FastgenError(f"--strength: {pipeline.__name__} does not take it")
         steps = beginning.steps(steps or 1, arguments.get("strength"))
     guided = adapter.guided_above is not None and scale is not None and scale > adapter.guided_above
-    cheap = _cheap(checkpoint, asked)
     # The pipeline checks again with what the loaded model tells; here less may be known, but never too much.
-    policy.check(budget, (steps or 1) - 1, 2 if guided else 1, "explore" in cheap)
+    policy.check(budget, (steps or 1) - 1, 2 if guided else 1)
     verifier, files = _verifier(checkpoint, asked)
     values: dict[str, Any] = {
         name: getattr(policy, name) for name in ("starts", "chains") if name in _settings_of(policy)
@@ -140,17 +151,7 @@ def plan_search(
     }
     settings |= values | ({} if beginning is None else beginning.settings)
     begin = {} if beginning is None else beginning.arguments
-    return Search(policy, budget, sampler, verifier, cheap, save_tree, settings, begin)
-
-
-def _cheap(checkpoint: Checkpoint, asked: SearchSettings) -> dict[str, Any]:
-    """`explore` and `preview` of the pipeline, where they are asked for."""
-    cheap: dict[str, Any] = {} if asked.preview is None else {"preview": asked.preview}
-    given = {"tail_drop": asked.explore, "uncond_tail_drop": asked.explore_uncond}
-    explore = {name: value for name, value in given.items() if value is not None}
-    if explore and not checkpoint.has_dynamic_chunking:
-        raise FastgenError(f"--explore: model {checkpoint.model!r} has no dynamic chunking")
-    return cheap | ({"explore": explore} if explore else {})
+    return Search(policy, budget, sampler, verifier, asked.preview or "full", save_tree, settings, begin)
 
 
 def _policy(asked: SearchSettings) -> Policy:
@@ -213,7 +214,7 @@ def searched_pictures(
 
     try:
         with _terminable():
-            limits: dict[str, Any] = {"budget": search.budget, "sampler": search.sampler, **search.cheap}
+            limits: dict[str, Any] = {"budget": search.budget, "sampler": search.sampler, "preview": search.preview}
             limits |= search.beginning
             yield from search_images(pipe, verifier, search.policy, prompts, seeds, **limits, **arguments)
     except SearchInterrupted as error:
@@ -296,3 +297,18 @@ def write_missing_trees(jobs: Sequence[Job]) -> None:
         if search and not job.image.with_suffix(".tree.png").exists():
             with Image.open(job.image) as picture:
                 atomic_write_many([tree_file(job.image, search, picture)])
+
+
+def beginning_of(
+    method: str | None, image: Path | None, mask: Path | None, strength: float | None
+) -> Beginning | None:
+    """What these options ask for.
+
+    Raises:
+        FastgenError: without a search, or what `read_beginning` refuses.
+    """
+    given = {"image": image, "mask": mask, "strength": strength}
+    names = [option_name(name) for name, value in given.items() if value is not None]
+    if names and method != "search":
+        raise FastgenError(f"{names[0]}: needs --method search")
+    return read_beginning(image, mask, strength, option_name)

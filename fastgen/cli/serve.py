@@ -6,12 +6,13 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
 from fastgen.checks import check_choice
-from fastgen.cli.methods import VariantOption
+from fastgen.cli.options import load_options, with_loading
 from fastgen.cli.publish import DtypeOption
 from fastgen.errors import FastgenError
 
@@ -36,13 +37,13 @@ def check_libraries(*, ray: bool = False) -> None:
 
 
 @app.command()
+@with_loading
 def serve(
     context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A name, a folder or a Hub id; repeat. Default: tiny.", show_default=False),
     ] = None,
-    variant: VariantOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than this machine's need a key.")
     ] = "127.0.0.1",
@@ -92,6 +93,7 @@ def serve(
     limit_nfe: Annotated[
         int, typer.Option(help="Forward passes of a search for one picture.", rich_help_panel=_LIMITS)
     ] = 2000,
+    **loading: Any,
 ) -> None:
     """Serve pictures over HTTP as OpenAI's image interface does, with a page at /. Ctrl-C finishes what is in the
     making and ends."""
@@ -99,7 +101,7 @@ def serve(
     check_libraries(ray=engine == "ray")
     from fastgen.serve.settings import ClusterSettings, Limits, ServeSettings
 
-    given = context.params  # options have the names of the settings
+    given = context.params | {"options": load_options(SimpleNamespace(**loading))}  # named as the settings are
     limits = Limits(**_of(Limits, given, "limit_"))
     settings = ServeSettings(
         **_of(ServeSettings, given)

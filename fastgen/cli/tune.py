@@ -20,6 +20,9 @@ from fastgen.errors import FastgenError
 
 if TYPE_CHECKING:
     from fastgen.evaluation.tuning import Trial
+    from fastgen.pipelines.accelerate import Plan
+    from fastgen.pipelines.loading.checkpoint import Checkpoint
+    from fastgen.pipelines.loading.load_options import LoadOptions
 
 app = typer.Typer(help="Measure what makes a model faster here, and write a plan.")
 
@@ -44,7 +47,9 @@ def tune(
             "or a verifier: shapes-verifier, clip-score, pick-score …"
         ),
     ] = "ssim",
-    max_drop: Annotated[float, typer.Option(help="How much lower the mean score of the plan may be.")] = 0.05,
+    max_drop: Annotated[
+        float, typer.Option(help="Of the mean score: the upper end of the 95 % interval of its drop.")
+    ] = 0.05,
     prompts: Annotated[int, typer.Option(help="Pictures of each measurement.")] = 12,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
@@ -58,14 +63,14 @@ def tune(
     """Measure what makes a model faster here, and write a plan.
 
     Every plan is timed against the stock pipeline picture by picture, with the same seeds. Fewer steps alone are
-    always among the plans. A run that was ended goes on from its log.
+    always among the plans. An interrupted run resumes from its log.
 
     fastgen tune --model tiny --prompts-file prompts.txt --minutes 5 -o plan.json
 
     fastgen generate "a red circle" --plan plan.json
     """
     from fastgen.checks import check_choice, check_integer, check_number
-    from fastgen.cli.plan import model_digest, read_prompts_file
+    from fastgen.cli.plan import read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
     from fastgen.pipelines.loading.checkpoint import check_names
@@ -86,48 +91,64 @@ def tune(
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)
     check_writable(output.parent)
-    log = output.with_suffix(".log.jsonl")
-    files = [output, log, output.with_suffix(".png"), output.with_suffix(".sheet.png")]
+    files = [output, output.with_suffix(".log.jsonl"), output.with_suffix(".png"), output.with_suffix(".sheet.png")]
     context.with_resource(locked_files(files))
 
     with contextlib.redirect_stdout(sys.stderr):
-        from fastgen.evaluation import tune_report
-        from fastgen.evaluation.tune_metrics import load_metric
-        from fastgen.evaluation.tuning import Tuner, candidates, front
-        from fastgen.io import atomic_write_bytes
-        from fastgen.pipelines.loading import load_checkpoint, resolve_device
-        from fastgen.pipelines.schema import SETTINGS
-        from fastgen.pipelines.settings import draws_tokens, pipeline_class, resolve_settings
-
-        kind_of_pipe = pipeline_class(checkpoint)
-        if draws_tokens(kind_of_pipe):
-            raise FastgenError(f"--model: {model!r} draws tokens; see --method speculative, --tree auto")
-        drawn = resolve_settings(kind_of_pipe, checkpoint, {**dict.fromkeys(SETTINGS), "steps": steps})
-        where, weights = resolve_device(best_device() if device == "auto" else device, dtype)
-        options.check(pipeline_class(checkpoint), checkpoint.index, where)
-        kind = str(weights).removeprefix("torch.")
-        scorer = load_metric(metric, texts, str(where))
-        call = {"steps": steps, "batch_size": 1}
-        if not (plots := has_matplotlib()):
-            typer.echo("note: there will be no plot, it needs matplotlib (python -m pip install matplotlib)", err=True)
-        pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind, options=options)
-        header = _header(model, model_digest(checkpoint), where, kind, texts, metric, call)
-        header |= {"loading": options.recorded} if options.recorded else {}
-        tuner = Tuner(pipe, texts, scorer, call, log, header, time.monotonic() + 60 * minutes, _report)
-        parts = candidates(pipe, "lossy" if loss == "lossy" else "exact", compile)
-        chosen = tuner.tune(parts, max_drop)
-        _remember_compiling(pipe, tuner.trials, {**drawn, "batch_size": 1})
-        plan = _plan(pipe, tuner.trials, chosen, header, metric, max_drop)
-        shown = dict.fromkeys([(), chosen.parts, *(trial.parts for trial in front(tuner.trials))])
-        names = {trial.parts: trial.name for trial in tuner.trials}
-        rows = [(names[parts], tuner.draw(parts, _SHEET)) for parts in shown]
-        plan.save(output)
-        atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
-        if plots:
-            tune_report.plot(tuner.trials, chosen, metric, files[2])
+        plan, plots = _measure(given, texts, options, checkpoint, files)
     written = {"plan": str(output), **({"plot": str(files[2])} if plots else {}), "sheet": str(files[3])}
     typer.echo(json.dumps({**plan.as_dict(), "files": written}) if as_json else str(plan))
     typer.echo(", ".join(written.values()), err=True)
+
+
+def _measure(
+    given: Any, texts: list[str], options: LoadOptions, checkpoint: Checkpoint, files: list[Path]
+) -> tuple[Plan, bool]:
+    """Measure, and write the plan, the plot and the contact sheet.
+
+    Args:
+        given: options of the command.
+        files: of the plan, the log, the plot and the contact sheet.
+
+    Returns:
+        the plan, and whether there is a plot.
+    """
+    from fastgen.cli.plan import model_digest
+    from fastgen.evaluation import tune_report
+    from fastgen.evaluation.tune_metrics import load_metric
+    from fastgen.evaluation.tuning import Tuner, candidates, front
+    from fastgen.io import atomic_write_bytes
+    from fastgen.pipelines.loading import load_checkpoint, resolve_device
+    from fastgen.pipelines.schema import SETTINGS
+    from fastgen.pipelines.settings import draws_tokens, pipeline_class, resolve_settings
+
+    kind_of_pipe = pipeline_class(checkpoint)
+    if draws_tokens(kind_of_pipe):
+        raise FastgenError(f"--model: {given.model!r} draws tokens; see --method speculative, --tree auto")
+    drawn = resolve_settings(kind_of_pipe, checkpoint, {**dict.fromkeys(SETTINGS), "steps": given.steps})
+    where, weights = resolve_device(best_device() if given.device == "auto" else given.device, given.dtype)
+    options.check(kind_of_pipe, checkpoint.index, where)
+    kind = str(weights).removeprefix("torch.")
+    scorer = load_metric(given.metric, texts, str(where))
+    call = {"steps": given.steps, "batch_size": 1}
+    if not (plots := has_matplotlib()):
+        typer.echo("note: there will be no plot, it needs matplotlib (python -m pip install matplotlib)", err=True)
+    pipe: Any = load_checkpoint(checkpoint, device=str(where), dtype=kind, options=options)
+    header = _header(given.model, model_digest(checkpoint), where, kind, texts, given.metric, call)
+    header |= {"loading": options.recorded} if options.recorded else {}
+    tuner = Tuner(pipe, texts, scorer, call, files[1], header, time.monotonic() + 60 * given.minutes, _report)
+    parts = candidates(pipe, "lossy" if given.loss == "lossy" else "exact", given.compile)
+    chosen = tuner.tune(parts, given.max_drop)
+    _remember_compiling(pipe, tuner.trials, {**drawn, "batch_size": 1})
+    plan = _plan(pipe, tuner.trials, chosen, header, given.metric, given.max_drop)
+    shown = dict.fromkeys([(), chosen.parts, *(trial.parts for trial in front(tuner.trials))])
+    names = {trial.parts: trial.name for trial in tuner.trials}
+    rows = [(names[parts], tuner.draw(parts, _SHEET)) for parts in shown]
+    plan.save(files[0])
+    atomic_write_bytes(files[3], tune_report.contact_sheet(rows))
+    if plots:
+        tune_report.plot(tuner.trials, chosen, given.metric, files[2])
+    return plan, plots
 
 
 def _header(
@@ -180,7 +201,7 @@ def _line(trial: Trial) -> str:
     )
 
 
-def _plan(pipe: Any, trials: list[Trial], chosen: Trial, header: dict[str, Any], metric: str, max_drop: float) -> Any:
+def _plan(pipe: Any, trials: list[Trial], chosen: Trial, header: dict[str, Any], metric: str, max_drop: float) -> Plan:
     """The chosen plan with all that was measured."""
     from fastgen.environment import environment
     from fastgen.evaluation.tuning import beats_fewer_steps, front

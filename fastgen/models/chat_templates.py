@@ -8,11 +8,17 @@ run, have a limit. What a chat format needs is far below.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from fastgen.errors import FastgenError
 
@@ -59,8 +65,6 @@ def check_chat_template(tokenizer: Any, label: object, prompts: Sequence[str] = 
 
 def _try(template: str, special: dict[str, Any], prompts: Sequence[str], label: object) -> None:
     """Render all chats, as far as the template takes them."""
-    from jinja2 import TemplateSyntaxError
-
     try:
         compiled = _environment().from_string(template)
     except TemplateSyntaxError as error:
@@ -191,110 +195,100 @@ def _widths(text: str) -> int:
     return sum(int(digits) if len(digits) < 10 else _MAX_SIZE for digits in found)
 
 
-@functools.cache
-def _environment_class() -> type:
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.visitor import NodeTransformer
+class _Generation(Extension):
+    """The mark around what an assistant says: transformers counts its tokens."""
 
-    class Generation(Extension):
-        """The mark around what an assistant says: transformers counts its tokens."""
+    tags = {"generation"}
 
-        tags = {"generation"}
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    class Counted(NodeTransformer):
-        """``a ~ b`` as ``a|string + b|string``, which is counted, and so are constants that are folded."""
+class _Counted(NodeTransformer):
+    """``a ~ b`` as ``a|string + b|string``, which is counted, and so are constants that are folded."""
 
-        def __init__(self, environment: Any) -> None:
-            self.environment = environment
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
 
-        def visit_Concat(self, node: Any) -> Any:  # noqa: N802
-            texts: list[Any] = [nodes.Filter(self.visit(part), "string", [], [], None, None) for part in node.nodes]
-            return functools.reduce(nodes.Add, texts).set_lineno(node.lineno)
+    def visit_Concat(self, node: Any) -> Any:  # noqa: N802
+        texts: list[Any] = [nodes.Filter(self.visit(part), "string", [], [], None, None) for part in node.nodes]
+        return functools.reduce(nodes.Add, texts).set_lineno(node.lineno)
 
-        def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
-            node = self.generic_visit(node)
-            if isinstance(node.arg, nodes.Slice):
-                node.node = nodes.Filter(node.node, "whole", [], [], None, None).set_lineno(node.lineno)
-            return node
+    def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
+        node = self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = nodes.Filter(node.node, "whole", [], [], None, None).set_lineno(node.lineno)
+        return node
 
-        def visit_Filter(self, node: Any) -> Any:  # noqa: N802
-            node = self.generic_visit(node)
-            given = [node.node, *node.args, *(each.value for each in node.kwargs)]
-            if all(isinstance(each, nodes.Const) for each in given):
-                self.environment.meter.before(node.name, [each.value for each in given])
-            return node
+    def visit_Filter(self, node: Any) -> Any:  # noqa: N802
+        node = self.generic_visit(node)
+        given = [node.node, *node.args, *(each.value for each in node.kwargs)]
+        if all(isinstance(each, nodes.Const) for each in given):
+            self.environment.meter.before(node.name, [each.value for each in given])
+        return node
 
-        def _fold(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            if isinstance(node.left, nodes.Const) and isinstance(node.right, nodes.Const):
-                left, right = node.left.value, node.right.value
-                self.environment.meter.operate(node.operator, left, right)
-                try:
-                    return nodes.Const(self.environment.binop_table[node.operator](left, right), lineno=node.lineno)
-                except Exception:  # it ends in this error where it is rendered
-                    return node
-            return node
+    def _fold(self, node: Any) -> Any:
+        node = self.generic_visit(node)
+        if isinstance(node.left, nodes.Const) and isinstance(node.right, nodes.Const):
+            left, right = node.left.value, node.right.value
+            self.environment.meter.operate(node.operator, left, right)
+            try:
+                return nodes.Const(self.environment.binop_table[node.operator](left, right), lineno=node.lineno)
+            except Exception:  # it ends in this error where it is rendered
+                return node
+        return node
 
-        visit_Mul = visit_Pow = visit_Add = visit_Mod = _fold  # noqa: N815
+    visit_Mul = visit_Pow = visit_Add = visit_Mod = _fold  # noqa: N815
 
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-        def __init__(self) -> None:
-            loops = "jinja2.ext.loopcontrols"
-            self.meter = _Meter()
-            extensions = [Generation, loops]
-            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
-            self.concat = self.meter.join  # type: ignore[method-assign]
-            self.filters["whole"] = lambda value: value
-            for name, function in list(self.filters.items()):
-                self.filters[name] = self._counted(name, function)
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-        def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
-            return super()._generate(Counted(self).visit(source), *args, **kwargs)
+    def __init__(self) -> None:
+        loops = "jinja2.ext.loopcontrols"
+        self.meter = _Meter()
+        extensions = [_Generation, loops]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._written)
+        self.concat = self.meter.join  # type: ignore[method-assign]
+        self.filters["whole"] = lambda value: value
+        for name, function in list(self.filters.items()):
+            self.filters[name] = self._counted(name, function)
 
-        def _written(self, value: Any) -> Any:
-            self.meter.take(self.meter.size(value))
-            return value
+    def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Counted(self).visit(source), *args, **kwargs)
 
-        def _counted(self, name: str, function: Any) -> Any:
-            passed = hasattr(function, "jinja_pass_arg")
+    def _written(self, value: Any) -> Any:
+        self.meter.take(self.meter.size(value))
+        return value
 
-            @functools.wraps(function)
-            def filtered(*args: Any, **kwargs: Any) -> Any:
-                context, values = args[:passed], list(args[passed:])
-                if values and hasattr(values[0], "__next__"):  # what another filter yields
-                    values[0] = list(values[0])
-                self.meter.before(name, [*(values or [""]), *kwargs.values()])
-                return function(*context, *values, **kwargs)
+    def _counted(self, name: str, function: Any) -> Any:
+        passed = hasattr(function, "jinja_pass_arg")
 
-            return filtered
+        @functools.wraps(function)
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            context, values = args[:passed], list(args[passed:])
+            if values and hasattr(values[0], "__next__"):  # what another filter yields
+                values[0] = list(values[0])
+            self.meter.before(name, [*(values or [""]), *kwargs.values()])
+            return function(*context, *values, **kwargs)
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            self.meter.operate(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+        return filtered
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-            method = getattr(__obj, "__wrapped__", __obj)
-            owner = getattr(method, "__self__", None)
-            if isinstance(owner, (str, bytes, int, list, tuple, dict)):
-                __self.meter.before(method.__name__, [owner, *args, *kwargs.values()])
-            return super().call(__context, __obj, *args, **kwargs)
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.meter.operate(operator, left, right)
+        return super().call_binop(context, operator, left, right)
 
-    return Environment
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        method = getattr(__obj, "__wrapped__", __obj)
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, (str, bytes, int, list, tuple, dict)):
+            __self.meter.before(method.__name__, [owner, *args, *kwargs.values()])
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 def _environment() -> Any:
     """As transformers makes it for chat templates, with a meter."""
-    import json
-
-    from jinja2.exceptions import TemplateError
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -302,15 +296,15 @@ def _environment() -> Any:
     def to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
-    environment = _environment_class()()
+    environment = _Environment()
     environment.filters["tojson"] = environment._counted("indent", to_json)
 
     def lipsum(*args: Any, **kwargs: Any) -> None:
         raise _TooMuch("filler text")
 
-    environment.globals |= {
-        "lipsum": lipsum,
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: environment.meter.before("format", [form]) or datetime.now().strftime(form),
-    }
+    def strftime_now(form: str) -> str:
+        environment.meter.before("format", [form])
+        return datetime.now().strftime(form)
+
+    environment.globals |= {"lipsum": lipsum, "raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment

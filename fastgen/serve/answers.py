@@ -20,7 +20,7 @@ _KEPT = 256  # finished pictures that can be fetched by their URL
 
 
 class ImageAnswer(BaseModel):
-    """A picture: `b64_json` or `url`; `fastgen` is what `fastgen generate` writes beside it."""
+    """A picture: `b64_json` or `url`; `fastgen` is the sidecar that `fastgen generate` would write."""
 
     b64_json: str | None = None
     url: str | None = None

@@ -38,11 +38,14 @@ class Catalogue:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.models: dict[str, Checkpoint] = {name: find_model(name, settings.variant) for name in settings.models}
+        which = (settings.variant, settings.revision)
+        self.models: dict[str, Checkpoint] = {name: find_model(name, *which) for name in settings.models}
         device = best_device() if settings.device == "auto" else settings.device
         if settings.verifier is not None:
             verifier_class(settings.verifier)
         self.device, self.dtype = resolve_device(device, settings.dtype)
+        for found in self.models.values():
+            settings.options.check(pipeline_class(found), found.index, self.device, found.target_options)
 
     def methods(self, model: str) -> list[str]:
         """What the model can draw with; the first is its own."""
@@ -145,7 +148,10 @@ class Studio:
             checkpoint, where = self._catalogue.models[model], self._catalogue
             method = "speculative" if checkpoint.draws_tokens else None
             dtype = str(where.dtype).removeprefix("torch.")
-            self._pipes[model] = load_checkpoint(checkpoint, device=str(where.device), dtype=dtype, method=method)
+            options = where.settings.options
+            self._pipes[model] = load_checkpoint(
+                checkpoint, device=str(where.device), dtype=dtype, method=method, options=options
+            )
         return self._pipes[model]
 
     def draw(self, orders: Sequence[Order], report: Callable[[Event, int | None], None]) -> Iterator[Drawn]:
@@ -208,7 +214,7 @@ class Studio:
         verifier = self._verifiers[plan.verifier]
         if order.details:
             verifier = Watched(verifier, lambda png, score: report(Event(partial=png, score=score), None))
-        limits: dict[str, Any] = {"budget": plan.budget, "sampler": plan.sampler, **plan.cheap}
+        limits: dict[str, Any] = {"budget": plan.budget, "sampler": plan.sampler, "preview": plan.preview}
         yield from search_images(pipe, verifier, plan.policy, prompts, seeds, **limits, **common)
 
     def _edited(self, pipe: Any, order: Order, common: dict[str, Any]) -> Iterator[GeneratedImage]:

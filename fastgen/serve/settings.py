@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
+from fastgen.pipelines.loading.load_options import LoadOptions
 
 __all__ = ["ClusterSettings", "Limits", "ServeSettings", "is_loopback"]
 
@@ -47,6 +48,8 @@ class ServeSettings:
     Attributes:
         models: names, folders or Hub ids; the first is what a request without `model` means.
         variant: of their weight files, as in diffusers.
+        revision: branch, tag or commit of Hub ids.
+        options: that each of them is loaded with.
         host, port: where to listen.
         api_key: that requests must carry as a bearer token; None: none is needed.
         insecure: allows another host than this machine without a key.
@@ -62,6 +65,8 @@ class ServeSettings:
 
     models: tuple[str, ...] = ("tiny",)
     variant: str | None = None
+    revision: str | None = None
+    options: LoadOptions = LoadOptions()
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)

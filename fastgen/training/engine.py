@@ -177,13 +177,17 @@ class Trainer:
             for name in getattr(module, "compiled_parts", ()):
                 module.get_submodule(name).compile(dynamic=getattr(module, "compiled_shapes", False))
         if self.sharded:
-            shard(module, self.accelerator.device, self.precision == "bf16")
+            shard(module, self.accelerator.device)
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.optimizers = build_optimizers(module, config.lr, self.precision, adamw)
         self.module = module if self.sharded else self.accelerator.prepare(module)
-        self.ema = EMAModel(self.trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        # DTensor, which holds parts, lacks some of the operations on lists that averages of whole weights use.
+        average: dict[str, Any] = {"decay": config.ema_decay, "use_ema_warmup": True, "power": 0.75}
+        self.ema = EMAModel(self.trained, **average, foreach=not self.sharded)
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = 0, 0.0
+        self._parts = -1
+        """Step of the parts that the checkpoint names."""
         self.logs: dict[str, float] = {}
         self.resumed: list[dict[str, int]] = []
         self.batches = _Batches(recipe, config.seed, process, processes, config.batch_size, config.accumulate)
@@ -330,7 +334,10 @@ class Trainer:
         """Write a checkpoint. Parts are whole on the disk before the file takes its name that names their step."""
         folder, main = self.config.output_dir, self.accelerator.is_main_process
         if self.sharded:
+            if self._parts == self.step:  # a kill must not find the only ones half written
+                return
             save_parts(folder, self.step, self.module, self.ema.shadow_params, self.optimizers)
+            self._parts = self.step
         if not main:
             return
         state = {
@@ -372,6 +379,7 @@ class Trainer:
         averages = self.ema.shadow_params
         if self.sharded:
             load_parts(self.config.output_dir, state["step"], self.module, averages, self.optimizers)
+            self._parts = int(state["step"])
             self.ema.load_state_dict({**state["ema"], "shadow_params": averages})
             return
         self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])

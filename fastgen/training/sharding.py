@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 __all__ = ["clip_gradients", "gather_weights", "load_parts", "remove_parts", "save_parts", "shard", "sharding_asked"]
@@ -30,24 +30,22 @@ def sharding_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def shard(module: torch.nn.Module, device: torch.device, bfloat16: bool) -> None:
+def shard(module: torch.nn.Module, device: torch.device) -> None:
     """Divide a module's parameters between the processes, in place.
+
+    Weights are gathered in their own dtype: norms in float32 next to products in bfloat16 are left to autocast.
 
     Args:
         module: equal in all processes; its parameters are other ones afterwards.
         device: of this process; the parts lie there.
-        bfloat16: gather the weights of a block in bfloat16. Parts, gradients and their sums stay float32.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     parts = list(module.modules())
     whole = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
     for part in reversed(parts[1:]):  # inner ones first
         if type(part).__name__ in whole:
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], limit: float) -> float:

@@ -12,14 +12,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fastgen.checks import check_choice, check_integer
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
-from fastgen.pipelines.loading.config_limits import check_numbers
+from fastgen.pipelines.loading.config_schema import check_numbers
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import check_weight_folder
 
@@ -72,40 +71,24 @@ _LARGEST_PARSED_JSON = 32 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model whose configuration files were read.
+    """A model whose configuration files were read."""
 
-    Args:
-        model: as the user wrote it.
-        folder: where its configuration files are.
-        kind: "diffusers" (a folder with model_index.json), "janus" or "tokens" (of transformers, see `TOKEN_MODELS`).
-        hub_id: the Hub id if the model comes from there; its weights may not be on this machine yet.
-        pipeline_class: name of the diffusers pipeline class, "JanusImagePipeline" for Janus, else that of the model.
-        defaults: the model's own generation settings, from its fastgen.json.
-        size_multiple: height and width must be multiples of it (0: not known from the configuration).
-        fixed_size: the only height and width in pixels, if the model can draw no other.
-        max_size: the largest height and width in pixels, if the configuration tells one.
-        drafter: folder of its drafter for speculative decoding ("drafter" in fastgen.json: a folder relative to it).
-        variant: of the weight files that are read, as in diffusers ("fp16").
-        revision: branch, tag or commit on the Hub.
-        base: folder of the model whose components and defaults stand in for those that `folder` does not hold
-            ("base" in fastgen.json: the name of an embedded model, or a folder relative to that file).
-        tokenizer: folder of its tokenizer, where that is not `folder`: in a saved `SpeculativeImagePipeline`.
-        options: of its adapter, as a saved `SpeculativeImagePipeline` keeps them.
-    """
-
-    model: str
-    folder: Path
-    kind: Kind
-    hub_id: str | None = None
-    pipeline_class: str = ""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    size_multiple: int = 0
-    fixed_size: int | None = None
-    max_size: int | None = None
-    drafter: Path | None = None
+    model: str  # as the user wrote it
+    folder: Path  # of its configuration files
+    kind: Kind  # "janus" and "tokens" are of transformers, see `TOKEN_MODELS`
+    hub_id: str | None = None  # where the model comes from the Hub; its weights may not be on this machine yet
+    pipeline_class: str = ""  # of diffusers, "JanusImagePipeline" for Janus, else that of the model
+    defaults: dict[str, Any] = field(default_factory=dict)  # its generation settings, from its fastgen.json
+    size_multiple: int = 0  # of height and width; 0: the configuration does not say
+    fixed_size: int | None = None  # the only height and width in pixels
+    max_size: int | None = None  # the largest height and width in pixels
+    drafter: Path | None = None  # for speculative decoding: "drafter" in fastgen.json, a folder relative to it
+    # Whose components and defaults stand in for those that `folder` does not hold: "base" in fastgen.json, the name of
+    # an embedded model or a folder relative to that file.
     base: Path | None = None
-    variant: str | None = None
-    revision: str | None = None
+    variant: str | None = None  # of the weight files, as in diffusers ("fp16")
+    revision: str | None = None  # branch, tag or commit on the Hub
+    # Of a saved `SpeculativeImagePipeline`: the folder of its tokenizer, and the options of its adapter.
     tokenizer: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -145,14 +128,11 @@ class Checkpoint:
 
     def component(self, name: str) -> Path:
         """Folder of a component of a diffusers pipeline."""
-        return _component_folder(self.folder, self.base, name)
+        own = self.folder / name
+        return own if self.base is None or own.is_dir() else self.base / name
 
     def check_size(self, height: int | None, width: int | None) -> None:
-        """Refuse a picture size that the model cannot draw; None stands for the model's default.
-
-        Raises:
-            FastgenError: names the side, the value and what is allowed.
-        """
+        """Refuse a picture size that the model cannot draw; None stands for the model's default."""
         for name, value in (("height", height), ("width", width)):
             if value is None:
                 continue
@@ -169,11 +149,7 @@ class Checkpoint:
 
 
 def embedded_folder(name: str) -> Path:
-    """Folder of a model that comes with the package.
-
-    Raises:
-        FastgenError: there is no such model in this installation.
-    """
+    """Folder of a model that comes with the package."""
     spec = importlib.util.find_spec("fastgen")
     roots = list(spec.submodule_search_locations or ()) if spec else []
     for root in roots:
@@ -185,16 +161,12 @@ def embedded_folder(name: str) -> Path:
 def find_checkpoint(
     model: str | os.PathLike[str], variant: str | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Find `model` and read its configuration files; for a Hub id they are downloaded if need be.
+    """Find a model and read its configuration files; for a Hub id they are downloaded if need be.
 
     Args:
         model: the name of an embedded model, a folder, or a Hub id.
-        variant: of the weight files, as in diffusers ("fp16"); None for those of none.
+        variant: of the weight files, as in diffusers ("fp16").
         revision: branch, tag or commit of a Hub id.
-
-    Raises:
-        FastgenError: there is no such model, or its configuration is broken; the message names what is missing and
-            how to get it. Or no such variant can exist.
     """
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
         raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
@@ -223,20 +195,10 @@ def _find_checkpoint(name: str, revision: str | None) -> Checkpoint:
 
 
 def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) -> Path | None:
-    """Folder of a drafter for speculative decoding; from the Hub it is downloaded if need be.
-
-    Args:
-        checkpoint: of the model.
-        name: a folder or a Hub id; "none" for decoding without a drafter; None for the model's own, if it has one.
-
-    Raises:
-        FastgenError: there is no such drafter, or its weights are not whole.
-    """
+    """Folder of a drafter: of a folder or a Hub id, of "none", or by None of the model's own."""
     text = None if name is None else _name("drafter", name)
-    if text is None:
-        folder = checkpoint.drafter
-    elif text == "none":
-        folder = None
+    if text is None or text == "none":
+        folder = checkpoint.drafter if text is None else None
     elif not Path(text).is_dir() and _HUB_ID.fullmatch(text):
         folder = _drafter_folder(download_janus(text))
     else:
@@ -247,11 +209,7 @@ def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) ->
 
 
 def check_names(device: str, dtype: str) -> None:
-    """Refuse a device or a type that cannot exist, whatever this machine has.
-
-    Raises:
-        FastgenError: names the argument, the value and what is allowed.
-    """
+    """Refuse a device or a type that cannot exist, whatever this machine has."""
     if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d+)?", device):
         raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps")
     check_choice("dtype", dtype, DTYPES)
@@ -271,68 +229,51 @@ def _name(argument: str, value: object) -> str:
 
 
 def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
-    defaults = _defaults(folder)
     if (folder / "model_index.json").is_file():
-        index = read_object(folder / "model_index.json")
-        pipeline_class = index.get("_class_name")
-        if not isinstance(pipeline_class, str):
-            raise FastgenError(f"{folder / 'model_index.json'} names no pipeline class (_class_name)")
-        for component, entry in index.items():
-            if isinstance(entry, list) and not all(part is None or isinstance(part, str) for part in entry):
-                raise FastgenError(f"{folder / 'model_index.json'}: {component} must name a library and a class")
-        if pipeline_class == "SpeculativeImagePipeline":
-            return _read_saved(model, folder, hub_id, index)
-        base = _base_folder(folder, defaults.pop("base", None))
-        if base is not None:
-            defaults = {**_defaults(base), **defaults}
-        for component in _components(index):
-            if not _component_folder(folder, base, component).is_dir():
-                raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
-        entry = index.get("transformer")
-        if isinstance(entry, list) and len(entry) == 2:
-            pipeline_class = _PIPELINE_OF_TRANSFORMER.get(str(entry[1]), pipeline_class)
-        for place in (folder, base):
-            if place is not None:
-                _check_json_files(place)
-        multiple, largest = _size_limits(partial(_component_folder, folder, base), index)
-        return Checkpoint(
-            model,
-            folder,
-            "diffusers",
-            hub_id,
-            pipeline_class,
-            defaults,
-            size_multiple=multiple,
-            max_size=largest,
-            base=base,
-        )
-    if (folder / "config.json").is_file():
-        config = read_object(folder / "config.json")
-        if config.get("model_type") == "janus":
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            return Checkpoint(
-                model,
-                folder,
-                "janus",
-                hub_id,
-                "JanusImagePipeline",
-                defaults,
-                fixed_size=_janus_size(folder, config),
-                drafter=None if drafter is None else _own_drafter(folder, drafter),
-            )
-        kind = config.get("model_type", "model of unknown type")
-        if isinstance(kind, str) and kind in TOKEN_MODELS:
-            _check_json_files(folder)
-            drafter = defaults.pop("drafter", None)
-            own = None if drafter is None else _own_drafter(folder, drafter)
-            return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
-        advice = _ADVICE.get(kind, "") if isinstance(kind, str) else ""
+        return _read_pipeline(model, folder, hub_id)
+    if not (folder / "config.json").is_file():
+        raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+    config, defaults = read_object(folder / "config.json"), _defaults(folder)
+    kind = str(config.get("model_type", "model of unknown type"))
+    if kind != "janus" and kind not in TOKEN_MODELS:
         raise FastgenError(
             f"model {model!r} is a transformers {kind!r}; needs a diffusers pipeline or a model that draws image "
-            f"tokens (janus, {', '.join(TOKEN_MODELS)}){advice}"
+            f"tokens (janus, {', '.join(TOKEN_MODELS)}){_ADVICE.get(kind, '')}"
         )
-    raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+    _check_json_files(folder)
+    drafter = _named(folder, "drafter", defaults)
+    own = None if drafter is None else _drafter_folder(folder / drafter)
+    if kind == "janus":
+        size, name = _janus_size(folder, config), "JanusImagePipeline"
+        return Checkpoint(model, folder, "janus", hub_id, name, defaults, fixed_size=size, drafter=own)
+    return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
+
+
+def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
+    """Of a folder with a model_index.json."""
+    file, defaults = folder / "model_index.json", _defaults(folder)
+    index = read_object(file)
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise FastgenError(f"{file} names no pipeline class (_class_name)")
+    for component, entry in index.items():
+        if isinstance(entry, list) and not all(part is None or isinstance(part, str) for part in entry):
+            raise FastgenError(f"{file}: {component} must name a library and a class")
+    if name == "SpeculativeImagePipeline":
+        return _read_saved(model, folder, hub_id, index)
+    base = _base_folder(folder, defaults)
+    if base is not None:
+        defaults = {**_defaults(base), **defaults}
+    found = Checkpoint(model, folder, "diffusers", hub_id, name, defaults, base=base)
+    for component in _components(index):
+        if not found.component(component).is_dir():
+            raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
+    if "transformer" in _components(index):
+        name = _PIPELINE_OF_TRANSFORMER.get(str(index["transformer"][1]), name)
+    for place in found.folders:
+        _check_json_files(place)
+    multiple, largest = _size_limits(found.component, index)
+    return replace(found, pipeline_class=name, size_multiple=multiple, max_size=largest)
 
 
 def _read_saved(model: str, folder: Path, hub_id: str | None, index: dict[str, Any]) -> Checkpoint:
@@ -352,23 +293,22 @@ def _defaults(folder: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _base_folder(folder: Path, base: Any) -> Path | None:
-    """The folder that "base" in fastgen.json means."""
-    if base is None:
+def _named(folder: Path, key: str, defaults: dict[str, Any]) -> str | None:
+    """What "base" or "drafter" in fastgen.json names."""
+    name = defaults.pop(key, None)
+    if name is not None and (not isinstance(name, str) or not name or "\0" in name):
+        noun = "model" if key == "base" else "folder"
+        raise FastgenError(f"{folder / 'fastgen.json'}: {key} must name a {noun}, got {str(name)[:60]!r}")
+    return name
+
+
+def _base_folder(folder: Path, defaults: dict[str, Any]) -> Path | None:
+    if (base := _named(folder, "base", defaults)) is None:
         return None
-    if not isinstance(base, str) or not base or "\0" in base:
-        raise FastgenError(f"{folder / 'fastgen.json'}: base must name a model, got {str(base)[:60]!r}")
     found = embedded_folder(base) if base in EMBEDDED_MODELS else folder / base
     if not (found / "model_index.json").is_file() or "base" in _defaults(found):
         raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no whole pipeline")
     return found
-
-
-def _own_drafter(folder: Path, drafter: Any) -> Path:
-    """The folder that "drafter" in fastgen.json means."""
-    if not isinstance(drafter, str) or not drafter or "\0" in drafter:
-        raise FastgenError(f"{folder / 'fastgen.json'}: drafter must name a folder, got {str(drafter)[:60]!r}")
-    return _drafter_folder(folder / drafter)
 
 
 def _drafter_folder(folder: Path) -> Path:
@@ -376,11 +316,6 @@ def _drafter_folder(folder: Path) -> Path:
         raise FastgenError(f"drafter {os.fspath(folder)!r}: there is no config.json in such a folder")
     _check_json_files(folder)
     return folder
-
-
-def _component_folder(folder: Path, base: Path | None, name: str) -> Path:
-    own = folder / name
-    return own if base is None or own.is_dir() else base / name
 
 
 def _components(index: dict[str, Any]) -> Iterator[str]:
@@ -393,12 +328,13 @@ def _components(index: dict[str, Any]) -> Iterator[str]:
 def _check_json_files(folder: Path) -> None:
     for pattern in _CONFIG_FILES:
         for file in sorted(folder.glob(pattern)):
-            if file.stat().st_size <= _LARGEST_PARSED_JSON:
-                content = read_json(file)
-                if file.name in _NETWORK_FILES:
-                    if not isinstance(content, dict):
-                        raise FastgenError(f"{file} is not a JSON object")
-                    check_numbers(content, file)
+            if file.stat().st_size > _LARGEST_PARSED_JSON:
+                continue
+            content = read_json(file)
+            if file.name in _NETWORK_FILES:
+                if not isinstance(content, dict):
+                    raise FastgenError(f"{file} is not a JSON object")
+                check_numbers(content, file)
 
 
 def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:
@@ -442,16 +378,11 @@ def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Check that every weight file is there and whole, by its header and its length.
-
-    Raises:
-        FastgenError: names the file and what is wrong with it.
-    """
-    folder = checkpoint.folder
+    """Check that every weight file is there and whole, by its header and its length."""
     if checkpoint.kind != "diffusers":
-        check_weight_folder(folder, "model", checkpoint.variant)
+        check_weight_folder(checkpoint.folder, "model", checkpoint.variant)
         return
-    for component in map(checkpoint.component, _components(read_object(folder / "model_index.json"))):
+    for component in map(checkpoint.component, _components(checkpoint.index)):
         # Schedulers and processors have configuration files of other names and no weights.
         if (component / "config.json").is_file():
             check_weight_folder(component, variant=checkpoint.variant)
@@ -461,11 +392,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
 
 def download_janus(model: str, revision: str | None = None) -> Path:
-    """Download the files of a transformers model, or find them in the local cache.
-
-    Raises:
-        FastgenError: what was missing and how to get it.
-    """
+    """Download the files of a transformers model, or find them in the local cache."""
     return _download(model, revision, _JANUS_FILES)
 
 

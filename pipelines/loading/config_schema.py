@@ -1,8 +1,8 @@
-"""The schema of a configuration: what the class that it builds says of its own arguments.
+"""What a model's configuration may hold: values of the types that the classes it builds say they take, and no number
+so large that nothing can be built of it in bounded time and memory.
 
-Type hints, and where there are none the defaults, tell which kinds of values an argument takes; a default that is not
-negative tells that no negative number makes sense. So every class of diffusers and transformers has a schema, and a
-new one needs nothing here. Numbers too large for anything are refused before, by `config_limits`.
+Every class of diffusers has a schema: the type hints of its arguments, or their defaults, which `huggingface_hub`
+compares with values. Configurations of transformers check themselves.
 """
 
 from __future__ import annotations
@@ -12,82 +12,106 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
 
 from fastgen.errors import FastgenError
 
-__all__ = ["check_arguments", "check_config", "check_plain"]
+__all__ = ["check_arguments", "check_numbers", "check_plain"]
 
 _LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
-_DICTS = (dict, collections.abc.Mapping)
+_NUMBER = int | float
+_TUPLE: Any = tuple  # of types that are worked out
+_UNION: Any = Union
 # Numbers of these names may be negative whatever their default is: they count from an end, or stand for "none".
 _SIGNED = re.compile(r"token|(^|_)id$|index|layer$|shift|mean|min|_start")
+# Largest numbers by the first pattern that the key matches; far above any published model.
+_LIMITS = (
+    (re.compile(r"theta|_token|(^|_)id$|initializer|max_length|version|_scale"), math.inf),
+    (re.compile(r"layers|blocks|depth|stages|repeats|experts"), 2**12),
+    (re.compile(r"timesteps|steps|heads|multiplier"), 2**16),
+    (re.compile(r"channels|_size$|width|height"), 2**20),
+    (re.compile(""), 2**24),
+)
+
+
+def check_numbers(config: object, file: Path) -> None:
+    """Refuse numbers of a configuration that are not finite or too large; the message names file, key and value."""
+    for key, value in _numbers("", config):
+        # The defaults of some schedulers are infinite; their class says which, where it is known.
+        if not math.isfinite(value) and (file.name != "scheduler_config.json" or math.isnan(value)):
+            raise FastgenError(f"{file}: {key} is {value}, needs a finite number")
+        limit = next(limit for pattern, limit in _LIMITS if pattern.search(key))
+        if math.isfinite(value) and abs(value) > limit:
+            raise FastgenError(f"{file}: {key} is {value}, at most {limit} is allowed")
 
 
 def check_arguments(config: Mapping[str, Any], kind: Any, file: Path) -> None:
-    """Refuse values that the arguments of `kind` cannot take; keys that are no arguments are left to the library.
-
-    Args:
-        config: of JSON.
-        kind: of diffusers, transformers or ours: whatever is built of the configuration.
-        file: where it comes from, for the message.
-
-    Raises:
-        FastgenError: names the file, the key, the value and what is allowed.
-    """
+    """Refuse values that the arguments of a class of diffusers or ours cannot take; keys that are no arguments are
+    left to the library. The message names the file, the key, the value and what is allowed."""
     if not isinstance(config, Mapping):
-        raise FastgenError(f"{file}: {_shown(config)} is not allowed, needs a JSON object")
-    build = kind.__init__
-    parameters = inspect.signature(build).parameters
-    try:
-        hints = get_type_hints(build)
-    except Exception:  # a name that only type checkers see
-        hints = {name: each.annotation for name, each in parameters.items() if not isinstance(each.annotation, str)}
-    for name, parameter in parameters.items():
-        if name not in config or name == "self" or parameter.kind is parameter.VAR_KEYWORD:
+        raise FastgenError(f"{file}: {shown(config)} is not allowed, needs a JSON object")
+    hints = _hints(kind.__init__)
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        value, hint, default = config.get(name), hints.get(name, Any), parameter.default
+        # Libraries write null for what is not set. A hint of None: it is worked out while the class is built.
+        if value is None or parameter.kind is parameter.VAR_KEYWORD:
             continue
-        hint, default, value = hints.get(name, Any), parameter.default, config[name]
-        if hint in (type(None), parameter.empty):  # it is worked out while the class is built
+        whole = hint is int and type(default) is int
+        if hint in (type(None), parameter.empty):
             hint = Any
-        if not isinstance(default, (bool, int, float, str, list, tuple, dict)):
-            default = None
-        if not _allowed(value, hint, default):
-            allowed = _written(hint) if hint is not Any else type(default).__name__
-            raise FastgenError(f"{file}: {name} is {_shown(value)}, needs {allowed}")
+        # Hints of libraries are not always right, defaults are.
+        like = next((each for each in (bool, int, float, str, list, tuple, dict) if isinstance(default, each)), None)
+        allowed = ([] if hint is Any else [_of_json(hint)]) + ([] if like is None or whole else [_of_default(default)])
+        if allowed and not any(_fits(value, each) for each in allowed):
+            needs = inspect.formatannotation(like if hint is Any else hint)
+            raise FastgenError(f"{file}: {name} is {shown(value)}, needs {needs}")
         if _is_number(value):
-            _check_range(name, value, default, file)
-
-
-def check_config(config: Mapping[str, Any], kind: Any, file: Path) -> None:
-    """`check_arguments` for a configuration class of transformers, and for the configurations in it."""
-    check_arguments(config, kind, file)
-    for name, inner in getattr(kind, "sub_configs", {}).items():
-        if isinstance(config.get(name), Mapping) and isinstance(inner, type) and inner.__name__ != "AutoConfig":
-            check_config(config[name], inner, file)
+            if not math.isfinite(value) and value != default:
+                raise FastgenError(f"{file}: {name} is {value}, needs a finite number")
+            if value < 0 and _is_number(default) and default >= 0 and not _SIGNED.search(name):
+                raise FastgenError(f"{file}: {name} is {value}, needs a number >= 0")
 
 
 def check_plain(name: str, value: Any, function: Any) -> None:
     """Refuse a number, text or list of such that an argument of `function` cannot take by its type hint, and numbers
-    that are not finite; other values and other hints are left to the function.
-
-    Raises:
-        FastgenError: names the argument, the value and what is allowed.
-    """
+    that are not finite; other values and other hints are left to the function."""
     flat = list(value) if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(each, str | int | float) or each is None for each in flat):
+    if value is None or not all(isinstance(each, str | int | float | None) for each in flat):
         return
     if any(isinstance(each, float) and not math.isfinite(each) for each in flat):
-        raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs finite numbers")
-    try:
-        hint = get_type_hints(function).get(name, Any)
-    except Exception:  # a name that only type checkers see
-        return
-    given = list(value) if isinstance(value, tuple) else value
+        raise FastgenError(f"{name}: {shown(value)} is not allowed, needs finite numbers")
+    hint = _hints(function).get(name, Any)
     # Hints of diffusers say bool where a number does as well.
-    if value is not None and _is_plain(hint) and not (hint is bool and _is_number(value)) and not _fits(given, hint):
-        raise FastgenError(f"{name}: {_shown(value)} is not allowed, needs {_written(hint)}")
+    if _is_plain(hint) and not (hint is bool and _is_number(value)) and not _fits(value, _of_json(hint)):
+        raise FastgenError(f"{name}: {shown(value)} is not allowed, needs {inspect.formatannotation(hint)}")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except Exception:  # a name that only type checkers see
+        given = inspect.signature(function).parameters.values()
+        return {each.name: each.annotation for each in given if not isinstance(each.annotation, str)}
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(key, inner)
+    elif _is_number(value):
+        yield key, value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_plain(hint: Any) -> bool:
@@ -96,84 +120,48 @@ def _is_plain(hint: Any) -> bool:
     return hint in (bool, int, float, str, type(None)) or (bool(inner) and all(map(_is_plain, inner)))
 
 
-def _allowed(value: Any, hint: Any, default: Any) -> bool:
-    # No value is always allowed: libraries write it for what is not set.
-    if value is None or (hint is Any and default is None):
-        return True
-    if hint is Any:
-        return _resembles(value, default)
-    # Hints of libraries are not always right, defaults are; but a whole number is one.
-    return _fits(value, hint) or (not (hint is int and type(default) is int) and _resembles(value, default))
-
-
-def _check_range(name: str, value: Any, default: Any, file: Path) -> None:
-    if isinstance(value, dict):  # as transformers writes infinities
-        value = float(value["__float__"])
-    if not math.isfinite(value) and value != default:
-        raise FastgenError(f"{file}: {name} is {value}, needs a finite number")
-    if value < 0 and _is_number(default) and default >= 0 and not _SIGNED.search(name):
-        raise FastgenError(f"{file}: {name} is {value}, needs a number >= 0")
-
-
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be of a type."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if value is None or hint is Any or (origin is None and not isinstance(hint, type)):
-        return True
-    if origin in (Union, types.UnionType):
-        endless = [kind for kind in inner if get_origin(kind) in _LISTS and get_args(kind)[1:] in ((), (...,))]
-        members = [get_args(kind)[0] for kind in endless]
-        mixed = isinstance(value, list) and members and all(any(_fits(x, kind) for kind in members) for x in value)
-        return bool(mixed) or any(_fits(value, each) for each in inner)
-    if origin is Literal:
-        return value in inner
+    try:
+        type_validator("", _frozen(value), hint)
+    except TypeError:
+        return False
+    return True
+
+
+def _frozen(value: Any) -> Any:
+    """A value of JSON with tuples for lists and whole numbers for those that are written as floats."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _of_json(hint: Any) -> Any:
+    """A type hint for the value of JSON, as `_frozen` returns it, that stands for a value of type `hint`."""
+    origin, given = get_origin(hint), get_args(hint)
     bare = origin or hint
-    if bare in _LISTS:
-        return isinstance(value, list) and _members_fit(value, bare, inner)
-    if bare in _DICTS:
-        return isinstance(value, dict)
-    if bare is bool:
-        return isinstance(value, bool)
-    if bare is int:
-        return _is_number(value) and not isinstance(value, dict) and (not math.isfinite(value) or value == int(value))
+    if hint is Any or origin is Literal or bare in (bool, int, str, type(None)):
+        return hint
     if bare is float:
-        return _is_number(value)
-    if bare is str:
-        return isinstance(value, str)
-    if bare is type(None):
-        return False
+        return _NUMBER
+    inner = [_of_json(each) for each in given if each is not Ellipsis]
+    if origin in (Union, types.UnionType):
+        # A list may mix the kinds of lists that are allowed.
+        members = tuple(get_args(each)[0] for each in inner if get_args(each)[1:] == (...,))
+        return _UNION[tuple(inner + ([_TUPLE[_UNION[members], ...]] if members else []))]
+    if bare in _LISTS:
+        inner = [_UNION[each, None] for each in inner]
+        # Libraries write tuple[int] for a tuple of any length.
+        return _TUPLE[tuple(inner)] if len(inner) > 1 else _TUPLE[inner[0], ...] if inner else tuple
+    if bare in (dict, collections.abc.Mapping):
+        return dict
     # A class of the library's: what JSON holds in its place is text, a table or a list.
-    return isinstance(value, (str, dict, list))
+    return str | dict | tuple if isinstance(bare, type) else Any
 
 
-def _members_fit(value: list[Any], bare: Any, inner: tuple[Any, ...]) -> bool:
-    if bare is tuple and len(inner) > 1 and inner[1] is not Ellipsis:
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    # Libraries write tuple[int] for a tuple of any length.
-    return not inner or all(_fits(each, inner[0]) for each in value)
-
-
-def _resembles(value: Any, default: Any) -> bool:
-    """Whether a value is of the default's kind."""
-    if default is None:
-        return False
-    if isinstance(default, (list, tuple)):
-        return isinstance(value, list) and (not default or all(_resembles(each, default[0]) for each in value))
-    if isinstance(default, (bool, int, float)):
-        return isinstance(value, bool) if isinstance(default, bool) else _is_number(value)
-    return isinstance(value, str if isinstance(default, str) else type(default))
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, dict) and value.keys() == {"__float__"}:  # as transformers writes infinities
-        return value["__float__"] in ("Infinity", "-Infinity", "NaN")
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _written(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+def _of_default(value: Any) -> Any:
+    """A type hint for values of a default's kind."""
+    if isinstance(value, (list, tuple)):
+        return _TUPLE[_of_default(value[0]), ...] if value else tuple
+    if _is_number(value):
+        return _NUMBER
+    return str if isinstance(value, str) else type(value)

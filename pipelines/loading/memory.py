@@ -24,13 +24,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None = None) -> dict[str, int]:
-    """Bytes of each network's weights once they are loaded in a type.
-
-    Args:
-        checkpoint: with its weights on this machine.
-        dtype: of weights that are floating-point numbers; others keep theirs.
-        quantize: kind of `BITS` that the denoiser's weights become.
-    """
+    """Bytes of each network's weights, which are on this machine, once they are loaded in a type of floating-point
+    numbers, those of the denoiser in fewer bits where `quantize` is one of `BITS`."""
     if checkpoint.kind != "diffusers":
         folders = {"model": checkpoint.folder}
     else:
@@ -93,7 +88,7 @@ def _number(file: Path) -> int | None:
 
 
 def check_memory(model: str, sizes: Mapping[str, int], device: torch.device, offload: str, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights alone are larger than the memory they have to be in.
+    """Refuse a model whose weights alone are larger than the memory they have to be in; the line says what would help.
 
     Args:
         model: its name, for the message.
@@ -101,9 +96,6 @@ def check_memory(model: str, sizes: Mapping[str, int], device: torch.device, off
         device: where it computes.
         offload: the way that was chosen, not "auto".
         dtype: of the weights, for the message.
-
-    Raises:
-        FastgenError: with the sizes, and what would help.
     """
     total, largest = sum(sizes.values()), max(sizes.values(), default=0)
     on_device = {"none": total, "model": largest}.get(offload, 0)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.loading.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.config_schema import check_arguments
 from fastgen.pipelines.loading.faults import explained, fault, is_out_of_memory
 from fastgen.pipelines.loading.weight_files import check_safetensors, read_files, variant_of
 from fastgen.pipelines.quantization import config_while_loading
@@ -59,12 +59,8 @@ DTYPES = {
 
 
 def component_class(library: str | None, name: str | None) -> Any:
-    """The class of a component; None for what only the pipeline knows.
-
-    Raises:
-        FastgenError: there is no such class, or it is of a library from which no components come: importing a module
-            runs its code.
-    """
+    """The class of a component; None for what only the pipeline knows. Other libraries than those components come from
+    are refused: importing a module runs its code."""
     if library is None or name is None:
         return None
     # Of our classes diffusers writes the whole module's name.
@@ -88,18 +84,13 @@ def component_class(library: str | None, name: str | None) -> Any:
 
 
 def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
-    """The network of a folder on the meta device: without weights, and with every check that needs none.
+    """The network of a folder on the meta device: without weights, and with every check of the configuration, of names
+    and of shapes that needs none. None where its weights have no headers or are not as the network holds them.
 
     Args:
         kind: its class, of diffusers or transformers.
         folder: of its configuration and weight files.
         variant: of the weight files that are read.
-
-    Returns:
-        the network, or None where its weights are of a kind that has no headers or is not as the network holds it.
-
-    Raises:
-        FastgenError: the configuration is broken, or does not fit the names and shapes of the weights.
     """
     file = folder / "config.json"
     config = read_object(file)
@@ -108,8 +99,6 @@ def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
         check_arguments(config, kind, file)
         if not isinstance(config.get("_class_name", ""), str):
             raise FastgenError(f"{file}: _class_name is no text")
-    else:
-        check_config(config, config_kind, file)
     if config.get("quantization_config") is not None:
         return None
     headers: dict[str, Any] = {}
@@ -139,11 +128,7 @@ def load_network(
     device: torch.device,
     quantize: str | None = None,
 ) -> Any:
-    """The network of a folder with its weights, on a device; with `quantize` in fewer bits (`BITS`).
-
-    Raises:
-        FastgenError: as `empty_network`, or a weight file is broken.
-    """
+    """The network of a folder with its weights, on a device; with `quantize` in fewer bits (`BITS`)."""
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     if not any(variant_of(file) == variant for file in folder.iterdir()):
         variant = None
@@ -193,9 +178,6 @@ def explained_drawing(checkpoint: Checkpoint | None) -> Iterator[None]:
     The first call shows what its configuration hides: shapes that do not fit, a missing token. A model that comes
     with the package has no such faults; there an error is a bug and keeps its traceback, and so it does without a
     checkpoint, in a pipeline that the user loaded.
-
-    Raises:
-        FastgenError: in place of the errors of torch, diffusers and transformers.
     """
     try:
         yield
@@ -255,15 +237,8 @@ def _of_diffusers(kind: Any, config: dict[str, Any], held: dict[str, Any]) -> tu
 
 def _of_transformers(kind: Any, config: Any, held: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """By the library's own loader, which knows under which names older versions saved a weight."""
-    network, info = load_pretrained(
-        kind,
-        None,
-        config=config,
-        state_dict=dict(held),
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    loading: dict[str, Any] = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    network, info = load_pretrained(kind, None, config=config, state_dict=dict(held), **loading)
     return network, info
 
 

@@ -26,16 +26,8 @@ def variant_of(file: Path) -> str | None:
 
 
 def check_weight_folder(folder: Path, stem: str | None = None, variant: str | None = None) -> None:
-    """Check the weight files of a folder that are read; those of other variants are left alone.
-
-    Args:
-        folder: of a network.
-        stem: name of the file that is expected, for the message.
-        variant: read these where there are any, as diffusers does.
-
-    Raises:
-        FastgenError: one is missing or broken.
-    """
+    """Refuse missing and broken ones among the weight files of a folder that are read, those of a variant where there
+    are any, as in diffusers. `stem` is the name of the file that is expected, for the message."""
     chosen, variants = _of_variant(folder, variant)
     files = sorted(file for file in chosen if file.suffix == ".safetensors")
     for index in sorted(file for file in chosen if file.suffix == ".json"):
@@ -55,11 +47,7 @@ def check_weight_folder(folder: Path, stem: str | None = None, variant: str | No
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file of its folder each weight is in, from an index.
-
-    Raises:
-        FastgenError: the index is broken, or names something else than files of its folder.
-    """
+    """Which file of its folder each weight is in, from an index; refuses anything else than files of its folder."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict):
         raise FastgenError(f"{index} has no weight_map")
@@ -82,22 +70,15 @@ def read_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 def _of_variant(folder: Path, variant: str | None) -> tuple[list[Path], set[str]]:
     """The weight files and indices of a variant, or those of none where it has none; and which variants there are."""
-    every = [
-        file for pattern in ("*.safetensors", "*.bin", "*.safetensors.index*.json") for file in folder.glob(pattern)
-    ]
+    patterns = ("*.safetensors", "*.bin", "*.safetensors.index*.json")
+    every = [file for pattern in patterns for file in folder.glob(pattern)]
     variants = {each for file in every if (each := variant_of(file)) is not None}
     return [file for file in every if variant_of(file) == (variant if variant in variants else None)], variants
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Check a safetensors file by its header and its length.
-
-    Returns:
-        tensor name -> type as in the header ("F32", "BF16" …), shape.
-
-    Raises:
-        FastgenError: the file is truncated or is something else.
-    """
+    """Type as in the header ("F32", "BF16" …) and shape of each tensor of a safetensors file; refuses truncated files
+    and other ones."""
     try:
         with path.open("rb") as start:
             if start.read(8) == b"version ":

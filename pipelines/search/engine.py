@@ -5,9 +5,6 @@ it were alone. The engine gathers what all chains want, runs the model, the deco
 and hands the answers back; chains that are done drop out. So several prompts are in flight, candidates are tried in
 waves, and a chain's code knows of neither. Every candidate has a seed of its own: its noise depends on the prompt's
 seed and on its place in the search, not on what is evaluated with it.
-
-A chain may explore: candidates are evaluated with other knobs of the model's compute ("exploring effort"), and what is
-continued with is evaluated again at full effort. Evaluations of different efforts do not share forward passes.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +28,6 @@ from fastgen.pipelines.search.samplers import Sampler
 __all__ = [
     "Ask",
     "Chain",
-    "Effort",
     "Node",
     "Program",
     "Round",
@@ -43,9 +38,6 @@ __all__ = [
     "rank",
     "run_chains",
 ]
-
-#: Of an evaluation; "anew": at full effort, of what had been evaluated at the exploring one.
-Effort = Literal["full", "exploring", "anew"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +52,6 @@ class Node:
         latents: [1, …].
         prediction: of the model, [1, …].
         score: of the clean sample's picture; -inf where there is a fault, NaN where the verifier was not asked.
-        effort: of the evaluation.
         picture: [1, 3, H, W] uint8, of the clean sample; kept of scored ends of trajectories only.
         fault: why this node cannot be a result: latents, pixels or a score that are not numbers.
         usable: the latents are numbers, so that a trajectory can go on from here.
@@ -73,15 +64,9 @@ class Node:
     latents: Tensor
     prediction: Prediction
     score: float
-    effort: Effort = "full"
     picture: Tensor | None = None
     fault: NotFiniteError | None = None
     usable: bool = True
-
-    @property
-    def explored(self) -> bool:
-        """Whether it was evaluated at the exploring effort."""
-        return self.effort == "exploring"
 
     def step(self, noise: Tensor | None) -> Tensor:
         """A proposal for the next time."""
@@ -115,7 +100,6 @@ class Ask:
         sampler, index: the time that they are at.
         parents: the nodes that they come from.
         scored: whether the verifier is asked as well.
-        effort: of the evaluations.
     """
 
     latents: list[Tensor]
@@ -123,7 +107,6 @@ class Ask:
     index: int
     parents: Sequence[Node | None]
     scored: bool = True
-    effort: Effort = "full"
 
     @property
     def last(self) -> bool:
@@ -136,13 +119,12 @@ Program = Generator[Ask, list[Node], Node]
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What is kept of a node: its number, its parent's (-1: a start), its time, its score and its effort."""
+    """What is kept of a node: its number, its parent's (-1: a start), its time and its score."""
 
     number: int
     parent: int
     index: int
     score: float
-    effort: Effort = "full"
 
     def row(self) -> list[float | None]:
         """[number, parent, time, score], JSON-ready: without a score None."""
@@ -174,10 +156,8 @@ class Chain:
         seed: of the prompt.
         start: the latents [1, …] that the pipeline itself would start from.
         pool: of the prompt.
-        explore: knobs of the exploring effort; empty: the chain does not explore.
         trace: all that was evaluated, in order.
-        furthest: the best score at the last time that was reached, at full effort if anything was evaluated so; what
-            a search that is cut short returns.
+        furthest: the best score at the last time that was reached; what a search that is cut short returns.
         tries: evaluations of each transition, with whether one was accepted, as the policy reports them.
     """
 
@@ -188,7 +168,6 @@ class Chain:
     seed: int
     start: Tensor
     pool: Pool
-    explore: dict[str, Any] = field(default_factory=dict)
     trace: list[Visit] = field(default_factory=list)
     furthest: Node | None = None
     tries: list[tuple[int, bool]] = field(default_factory=list)
@@ -196,7 +175,7 @@ class Chain:
     def record(self, node: Node) -> None:
         """Note an evaluated node."""
         parent = -1 if node.parent is None else node.parent.number
-        self.trace.append(Visit(node.number, parent, node.index, node.score, node.effort))
+        self.trace.append(Visit(node.number, parent, node.index, node.score))
         if self.furthest is None or rank(node) > rank(self.furthest):
             self.furthest = node
 
@@ -224,28 +203,21 @@ class Chain:
         parents: Sequence[Node | None] = (),
         sampler: Sampler | None = None,
         scored: bool = True,
-        effort: Effort = "full",
     ) -> Ask:
         """An `Ask`, paid for."""
         self.pool.spend(len(latents))
-        return Ask(latents, sampler or self.sampler, index, parents or [None] * len(latents), scored, effort)
+        return Ask(latents, sampler or self.sampler, index, parents or [None] * len(latents), scored)
 
     def meets(self, node: Node | None) -> bool:
         """Whether the score of a finished picture is what the prompt's search is for."""
         return node is not None and self.pool.budget.met_by(node.score)
 
-    def anew(self, node: Node, scored: bool = False) -> Program:
-        """A node at full effort: it takes the place of the one that was explored."""
-        if node.explored:
-            (node,) = yield self.ask([node.latents], node.index, [node.parent], node.sampler, scored, effort="anew")
-        return node
 
-
-def rank(node: Node) -> tuple[bool, bool, int, float]:
-    """The order in which nodes are shown as what a search found: full effort before exploring, those without a fault,
-    late times before early ones, then scores."""
+def rank(node: Node) -> tuple[bool, int, float]:
+    """The order in which nodes are shown as what a search found: those without a fault, late times before early ones,
+    then scores."""
     score = -math.inf if math.isnan(node.score) else node.score
-    return not node.explored, node.fault is None, node.index, score
+    return node.fault is None, node.index, score
 
 
 class SearchStopped(Exception):
@@ -308,7 +280,7 @@ def run_chains(
 
 def _best_end(end: Node, furthest: Node | None) -> Node:
     """A policy may end with a picture and have seen a better one, behind the accepted one of a wave, for instance."""
-    if furthest is None or not furthest.last or furthest.explored:
+    if furthest is None or not furthest.last:
         return end
     return furthest if end.last and rank(furthest) > rank(end) else end
 
@@ -323,6 +295,6 @@ def _nodes(asked: list[tuple[Chain, Ask]], answers: Sequence[Answer]) -> list[li
             score = found.score if found.fault is None else -math.inf
             picture = found.picture.clone() if found.picture is not None and ask.last else None
             place = (len(chain.trace) + row, parent, ask.sampler, ask.index, latents, found.prediction)
-            own.append(Node(*place, score, ask.effort, picture, found.fault, found.usable))
+            own.append(Node(*place, score, picture, found.fault, found.usable))
         nodes.append(own)
     return nodes

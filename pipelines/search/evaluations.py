@@ -53,7 +53,8 @@ def evaluate(
     """Evaluate what all chains ask, in slices of `batch_size`; one answer for each of the samples."""
     rows = [(chain, ask, row) for chain, ask in asked for row in range(len(ask.latents))]
     answers: dict[int, Answer] = {}
-    for part in _slices(rows, batch_size):
+    for first in range(0, len(rows), batch_size):
+        part = range(first, min(first + batch_size, len(rows)))
         said = _predict([rows[i] for i in part])
         answers |= dict(zip(part, _answers(said), strict=True))
         sound = [i for i in part if rows[i][1].scored and answers[i].usable]
@@ -88,16 +89,8 @@ def _fault(values: Tensor | float, what: str) -> NotFiniteError | None:
     return None
 
 
-def _slices(rows: Sequence[_Row], batch_size: int) -> Iterator[list[int]]:
-    """Places of the rows, full effort first, in slices of one effort."""
-    for exploring in (False, True):
-        places = [i for i, (_, ask, _) in enumerate(rows) if (ask.effort == "exploring") == exploring]
-        for first in range(0, len(places), batch_size):
-            yield places[first : first + batch_size]
-
-
 def _predict(part: Sequence[_Row]) -> Prediction:
-    """Evaluate rows of one effort, as many together as free memory allows."""
+    """Evaluate rows, as many together as free memory allows."""
     parts = fitting(part, part[0][0].denoiser.fits, _evaluated)
     return Prediction(*(torch.cat([getattr(said, name) for said in parts]) for name in ("clean", "noise")))
 
@@ -110,7 +103,7 @@ def _evaluated(part: Sequence[_Row]) -> Prediction:
     times = torch.tensor([time for time, _ in places], dtype=torch.float64, device=latents.device)
     scale = torch.tensor([scale for _, scale in places]).to(latents).view(-1, *[1] * (latents.ndim - 1))
     which = torch.tensor([chain.prompt for chain, _, _ in part], device=latents.device)
-    with denoiser.at_effort(chain.explore if ask.effort == "exploring" else {}), _billed(part):
+    with _billed(part):
         return denoiser.predict(latents / scale, times, which)
 
 

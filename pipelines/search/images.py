@@ -16,6 +16,7 @@ from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.search.budget import Budget
 from fastgen.pipelines.search.engine import Round
 from fastgen.pipelines.search.policy import Policy
+from fastgen.pipelines.search.previews import PreviewOption
 from fastgen.pipelines.search.samplers import Sampler
 from fastgen.pipelines.settings import pipeline_arguments
 
@@ -33,6 +34,7 @@ def search_images(
     *,
     budget: Budget,
     sampler: SamplerName | Sampler | None = None,
+    preview: PreviewOption = "full",
     batch_size: int = 8,
     batch_invariant: bool = False,
     flops: bool = False,
@@ -46,7 +48,7 @@ def search_images(
 
     Args:
         pipe: a diffusers pipeline with an adapter.
-        verifier, policy, sampler: see `NoiseSearchPipeline`; no sampler stands for its default.
+        verifier, policy, sampler, preview: see `NoiseSearchPipeline`; no sampler stands for its default.
         prompts, seeds: of equal length.
         budget: of each picture; pictures that are searched for together share their seconds.
         batch_size: pictures that are searched for together, and rows of a forward pass, at most.
@@ -84,6 +86,7 @@ def search_images(
                     max_seconds=seconds,
                     target_score=budget.target_score,
                     sampler=sampler or "ancestral",
+                    preview=preview,
                     batch_size=size,
                     on_round=_reporter(callback, start, len(prompts), len(texts), budget, seconds),
                     pipeline_kwargs=pipeline_arguments(settings),

@@ -115,23 +115,13 @@ class Threshold(StepPolicy):
     def end(self, best: Node, step_best: Node) -> Node:
         return best if self.returns == "best" else step_best
 
-    def wholly(self, chain: Chain) -> bool:
-        return bool(chain.explore) and bool(self.restarts)
-
-    def anew(self, transitions: int) -> int | None:
-        return self.chains * (transitions + 1) if self.restarts else super().anew(transitions)
-
-    def promising(self, end: Node, state: State) -> bool:
-        goal = self.goal
-        if goal is None:
-            goal = self.rule.at(end.index, state.scores[:-1], state.accepted, -math.inf)
-        return end.score > goal or state.chain.meets(end)
-
     def again(self, end: Node, state: State) -> bool:
         if not self.restarts or state.chain.pool.done:
             return False
-        if not end.explored and self.promising(end, state):
-            state.chain.pool.done = True  # for the other chains of the prompt as well
+        goal = self.goal
+        if goal is None:
+            goal = self.rule.at(end.index, state.scores[:-1], state.accepted, -math.inf)
+        state.chain.pool.done = end.score > goal or state.chain.meets(end)  # for the prompt's other chains as well
         return not state.chain.pool.done
 
     def looks(self, index: int, state: State) -> bool:
@@ -144,10 +134,6 @@ class Threshold(StepPolicy):
         if not self.restarts or self.prospects is None:
             return False
         return self.prospects.hopeless(node.index, node.score, state.trajectory)
-
-    @property
-    def previews(self) -> bool:
-        return self.returns == "best"
 
     @property
     def endless(self) -> bool:
@@ -188,19 +174,15 @@ class Rollover(StepPolicy):
     def least(self, transitions: int) -> int:
         return self.chains * (self.starts + transitions + 1)
 
-    def anew(self, transitions: int) -> int | None:
-        return self.chains * transitions
-
-    def check(self, budget: Budget, transitions: int, cost: int, exploring: bool = False) -> None:
-        super().check(budget, transitions, cost, exploring)
+    def check(self, budget: Budget, transitions: int, cost: int) -> None:
+        super().check(budget, transitions, cost)
         if self.quota is None and budget.max_nfe is None:
             raise ValueError("max_nfe: policy rbf needs it, or a quota")
 
     def remember(self, chain: Chain) -> dict[str, float]:
         times, quota = chain.sampler.transitions + 1, self.quota
         if quota is None:  # then there is a limit, as `check` saw to
-            once = self.starts + (chain.sampler.transitions if chain.explore else 0)
-            quota = int(chain.pool.limit - once * self.chains) // (times * self.chains)
+            quota = int(chain.pool.limit - self.starts * self.chains) // (times * self.chains)
         return {"base": quota, "quota": quota, "last": chain.sampler.transitions - 1}
 
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
@@ -245,9 +227,6 @@ class ValueSampling(StepPolicy):
 
     def least(self, transitions: int) -> int:
         return self.chains * self.candidates * (transitions + 1)
-
-    def anew(self, transitions: int) -> int | None:
-        return self.chains * transitions if self.candidates > 1 else 0
 
     def may_try(self, step: int, tries: int, left: float, memory: dict[str, float]) -> bool:
         return tries < self.candidates

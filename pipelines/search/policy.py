@@ -44,27 +44,18 @@ class Policy(ABC):
         """Whether nothing but a budget ends the search."""
         return False
 
-    def anew(self, transitions: int) -> int | None:
-        """Evaluations on top of `least` when candidates are explored and the kept ones evaluated again; None: the
-        policy continues with all that it draws, and there is nothing to explore."""
-        return None
-
-    def check(self, budget: Budget, transitions: int, cost: int, exploring: bool = False) -> None:
+    def check(self, budget: Budget, transitions: int, cost: int) -> None:
         """Refuse a budget before anything is evaluated.
 
         Args:
             budget: of each prompt.
             transitions: of a trajectory.
             cost: forward passes of an evaluation.
-            exploring: whether candidates are evaluated at an effort of their own.
 
         Raises:
-            ValueError: it is smaller than a picture takes, or does not end the search; or the policy cannot explore.
+            ValueError: it is smaller than a picture takes, or does not end the search.
         """
-        anew = self.anew(transitions) if exploring else 0
-        if anew is None:
-            raise ValueError(f"explore: policy {self.name} continues with all that it draws and cannot explore")
-        least = (self.least(transitions) + anew) * cost
+        least = self.least(transitions) * cost
         if budget.max_nfe is not None and budget.max_nfe < least:
             raise ValueError(
                 f"max_nfe: {budget.max_nfe} is not allowed, policy {self.name} needs at least {least} here"

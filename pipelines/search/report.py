@@ -36,8 +36,6 @@ class SearchReport:
         trees: by chain, rows of [number, parent, time, score] of all evaluations, for the picture of the search.
         path: numbers of the nodes that led to the picture, in chain `chain`.
         chain: that the picture comes from.
-        explored: evaluations at the exploring effort.
-        draft: the picture is of that effort: an interrupted search had nothing else to show.
         flops: of its evaluations and scored pictures, a shared forward pass in equal parts; None where
             nothing counted them (`fastgen.accounting.count_flops`).
         sampler: of stochastic transitions; None where the trajectories are those of the ODE.
@@ -61,8 +59,6 @@ class SearchReport:
     trees: list[list[list[float | None]]]
     path: list[int]
     chain: int
-    explored: int = 0
-    draft: bool = False
     flops: int | None = None
     sampler: str | None = None
     replaced: dict[str, str] = field(default_factory=dict)
@@ -100,7 +96,7 @@ def report_of(
         score=winner.score if math.isfinite(winner.score) else None,
         nfe=pool.nfe,
         evaluations=pool.spent,
-        starts=sum(visit.parent < 0 and visit.effort != "anew" for chain in chains for visit in chain.trace),
+        starts=sum(visit.parent < 0 for chain in chains for visit in chain.trace),
         tries=[[tries for tries, _ in chain.tries] for chain in chains],
         accepted=[[accepted for _, accepted in chain.tries] for chain in chains],
         forced=sum(not accepted for chain in chains for _, accepted in chain.tries),
@@ -111,8 +107,6 @@ def report_of(
         trees=[[visit.row() for visit in chain.trace] for chain in chains],
         path=path,
         chain=owner,
-        explored=sum(visit.effort == "exploring" for chain in chains for visit in chain.trace),
-        draft=winner.explored,
         flops=round(pool.flops) if pool.flops else None,
     )
 

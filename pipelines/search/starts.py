@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastgen.checks import check_number
-from fastgen.pipelines.search.engine import Ask, Chain, Effort, Node, Program, best_of, better
+from fastgen.pipelines.search.engine import Ask, Chain, Node, Program, best_of
 from fastgen.pipelines.search.policy import Policy, check_counts
 from fastgen.pipelines.search.samplers import Sampler
 
@@ -29,14 +29,13 @@ def trajectories(
     chain: Chain,
     starts: Sequence[Tensor],
     sampler: Sampler,
-    effort: Effort = "full",
     parents: Sequence[Node | None] = (),
 ) -> Generator[Ask, list[Node], list[Node]]:
     """The ODE from several samples side by side; only its ends are scored."""
     nodes: list[Node] = []
     latents, last = list(starts), sampler.transitions
     for index in range(last + 1):
-        nodes = yield chain.ask(latents, index, nodes or parents, sampler, scored=index == last, effort=effort)
+        nodes = yield chain.ask(latents, index, nodes or parents, sampler, scored=index == last)
         latents = [node.step(None) for node in nodes] if index < last else []
     return nodes
 
@@ -44,9 +43,6 @@ def trajectories(
 class StartSearch(Policy):
     """A search over the noise that the pipeline's own trajectory starts from: rounds of trajectories, the best end is
     returned.
-
-    When it explores, all trajectories are drafts, and the best one is drawn again from the same noise at full effort
-    (as the CachedSearch of diffusers' issue 14735 does with cached drafts).
 
     Attributes:
         whole: a round is drawn whole or not at all.
@@ -67,49 +63,27 @@ class StartSearch(Policy):
         """Trajectories of the first round, at least."""
         return 1
 
-    def anew(self, transitions: int) -> int | None:
-        return transitions + 1
-
     def program(self, chain: Chain) -> Program:
         sampler, pool = _ode(chain), chain.pool
         each = sampler.transitions + 1
-        effort: Effort = "exploring" if chain.explore else "full"
-        pool.owed[chain.number] = each if chain.explore else 0
         best: Node | None = None
-        draft: Node | None = None
         rounds = self.rounds_of(chain)
         starts = next(rounds)
         while not chain.meets(best):
             left = pool.left(chain.number)
             count = len(starts) if left == math.inf else min(len(starts), int(left // each))
-            if best is draft is None:
+            if best is None:
                 count = max(count, self.smallest)  # `check` saw to it
             elif count < (len(starts) if self.whole else 1):
                 break
-            nodes = yield from trajectories(chain, starts[:count], sampler, effort)
-            draft = best_of([node for node in (draft, *nodes) if node is not None])
-            if not chain.explore:
-                best = draft
-            elif chain.meets(draft):
-                (end,) = yield from trajectories(chain, [_start(draft)], sampler, "anew")
-                best, draft = better(best, end), None
+            nodes = yield from trajectories(chain, starts[:count], sampler)
+            best = best_of([node for node in (best, *nodes) if node is not None])
             try:
                 starts = rounds.send(nodes)
             except StopIteration:
                 break
-        pool.owed.pop(chain.number, None)
-        if draft is not None and draft is not best:
-            (end,) = yield from trajectories(chain, [_start(draft)], sampler, "anew")
-            best = better(best, end)
         assert best is not None
         return best
-
-
-def _start(node: Node) -> Tensor:
-    """The noise that a trajectory began with."""
-    while node.parent is not None:
-        node = node.parent
-    return node.latents
 
 
 @dataclass

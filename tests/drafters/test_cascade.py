@@ -167,6 +167,34 @@ def test_codes_join_the_nearest_child_while_its_class_has_room(seed: int, delta:
         assert made.of_token[image, node].tolist() == wanted
 
 
+@pytest.mark.parametrize("tree", ["2-2-1", "3-4-2"])
+def test_sensitivity_is_the_median_over_a_nodes_pairs(tree: str) -> None:
+    """By a loop over nodes and pairs; two codes are the same, so that some pairs do not count."""
+    drafted, _ = draft_of(Toy.twins(4, seed=3), named_tree(tree), 20, True)
+    book = torch.randn(8, 2, generator=torch.Generator().manual_seed(4))
+    book[1] = book[0]
+    made, children, tokens = sensitivity(drafted, book), drafted.inner_children(), drafted.child_tokens()
+    assert drafted.hidden is not None
+    for image in range(20):
+        states = drafted.hidden[image]
+        scale, of_node = float(states.norm(dim=-1).mean()), []
+        for node in range(children.shape[1]):
+            slots = [slot for slot in range(children.shape[2]) if int(children[image, node, slot]) >= 0]
+            pairs = [
+                (states[children[image, node, i]] - states[children[image, node, j]], book[a] - book[b])
+                for i, j in itertools.combinations(slots, 2)
+                for a, b in [(tokens[image, node, i], tokens[image, node, j])]
+            ]
+            of_node.append(
+                [float(moved.norm()) / scale / float(apart.norm()) for moved, apart in pairs if apart.any()]
+            )
+        everywhere = sorted(itertools.chain(*of_node))
+        for node, own in enumerate(of_node):
+            ratios = sorted(own) or everywhere
+            wanted = ratios[(len(ratios) - 1) // 2] if ratios else float("inf")
+            assert float(made[image, node]) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_an_extended_class_keeps_its_cap() -> None:
     toy = Toy.twins(4, seed=1)
     drafted, _ = draft_of(toy, named_tree("3-2"), 200, True)

@@ -19,7 +19,7 @@ from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import HeadsSource
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.loading import load_drafter
+from fastgen.drafters.loading import build_rule, load_drafter
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.sources import DraftSource, JacobiSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target, target_of
@@ -231,6 +231,24 @@ def test_images_that_are_done_leave_the_batch(
         assert torch.equal(alone.tokens[0], together.tokens[number])
         assert alone.rounds[0] == together.rounds[number]
         assert float(alone.counts["stolen"][0]) == pytest.approx(float(together.counts["stolen"][number]), rel=1e-4)
+
+
+def test_the_head_is_computed_once_a_round(target: Target) -> None:
+    """Logits and the feature that CASCADE compares come from one pass through the head, as those of each alone."""
+    hidden = torch.randn(2, 3, target.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, feature = target.head_and_redundancy(hidden)
+        assert torch.equal(logits, target.head(hidden)) and torch.equal(feature, target.redundancy(hidden))
+    calls: list[int] = []
+    hook = target.model.model.generation_head.proj_out.register_forward_hook(lambda *call: calls.append(1))
+    rule = build_rule("cascade", target, breadth=0.5, radius=0.5)
+    try:
+        result = decode_speculative(
+            target, JacobiSource(3, width=2), rule, prefix_of(target, 1), TokenLaw(3.0), seeded(0)
+        )
+    finally:
+        hook.remove()
+    assert len(calls) == result.target_passes + 1  # the first token, and the window that starts from its law
 
 
 def test_accounting(target: Target) -> None:

@@ -163,7 +163,7 @@ def p_value(tokens: Tensor, law: Tensor, vocabulary: int) -> float:
 class Leaking(HeadsSource):
     """A mutant: what a place's heads read is that of the next one, with the token that its noise gave."""
 
-    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> Tensor:
+    def draft_laws(self, root: Tensor, index: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         super().draft_laws(root, index, noise)
         return super().draft_laws(self.before[:, 0], index, noise)
 

@@ -78,8 +78,8 @@ def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: 
     name = "jacobi" if rule == "block" else "eagle-1"
     rounds = two_rounds(janus, target, name, rule, TokenLaw(3.0, 0.9, top_p=0.9))
     assert rounds.count.device.type == "meta"
-    for value in rounds.counts.values():
-        assert value.device.type == "meta"
+    for images, lengths, counts in rounds.rounds:
+        assert {value.device.type for value in (images, lengths, *counts.values())} == {"meta"}
 
 
 def test_a_look_at_a_value_would_be_seen(

@@ -104,7 +104,7 @@ def work(
                 lines = results_jsonl(run.folder, score.samples, score.results, "shapes")
                 atomic_write_bytes(run.folder / "results.jsonl", lines)
                 atomic_write_json(out / "scores.json", {k: v for k, v in score.data.items() if k != "environment"})
-                score.discard()
+                score.finish(run.folder, None, {})
     except Exception as error:
         (out / f"error-{rank}.json").write_text(json.dumps([type(error).__name__, str(error)]))
         raise SystemExit(3) from error

@@ -290,7 +290,6 @@ def test_an_option_given_twice_is_one_row(micro_z: Path, capsys: pytest.CaptureF
         "--model",
         str(micro_z),
         "--no-cold",
-        "--no-compile",
         "--runs",
         "1",
         "--steps",

@@ -14,6 +14,21 @@ def rows_of(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return data, {row["variant"]: row for row in data["rows"]}
 
 
+def test_accelerate_against_fewer_steps() -> None:
+    """The exact parts are faster than stock; the best plan takes half its time at no loss, fewer steps do not."""
+    data = json.loads((RESULTS / "bench-accelerate.json").read_text(encoding="utf-8"))
+    stock, exact, *others = data["rows"]
+    assert len(data["settings"]["plans"]) == len(data["rows"]) and data["settings"]["rounds"] == 360
+    assert exact["loss"] == "exact" and exact["ratio"][2] < 1 and exact["largest_difference"] <= 1
+    fewer = [row for row in others if [name for name, _ in row["parts"]] == ["fewer_steps"]]
+    near = [row for row in others if row["drop"][0] <= 0.015]
+    best = min(near, key=lambda row: row["ratio"][0])
+    assert best["ratio"][2] <= 0.5 and best not in fewer
+    for row in fewer:
+        assert best["ratio"][0] < 0.85 * row["ratio"][0] and best["score"] > row["score"]
+    assert data["accelerate_seconds"]["p80"] < 0.05
+
+
 def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> None:
     """Far better at equal training compute, and at equal cost; 30 % of the denoiser's work is saved within two
     points."""
@@ -69,6 +84,20 @@ def test_speculative_decoding_against_the_plain_loop() -> None:
     window = rows["cascade jacobi-12x2 quality=0.5"]
     assert window["speedup_vs_fastest_plain"] >= 1.3 and window["score"] >= plain["score"] - 0.015
     assert all(row["verifier"] is not None for row in rows.values() if row["score"] is not None)
+
+
+def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
+    """Alone, in batches of four and sixteen, and as a whole command; CASCADE takes the fewest passes."""
+    data, rows = rows_of("bench-speculative-batches")
+    plain = [row for row in rows.values() if row["rule"] is None]
+    exact, cascade = rows["exact heads-16"], rows["cascade heads-16x2 quality=0.5"]
+    assert exact["speedup_vs_fastest_plain"] >= 2.6
+    assert cascade["target_pass_ratio"] <= 0.2 and cascade["target_pass_ratio"] < exact["target_pass_ratio"]
+    fast, slow = (row["seconds"] for row in data["commands"])
+    assert "plain" in data["commands"][1]["what"] and fast["p80"] < slow["p20"]
+    for size, gain in (("1", 2.4), ("4", 1.5), ("16", 1.2)):
+        best = max(row["pictures_a_minute"][size] for row in plain if row.get("pictures_a_minute"))
+        assert max(row["pictures_a_minute"][size] for row in rows.values() if row["rule"] == "exact") > gain * best
 
 
 def test_fused_kernels_against_compiled_references() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from diffusers import ZImagePipeline
 from generate_command import call as generate
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -98,7 +99,7 @@ def pipe(micro_z: Path) -> Any:
 def tuner(pipe: Any, folder: Path, **given: Any) -> Tuner:
     settings: dict[str, Any] = {
         "pipe": pipe,
-        "prompts": PROMPTS,
+        "prompts": PROMPTS[:2],
         "metric": ssim,
         "call": {"steps": 8, "batch_size": 1},
         "log": folder / "log.jsonl",
@@ -136,26 +137,21 @@ def test_parts_are_measured_in_the_order_in_which_they_can_be_turned_on(pipe: An
 
 
 @pytest.fixture
-def counted(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of the denoiser in place of seconds, so that a busy machine decides nothing."""
-    rows, stock = [0], tuning.timed_picture
+    stock = tuning.timed_picture
 
-    def count(model: Any, args: Any, output: Any) -> None:
-        rows[0] += len(args[0])
+    def timed(pipe: Any, *given: Any) -> tuple[Image.Image, float]:
+        rows: list[int] = []
+        with pipe.transformer.register_forward_hook(lambda model, args, output: rows.append(len(args[0]))):
+            return stock(pipe, *given)[0], float(sum(rows))
 
-    def timed(*given: Any) -> tuple[Image.Image, float]:
-        before = rows[0]
-        return stock(*given)[0], float(rows[0] - before)
-
-    hook = pipe.transformer.register_forward_hook(count)
     monkeypatch.setattr(tuning, "timed_picture", timed)
-    yield
-    hook.remove()
 
 
 @pytest.mark.usefixtures("counted")
 def test_a_solver_with_guidance_on_few_steps_is_found(pipe: Any, tmp_path: Path) -> None:
-    parts = [FewerSteps(0.9), FewerSteps(0.5), BFloat16(), Solver(), Guidance(0.5)]
+    parts = [FewerSteps(0.5), BFloat16(), Solver(), Guidance(0.5)]
     chosen = tuner(pipe, tmp_path).tune([part for part in parts if part.why_not(pipe) is None], max_drop=10.0)
     assert {FewerSteps(0.5), Guidance(0.5)} <= set(chosen.parts) and chosen.ratio[0] == pytest.approx(6 / 16)
 
@@ -168,6 +164,22 @@ def test_the_fastest_plan_that_loses_little_is_chosen(pipe: Any, tmp_path: Path)
     strict = tuner(pipe, tmp_path).tune(parts, max_drop=0.0)
     assert all(lost.drop[0] <= 0 for lost in [strict])
     assert type(pipe) is ZImagePipeline
+
+
+@given(losses=st.lists(st.integers(-20, 20), min_size=2, max_size=40), bound=st.floats(0, 0.5))
+def test_a_plan_whose_loss_is_not_known_well_enough_is_not_chosen(losses: list[int], bound: float) -> None:
+    """The bound is on the upper end of the interval of scipy's paired t-test, not on the mean."""
+    n = len(losses)
+    stock, tried = (1.0,) * n, tuple(1 - loss / 20 for loss in losses)
+    plan = Trial((FewerSteps(0.5),), (0.5,) * n, (1.0,) * n, tried, stock, 9, 0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = tuner(None, Path(folder))
+    measured.trials = [plan]
+    lost = np.subtract(stock, tried)
+    high = stats.ttest_1samp(lost, 0.0).confidence_interval().high if np.ptp(losses) else lost[0]
+    assume(abs(high - bound) > 1e-6)
+    default = Trial((), (1.0,) * n, (1.0,) * n, stock, stock, 0, 1.0)
+    assert measured._best(bound, default) is (plan if high <= bound else default)
 
 
 def test_a_run_goes_on_from_its_log(pipe: Any, tmp_path: Path) -> None:
@@ -205,10 +217,17 @@ def command(micro_z: Path, tmp_path: Path) -> list[str]:
     return [*map(str, ("tune", "--model", micro_z, "--prompts-file", prompts, "-o", plan, "--prompts", 3))]
 
 
+@pytest.mark.usefixtures("counted")
 def test_the_command_writes_a_plan_that_generate_follows(
-    command: list[str], micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    micro_z: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("matplotlib")
+    tried = [FewerSteps(0.5), FewerSteps(0.25), Guidance(0.5)]
+    monkeypatch.setattr(tuning, "candidates", lambda pipe, loss, compile: tried)
     plan, command = tmp_path / "plan.json", [*command, "--steps", "4"]
     assert run([*command, "--max-drop", "10", "--minutes", "1"]) == 0
     out = capsys.readouterr().out

@@ -288,6 +288,7 @@ def test_a_real_limit_on_file_sizes(micro_z: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "o").iterdir()) == []
 
 
+@pytest.mark.slow  # docs/ and the README run the command in processes of their own
 def test_stdout_holds_the_json_alone_in_a_real_process(micro_janus: Path, tmp_path: Path) -> None:
     options = ["--model", str(micro_janus), "-o", str(tmp_path / "out"), "--num-images", "2", "--json"]
     done = subprocess.run(

@@ -43,7 +43,7 @@ def test_options_stand_in_the_panel_of_their_method(
         (PANELS["autoregressive"], "--top-k"),
         (PANELS["dynamic chunking"], "--tail-drop"),
         (PANELS["speculative"], "--tree"),
-        (PANELS["search"], "--explore-uncond"),
+        (PANELS["search"], "--max-nfe"),
     ):
         assert option in panels[panel], (panel, option)
     assert "Examples:" in text and 'fastgen generate "three red circles" -o out.png' in text

@@ -289,18 +289,25 @@ def keyword(node: ast.Call, name: str) -> Any:
     return next((ast.literal_eval(each.value) for each in node.keywords if each.arg == name), None)
 
 
-def product_calls(repository: Path) -> Iterator[tuple[str, ast.Call, str]]:
-    for folder in ("fastgen", "drafters", "evaluation", "kernels", "pipelines"):
-        for path in sorted((repository / folder).rglob("*.py")):
-            module = ".".join(path.relative_to(repository).with_suffix("").parts)
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call):
-                    yield module, node, ast.unparse(node.func)
+@pytest.fixture(scope="module")
+def product(repository: Path) -> dict[str, list[ast.AST]]:
+    """Every module of the product, as its syntax nodes."""
+    folders = (repository / folder for folder in ("fastgen", "drafters", "evaluation", "kernels", "pipelines"))
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return {
+        ".".join(path.relative_to(repository).with_suffix("").parts): [
+            *ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        ]
+        for path in files
+    }
 
 
-def test_product_code_loads_nothing_past_the_helper(repository: Path) -> None:
+def test_product_code_loads_nothing_past_the_helper(product: dict[str, list[ast.AST]]) -> None:
     wrong = []
-    for module, node, name in product_calls(repository):
+    for module, node in ((module, node) for module, nodes in product.items() for node in nodes):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
         for pattern, is_safe in SAFE.items():
             if (name == pattern or name.endswith(f".{pattern}")) and not is_safe(module, node):
                 wrong.append(f"{module}:{node.lineno} {name}")
@@ -309,15 +316,13 @@ def test_product_code_loads_nothing_past_the_helper(repository: Path) -> None:
     assert not wrong, wrong
 
 
-def test_product_code_hands_no_loader_around(repository: Path) -> None:
+def test_product_code_hands_no_loader_around(product: dict[str, list[ast.AST]]) -> None:
     """`load = Class.from_pretrained` would be called where the test above does not see it."""
-    for folder in ("fastgen", "drafters", "evaluation", "kernels", "pipelines"):
-        for path in sorted((repository / folder).rglob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
-            loose = [
-                node.lineno
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and node not in called
-            ]
-            assert not loose, f"{path}: lines {loose}"
+    for module, nodes in product.items():
+        called = {node.func for node in nodes if isinstance(node, ast.Call)}
+        loose = [
+            node.lineno
+            for node in nodes
+            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and node not in called
+        ]
+        assert not loose, f"{module}: lines {loose}"

@@ -22,16 +22,12 @@ TIMES = (1.0, 0.75, 0.5, 0.25)
 class ToyDenoiser(FlowDenoiser):
     """Data N(prompt number, 0.5^2) in [1, 1, 1, 2] latents. "Pictures" are the clean samples themselves, as float.
 
-    It has a knob `bias`, which is added to its velocity. `rows` has the size of each forward pass, `cheap` of those
-    with a bias, and `asked` the times of all rows with their bias.
+    `rows` has the size of each forward pass.
     """
 
     def __init__(self, times: Sequence[float], prompts: int = 1, forwards: int = 1) -> None:
         self.times_given, self.forwards_given = list(times), forwards
         self.rows: list[int] = []
-        self.cheap: list[int] = []
-        self.asked: list[tuple[float, float]] = []
-        self.bias = 0.0
         super().__init__(None, [f"prompt {i}" for i in range(prompts)], Settings())
 
     def prepare(self) -> None:
@@ -44,20 +40,13 @@ class ToyDenoiser(FlowDenoiser):
     def noise(self, generator: torch.Generator) -> Tensor:
         return torch.randn(1, 1, 1, 2, generator=generator)
 
-    def use_effort(self, effort: dict[str, Any]) -> None:
-        super().use_effort({name: value for name, value in effort.items() if name != "bias"})
-        self.bias = effort.get("bias", 0.0)
-
     def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
         self.rows.append(len(latents))
-        if self.bias:
-            self.cheap.append(len(latents))
-        self.asked += [(time, self.bias) for time in times.tolist()]
         t = times.to(latents).view(-1, 1, 1, 1)
         mean = which.to(latents).view(-1, 1, 1, 1)
         variance = ((1 - t) * 0.5) ** 2 + t**2
         rest = latents - (1 - t) * mean
-        return t / variance * rest - (mean + (1 - t) * 0.25 / variance * rest) + self.bias
+        return t / variance * rest - (mean + (1 - t) * 0.25 / variance * rest)
 
     def decode(self, grid: Tensor) -> Tensor:
         return grid
@@ -92,19 +81,18 @@ def run_policy(
     seed: int = 0,
     forwards: int = 1,
     sampler: Sampler | None = None,
-    explore: dict[str, Any] | None = None,
     preview: Preview | None = None,
 ) -> tuple[list[Node], list[Chain], ToyDenoiser]:
     """Run it as the pipeline does."""
     denoiser = ToyDenoiser(times, prompts, forwards)
     path = sampler or Ancestral(denoiser.interpolant, denoiser.times)
     budget = Budget(max_nfe, None, target_score)
-    policy.check(budget, path.transitions, forwards, bool(explore))
+    policy.check(budget, path.transitions, forwards)
     chains = []
     for prompt in range(prompts):
         pool = Pool(budget, forwards)
         start = denoiser.noise(torch.Generator().manual_seed(seed + prompt))
-        place = (seed + prompt, start, pool, explore or {})
+        place = (seed + prompt, start, pool)
         chains += [Chain(denoiser, path, prompt, i, *place) for i in range(policy.chains)]
     ends = run_chains(chains, policy.program, verifier, denoiser.prompts, batch_size, preview=preview)
     return ends, chains, denoiser

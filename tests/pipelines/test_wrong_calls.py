@@ -73,8 +73,6 @@ SEARCH: list[dict[str, Any]] = [
     {"sampler": 5},
     {"sampler": "magic"},
     {"sampler": None},
-    {"explore": 5},
-    {"explore": {"tail_drop": 0.5}},
     {"preview": 5},
     {"preview": "small"},
     {"preview": None},

@@ -8,8 +8,7 @@ between. An adapter gives them for one kind of pipeline; `register_denoiser` mak
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -90,7 +89,6 @@ class Denoiser(ABC):
         final: the level at which the pipeline decodes.
         forwards: rows of the model that one evaluation takes: 2 with classifier-free guidance.
         fits, decodes: how many samples memory takes in an evaluation and in a decode.
-        effort: knobs of the model's compute for the evaluations that follow; empty, the default: as the settings say.
         guided_above: the guidance scale above which an evaluation takes two forward passes; None where the scale alone
             does not tell.
 
@@ -108,7 +106,6 @@ class Denoiser(ABC):
         self.pipe, self.prompts = pipe, list(prompts)
         self.check_prompts()
         self.settings = settings.checked(len(self.prompts))
-        self._effort: dict[str, Any] = {}
         self.fits, self.decodes = Fit(), Fit()
         with phase("text"), torch.no_grad():
             self.prepare()
@@ -165,35 +162,7 @@ class Denoiser(ABC):
         """Whether pictures of latents of any size are brought to the size that the user asked for."""
         return False
 
-    def use_effort(self, effort: dict[str, Any]) -> None:
-        """Take these knobs; an adapter of a model that has some overrides this.
-
-        Raises:
-            ValueError: a knob that there is not, or a value out of range.
-        """
-        if effort:
-            raise ValueError(f"{', '.join(effort)}: {type(self.pipe).__name__} has no such knob")
-
     # ---- derived ----
-
-    @property
-    def effort(self) -> dict[str, Any]:
-        """See the class; put another dict to change it."""
-        return dict(self._effort)
-
-    @effort.setter
-    def effort(self, effort: dict[str, Any]) -> None:
-        self.use_effort(effort)
-        self._effort = dict(effort)
-
-    @contextmanager
-    def at_effort(self, effort: dict[str, Any]) -> Iterator[None]:
-        """These knobs inside, and the settings' own behind."""
-        try:
-            self.effort = effort
-            yield
-        finally:
-            self.effort = {}
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +173,7 @@ class Denoiser(ABC):
     @torch.no_grad()
     def predict(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:
         """See `evaluate`; accounted."""
-        with phase("explore" if self._effort else "denoise"):
+        with phase("denoise"):
             add_nfe(self.forwards * len(latents))
             return self.evaluate(latents, times, which)
 

@@ -19,11 +19,10 @@ class ElasticDenoiser(Denoiser):
     """What adapters share whose transformer may have dynamic chunking.
 
     The knobs are those of `DCZImagePipeline.__call__`, as numbers: candidates of different times share a forward pass,
-    so that none of them can depend on the step. `effort` takes the same knobs.
+    so that none of them can depend on the step.
     """
 
-    _knobs: dict[str, Any]
-    _used: dict[str, Any] | None = None
+    _knobs: dict[str, Any] | None = None
 
     def prepare_knobs(self, tokens: int, overrides: bool) -> None:
         """Take the knobs from `settings.extra`, which may hold nothing else.
@@ -48,28 +47,15 @@ class ElasticDenoiser(Denoiser):
         if transformer._hold not in (None, 1) or transformer.is_caching:
             raise ValueError("transformer: a search cannot hold kept tokens or cache over steps; disable that first")
         note_path("transformer", "dynamic chunking")
-        self._tokens, self._knobs = tokens, dict(_KNOBS)
-        budget = budget_of(self.pipe)
+        knobs, budget = dict(_KNOBS), budget_of(self.pipe)
         if budget is not None and not overrides:
-            self._knobs = {name: getattr(budget, name) for name in _KNOBS}
-        self._knobs = self._merged(extra)
-        self._used = self._knobs
-
-    def use_effort(self, effort: dict[str, Any]) -> None:
-        known = () if self._used is None else _KNOBS
-        super().use_effort({name: value for name, value in effort.items() if name not in known})
-        if self._used is not None:
-            self._used = self._merged(effort)
-
-    def _merged(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        """The settings' knobs with these in their place; checked."""
-        base = dict(self._knobs)
+            knobs = {name: getattr(budget, name) for name in _KNOBS}
         # Drops and a budget exclude each other: the kind that is given takes the place of the other.
-        if "tail_drop" in knobs or "uncond_tail_drop" in knobs:
-            base["token_budget"] = None
-        if knobs.get("token_budget") is not None:
-            base |= {"tail_drop": 0.0, "uncond_tail_drop": None}
-        merged = base | knobs
+        if "tail_drop" in extra or "uncond_tail_drop" in extra:
+            knobs["token_budget"] = None
+        if extra.get("token_budget") is not None:
+            knobs |= {"tail_drop": 0.0, "uncond_tail_drop": None}
+        merged = self._knobs = knobs | extra
         for name, value in merged.items():
             missing = value is None and name != "tail_drop"
             if not missing and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -78,15 +64,14 @@ class ElasticDenoiser(Denoiser):
                     "share a forward pass"
                 )
         ElasticBudget(**merged)
-        check_budget(None, merged["token_budget"], 1, self._tokens)
-        return merged
+        check_budget(None, merged["token_budget"], 1, tokens)
 
     def budget(self, samples: int) -> dict[str, Any]:
         """Arguments of the transformer's forward pass for this many candidates, the conditional half first."""
-        if self._used is None:
+        if self._knobs is None:
             return {}
-        if self._used["token_budget"] is not None:
-            return {"token_budget": self._used["token_budget"]}
-        conditional, unconditional = self._used["tail_drop"], self._used["uncond_tail_drop"]
+        if self._knobs["token_budget"] is not None:
+            return {"token_budget": self._knobs["token_budget"]}
+        conditional, unconditional = self._knobs["tail_drop"], self._knobs["uncond_tail_drop"]
         halves = [conditional, conditional if unconditional is None else unconditional]
         return {"tail_drop": [float(drop) for drop in halves[: self.forwards] for _ in range(samples)]}

@@ -51,13 +51,12 @@ def test_presets_have_the_papers_parameters_and_flops(size: str) -> None:
         model = DCDiTTransformer2DModel.from_preset(size)
     millions, rows = PUBLISHED[size]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.015)
-    if size in ("L", "XL"):
-        return  # see the slow test: a forward pass of these sizes takes gigabytes
-    _check_flops(size, rows)
+    if size == "S":  # see the slow test: a forward pass of the others takes seconds and gigabytes
+        _check_flops(size, rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["L", "XL"])
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
 def test_large_presets_have_the_papers_flops(size: str) -> None:
     _check_flops(size, PUBLISHED[size][1])
 

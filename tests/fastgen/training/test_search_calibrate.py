@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from long_tail import long_tail
 from PIL import Image
 from stock_families import family
 
@@ -155,7 +156,7 @@ def picture(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", long_tail([False, True], fast=[True]))
 def test_a_pipeline_that_begins_with_a_picture_is_calibrated_and_searched_so(
     masked: bool, micro_z: Path, verifier: str, picture: dict[str, str], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from broken_folders import HOSTILE
 from fastgen.drafters.loading import load_drafter
 from fastgen.errors import FastgenError
 from fastgen.pipelines.loading.checkpoint import embedded_folder, find_checkpoint
-from fastgen.pipelines.loading.config_limits import check_numbers
+from fastgen.pipelines.loading.config_schema import check_numbers
 from fastgen.pipelines.loading.networks import explained_drawing
 from fastgen.pipelines.loading.weight_files import check_safetensors
 from fastgen.pipelines.search.calibration import Calibration

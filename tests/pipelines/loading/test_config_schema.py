@@ -10,11 +10,10 @@ from typing import Any
 
 import diffusers
 import pytest
-import transformers
 from diffusers import ConfigMixin
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.config_schema import check_arguments, check_config
+from fastgen.pipelines.loading.config_schema import check_arguments
 
 FILE = Path("config.json")
 
@@ -56,22 +55,6 @@ def test_a_value_that_the_class_cannot_take_is_refused(name: str, key: str, valu
         check_arguments({key: value}, getattr(diffusers, name), FILE)
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("Qwen3Config", {"num_hidden_layers": True}),
-        ("Qwen3Config", {"hidden_size": "64"}),
-        ("Qwen3Config", {"num_attention_heads": -2}),
-        ("CLIPConfig", {"text_config": {"num_hidden_layers": -2}}),
-        ("JanusConfig", {"text_config": {"x": 1}, "vision_config": {"image_size": "384"}}),
-        ("JanusConfig", {"vq_config": {"channel_multiplier": "x"}}),
-    ],
-)
-def test_a_value_in_a_configuration_of_transformers_is_refused(name: str, config: dict[str, Any]) -> None:
-    with pytest.raises(FastgenError, match=r"config.json: \w+ is "):
-        check_config(config, getattr(transformers, name), FILE)
-
-
 @pytest.mark.parametrize("config", [[], "x", None, 5])
 def test_a_configuration_is_an_object(config: Any) -> None:
     with pytest.raises(FastgenError, match="needs a JSON object"):
@@ -95,21 +78,6 @@ def test_every_class_of_diffusers_takes_its_own_defaults() -> None:
     count = 0
     for found, config in classes():
         check_arguments(config, found, Path(found.__name__))
-        count += 1
-    assert count > 300
-
-
-@pytest.mark.slow
-def test_every_configuration_of_transformers_takes_its_own_defaults() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    count = 0
-    for key in CONFIG_MAPPING:
-        try:
-            config = json.loads(CONFIG_MAPPING[key]().to_json_string(use_diff=False))
-        except Exception:  # not to be made without arguments
-            continue
-        check_config(config, CONFIG_MAPPING[key], Path(key))
         count += 1
     assert count > 300
 
@@ -140,3 +108,12 @@ def test_a_scheduler_with_an_infinite_default_is_read_from_its_folder(micro_z: P
     diffusers.DPMSolverMultistepScheduler().save_pretrained(Path(folder) / "scheduler")
     assert "Infinity" in (Path(folder) / "scheduler" / "scheduler_config.json").read_text()
     find_checkpoint(folder)
+
+
+def test_a_list_whose_members_have_no_type_takes_any() -> None:
+    class Model:
+        def __init__(self, places: list | None = None, mixed: int | list | tuple[int] = 1) -> None: ...  # type: ignore[type-arg]
+
+    check_arguments({"places": [1, "a"], "mixed": [[1], 2]}, Model, FILE)
+    with pytest.raises(FastgenError, match="places is 'x', needs"):
+        check_arguments({"places": "x"}, Model, FILE)

@@ -71,6 +71,23 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", True), ("hidden_size", "64"), ("rms_norm_eps", []), ("layer_types", 5)],
+)
+def test_a_configuration_of_transformers_names_the_wrong_value(z: Path, unread: None, key: str, value: Any) -> None:
+    edit(z / "text_encoder" / "config.json", **{key: value})
+    with pytest.raises(FastgenError, match=f"text_encoder cannot be loaded: .*'{key}'"):
+        load_pipeline(str(z))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "hidden_size"])
+def test_a_negative_number_in_a_configuration_of_transformers_is_refused(z: Path, unread: None, key: str) -> None:
+    edit(z / "text_encoder" / "config.json", **{key: -2})
+    with pytest.raises(FastgenError, match="text_encoder"):
+        load_pipeline(str(z))
+
+
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize(

@@ -164,41 +164,6 @@ def test_looks_are_taken_where_they_save_most() -> None:
     assert found.at([0, 0, 2, 2, 5]).looks == ((2,),) * 4
 
 
-def test_whole_trajectories_are_explored_and_the_good_one_is_drawn_again() -> None:
-    """Two explored trajectories of four evaluations, then the second one again in full: the same start and noise."""
-    scores = Script([0.9, 0.9, 0.9, 0.2, 0.9, 0.9, 0.9, 0.8, 0.7])
-    (end,), (chain,), denoiser = run_policy(restarting(), verifier=scores, max_nfe=40, explore={"bias": 0.3})
-    assert [visit.effort for visit in chain.trace] == ["exploring"] * 8 + ["anew"] * 4
-    assert end.score == pytest.approx(0.7) and end.effort == "anew" and chain.pool.nfe == 12
-    latents = chain.first(1)
-    for step in range(3):
-        said = denoiser.predict(latents, torch.tensor([TIMES[step]]).double(), torch.zeros(1, dtype=torch.int64))
-        latents = chain.sampler.step(latents, said, step, chain.noise(step, 0, 1))
-    assert torch.allclose(end.latents, latents)
-    # What is no good in full is followed by another one; the end of the budget draws the best draft anew.
-    scores = Script([0.9, 0.9, 0.9, 0.8, 0.3, 0.9, 0.9, 0.9, 0.4, 0.9, 0.9, 0.9, 0.45, 0.35])
-    (end,), (chain,), _ = run_policy(restarting(), verifier=scores, max_nfe=20, explore={"bias": 0.3})
-    efforts = [visit.effort for visit in chain.trace]
-    assert efforts == ["exploring"] * 4 + ["anew"] * 4 + ["exploring"] * 8 + ["anew"] * 4
-    assert end.score == pytest.approx(0.35) and chain.pool.nfe == 20
-
-
-@pytest.mark.parametrize("tries", [1, 2])
-def test_a_draft_is_drawn_again_with_the_tries_that_it_took(tries: int) -> None:
-    """The knob changes nothing here, so the trajectory that is drawn anew is the very one that was explored."""
-    scores = Script([0.9, *[0.1] * (tries - 1), 0.9, 0.9, 0.9, 0.9])
-    policy = Threshold(0.5, restarts=True, goal=0.5, patience=3)
-    (end,), (chain,), _ = run_policy(policy, verifier=scores, max_nfe=40, explore={"bias": 1e-30})
-    explored = [visit for visit in chain.trace if visit.effort == "exploring"]
-    assert len(explored) == 3 + tries and end.effort == "anew"
-    drawn = [chain.first(0)]
-    denoiser = chain.denoiser
-    for step, number in enumerate((tries - 1, 0, 0)):
-        said = denoiser.predict(drawn[-1], torch.tensor([TIMES[step]]).double(), torch.zeros(1, dtype=torch.int64))
-        drawn.append(chain.sampler.step(drawn[-1], said, step, chain.noise(step, number)))
-    assert torch.allclose(end.latents, drawn[-1])
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     scores=st.lists(st.floats(0, 1), max_size=60),
@@ -210,9 +175,8 @@ def test_a_draft_is_drawn_again_with_the_tries_that_it_took(tries: int) -> None:
     wave=st.integers(1, 3),
     starts=st.integers(1, 2),
     careful=st.booleans(),
-    explore=st.booleans(),
 )
-@example([0.0] * 6 + [0.5, 1.0], 8, 0.0, 0.0, 2, 1, 2, 2, False, False)
+@example([0.0] * 6 + [0.5, 1.0], 8, 0.0, 0.0, 2, 1, 2, 2, False)
 def test_the_budget_holds_and_a_finished_picture_is_returned(
     scores: list[float],
     max_nfe: int,
@@ -223,7 +187,6 @@ def test_the_budget_holds_and_a_finished_picture_is_returned(
     wave: int,
     starts: int,
     careful: bool,
-    explore: bool,
 ) -> None:
     policy = Threshold(
         tau,
@@ -235,14 +198,12 @@ def test_the_budget_holds_and_a_finished_picture_is_returned(
         starts=starts,
         prospects=RISING if careful else None,
     )
-    least = policy.least(3) + (policy.anew(3) or 0) * explore
-    budget = max(max_nfe, least)
-    cheap = {"bias": 0.3} if explore else None
-    ends, found, _ = run_policy(policy, verifier=Script(scores), max_nfe=budget, explore=cheap)
+    budget = max(max_nfe, policy.least(3))
+    ends, found, _ = run_policy(policy, verifier=Script(scores), max_nfe=budget)
     assert found[0].pool.nfe <= budget
     best = max(ends, key=lambda end: (end.last, end.score))
-    assert best.last and not best.explored
-    finished = [visit for chain in found for visit in chain.trace if visit.index == 3 and visit.effort != "exploring"]
+    assert best.last
+    finished = [visit for chain in found for visit in chain.trace if visit.index == 3]
     assert best.score == max(visit.score for visit in finished)
 
 
