@@ -34,7 +34,8 @@ from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.families import Noisy
 from fastgen.training.flow_matching import LOGIT_MEAN, TokenMetric
 from fastgen.training.pictures import Renders, TrainingData
-from fastgen.training.upcycling import GROUP, UpcyclingRecipe, half_copy, item_generator, student_config
+from fastgen.training.upcycling import GROUP, UpcyclingRecipe, half_copy, item_generator
+from fastgen.training.upcycling_checks import student_for
 from fastgen.training.z_image import save_pipeline
 
 __all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_budgets"]
@@ -150,8 +151,8 @@ class PatchRecipe(UpcyclingRecipe):
             raise FastgenError(
                 f"recipe {self.name}: {scaffold} cannot be chosen, needs grid 'patch', and none with --init"
             )
-        if init is not None and (grid := student_config(init).get("grid", "latent")) != "patch":
-            raise FastgenError(f"--init: {init} has grid {grid!r}, recipe {self.name} needs 'patch'")
+        if init is not None:
+            student_for(init, self.name)
         self.anneal, self.cost = anneal, cost
         self.defaults: dict[str, Any] | None = None  # of a pipeline that is exported whole
         if samples is None:

@@ -176,7 +176,6 @@ class GraftRecipe(UpcyclingRecipe):
     """Stage 1: the scaffold learns to say what the original's ends say."""
 
     name = "dc-graft"
-    grids = ("latent",)
 
     def frozen_names(self) -> set[str]:
         return set(backbone_names(self.student))

@@ -11,11 +11,26 @@ from fastgen.pipelines.loading.checkpoint import Checkpoint
 from fastgen.training.pictures import Pictures
 from fastgen.training.samples import Samples
 
-__all__ = ["check_data", "check_student"]
+__all__ = ["check_data", "check_student", "student_for"]
 
 #: Recipe -> the grid that its students have; others train both.
 _GRIDS = {"dc-graft": "latent", "dc-patch": "patch"}
 _COPIED = ("in_channels", "dim", "n_layers", "n_heads", "cap_feat_dim", "num_layers", "num_attention_heads")
+
+
+def student_for(folder: Path, recipe: str) -> dict[str, Any]:
+    """The configuration of an upcycled transformer that a recipe can go on from.
+
+    Raises:
+        FastgenError: the folder holds another model, or one of another grid.
+    """
+    from fastgen.training.upcycling import student_config
+
+    own = student_config(folder)
+    grid, needed = own.get("grid", "latent"), _GRIDS.get(recipe)
+    if needed is not None and grid != needed:
+        raise FastgenError(f"--init: {folder} has grid {grid!r}, recipe {recipe} needs {needed!r}")
+    return own
 
 
 def check_student(folder: Path, checkpoint: Checkpoint, recipe: str) -> None:
@@ -24,12 +39,7 @@ def check_student(folder: Path, checkpoint: Checkpoint, recipe: str) -> None:
     Raises:
         FastgenError: it has another grid or another shape.
     """
-    from fastgen.training.upcycling import student_config
-
-    own, original = student_config(folder), _transformer(checkpoint)
-    grid, needed = own.get("grid", "latent"), _GRIDS.get(recipe)
-    if needed is not None and grid != needed:
-        raise FastgenError(f"--init: {folder} has grid {grid!r}, recipe {recipe} needs {needed!r}")
+    own, original = student_for(folder, recipe), _transformer(checkpoint)
     for name in _COPIED:
         if name in own and name in original and own[name] != original[name]:
             raise FastgenError(

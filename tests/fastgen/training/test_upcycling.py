@@ -41,7 +41,7 @@ def dit() -> DiTPipeline:
     )
     for block in model.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-    pipe = DiTPipeline(model, vae, DDIMScheduler(num_train_timesteps=1000))
+    pipe = DiTPipeline(model.eval(), vae.eval(), DDIMScheduler(num_train_timesteps=1000))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
