@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: Models that come with the package.
-EMBEDDED_MODELS = ("tiny", "tiny-janus", "tiny-dc", "tiny-dc-dense")
+EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
 
 #: Weight types that a user may ask for.
 DTYPES = ("auto", "float32", "bfloat16", "float16")

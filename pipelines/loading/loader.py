@@ -66,7 +66,7 @@ def load_pipeline(
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
-        model: "tiny", "tiny-janus", "tiny-dc" … (embedded), a folder of a diffusers pipeline or of a model of
+        model: "tiny", "tiny-janus", "small-dc" … (embedded), a folder of a diffusers pipeline or of a model of
             transformers that draws tokens (Janus, Emu3, Chameleon), or the Hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
@@ -298,10 +298,10 @@ def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str,
         if kind is not None and issubclass(kind, torch.nn.Module):
             networks[name] = kind
             empty_network(kind, folder, checkpoint.variant)
-        elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
-            raise FastgenError(f"{folder}: only networks may differ from the base, this is none")
         elif kind is not None and (scheduler := folder / "scheduler_config.json").is_file():
             check_arguments(read_object(scheduler), kind, scheduler)
+        elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
+            raise FastgenError(f"{folder}: only networks and the scheduler may differ from the base, this is neither")
     return networks
 
 
@@ -324,7 +324,11 @@ def _load_diffusers(
         with explained(f"checkpoint {words}"):
             return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
-    # What is no network (scheduler, tokenizer) comes from the base where there is one.
+    # What is no network comes from the base where there is one, but for a scheduler of its own.
     rest = checkpoint.base or checkpoint.folder
+    own = checkpoint.folder / "scheduler"
+    if checkpoint.base is not None and own.is_dir():
+        with explained(f"checkpoint {own}"):
+            loaded["scheduler"] = load_pretrained(component_class(*checkpoint.index["scheduler"]), own)
     with explained(f"checkpoint {rest}"):
         return load_pretrained(loader, rest, **loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def z() -> Any:
-    pipe = load_pipeline("tiny-dc", dtype="float32")
+def z(micro_dc: Path) -> Any:
+    pipe = load_pipeline(str(micro_dc), dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, DCZImagePipeline)
     return pipe
