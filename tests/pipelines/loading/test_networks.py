@@ -28,7 +28,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(loader, "load_network", fail)
-    monkeypatch.setattr(loader, "_load_janus", fail)
+    monkeypatch.setattr(loader, "_load_tokens", fail)
 
 
 @pytest.fixture
@@ -169,7 +169,8 @@ def test_a_token_budget_outside_of_the_patch_grid_is_refused(tmp_path: Path, bud
     shutil.copytree(embedded_folder("tiny"), tmp_path / "tiny")
     folder = Path(shutil.copytree(embedded_folder("small-dc"), tmp_path / "dc"))
     edit(folder / "transformer/config.json", floor=0.5)  # 128 x 128 pixels: 256 patches
-    edit(folder / "fastgen.json", base="../tiny", token_budget=budget)
+    others = {"tail_drop": None, "uncond_tail_drop": None}
+    edit(folder / "fastgen.json", base="../tiny", token_budget=budget, **others)
     with pytest.raises(FastgenError, match="token_budget: .* is not allowed"):
         load_pipeline(str(folder))
 
