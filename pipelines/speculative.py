@@ -67,7 +67,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         heads: made for this model; they correct the windows "heads-12".
         options: of the model's adapter: `size` (tokens of a picture's height and width) of Emu3 and Chameleon,
             `negative` of Emu3; `line_end`, `begin` and `decode` (a function of codes [B, height, width] to pictures in
-            [0, 1]) of Chameleon, Anole and Lumina-mGPT. A function is not saved with the pipeline.
+            [0, 1]) of Chameleon, Anole and Lumina-mGPT. `decode` is not saved with the pipeline.
 
     Every call uses the parts that the pipeline has then: a part may be replaced, moved, or changed in place.
 
