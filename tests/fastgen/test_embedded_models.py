@@ -65,6 +65,6 @@ def test_stock_libraries_load_and_generate_without_fastgen(
 
 
 @pytest.mark.parametrize("name", _assets.names())
-def test_no_file_tells_of_the_machine_it_was_made_on(name: str) -> None:
+def test_no_file_names_the_machine_it_was_made_on(name: str) -> None:
     for path in (_assets.ROOT / name).rglob("*.json"):
         assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
