@@ -24,7 +24,7 @@ _Z_IMAGE = """
 import sys, torch
 from diffusers import ZImagePipeline
 pipe = ZImagePipeline.from_pretrained(sys.argv[1])
-image = pipe("a red circle", height=64, width=64, num_inference_steps=2).images[0]
+image = pipe("a red circle", height=64, width=64, num_inference_steps=1).images[0]
 print(type(pipe.transformer).__name__, image.size)
 """
 _JANUS = """
