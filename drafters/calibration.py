@@ -22,11 +22,11 @@ from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.pace import Pace, machine_of
 from fastgen.drafters.redundancy import (
-    are_siblings,
     convergence,
+    node_similarity,
     sensitivity,
     sibling_pairs,
-    similarity,
+    sibling_states,
     total_variation,
 )
 from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
@@ -226,17 +226,17 @@ class PairRecorder(AcceptanceRule):
         self._seen: list[Tensor] = []
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        children = drafted.inner_children()
-        alike = similarity(drafted)
+        children, alike = drafted.inner_children(), node_similarity(drafted)
         codes = self.codebook[drafted.child_tokens()]
-        apart = torch.cdist(codes, codes) * sensitivity(drafted, self.codebook)[..., None, None]
+        moved = sensitivity(drafted, sibling_states(drafted), codes)
+        apart = torch.cdist(codes, codes) * moved[..., None, None]
         values = (
             sibling_pairs(alike, children),
             sibling_pairs(convergence(alike, drafted.tree, self.horizon), children),
             apart,
             sibling_pairs(total_variation(drafted.target), children),
         )
-        pairs = are_siblings(children).triu(1)
+        pairs = drafted.tree.pairs.expand_as(apart)
         self._seen.append(torch.stack([value[pairs] for value in values], dim=1).cpu())
         return strict(drafted, noise)
 

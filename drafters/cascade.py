@@ -15,13 +15,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from fastgen.checks import check_integer, check_number
 from fastgen.drafters.acceptance import AcceptanceRule, Neighbours
-from fastgen.drafters.redundancy import are_siblings, convergence, sensitivity, sibling_pairs, similarity
+from fastgen.drafters.redundancy import (
+    convergence,
+    node_similarity,
+    sensitivity,
+    sibling_pairs,
+    sibling_states,
+    similarity,
+)
 from fastgen.drafters.tree import Tree
 from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified
 from fastgen.kernels.rejection import Lent
@@ -74,7 +83,12 @@ class CascadeConfig:
     @property
     def relaxes(self) -> bool:
         """Whether any two tokens can come into one class."""
-        return self.delta > 0 and (min(self.breadth, self.depth) <= 1 or self.radius > 0)
+        return self.delta > 0 and (self.breadth <= 1 or self.converges or self.radius > 0)
+
+    @property
+    def converges(self) -> bool:
+        """Whether descendants can make two siblings alike."""
+        return self.horizon > 0 and self.depth <= 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Classes:
 
     Attributes:
         of_slot: [B, A, C] int64: a child's class, named by the slot of its first member.
-        of_token: [B, A, V] int64: a token's class: a slot, or C + token for a token that stands for itself.
+        of_token: [B, A, V] int64: a token's class: a slot, or C for a token that stands for itself.
     """
 
     of_slot: Tensor
@@ -109,12 +123,11 @@ def form_classes(link: Tensor, mass: Tensor, caps: Tensor) -> tuple[Tensor, Tens
     for slot in range(1, count):  # all nodes and all classes at once
         head, weight = slots[:slot], mass[..., slot, None]
         member = first[..., None, :slot] == head[:, None]
-        fits = (link[..., slot, None, :slot] | ~member).all(dim=-1) & (first[..., :slot] == head)
+        fits = (link[..., slot, None, :slot] >= member).all(dim=-1) & member.diagonal(dim1=-2, dim2=-1)
         fits &= lent[..., :slot] + weight <= caps[..., :slot]
         found = torch.where(fits, head, slot).amin(dim=-1)
-        joins = head == found[..., None]
         first[..., slot] = found
-        lent[..., :slot] += joins * weight
+        lent[..., :slot] += weight * (head == found[..., None])
     return first, lent
 
 
@@ -156,45 +169,50 @@ class Cascade(AcceptanceRule):
 
     def classes(self, drafted: Drafted, spent: Tensor) -> Classes:
         """Classes of siblings, and of the codes that join them; one pass for all nodes."""
-        config, children, tokens = self.config, drafted.inner_children(), drafted.child_tokens()
-        p, exists = drafted.inner_target(), children >= 0
-        count, vocabulary = children.shape[-1], p.shape[-1]
-        slots = torch.arange(count + vocabulary + 1, device=p.device)
-        may = (spent <= config.image_budget)[:, None, None]
-        first, room = slots[:count].expand(children.shape), torch.full_like(tokens, config.delta, dtype=p.dtype)
-        if min(config.breadth, config.depth) <= 1:
-            alike = similarity(drafted)
-            linked = sibling_pairs(alike, children) >= config.breadth
-            if config.horizon > 0 and config.depth <= 1:
-                linked |= sibling_pairs(convergence(alike, drafted.tree, config.horizon), children) >= config.depth
-            linked &= are_siblings(children) & may[..., None]
-            first, lent = form_classes(linked, p.gather(-1, tokens) * exists, room)
+        config, p, tokens = self.config, drafted.inner_target(), drafted.child_tokens()
+        count, vocabulary = tokens.shape[-1], p.shape[-1]
+        first, states = torch.arange(count, device=p.device).expand(tokens.shape), sibling_states(drafted)
+        room = p.new_full(tokens.shape, config.delta)
+        if config.image_budget < math.inf:
+            room = room.where((spent <= config.image_budget)[:, None, None], -1.0)
+        if config.breadth <= 1 or config.converges:
+            first, lent = form_classes(self._links(drafted, states), p.gather(-1, tokens), room)
             room = room - lent
         # The last column takes what is written for no token.
-        of_token = slots[count:].repeat(*p.shape[:2], 1)
+        of_token = tokens.new_full((*p.shape[:2], vocabulary + 1), count)
         if config.radius > 0 and self.neighbours is not None:
-            inside = self._near(drafted, children, tokens, self.neighbours) & may[..., None]
-            near = self.neighbours.codes[:, : config.near][tokens]
-            fits = _within(p.gather(-1, near.flatten(2)).view(near.shape) * inside, inside, first, room)
-            heads = first[..., None].expand(near.shape).flatten(2)
-            of_token.scatter_(-1, torch.where(fits, near, vocabulary).flatten(2), heads)
+            near = embedding(tokens, self.neighbours.codes[:, : config.near])
+            inside = self._near(drafted, states, near, self.neighbours)
+            fits = _within(p.gather(-1, near.flatten(2)).view_as(near) * inside, inside, first, room)
+            heads = first[..., None].expand_as(near).flatten(2)
+            of_token.scatter_(-1, near.where(fits, vocabulary).flatten(2), heads)
         # Children last: a drafted token is in its own class whatever its neighbours say.
-        of_token.scatter_(-1, torch.where(exists, tokens, vocabulary), first)
+        of_token.scatter_(-1, tokens.where(drafted.inner_children() >= 0, vocabulary), first)
         return Classes(first, of_token[..., :vocabulary])
 
-    def _near(self, drafted: Drafted, children: Tensor, tokens: Tensor, neighbours: Neighbours) -> Tensor:
-        """Section 6.6: which codes [B, A, C, k] near a child are predicted to move the target little enough."""
-        book, exists = neighbours.codebook, children >= 0
-        reach = self.config.radius / sensitivity(drafted, book)
-        inside = neighbours.distances[:, : self.config.near][tokens] <= reach[..., None, None]
-        inside &= exists[..., None]
-        # A code belongs to the nearest child only; among equally near ones to the first.
-        near, spots = neighbours.codes[:, : self.config.near][tokens], book[tokens]
-        squares = spots.square().sum(dim=-1).where(exists, torch.inf)
-        # Up to the square of the code itself, which is the same for all children.
-        to_each = squares[:, :, None, None] - 2 * (book[near] @ spots[:, :, None].mT)
-        to_each = to_each.nan_to_num(nan=torch.inf)
-        return inside & (to_each.argmin(dim=-1) == torch.arange(children.shape[-1], device=children.device)[:, None])
+    def _links(self, drafted: Drafted, states: Tensor) -> Tensor:
+        """Which siblings [B, A, C, C] are interchangeable, or converge; of each pair the later one's row tells."""
+        config, linked = self.config, []
+        if config.breadth <= 1:
+            linked.append(similarity(states, drafted.states().mean(dim=1)[:, None, None]) >= config.breadth)
+        if config.converges:
+            met = convergence(node_similarity(drafted), drafted.tree, config.horizon)
+            linked.append(sibling_pairs(met, drafted.inner_children()) >= config.depth)
+        return reduce(torch.logical_or, linked) & drafted.tree.pairs
+
+    def _near(self, drafted: Drafted, states: Tensor, near: Tensor, neighbours: Neighbours) -> Tensor:
+        """Section 6.6: which of the codes [B, A, C, k] near the children, as far as those exist, are predicted to move
+        the target little enough."""
+        tokens, children = drafted.child_tokens(), drafted.inner_children()
+        spots, slots = embedding(tokens, neighbours.codebook), torch.arange(near.shape[2], device=near.device)
+        reach = self.config.radius / sensitivity(drafted, states, spots)
+        inside = embedding(tokens, neighbours.distances[:, : near.shape[-1]]) <= reach[..., None, None]
+        # A code belongs to the nearest child only; among equally near ones to the first. Distances are squares, up to
+        # the square of the code itself, which is the same for all children.
+        own = spots.square().sum(dim=-1, keepdim=True).where(children[..., None] >= 0, torch.inf)
+        across = spots @ embedding(near.flatten(2), neighbours.codebook).mT
+        nearest = torch.add(own, across, alpha=-2).nan_to_num(nan=torch.inf).min(dim=2).indices
+        return inside & (nearest.view_as(near) == slots[:, None])
 
 
 def _within(mass: Tensor, inside: Tensor, first: Tensor, room: Tensor) -> Tensor:

@@ -9,27 +9,41 @@ from fastgen.drafters.tree import Tree
 from fastgen.drafters.verify import Drafted
 
 __all__ = [
-    "are_siblings",
     "convergence",
-    "law_distance_bound",
+    "node_similarity",
     "sensitivity",
     "sibling_pairs",
+    "sibling_states",
     "similarity",
     "total_variation",
 ]
 
 
-def similarity(drafted: Drafted) -> Tensor:
-    """Cosine [B, n, n] of all pairs of nodes' hidden states, which are centred first: raw ones all point one way.
+def node_similarity(drafted: Drafted) -> Tensor:
+    """Similarity [B, n, n] of all pairs of nodes.
 
     Raises:
         ValueError: the drafted tree has no hidden states.
     """
-    if drafted.hidden is None:
-        raise ValueError("similarity: needs the target's hidden states")
-    states = drafted.hidden.float()
-    centred = torch.nn.functional.normalize(states - states.mean(dim=1, keepdim=True), dim=-1)
+    return similarity(drafted.states(), drafted.states().mean(dim=1, keepdim=True))
+
+
+def similarity(states: Tensor, centre: Tensor) -> Tensor:
+    """Cosine [..., m, m] of all pairs of hidden states [..., m, F], which are centred first: raw ones all point one
+    way."""
+    centred = torch.nn.functional.normalize(states - centre, dim=-1)
     return centred @ centred.mT
+
+
+def sibling_states(drafted: Drafted) -> Tensor:
+    """Hidden states [B, A, C, F] of the children of the nodes that have some.
+
+    Raises:
+        ValueError: the drafted tree has no hidden states.
+    """
+    states, children = drafted.states(), drafted.inner_children().clamp_min(0)
+    index = children.flatten(1)[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, index).unflatten(1, children.shape[1:])
 
 
 def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:
@@ -39,55 +53,27 @@ def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:
     return values[batch, safe[..., :, None], safe[..., None, :]]
 
 
-def are_siblings(children: Tensor) -> Tensor:
-    """[B, A, C, C] bool: both places of a pair hold a child."""
-    exists = children >= 0
-    return exists[..., :, None] & exists[..., None, :]
-
-
-def sensitivity(drafted: Drafted, codebook: Tensor) -> Tensor:
+def sensitivity(drafted: Drafted, states: Tensor, codes: Tensor) -> Tensor:
     """[B, A]: how far the hidden state moves with the code: the median over sibling pairs of the distance of their
     hidden states (in units of the mean norm) over that of their codes. Where a node has no pair it is the median over
     all pairs of the tree, and infinite where there is none at all.
 
-    Raises:
-        ValueError: the drafted tree has no hidden states.
+    Args:
+        drafted: the tree.
+        states, codes: of the children [B, A, C, …].
     """
-    if drafted.hidden is None:
-        raise ValueError("sensitivity: needs the target's hidden states")
-    children, codes = drafted.inner_children(), codebook[drafted.child_tokens()]
-    left, right = torch.triu_indices(children.shape[-1], children.shape[-1], 1, device=children.device)
-    if not len(left):
-        return torch.full(children.shape[:2], torch.inf, device=children.device)
-    batch = torch.arange(len(children), device=children.device)[:, None, None]
-    states = drafted.hidden[batch, children.clamp_min(0)].float()
-    scale = drafted.hidden.float().norm(dim=-1).mean(dim=-1).clamp_min(1e-12)
-    moved = (states[:, :, left] - states[:, :, right]).norm(dim=-1) / scale[:, None, None]
-    apart = (codes[:, :, left] - codes[:, :, right]).norm(dim=-1)
-    exists = children >= 0
-    ratio = torch.where(exists[..., left] & exists[..., right] & (apart > 0), moved / apart, torch.nan)
+    moved, apart = (torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") for x in (states, codes))
+    ratio = torch.where(drafted.tree.pairs & (apart > 0), moved / apart, torch.nan)
     everywhere = ratio.flatten(1).nanmedian(dim=-1, keepdim=True).values
-    own = ratio[..., 0] if len(left) == 1 else ratio.nanmedian(dim=-1).values
-    return torch.where(own.isnan(), everywhere, own).nan_to_num(nan=torch.inf)
+    own = ratio[..., 1, 0] if ratio.shape[-1] == 2 else ratio.flatten(2).nanmedian(dim=-1).values
+    scale = drafted.states().norm(dim=-1).mean(dim=-1, keepdim=True).clamp_min(1e-12)
+    return (own.where(~own.isnan(), everywhere) / scale).nan_to_num(nan=torch.inf)
 
 
 def total_variation(laws: Tensor) -> Tensor:
     """TV [B, n, n] of all pairs of laws [B, n, V], one row of pairs at a time: no [n, n, V] tensor."""
     rows = [(laws - laws[:, i : i + 1]).abs().sum(dim=-1) for i in range(laws.shape[1])]
     return torch.stack(rows, dim=1) / 2
-
-
-def law_distance_bound(logits: Tensor) -> Tensor:
-    """Certified bound tanh(d_H / 4) >= TV(p_u, p_w), [B, n, n], from the laws' logits [B, n, V] after temperature.
-
-    d_H is the range over tokens of the difference of the logits (Hilbert's projective metric). It holds for laws that
-    are not truncated.
-    """
-    rows = []
-    for i in range(logits.shape[1]):
-        apart = logits - logits[:, i : i + 1]
-        rows.append(apart.amax(dim=-1) - apart.amin(dim=-1))
-    return torch.tanh(torch.stack(rows, dim=1) / 4)
 
 
 def convergence(alike: Tensor, tree: Tree, horizon: int) -> Tensor:

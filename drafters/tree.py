@@ -7,7 +7,8 @@ have one topology for all rounds and images; dynamic ones another for every imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Tree:
         mask: [b, n, n] bool, row i: node i, its ancestors and the root.
         max_depth: the largest depth (a bound for dynamic trees).
         internal: [A] int64, the nodes that have children; the verifier looks at no other. In dynamic trees all.
+        inner: [b, A, C] int64, the children of those.
+        pairs: [b, A, C, C] bool, pairs of siblings: the later one's row, the earlier one's column.
     """
 
     parents: Tensor
@@ -39,6 +42,8 @@ class Tree:
     mask: Tensor
     max_depth: int
     internal: Tensor
+    inner: Tensor
+    pairs: Tensor
 
     @property
     def n(self) -> int:
@@ -58,9 +63,8 @@ class Tree:
         """The same tree on another device."""
         if self.parents.device == torch.device(device):
             return self
-        tensors = (self.parents, self.children, self.depth, self.mask, self.internal)
-        parents, children, depth, mask, internal = (tensor.to(device) for tensor in tensors)
-        return Tree(parents, children, depth, mask, self.max_depth, internal)
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     @classmethod
     def of_parents(cls, parents: Tensor, max_depth: int, max_children: int, static: bool = False) -> Tree:
@@ -90,7 +94,9 @@ class Tree:
         children = flat[:, :-1].unflatten(1, (n, max_children))
         numbers = torch.arange(n, device=device)
         internal = numbers[children[0, :, 0] >= 0] if static else numbers
-        return cls(parents, children, depth, reach, max_depth, internal)
+        inner = children.index_select(1, internal)
+        pairs = ((inner >= 0)[..., :, None] & (inner >= 0)[..., None, :]).tril(-1)
+        return cls(parents, children, depth, reach, max_depth, internal, inner, pairs)
 
 
 def static_tree(paths: Sequence[Sequence[int]]) -> Tree:

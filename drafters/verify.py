@@ -56,7 +56,17 @@ class Drafted:
 
     def inner_children(self) -> Tensor:
         """Children [B, A, C] of the A nodes that have some."""
-        return self.tree.children.index_select(1, self.tree.internal).expand(len(self.tokens), -1, -1)
+        return self.tree.inner.expand(len(self.tokens), -1, -1)
+
+    def states(self) -> Tensor:
+        """`hidden` in float32.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.hidden is None:
+            raise ValueError("hidden: needs the target's hidden states")
+        return self.hidden.float()
 
     def inner_target(self) -> Tensor:
         """p [B, A, V] at the nodes that have children."""

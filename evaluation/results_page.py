@@ -30,6 +30,7 @@ _COMMANDS = {
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
+    "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-batches": "bench speculative --images-per-prompt 1 --batch 1 --batch 4 --batch 16 --commands 5",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
@@ -39,8 +40,12 @@ _COMMANDS = {
 _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
-    ("tiny-dc", "diffusion, dynamic chunking"),
-    ("tiny-dc-dense", "diffusion, the baseline of tiny-dc"),
+    ("small", "diffusion, 128x128"),
+    ("small-dc", "diffusion, 128x128, dynamic chunking"),
+)
+_FORMER = (
+    ("tiny-dc", "diffusion, dynamic chunking of latent positions; no longer embedded"),
+    ("tiny-dc-dense", "diffusion, the baseline of tiny-dc; no longer embedded"),
 )
 
 
@@ -120,7 +125,7 @@ def results_page(folder: Path) -> str:
             f"{distance['protocol']}: **{distance['value']:.2f}**\n",
         ]
 
-    for model, kind in _MODELS:
+    for model, kind in (*_MODELS, *_FORMER):
         if (scores := read(f"shapesworld-{model}")) is not None:
             settings = scores["settings"]
             command = f"fastgen eval shapes --model {model} --images-per-prompt {settings['images_per_prompt']}"
@@ -137,6 +142,7 @@ def results_page(folder: Path) -> str:
     for name, title, text in (
         ("bench-generate", "Cost of `fastgen generate`", generate_markdown),
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
+        ("bench-dc-latent", "Dynamic chunking of latent positions, trained from random weights", dc_quality_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
         ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
         ("bench-speculative-batches", "Speculative decoding: batches and whole commands", speculative_markdown),

@@ -11,8 +11,8 @@ Two counters share the work:
 
 A multiply-add is 2 FLOPs; a bias, an activation, a norm and a soft-max count as 0, as is usual for models. Causal
 attention is not halved. Recurrent operators (``lstm``), ``flex_attention``, what a scripted or compiled graph runs and
-the backward pass are not seen; report them with `fastgen.accounting.add_flops`. A custom operator is counted when it
-has a formula in `torch.utils.flop_counter.register_flop_formula`.
+the backward pass are not seen. A custom operator is counted when it has a formula in
+`torch.utils.flop_counter.register_flop_formula`.
 """
 
 from __future__ import annotations

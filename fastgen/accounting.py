@@ -26,14 +26,15 @@ while the account was open; opening an account resets torch's own peak counters)
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from types import TracebackType
 from typing import Any
 
@@ -62,7 +63,7 @@ class Stats:
         passes: "target", "drafter", "denoiser" ... -> forward passes.
         flops: 0 as well where nothing counted them, see `flops_counted`.
         flops_by_kind: "linear", "attention" ... -> FLOPs.
-        flops_counted: whether `count_flops` or `add_flops` was used.
+        flops_counted: whether `count_flops` was used.
         nfe: evaluations of the denoiser, one per prompt row and step, both halves of guidance counted.
         kept_tokens: of each step.
         total_tokens: of each step, before any was dropped.
@@ -114,23 +115,10 @@ class Stats:
         """A copy made of dicts, lists, strings, numbers and None; `flops` is None when nothing counted them."""
         with self._lock:
             accepted = self.acceptance
-            return {
-                "wall_seconds": self.wall_seconds,
-                "seconds": dict(self.seconds),
-                "passes": dict(self.passes),
-                "nfe": self.nfe,
-                "flops": self.flops if self.flops_counted else None,
-                "flops_by_kind": dict(self.flops_by_kind),
-                "kept_tokens": list(self.kept_tokens),
-                "total_tokens": list(self.total_tokens),
-                "accepted_lengths": list(self.accepted_lengths),
-                "acceptance": None if accepted is None else {"rule": accepted.rule, **accepted.counts},
-                "verifier_calls": self.verifier_calls,
-                "peak_memory_bytes": self.peak_memory_bytes,
-                "peak_memory": dict(self.peak_memory),
-                "paths": {name: dict(used) for name, used in self.paths.items()},
-                "notes": list(self.notes),
-            }
+            found = {each.name: copy.deepcopy(getattr(self, each.name)) for each in fields(self)}
+            found["flops"] = found["flops"] if found.pop("flops_counted") else None
+            found["acceptance"] = None if accepted is None else {"rule": accepted.rule, **accepted.counts}
+            return {"wall_seconds": self.wall_seconds, **found, "peak_memory_bytes": self.peak_memory_bytes}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # it cannot be pickled
@@ -151,6 +139,13 @@ def current() -> Stats | None:
     """The innermost open account of this context."""
     active = _active.get()
     return active[-1] if active else None
+
+
+def _accounts() -> Iterator[Stats]:
+    """Every open account of this context, each locked while the caller writes to it."""
+    for stats in _active.get():
+        with stats._lock:
+            yield stats
 
 
 class account:
@@ -197,18 +192,12 @@ class phase:
         self.sync = sync
 
     def __enter__(self) -> None:
-        self._stats = _active.get()
-        self._thread_id = threading.get_ident()
+        self._stats, self._thread_id, self._children = _active.get(), threading.get_ident(), 0.0
         outer = _phases.get()
-        if not self._stats:
-            self._children = 0.0
-            _phases.set((*outer, self))
-            return
-        if self.sync:
-            _synchronize()
         # A copied context carries the phase of the thread that started this one; that phase continues meanwhile.
         self._parent = outer[-1] if outer and outer[-1]._thread_id == self._thread_id else None
-        self._children = 0.0
+        if self._stats and self.sync:
+            _synchronize()
         _phases.set((*outer, self))
         self._start = time.perf_counter()
 
@@ -264,17 +253,15 @@ class count_flops:
 def add_passes(name: str, n: int = 1) -> None:
     """Report `n` forward passes of the model `name` ("target", "drafter", "denoiser" ...)."""
     n = _count("n", n)
-    for stats in _active.get():
-        with stats._lock:
-            stats.passes[name] = stats.passes.get(name, 0) + n
+    for stats in _accounts():
+        stats.passes[name] = stats.passes.get(name, 0) + n
 
 
 def add_nfe(n: int = 1) -> None:
     """Report `n` function evaluations of the denoiser."""
     n = _count("n", n)
-    for stats in _active.get():
-        with stats._lock:
-            stats.nfe += n
+    for stats in _accounts():
+        stats.nfe += n
 
 
 def add_tokens(*, kept: int, total: int) -> None:
@@ -286,42 +273,30 @@ def add_tokens(*, kept: int, total: int) -> None:
     kept, total = _count("kept", kept), _count("total", total)
     if kept > total:
         raise ValueError(f"kept: {kept} tokens of {total}; needs kept <= total")
-    for stats in _active.get():
-        with stats._lock:
-            stats.kept_tokens.append(kept)
-            stats.total_tokens.append(total)
+    for stats in _accounts():
+        stats.kept_tokens.append(kept)
+        stats.total_tokens.append(total)
 
 
 def add_accepted(n: int | Iterable[int]) -> None:
     """Report the accepted length of one verification, or of several rows verified at once."""
     lengths = [_count("n", length) for length in (n if isinstance(n, Iterable) else (n,))]
-    for stats in _active.get():
-        with stats._lock:
-            stats.accepted_lengths.extend(lengths)
+    for stats in _accounts():
+        stats.accepted_lengths.extend(lengths)
 
 
 def add_acceptance(rule: str, counts: Mapping[str, float]) -> None:
     """Report what a rule of speculative decoding accepted; calls of one rule add up, another rule starts again."""
-    for stats in _active.get():
-        with stats._lock:
-            before = stats.acceptance.counts if stats.acceptance is not None and stats.acceptance.rule == rule else {}
-            stats.acceptance = Acceptance(rule, {name: before.get(name, 0.0) + n for name, n in counts.items()})
+    for stats in _accounts():
+        before = stats.acceptance.counts if stats.acceptance is not None and stats.acceptance.rule == rule else {}
+        stats.acceptance = Acceptance(rule, {name: before.get(name, 0.0) + n for name, n in counts.items()})
 
 
 def add_verifier_calls(n: int = 1) -> None:
     """Report `n` images scored by a verifier."""
     n = _count("n", n)
-    for stats in _active.get():
-        with stats._lock:
-            stats.verifier_calls += n
-
-
-def add_flops(n: int, kind: str = "other") -> None:
-    """Report FLOPs that `count_flops` cannot see (a compiled graph, a kernel without a formula)."""
-    n = _count("n", n)
-    for stats in _active.get():
-        stats.flops_counted = True
-    _report_flops(kind, n)
+    for stats in _accounts():
+        stats.verifier_calls += n
 
 
 def note_path(name: str, used: str, reason: str | None = None) -> None:
@@ -332,9 +307,8 @@ def note_path(name: str, used: str, reason: str | None = None) -> None:
         used: the implementation that ran.
         reason: why not the faster one; None when this is the fastest. It is logged once per process, at level INFO.
     """
-    for stats in _active.get():
-        with stats._lock:
-            stats.paths.setdefault(name, {})[used] = reason
+    for stats in _accounts():
+        stats.paths.setdefault(name, {})[used] = reason
     key = (name, used, reason)
     if reason is not None and key not in _logged_paths:
         _logged_paths.add(key)
@@ -348,17 +322,15 @@ def is_in(name: str) -> bool:
 
 def add_note(text: str) -> None:
     """Report what the user should know of the pictures ("this end of a prompt is cut off: ..."), kept once."""
-    for stats in _active.get():
-        with stats._lock:
-            if text not in stats.notes:
-                stats.notes.append(text)
+    for stats in _accounts():
+        if text not in stats.notes:
+            stats.notes.append(text)
 
 
 def _report_flops(kind: str, n: int) -> None:
-    for stats in _active.get():
-        with stats._lock:
-            stats.flops += n
-            stats.flops_by_kind[kind] = stats.flops_by_kind.get(kind, 0) + n
+    for stats in _accounts():
+        stats.flops += n
+        stats.flops_by_kind[kind] = stats.flops_by_kind.get(kind, 0) + n
 
 
 def _count(argument: str, value: Any) -> int:
@@ -396,10 +368,7 @@ def wait_for(device: Any) -> None:
 
 def _fold_peaks(*, reset: bool) -> None:
     """Give the peaks since the last call to every open account, so that a reset loses nothing for an outer one."""
-    peaks = {}
-    process = _process_peak()
-    if process is not None:
-        peaks["process"] = process
+    peaks = {} if (process := _process_peak()) is None else {"process": process}
     with _open_lock:
         cuda = _cuda()
         for index in range(cuda.device_count() if cuda is not None else 0):

@@ -134,29 +134,27 @@ def atomic_write_json(path: _PathLike, obj: Any) -> None:
     atomic_write_bytes(path, encode_json(obj))
 
 
-def check_format(found: object, label: object, newest: int, oldest: int | None = None) -> None:
+def check_format(found: object, label: object, number: int) -> None:
     """Refuse a file in a format that this version of fastgen does not read.
 
     Args:
         found: what the file has as "format"; None where it has none.
         label: what the message calls the file.
-        newest, oldest: formats that can be read; by default only the newest.
+        number: the format that can be read.
 
     Raises:
         FastgenError: names the format of the file, and what can be read.
     """
-    oldest = newest if oldest is None else oldest
-    number = found if isinstance(found, int) and not isinstance(found, bool) else None
-    if number is not None and oldest <= number <= newest:
-        return
+    hint = "make it again"
     if found is None:
-        has, hint = "has no format number", "make it again"
-    elif number is None:
-        has, hint = f"has format {str(found)[:40]!r}, which is no number", "make it again"
+        has = "has no format number"
+    elif not isinstance(found, int) or isinstance(found, bool):
+        has = f"has format {str(found)[:40]!r}, which is no number"
+    elif found == number:
+        return
     else:
-        has, hint = f"has format {number}", "update fastgen" if number > newest else "make it again"
-    reads = str(newest) if oldest == newest else f"{oldest} to {newest}"
-    raise FastgenError(f"{label}: {has}; this version of fastgen reads {reads}; {hint}")
+        has, hint = f"has format {found}", "update fastgen" if found > number else hint
+    raise FastgenError(f"{label}: {has}; this version of fastgen reads {number}; {hint}")
 
 
 def save_png(path: _PathLike, image: Image, metadata: Mapping[str, str] | None = None) -> None:

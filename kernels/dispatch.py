@@ -221,7 +221,7 @@ def check_range(name: str, index: Tensor, limit: int) -> None:
         raise ValueError(f"{name}: needs numbers in 0 … {limit - 1}, got {low if low < 0 else high}")
 
 
-def check_ascending(name: str, positions: Tensor, size: int, full: bool) -> None:
+def check_ascending(positions: Tensor, size: int, full: bool) -> None:
     """Check that positions lie in 0 … size - 1 and rise, where `check_range` does; without `full` the last may be -1.
 
     Raises:
@@ -231,12 +231,12 @@ def check_ascending(name: str, positions: Tensor, size: int, full: bool) -> None
         return
     if not full:  # what lies behind the last token
         positions = positions[: int((positions != -1).sum())]
-    check_range(name, positions, size)
+    check_range("positions", positions, size)
     if bool((positions[1:] <= positions[:-1]).any()):
-        raise ValueError(f"{name}: needs rising numbers, each position once")
+        raise ValueError("positions: needs rising numbers, each position once")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
     """Check that sequence bounds begin with 0, never fall and end at the token count, where `check_range` does.
 
     Raises:
@@ -247,7 +247,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, longest: int | 
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        raise ValueError(f"{name}: needs rising bounds from 0 to {tokens}, got {shown}")
+        raise ValueError(f"cu_seqlens: needs rising bounds from 0 to {tokens}, got {shown}")
     if longest is not None:
         needed = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
         if needed > longest:

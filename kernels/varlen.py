@@ -40,7 +40,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     tensors = (query, key, value, cu_seqlens)
     _checked(lambda: _check(*tensors), tensors)
     check_int("max_seqlen", max_seqlen, 0)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, query.shape[0], max_seqlen)
+    check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
     kind = query.device.type
     # Under autocast normalised queries and keys arrive in float32, values do not. (The meta device knows none.)
     if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -258,9 +258,9 @@ def disable_dc(pipe: DiffusionPipeline) -> None:
 
 
 def budget_of(pipe: Any) -> ElasticBudget | None:
-    """The budget that a stock pipeline computes with: that of `enable_dc`, else of its transformer; None for none."""
+    """The budget that a stock pipeline computes with, that of `enable_dc`; None for none."""
     enabled = vars(pipe).get("_fastgen_dc")
-    return enabled.budget if enabled is not None else getattr(pipe.transformer, "_budget", None)
+    return None if enabled is None else enabled.budget
 
 
 def _check_interface(stock: Any, chunked: Any) -> None:

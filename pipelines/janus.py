@@ -76,8 +76,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
 
         Args:
             torch_dtype, dtype: of the weights; default as stored.
-            tokenizer: in place of the one in the folder.
-            output_loading_info: return (pipeline, dict of missing, unexpected and mismatched weights).
+            model, tokenizer: in place of those in the folder.
             kwargs: for `JanusForConditionalGeneration.from_pretrained` (`revision`, `token`, `local_files_only` …).
         """
         from transformers import AutoTokenizer, JanusForConditionalGeneration
@@ -86,16 +85,15 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         hub = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
         tokenizer = kwargs.pop("tokenizer", None) or load_pretrained(AutoTokenizer, path, **hub)
-        info = kwargs.pop("output_loading_info", False)
-        model, loading = load_pretrained(
-            JanusForConditionalGeneration, path, dtype=dtype or "auto", output_loading_info=True, **kwargs
-        )
-        pipeline = cls(model=model.eval(), tokenizer=tokenizer)
+        model = kwargs.pop("model", None)
+        if model is None:
+            model = load_pretrained(JanusForConditionalGeneration, path, dtype=dtype or "auto", **kwargs).eval()
+        pipeline = cls(model=model, tokenizer=tokenizer)
         for name in _PROCESSOR_FILES:
             if (file := Path(path, name)).is_file():
                 pipeline._processor_files[name] = file.read_text(encoding="utf-8")
         pipeline.register_to_config(_name_or_path=path)
-        return (pipeline, loading) if info else pipeline
+        return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a folder that stock transformers loads; `kwargs` as for `PreTrainedModel.save_pretrained`."""

@@ -32,7 +32,7 @@ from fastgen.pipelines.search.interpolants import Tabulated
 from fastgen.pipelines.search.names import POLICIES, named_policy
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.previews import PreviewOption, check_preview, preview_of
-from fastgen.pipelines.search.report import SearchReport, report_of
+from fastgen.pipelines.search.report import SearchReport, reports_of
 from fastgen.pipelines.search.samplers import Ancestral, EulerMaruyama, Sampler
 from fastgen.pipelines.summary import reported
 from fastgen.pipelines.token_images import as_output, one_per_image
@@ -258,7 +258,7 @@ class NoiseSearchPipeline(WrappingPipeline):
                 ends = [None if node is None or node.fault is not None else node for node in kept]
                 if len({chain.prompt for chain, end in zip(chains, ends, strict=True) if end}) < len(prompts):
                     raise SearchInterrupted(str(error), None) from cause
-            reports, winners = _reports(policy, prompts, chains, ends, started, cause is not None)
+            reports, winners = reports_of(policy, prompts, chains, ends, started, cause is not None)
             replaced = _replaced(stats)
             reports = [replace(report, sampler=name, replaced=replaced) for report in reports]
             pictures = [_picture(denoiser, node, prompt) for prompt, node in enumerate(winners)]
@@ -394,33 +394,3 @@ def _output(
     kept = [report for report, picture in zip(reports, pictures, strict=True) if isinstance(picture, Tensor)]
     images = as_output(torch.cat(made).float().div(255).permute(0, 2, 3, 1), output_type)
     return NoiseSearchOutput(images=images, reports=kept, stats=stats), fault
-
-
-def _reports(
-    policy: Policy,
-    prompts: Sequence[str],
-    chains: Sequence[Chain],
-    ends: Sequence[Node | None],
-    started: float,
-    interrupted: bool,
-) -> tuple[list[SearchReport], list[Node]]:
-    """Of each prompt its report and the node whose picture is returned."""
-    reports, winners = [], []
-    for number, prompt in enumerate(prompts):
-        own = [chain for chain in chains if chain.prompt == number]
-        found = [
-            (chain, end) for chain, end in zip(chains, ends, strict=True) if chain.prompt == number and end is not None
-        ]
-        owner, winner = max(found, key=lambda pair: _finished(pair[1]))  # of equal ones the first chain's
-        pool = owner.pool
-        stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
-        seconds = time.perf_counter() - started
-        reports.append(report_of(prompt, policy, own, winner, owner.number, stopped, seconds))
-        winners.append(winner)
-    return reports, winners
-
-
-def _finished(node: Node) -> tuple[bool, bool, float]:
-    """Without a fault, ends of trajectories before previews, then by score."""
-    score = -math.inf if math.isnan(node.score) else node.score
-    return node.fault is None, node.last, score

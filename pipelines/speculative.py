@@ -106,9 +106,14 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         """Load what `save_pretrained` wrote: model, tokenizer, drafter and calibration.
 
         Raises:
-            FastgenError: a folder that holds a model alone; the message says how to load it.
+            FastgenError: a folder that holds a model alone, or a LlamaGen in a variant; says how to load it.
         """
         folder = Path(pretrained_model_name_or_path)
+        if kwargs.get("variant") and (folder / "model" / "model_index.json").is_file():
+            raise FastgenError(  # diffusers looks for variants in files only, and this model lies in folders
+                f"variant: {folder} holds a LlamaGen; call "
+                f"fastgen.load_pipeline({str(folder)!r}, variant={kwargs['variant']!r})"
+            )
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise FastgenError(
                 f"{folder} holds no saved pipeline (model_index.json); for a model alone call "
@@ -121,6 +126,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
 
         Arguments as of `DiffusionPipeline.save_pretrained`.
         """
+        self.check_saves()
         self.register_to_config(calibration=None if self.calibration is None else self.calibration.as_dict())
         self.register_to_config(options={name: value for name, value in self.options.items() if not callable(value)})
         super().save_pretrained(save_directory, *args, **kwargs)

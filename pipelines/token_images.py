@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from transformers import PreTrainedModel
 
 from fastgen.accounting import Stats
 from fastgen.checks import check_choice, check_finite, check_generator, check_integer
@@ -35,6 +37,14 @@ class NetworksMixin:
         for name, value in modules.items():
             _check_network(name, value)
         super().register_modules(**modules)  # type: ignore[misc]
+
+    def check_saves(self) -> None:
+        """Refuse a network that `DiffusionPipeline.save_pretrained` would leave out without an error."""
+        for name, part in self.components.items():  # type: ignore[attr-defined]
+            if isinstance(part, torch.nn.Module) and not isinstance(part, ModelMixin | PreTrainedModel):
+                raise FastgenError(
+                    f"{name}: {type(part).__name__} is no ModelMixin or PreTrainedModel, only these can be saved"
+                )
 
 
 def _check_network(name: str, value: object) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 SECONDS = 120.0  # of waiting; its processor time is limited as well
 ARGUMENTS = {
     "tiny": ["--steps", "1"],
-    "tiny-dc": ["--steps", "1"],
+    "small-dc": ["--steps", "1"],
     "tiny-janus": ["--method", "speculative", "--acceptance", "cascade", "--quality", "0.5", "--tree", "chain-4"],
     "micro-dc": ["--steps", "1"],
     "micro-janus": [],
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     root = tmp_path_factory.mktemp("folders")
-    for name in ("tiny", "tiny-dc", "tiny-janus"):
+    for name in ("tiny", "small-dc", "tiny-janus"):
         shutil.copytree(embedded_folder(name), root / name)
     micro.save_micro_dc(root / "micro-dc", micro.save_micro_z_image(root / "micro-z"))
     micro.save_micro_janus(root / "micro-janus")

@@ -41,7 +41,7 @@ for _name in ("dc", "speculative", "search"):
 METHODS = {
     "(speculative": ["--method", "speculative"],
     "(search": ["--method", "search", "--max-nfe", "48"],
-    "(dynamic chunking": ["--method", "dc", "--model", "tiny-dc"],
+    "(dynamic chunking": ["--method", "dc", "--model", "small-dc"],
 }
 
 LONG = "1" + "0" * 5000
@@ -88,7 +88,7 @@ CONTRADICTIONS = {
         ["a ring", "--prompts-file", "x.txt"],
         ["a ring", "a cube"],
         ["a ring", "--method", "dc", "--model", "tiny"],
-        ["a ring", "--method", "base", "--model", "tiny-dc"],
+        ["a ring", "--method", "base", "--model", "small-dc"],
         ["a ring", "--method", "speculative", "--model", "tiny"],
         ["a ring", "--method", "search", "--max-nfe", "48", "--model", "tiny-janus"],
         ["a ring", "--method", "search", "--max-nfe", "1"],
@@ -118,8 +118,8 @@ CONTRADICTIONS = {
         ["--model", "tiny", "--token-budget", "3"],
         ["--model", "tiny", "--tail-drop", "0.3"],
         ["--model", "tiny", "--uncond-tail-drop", "0.3"],
-        ["--model", "tiny-dc", "--token-budget", "257"],
-        ["--model", "tiny-dc", "--token-budget", "3", "--tail-drop", "0.3"],
+        ["--model", "small-dc", "--token-budget", "257"],
+        ["--model", "small-dc", "--token-budget", "3", "--tail-drop", "0.3"],
         ["--model", "tiny-janus", "--steps", "3"],
         ["--model", "renders", "--method", "dc"],
         ["--model", "renders", "--token-budget", "3"],
@@ -132,7 +132,7 @@ CONTRADICTIONS = {
             ["--model", "tiny", "--images", "."],
             ["--model", "tiny", "--token-budget", "3"],
             ["--model", "tiny", "--tail-drop", "0.3"],
-            ["--model", "tiny-dc", "--token-budget", "257"],
+            ["--model", "small-dc", "--token-budget", "257"],
             ["--results", "/absent"],
             ["--images", ".", "--seed", "x"],
         )
@@ -143,7 +143,7 @@ CONTRADICTIONS = {
         [".", "--model", "tiny"],
         ["--model", "tiny", "--token-budget", "3"],
         ["--model", "tiny", "--tail-drop", "0.3"],
-        ["--model", "tiny-dc", "--token-budget", "257"],
+        ["--model", "small-dc", "--token-budget", "257"],
         ["--model", "tiny", "--out", "x.txt"],
         ["--model", "tiny", "--reference-protocol", "adm"],
     ],

@@ -53,7 +53,7 @@ def benchmark_dc_quality(
         folder: of the pictures; a killed run continues there.
         model_variant: of the weight files of both models, as in diffusers.
         choice: which rows.
-        peers: measure step caches and token merging on the baseline as well.
+        peers: measure step caches on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures at once.
         timed_prompts: pictures of a timed call.

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, 
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer, token_merging
+from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer
 from fastgen.evaluation.runner import model_fingerprint
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.loading.checkpoint import Checkpoint
@@ -39,7 +39,6 @@ class Choice:
         first_block, mag: thresholds of the step caches of the dense model; the first of `first_block` is that of the
             chunked one, too.
         taylor: intervals of TaylorSeer.
-        merged: shares of token merging.
     """
 
     tail_drops: Sequence[float] = (0.0, 0.3, 0.6)
@@ -48,11 +47,10 @@ class Choice:
     first_block: Sequence[float] = (0.1, 0.3)
     mag: Sequence[float] = (0.06, 0.24)
     taylor: Sequence[int] = (2, 3)
-    merged: Sequence[float] = (0.25, 0.5)
 
 
 FULL = Choice()
-QUICK = Choice((0.0, 0.5), (6,), (), (0.1,), (0.06,), (2,), ())
+QUICK = Choice((0.0, 0.5), (6,), (), (0.1,), (0.06,), (2,))
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     Args:
         checkpoints: of the model with dynamic chunking, and of the dense one.
         choice: which rows.
-        peers: with step caches and token merging of the dense model.
+        peers: with step caches of the dense model.
         device: where the pipelines are loaded to.
 
     Raises:
@@ -101,7 +99,7 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
         for name, adapt in _peers(dense, checkpoints[1].defaults, choice):
             # An adapted pipeline does not know which model it was made of.
             yield Variant(f"dense {name}", dense, theirs, checkpoints[1].defaults, adapt)
-    yield Variant("dc 0", chunked, ours, {"tail_drop": 0.0})
+    yield Variant("dc 0", chunked, ours, {"tail_drop": 0.0, "uncond_tail_drop": 0.0})
     for steps in dict.fromkeys((own[0], *choice.steps)):
         suffix, asked = ("", {}) if steps == own[0] else (f" {steps} steps", {"steps": steps})
         for name, budget in _budgets(checkpoints[0].defaults, choice, steps):
@@ -115,18 +113,22 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     for scale in choice.guidance_scales:
         guided = {"guidance_scale": scale}
         yield Variant(f"dense guidance {scale:g}", dense, theirs, guided)
-        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, **guided})
+        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, "uncond_tail_drop": 0.0, **guided})
         name, late = _late(own[0])
         yield Variant(f"dc {name} guidance {scale:g}", chunked, ours, {**late, **guided})
 
 
 def _budgets(defaults: dict[str, Any], choice: Choice, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings of the budgets of a generation of so many steps."""
-    for rho in choice.tail_drops:
-        yield f"{rho:g} lite-cfg {LITE_CFG:g}", {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
-    yield _late(steps)
-    if "tail_drop" in defaults:
-        yield "own schedule", {}
+    """Names and settings of the budgets of a generation of so many steps; that of the checkpoint once."""
+    budgets = {
+        f"{rho:g} lite-cfg {LITE_CFG:g}": {"tail_drop": rho, "uncond_tail_drop": LITE_CFG} for rho in choice.tail_drops
+    }
+    name, late = _late(steps)
+    own = {name: value for name, value in defaults.items() if name in ("tail_drop", "uncond_tail_drop")}
+    yield from budgets.items()
+    yield name, late
+    if own and own not in budgets.values():
+        yield "own schedule", own
 
 
 def _late(steps: int) -> tuple[str, dict[str, Any]]:
@@ -137,7 +139,7 @@ def _late(steps: int) -> tuple[str, dict[str, Any]]:
 def _peers(
     dense: ZImagePipeline, defaults: dict[str, Any], choice: Choice
 ) -> Iterator[tuple[str, Callable[[Any], AbstractContextManager[Any]]]]:
-    """Names and step caches of the dense model, and token merging."""
+    """Names and step caches of the dense model."""
     for threshold in choice.first_block:
         config: Any = FirstBlockCacheConfig(threshold=threshold)
         yield f"first-block-cache {threshold:g}", partial(step_cache, config=config)
@@ -150,10 +152,6 @@ def _peers(
         for threshold in choice.mag:
             config = MagCacheConfig(threshold=threshold, mag_ratios=ratios, num_inference_steps=len(ratios))
             yield f"magcache {threshold:g}", partial(step_cache, config=config)
-    patch = 2 * dense.vae_scale_factor
-    grid = int(defaults["height"]) // patch, int(defaults["width"]) // patch
-    for ratio in choice.merged:
-        yield f"token-merging {ratio:g}", partial(token_merging, ratio=ratio, grid=grid)
 
 
 @contextmanager

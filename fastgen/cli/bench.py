@@ -74,8 +74,8 @@ def generate(
 def dc(
     model: Annotated[
         str, typer.Option(help="Z-Image pipeline with dynamic chunking: name, folder or Hub id.")
-    ] = "tiny-dc",
-    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "tiny-dc-dense",
+    ] = "small-dc",
+    dense: Annotated[str, typer.Option(help="Its baseline without: name, folder or Hub id.")] = "small",
     variant: VariantOption = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
         "fastgen-bench-dc"
@@ -90,7 +90,7 @@ def dc(
     guidance_scale: Annotated[
         list[float] | None, typer.Option(help="Guidance in addition to the models' own; repeat.")
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Step caches and token merging.")] = True,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Step caches of the dense model.")] = True,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A few minutes: the main rows, 10 prompts of each task, one image a prompt."),
@@ -105,7 +105,7 @@ def dc(
     as_json: JsonOption = False,
 ) -> None:
     """ShapesWorld-GenEval and FD-shapes against FLOPs and seconds: dynamic chunking against a dense model with fewer
-    steps, step caches and token merging."""
+    steps and step caches."""
 
     check_device(device)
     for name in (model, dense):

@@ -56,8 +56,8 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="tiny, tiny-janus, tiny-dc, a folder, or a Hub id. Default: tiny, or the method's: tiny-dc with dc, "
-            "tiny-janus with speculative.",
+            help="tiny, tiny-janus, small, small-dc, a folder, or a Hub id. Default: tiny, or the method's: small-dc "
+            "with dc, tiny-janus with speculative.",
             show_default=False,
         ),
     ] = None,

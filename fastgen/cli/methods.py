@@ -65,7 +65,7 @@ BatchInvariantOption = Annotated[
 ]
 
 #: Methods, each with the embedded model that it takes by default.
-METHODS = {"base": "tiny", "dc": "tiny-dc", "speculative": "tiny-janus", "search": "tiny"}
+METHODS = {"base": "tiny", "dc": "small-dc", "speculative": "tiny-janus", "search": "tiny"}
 
 
 def best_device() -> str:

@@ -54,11 +54,6 @@ class ElasticBudget:
             check_integer("token_budget", self.token_budget, 1)
         check_one_budget(self.token_budget, self.tail_drop, self.uncond_tail_drop)
 
-    @property
-    def by_step(self) -> bool:
-        """Whether it depends on the step."""
-        return any(not isinstance(drop, float) for drop in (self.tail_drop, self.uncond_tail_drop) if drop is not None)
-
     def check_steps(self, steps: int) -> None:
         """Refuse lists of another length.
 
@@ -152,36 +147,10 @@ class ElasticModelMixin(HeldChunksMixin):
     """What a transformer with dynamic chunking offers to pipelines that only know its `forward`."""
 
     scaffold: DynamicChunking | PatchChunking
-    _budget: ElasticBudget | None = None
     _replaces: tuple[str, ...]
     """Names of the stock classes whose place it takes."""
     _inputs: tuple[str, str]
     """Arguments of `forward` that hold the samples and their times."""
-
-    def set_budget(
-        self,
-        tail_drop: float = 0.0,
-        *,
-        uncond_tail_drop: float | None = None,
-        token_budget: int | None = None,
-        images: int | None = None,
-    ) -> None:
-        """Use this budget in every forward pass that is given none, whoever calls. Arguments: see `ElasticBudget`.
-
-        Raises:
-            ValueError: see `ElasticBudget`; or a budget by step: a model does not know where a generation begins.
-        """
-        budget = ElasticBudget(tail_drop, uncond_tail_drop, token_budget, images)
-        if budget.by_step:
-            raise FastgenError(
-                "tail_drop: a budget by step belongs to a pipeline (fastgen.enable_dc, or a DC pipeline's call); "
-                "a model takes one number"
-            )
-        self._budget = budget
-
-    def reset_budget(self) -> None:
-        """Keep the whole natural set again."""
-        self._budget = None
 
     @contextmanager
     def generation(self, budget: ElasticBudget, count_steps: Callable[[], int] | None = None) -> Iterator[None]:
@@ -220,12 +189,12 @@ class ElasticModelMixin(HeldChunksMixin):
     def resolve_budget(
         self, tail_drop: TailDrop | None, token_budget: TokenBudget | None, samples: int, sigma: Tensor
     ) -> tuple[TailDrop | None, TokenBudget | None]:
-        """The budget of a forward pass: what the call says, else that of the generation, else what was set."""
+        """The budget of a forward pass: what the call says, else that of the generation."""
         if tail_drop is not None or token_budget is not None:
             return tail_drop, token_budget
         running = None if torch.compiler.is_compiling() else self._generation()
         if running is None:
-            return (None, None) if self._budget is None else self._budget.of_batch(samples, 0.0)
+            return None, None
         budget, step = running.budget, running.step
         if step == 0 and running.count_steps is not None:
             budget.check_steps(running.count_steps())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgen.io import atomic_write_json
 from fastgen.models.layers import GatedMLP, padded_causal_mask, rotate_pairs
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["PRESETS", "LlamaGen", "LlamaGenTransformer", "convert_llamagen", "convert_vq"]
 
@@ -250,7 +251,7 @@ def convert_llamagen(weights: dict[str, Tensor], grid: int = 16) -> LlamaGenTran
     return model
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(ModelMixin, ConfigMixin):
     """What draws pictures from captions: transformer, VQ tokenizer and text encoder.
 
     Args:
@@ -271,17 +272,37 @@ class LlamaGen(nn.Module):
     def device(self) -> torch.device:
         return self.transformer.device
 
-    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any) -> None:
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        **_: Any,
+    ) -> LlamaGen:
+        """Load what `save_pretrained` wrote, without the tokenizer."""
+        from transformers import T5EncoderModel
+        from transformers.models.janus.modeling_janus import JanusVQVAE
+
+        kinds = {"transformer": LlamaGenTransformer, "vq": JanusVQVAE, "text_encoder": T5EncoderModel}
+        given = {"torch_dtype": torch_dtype or torch.float32, "variant": variant}
+        return cls(**{name: load_pretrained(kind, Path(folder, name), **given) for name, kind in kinds.items()})
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, variant: str | None = None, **_: Any
+    ) -> None:
         """Write a folder that `fastgen.load_pipeline` and `fastgen generate --model` read.
 
         Args:
             folder: made if need be.
-            tokenizer: of the text encoder.
+            tokenizer: of the text encoder; without one the folder is no whole model, but may be a part of one.
+            variant: of the weight files ("fp16").
         """
-        parts = {"transformer": self.transformer, "vq": self.vq, "text_encoder": self.text_encoder}
         index: dict[str, Any] = {"_class_name": "LlamaGen"}
-        for name, part in {**parts, "tokenizer": tokenizer}.items():
-            part.save_pretrained(Path(folder, name))
+        for name, part in {**self._modules, "tokenizer": tokenizer}.items():
+            if part is None:
+                continue
+            part.save_pretrained(Path(folder, name), **({} if name == "tokenizer" else {"variant": variant}))
             ours = type(part).__module__.startswith("fastgen.")
             index[name] = [type(part).__module__ if ours else "transformers", type(part).__name__]
         atomic_write_json(Path(folder, "model_index.json"), index)

@@ -29,9 +29,9 @@ ResidualGate = Literal["confidence", "mask"]
 RESIDUAL_GATES: tuple[ResidualGate, ...] = ("confidence", "mask")
 
 
-def norm_groups(channels: int, most: int = 32) -> int:
-    """The largest number of groups, at most `most`, that divides `channels` and has two channels in each."""
-    return next(groups for groups in range(min(most, max(1, channels // 2)), 0, -1) if channels % groups == 0)
+def norm_groups(channels: int) -> int:
+    """The largest number of groups, at most 32, that divides `channels` and has two channels in each."""
+    return next(groups for groups in range(min(32, max(1, channels // 2)), 0, -1) if channels % groups == 0)
 
 
 class ScaffoldBlock(nn.Module):

@@ -16,11 +16,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def _word_level(special_tokens: list[str], unknown: str) -> object:
+def _word_level(special_tokens: list[str]) -> object:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     words = [*special_tokens, *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     return tokenizer
@@ -32,7 +32,7 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
 
     special = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>", "<|assistant|>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_word_level(special, "<unk>"),
+        tokenizer_object=_word_level(special),
         pad_token="<|endoftext|>",
         unk_token="<unk>",
         eos_token="<|im_end|>",
@@ -50,7 +50,7 @@ def build_janus_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image_placeholder>", "<begin_of_image>", "<end_of_image>"]
-    backend = _word_level(special, "<unk>")
+    backend = _word_level(special)
     backend.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", special.index("<s>"))]
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from fastgen.io import read_json, read_object
 _TITLES = {
     "tiny": "fastgen tiny: a ZImagePipeline for ShapesWorld",
     "tiny-janus": "fastgen tiny-janus: a JanusForConditionalGeneration for ShapesWorld",
-    "tiny-dc": "fastgen tiny-dc: a Z-Image transformer with dynamic chunking for ShapesWorld",
-    "tiny-dc-dense": "fastgen tiny-dc-dense: the baseline of tiny-dc",
+    "small": "fastgen small: a ZImagePipeline for 128x128 pictures of ShapesWorld",
+    "small-dc": "fastgen small-dc: a Z-Image transformer with dynamic chunking, upcycled from small",
     "shapes-detector": "fastgen shapes-detector: finds ShapesWorld objects",
     "shapes-verifier": "fastgen shapes-verifier: does this picture show that ShapesWorld caption?",
 }
@@ -65,24 +64,31 @@ thresholds of CASCADE-R for both of them (`fastgen generate --model tiny-janus -
 
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
-    "tiny-dc": """A `fastgen.DCZImageTransformer2DModel` (width 96, 7 layers) trained from random weights for many
-budgets, on the velocity that `tiny` predicts; VAE, text encoder, tokenizer and scheduler are those of `tiny`. Each of
-the 16 x 16 latent positions is one token, and the router keeps about a quarter of them.
+    "small": """A `diffusers.ZImagePipeline` of stock classes for 128x128 pictures of ShapesWorld captions:
+`ZImageTransformer2DModel` (width 192, 8 layers, patch 2, 256 image tokens), grown from that of `tiny`. VAE, text
+encoder and tokenizer are those of `tiny`; the scheduler has its own `shift` of 4.
 
 ```python
 import fastgen
-from diffusers import ZImagePipeline
 
-transformer = fastgen.DCZImageTransformer2DModel.from_pretrained("fastgen/assets/tiny-dc/transformer")
-pipe = ZImagePipeline.from_pretrained("fastgen/assets/tiny", transformer=transformer)
-image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidance_scale=2.0).images[0]
+pipe = fastgen.load_pipeline("small")
+image = pipe("a red circle", height=128, width=128, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`, and weaker: it has two fifths of its parameters and saw half as many images. Loss contract:
-lossy.""",
-    "tiny-dc-dense": """A stock `diffusers.ZImageTransformer2DModel` (width 96, 7 layers, patches of 2 x 2): the
-backbone of `tiny-dc` without dynamic chunking, trained from random weights by the same recipe on the same data for the
-same FLOPs. It exists to be compared with; the other components are those of `tiny`.""",
+Limits: those of `tiny`.""",
+    "small-dc": """A `fastgen.DCZImageTransformer2DModel` (width 192, 8 layers) upcycled from the transformer of
+`small` on its own patches (`grid="patch"`): it began as `small` and learned to compute only the patches that its
+router keeps. VAE, text encoder and tokenizer are those of `tiny`, the scheduler that of `small`.
+
+```python
+import fastgen
+
+pipe = fastgen.load_pipeline("small-dc")
+settings = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 2.0}
+image = pipe("a red circle", uncond_tail_drop=0.9, **settings).images[0]
+```
+
+Limits: those of `small`. Loss contract: lossy.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
 the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
 features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
@@ -116,8 +122,8 @@ them are half drawn.""",
 _LIBRARIES = {
     "tiny": "diffusers",
     "tiny-janus": "transformers",
-    "tiny-dc": "fastgen",
-    "tiny-dc-dense": "diffusers",
+    "small": "diffusers",
+    "small-dc": "fastgen",
     "shapes-detector": "fastgen",
     "shapes-verifier": "fastgen",
 }
@@ -125,8 +131,8 @@ _SIZED = ("shapes-verifier",)
 _PARTS = {
     "z-image": "RUNS/vae/model/vae",
     "janus": "RUNS/vq/model/vq",
-    "dc": "tiny",
-    "dc-dense": "tiny",
+    "small": "tiny",
+    "dc-patch": "small",
     "drafter": "tiny-janus",
     "heads": "tiny-janus",
 }
@@ -159,28 +165,6 @@ def inherit_records(folder: Path, part: Path) -> None:
     if path.exists():
         for name, record in read_object(path).items():
             write_record(folder, name, record)
-
-
-def share_components(folder: Path, base: Path) -> list[str]:
-    """Drop the components of the pipeline in `folder` that `base` holds as well, and name the base in fastgen.json.
-
-    Networks are dropped when their weights are equal byte for byte, scheduler and tokenizer always.
-
-    Returns:
-        names of the components that stay.
-    """
-    stay = []
-    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
-        weights = sorted(component.glob("*.safetensors"))
-        twins = [base / component.name / path.name for path in weights]
-        pairs = zip(weights, twins, strict=True)
-        if (base / component.name).is_dir() and all(b.exists() and a.read_bytes() == b.read_bytes() for a, b in pairs):
-            shutil.rmtree(component)
-        else:
-            stay.append(component.name)
-    path = folder / "fastgen.json"
-    _write(path, {**read_object(path), "base": base.name})
-    return stay
 
 
 def forget_paths(folder: Path) -> None:
@@ -233,13 +217,14 @@ def _training_line(part: str, record: dict[str, Any]) -> str:
     options += [f"--set {key}={value}" for key, value in record.get("choices", {}).items()]
     made_from = f" --part {_PARTS[part]}" if part in _PARTS else ""
     remarks = "; ".join(f"{_REMARKS[key]}: {record[key]}" for key in _REMARKS if key in record)
+    made_at = "" if record["commit"] is None else f", commit {record['commit']}"
     stages = "".join(f" {text}" for text in record.get("notes", []))
     return (
         f"**{part}**: `fastgen train {part} -o RUNS/{part}{made_from} {' '.join(options)}`. "
         f"{record['steps_done']:,} steps, {record['items_seen']:,} images, {record['seconds'] / 60:.0f} minutes on "
         f"{record['cpu'] if record['device'] == 'cpu' else record['device']} "
-        f"({record['threads']} thread{'s' if record['threads'] > 1 else ''}, torch {record['torch']}), "
-        f"commit {record['commit']}.{stages}{f' {remarks}.' if remarks else ''}"
+        f"({record['threads']} thread{'s' if record['threads'] > 1 else ''}, torch {record['torch']})"
+        f"{made_at}.{stages}{f' {remarks}.' if remarks else ''}"
     )
 
 

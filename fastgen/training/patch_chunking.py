@@ -30,11 +30,10 @@ from fastgen.models.patch_grid import PATCH
 from fastgen.models.z_image_batch import patchify
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
-from fastgen.training.dc_z_image import BUDGETS
 from fastgen.training.families import Noisy
 from fastgen.training.flow_matching import LOGIT_MEAN, TokenMetric
 from fastgen.training.pictures import Renders, TrainingData
-from fastgen.training.upcycling import GROUP, UpcyclingRecipe, half_copy, item_generator
+from fastgen.training.upcycling import BUDGETS, GROUP, UpcyclingRecipe, half_copy, item_generator
 from fastgen.training.upcycling_checks import student_for
 from fastgen.training.z_image import save_pipeline
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.loading.checkpoint import download_janus, embedded_folder, find_checkpoint
@@ -151,38 +151,10 @@ class Small(
     part: Path | None = _part(_Z_IMAGE)
     init: Path | None = place(_CONTINUE)
 
-    def _models(self) -> tuple[Path, Path | None]:
-        return self.model("part") or Path(), self.model("init")
-
     def _build(self, seed: int) -> Recipe:
         from fastgen.training.small_z_image import SmallRecipe
 
-        return SmallRecipe(seed, *self._models())
-
-
-class DC(
-    Small,
-    name="dc",
-    summary="a small Z-Image transformer with dynamic chunking, for many compute budgets",
-    defaults={"steps": 10000, "batch_size": 32, "lr": 2e-3, "warmup": 400, "decay": 0.5},
-):
-    dense: ClassVar[bool] = False
-
-    def _build(self, seed: int) -> Recipe:
-        from fastgen.training.dc_z_image import DCRecipe
-
-        return DCRecipe(seed, *self._models(), self.dense)
-
-
-class DCDense(
-    DC,
-    name="dc-dense",
-    summary="the same transformer without dynamic chunking, its baseline",
-    # As many steps as take the compute of the steps of `dc`: over its tail drops, with 23 to 30 % of the tokens kept
-    # before them, its forward passes take 1.17 times as many FLOPs.
-    defaults={**DC.defaults, "steps": 11700},
-):
-    dense: ClassVar[bool] = True
+        return SmallRecipe(seed, self.model("part") or Path(), self.model("init"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,11 +317,9 @@ _TRAINED = (
     Janus,
     Drafter,
     Heads,
-    DC,
     DCPatch,
     DCGraft,
     DCFinetune,
-    DCDense,
 )
 RECIPES: dict[str, type[TrainingSettings]] = {each.name: each for each in _TRAINED}
 

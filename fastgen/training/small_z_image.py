@@ -16,16 +16,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 from torch import Tensor
 
 from fastgen.data.shapes import ShapesWorld
-from fastgen.models.z_image_batch import use_real_rotary
+from fastgen.models.z_image_batch import forward_batch, use_real_rotary
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
-from fastgen.training.dc_z_image import DenseModule
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
-from fastgen.training.layout import patch_labels
+from fastgen.training.layout import LayoutHead, patch_labels
 from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, captioned, save_pipeline, text_features
 
 SIZE = 128
 LAYERS = 8
+_PROBE = 5 * LAYERS // 8  # the block whose output the layout loss reads
 ROPE_THETA = 1000.0
 """Of 256, 400, 588, 1000 and 2000 the one with the least velocity error right after growing the tiny model."""
 SHIFT = 4.0
@@ -88,6 +88,25 @@ def _close_gates(modulation: Tensor) -> Tensor:
     return closed
 
 
+class _Module(torch.nn.Module):
+    """The transformer and the head of the layout loss, which reads after a block of the middle."""
+
+    adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN", "layout")
+    compiled_parts = ("",)
+
+    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.layout = LayoutHead(transformer.dim)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, captions: Tensor, lengths: Tensor, shapes: Tensor, colors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity [n, C, h, w] and layout loss."""
+        output, tokens = forward_batch(self.transformer, latents, timestep, captions, lengths, probe=_PROBE)
+        return output, self.layout(tokens, shapes, colors)
+
+
 class SmallRecipe:
     """Flow matching with caption dropout.
 
@@ -111,12 +130,12 @@ class SmallRecipe:
         images = torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images)
         self.metric = TokenMetric(encode_latents(self.vae, images, torch.Generator().manual_seed(seed)))
 
-    def build(self) -> DenseModule:
+    def build(self) -> _Module:
         """The transformer and the head of the layout loss."""
         transformer = self.pipe.transformer.train()
         use_real_rotary(transformer)
         transformer.x_pad_token.requires_grad_(False)  # pictures of 256 tokens need no padding token
-        return DenseModule(transformer, probe=5 * LAYERS // 8)
+        return _Module(transformer)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Latents of renders, the features of their captions (some dropped), and labels of the patches."""

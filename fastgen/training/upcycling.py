@@ -24,12 +24,14 @@ from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.upcycle import DCModel, backbone_names, upcycle
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
-from fastgen.training.dc_z_image import RATIO_WEIGHT, draw_tail_drop
 from fastgen.training.families import Activations, Noisy, family_of
 from fastgen.training.pictures import TrainingData
 
 GROUP = 16
 """Neighbouring items whose kept share is judged together; a process's part of a batch should be a multiple of it."""
+BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""Tail drops of multi-budget training (section 7 of arXiv 2603.06351)."""
+_RATIO_WEIGHT = 0.03
 _DROPOUT = 0.1
 _STUDENTS = {kind.__name__: kind for kind in (DCDiTTransformer2DModel, DCZImageTransformer2DModel)}
 
@@ -145,7 +147,7 @@ class UpcyclingRecipe(ABC):
     def router_loss(self, chunks: Chunks, noisy: Noisy, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """The ratio loss of the natural sets."""
         ratio = ratio_loss(chunks.probabilities, chunks.natural, self.student.config.compression, GROUP)
-        return RATIO_WEIGHT * ratio, {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
+        return _RATIO_WEIGHT * ratio, {"ratio": float(ratio.detach()), "kept": float(chunks.natural.float().mean())}
 
     @abstractmethod
     def stage_loss(
@@ -157,6 +159,12 @@ class UpcyclingRecipe(ABC):
         """Save the student in half precision to `folder/transformer`."""
         half_copy(self.student).save_pretrained(folder / "transformer")
         write_record(folder, self.name, record)
+
+
+def draw_tail_drop(item: int, warm_up: int, generator: torch.Generator) -> float:
+    """The tail drop of an item: one of `BUDGETS`, 0 in the first `warm_up` items."""
+    drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=generator))]
+    return 0.0 if item < warm_up else drawn
 
 
 def item_generator(seed: int, item: int, purpose: int = 0) -> torch.Generator:

@@ -16,7 +16,7 @@ import torch
 
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel, Grid
 from fastgen.models.upcycle import backbone_names
-from fastgen.training.dc_z_image import BUDGETS
+from fastgen.training.upcycling import BUDGETS
 
 __all__ = ["Stage", "estimate"]
 

@@ -198,7 +198,7 @@ def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: i
     check_range("sequence_ids", sequence_ids, 2**31 if count is None else count)
     if cu_seqlens is None:
         return
-    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens)
+    check_cu_seqlens(cu_seqlens, tokens)
     if checks_values(cu_seqlens) and checks_values(sequence_ids):
         numbers = torch.arange(len(cu_seqlens) - 1, dtype=sequence_ids.dtype, device=sequence_ids.device)
         if not torch.equal(numbers.repeat_interleave(cu_seqlens.diff(), output_size=tokens), sequence_ids):

@@ -93,7 +93,7 @@ def smooth_kept(
     _check_packed(tokens, positions, probabilities)
     if rows is not None and (rows.shape != (size,) or rows.dtype != torch.int64):
         raise ValueError(f"rows: needs int64 [{size}], got {shown(rows)}")
-    check_ascending("positions", positions, size, full)
+    check_ascending(positions, size, full)
     return _smoothed(tokens, positions, probabilities, grid, samples, sigma, rows, full)
 
 
@@ -162,7 +162,7 @@ def dechunk(
             f"dechunk: grid {grid}, mask {tuple(mask.shape)}, probabilities {tuple(probabilities.shape)}, "
             f"tokens {tuple(tokens.shape)} and positions {tuple(positions.shape)} do not fit"
         )
-    check_ascending("positions", positions, samples * length, full)
+    check_ascending(positions, samples * length, full)
     # From a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
     index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # it checks `rows`

@@ -25,8 +25,8 @@ def _channels_last(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
-def _normed(hidden: Tensor, norm: Any, silu: bool = True) -> Tensor:
-    return group_norm_silu(_channels_last(hidden), norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+def _normed(hidden: Tensor, norm: Any) -> Tensor:
+    return group_norm_silu(_channels_last(hidden), norm.num_groups, norm.weight, norm.bias, norm.eps, True)
 
 
 def _runs(hidden: Tensor, *norms: nn.Module) -> bool:

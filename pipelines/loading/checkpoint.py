@@ -6,8 +6,6 @@ and which picture sizes it can draw; the headers of its weight files say whether
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import fastgen
 from fastgen.checks import check_choice, check_integer
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
@@ -33,10 +32,8 @@ __all__ = [
     "find_drafter",
 ]
 
-logger = logging.getLogger(__name__)
-
 #: Models that come with the package.
-EMBEDDED_MODELS = ("tiny", "tiny-janus", "tiny-dc", "tiny-dc-dense")
+EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
 
 #: Weight types that a user may ask for.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -150,9 +147,7 @@ class Checkpoint:
 
 def embedded_folder(name: str) -> Path:
     """Folder of a model that comes with the package."""
-    spec = importlib.util.find_spec("fastgen")
-    roots = list(spec.submodule_search_locations or ()) if spec else []
-    for root in roots:
+    for root in fastgen.__path__:
         if (folder := Path(root, "assets", name)).is_dir():
             return folder
     raise FastgenError(f"model {name!r} is missing from this installation of fastgen; reinstall the package")

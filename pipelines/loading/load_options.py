@@ -25,7 +25,7 @@ from fastgen.pipelines.quantization import BITS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "choose_offload", "scheduler_class"]
+__all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "scheduler_class"]
 
 Offload = Literal["none", "auto", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
@@ -46,26 +46,16 @@ _WORKING_MEMORY = 1.3
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank weights to load into a pipeline.
-
-    Args:
-        source: a .safetensors file, a folder, or a Hub id.
-        weight: factor of their update.
-    """
+    """Low-rank weights to load into a pipeline: a .safetensors file, a folder, or a Hub id."""
 
     source: str
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: object) -> LoRA:
-        """PATH or PATH:WEIGHT.
-
-        Raises:
-            FastgenError: no text, a weight that is no finite number, or nothing there.
-        """
+        """PATH or PATH:WEIGHT."""
         if isinstance(text, cls):
-            text._check()
-            return text
+            return text._checked()
         if not isinstance(text, str | os.PathLike):
             raise FastgenError(f"lora: needs PATH or PATH:WEIGHT, got {type(text).__name__}")
         source, weight = os.fspath(text), 1.0
@@ -75,27 +65,22 @@ class LoRA:
                 source, weight = head, float(tail)
             except ValueError as error:
                 raise FastgenError(f"lora: {tail!r} in {source!r} is not a number; needs PATH:WEIGHT") from error
-        made = cls(source, weight)
-        made._check()
-        return made
+        return cls(source, weight)._checked()
 
-    def _check(self) -> None:
-        if not self.source:
-            raise FastgenError("lora: there is no file or folder ''")
+    def _checked(self) -> LoRA:
         if not math.isfinite(self.weight):
             raise FastgenError(f"lora: weight {self.weight} is not allowed, needs a finite number")
-        path = Path(self.source)
-        if path.is_file():
-            if path.suffix != ".safetensors":
-                raise FastgenError(f"lora: {self.source} is not allowed, only .safetensors files are loaded")
-            check_safetensors(path)
-        elif path.is_dir():
-            if not self.files():
-                raise FastgenError(f"lora: {self.source} holds no .safetensors file")
-            for file in self.files():
-                check_safetensors(file)
-        elif not _HUB_ID.fullmatch(self.source) or self.source.endswith(".safetensors"):
+        path, files = Path(self.source), self.files()
+        if self.source and path.is_dir() and not files:
+            raise FastgenError(f"lora: {self.source} holds no .safetensors file")
+        if path.is_file() and path.suffix != ".safetensors":
+            raise FastgenError(f"lora: {self.source} is not allowed, only .safetensors files are loaded")
+        on_hub = _HUB_ID.fullmatch(self.source) and not self.source.endswith(".safetensors")
+        if not self.source or not (files or on_hub):
             raise FastgenError(f"lora: there is no file or folder {self.source!r}")
+        for file in files:
+            check_safetensors(file)
+        return self
 
     def files(self) -> list[Path]:
         """Its weight files on this machine; none for a Hub id."""
@@ -103,11 +88,7 @@ class LoRA:
         return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
 
     def load(self, pipe: Any, name: str) -> None:
-        """Load as adapter `name`.
-
-        Raises:
-            FastgenError: they do not fit the pipeline's layers.
-        """
+        """Load as adapter `name`; refuses weights that do not fit the pipeline's layers."""
         path = Path(self.source)
         where = {"weight_name": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else self.source
@@ -120,15 +101,8 @@ class LoRA:
 
 
 def scheduler_class(current: str, asked: str) -> type:
-    """The scheduler that takes the place of a model's own.
-
-    Args:
-        current: class of the model's own scheduler.
-        asked: a class of diffusers, with or without "Scheduler" at its end.
-
-    Raises:
-        FastgenError: there is none of that name, or it does not read such a model's configuration.
-    """
+    """The scheduler that takes the place of a model's own, by their classes in diffusers: `asked` with or without
+    "Scheduler" at its end. Refuses one that does not read such a model's configuration."""
     import diffusers
 
     own = getattr(diffusers, current, None)
@@ -147,27 +121,14 @@ def scheduler_class(current: str, asked: str) -> type:
 
 
 def _with_scheduler(pipe: Any, asked: str) -> None:
-    config = pipe.scheduler.config
-    chosen: Any = scheduler_class(type(pipe.scheduler).__name__, asked)
-    if chosen.__name__ == "UniPCMultistepScheduler" and type(pipe.scheduler).__name__.startswith("FlowMatch"):
+    current = type(pipe.scheduler).__name__
+    chosen: Any = scheduler_class(current, asked)
+    if chosen.__name__ == "UniPCMultistepScheduler" and current.startswith("FlowMatch"):
         from fastgen.pipelines.flow_solver import unipc_of_flow
 
         pipe.scheduler = unipc_of_flow(pipe.scheduler)
     else:
-        pipe.scheduler = chosen.from_config(config)
-
-
-def choose_offload(sizes: Mapping[str, int], free: int) -> Offload:
-    """The fastest way that fits into `free` bytes of a device's memory.
-
-    Args:
-        sizes: bytes of each network's weights.
-    """
-    if sum(sizes.values()) * _WORKING_MEMORY <= free:
-        return "none"
-    if max(sizes.values(), default=0) * _WORKING_MEMORY <= free:
-        return "model"
-    return "group"
+        pipe.scheduler = chosen.from_config(pipe.scheduler.config)
 
 
 def _size(text: str) -> list[int]:
@@ -186,17 +147,12 @@ _TARGET_OPTIONS: dict[str, Callable[[str], Any]] = {
 
 
 def target_options(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
-    """Options of a token model's adapter, of a mapping, or of texts NAME=VALUE.
-
-    Raises:
-        FastgenError: there is none of that name, or the text is no such value.
-    """
+    """Options of a token model's adapter, of a mapping, or of texts NAME=VALUE."""
     if isinstance(given, str):
         given = [given]
     found: dict[str, Any] = {}
-    pairs: Any = (
-        given.items() if isinstance(given, Mapping) else (str(text).partition("=")[::2] for text in given or ())
-    )
+    texts = () if isinstance(given, Mapping) else given or ()
+    pairs = given.items() if isinstance(given, Mapping) else (str(text).partition("=")[::2] for text in texts)
     for name, value in pairs:
         if name not in _TARGET_OPTIONS:
             raise FastgenError(f"options: {name!r} is unknown, there are {', '.join(_TARGET_OPTIONS)}")
@@ -213,26 +169,14 @@ def target_options(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str,
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What is added to a model while it is loaded.
+    """What is added to a model while it is loaded."""
 
-    Args:
-        scheduler: a class of diffusers that reads the configuration of the model's own.
-        loras: LoRA weights.
-        offload: see `OFFLOADS`.
-        vae_tiling: decode in tiles, for large pictures in little memory; pixels change near their borders.
-        quantize: keep the denoiser's weights in fewer bits, see `QUANTIZED`.
-        target: options of a token model's adapter, by name.
-
-    Raises:
-        FastgenError: a value that is not allowed, or files that are not there.
-    """
-
-    scheduler: str | None = None
+    scheduler: str | None = None  # a class of diffusers that reads the configuration of the model's own
     loras: tuple[LoRA, ...] = ()
     offload: Offload = "none"
-    vae_tiling: bool = False
-    quantize: str | None = None
-    target: Mapping[str, Any] = field(default_factory=dict)
+    vae_tiling: bool = False  # for large pictures in little memory; pixels change near the borders of tiles
+    quantize: str | None = None  # the denoiser's weights in fewer bits, see `QUANTIZED`
+    target: Mapping[str, Any] = field(default_factory=dict)  # options of a token model's adapter
 
     @classmethod
     def of(
@@ -256,16 +200,13 @@ class LoadOptions:
         return cls(scheduler, parsed, offload, vae_tiling, quantize, target_options(target))  # type: ignore[arg-type]
 
     def check(self, kind: type, index: Mapping[str, Any], device: torch.device, takes: tuple[str, ...] = ()) -> None:
-        """Before weights load.
+        """Refuse what the pipeline or the device cannot do, before weights load.
 
         Args:
             kind: the pipeline's class.
             index: content of its model_index.json.
             device: where it goes.
             takes: names of the options of a token model's adapter.
-
-        Raises:
-            FastgenError: something that the pipeline or the device cannot do.
         """
         if unknown := sorted(set(self.target) - set(takes)):
             has = f"the model has {', '.join(takes)}" if takes else "the model has no such options"
@@ -283,16 +224,14 @@ class LoadOptions:
             raise FastgenError(f"vae_tiling: {kind.__name__} has no VAE")
         if self.offload not in ("none", "auto") and device.type == "cpu":
             raise FastgenError(f"offload: {self.offload!r} moves weights to a GPU, and the device is the CPU")
-        if self.quantize is not None:
-            self._check_quantize(kind, index, device)
-
-    def _check_quantize(self, kind: type, index: Mapping[str, Any], device: torch.device) -> None:
+        if self.quantize is None:
+            return
         from fastgen.pipelines.loading.memory import denoiser_name
         from fastgen.pipelines.quantization import why_not_here
 
         if not denoiser_name(index):
             raise FastgenError(f"quantize: {kind.__name__} has no denoiser")
-        if reason := why_not_here(str(self.quantize), device):
+        if reason := why_not_here(self.quantize, device):
             raise FastgenError(f"quantize: {self.quantize} cannot be used: {reason}")
 
     @property
@@ -308,11 +247,7 @@ class LoadOptions:
         return {name: value for name, value in asked.items() if value}
 
     def apply(self, pipe: Any) -> None:
-        """Scheduler, LoRA weights and tiling of a pipeline whose weights are loaded.
-
-        Raises:
-            FastgenError: LoRA weights of another model; a VAE without tiles.
-        """
+        """Scheduler, LoRA weights and tiling of a pipeline whose weights are loaded."""
         if self.scheduler is not None:
             _with_scheduler(pipe, self.scheduler)
         names = [f"lora_{i}" for i in range(len(self.loras))]
@@ -326,23 +261,16 @@ class LoadOptions:
             pipe.vae.enable_tiling()
 
     def resolve_offload(self, sizes: Mapping[str, int], free: int | None) -> Offload:
-        """The way to place a model, "auto" by what fits.
-
-        Args:
-            sizes: bytes of each network's weights.
-            free: bytes of the device's memory; None where there is nothing to choose.
-        """
+        """The way to place networks of these sizes in bytes, "auto" by what fits; `free` is None on a CPU."""
         if self.offload != "auto":
             return self.offload
-        return "none" if free is None else choose_offload(sizes, free)
+        if free is None or sum(sizes.values()) * _WORKING_MEMORY <= free:
+            return "none"
+        return "model" if max(sizes.values()) * _WORKING_MEMORY <= free else "group"
 
     @staticmethod
     def place(pipe: Any, device: torch.device, way: Offload) -> None:
-        """Move the pipeline to its device, or let its parts wait in main memory.
-
-        Raises:
-            FastgenError: the pipeline cannot be offloaded in that way.
-        """
+        """Move the pipeline to its device, or let its parts wait in main memory."""
         with explained(f"offload: {type(pipe).__name__}", f"cannot do {way!r}"):
             if way == "none":
                 pipe.to(device)

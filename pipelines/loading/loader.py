@@ -8,9 +8,9 @@ for picture in generate_images(pipe, ["a red circle"], [0]):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffusers
 import torch
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from fastgen.accounting import phase
 from fastgen.checks import check_choice
-from fastgen.errors import FastgenError
+from fastgen.errors import FastgenError, one_line
 from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.generation import set_checkpoint
@@ -36,7 +36,7 @@ from fastgen.pipelines.loading.config_schema import check_arguments
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
 from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
-from fastgen.pipelines.loading.networks import check_keys, component_class, empty_network, load_network
+from fastgen.pipelines.loading.networks import component_class, empty_network, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
 from fastgen.pretrained import load_pretrained
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["load_checkpoint", "load_pipeline", "resolve_device"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_pipeline(
@@ -68,7 +66,7 @@ def load_pipeline(
     """Load a text-to-image pipeline, ready to be called.
 
     Args:
-        model: "tiny", "tiny-janus", "tiny-dc" … (embedded), a folder of a diffusers pipeline or of a model of
+        model: "tiny", "tiny-janus", "small-dc" … (embedded), a folder of a diffusers pipeline or of a model of
             transformers that draws tokens (Janus, Emu3, Chameleon), or the Hub id of one.
         device: "cpu", "cuda", "cuda:1", "mps" …
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU that has it, else
@@ -135,9 +133,7 @@ def load_checkpoint(
         target = {**checkpoint.options, **options.target}
         if checkpoint.kind != "diffusers":
             _check_tokens(checkpoint, drafts, target)
-            pipe = (
-                _load_janus(checkpoint, kind) if checkpoint.kind == "janus" else _load_tokens(checkpoint, kind, target)
-            )
+            pipe = _load_tokens(checkpoint, kind, target)
         else:
             straight = where if way == "none" else torch.device("cpu")
             networks = _checked_components(checkpoint, begins)
@@ -157,11 +153,7 @@ def load_checkpoint(
 
 
 def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type for `load_pipeline`'s arguments.
-
-    Raises:
-        FastgenError: this machine has no such device, or the device cannot compute in this type.
-    """
+    """Device and weight type for `load_pipeline`'s arguments; refuses what this machine does not have."""
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -171,19 +163,17 @@ def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.devi
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise FastgenError("device: 'cuda' is not available here (no NVIDIA GPU, or torch was built without CUDA)")
-        if where.index is not None and where.index >= torch.cuda.device_count():
-            raise FastgenError(
-                f"device: {device!r} does not exist, there are {torch.cuda.device_count()} CUDA devices"
-            )
+        if where.index is not None and where.index >= (count := torch.cuda.device_count()):
+            raise FastgenError(f"device: {device!r} does not exist, there are {count} CUDA devices")
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise FastgenError("device: 'mps' is not available here")
-    if dtype == "auto":
+    if dtype != "auto":
+        kind: torch.dtype = getattr(torch, dtype)
+    elif where.type == "cpu":
         kind = torch.float32
-        if where.type != "cpu":
-            has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-            kind = torch.bfloat16 if has_bfloat16 else torch.float16
     else:
-        kind = _DTYPES[dtype]
+        has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        kind = torch.bfloat16 if has_bfloat16 else torch.float16
     _probe(where, kind)
     return where, kind
 
@@ -197,13 +187,12 @@ def _probe(device: torch.device, dtype: torch.dtype) -> None:
         torch.nn.functional.layer_norm(x @ x, (4,))
     except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         name = str(dtype).removeprefix("torch.")
-        line = str(error).strip().splitlines()[0]
-        raise FastgenError(f"dtype: {name} cannot be used on {device}: {line}") from error
+        raise FastgenError(f"dtype: {name} cannot be used on {device}: {one_line(error)}") from error
 
 
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
-    if checkpoint.kind != "diffusers":
+    if checkpoint.draws_tokens:
         snapshot = download_janus(hub_id, checkpoint.revision)
         return replace(checkpoint, folder=snapshot / checkpoint.folder.relative_to(checkpoint.root))
     which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
@@ -212,35 +201,32 @@ def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     return replace(checkpoint, folder=Path(folder))
 
 
-def _load_janus(checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionPipeline:
-    from fastgen.pipelines.janus import JanusImagePipeline
-
-    loading: dict[str, Any] = {"torch_dtype": dtype, "variant": checkpoint.variant, "output_loading_info": True}
-    with explained(f"checkpoint {checkpoint.folder}"):
-        if checkpoint.tokenizer is not None:
-            loading["tokenizer"] = load_pretrained(AutoTokenizer, checkpoint.tokenizer)
-        pipe, info = load_pretrained(JanusImagePipeline, checkpoint.folder, **loading)
-        check_keys(checkpoint.folder, info)
-    return pipe
-
-
-@dataclass(frozen=True)
-class _TokenModel:
+class _TokenModel(NamedTuple):
     """Parts of a speculative pipeline that is yet to be made."""
 
     model: Any
     tokenizer: Any
 
 
-def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """Model and tokenizer of a transformers folder; the decoder's folder in `options` becomes the decoder."""
+def _token_class(checkpoint: Checkpoint) -> Any:
     import transformers
 
-    folder = checkpoint.folder
+    janus = checkpoint.kind == "janus"
+    return getattr(transformers, "JanusForConditionalGeneration" if janus else checkpoint.pipeline_class)
+
+
+def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Of a transformers folder a `JanusImagePipeline`, or model and tokenizer; the decoder's folder in `options`
+    becomes the decoder."""
+    folder, cpu = checkpoint.folder, torch.device("cpu")
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
-    kind, cpu = getattr(transformers, checkpoint.pipeline_class), torch.device("cpu")
-    model = load_network(kind, folder, dtype, checkpoint.variant, cpu)
+    model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
+    if checkpoint.kind == "janus":
+        from fastgen.pipelines.janus import JanusImagePipeline
+
+        with explained(f"checkpoint {folder}"):
+            return load_pretrained(JanusImagePipeline, folder, model=model, tokenizer=tokenizer)
     if isinstance(options.get("decode"), str):
         options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
     return _TokenModel(model, tokenizer)
@@ -269,15 +255,12 @@ def _with_drafter(
 def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[str, Any]) -> None:
     """What can be refused before weights are read: a model that its files do not fit, options that it does not take,
     a drafter of another model."""
-    import transformers
-
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.loading import drafter_class, heads_folder
     from fastgen.drafters.targets import target_of
 
     folder = checkpoint.folder
-    name = "JanusForConditionalGeneration" if checkpoint.kind == "janus" else checkpoint.pipeline_class
-    model = empty_network(getattr(transformers, name), folder, checkpoint.variant)
+    model = empty_network(_token_class(checkpoint), folder, checkpoint.variant)
     if isinstance(options.get("decode"), str):
         empty_network(VQModel, Path(options["decode"]))
     if drafter is None and checkpoint.kind == "janus":
@@ -315,19 +298,15 @@ def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str,
         if kind is not None and issubclass(kind, torch.nn.Module):
             networks[name] = kind
             empty_network(kind, folder, checkpoint.variant)
-        elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
-            raise FastgenError(f"{folder}: only networks may differ from the base, this is none")
         elif kind is not None and (scheduler := folder / "scheduler_config.json").is_file():
             check_arguments(read_object(scheduler), kind, scheduler)
+        elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
+            raise FastgenError(f"{folder}: only networks and the scheduler may differ from the base, this is neither")
     return networks
 
 
 def _load_diffusers(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    networks: dict[str, Any],
-    device: torch.device,
-    quantize: str | None,
+    checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any], device: torch.device, quantize: str | None
 ) -> Any:
     """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
     random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
@@ -341,11 +320,15 @@ def _load_diffusers(
     if checkpoint.pipeline_class == "LlamaGen":
         from fastgen.models.llamagen import LlamaGen
 
-        words = checkpoint.component("tokenizer")
+        words = checkpoint.tokenizer or checkpoint.component("tokenizer")
         with explained(f"checkpoint {words}"):
             return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
-    # What is no network (scheduler, tokenizer) comes from the base where there is one.
+    # What is no network comes from the base where there is one, but for a scheduler of its own.
     rest = checkpoint.base or checkpoint.folder
+    own = checkpoint.folder / "scheduler"
+    if checkpoint.base is not None and own.is_dir():
+        with explained(f"checkpoint {own}"):
+            loaded["scheduler"] = load_pretrained(component_class(*checkpoint.index["scheduler"]), own)
     with explained(f"checkpoint {rest}"):
         return load_pretrained(loader, rest, **loaded)

@@ -87,9 +87,9 @@ class Pool:
             return 0
         return self.limit - self.spent - sum(self.owed.values())
 
-    def affords(self, count: int) -> bool:
-        """Whether the passes are there, whatever they are kept for and whatever the time is."""
-        return self.spent + count <= self.limit
+    def affords_one(self) -> bool:
+        """Whether the passes of an evaluation are there, whatever they are kept for and whatever the time is."""
+        return self.spent + 1 <= self.limit
 
     def spend(self, count: int) -> None:
         """Count evaluations."""

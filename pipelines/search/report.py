@@ -1,8 +1,9 @@
-"""What a search did for one prompt."""
+"""What a search did for each prompt, and which picture it returns."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from fastgen.pipelines.search.engine import Chain, Node
 from fastgen.pipelines.search.policy import Policy
 from fastgen.pipelines.search.thresholds import Threshold
 
-__all__ = ["SearchReport", "report_of", "taus_of"]
+__all__ = ["SearchReport", "report_of", "reports_of", "taus_of"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,36 @@ def report_of(
         chain=owner,
         flops=round(pool.flops) if pool.flops else None,
     )
+
+
+def reports_of(
+    policy: Policy,
+    prompts: Sequence[str],
+    chains: Sequence[Chain],
+    ends: Sequence[Node | None],
+    started: float,
+    interrupted: bool,
+) -> tuple[list[SearchReport], list[Node]]:
+    """Of each prompt its report and the node whose picture is returned."""
+    reports, winners = [], []
+    for number, prompt in enumerate(prompts):
+        own = [chain for chain in chains if chain.prompt == number]
+        found = [
+            (chain, end) for chain, end in zip(chains, ends, strict=True) if chain.prompt == number and end is not None
+        ]
+        owner, winner = max(found, key=lambda pair: _finished(pair[1]))  # of equal ones the first chain's
+        pool = owner.pool
+        stopped = "interrupted" if interrupted else "target" if pool.done else "time" if pool.late else "finished"
+        seconds = time.perf_counter() - started
+        reports.append(report_of(prompt, policy, own, winner, owner.number, stopped, seconds))
+        winners.append(winner)
+    return reports, winners
+
+
+def _finished(node: Node) -> tuple[bool, bool, float]:
+    """Without a fault, ends of trajectories before previews, then by score."""
+    score = -math.inf if math.isnan(node.score) else node.score
+    return node.fault is None, node.last, score
 
 
 def taus_of(policy: Policy, times: int) -> list[float | None]:

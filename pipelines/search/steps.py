@@ -138,7 +138,7 @@ class StepPolicy(Policy):
                     break
             if found is None and pool.done:
                 break
-            if found is None and (self.reserve or (pool.late and pool.affords(1))):  # what finishing takes
+            if found is None and (self.reserve or (pool.late and pool.affords_one())):  # what finishing takes
                 latents = node.step(chain.noise(step, 0, state.trajectory))
                 (found,) = yield chain.ask([latents], step + 1, [node])
                 state.see(found)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, ZImagePipeline
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.cli.main import run
-from fastgen.evaluation.benchmarks.peers import mag_ratios, merge_groups, step_cache, taylor_seer, token_merging
+from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer
 from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
 from fastgen.evaluation.dc_results import pareto_front
 
@@ -37,54 +37,6 @@ def draw(pipe: Any, steps: int = 3) -> np.ndarray:
         output_type="np",
     ).images
     return images
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    rows=st.integers(1, 6),
-    columns=st.integers(1, 6),
-    ratio=st.floats(0, 0.75),
-    n=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_groups(rows: int, columns: int, ratio: float, n: int, seed: int) -> None:
-    """The most alike sources join their nearest corner token, one by one against a loop; the others stay alone."""
-    tokens = torch.randn(n, rows * columns, 5, generator=torch.Generator().manual_seed(seed))
-    kept, group = merge_groups(tokens, (rows, columns), ratio)
-    corners = [i for i in range(rows * columns) if i // columns % 2 == 0 and i % columns % 2 == 0]
-    others = [i for i in range(rows * columns) if i not in corners]
-    merged = min(int(ratio * rows * columns), len(others))
-    assert kept.shape == (n, rows * columns - merged)
-    for sample, unit in enumerate(torch.nn.functional.normalize(tokens, dim=-1)):
-        likeness = {i: max((float(unit[i] @ unit[j]), j) for j in corners) for i in others}
-        joining = sorted(others, key=lambda i: -likeness[i][0])[:merged]
-        stay = [i for i in range(rows * columns) if i not in joining]
-        assert kept[sample].tolist() == stay
-        expected = [stay.index(likeness[i][1] if i in joining else i) for i in range(rows * columns)]
-        assert group[sample].tolist() == expected
-
-
-def test_merging_nothing_is_the_stock_pipeline_and_merging_all_is_not(z: ZImagePipeline) -> None:
-    plain = draw(z)
-    with token_merging(z, 0.0, (4, 2)) as pipe:
-        np.testing.assert_allclose(draw(pipe), plain, atol=1e-5)
-    with token_merging(z, 0.75, (4, 2)) as pipe:
-        merged = draw(pipe)
-    assert np.isfinite(merged).all() and np.abs(merged - plain).max() > 1e-4
-    assert np.array_equal(draw(z), plain)
-    with pytest.raises(ValueError, match="ratio"), token_merging(z, 0.8, (4, 2)):
-        pass
-
-
-def test_like_tokens_merge_without_loss(z: ZImagePipeline) -> None:
-    """Where all image tokens are one, their average is each of them: attention of the rest sees fewer of them only."""
-    block = z.transformer.layers[0]
-    hidden = torch.cat([torch.ones(1, 8, 32), torch.randn(1, 3, 32)], dim=1)
-    frequencies = torch.ones(1, 11, 8, dtype=torch.complex64)
-    with torch.no_grad(), token_merging(z, 0.75, (4, 2)):
-        output = block.attention(hidden, attention_mask=None, freqs_cis=frequencies)
-    assert output.shape == hidden.shape
-    torch.testing.assert_close(output[:, 1:8], output[:, :1].expand(-1, 7, -1))
 
 
 CACHES: dict[str, tuple[Any, Any, int]] = {

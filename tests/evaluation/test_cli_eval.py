@@ -175,7 +175,7 @@ def test_bad_options_of_speculative_decoding(
         (["--method", "search", "--model", "tiny-janus"], "draws tokens"),
         (["--method", "search", "--model", "renders"], "no model"),
         (["--method", "dc", "--model", "tiny"], "no dynamic chunking"),
-        (["--method", "base", "--model", "tiny-dc"], "has dynamic chunking"),
+        (["--method", "base", "--model", "small-dc"], "has dynamic chunking"),
         (["--method", "search", "--images", "."], "--method: not allowed with --images"),
     ],
 )

@@ -29,10 +29,10 @@ def test_accelerate_against_fewer_steps() -> None:
     assert data["accelerate_seconds"]["p80"] < 0.05
 
 
-def test_dynamic_chunking_against_its_dense_baseline() -> None:
+def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> None:
     """Far better at equal training compute, and at equal cost; 30 % of the denoiser's work is saved within two
     points."""
-    data, rows = rows_of("bench-dc")
+    data, rows = rows_of("bench-dc-latent")
     dense, full, lite = rows["dense"], rows["dc 0"], rows["dc 0 lite-cfg 0.9"]
     for row in (full, lite):
         assert row["score"] - dense["score"] > 10 * (row["stderr"] ** 2 + dense["stderr"] ** 2) ** 0.5

@@ -74,7 +74,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     (root / "fid.json").write_text(json.dumps({"benchmark": "FID family", "metrics": {"fid": metric}, "n_images": 50}))
     made = [result_folder(root / "first"), result_folder(root / "second", 1), root / "fid.json"]
-    committed = [COMMITTED / f"{name}.json" for name in ("shapesworld-tiny", "shapesworld-tiny-janus", "bench-dc")]
+    names = ("shapesworld-tiny", "shapesworld-tiny-janus", "bench-dc-latent")
+    committed = [COMMITTED / f"{name}.json" for name in names]
     return [*made, *(path for path in committed if path.is_file())]
 
 

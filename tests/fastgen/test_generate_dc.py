@@ -71,7 +71,7 @@ def test_method_chooses_the_embedded_model(tmp_path: Path, capsys: pytest.Captur
     code, out, err = call(capsys, *common, tmp_path / "dc.png", *knobs)
     assert code == 0, err
     result = json.loads(out)
-    assert result["settings"]["model"] == "tiny-dc" and result["settings"]["method"] == "dc"
+    assert result["settings"]["model"] == "small-dc" and result["settings"]["method"] == "dc"
     assert len(result["stats"]["kept_tokens"]) == 4
     assert all(0 < kept < total / 2 for kept, total in zip(*(result["stats"][k] for k in KEPT), strict=True))
     code, out, err = call(capsys, *common, tmp_path / "budget.png", "--method", "dc", "--token-budget", 64)
@@ -90,7 +90,7 @@ KEPT = ("kept_tokens", "total_tokens")
     [
         (["--method", "dcc"], "--method: 'dcc' is not allowed, needs one of base, dc"),
         (["--method", "dc", "--model", "tiny"], "model 'tiny' has no dynamic chunking"),
-        (["--method", "base", "--model", "tiny-dc"], "model 'tiny-dc' has dynamic chunking"),
+        (["--method", "base", "--model", "small-dc"], "model 'small-dc' has dynamic chunking"),
     ],
 )
 def test_methods_that_do_not_fit_the_model(

@@ -70,7 +70,7 @@ def test_one_candidate_is_the_stock_picture(
         (["--image", "nowhere.png"], "--image: nowhere.png is no picture that can be read"),
         (["--image", "{text}"], "is no picture that can be read"),
         (["--image", "{image}", "--mask", "{small}"], "needs those of --image, 64 x 64"),
-        (["--image", "{image}", "--model", "tiny-dc"], "begins with no picture"),
+        (["--image", "{image}", "--model", "small-dc"], "begins with no picture"),
     ],
 )
 def test_bad_pictures_are_one_line_before_weights_load(

@@ -14,6 +14,7 @@ from micro_models import awake
 
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
+from fastgen.models.elastic import ElasticBudget
 from fastgen.models.upcycle import backbone_names, upcycle
 
 
@@ -177,9 +178,8 @@ def test_stock_pipeline_takes_it(micro_z: Path) -> None:
 
     full = draw()
     assert full.shape == (1, 16, 24, 3)
-    pipe.transformer.set_budget(token_budget=3)
-    assert not (draw() == full).all()
-    pipe.transformer.reset_budget()
+    with pipe.transformer.generation(ElasticBudget(token_budget=3)):
+        assert not (draw() == full).all()
     assert (draw() == full).all()
 
 

@@ -20,6 +20,7 @@ from fastgen.models.elastic import ElasticBudget
 from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
+from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.loading.checkpoint import embedded_folder
 
 
@@ -285,8 +286,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(run(again, inputs()), run(model, inputs()), rtol=1e-5, atol=1e-5)
 
 
-def test_folders_from_before_load_with_the_papers_grid() -> None:
-    model = DCZImageTransformer2DModel.from_pretrained(embedded_folder("tiny-dc") / "transformer")
+def test_folders_from_before_load_with_the_papers_grid(tmp_path: Path) -> None:
+    """Their configuration names no grid and nothing that belongs to one; the embedded `tiny` is their base."""
+    shape = {"dim": 24, "n_heads": 2, "n_layers": 4, "axes_dims": [4, 4, 4], "scaffold_dim": 24, "scaffold_blocks": 1}
+    DCZImageTransformer2DModel(in_channels=16, cap_feat_dim=160, **shape).save_pretrained(tmp_path / "transformer")
+    config = tmp_path / "transformer/config.json"
+    new = ("grid", "floor", "n_last_layers")
+    config.write_text(
+        json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key not in new})
+    )
+    index = json.loads((embedded_folder("tiny") / "model_index.json").read_text())
+    index["transformer"] = ["fastgen.models.dc_z_image", "DCZImageTransformer2DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "fastgen.json").write_text(json.dumps({"base": "tiny"}))
+    model = load_pipeline(str(tmp_path)).transformer
     assert model.config.grid == "latent" and model.config.floor == 0
     latents, captions = [torch.randn(16, 1, 5, 7)], [torch.randn(4, 160)]
     with torch.no_grad():
@@ -311,8 +324,7 @@ def test_budgets_of_a_stock_pipeline_reach_it(micro_z: Path) -> None:
     model = awake(upcycle(pipe.transformer, grid="patch"))
     pipe.transformer = model
     pipe.set_progress_bar_config(disable=True)
-    model.set_budget(tail_drop=0.2, uncond_tail_drop=0.9, images=1)
-    with model.record_chunks() as records:
+    with model.generation(ElasticBudget(0.2, uncond_tail_drop=0.9, images=1)), model.record_chunks() as records:
         pipe("a red circle", height=32, width=32, num_inference_steps=2, guidance_scale=2.0, output_type="latent")
     assert len(records) == 2
     for record in records:

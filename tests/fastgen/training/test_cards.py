@@ -105,10 +105,10 @@ def test_committed_cards_are_those_of_the_committed_records(name: str, tmp_path:
 
 def test_embedded_checkpoints_are_whole_and_small() -> None:
     sizes = {name: _assets.size(_assets.ROOT / name) for name in _assets.names()}
-    assert list(sizes) == ["shapes-detector", "shapes-verifier", "tiny", "tiny-dc", "tiny-dc-dense", "tiny-janus"]
+    assert list(sizes) == ["shapes-detector", "shapes-verifier", "small", "small-dc", "tiny", "tiny-janus"]
     assert [_assets.problem(name) for name in sizes] == [None] * len(sizes)
     assert sizes.pop("shapes-verifier") <= 4_000_000
-    assert sizes.pop("tiny-dc") + sizes.pop("tiny-dc-dense") <= 8_000_000 and sum(sizes.values()) <= 24_000_000
+    assert sizes.pop("small") + sizes.pop("small-dc") <= 26_000_000 and sum(sizes.values()) <= 24_000_000
 
 
 def test_environment_is_recorded() -> None:

@@ -113,8 +113,9 @@ def test_it_begins_as_its_teacher_and_resumes_bit_for_bit(tmp_path: Path) -> Non
 
 
 def test_a_transformer_of_the_other_grid_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DCZImageTransformer2DModel"}))
     with pytest.raises(FastgenError, match="grid 'latent', recipe dc-patch needs 'patch'"):
-        PatchRecipe(0, embedded_folder("tiny"), embedded_folder("tiny-dc") / "transformer")
+        PatchRecipe(0, embedded_folder("tiny"), tmp_path)
 
 
 def test_budgets_fall_with_the_share() -> None:

@@ -9,10 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from long_tail import long_tail
 from short_recipes import build_recipe, train_config
 
 from fastgen.cli.main import run
@@ -164,47 +162,6 @@ def test_a_drafter_trains_on_the_embedded_janus(tmp_path: Path) -> None:
     assert again < 0.97 * _losses(tmp_path / "first")[0]
 
 
-@pytest.mark.parametrize("name", long_tail(["dc", "dc-dense"], fast=("dc",)))
-def test_chunked_and_dense_transformers_train_on_the_embedded_pipeline(name: str, tmp_path: Path) -> None:
-    from fastgen.pipelines.loading import load_pipeline
-    from fastgen.pipelines.loading.checkpoint import embedded_folder
-    from fastgen.training.cards import share_components
-
-    model = _short(name, tmp_path / "first", embedded_folder("tiny"), steps=8)
-    config = json.loads((model / "transformer" / "config.json").read_text())
-    assert config["_class_name"] == ("DCZImageTransformer2DModel" if name == "dc" else "ZImageTransformer2DModel")
-    # A whole pipeline; what it shares with its base need not be stored twice.
-    whole = load_pipeline(str(model))
-    assert share_components(model, embedded_folder("tiny")) == ["transformer"]
-    assert not (model / "vae").exists()
-    settings = {"num_inference_steps": 2, "height": 64, "width": 64}
-    picture, again = (
-        pipe("a red circle", generator=torch.Generator().manual_seed(0), **settings).images[0]
-        for pipe in (whole, load_pipeline(str(model)))
-    )
-    assert np.array_equal(picture, again)
-    records = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
-    if name == "dc":
-        assert {r["tail_drop"] for r in records} == {0.0} and all(0 <= r["kept"] <= 1 for r in records)
-    # Going on starts where it ended.
-    again = Trainer(
-        build_recipe(name, 0, embedded_folder("tiny"), model / "transformer"),
-        train_config(name, tmp_path / "more", steps=1, batch_size=4, log_every=1),
-    )
-    again.run()
-    assert _losses(tmp_path / "more")[0] < records[0]["loss"]
-
-
-def test_multi_budget_training_draws_its_tail_drops_after_the_warm_up() -> None:
-    from fastgen.pipelines.loading.checkpoint import embedded_folder
-    from fastgen.training.dc_z_image import BUDGETS, DCRecipe
-
-    recipe = DCRecipe(0, embedded_folder("tiny"), warm_up=100)
-    generator = torch.Generator().manual_seed(0)
-    assert {recipe.batch(start, 1, generator)["tail_drop"] for start in range(20)} == {0.0}
-    assert {recipe.batch(start, 1, generator)["tail_drop"] for start in range(100, 180)} == set(BUDGETS)
-
-
 @pytest.mark.slow
 def test_janus_trains_and_generates_with_stock_transformers(vq: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, JanusForConditionalGeneration
@@ -324,7 +281,7 @@ def test_command_line_trains_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
 def test_recipes_have_these_names() -> None:
     assert set(RECIPES) == {
         *("vae", "vq", "detector", "verifier", "z-image", "small", "janus"),
-        *("drafter", "heads", "dc", "dc-dense", "dc-patch", "dc-graft", "dc-finetune"),
+        *("drafter", "heads", "dc-patch", "dc-graft", "dc-finetune"),
     }
 
 

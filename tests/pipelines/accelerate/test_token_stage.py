@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from long_tail import long_tail
 from PIL import Image
 from tiny_glm_image import language_model, tiny_whole_glm_image
+from transformers import GlmImageForConditionalGeneration
 
 import fastgen
 from fastgen.accounting import Stats, account
@@ -62,6 +64,20 @@ LAWS: dict[str, dict[str, Any]] = {
     "restricted": {"do_sample": True, "temperature": 0.8, "top_k": 12, "top_p": 0.7},
     "ended": {"do_sample": True, "top_k": 0, "eos_token_id": list(range(4))},
 }
+
+
+def test_a_pipeline_saved_with_the_windows_on_is_the_stock_one(pipe: Any, tmp_path: Path) -> None:
+    inputs = prompts(pipe, PROMPTS)
+    stock, _ = tokens_of(pipe, inputs, 12, **LAWS["sampled"])
+    with fastgen.accelerated(pipe, plan=[TokenStage(5)]):
+        pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert type(loaded.vision_language_encoder) is GlmImageForConditionalGeneration
+    again, _ = tokens_of(loaded, inputs, 12, **LAWS["sampled"])
+    assert torch.equal(again, stock)
+    with fastgen.accelerated(loaded, plan=[TokenStage(5)]):
+        ours, _ = tokens_of(loaded, inputs, 12, **LAWS["sampled"])
+    assert torch.equal(ours, stock)
 
 
 WAYS = [(law, window, shown) for law in LAWS for window in (1, 5, 12) for shown in (False, True)]

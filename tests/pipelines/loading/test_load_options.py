@@ -25,7 +25,7 @@ from fastgen.errors import FastgenError
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.loading.checkpoint import find_checkpoint
-from fastgen.pipelines.loading.load_options import LoadOptions, LoRA, choose_offload
+from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
 
 CPU = torch.device("cpu")
 
@@ -201,6 +201,7 @@ def test_offloaded_layers_have_hooks_that_fetch_them(way: str, device: str) -> N
 @given(st.lists(st.integers(0, 10**12), max_size=5), st.integers(0, 10**13))
 def test_more_memory_never_means_more_moving(sizes: list[int], free: int) -> None:
     names = {str(i): size for i, size in enumerate(sizes)}
+    choose_offload = LoadOptions(offload="auto").resolve_offload
     order = ["group", "model", "none"]
     assert order.index(choose_offload(names, free)) <= order.index(choose_offload(names, free * 2 + 1))
     if choose_offload(names, free) == "none":
@@ -227,7 +228,9 @@ def test_python_and_command_line_add_the_same(
     given = {"loras": f"{lora}:0.5", "scheduler": "DDPMScheduler", "vae_tiling": True, "offload": "auto"}
     pipe = load_pipeline(str(folder), **given)
     (picture,) = generate_images(pipe, ["a red circle"], [4], steps=3)
-    assert picture.image.tobytes() == Image.open(tmp_path / "a.png").convert("RGB").tobytes()
+    # `generate` turns on the exact parts of `accelerate`, which are so up to rounding.
+    drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), dtype=int)
+    assert np.abs(drawn - np.asarray(picture.image, dtype=int)).max() <= 1
     # The picture is there, but not with another weight.
     assert json.loads(call(capsys, *command, *added)[1])["kept"] == 1
     assert json.loads(call(capsys, *command, *added[2:])[1])["kept"] == 0

@@ -28,7 +28,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(loader, "load_network", fail)
-    monkeypatch.setattr(loader, "_load_janus", fail)
+    monkeypatch.setattr(loader, "_load_tokens", fail)
 
 
 @pytest.fixture
@@ -164,12 +164,13 @@ def test_the_whole_drafter_of_another_model_is_refused(micro_janus: Path) -> Non
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("budget", [0, 1, 31, 65, 10**9])
+@pytest.mark.parametrize("budget", [0, 1, 127, 257, 10**9])
 def test_a_token_budget_outside_of_the_patch_grid_is_refused(tmp_path: Path, budget: int) -> None:
     shutil.copytree(embedded_folder("tiny"), tmp_path / "tiny")
-    folder = Path(shutil.copytree(embedded_folder("tiny-dc"), tmp_path / "dc"))
-    edit(folder / "transformer/config.json", grid="patch", floor=0.5)  # 64 x 64 pixels: 64 patches
-    edit(folder / "fastgen.json", base="../tiny", token_budget=budget)
+    folder = Path(shutil.copytree(embedded_folder("small-dc"), tmp_path / "dc"))
+    edit(folder / "transformer/config.json", floor=0.5)  # 128 x 128 pixels: 256 patches
+    others = {"tail_drop": None, "uncond_tail_drop": None}
+    edit(folder / "fastgen.json", base="../tiny", token_budget=budget, **others)
     with pytest.raises(FastgenError, match="token_budget: .* is not allowed"):
         load_pipeline(str(folder))
 
