@@ -156,7 +156,7 @@ def test_block_runs(block: Block, folders: dict[Path, Path], monkeypatch: pytest
         ("fastgen eval fid *.png\n", None),
     ],
 )
-def test_scripts_that_are_commands_alone(script: str, words: list[list[str]] | None) -> None:
+def test_scripts_with_only_commands(script: str, words: list[list[str]] | None) -> None:
     assert commands(script) == words
 
 

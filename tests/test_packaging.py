@@ -143,7 +143,7 @@ def test_every_package_folder_is_listed(repository: Path, configuration: dict[st
     assert not without_init, "modules in folders without an __init__.py are not published"
 
 
-def test_the_wheel_holds_the_tree_and_nothing_else(repository: Path, wheel: Path) -> None:
+def test_the_wheel_has_exactly_the_files_of_the_tree(repository: Path, wheel: Path) -> None:
     files = published_files(repository)
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}

@@ -263,7 +263,7 @@ def fault(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_wrong_line_ends_in_one_line_and_nothing_else(
+def test_every_wrong_command_is_exactly_one_line(
     name: str, guarded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)

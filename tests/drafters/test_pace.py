@@ -102,7 +102,7 @@ def row(variant: str, ratio: float, seconds: float, score: float | None = None) 
     }
 
 
-def test_a_benchmark_tells_pace_and_drops() -> None:
+def test_a_benchmark_reports_pace_and_drops() -> None:
     """The fastest plain loop counts; rows of other settings, of another drafter, or of what was chosen do not."""
     rows = [
         row("plain loop, float32", 1.0, 3.0),

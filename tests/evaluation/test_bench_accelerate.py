@@ -47,7 +47,7 @@ def command(micro_z: Path, tmp_path: Path) -> list[str]:
     return ["bench", "accelerate", *(str(each) for pair in options.items() for each in pair)]
 
 
-def test_every_plan_is_drawn_in_every_round_and_a_killed_run_goes_on(
+def test_every_plan_is_drawn_in_every_round_and_a_killed_run_continues(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*command, "--out", str(tmp_path / "b.json")]) == 0

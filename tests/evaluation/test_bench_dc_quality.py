@@ -86,7 +86,7 @@ def test_mag_ratios_are_how_much_the_blocks_update_grows(z: ZImagePipeline) -> N
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12))
-def test_the_front_holds_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+def test_the_front_is_pareto_optimal(points: list[tuple[int, int]]) -> None:
     rows = [{"seconds": {"p50": float(second)}, "score": score / 6} for second, score in points]
     front = {(row["seconds"]["p50"], row["score"]) for row in pareto_front(rows)}
     places = {(row["seconds"]["p50"], row["score"]) for row in rows}

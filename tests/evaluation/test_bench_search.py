@@ -115,7 +115,7 @@ def test_a_policy_may_have_a_budget_of_its_own(micro_z: Path, verifiers: tuple[s
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_continues(
     micro_z: Path, verifiers: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in a search loses that search only; the pictures are those of an uninterrupted run, and more prompts and

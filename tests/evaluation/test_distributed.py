@@ -163,7 +163,7 @@ def test_batches_are_cut_in_the_same_places(tmp_path: Path) -> None:
     assert [p * 3 + i for p, i in run._own(missing)] == [5, 6, 7, 8, 9]
 
 
-def test_fast_batches_go_on_to_the_bit(tmp_path: Path, micro_z: Path) -> None:
+def test_fast_batches_resume_bit_for_bit(tmp_path: Path, micro_z: Path) -> None:
     """A real pipeline whose pixels depend on the batch: interrupted, resumed and shared runs make the same files."""
     from fastgen.evaluation.runner import EvaluationRun, RunSettings
     from fastgen.pipelines.generation import generate_images

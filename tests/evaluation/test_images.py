@@ -68,7 +68,7 @@ def test_eight_bits_are_read_in_every_format(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_only_where_it_is_asked_for(kind: str, orientation: int) -> None:
+def test_orientation_is_applied_only_on_request(kind: str, orientation: int) -> None:
     """Upright equals what the orientation's definition says: rows and columns by hand."""
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:8, :16] = 255  # the first quarter of the stored picture is white
@@ -85,7 +85,7 @@ def test_orientation_is_applied_only_where_it_is_asked_for(kind: str, orientatio
 
 
 @pytest.mark.parametrize("kind", ["EPS", "GIF", "ICO", "PDF"])
-def test_no_other_format_is_opened_whatever_the_name(kind: str) -> None:
+def test_no_other_format_is_opened_under_any_name(kind: str) -> None:
     """Some of Pillow's formats start other programs (EPS)."""
     with pytest.raises(FastgenError, match=r"^a\.png: not a readable image"):
         decode_image(saved(Image.new("RGB", (16, 16)), kind), "a.png")

@@ -179,7 +179,7 @@ def test_failures_come_first_and_tasks_take_turns(files: list[Path]) -> None:
     assert _failures_first([]) == []
 
 
-def test_images_that_are_gone_or_damaged_are_said_to_be(tmp_path: Path) -> None:
+def test_missing_or_damaged_images_are_reported(tmp_path: Path) -> None:
     file = result_folder(tmp_path / "run")
     (tmp_path / "run/00000/samples/0001.png").unlink()
     (tmp_path / "run/00001/samples/0000.png").write_bytes(b"nonsense")

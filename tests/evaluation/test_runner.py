@@ -144,7 +144,7 @@ def test_a_process_that_comes_late_draws_its_share_of_the_common_list(tmp_path: 
     assert made == {(0, 0), (0, 1), (0, 2)} | set(run.group.share()[1::2])
 
 
-def test_what_a_killed_write_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_write_are_removed_when_the_run_continues(tmp_path: Path) -> None:
     run = EvaluationRun(tmp_path / "run", PROMPTS, SETTINGS)
     left = run.folder / "00000" / "samples" / ".0000.png.0123456789ab.tmp"
     own = run.folder / ".notes.tmp"
@@ -511,7 +511,7 @@ def test_score_of_a_folder(finished: Path, tmp_path) -> None:
     assert small["fd_shapes"]["value"] is None and "too few" in small["fd_shapes"]["reason"]
 
 
-def test_renders_are_seeded_and_hold_what_was_asked() -> None:
+def test_renders_are_seeded_and_show_the_prompt() -> None:
     prompts = [p.prompt for p in PROMPTS]
     a, b = ([np.asarray(i) for i in render_prompts(prompts, [s] * 12)] for s in (0, 1))
     again = [np.asarray(i) for i in render_prompts(prompts[::-1], [0] * 12)][::-1]

@@ -36,7 +36,7 @@ def trial(ratio: float, score: float, *parts: Part, n: int = 8) -> Trial:
     return Trial(parts, (ratio,) * n, (1.0,) * n, (score,) * n, (1.0,) * n, 0, ratio)
 
 
-def test_the_interval_of_a_ratio_holds_the_true_one_as_often_as_it_says() -> None:
+def test_the_interval_of_a_ratio_has_its_nominal_coverage() -> None:
     """2,000 measurements of noise of 20 %; of a share of .95 the standard error is .005."""
     random = np.random.default_rng(0)
     inside = 0
@@ -182,7 +182,7 @@ def test_a_plan_whose_loss_is_not_known_well_enough_is_not_chosen(losses: list[i
     assert measured._best(bound, default) is (plan if high <= bound else default)
 
 
-def test_a_run_goes_on_from_its_log(pipe: Any, tmp_path: Path) -> None:
+def test_a_run_continues_from_its_log(pipe: Any, tmp_path: Path) -> None:
     first = tuner(pipe, tmp_path)
     first.measure(())
     first.measure((FewerSteps(0.5),))

@@ -258,7 +258,7 @@ def test_the_installed_script_exits_with_the_code() -> None:
 
 
 @pytest.mark.slow
-def test_an_error_after_the_libraries_are_loaded_stands_alone() -> None:
+def test_an_error_after_the_libraries_are_loaded_is_the_only_line() -> None:
     """transformers warns while it is imported where torchvision is missing."""
     words = ["generate", "a red circle", "--method", "search", "--policy", "luck", "--max-nfe", "48"]
     done = subprocess.run([sys.executable, "-m", "fastgen", *words], capture_output=True, text=True, check=False)

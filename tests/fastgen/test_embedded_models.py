@@ -24,7 +24,7 @@ _Z_IMAGE = """
 import sys, torch
 from diffusers import ZImagePipeline
 pipe = ZImagePipeline.from_pretrained(sys.argv[1])
-image = pipe("a red circle", height=64, width=64, num_inference_steps=2).images[0]
+image = pipe("a red circle", height=64, width=64, num_inference_steps=1).images[0]
 print(type(pipe.transformer).__name__, image.size)
 """
 _JANUS = """
@@ -65,6 +65,6 @@ def test_stock_libraries_load_and_generate_without_fastgen(
 
 
 @pytest.mark.parametrize("name", _assets.names())
-def test_no_file_tells_of_the_machine_it_was_made_on(name: str) -> None:
+def test_no_file_names_the_machine_it_was_made_on(name: str) -> None:
     for path in (_assets.ROOT / name).rglob("*.json"):
         assert "_name_or_path" not in path.read_text(encoding="utf-8"), path

@@ -44,7 +44,7 @@ def prompts_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("z", "base"), ("janus", "speculative"), ("janus", "base")])
-def test_json_is_one_object_and_the_sidecar_tells_all(
+def test_json_is_one_object_and_the_sidecar_is_complete(
     kind: str, method: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = request.getfixturevalue(f"micro_{kind}")
@@ -200,7 +200,7 @@ def test_other_weights_in_the_same_folder_are_noticed(
 
 @pytest.mark.slow
 @posix
-def test_ctrl_c_leaves_whole_files_and_a_restart_goes_on(
+def test_ctrl_c_leaves_whole_files_and_a_restart_continues(
     micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A real SIGINT in the middle of a real process; the finished folder equals that of a run left alone."""
@@ -296,7 +296,7 @@ def test_a_real_limit_on_file_sizes(micro_z: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # docs/ and the README run the command in processes of their own
-def test_stdout_holds_the_json_alone_in_a_real_process(micro_janus: Path, tmp_path: Path) -> None:
+def test_stdout_is_only_the_json_in_a_real_process(micro_janus: Path, tmp_path: Path) -> None:
     options = ["--model", str(micro_janus), "-o", str(tmp_path / "out"), "--num-images", "2", "--json"]
     done = subprocess.run(
         [*COMMAND, "a photorealistic ring", *options], capture_output=True, text=True, timeout=500, env=environment()

@@ -85,7 +85,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 # ---- what a search writes and says ----
 
 
-def test_the_sidecar_holds_the_search_and_one_line_tells_of_it(
+def test_the_sidecar_has_the_search_and_one_line_reports_it(
     search: list[object], verifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.png"
@@ -116,7 +116,7 @@ def test_the_sidecar_holds_the_search_and_one_line_tells_of_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
 
-def test_a_search_that_tries_nothing_else_draws_the_base_picture(
+def test_a_search_with_one_candidate_draws_the_base_picture(
     search: list[object], micro_z: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["--model", micro_z, "--steps", 4, "--seed", 5]
@@ -289,7 +289,7 @@ def test_a_verifier_that_crashes_leaves_the_best_until_then(
     assert (tmp_path / "o-1.tree.png").is_file() == drawn
 
 
-def test_a_verifier_that_crashes_at_once_leaves_nothing(
+def test_a_verifier_that_crashes_first_leaves_nothing(
     search: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], failing: Any
 ) -> None:
     def crash() -> None:

@@ -243,7 +243,7 @@ def test_digest_of_a_file(tmp_path: Path) -> None:
         ("{'a': 1}", "property name"),
     ],
 )
-def test_json_that_is_none_or_too_much_is_one_line(text: str | bytes, message: str) -> None:
+def test_json_that_is_invalid_or_too_large_is_one_line(text: str | bytes, message: str) -> None:
     with pytest.raises(FastgenError, match=f"^x.json is not valid JSON: .*{message}") as error:
         fio.parse_json(text, "x.json")
     assert "\n" not in str(error.value)

@@ -70,7 +70,7 @@ def test_a_process_may_hold_a_folder_and_its_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_said_and_used(
+def test_a_file_system_without_locks_is_used_with_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import errno

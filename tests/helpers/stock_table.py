@@ -201,8 +201,8 @@ HEAD = """# Pipelines that can be searched
 
 Each line is a tiny pipeline with random weights that the tests search: single evaluations of its model, put together
 by the search, give the picture of the stock call up to float32 rounding (5e-5; Kandinsky 3: 1e-3), with guidance on
-and off, lists of prompts and negative prompts, sizes that are not square, several candidates at once, and embeddings
-in place of texts, as far as the stock call takes them; in bfloat16 up to the rounding of bfloat16. "Together":
+and off, lists of prompts and negative prompts, sizes that are not square, several candidates together, and embeddings
+instead of texts, as far as the stock call takes them; in bfloat16 up to the rounding of bfloat16. "Together":
 candidates of one prompt share forward passes.
 
 | family | pipeline | accepted | equal to stock | together | policies |

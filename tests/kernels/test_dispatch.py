@@ -93,7 +93,7 @@ def test_what_the_kernel_cannot_do_runs_by_the_reference_or_is_an_error(default:
         assert not choose("op", None, default, x)
 
 
-def test_a_slow_kernel_runs_only_when_asked_for() -> None:
+def test_a_slow_kernel_runs_only_on_request() -> None:
     x = torch.ones(2, device=DEVICE)
     assert not choose("op", None, False, x)
     with use_kernels("triton"):
@@ -127,7 +127,7 @@ def test_without_triton_references_run(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["False False", "op: the Triton kernel cannot run: Triton is not installed"]
 
 
-def test_a_kernel_that_was_never_timed_waits_to_be_asked_for() -> None:
+def test_a_kernel_that_was_never_timed_runs_only_on_request() -> None:
     """On a GPU, which the last argument stands for: the reference runs automatically, and the reason is logged."""
     with account() as stats, use_kernels("auto"):
         assert not _decide("op", None, "slow", True) and _decide("other", None, True, True)

@@ -161,7 +161,7 @@ def test_what_does_not_fit(shape: tuple[int, ...], groups: int, vector: int, mes
 @pytest.mark.parametrize(
     "shape", [(2, 1, 3, 5), (1, 1, 1, 1), (2, 1, 7), (1, 4, 1, 1), (1, 4, 1, 5), (1, 4, 5, 1)], ids=str
 )
-def test_layouts_that_are_several_at_once(triton_kernels: None, shape: tuple[int, ...]) -> None:
+def test_layouts_that_combine_several(triton_kernels: None, shape: tuple[int, ...]) -> None:
     """One channel, or one pixel, in the order of PyTorch's default."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     if x.ndim == 4:

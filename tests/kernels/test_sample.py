@@ -173,7 +173,7 @@ def test_gradients_stay_with_the_reference() -> None:
         token_probabilities(cond, None)
 
 
-def test_restriction_tells_what_it_kept() -> None:
+def test_restriction_reports_the_kept_tokens() -> None:
     logits, keep, before = restrict_logits(torch.tensor([[0.0, 2.0, 1.0, -1.0]]), 3, 0.8)
     assert keep is not None and before is not None
     assert keep.tolist() == [[False, True, True, False]] and logits[0, 0] == -math.inf

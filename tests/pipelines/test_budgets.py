@@ -172,7 +172,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "knobs"), WRONG, ids=lambda value: repr(value)[:40].partition(" at 0x")[0])
-def test_wrong_knobs_are_refused_at_once(stock: Any, chunked: Any, name: str, knobs: dict[str, Any]) -> None:
+def test_wrong_knobs_are_refused_immediately(stock: Any, chunked: Any, name: str, knobs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         fastgen.enable_dc(stock, chunked, **knobs)
     assert type(stock) is ZImagePipeline and stock.transformer is not chunked

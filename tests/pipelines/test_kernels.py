@@ -242,7 +242,7 @@ def test_a_block_with_a_hook_is_left_alone(caplog: pytest.LogCaptureFixture) -> 
     assert "another hook owns its forward" in caplog.text
 
 
-def test_lora_and_attention_backends_go_on(micro_z: Any) -> None:
+def test_lora_and_attention_backends_still_work(micro_z: Any) -> None:
     peft = pytest.importorskip("peft")
     pipe = micro_z_image(micro_z)
     call = caller(height=32, width=32, guidance_scale=0.0, output_type="latent")

@@ -71,7 +71,7 @@ def test_each_prompt_has_its_own_negative_prompt(tiny: ZImagePipeline) -> None:
         Threshold(0.2),
     ],
 )
-def test_a_search_finds_what_the_verifier_likes(tiny: ZImagePipeline, policy: Any) -> None:
+def test_a_search_finds_pictures_with_high_scores(tiny: ZImagePipeline, policy: Any) -> None:
     prompts = ["a heart", "a ring"]
     rounds: list[Round] = []
     output = NoiseSearchPipeline(tiny, redness, policy)(

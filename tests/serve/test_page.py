@@ -71,7 +71,7 @@ def _draw(page: Any, model: int, method: str, **fields: str) -> None:
         (2, "dc", {"steps": "4"}, "#inside img"),
     ],
 )
-def test_a_method_draws_beside_the_stock_picture_and_shows_what_it_did(
+def test_a_method_draws_next_to_the_stock_picture_and_shows_its_statistics(
     page: Any, model: int, method: str, fields: dict[str, str], shown: str
 ) -> None:
     _draw(page, model, method, **fields)

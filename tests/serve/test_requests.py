@@ -41,7 +41,7 @@ def test_the_openai_client_lists_models_and_finds_one(server: Running) -> None:
         client(server).models.retrieve("other")
 
 
-def test_a_url_is_fetched_in_the_format_that_was_asked_for(server: Running) -> None:
+def test_a_url_is_fetched_in_the_requested_format(server: Running) -> None:
     answer = client(server).images.generate(
         prompt="a star", response_format="url", output_format="webp", extra_body={"steps": 1, "seed": 0}
     )
@@ -172,7 +172,7 @@ NAMES = [*SCHEMA, "n", "size", "seed", "model", "method", "stream", "output_form
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.dictionaries(st.sampled_from(NAMES), json_values, min_size=1, max_size=3))
-def test_whatever_the_fields_hold_the_answer_is_a_picture_or_names_a_field(server: Running, body: dict) -> None:
+def test_for_any_fields_the_answer_is_a_picture_or_names_a_field(server: Running, body: dict) -> None:
     answer = ask(server.url, **{"prompt": "x", "steps": 1, **body})
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:

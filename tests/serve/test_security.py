@@ -67,7 +67,7 @@ def test_pages_of_other_sites_may_not_draw(server: Running) -> None:
     assert plain.status_code == 400
 
 
-def test_a_body_above_the_limit_is_refused_also_where_its_length_is_not_said(server: Running) -> None:
+def test_a_body_above_the_limit_is_refused_also_without_a_length(server: Running) -> None:
     large = b'{"prompt": "' + b"x" * (2 << 20) + b'"}'
     kind = {"content-type": "application/json"}
     said = httpx.post(f"{server.url}/v1/images/generations", content=large, headers=kind)

@@ -276,7 +276,7 @@ def test_the_cache_is_keyed_by_everything(tmp_path: Path, change: str) -> None:
     assert network.seen == 600 - (change == "count")
 
 
-def test_an_interrupted_pass_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_pass_continues(tmp_path: Path) -> None:
     images = pictures(600, 0)
     whole, _ = extract(source(images), Numbers(), keep=["pool"])
     broken = images.copy()

@@ -186,7 +186,7 @@ def test_deep_pixels_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path).read(0)
 
 
-def test_what_holds_no_images_is_named(tmp_path: Path) -> None:
+def test_a_source_without_images_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "prompts" / "00000" / "samples").mkdir(parents=True)
     (tmp_path / "prompts" / "00000" / "metadata.jsonl").write_text("{}")

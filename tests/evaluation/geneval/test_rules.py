@@ -217,7 +217,7 @@ def test_wrong_colour_leaves_no_target() -> None:
 # --- position ----------------------------------------------------------------------------------------------------
 
 
-def test_two_relations_hold_at_once_near_the_diagonal() -> None:
+def test_two_relations_are_true_near_the_diagonal() -> None:
     assert relations((0, 0, 4, 4), (40, 40, 44, 44)) == ("left of", "above")
     assert relations((40, 40, 44, 44), (0, 0, 4, 4)) == ("right of", "below")
     task = [{"class": "ring", "count": 1}]

@@ -63,7 +63,7 @@ def test_the_prompts_used_last_are_remembered() -> None:
     assert verifier.encoded == [["a"], ["b"], ["c"], ["b"]]
 
 
-def test_more_prompts_at_once_than_are_remembered() -> None:
+def test_more_prompts_in_a_batch_than_are_cached() -> None:
     verifier = Brightness(cache_size=1)
     assert verifier.score(PICTURES, ["", "a", "aa", "aaa", ""]).tolist() == [0, 2, 4, 6, 4]
     verifier = Brightness(cache_size=0)

@@ -86,7 +86,7 @@ def test_weights_after_the_colon(clip_folder: Path, images: Tensor) -> None:
     assert found.score(images, PROMPTS).shape == (6,)
 
 
-def test_a_folder_alone_tells_what_it_is_for(clip_folder: Path, vqa_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_names_its_verifier(clip_folder: Path, vqa_folder: Path, tmp_path: Path) -> None:
     assert load_verifier(clip_folder).name == "clip-score"
     assert load_verifier(str(vqa_folder)).name == "vqa-score"
     assert load_verifier(save_qwen(tmp_path / "qwen", "3")).name == "qwen-vl"

@@ -21,7 +21,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", long_tail(["shape", "color", *CHANGES], fast=("shape", "position")))
-def test_it_tells_true_captions_from_false_ones(kind: str) -> None:
+def test_it_distinguishes_true_captions_from_false_ones(kind: str) -> None:
     """Right in at least 96 of 100 and more pairs: one that guesses is so with a chance below 1e-20."""
     rng, pairs, start = random.Random(0), list[tuple[torch.Tensor, str, str]](), 0
     change = {"shape": statements._other_shape, "color": statements._other_color, **CHANGES}[kind]

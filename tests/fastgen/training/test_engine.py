@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
         ({}, {"data": "2"}, "data is {'data': '1'} there and {'data': '2'} now"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(
+def test_a_run_does_not_continue_with_other_settings(
     tmp_path: Path, change: dict[str, Any], data: Any, message: str
 ) -> None:
     Trainer(LineRecipe(), _config(tmp_path), data={"data": "1"}).run()

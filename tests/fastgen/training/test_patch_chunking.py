@@ -143,7 +143,7 @@ def test_budgets_fall_with_the_share() -> None:
         ("n_last_layers=99", "n_last_layers: needs 0 to"),
     ],
 )
-def test_a_choice_that_is_none_is_refused(choice: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_choice_is_refused(choice: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "dc-patch", "--part", "tiny", "-o", "nowhere", "--set", choice]) == 2
     *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error

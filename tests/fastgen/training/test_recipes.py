@@ -117,7 +117,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_small_grows_from_the_embedded_tiny_and_goes_on(
+def test_small_grows_from_the_embedded_tiny_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few steps at 128x128: exported as a stock pipeline that draws that size, and resumed bit for bit."""

@@ -64,7 +64,7 @@ def test_captions_are_none_of_the_evaluation_set() -> None:
     assert len({item.prompt for item in found}) > 600
 
 
-def test_a_calibration_tells_what_was_measured(done: Path, micro_z: Path) -> None:
+def test_a_calibration_records_its_measurements(done: Path, micro_z: Path) -> None:
     found, rows = Calibration.load(done), _rows(done)
     assert len(rows) == COUNT and {row["prompt"] for row in rows}.isdisjoint(i.prompt for i in shapes_prompts())
     assert found.model == str(micro_z) and found.verifier == "shapes-verifier" and found.wanted == "correct"
@@ -77,7 +77,7 @@ def test_a_calibration_tells_what_was_measured(done: Path, micro_z: Path) -> Non
     assert found.about["trajectories"] == COUNT and found.about["settings"]["sampler"] == "ancestral"
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
+def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(
     done: Path, micro_z: Path, verifier: str, tmp_path: Path
 ) -> None:
     class Stop(Exception):
@@ -328,7 +328,7 @@ def test_bad_commands_end_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["steps", "num_inference_steps"])
-def test_the_steps_that_are_asked_for_go_before_the_models_own(name: str) -> None:
+def test_given_steps_override_those_of_the_model(name: str) -> None:
     found = _settings(find_checkpoint("tiny"), {name: 4})
     assert found["num_inference_steps"] == 4 and "steps" not in found
     assert _settings(find_checkpoint("tiny"), {})["num_inference_steps"] == 12

@@ -92,7 +92,7 @@ def test_every_pass_has_an_order_of_its_own(z_samples: Samples) -> None:
     assert torch.equal(z_samples.batch(65, 10)[0], torch.cat([first[65:], second[:5]]))
 
 
-def test_interrupted_drawing_goes_on(z: ZImagePipeline, tmp_path: Path) -> None:
+def test_interrupted_drawing_continues(z: ZImagePipeline, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -143,7 +143,7 @@ def test_grafting_trains_the_scaffold_and_keeps_the_backbone(case: tuple[Any, Sa
     assert not any("teacher" in name for name in checkpoint["module"])
 
 
-def test_what_the_teacher_says(case: tuple[Any, Samples]) -> None:
+def test_predictions_of_the_teacher(case: tuple[Any, Samples]) -> None:
     """Prediction, embedded patches and last tokens are those of the stock forward, for each sample alone."""
     pipe, samples = case
     family = family_of(pipe)

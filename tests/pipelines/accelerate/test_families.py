@@ -6,12 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 from accelerate_table import DOCUMENT, EXACT, check, line, usable
+from long_tail import long_tail
 from stock_families import FAMILIES, family
 
 _FEW = ("sdxl", "flux", "sd3", "qwen-image", "sana", "z-image", "pixart-sigma", "hunyuan-dit")
 
 
-@pytest.mark.parametrize("name", _FEW)
+@pytest.mark.parametrize("name", long_tail(_FEW, fast=("sdxl", "flux", "sd3", "z-image", "hunyuan-dit")))
 def test_exact_parts_change_no_picture_beyond_rounding_and_restore_everything(name: str) -> None:
     check(name, None)
     check(name, usable(family(name), EXACT))

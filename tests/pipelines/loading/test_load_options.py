@@ -171,7 +171,7 @@ def test_pipelines_without_lora_schedulers_or_a_vae_say_so(lora: Path) -> None:
         LoadOptions.of(vae_tiling=True).check(DiTPipeline, {}, CPU)
 
 
-def test_tiles_are_decoded_where_they_are_asked_for() -> None:
+def test_tiles_are_decoded_on_request() -> None:
     pipe = tiny_sd(ddim())
     asked = options(pipe, vae_tiling=True)
     asked.apply(pipe)

@@ -165,7 +165,7 @@ def test_the_last_step_alone_may_fail(name: str, seed: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("time", "rows"), [(0.56, 1), (0.495, 3)], ids=["seed", "copies"])
-def test_a_path_that_fails_goes_on_from_the_best(time: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_fails_continues_from_the_best(time: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last evaluation of a seed, and of all copies of one, is spoiled: nothing is computed from it."""
     sizes: list[int] = []
 
