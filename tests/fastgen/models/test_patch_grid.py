@@ -345,3 +345,26 @@ def test_a_checkpoint_of_another_grid_is_refused(held: str, asked: str, tmp_path
         (tmp_path / "config.json").write_text(json.dumps(config))
         loaded, info = DCZImageTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
         assert loaded.config.grid == "latent" and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (5, 33, 9, 40)])
+def test_what_both_branches_of_guidance_share_is_computed_once(lengths: tuple[int, ...]) -> None:
+    """Also with captions of other lengths: the noise refiner sees differences of positions alone."""
+    model, half = micro().double(), len(lengths) // 2
+    images, time, captions = inputs(lengths)
+    images, captions = ([x.double() for x in each] for each in (images, captions))
+    rows: list[int] = []
+    model.noise_refiner[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    guided = (images[:half] * 2, torch.cat([time[:half]] * 2).double(), captions)
+    drops = [0.0] * half + [0.9] * half
+    together = run(model, guided, tail_drop=drops)
+    for i, drop in enumerate(drops):  # alone, no sample repeats another
+        alone = run(model, tuple(each[i : i + 1] for each in guided), tail_drop=drop)  # type: ignore[arg-type]
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+    assert rows == [half * 32] + [32] * len(lengths)
+
+    rows.clear()
+    other = guided[1].clone()
+    other[-1] += 0.1  # another noise level: nothing is shared
+    unlike = run(model, (guided[0], other, captions), tail_drop=drops)
+    assert rows == [len(lengths) * 32] and not torch.equal(unlike[-1], together[-1])

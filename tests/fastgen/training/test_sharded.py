@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clip_sharded import LIMIT, clipped_step
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from train_sharded import SIZE, settings_of, train
@@ -108,3 +109,18 @@ def test_bfloat16_and_recomputed_activations(micro_z: Path, pictures: Path, tmp_
         assert {value.dtype for value in found["module"].values()} == {torch.float32}
         assert all(bool(value.isfinite().all()) for value in found["module"].values())
         assert json.loads((tmp_path / name / "model/training.json").read_text())[name]["processes"] == 2
+
+
+def test_gradients_in_parts_are_clipped_by_their_norm_over_all_processes(tmp_path: Path) -> None:
+    """With plain SGD: AdamW would not see the scale of a gradient."""
+    file = tmp_path / "step.pt"
+    command = [sys.executable, *TORCHRUN, str(SCRIPT.with_name("clip_sharded.py")), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = torch.load(file, weights_only=True), clipped_step()
+    assert expected["norm"] > 2 * LIMIT  # the clip is active
+    assert found["norms"] == pytest.approx([expected["norm"]] * 2, rel=1e-9)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-9, atol=1e-9)
