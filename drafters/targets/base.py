@@ -253,19 +253,14 @@ class Target(ABC):
     def hidden_size(self) -> int:
         return int(self.layers[0].query.in_features)  # type: ignore[arg-type]
 
-    @property
-    def max_prompt(self) -> int | None:
-        """Tokens of a prompt that leave room for a picture; None: any number."""
-        return None if self.max_positions is None else self.max_positions - self.num_tokens
-
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the model would cut, or has no positions for.
 
         Raises:
             FastgenError: names the first such prompt, its length and the limit.
         """
-        if self.max_prompt is not None:
-            check_lengths(prompts, self.lengths(prompts), self.max_prompt)
+        if self.max_positions is not None:
+            check_lengths(prompts, self.lengths(prompts), self.max_positions - self.num_tokens)
 
     def new_cache(self, prefix: Prefix, room: int) -> KVCache:
         """A cache for the prompts, the picture and `room` more tokens."""
