@@ -56,8 +56,7 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
 
 
 def pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Pareto-optimal rows in seconds and score; fastest
-    first."""
+    """The Pareto-optimal rows in seconds and score; fastest first."""
     front: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["seconds"]["p50"], -row["score"])):
         if not front or row["score"] > front[-1]["score"]:
