@@ -40,7 +40,7 @@ def benchmark_dc_quality(
     images_per_prompt: int = 4,
     limit: int | None = None,
     batch_size: int = 32,
-    timed_prompts: int = 12,
+    timed_prompts: int = 24,
     runs: int = 5,
     device: str = "cpu",
     report: Callable[[str], None] = lambda line: None,

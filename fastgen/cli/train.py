@@ -55,6 +55,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
     import torch
 
     from fastgen.training.engine import Trainer
+    from fastgen.training.sharding import leave_group
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -66,6 +67,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
         record = _with_progress(lambda report: Trainer(built, config, report, learnt), config.steps)
     finally:
         torch.set_flush_denormal(False)
+    leave_group()
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
 
 

@@ -19,6 +19,7 @@ import torch
 from fastgen.training.engine import Trainer
 from fastgen.training.recipe_settings import UpcyclingSettings
 from fastgen.training.recipes import RECIPES
+from fastgen.training.sharding import leave_group
 
 SIZE = 32
 
@@ -54,3 +55,4 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[4])
     for recipe in options.pop("recipes"):
         train(recipe, *map(Path, sys.argv[1:4]), **options)
+    leave_group()
