@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
-__all__ = ["unipc_of_flow"]
+__all__ = ["for_pipelines_of_flow", "unipc_of_flow"]
 
 
 class _UniPC(diffusers.UniPCMultistepScheduler):
@@ -55,3 +55,10 @@ def unipc_of_flow(scheduler: Any, shift: float = 1.0) -> diffusers.UniPCMultiste
         config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     return made
+
+
+def for_pipelines_of_flow(scheduler: Any) -> Any:
+    """The UniPC scheduler of a saved flow model, as `unipc_of_flow` made it: diffusers' own refuses the list of noise
+    levels that pipelines of flow models pass. Any other scheduler as it is."""
+    flow = type(scheduler) is diffusers.UniPCMultistepScheduler and scheduler.config.use_flow_sigmas
+    return _UniPC.from_config(scheduler.config) if flow else scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Variant:
     """One row.
 
     Attributes:
-        name: "dense", "dense 6 steps", "dense first-block-cache 0.1", "dc 0.3 lite-cfg 0.9 6 steps" …
+        name: "dense", "dense 6 steps", "dense UniPC 6 steps", "dense first-block-cache 0.1",
+            "dc 0.3 lite-cfg 0.9 6 steps" …
         pipe: the pipeline it belongs to.
         fingerprint: of that pipeline's files.
         settings: of `generate_images`.
@@ -90,15 +92,22 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     if type(dense) is not ZImagePipeline:
         raise FastgenError(f"dense: {checkpoints[1].model} is no stock Z-Image pipeline")
     ours, theirs = (model_fingerprint(*found.folders) for found in checkpoints)
-    own = [int(found.defaults["steps"]) for found in checkpoints]
+    own, defaults = [int(found.defaults["steps"]) for found in checkpoints], checkpoints[1].defaults
     yield Variant("dense", dense, theirs)
     for steps in choice.steps:
         if steps != own[1]:
             yield Variant(f"dense {steps} steps", dense, theirs, {"steps": steps})
+    if (scheduler := _other_scheduler(chunked, dense)) is not None:
+        # What a better solver gains is no merit of chunking: the dense model gets it too, up to its own steps.
+        name = re.sub(r"(Multistep|Discrete)?Scheduler$", "", type(scheduler).__name__)
+        for steps in sorted({own[1], *choice.steps}):
+            if steps <= own[1]:
+                adapt = partial(_scheduled, scheduler=scheduler)
+                yield Variant(f"dense {name} {steps} steps", dense, theirs, {**defaults, "steps": steps}, adapt)
     if peers:
-        for name, adapt in _peers(dense, checkpoints[1].defaults, choice):
+        for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
-            yield Variant(f"dense {name}", dense, theirs, checkpoints[1].defaults, adapt)
+            yield Variant(f"dense {name}", dense, theirs, defaults, adapt)
     yield Variant("dc 0", chunked, ours, {"tail_drop": 0.0, "uncond_tail_drop": 0.0})
     for steps in dict.fromkeys((own[0], *choice.steps)):
         suffix, asked = ("", {}) if steps == own[0] else (f" {steps} steps", {"steps": steps})
@@ -152,6 +161,23 @@ def _peers(
         for threshold in choice.mag:
             config = MagCacheConfig(threshold=threshold, mag_ratios=ratios, num_inference_steps=len(ratios))
             yield f"magcache {threshold:g}", partial(step_cache, config=config)
+
+
+def _other_scheduler(chunked: Any, dense: Any) -> Any:
+    """That of the chunked pipeline, where it is not the dense one's."""
+    ours, theirs = (pipe.scheduler for pipe in (chunked, dense))
+    same = type(ours) is type(theirs) and dict(ours.config) == dict(theirs.config)
+    return None if same else ours
+
+
+@contextmanager
+def _scheduled(pipe: Any, scheduler: Any) -> Iterator[Any]:
+    """A pipeline with another scheduler."""
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        yield pipe
+    finally:
+        pipe.scheduler = own
 
 
 @contextmanager

@@ -250,6 +250,10 @@ class LoadOptions:
         """Scheduler, LoRA weights and tiling of a pipeline whose weights are loaded."""
         if self.scheduler is not None:
             _with_scheduler(pipe, self.scheduler)
+        elif type(getattr(pipe, "scheduler", None)).__name__ == "UniPCMultistepScheduler":
+            from fastgen.pipelines.flow_solver import for_pipelines_of_flow
+
+            pipe.scheduler = for_pipelines_of_flow(pipe.scheduler)
         names = [f"lora_{i}" for i in range(len(self.loras))]
         for lora, name in zip(self.loras, names, strict=True):
             lora.load(pipe, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers import ZImagePipeline
 
 import fastgen
 from fastgen import _assets
@@ -29,8 +29,7 @@ def test_the_router_keeps_its_share_at_every_noise_level_and_rather_boundaries(p
 
 def test_a_stock_pipeline_takes_the_transformer(pipe: ZImagePipeline) -> None:
     transformer = fastgen.DCZImageTransformer2DModel.from_pretrained(_assets.ROOT / "small-dc" / "transformer")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_assets.ROOT / "small-dc" / "scheduler")
-    parts = {"transformer": transformer, "scheduler": scheduler}
+    parts = {"transformer": transformer, "scheduler": pipe.scheduler}
     stock = ZImagePipeline.from_pretrained(_assets.ROOT / "tiny", **parts, torch_dtype=torch.float32)
     stock.transformer.float()
     stock.set_progress_bar_config(disable=True)

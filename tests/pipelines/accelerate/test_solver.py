@@ -92,5 +92,6 @@ def test_it_is_saved_and_pickled_as_the_class_of_diffusers(micro_z: Path, tmp_pa
     again: Any = load_pipeline(str(tmp_path / "saved"))
     assert again.scheduler.config.use_flow_sigmas and type(again.scheduler).__module__.startswith("diffusers")
     expected = draw(pipe, 3)
+    assert torch.equal(draw(again, 3), expected)
     pipe.scheduler = pickle.loads(pickle.dumps(pipe.scheduler))
     assert torch.equal(draw(pipe, 3), expected)
