@@ -78,7 +78,8 @@ image = pipe("a red circle", height=128, width=128, num_inference_steps=12, guid
 Limits: those of `tiny`.""",
     "small-dc": """A `fastgen.DCZImageTransformer2DModel` (width 192, 8 layers) upcycled from the transformer of
 `small` on its own patches (`grid="patch"`): it began as `small` and learned to compute only the patches that its
-router keeps. VAE, text encoder and tokenizer are those of `tiny`. The scheduler is UniPC with twice the shift of `small`.
+router keeps. VAE, text encoder and tokenizer are those of `tiny`, the scheduler is UniPC with twice the shift of
+`small`.
 
 ```python
 import fastgen
