@@ -102,8 +102,8 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
         name = re.sub(r"(Multistep|Discrete)?Scheduler$", "", type(scheduler).__name__)
         for steps in sorted({own[1], *choice.steps}):
             if steps <= own[1]:
-                adapt = partial(_scheduled, scheduler=scheduler)
-                yield Variant(f"dense {name} {steps} steps", dense, theirs, {**defaults, "steps": steps}, adapt)
+                solved = partial(_scheduled, scheduler=scheduler)
+                yield Variant(f"dense {name} {steps} steps", dense, theirs, {**defaults, "steps": steps}, solved)
     if peers:
         for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
