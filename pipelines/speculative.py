@@ -297,7 +297,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         def usable(name: str) -> bool:
             if tree_widths(name) is not None:
                 return self.drafter is not None and rule.name != "block"
-            places, width = window_of(name)
+            places, width, _ = window_of(name)
             if places > target.num_tokens or (width > 1 and rule.name == "block"):
                 return False
             return not name.startswith("heads-") or (self.heads is not None and places <= self.heads.config.window)
