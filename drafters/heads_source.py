@@ -24,7 +24,7 @@ class HeadsSource(JacobiSource):
 
     Args:
         heads: made for the target.
-        window, width, coupled: see `JacobiSource`.
+        window, width, wide, coupled: see `JacobiSource`.
 
     Raises:
         FastgenError: a window that the heads cannot correct.
@@ -34,8 +34,10 @@ class HeadsSource(JacobiSource):
     hidden: Tensor
     length: Tensor
 
-    def __init__(self, heads: WindowHeads, window: int = 12, width: int = 1, coupled: bool = True) -> None:
-        super().__init__(window, width, coupled)
+    def __init__(
+        self, heads: WindowHeads, window: int = 12, width: int = 1, wide: int | None = None, coupled: bool = True
+    ) -> None:
+        super().__init__(window, width, wide, coupled)
         if window > heads.config.window:
             raise FastgenError(f"window: {window} is not allowed, these heads correct up to {heads.config.window}")
         self.heads, self.taps = heads, tuple(heads.config.taps)
@@ -116,5 +118,4 @@ def window_source(name: str, rule: AcceptanceRule, heads: WindowHeads | None) ->
         return JacobiSource.of_name(name, rule)
     if heads is None:
         raise FastgenError(f"tree: {name!r} needs heads of this model; train them with `fastgen train heads`")
-    window, width = window_of(name)
-    return HeadsSource(heads, window, width, coupled=not rule.draws_anew)
+    return HeadsSource(heads, *window_of(name), coupled=not rule.draws_anew)

@@ -36,7 +36,7 @@ SMALLEST_TEMPERATURE = 1e-6
 
 _CHAIN = re.compile(r"chain-([1-9]\d{0,5})")
 _WIDTHS = re.compile(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*")
-_WINDOW = re.compile(r"(?:jacobi|heads)-([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?")
+_WINDOW = re.compile(r"(?:jacobi|heads)-([1-9]\d{0,5})(?:x([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?)?")
 
 
 def check_temperature(label: str, value: object) -> float:
@@ -79,7 +79,7 @@ def levels_of(name: str) -> int:
 
 def is_tree_name(name: str) -> bool:
     """Whether it names a tree ("chain-4", "4-2-1", "lantern-25"), a window ("jacobi-12", "jacobi-12x4",
-    "heads-12"), or is "auto" or "plain"."""
+    "heads-12x2-4"), or is "auto" or "plain"."""
     return name in ("auto", PLAIN) or tree_widths(name) is not None or _WINDOW.fullmatch(name) is not None
 
 
@@ -90,17 +90,17 @@ def check_tree_name(label: str, name: str) -> None:
         FastgenError: names the value and what is allowed.
     """
     if not is_tree_name(name):
-        allowed = ", ".join(
-            [*TREES, "chain-5", "4-2-1 (nodes at each depth)", "jacobi-12", "jacobi-12x4", "heads-12", "auto", PLAIN]
-        )
+        windows = ["jacobi-12", "jacobi-12x4", "jacobi-12x4-3", "heads-12"]
+        allowed = ", ".join([*TREES, "chain-5", "4-2-1 (nodes at each depth)", *windows, "auto", PLAIN])
         raise FastgenError(f"{label}: {name!r} is unknown; there are {allowed}")
     if _WINDOW.fullmatch(name):
         window_of(name, label)
     check_nodes(label, name, sum(tree_widths(name) or ()))
 
 
-def window_of(name: str, label: str = "tree") -> tuple[int, int]:
-    """Places of the window "jacobi-12" or "heads-12", and candidates of each: "jacobi-12x4" has 4.
+def window_of(name: str, label: str = "tree") -> tuple[int, int, int]:
+    """Places of the window "jacobi-12" or "heads-12"; candidates of a place: "jacobi-12x4" has 4; and how many places,
+    from the first on, have as many: all, but in "jacobi-12x4-3" 3, of which the others have one.
 
     Raises:
         FastgenError: no such name, or a window that is too large.
@@ -109,5 +109,8 @@ def window_of(name: str, label: str = "tree") -> tuple[int, int]:
     if found is None:
         raise FastgenError(f"{label}: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4")
     window, width = int(found[1]), int(found[2] or 1)
-    check_nodes(label, name, window * width)
-    return window, width
+    wide = int(found[3] or window)
+    if wide > window:
+        raise FastgenError(f"{label}: {name!r} has candidates at {wide} places, the window has {window}")
+    check_nodes(label, name, window + (width - 1) * wide)
+    return window, width, wide

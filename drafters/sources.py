@@ -176,34 +176,39 @@ class JacobiSource(DraftSource):
         width: candidates of a place, drawn without replacement. The path continues from the first; the others are
             leaves, which end a path when one of them is accepted (and show rules that read it what the target makes of
             them).
+        wide: so many places, from the first on, have `width` candidates, the others one; None for all. The places
+            behind are seldom reached, and every candidate is a row of the target's pass.
         coupled: a place keeps its noise from round to round, so that its tokens change only where its law does
             (the coupled variant, lossless as well: what is accepted before a place does not depend on its noise, as
             long as the rule does not look ahead). A lossy rule may look ahead all the same; what the pictures lose is
             measured with it.
 
     Raises:
-        ValueError: a window or a width below 1.
+        ValueError: a window, a width or a `wide` below 1, or more wide places than places.
     """
 
-    def __init__(self, window: int = 12, width: int = 1, coupled: bool = True) -> None:
+    def __init__(self, window: int = 12, width: int = 1, wide: int | None = None, coupled: bool = True) -> None:
         check_integer("window", window, 1)
         check_integer("width", width, 1)
-        check_nodes("window", (window, width), window * width)
+        wide = window if wide is None else check_integer("wide", wide, 1, window)
+        self.wide = wide if width > 1 else 0
+        check_nodes("window", (window, width, wide), window + (width - 1) * wide)
         check_bool("coupled", coupled)
         self.window, self.width, self.coupled = window, width, coupled
-        self.tree = static_tree([[0] * depth + [rank] for depth in range(window) for rank in range(width)])
+        counts = [width] * self.wide + [1] * (window - self.wide)
+        self.tree = static_tree([[0] * depth + [rank] for depth, count in enumerate(counts) for rank in range(count)])
         self.nodes, self.max_depth = self.tree.n, window
         self.draws = 0 if coupled else window
 
     @classmethod
     def of_name(cls, name: str, rule: AcceptanceRule) -> JacobiSource:
-        """The window "jacobi-12", or "jacobi-12x4" with 4 candidates a place, coupled where the rule allows it.
+        """The window "jacobi-12", or "jacobi-12x4" with 4 candidates a place, or "jacobi-12x4-3" with as many at the
+        first 3 places; coupled where the rule allows it.
 
         Raises:
             ValueError: no such name.
         """
-        window, width = window_of(name)
-        return cls(window, width, coupled=not rule.draws_anew)
+        return cls(*window_of(name), coupled=not rule.draws_anew)
 
     def check(self, target: Target, law: TokenLaw, rule: AcceptanceRule) -> None:
         if self.coupled and rule.draws_anew:
@@ -220,7 +225,8 @@ class JacobiSource(DraftSource):
         device = first.device
         self.tree = self.tree.to(device)
         # The first candidate of each depth, behind the root.
-        self.spine = torch.cat([first.new_zeros(1), 1 + self.width * torch.arange(self.window, device=device)])
+        steps = torch.arange(self.window, device=device)
+        self.spine = torch.cat([first.new_zeros(1), 1 + steps + (self.width - 1) * steps.clamp_max(self.wide)])
         p = target.token_law(target.head(output.hidden[:, -1:]), prefix, law, torch.zeros_like(first)[:, None])
         self.laws = p.expand(-1, self.window, -1).contiguous()  # strides as in later rounds
         self.noise: Tensor | None = None
@@ -243,7 +249,10 @@ class JacobiSource(DraftSource):
         laws, logs = self.draft_laws(root, index, noise)
         scores = logs if noise is None else logs + noise
         # Of one candidate a place: compilers make no kernel of their own for the first few.
-        drawn = scores.argmax(dim=-1) if self.width == 1 else scores.topk(self.width, dim=-1).indices.flatten(1)
+        drawn = scores[:, self.wide :].argmax(dim=-1)
+        if self.wide:
+            several = scores[:, : self.wide].topk(self.width, dim=-1).indices.flatten(1)
+            drawn = torch.cat([several, drawn], dim=1)
         draft = laws.new_zeros(len(root), self.nodes, laws.shape[-1])
         draft[:, self.spine[:-1]] = laws
         return Proposal(self.tree, torch.cat([root[:, None], drawn], dim=1), draft)

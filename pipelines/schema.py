@@ -209,8 +209,8 @@ class SpeculativeSettings(Settings):
     tree: Any = setting(
         str,
         "What a round drafts: chain-4 or 4-2-1, a tree; jacobi-12, a window of 12 tokens; heads-12, one that heads "
-        "correct; plain, nothing; auto measures and remembers. Default: what is fastest here by the model's "
-        "calibration.",
+        "correct; heads-12x2-4, with two candidates at its first 4 places; plain, nothing; auto measures and "
+        "remembers. Default: what is fastest here by the model's calibration.",
         special=check_tree_name,
         richer=True,
     )

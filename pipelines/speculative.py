@@ -250,18 +250,17 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             note_path("acceptance", rule.name)
             note_path("draft", "plain loop" if source is None else type(source).__name__)
             note_path("tree", name, reason)
-            decoded = [
-                self._draw(
-                    target,
-                    [prompts[i] for i in group],
-                    law,
-                    source,
-                    rule,
-                    [generators[i] for i in group],
-                    self._reporter(callback_on_step_end, target, number, len(groups)),
-                )
-                for number, group in enumerate(groups)
-            ]
+            decoded = list[Decoded]()
+            for number, group in enumerate(groups):
+                with phase("text"):
+                    prefix = target.prefix([prompts[i] for i in group], law.guided)
+                reporter = self._reporter(callback_on_step_end, target, number, len(groups))
+                given = (prefix, law, [generators[i] for i in group], reporter, self._compile)
+                with phase("tokens"):
+                    if source is None:
+                        decoded.append(decode_plain(target, *given))
+                    else:
+                        decoded.append(decode_speculative(target, source, rule, *given))
             counted = {name: float(sum(part.counts[name].sum() for part in decoded)) for name in decoded[0].counts}
             add_acceptance(rule.name, counted)
             tokens = torch.cat([part.tokens for part in decoded])
@@ -297,7 +296,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         def usable(name: str) -> bool:
             if tree_widths(name) is not None:
                 return self.drafter is not None and rule.name != "block"
-            places, width = window_of(name)
+            places, width, _ = window_of(name)
             if places > target.num_tokens or (width > 1 and rule.name == "block"):
                 return False
             return not name.startswith("heads-") or (self.heads is not None and places <= self.heads.config.window)
@@ -361,23 +360,6 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         topology = named_tree(shape) if isinstance(shape, str) else shape
         free = law.temperature > 0 and isinstance(topology, Tree)
         return TreeSource(self.drafter, topology, free if sampled is None else sampled)
-
-    def _draw(
-        self,
-        target: Target,
-        prompts: list[str],
-        law: TokenLaw,
-        source: DraftSource | None,
-        rule: AcceptanceRule,
-        generators: list[torch.Generator],
-        on_token: Callable[[int], None] | None,
-    ) -> Decoded:
-        with phase("text"):
-            prefix = target.prefix(prompts, law.guided)
-        with phase("tokens"):
-            if source is None:
-                return decode_plain(target, prefix, law, generators, on_token, self._compile)
-            return decode_speculative(target, source, rule, prefix, law, generators, on_token, self._compile)
 
     def _reporter(
         self, callback: Callable[..., Any] | None, target: Target, number: int, groups: int

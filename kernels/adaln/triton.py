@@ -111,6 +111,45 @@ def forward(
 
 
 @triton.jit
+def _rows_of(bounds, sample, length):  # type: ignore[no-untyped-def]
+    """The first row of a sample, and the one behind its last."""
+    if bounds is not None:
+        # Cut to the rows there are: wrong bounds must not reach other memory.
+        first = tl.maximum(tl.load(bounds + sample).to(tl.int64), 0)
+        last = tl.minimum(tl.load(bounds + sample + 1).to(tl.int64), length)
+    else:
+        first = sample * length
+        last = first + length
+    return first, last
+
+
+@triton.jit
+def _slope_of_norm(weight, scale, at, column, inside, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """d z / d xhat: what the normalised row is multiplied by."""
+    factor = tl.full((BLOCK,), 1.0, tl.float32)
+    if weight is not None:
+        factor *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        factor *= 1 + tl.load(scale + at + column, mask=inside, other=0.0).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def _slope_of_update(  # type: ignore[no-untyped-def]
+    gate, update_weight, at, column, inside, TANH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """d y / d uhat: what the update is multiplied by before it is added."""
+    through = tl.full((BLOCK,), 1.0, tl.float32)
+    if gate is not None:
+        through = tl.load(gate + at + column, mask=inside, other=0.0).to(tl.float32)
+        if TANH:
+            through = 2 * tl.sigmoid(2 * through) - 1
+    if update_weight is not None:
+        through *= tl.load(update_weight + column, mask=inside, other=0.0).to(tl.float32)
+    return through
+
+
+@triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     grad_summed, grad_normed, hidden, update, gate, scale, weight, update_weight, order, bounds, grad_hidden,
     grad_update, sums, length, samples, width, hidden_outer, hidden_inner, update_outer, update_inner,
@@ -125,29 +164,13 @@ def _backward(  # type: ignore[no-untyped-def]
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    if bounds is not None:
-        # Cut to the rows there are: wrong bounds must not reach other memory.
-        first = tl.maximum(tl.load(bounds + sample).to(tl.int64), 0)
-        last = tl.minimum(tl.load(bounds + sample + 1).to(tl.int64), length)
-    else:
-        first = sample * length
-        last = first + length
+    first, last = _rows_of(bounds, sample, length)
     share = (last - first + parts - 1) // parts
     start = first + part * share
     stop = tl.minimum(start + share, last)
 
-    factor = tl.full((BLOCK,), 1.0, tl.float32)
-    if weight is not None:
-        factor *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if scale is not None:
-        factor *= 1 + tl.load(scale + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-    through = tl.full((BLOCK,), 1.0, tl.float32)
-    if gate is not None:
-        through = tl.load(gate + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-        if TANH:
-            through = 2 * tl.sigmoid(2 * through) - 1
-    if update_weight is not None:
-        through *= tl.load(update_weight + column, mask=inside, other=0.0).to(tl.float32)
+    factor = _slope_of_norm(weight, scale, sample * scale_stride, column, inside, BLOCK)
+    through = _slope_of_update(gate, update_weight, sample * gate_stride, column, inside, TANH, BLOCK)
 
     sum_scale = tl.zeros((BLOCK,), tl.float32)
     sum_shift = tl.zeros((BLOCK,), tl.float32)

@@ -56,6 +56,39 @@ def _class_mass(law, classes, own, vocabulary, BLOCK: tl.constexpr):  # type: ig
 
 
 @triton.jit
+def _refuse(  # type: ignore[no-untyped-def]
+    law, mass, proposal, drafted_mass, classes, own, held, token, child_of, drafted, every, slot, into, vocabulary,
+    DRAFT: tl.constexpr, LENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what is left of p behind the refusal of `token`, the positive part of p less q; its mass, and that of q
+    without the tokens up to `slot` (1 where nothing is left)."""
+    total = tl.full([], 0.0, tl.float32)
+    rest_of_q = tl.full([], 0.0, tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < vocabulary
+        left = tl.load(law + index, mask=inside, other=0.0) / mass
+        if LENT:
+            mates = tl.load(classes + index, mask=inside, other=-1) == own
+            left = tl.where(index == token, held, tl.where(mates, 0.0, left))
+        if DRAFT:
+            said = tl.load(proposal + index, mask=inside, other=0.0)
+            left = left - said / drafted_mass
+            spent = index == token
+            for before in range(0, slot):
+                other = tl.sum(tl.where(every == before, drafted, 0), axis=0)
+                there = tl.sum(tl.where(every == before, child_of, 0), axis=0) >= 0
+                spent = spent | ((index == other) & there)
+            rest_of_q += tl.sum(tl.where(spent, 0.0, said), axis=0)
+        else:
+            left = tl.where(index == token, left - 1, left)
+        left = tl.maximum(left, 0.0)
+        total += tl.sum(tl.where(inside, left, 0.0), axis=0)
+        tl.store(into + index, left, mask=inside)
+    return total, tl.where(rest_of_q > 0, rest_of_q, 1.0)
+
+
+@triton.jit
 def _verify(  # type: ignore[no-untyped-def]
     target, draft, tokens, children, internal, coins, gumbel, remaining, factor, classes, scratch,
     nodes, length_out, bonus_out, stolen_out,
@@ -126,37 +159,15 @@ def _verify(  # type: ignore[no-untyped-def]
                         accepted = child
                         stolen += (boost - 1) * p + (held - p)
                     else:
-                        # The positive part of what is left of p less what is left of q, into the other half.
-                        into = spare + flips % 2 * vocabulary
-                        total = tl.full([], 0.0, tl.float32)
-                        rest_of_q = tl.full([], 0.0, tl.float32)
-                        for start in range(0, vocabulary, BLOCK):
-                            index = start + tl.arange(0, BLOCK)
-                            inside = index < vocabulary
-                            left = tl.load(law + index, mask=inside, other=0.0) / mass
-                            if LENT:
-                                mates = tl.load(classes + at * vocabulary + index, mask=inside, other=-1) == own
-                                left = tl.where(index == token, held, tl.where(mates, 0.0, left))
-                            if DRAFT:
-                                said = tl.load(proposal + index, mask=inside, other=0.0)
-                                left = left - said / drafted_mass
-                                spent = index == token
-                                for before in range(0, slot):
-                                    other = tl.sum(tl.where(every == before, drafted, 0), axis=0)
-                                    there = tl.sum(tl.where(every == before, child_of, 0), axis=0) >= 0
-                                    spent = spent | ((index == other) & there)
-                                rest_of_q += tl.sum(tl.where(spent, 0.0, said), axis=0)
-                            else:
-                                left = tl.where(index == token, left - 1, left)
-                            left = tl.maximum(left, 0.0)
-                            total += tl.sum(tl.where(inside, left, 0.0), axis=0)
-                            tl.store(into + index, left, mask=inside)
+                        into = spare + flips % 2 * vocabulary  # the half that is not read
+                        total, drafted_mass = _refuse(
+                            law, mass, proposal, drafted_mass, classes + at * vocabulary, own, held, token, child_of,
+                            drafted, every, slot, into, vocabulary, DRAFT, LENT, BLOCK,
+                        )  # fmt: skip
                         if total > 0:  # otherwise (rounding) p stays as it was
                             law = into
                             mass = total
                             flips += 1
-                        if DRAFT:
-                            drafted_mass = tl.where(rest_of_q > 0, rest_of_q, 1.0)
                 slot += 1
             tl.debug_barrier()
             if accepted < 0:

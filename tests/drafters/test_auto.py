@@ -21,7 +21,7 @@ from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_s
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.names import is_tree_name
+from fastgen.drafters.names import check_tree_name, is_tree_name
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
@@ -173,9 +173,14 @@ def test_wide_windows_for_a_rule_that_compares_candidates(target: Target, monkey
 def test_names_of_windows() -> None:
     wide = JacobiSource.of_name("jacobi-12x4", Exact())
     assert (wide.window, wide.width, wide.coupled, wide.nodes) == (12, 4, True, 49)
+    partly = JacobiSource.of_name("jacobi-12x4-3", Exact())
+    assert (partly.window, partly.width, partly.wide, partly.nodes) == (12, 4, 3, 22)
+    assert [len(level) for level in partly.tree.levels] == [1, 4, 4, 4, *[1] * 9]
     assert JacobiSource.of_name("jacobi-7", Exact()).width == 1
-    assert is_tree_name("jacobi-12x4") and is_tree_name("jacobi-12")
-    for name in ("jacobi-12x0", "jacobi-0", "jacobi-12x", "jacobi-x4", "12x4", "jacobi-3-2"):
+    assert all(is_tree_name(name) for name in ("jacobi-12x4", "jacobi-12", "heads-12x2-4"))
+    with pytest.raises(ValueError, match="tree: 'heads-4x2-5' has candidates at 5 places, the window has 4"):
+        check_tree_name("tree", "heads-4x2-5")
+    for name in ("jacobi-12x0", "jacobi-0", "jacobi-12x", "jacobi-x4", "12x4", "jacobi-3-2", "jacobi-3x2-0"):
         assert not is_tree_name(name)
         with pytest.raises(ValueError, match="no window"):
             JacobiSource.of_name(name, Exact())

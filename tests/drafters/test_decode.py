@@ -325,8 +325,8 @@ def test_greedy_jacobi_equals_the_plain_loop(target: Target, window: int, width:
     result = decode_speculative(target, JacobiSource(window, width), Exact(), prefix, GREEDY, seeded(0, 1, 2))
     assert torch.equal(result.tokens, plain.tokens)
     assert result.target_passes <= JANUS_TOKENS
-    for bad in ((0, 1), (3, 0)):
-        with pytest.raises(ValueError, match="window|width"):
+    for bad in ((0, 1), (3, 0), (3, 2, 4)):
+        with pytest.raises(ValueError, match="window|width|wide"):
             JacobiSource(*bad)
     with pytest.raises(ValueError, match="looks ahead"):
         decode_speculative(target, JacobiSource(4), Block(), prefix, TokenLaw(3.0), seeded(0, 1, 2))

@@ -171,12 +171,15 @@ class Leaking(HeadsSource):
 LAWS = {"plain": TokenLaw(1.0), "guided": TokenLaw(3.0, 0.8), "top-k": TokenLaw(3.0, top_k=3)}
 
 
+@pytest.mark.parametrize("size", [(3,), (3, 2, 1)], ids=["one", "two at the first place"])
 @pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "drawn again"])
 @pytest.mark.parametrize("law", long_tail(LAWS, fast=("guided",)))
-def test_pictures_have_the_law_of_the_target(janus: JanusImagePipeline, law: str, coupled: bool) -> None:
+def test_pictures_have_the_law_of_the_target(
+    janus: JanusImagePipeline, law: str, coupled: bool, size: tuple[int, ...]
+) -> None:
     """All 64 pictures of 3 tokens against their probabilities."""
     target = FewTokens(janus, 3)
-    source = HeadsSource(awake(target), 3, coupled=coupled)
+    source = HeadsSource(awake(target), *size, coupled=coupled)
     tokens = draw(target, source, Exact(), LAWS[law], 4000).tokens
     assert p_value(tokens, law_of_pictures(target, LAWS[law]), 4) > 1e-5
 
@@ -193,12 +196,25 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
         "window": JacobiSource(WINDOW),
         "window drawn again": JacobiSource(WINDOW, coupled=False),
         "wide window": JacobiSource(WINDOW, width=2),
+        "partly wide window": JacobiSource(WINDOW, width=3, wide=2),
         "heads": HeadsSource(heads, WINDOW),
         "wide heads": HeadsSource(heads, WINDOW, width=2),
+        "partly wide heads": HeadsSource(heads, WINDOW, width=2, wide=2),
     }
 
 
-@pytest.mark.parametrize("name", ["window", "window drawn again", "wide window", "heads", "wide heads"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "window",
+        "window drawn again",
+        "wide window",
+        "partly wide window",
+        "heads",
+        "wide heads",
+        "partly wide heads",
+    ],
+)
 def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     janus: JanusImagePipeline, name: str
 ) -> None:
@@ -240,13 +256,13 @@ def test_untrained_heads_draw_what_the_window_draws(target: Target) -> None:
 @pytest.mark.parametrize("window", [1, 4, WINDOW])
 @pytest.mark.parametrize("taps", [(), (1,)])
 def test_greedy_pictures_are_those_of_the_plain_loop(target: Target, window: int, taps: tuple[int, ...]) -> None:
-    """Also where two candidates a place are drafted."""
+    """Also where two candidates a place are drafted, or of the first place alone."""
     greedy = TokenLaw(3.0, 0.0)
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:3], True)
     plain = decode_plain(target, prefix, greedy, seeded(0, 1, 2))
-    for width in (1, 2):
-        source = HeadsSource(awake(target, taps=taps), window, width)
+    for size in ((1,), (2,), (2, 1)):
+        source = HeadsSource(awake(target, taps=taps), window, *size)
         result = decode_speculative(target, source, Exact(), prefix, greedy, seeded(0, 1, 2))
         assert torch.equal(result.tokens, plain.tokens)
 

@@ -58,12 +58,13 @@ def test_knobs_reach_the_sidecar(
     micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: list[str], loss: str
 ) -> None:
     options = ["a ring", "--model", micro_janus, "--method", "speculative", "-o", tmp_path / "a.png", *knobs]
-    options += ["--tree", "jacobi-3"]
+    options += ["--tree", "jacobi-3x2-1"]
     code, _, err = call(capsys, *options)
     assert code == 0, err
     sidecar = json.loads((tmp_path / "a.json").read_text())
     assert sidecar["loss"] == loss
     assert sidecar["settings"]["acceptance"] == (knobs[1] if knobs else None)
+    assert sidecar["settings"]["tree"] == "jacobi-3x2-1"
     assert sidecar["stats"]["paths"]["draft"] == {"JacobiSource": None}
 
 
@@ -83,6 +84,7 @@ def test_knobs_reach_the_sidecar(
         (["--method", "speculative", "--quality", "0.5"], "quality: is a knob of acceptance cascade"),
         (["--method", "speculative", "--acceptance", "cascade", "--quality", "1"], "--quality: needs a drafter"),
         (["--method", "speculative", "--tree", "jacobi-17"], "'jacobi-17' is longer than a picture of 16 tokens"),
+        (["--method", "speculative", "--tree", "jacobi-4x2-5"], "candidates at 5 places, the window has 4"),
         (["--method", "speculative", "--acceptance", "gsd", "--tree", "plain"], "'plain' drafts nothing"),
         (["--method", "speculative", "--steps", "4"], "steps: SpeculativeImagePipeline does not take it"),
     ],
