@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -51,15 +52,28 @@ class PackedRotaryAttention(nn.Module):
         self.norm_k = ReadableRMSNorm(dim // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
 
-    def forward(self, hidden_states: Tensor, rotary: Tensor, segments: Segments) -> Tensor:
-        """hidden_states [T, D], rotary [T, head_dim / 2, 2] -> [T, D]."""
+    def forward(
+        self, hidden_states: Tensor, rotary: Tensor, segments: Segments, wanted: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states [T, D], rotary [T, head_dim / 2, 2] -> [T, D], or of the rows `wanted`, int64 [W], [W, D]."""
         query, key, value = (
             layer(hidden_states).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
         )
         query, key = turn(query, key, rotary, self.norm_q, self.norm_k)
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
-        output: Tensor = self.to_out[0](mixed.flatten(1))
+        mixed = mixed.flatten(1)
+        output: Tensor = self.to_out[0](mixed if wanted is None else mixed.index_select(0, wanted))
         return output
+
+
+class LeanFeedForward(FeedForward):
+    """Z-Image's feed-forward layer without a copy of its hidden features where no gradient is needed: at small widths
+    fresh memory costs a CPU as much as the products do."""
+
+    def _forward_silu_gating(self, x1: Tensor, x3: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.silu(x1) * x3
+        return F.silu(x1, inplace=True).mul_(x3)
 
 
 @cacheable
@@ -76,7 +90,7 @@ class DCZImageBlock(nn.Module):
     def __init__(self, dim: int, heads: int, norm_eps: float, qk_norm: bool, modulated: bool = True) -> None:
         super().__init__()
         self.attention = PackedRotaryAttention(dim, heads, qk_norm)
-        self.feed_forward = FeedForward(dim, int(dim / 3 * 8))
+        self.feed_forward = LeanFeedForward(dim, int(dim / 3 * 8))
         self.attention_norm1 = ReadableRMSNorm(dim, eps=norm_eps)
         self.ffn_norm1 = ReadableRMSNorm(dim, eps=norm_eps)
         self.attention_norm2 = ReadableRMSNorm(dim, eps=norm_eps)
@@ -86,9 +100,18 @@ class DCZImageBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, _CONDITIONING), 4 * dim))
 
     def forward(
-        self, hidden_states: Tensor, rotary: Tensor, segments: Segments, conditioning: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        rotary: Tensor,
+        segments: Segments,
+        conditioning: Tensor | None = None,
+        wanted: tuple[Tensor, Segments] | None = None,
     ) -> Tensor:
-        """hidden_states [T, D], conditioning [n, c] -> [T, D]."""
+        """hidden_states [T, D], conditioning [n, c] or [1, c] for all -> [T, D].
+
+        Where nobody reads the other rows, `wanted` names those to compute, int64 [W], and how they divide into
+        sequences: -> [W, D].
+        """
         if self.modulated and conditioning is not None:
             scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)
         else:
@@ -98,10 +121,15 @@ class DCZImageBlock(nn.Module):
         _, normed = adaptive(
             hidden_states, segments, scale=scale1, weight=weight_of(before), norm="rms", eps=before.eps
         )
+        if wanted is None:
+            update = self.attention(normed, rotary, segments)
+        else:
+            update = self.attention(normed, rotary, segments, wanted[0])
+            hidden_states, segments = hidden_states.index_select(0, wanted[0]), wanted[1]
         hidden_states, normed = adaptive(
             hidden_states,
             segments,
-            update=self.attention(normed, rotary, segments),
+            update=update,
             gate=gate1,
             scale=scale2,
             weight=weight_of(between),
@@ -254,7 +282,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             )
         latents = torch.stack([image[:, 0] for image in x])
         tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), self.sigma(t))
-        time = self.t_embedder(t * self.config.t_scale).type_as(latents)
+        time = self.t_embedder(_shared(t) * self.config.t_scale).type_as(latents)
         text = self.read_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(text.pooled)
         if self.config.grid == "patch":
@@ -351,3 +379,11 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             return self._gradient_checkpointing_func(block, *arguments)
         output: Tensor = block(*arguments)
         return output
+
+
+def _shared(time: Tensor) -> Tensor:
+    """Times [n], or [1] where all are equal, as in every generation: then one row modulates all tokens. Looked for
+    where looking is cheap, and not in training."""
+    if time.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return time
+    return time[:1] if bool((time == time[:1]).all()) else time

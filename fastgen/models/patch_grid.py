@@ -175,7 +175,7 @@ def forward_patches(
     Args:
         model: with grid "patch".
         latents: [n, C, H, W].
-        time: timestep embedding [n, c].
+        time: timestep embedding [n, c], or [1, c] where all are equal.
         text: refined captions.
         conditioning: [n, c].
         tail_drop, token_budget: see `select_chunks`.
@@ -201,7 +201,7 @@ def forward_patches(
     hidden, tokens = _run_joined(model, model.layers, kept, words, time)
     image = scaffold.unchunk(hidden, chunked, conditioning).flatten(0, 1)
     whole = _Part(image, image_rotary, every, [length] * n)
-    image, _ = _run_joined(model, model.last_layers, whole, replace(words, tokens=tokens), time)
+    image, _ = _run_joined(model, model.last_layers, whole, replace(words, tokens=tokens), time, image_only=True)
     _, normed = adaptive(image, every, scale=model.adaLN_out(time), eps=model.norm_out.eps)
     normed = normed.view(n, length, -1)
     return unpatchify(scaffold.head(normed), grid), chunked, normed
@@ -213,7 +213,7 @@ def _distinct(latents: Tensor, time: Tensor) -> int:
     n = len(latents)
     if n % 2 or latents.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return n
-    return n // 2 if all(torch.equal(*each.chunk(2)) for each in (time, latents)) else n
+    return n // 2 if all(len(each) == 1 or torch.equal(*each.chunk(2)) for each in (time, latents)) else n
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,20 +260,32 @@ class _Part:
 
 
 def _run_joined(
-    model: DCZImageTransformer2DModel, blocks: nn.ModuleList, image: _Part, text: _Part, time: Tensor
+    model: DCZImageTransformer2DModel,
+    blocks: nn.ModuleList,
+    image: _Part,
+    text: _Part,
+    time: Tensor,
+    image_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks on one sequence per sample, its image tokens and then its caption; returns both packed again."""
+    """Blocks on one sequence per sample, its image tokens and then its caption; returns both packed again.
+
+    With `image_only` the last block does not compute the caption's tokens, and those that come back are none.
+    """
     if not len(blocks):
         return image.tokens, text.tokens
     order = torch.cat([image.segments.sequence_ids, text.segments.sequence_ids]).argsort(stable=True)
     hidden = torch.cat([image.tokens, text.tokens]).index_select(0, order)
     rotary = torch.cat([image.rotary, text.rotary]).index_select(0, order)
     segments = Segments.of([a + b for a, b in zip(image.lengths, text.lengths, strict=True)], hidden.device)
-    for block in blocks:
-        hidden = model._run(block, hidden, rotary, segments, time)
+    count = len(image.tokens)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    for block in blocks[:-1] if image_only else blocks:
+        hidden = model._run(block, hidden, rotary, segments, time)
+    if image_only:
+        wanted = (places[:count], image.segments)
+        return model._run(blocks[-1], hidden, rotary, segments, time, wanted), text.tokens[:0]
     packed = hidden.index_select(0, places)
-    return packed[: len(image.tokens)], packed[len(image.tokens) :]
+    return packed[:count], packed[count:]
 
 
 def _image_places(grid: tuple[int, int], captions: Segments) -> Tensor:

@@ -24,18 +24,16 @@ from torch import Tensor
 
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
-from fastgen.io import read_object
 from fastgen.models.chunking import Chunks
 from fastgen.models.patch_grid import PATCH
 from fastgen.models.z_image_batch import patchify
-from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.families import Noisy
 from fastgen.training.flow_matching import LOGIT_MEAN, TokenMetric
 from fastgen.training.pictures import Renders, TrainingData
 from fastgen.training.upcycling import BUDGETS, GROUP, UpcyclingRecipe, half_copy, item_generator
 from fastgen.training.upcycling_checks import student_for
-from fastgen.training.z_image import save_pipeline
+from fastgen.training.z_image import load_z_image, save_pipeline
 
 __all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_budgets"]
 
@@ -142,8 +140,6 @@ class PatchRecipe(UpcyclingRecipe):
         samples: TrainingData | None = None,
         **scaffold: Any,
     ) -> None:
-        from diffusers import ZImagePipeline
-
         check_integer("anneal", anneal, 0)
         check_number("cost", cost, 0)
         if scaffold.get("grid", "patch") != "patch" or (init is not None and scaffold):
@@ -155,10 +151,8 @@ class PatchRecipe(UpcyclingRecipe):
         self.anneal, self.cost = anneal, cost
         self.defaults: dict[str, Any] | None = None  # of a pipeline that is exported whole
         if samples is None:
-            defaults = pipeline / "fastgen.json"
-            self.defaults = read_object(defaults) if defaults.is_file() else {}
+            pipeline, self.defaults = load_z_image(pipeline)
             samples = Renders(seed + 1212, int(self.defaults.get("height", 64)))
-            pipeline = load_pretrained(ZImagePipeline, pipeline, torch_dtype=torch.float32)
         super().__init__(seed, pipeline, samples, init, **({} if init is not None else {**SCAFFOLD, **scaffold}))
         self.pipe, self.transformer = pipeline, self.student
         if self.defaults is not None:  # noise levels of the teacher's own training, at its size

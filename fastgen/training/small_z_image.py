@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from torch import Tensor
 
 from fastgen.data.shapes import ShapesWorld
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
-from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
 from fastgen.training.layout import LayoutHead, patch_labels
-from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, captioned, save_pipeline, text_features
+from fastgen.training.z_image import GUIDANCE_SCALE, STEPS, captioned, load_z_image, save_pipeline, text_features
 
 SIZE = 128
 LAYERS = 8
@@ -119,7 +118,7 @@ class SmallRecipe:
     name = "small"
 
     def __init__(self, seed: int, pipeline: Path, init: Path | None = None) -> None:
-        pipe = load_pretrained(ZImagePipeline, init or pipeline, torch_dtype=torch.float32)
+        pipe, _ = load_z_image(init or pipeline)
         if init is None:
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=SHIFT)
             pipe.register_modules(transformer=grow(pipe.transformer, LAYERS, ROPE_THETA), scheduler=scheduler)

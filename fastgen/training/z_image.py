@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from fastgen.data.shapes import ShapesBatch, ShapesWorld
+from fastgen.errors import FastgenError
 from fastgen.models.tiny_z_image import build_pipeline
 from fastgen.models.tokenizers import build_text_tokenizer
 from fastgen.models.z_image_batch import forward_batch, use_real_rotary
+from fastgen.pipelines.loading import load_checkpoint
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.flow_matching import TokenMetric, encode_latents, flow_matching_batch
@@ -88,13 +91,13 @@ class ZImageRecipe:
     name = "z-image"
 
     def __init__(self, seed: int, vae: Path | None, init: Path | None = None) -> None:
-        from diffusers import AutoencoderKL, ZImagePipeline
+        from diffusers import AutoencoderKL
 
         self.parts = [part for part in (init and init / "transformer", vae) if part is not None]
         if init is None:
             self.pipe = build_pipeline(seed)
         else:
-            self.pipe = load_pretrained(ZImagePipeline, init, torch_dtype=torch.float32)
+            self.pipe, _ = load_z_image(init)
         if vae is not None:
             self.pipe.register_modules(vae=load_pretrained(AutoencoderKL, vae))
         self.vae = self.pipe.vae.eval().requires_grad_(False)
@@ -143,6 +146,19 @@ class ZImageRecipe:
         for part in self.parts:
             inherit_records(folder, part)
         write_record(folder, "z-image", record)
+
+
+def load_z_image(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The `ZImagePipeline` of a folder in float32, and its settings of pictures. Components and settings that the
+    folder does not hold come from its base, as everywhere.
+
+    Raises:
+        FastgenError: the folder holds another pipeline, or one with dynamic chunking.
+    """
+    checkpoint = find_checkpoint(folder)
+    if checkpoint.pipeline_class != "ZImagePipeline":
+        raise FastgenError(f"{folder} holds a {checkpoint.pipeline_class}; needs a ZImagePipeline")
+    return load_checkpoint(checkpoint, dtype="float32"), dict(checkpoint.defaults)
 
 
 def save_pipeline(

@@ -18,7 +18,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x = x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is None:
         return x.to(dtype)
-    return (x.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else x) * weight
+    return times(x.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else x, weight)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, in the memory of x where no gradient needs it: x must be nobody else's."""
+    if torch.is_grad_enabled() or torch.promote_types(x.dtype, factor.dtype) != x.dtype:
+        return x * factor
+    return x.mul_(factor)
 
 
 def adaln_reference(
@@ -62,7 +69,7 @@ def adaln_reference(
     if scale is None:
         return hidden, z if shift is None else z + rows(shift)
     factor = rows(1 + scale)
-    return hidden, z * factor if shift is None else torch.addcmul(rows(shift), z, factor)
+    return hidden, times(z, factor) if shift is None else torch.addcmul(rows(shift), z, factor)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -17,6 +17,8 @@ from micro_models import awake
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
 from fastgen.models.elastic import ElasticBudget
+from fastgen.models.layers import rotary_factors
+from fastgen.models.packing import Segments
 from fastgen.models.patch_grid import unpatchify
 from fastgen.models.upcycle import backbone_names, upcycle
 from fastgen.models.z_image_batch import patchify
@@ -368,3 +370,36 @@ def test_what_both_branches_of_guidance_share_is_computed_once(lengths: tuple[in
     other[-1] += 0.1  # another noise level: nothing is shared
     unlike = run(model, (guided[0], other, captions), tail_drop=drops)
     assert rows == [len(lengths) * 32] and not torch.equal(unlike[-1], together[-1])
+
+
+def test_one_row_modulates_all_where_the_times_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = micro()
+    images, _, captions = inputs()
+    for time in (torch.full((3,), 0.3), torch.tensor([0.3, 0.3, 0.8])):
+        once = run(model, (images, time, captions), tail_drop=[0.0, 0.5, 0.9])
+        with monkeypatch.context() as patch:
+            patch.setattr("fastgen.models.dc_z_image._shared", lambda time: time)
+            torch.testing.assert_close(run(model, (images, time, captions), tail_drop=[0.0, 0.5, 0.9]), once)
+
+
+def test_a_block_computes_the_wanted_rows_alone() -> None:
+    block = micro().last_layers[0]
+    segments, own = Segments.of([7, 4], torch.device("cpu")), Segments.of([5, 2], torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    hidden, time = torch.randn(11, 32, generator=generator), torch.randn(2, 32, generator=generator)
+    rotary = rotary_factors(torch.rand(11, 3, generator=generator), [4, 6, 6], 256.0)
+    wanted = torch.tensor([0, 1, 2, 3, 4, 7, 8])
+    with torch.no_grad():
+        whole, some = block(hidden, rotary, segments, time), block(hidden, rotary, segments, time, (wanted, own))
+    torch.testing.assert_close(some, whole[wanted])
+
+
+def test_without_gradients_memory_is_reused_and_nothing_changes() -> None:
+    model, arguments = micro(), inputs()
+    with torch.no_grad():
+        outside = [value.clone() for value in (*arguments[0], *arguments[2], *model.state_dict().values())]
+        output = torch.stack(model(*arguments, return_dict=False, token_budget=12)[0])
+        after = [*arguments[0], *arguments[2], *model.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(outside, after, strict=True))
+    taped = torch.stack(model(*arguments, return_dict=False, token_budget=12)[0]).detach()
+    torch.testing.assert_close(output, taped)
