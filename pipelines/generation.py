@@ -1,20 +1,21 @@
 """One call for any text-to-image pipeline: many prompts and seeds in, finished pictures out, one at a time.
 
-Every picture has a `torch.Generator` of its own, on the CPU, seeded with its own seed, so that the random numbers of a
-picture depend only on its seed. Rounding depends on the batch: matrix products and convolutions sum in another order
-when the batch has another shape, which moves some pixels by one level. `generate_images` draws `batch_size` pictures
-together unless ``batch_invariant=True`` asks for pixels that do not depend on the batch.
+Every picture has its own `torch.Generator` on the CPU, so that its random numbers depend only on its seed. Rounding
+depends on the batch: matrix products and convolutions sum in another order when the batch has another shape, which
+moves some pixels by one level. `generate_images` draws `batch_size` pictures together unless ``batch_invariant=True``
+asks for pixels that do not depend on the batch.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ from fastgen.models.chat_templates import check_chat_template
 from fastgen.models.elastic import StepRecord
 from fastgen.pipelines.finite import check_output
 from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint
-from fastgen.pipelines.loading.faults import is_out_of_memory
-from fastgen.pipelines.loading.networks import drawing_fault, explained_drawing, of_caller
+from fastgen.pipelines.loading.faults import fault, is_out_of_memory
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.schema import SETTINGS, check_prompt
 from fastgen.pipelines.settings import (
@@ -47,12 +47,15 @@ from fastgen.pipelines.watching import watched
 __all__ = [
     "GeneratedImage",
     "Progress",
+    "explained_drawing",
     "generate_images",
     "loaded_models",
     "model_fault",
     "set_checkpoint",
     "unknown_words",
 ]
+
+T = TypeVar("T")
 
 # Which model a pipeline was loaded from. Kept outside the pipeline: diffusers saves and compares its attributes.
 _checkpoints: weakref.WeakKeyDictionary[DiffusionPipeline, Checkpoint] = weakref.WeakKeyDictionary()
@@ -161,9 +164,9 @@ def generate_images(
     check_callable("callback", callback)
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise FastgenError(f"{unknown[0]}: is no setting; there are {', '.join(SETTINGS)}")
-    callback = None if callback is None else of_caller(callback)
+    callback = None if callback is None else _of_caller(callback)
     asked = {name: settings.get(name) for name in SETTINGS}
-    asked |= {name: of_caller(value) for name, value in asked.items() if callable(value)}
+    asked |= {name: _of_caller(value) for name, value in asked.items() if callable(value)}
     resolved = resolve_settings(type(pipe), _checkpoints.get(pipe), asked, getattr(pipe, "image_size", None))
     if record_steps:
         if "output_chunks" not in inspect.signature(type(pipe).__call__).parameters:
@@ -241,8 +244,51 @@ def model_fault(error: Exception, earlier: int) -> FastgenError | None:
     Args:
         earlier: `loaded_models` before the command.
     """
-    faults = (drawing_fault(checkpoint, error) for checkpoint in _loaded[earlier:])
+    faults = (_drawing_fault(checkpoint, error) for checkpoint in _loaded[earlier:])
     return next((fault for fault in faults if fault is not None), None)
+
+
+@contextmanager
+def explained_drawing(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Errors of a user's model become one line that names the model.
+
+    The first call shows what its configuration hides: shapes that do not fit, a missing token. A model that comes
+    with the package has no such faults; there an error is a bug and keeps its traceback, and so it does without a
+    checkpoint, in a pipeline that the user loaded.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or (found := _drawing_fault(checkpoint, error)) is None:
+            raise
+        raise found from error
+
+
+def _of_caller(function: T) -> T:
+    """A function that the caller gave: what it raises is the caller's, and no fault of the model."""
+
+    @functools.wraps(function)  # type: ignore[arg-type]
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            error.of_caller = True  # type: ignore[attr-defined]
+            raise
+
+    return called  # type: ignore[return-value]
+
+
+def _drawing_fault(checkpoint: Checkpoint, error: Exception) -> FastgenError | None:
+    """The line for an error of drawing with a model; None where the error says enough, or is a bug of ours."""
+    if isinstance(error, (FastgenError, OSError)) or getattr(error, "of_caller", False):
+        return None
+    if is_out_of_memory(error):
+        return FastgenError(f"model {checkpoint.model!r}: drawing does not fit into memory")
+    if checkpoint.model in EMBEDDED_MODELS:
+        return None
+    return FastgenError(
+        f"{fault(f'model {checkpoint.model!r}', error, 'cannot draw')} (FASTGEN_DEBUG=1 shows the traceback)"
+    )
 
 
 def _generate(
@@ -328,7 +374,7 @@ def _call(
         if not is_out_of_memory(error):
             raise
         hint = "lower the batch size" if len(prompts) > 1 else "make it smaller"
-        raise FastgenError(f"{len(prompts)} picture(s) at once do not fit into memory; {hint}") from error
+        raise FastgenError(f"{len(prompts)} picture(s) in one batch do not fit into memory; {hint}") from error
     finally:
         if bar is None:
             del pipe._progress_bar_config

@@ -85,7 +85,7 @@ def test_a_standard_output_that_cannot_be_written_is_one_line_or_nothing(words: 
 def test_an_error_needs_no_standard_output(ask: Ask) -> None:
     for stdout in ("/dev/full", "broken", "closed"):
         ended = ask(["generate", "a ring", "--device", "meta"], stdout)
-        assert ended["code"] == 2 and ended["err"].startswith("error: device: 'meta' holds no weights")
+        assert ended["code"] == 2 and ended["err"].startswith("error: device: 'meta' cannot be used")
         assert ended["err"].count("\n") == 1
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.checkpoint import check_names
 from fastgen.pipelines.loading.faults import explained as translated
 
 __all__ = ["check_loaded", "explained", "find_file", "part", "place", "read_tensors", "snapshot"]
@@ -51,7 +50,7 @@ def snapshot(verifier: str, weights: str, patterns: Sequence[str]) -> Path:
 
 
 def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") -> Path:
-    """The file `weights`, or the first of `names` that the folder or Hub repository `weights` holds.
+    """The file `weights`, or the first of `names` that the folder or Hub repository `weights` contains.
 
     It asks for one small file before a stock loader runs; its error about a missing repository is clearer than theirs.
 
@@ -64,7 +63,7 @@ def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") 
     if path.is_dir():
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise FastgenError(f"{_named(verifier)}: {path} holds no {' or '.join(names)}")
+            raise FastgenError(f"{_named(verifier)}: {path} has no {' or '.join(names)}")
         return found[0]
     from huggingface_hub import errors, hf_hub_download
 
@@ -78,7 +77,7 @@ def find_file(verifier: str, weights: str, names: Sequence[str], use: str = "") 
 
 
 def part(weights: str, folder: str, fallback: str) -> str:
-    """Where a component lies that another repository publishes: in `weights`/`folder` if there is one."""
+    """The place of a component that another repository publishes: in `weights`/`folder` if there is one."""
     inside = Path(weights) / folder
     return str(inside) if inside.is_dir() else fallback
 
@@ -116,5 +115,4 @@ def place(device: str, dtype: str, auto: str = "auto") -> tuple[torch.device, to
     """
     from fastgen.pipelines.loading import resolve_device
 
-    check_names(device, dtype)
     return resolve_device(device, auto if dtype == "auto" else dtype)

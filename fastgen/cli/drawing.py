@@ -50,12 +50,11 @@ def prepare(
     """Check what needs the model's configuration, but not its weights.
 
     Args:
-        own_device: makes of a device that of this process.
+        own_device: maps a device to the one of this process.
     """
     from fastgen.cli.plan import model_digest
-    from fastgen.pipelines.loading.checkpoint import check_names, find_drafter
+    from fastgen.pipelines.loading.checkpoint import find_drafter
 
-    check_names("cpu" if given.device == "auto" else given.device, given.dtype)
     model = given.model if given.model is not None else METHODS[given.method or "base"]
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)

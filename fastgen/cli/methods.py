@@ -41,15 +41,17 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise whose "
-        "picture a verifier scores best). Default: the model's own.",
+        help="base, dc (dynamic chunking), speculative (decoding of image tokens) or search (for the noise "
+        "with the picture that a verifier scores best). Default: the model's own.",
         show_default=False,
     ),
 ]
 DrafterOption = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="A folder, a Hub id or none. Default: the model's own (speculative).", show_default=False
+        "--drafter",
+        help="A drafter: folder, Hub id or none. Default: the model's own (speculative).",
+        show_default=False,
     ),
 ]
 PlanOption = Annotated[
@@ -78,9 +80,7 @@ def best_device() -> str:
 def check_device(device: str, dtype: str = "auto") -> None:
     """FastgenError when this machine cannot compute on `device` in `dtype`."""
     from fastgen.pipelines.loading import resolve_device
-    from fastgen.pipelines.loading.checkpoint import check_names
 
-    check_names(device, dtype)
     resolve_device(device, dtype)
 
 

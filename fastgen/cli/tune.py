@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgen.cli.methods import best_device, find_model
+from fastgen.cli.methods import best_device, check_device, find_model
 from fastgen.cli.options import load_options, with_loading
 from fastgen.cli.publish import DtypeOption, JsonOption, has_matplotlib
 from fastgen.errors import FastgenError
@@ -36,7 +36,7 @@ def tune(
     prompts_file: Annotated[Path, typer.Option(help="UTF-8, one prompt per line; the first --prompts are drawn.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan; plot and contact sheet go next to it.")],
     model: Annotated[str, typer.Option(help="An embedded model, a folder, or a Hub id.")] = "tiny",
-    minutes: Annotated[float, typer.Option(help="After them no new measurement starts.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Time limit in minutes; no new measurement starts after it.")] = 10.0,
     loss: Annotated[
         str, typer.Option(help="exact: only parts that change no picture beyond rounding; lossy: all parts.")
     ] = "lossy",
@@ -48,7 +48,7 @@ def tune(
         ),
     ] = "ssim",
     max_drop: Annotated[
-        float, typer.Option(help="Of the mean score: the upper end of the 95 % interval of its drop.")
+        float, typer.Option(help="Largest drop of the mean score, by the upper end of its 95 % interval.")
     ] = 0.05,
     prompts: Annotated[int, typer.Option(help="Pictures of each measurement.")] = 12,
     steps: Annotated[
@@ -73,7 +73,6 @@ def tune(
     from fastgen.cli.plan import read_prompts_file
     from fastgen.io import check_writable
     from fastgen.locks import locked_files
-    from fastgen.pipelines.loading.checkpoint import check_names
     from fastgen.pipelines.schema import SCHEMA, check_prompt
 
     check_choice("--loss", loss, ("exact", "lossy"))
@@ -86,7 +85,7 @@ def tune(
         SCHEMA["steps"].check("--steps", steps)
     texts = [check_prompt(text) for text in read_prompts_file(prompts_file)]
     texts = [texts[i % len(texts)] for i in range(prompts)]
-    check_names("cpu" if device == "auto" else device, dtype)
+    check_device(best_device() if device == "auto" else device, dtype)
     given = SimpleNamespace(**context.params)
     options = load_options(given)
     checkpoint = find_model(model, given.variant, given.revision)

@@ -1,4 +1,4 @@
-"""What compiling a denoiser has cost and given on this machine, and whether a number of pictures pays for it."""
+"""Measured costs and gains of compiling a denoiser on this machine, and whether a number of pictures pays for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CompileCosts:
 
 
 def measured_costs(pipe: Any, call: dict[str, Any]) -> CompileCosts | None:
-    """What was measured last for this denoiser on this machine and for such a call; None if nothing was.
+    """The last measurement for this denoiser, machine and call; None if there is none.
 
     Args:
         pipe: on its device.

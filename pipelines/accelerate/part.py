@@ -1,4 +1,4 @@
-"""What a part of `accelerate` is. Each is off, or on; off is bit for bit what was there before."""
+"""The interface of a part of `accelerate`. Off restores the pipeline bit for bit."""
 
 from __future__ import annotations
 

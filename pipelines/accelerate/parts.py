@@ -7,13 +7,9 @@ from dataclasses import fields
 from fastgen.errors import FastgenError
 from fastgen.pipelines.accelerate.attention import Attention, QuantizedAttention
 from fastgen.pipelines.accelerate.bfloat16 import BFloat16
-from fastgen.pipelines.accelerate.channels_last import ChannelsLast
-from fastgen.pipelines.accelerate.compiling import Compile
 from fastgen.pipelines.accelerate.dbcache import DBCache
-from fastgen.pipelines.accelerate.decoding import VaeSlicing, VaeTiling
-from fastgen.pipelines.accelerate.fewer_steps import FewerSteps
+from fastgen.pipelines.accelerate.features import ChannelsLast, Compile, FewerSteps, Kernels, VaeSlicing, VaeTiling
 from fastgen.pipelines.accelerate.guidance import Guidance
-from fastgen.pipelines.accelerate.kernels import Kernels
 from fastgen.pipelines.accelerate.parallel import ContextParallel
 from fastgen.pipelines.accelerate.part import Part
 from fastgen.pipelines.accelerate.prompt_padding import PromptPadding

@@ -128,7 +128,7 @@ class Plan:
 
     @classmethod
     def of_dict(cls, data: dict[str, Any], label: str = "plan") -> Plan:
-        """From what `as_dict` gives.
+        """Build from the output of `as_dict`.
 
         Raises:
             FastgenError: it is no plan.

@@ -114,7 +114,7 @@ def accelerated(
 
 
 def _exact_plan(pipe: Any, compiling: tuple[bool, str] | None) -> Plan:
-    """What `accelerate` tries on a pipeline without a plan."""
+    """The parts that `accelerate` tries on a pipeline without a plan."""
     tried = (*_WITHOUT_PLAN, *(("text_encoder",) if memory_is_short(pipe) else ()))
     rows = {name: (name in tried, "" if name in tried else "by a plan only: see `fastgen tune`") for name in PARTS}
     if compiling is not None:

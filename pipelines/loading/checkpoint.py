@@ -14,18 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fastgen
-from fastgen.checks import check_choice, check_integer
+from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.io import read_json, read_object
-from fastgen.pipelines.loading.config_schema import check_numbers
 from fastgen.pipelines.loading.faults import explained
-from fastgen.pipelines.loading.weight_files import check_weight_folder
+from fastgen.pipelines.loading.weight_files import read_files
 
 __all__ = [
-    "DTYPES",
     "EMBEDDED_MODELS",
     "Checkpoint",
-    "check_names",
     "check_weights",
     "embedded_folder",
     "find_checkpoint",
@@ -34,9 +31,6 @@ __all__ = [
 
 #: Models that come with the package.
 EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
-
-#: Weight types that a user may ask for.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Pipelines of this package, by class name: the module of each.
 OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
@@ -64,6 +58,11 @@ _NETWORK_FILES = ("config.json", "scheduler_config.json", "generation_config.jso
 _JANUS_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 # Beyond it a tokenizer table takes longer to parse than the check is worth.
 _LARGEST_PARSED_JSON = 32 * 2**20
+# Integers of a configuration, and its lists, are limited so that networks are built in bounded time. Far above any
+# published model.
+_LAYERS = re.compile(r"layers|blocks|depth|stages|repeats|experts")
+_MOST_LAYERS, _LONGEST_LIST, _LARGEST_INTEGER = 2**10, 2**12, 2**24
+_UNLIMITED = re.compile(r"theta|max_length")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class Checkpoint:
     fixed_size: int | None = None  # the only height and width in pixels
     max_size: int | None = None  # the largest height and width in pixels
     drafter: Path | None = None  # for speculative decoding: "drafter" in fastgen.json, a folder relative to it
-    # Whose components and defaults stand in for those that `folder` does not hold: "base" in fastgen.json, the name of
-    # an embedded model or a folder relative to that file.
+    # Supplies the components and defaults that `folder` lacks: "base" in fastgen.json, an embedded model or a folder
+    # relative to that file.
     base: Path | None = None
     variant: str | None = None  # of the weight files, as in diffusers ("fp16")
     revision: str | None = None  # branch, tag or commit on the Hub
@@ -118,6 +117,15 @@ class Checkpoint:
         return next((names for kind, names in TOKEN_MODELS.values() if kind == self.pipeline_class), ())
 
     @property
+    def networks(self) -> dict[str, Path]:
+        """The folders of its networks, by the names of the components."""
+        if self.kind != "diffusers":
+            return {"model": self.folder}
+        places = {name: self.component(name) for name in _components(self.index)}
+        # Schedulers and processors have configuration files of other names and no weights.
+        return {name: folder for name, folder in places.items() if (folder / "config.json").is_file()}
+
+    @property
     def index(self) -> dict[str, Any]:
         """Content of its model_index.json; empty for a folder of transformers."""
         path = self.folder / "model_index.json"
@@ -129,7 +137,7 @@ class Checkpoint:
         return own if self.base is None or own.is_dir() else self.base / name
 
     def check_size(self, height: int | None, width: int | None) -> None:
-        """Refuse a picture size that the model cannot draw; None stands for the model's default."""
+        """Refuse a picture size that the model cannot draw; None is the model's default."""
         for name, value in (("height", height), ("width", width)):
             if value is None:
                 continue
@@ -178,7 +186,7 @@ def _find_checkpoint(name: str, revision: str | None) -> Checkpoint:
     if path.is_dir():
         return _read_checkpoint(name, path, None)
     if path.exists():
-        raise FastgenError(f"model {name!r} is a file; needs the folder that holds model_index.json or config.json")
+        raise FastgenError(f"model {name!r} is a file; needs the folder that contains model_index.json or config.json")
     if on_hub:
         return replace(_read_checkpoint(name, _download(name, revision, _CONFIG_FILES), name), revision=revision)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
@@ -199,24 +207,15 @@ def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) ->
     else:
         folder = _drafter_folder(Path(text))
     if folder is not None and (checkpoint.hub_id is None or folder != checkpoint.drafter):
-        check_weight_folder(folder)
+        read_files(folder)
     return folder
-
-
-def check_names(device: str, dtype: str) -> None:
-    """Refuse a device or a type that cannot exist, whatever this machine has."""
-    if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps")
-    check_choice("dtype", dtype, DTYPES)
 
 
 def _name(argument: str, value: object) -> str:
     """The name or the folder that an argument means."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(text, str) or "\0" in text:
+    if not text or not isinstance(text, str) or "\0" in text:
         raise FastgenError(f"{argument}: {str(value)[:60]!r} is not allowed, needs a name, a folder or a Hub id")
-    if not text:
-        raise FastgenError(f"{argument}: an empty name is not allowed")
     return text
 
 
@@ -227,7 +226,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
     if (folder / "model_index.json").is_file():
         return _read_pipeline(model, folder, hub_id)
     if not (folder / "config.json").is_file():
-        raise FastgenError(f"model {model!r}: {folder} holds neither model_index.json nor config.json")
+        raise FastgenError(f"model {model!r}: {folder} has neither model_index.json nor config.json")
     config, defaults = read_object(folder / "config.json"), _defaults(folder)
     kind = str(config.get("model_type", "model of unknown type"))
     if kind != "janus" and kind not in TOKEN_MODELS:
@@ -245,7 +244,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
 
 
 def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
-    """Of a folder with a model_index.json."""
+    """Read a folder with a model_index.json."""
     file, defaults = folder / "model_index.json", _defaults(folder)
     index = read_object(file)
     name = index.get("_class_name")
@@ -272,7 +271,7 @@ def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
 
 
 def _read_saved(model: str, folder: Path, hub_id: str | None, index: dict[str, Any]) -> Checkpoint:
-    """What `SpeculativeImagePipeline.save_pretrained` wrote: the model of transformers in it, and the parts beside."""
+    """Read a folder written by `SpeculativeImagePipeline.save_pretrained`."""
     found, options = _read_checkpoint(model, folder / "model", hub_id), index.get("options") or {}
     if not found.draws_tokens or not isinstance(options, dict):
         raise FastgenError(f"{folder / 'model_index.json'}: the model or its options are not those of image tokens")
@@ -289,11 +288,10 @@ def _defaults(folder: Path) -> dict[str, Any]:
 
 
 def _named(folder: Path, key: str, defaults: dict[str, Any]) -> str | None:
-    """What "base" or "drafter" in fastgen.json names."""
+    """The value of "base" or "drafter" in fastgen.json."""
     name = defaults.pop(key, None)
     if name is not None and (not isinstance(name, str) or not name or "\0" in name):
-        noun = "model" if key == "base" else "folder"
-        raise FastgenError(f"{folder / 'fastgen.json'}: {key} must name a {noun}, got {str(name)[:60]!r}")
+        raise FastgenError(f"{folder / 'fastgen.json'}: {key} must name a folder, got {str(name)[:60]!r}")
     return name
 
 
@@ -314,7 +312,7 @@ def _drafter_folder(folder: Path) -> Path:
 
 
 def _components(index: dict[str, Any]) -> Iterator[str]:
-    """Names of the components that a pipeline folder must hold."""
+    """Names of the components that a pipeline folder must contain."""
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
             yield name
@@ -323,13 +321,22 @@ def _components(index: dict[str, Any]) -> Iterator[str]:
 def _check_json_files(folder: Path) -> None:
     for pattern in _CONFIG_FILES:
         for file in sorted(folder.glob(pattern)):
-            if file.stat().st_size > _LARGEST_PARSED_JSON:
-                continue
-            content = read_json(file)
             if file.name in _NETWORK_FILES:
-                if not isinstance(content, dict):
-                    raise FastgenError(f"{file} is not a JSON object")
-                check_numbers(content, file)
+                check_numbers(read_object(file), file)
+            elif file.stat().st_size <= _LARGEST_PARSED_JSON:
+                read_json(file)
+
+
+def check_numbers(value: object, file: Path, key: str = "") -> None:
+    """Refuse integers and lists of a configuration that are too large; the message names file and key."""
+    limit = _MOST_LAYERS if _LAYERS.search(key) else _LARGEST_INTEGER
+    if isinstance(value, int) and abs(value) > limit and not _UNLIMITED.search(key):
+        raise FastgenError(f"{file}: {key} is {value}, at most {limit} is allowed")
+    if isinstance(value, list) and len(value) > _LONGEST_LIST:
+        raise FastgenError(f"{file}: {key} has {len(value)} values, at most {_LONGEST_LIST} are allowed")
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else ((key, each) for each in value):
+            check_numbers(inner, file, name)
 
 
 def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:
@@ -359,7 +366,7 @@ def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tup
 
 
 def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
-    """Side of the square picture; None for a configuration that leaves the library's defaults in force."""
+    """Side of the square picture; None where the configuration does not say."""
     vision, vq = config.get("vision_config"), config.get("vq_config")
     if not isinstance(vision, dict) or not isinstance(vq, dict):
         raise FastgenError(f"{folder / 'config.json'} has no vision_config or no vq_config")
@@ -374,13 +381,8 @@ def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
 
 def check_weights(checkpoint: Checkpoint) -> None:
     """Check that every weight file is there and whole, by its header and its length."""
-    if checkpoint.kind != "diffusers":
-        check_weight_folder(checkpoint.folder, "model", checkpoint.variant)
-        return
-    for component in map(checkpoint.component, _components(checkpoint.index)):
-        # Schedulers and processors have configuration files of other names and no weights.
-        if (component / "config.json").is_file():
-            check_weight_folder(component, variant=checkpoint.variant)
+    for folder in checkpoint.networks.values():
+        read_files(folder, checkpoint.variant)
 
 
 # ---- Hub ----

@@ -1,4 +1,4 @@
-"""What the Hub and the libraries raise, as one line that names the model and what helps. Imports neither torch nor
+"""Translate errors of the Hub and the libraries to one line with the model and what helps. Imports neither torch nor
 diffusers."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def fault(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a device or of main memory, for which torch raises a plain RuntimeError."""
+    """Whether device memory or main memory (for which torch raises a plain RuntimeError) is exhausted."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -65,7 +65,7 @@ def _chain(error: BaseException | None) -> list[Exception]:
 
 
 def _of_hub(hub_id: str, error: Exception, use: str) -> str:
-    """What the Hub said and what helps; empty for an error of another kind."""
+    """The answer of the Hub and what helps; empty for other errors."""
     from huggingface_hub import errors
 
     said = one_line(error) or type(error).__name__

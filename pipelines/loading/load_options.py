@@ -1,7 +1,6 @@
 """What a user may add to a model while it is loaded: another scheduler, LoRA weights, offloading, a tiled decoder.
 
-All of it is diffusers' own. What stands here is checked before the weights load, and nothing of it fails in silence.
-Imports neither torch nor diffusers.
+Everything is diffusers' own, and checked before the weights load. Imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ __all__ = ["OFFLOADS", "QUANTIZED", "LoadOptions", "LoRA", "scheduler_class"]
 
 Offload = Literal["none", "auto", "model", "group", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "auto", "model", "group", "sequential")
-"""Where weights wait: on the device; there if they fit; whole networks, groups of layers, or single layers in main
-memory until they are needed."""
+"""Where weights are kept: on the device; there if they fit; or in main memory until they are needed, as whole
+networks, groups of layers, or single layers."""
 
 QUANTIZED = tuple(BITS)
 """Kinds of weights in fewer bits; int8-dynamic computes in 8 bits too."""
@@ -70,14 +69,10 @@ class LoRA:
     def _checked(self) -> LoRA:
         if not math.isfinite(self.weight):
             raise FastgenError(f"lora: weight {self.weight} is not allowed, needs a finite number")
-        path, files = Path(self.source), self.files()
-        if self.source and path.is_dir() and not files:
-            raise FastgenError(f"lora: {self.source} holds no .safetensors file")
-        if path.is_file() and path.suffix != ".safetensors":
-            raise FastgenError(f"lora: {self.source} is not allowed, only .safetensors files are loaded")
         on_hub = _HUB_ID.fullmatch(self.source) and not self.source.endswith(".safetensors")
-        if not self.source or not (files or on_hub):
-            raise FastgenError(f"lora: there is no file or folder {self.source!r}")
+        if not (files := self.files()) and (os.path.exists(self.source) or not on_hub):
+            needs = "a .safetensors file, a folder with one, or a Hub id"
+            raise FastgenError(f"lora: {self.source!r} is not allowed, needs {needs}")
         for file in files:
             check_safetensors(file)
         return self
@@ -85,7 +80,8 @@ class LoRA:
     def files(self) -> list[Path]:
         """Its weight files on this machine; none for a Hub id."""
         path = Path(self.source)
-        return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        found = path.glob("*.safetensors") if self.source and path.is_dir() else [path]
+        return sorted(file for file in found if file.suffix == ".safetensors" and file.is_file())
 
     def load(self, pipe: Any, name: str) -> None:
         """Load as adapter `name`; refuses weights that do not fit the pipeline's layers."""
@@ -188,7 +184,7 @@ class LoadOptions:
         quantize: str | None = None,
         target: Mapping[str, Any] | Iterable[str] | None = None,
     ) -> LoadOptions:
-        """From what a user writes: `loras` as PATH or PATH:WEIGHT, one or several; `target` as `target_options`."""
+        """Check a user's arguments: `loras` as PATH or PATH:WEIGHT, one or several; `target` as `target_options`."""
         if scheduler is not None and not isinstance(scheduler, str):
             raise FastgenError(f"scheduler: needs the name of a class, got {type(scheduler).__name__}")
         given = (loras,) if isinstance(loras, str | os.PathLike | LoRA) else tuple(loras or ())
@@ -236,7 +232,7 @@ class LoadOptions:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a picture depends on, for its sidecar; without what was not asked for."""
+        """The options that change pictures, for the sidecar; only those that are set."""
         loras = [
             {"source": each.source, "weight": each.weight, "sha256": [file_sha256(file) for file in each.files()]}
             for each in self.loras
@@ -247,7 +243,7 @@ class LoadOptions:
         return {name: value for name, value in asked.items() if value}
 
     def apply(self, pipe: Any) -> None:
-        """Scheduler, LoRA weights and tiling of a pipeline whose weights are loaded."""
+        """Set scheduler, LoRA weights and tiling of a loaded pipeline."""
         if self.scheduler is not None:
             _with_scheduler(pipe, self.scheduler)
         elif type(getattr(pipe, "scheduler", None)).__name__ == "UniPCMultistepScheduler":

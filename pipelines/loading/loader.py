@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -21,18 +20,14 @@ from transformers import AutoTokenizer
 from fastgen.accounting import phase
 from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
-from fastgen.io import read_object
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.generation import set_checkpoint
 from fastgen.pipelines.loading.checkpoint import (
     Checkpoint,
-    check_names,
-    check_weights,
     download_janus,
     find_checkpoint,
     find_drafter,
 )
-from fastgen.pipelines.loading.config_schema import check_arguments
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
 from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
@@ -45,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["load_checkpoint", "load_pipeline", "resolve_device"]
+
+#: Weight types that a user may ask for.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_pipeline(
@@ -94,7 +92,6 @@ def load_pipeline(
         FastgenError: there is no such model, a file of it is missing or broken, or the device or the type cannot be
             had; the message is one line.
     """
-    check_names(device, dtype)
     asked = LoadOptions.of(scheduler, loras, offload, vae_tiling, quantize, options)
     checkpoint = find_checkpoint(model, variant, revision)
     return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=asked)
@@ -111,7 +108,6 @@ def load_checkpoint(
     begins: str | None = None,
 ) -> DiffusionPipeline:
     """`load_pipeline` for a model that was found before; `begins` as `pipeline_class` takes it."""
-    check_names(device, dtype)
     options = options or LoadOptions()
     if method is not None:
         check_choice("method", method, ("base", "dc", "speculative", "search"))
@@ -125,7 +121,6 @@ def load_checkpoint(
     with phase("load"):
         if checkpoint.hub_id is not None:
             checkpoint = _with_weights(checkpoint, checkpoint.hub_id)
-        check_weights(checkpoint)
         sizes = weight_sizes(checkpoint, kind, options.quantize)
         way = options.resolve_offload(sizes, None if where.type == "cpu" else free_memory(where))
         check_memory(checkpoint.model, sizes, where, way, kind)
@@ -136,8 +131,7 @@ def load_checkpoint(
             pipe = _load_tokens(checkpoint, kind, target)
         else:
             straight = where if way == "none" else torch.device("cpu")
-            networks = _checked_components(checkpoint, begins)
-            pipe = _load_diffusers(checkpoint, kind, networks, straight, options.quantize)
+            pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint), straight, options.quantize)
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
             pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
         if method == "speculative":
@@ -153,41 +147,25 @@ def load_checkpoint(
 
 
 def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Device and weight type for `load_pipeline`'s arguments; refuses what this machine does not have."""
+    """Device and weight type for `load_pipeline`'s arguments; refuses what this machine does not have, after trying
+    the three kinds of operation that every model here needs."""
+    check_choice("dtype", dtype, DTYPES)
     try:
         where = torch.device(device)
-    except RuntimeError as error:
-        raise FastgenError(f"device: {device!r} is unknown, needs e.g. cpu, cuda, cuda:0 or mps") from error
-    if where.type == "meta":
-        raise FastgenError("device: 'meta' holds no weights, nothing can be drawn there")
-    if where.type == "cuda":
-        if not torch.cuda.is_available():
-            raise FastgenError("device: 'cuda' is not available here (no NVIDIA GPU, or torch was built without CUDA)")
-        if where.index is not None and where.index >= (count := torch.cuda.device_count()):
-            raise FastgenError(f"device: {device!r} does not exist, there are {count} CUDA devices")
-    if where.type == "mps" and not torch.backends.mps.is_available():
-        raise FastgenError("device: 'mps' is not available here")
-    if dtype != "auto":
-        kind: torch.dtype = getattr(torch, dtype)
-    elif where.type == "cpu":
-        kind = torch.float32
-    else:
-        has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        kind = torch.bfloat16 if has_bfloat16 else torch.float16
-    _probe(where, kind)
-    return where, kind
-
-
-def _probe(device: torch.device, dtype: torch.dtype) -> None:
-    """Try the three kinds of operation that every model here needs."""
-    try:
-        x = torch.ones(1, 4, 4, 4, dtype=dtype, device=device)
-        torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, dtype=dtype, device=device))
+        if dtype != "auto":
+            kind: torch.dtype = getattr(torch, dtype)
+        elif where.type == "cpu":
+            kind = torch.float32
+        else:
+            has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+            kind = torch.bfloat16 if has_bfloat16 else torch.float16
+        x = torch.ones(1, 4, 4, 4, dtype=kind, device=where)
+        torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, dtype=kind, device=where))
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
-        torch.nn.functional.layer_norm(x @ x, (4,))
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        name = str(dtype).removeprefix("torch.")
-        raise FastgenError(f"dtype: {name} cannot be used on {device}: {one_line(error)}") from error
+        float(torch.nn.functional.layer_norm(x @ x, (4,)).sum())  # the meta device has no values
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise FastgenError(f"device: {device!r} cannot be used with dtype {dtype}: {one_line(error)}") from error
+    return where, kind
 
 
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
@@ -216,8 +194,7 @@ def _token_class(checkpoint: Checkpoint) -> Any:
 
 
 def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """Of a transformers folder a `JanusImagePipeline`, or model and tokenizer; the decoder's folder in `options`
-    becomes the decoder."""
+    """Load a `JanusImagePipeline`, or model and tokenizer; a decoder's folder in `options` becomes the decoder."""
     folder, cpu = checkpoint.folder, torch.device("cpu")
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
@@ -253,8 +230,8 @@ def _with_drafter(
 
 
 def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[str, Any]) -> None:
-    """What can be refused before weights are read: a model that its files do not fit, options that it does not take,
-    a drafter of another model."""
+    """Refuse a model that does not fit its files, options that it does not take and a drafter of another model, before
+    weights are read."""
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.loading import drafter_class, heads_folder
     from fastgen.drafters.targets import target_of
@@ -279,43 +256,39 @@ def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[st
                 network.float().check(target)
 
 
-def _checked_components(checkpoint: Checkpoint, begins: str | None) -> dict[str, Any]:
-    """The classes of a pipeline's networks, None for those left out, after every check that needs no weights."""
-    file = checkpoint.folder / "model_index.json"
-    index = read_object(file)
-    settings = {name: value for name, value in index.items() if not isinstance(value, list) or len(value) != 2}
-    # The class that the file is of; with `begins` another one may be made of its parts.
-    own = pipeline_class(checkpoint) if begins is None else getattr(diffusers, checkpoint.pipeline_class)
-    check_arguments(settings, own, file)
-    networks: dict[str, Any] = {}
-    for name, entry in index.items():
+def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parts of a pipeline, after every check that needs no weights: the classes of its networks, its scheduler, and
+    None for those left out."""
+    parts: dict[str, Any] = {}
+    for name, entry in checkpoint.index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
-        if entry[0] is None:  # left out; to some pipelines that must be said
-            networks[name] = None
+        if entry[0] is None:  # some pipelines require it to be passed
+            parts[name] = None
             continue
         kind, folder = component_class(*entry), checkpoint.component(name)
         if kind is not None and issubclass(kind, torch.nn.Module):
-            networks[name] = kind
+            parts[name] = kind
             empty_network(kind, folder, checkpoint.variant)
-        elif kind is not None and (scheduler := folder / "scheduler_config.json").is_file():
-            check_arguments(read_object(scheduler), kind, scheduler)
+        elif kind is not None and (folder / "scheduler_config.json").is_file():
+            with explained(f"checkpoint {folder}"):
+                parts[name] = load_pretrained(kind, folder)
         elif checkpoint.base is not None and (checkpoint.folder / name).is_dir():
             raise FastgenError(f"{folder}: only networks and the scheduler may differ from the base, this is neither")
-    return networks
+    return parts
 
 
 def _load_diffusers(
-    checkpoint: Checkpoint, dtype: torch.dtype, networks: dict[str, Any], device: torch.device, quantize: str | None
+    checkpoint: Checkpoint, dtype: torch.dtype, parts: dict[str, Any], device: torch.device, quantize: str | None
 ) -> Any:
-    """Load the networks one by one, because the pipeline loader keeps missing weights to itself (it fills them with
-    random numbers), then the rest through the stock loader. Each goes to its device at once, so that main memory
-    holds one of them at a time."""
+    """Load the networks one by one, each straight to its device, then the rest through the stock loader, which would
+    fill missing weights with random numbers."""
     bits = {denoiser_name(checkpoint.index): quantize}
     loaded: dict[str, Any] = {
-        name: kind
-        and load_network(kind, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
-        for name, kind in networks.items()
+        name: load_network(part, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
+        if isinstance(part, type)
+        else part
+        for name, part in parts.items()
     }
     if checkpoint.pipeline_class == "LlamaGen":
         from fastgen.models.llamagen import LlamaGen
@@ -324,11 +297,6 @@ def _load_diffusers(
         with explained(f"checkpoint {words}"):
             return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
-    # What is no network comes from the base where there is one, but for a scheduler of its own.
     rest = checkpoint.base or checkpoint.folder
-    own = checkpoint.folder / "scheduler"
-    if checkpoint.base is not None and own.is_dir():
-        with explained(f"checkpoint {own}"):
-            loaded["scheduler"] = load_pretrained(component_class(*checkpoint.index["scheduler"]), own)
     with explained(f"checkpoint {rest}"):
         return load_pretrained(loader, rest, **loaded)

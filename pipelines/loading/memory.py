@@ -13,7 +13,7 @@ import torch
 
 from fastgen.errors import FastgenError
 from fastgen.pipelines.loading.checkpoint import Checkpoint
-from fastgen.pipelines.loading.networks import DTYPES, component_class
+from fastgen.pipelines.loading.networks import component_class
 from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
 from fastgen.pipelines.quantization import BITS, layer_pattern
 
@@ -26,21 +26,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None = None) -> dict[str, int]:
     """Bytes of each network's weights, which are on this machine, once they are loaded in a type of floating-point
     numbers, those of the denoiser in fewer bits where `quantize` is one of `BITS`."""
-    if checkpoint.kind != "diffusers":
-        folders = {"model": checkpoint.folder}
-    else:
-        names = (name for name, entry in checkpoint.index.items() if isinstance(entry, list) and name[:1] != "_")
-        folders = {name: at for name in names if ((at := checkpoint.component(name)) / "config.json").is_file()}
-    sizes = {
-        name: sum(_file_size(file, dtype) for file in read_files(folder, checkpoint.variant))
-        for name, folder in folders.items()
-    }
+    files = {name: read_files(folder, checkpoint.variant) for name, folder in checkpoint.networks.items()}
+    sizes = {name: sum(_file_size(file, dtype) for file in each) for name, each in files.items()}
     if quantize is not None:
         name = denoiser_name(checkpoint.index)
         pattern = layer_pattern(component_class(*checkpoint.index[name]))
-        files = read_files(folders[name], checkpoint.variant)
-        sizes[name] -= sum(_saved(file, pattern, dtype, BITS[quantize]) for file in files)
-    return {name: size for name, size in sizes.items() if size}
+        sizes[name] -= sum(_saved(file, pattern, dtype, BITS[quantize]) for file in files[name])
+    return sizes
 
 
 def denoiser_name(index: Mapping[str, Any]) -> str:
@@ -63,7 +55,7 @@ def _file_size(file: Path, dtype: torch.dtype) -> int:
     if file.suffix != ".safetensors":
         return file.stat().st_size
     return sum(
-        math.prod(shape) * (dtype.itemsize if kind in _FLOATS else DTYPES.get(kind, torch.uint8).itemsize)
+        math.prod(shape) * (dtype.itemsize if kind in _FLOATS else int((re.findall(r"\d+", kind) or ["8"])[0]) // 8)
         for kind, shape in check_safetensors(file).values()
     )
 
@@ -88,7 +80,7 @@ def _number(file: Path) -> int | None:
 
 
 def check_memory(model: str, sizes: Mapping[str, int], device: torch.device, offload: str, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights alone are larger than the memory they have to be in; the line says what would help.
+    """Refuse a model whose weights are larger than the memory they have to be in.
 
     Args:
         model: its name, for the message.
@@ -101,20 +93,13 @@ def check_memory(model: str, sizes: Mapping[str, int], device: torch.device, off
     on_device = {"none": total, "model": largest}.get(offload, 0)
     in_main = 0 if device.type == "cpu" else largest if offload == "none" else total
     kind = str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
-        advice = "--dtype bfloat16 takes half of it" if dtype == torch.float32 else "it needs a larger machine"
-    else:
-        advice = f"--offload {'auto' if offload == 'none' else 'group'} takes less of it"
-    for needed, where, help_text in (
-        (on_device, device, advice),
-        (in_main, torch.device("cpu"), "weights pass through it"),
-    ):
+    for needed, where in ((on_device, device), (in_main, torch.device("cpu"))):
         free = free_memory(where)
         if free is not None and needed > free:
             name = "main memory" if where.type == "cpu" else str(where)
             raise FastgenError(
                 f"model {model!r} does not fit: {_gigabytes(needed)} of weights in {kind}, and {_gigabytes(free)} of "
-                f"{name} are free; {help_text}"
+                f"{name} are free; --dtype bfloat16, --quantize or --offload need less"
             )
 
 

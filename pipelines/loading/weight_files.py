@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from fastgen.errors import FastgenError, one_line
 from fastgen.io import read_object
 
-__all__ = ["check_safetensors", "check_weight_folder", "read_files", "variant_of", "weight_map"]
+__all__ = ["check_safetensors", "read_files", "variant_of", "weight_map"]
 
 
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
@@ -25,29 +25,8 @@ def variant_of(file: Path) -> str | None:
     return found and (found[1] or found[4])
 
 
-def check_weight_folder(folder: Path, stem: str | None = None, variant: str | None = None) -> None:
-    """Refuse missing and broken ones among the weight files of a folder that are read, those of a variant where there
-    are any, as in diffusers. `stem` is the name of the file that is expected, for the message."""
-    chosen, variants = _of_variant(folder, variant)
-    files = sorted(file for file in chosen if file.suffix == ".safetensors")
-    for index in sorted(file for file in chosen if file.suffix == ".json"):
-        for shard in sorted(set(weight_map(index).values())):
-            if not (folder / shard).is_file():
-                raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
-    if not chosen and variants:
-        raise FastgenError(
-            f"{folder} holds only weights of the variant {' and '.join(sorted(variants))}: choose one with variant= "
-            "or --variant"
-        )
-    if not files and not any(file.suffix == ".bin" for file in chosen):
-        expected = f"{stem}.safetensors" if stem else "*.safetensors"
-        raise FastgenError(f"weight file {folder / expected} is missing")
-    for file in files:
-        check_safetensors(file)
-
-
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file of its folder each weight is in, from an index; refuses anything else than files of its folder."""
+    """The file that each weight is in, from an index; refuses anything else than names of files in its folder."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict):
         raise FastgenError(f"{index} has no weight_map")
@@ -58,22 +37,28 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of a folder that the libraries read: the whole one, else the parts that the index lists."""
-    chosen, _ = _of_variant(folder, variant)
-    for suffix in (".safetensors", ".bin"):
-        files = sorted(file for file in chosen if file.suffix == suffix)
-        whole = [file for file in files if file.name.split(".")[0] in _STEMS]
-        if files:
-            return whole or files
-    return []
-
-
-def _of_variant(folder: Path, variant: str | None) -> tuple[list[Path], set[str]]:
-    """The weight files and indices of a variant, or those of none where it has none; and which variants there are."""
+    """The weight files of a folder that the libraries read: the whole one, else the parts that the index lists; those
+    of a variant where there are any, as in diffusers. Refuses missing and truncated ones."""
     patterns = ("*.safetensors", "*.bin", "*.safetensors.index*.json")
-    every = [file for pattern in patterns for file in folder.glob(pattern)]
+    every = sorted(file for pattern in patterns for file in folder.glob(pattern))
     variants = {each for file in every if (each := variant_of(file)) is not None}
-    return [file for file in every if variant_of(file) == (variant if variant in variants else None)], variants
+    chosen = [file for file in every if variant_of(file) == (variant if variant in variants else None)]
+    if variants and not chosen:
+        raise FastgenError(
+            f"{folder} has only weights of the variant {' and '.join(sorted(variants))}: choose one with variant= "
+            "or --variant"
+        )
+    for index in chosen:
+        for shard in sorted(set(weight_map(index).values())) if index.suffix == ".json" else ():
+            if not (folder / shard).is_file():
+                raise FastgenError(f"weight file {folder / shard} is missing ({index.name} lists it)")
+    for suffix in (".safetensors", ".bin"):
+        if files := [file for file in chosen if file.suffix == suffix]:
+            files = [file for file in files if file.name.split(".")[0] in _STEMS] or files
+            for file in files if suffix == ".safetensors" else ():
+                check_safetensors(file)
+            return files
+    raise FastgenError(f"weight file {folder / '*.safetensors'} is missing")
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -7,6 +7,7 @@ between. An adapter gives them for one kind of pipeline; `register_denoiser` mak
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -111,7 +112,7 @@ class Denoiser(ABC):
             self.prepare()
         check_times(getattr(pipe, "scheduler", None), self.times)
 
-    # ---- what an adapter tells ----
+    # ---- what an adapter defines ----
 
     def check_prompts(self) -> None:
         """Refuse what is not a text; an adapter of a model that draws classes overrides this.
@@ -262,9 +263,8 @@ def denoiser_of(pipe: Any) -> type[Denoiser]:
     Raises:
         ValueError: it cannot be searched.
     """
-    from fastgen.pipelines.search.denoisers import adapters
-
-    adapters.load()
+    for module in ("dit", "z_image"):  # those that come with fastgen register themselves
+        importlib.import_module(f"{__package__}.{module}")
     found = pipe if isinstance(pipe, type) else type(pipe)
     for kind in found.__mro__:
         if kind.__name__ in _DENOISERS:

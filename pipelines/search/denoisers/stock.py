@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import FastgenError, one_line
-from fastgen.pipelines.loading.config_schema import check_plain
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
 from fastgen.pipelines.search.denoisers.schedules import flow_levels, noise_levels, noise_prediction
@@ -77,7 +76,7 @@ class StockDenoiser(Denoiser):
             raise FastgenError(f"pipe: {name} does not run with these arguments and {scheduler}: {reason}") from error
 
     def _arguments(self, place: int) -> dict[str, Any]:
-        """Of the pipeline's call for one prompt.
+        """The arguments of the pipeline's call for one prompt.
 
         Raises:
             ValueError: one that the pipeline does not take, or that a search sets itself.
@@ -92,10 +91,7 @@ class StockDenoiser(Denoiser):
                 raise ValueError(f"{argument}: a search of {name} does not take it")
         encoded = any(argument.startswith("prompt_embeds") for argument in asked)
         prompt = {} if encoded else {"prompt": self.prompts[place]}
-        found = {argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}
-        for argument, value in found.items():
-            check_plain(argument, value, type(self.pipe).__call__)
-        return {**prompt, **found}
+        return prompt | {argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}
 
     def begin(self, generator: torch.Generator, prompt: int) -> Tensor:
         """The first of a prompt also draws what its conditions need, as the pipeline does."""
@@ -164,7 +160,7 @@ class StockDenoiser(Denoiser):
         return torch.cat([self._pictures(self.entries[prompt], part) for prompt, part in rows])
 
     def _parts(self, latents: Tensor) -> Sequence[Tensor]:
-        """What goes through a call together."""
+        """The rows of one call."""
         return [latents] if self.entries[0].batches else latents.split(1)
 
     def _pictures(self, entry: Entry, grid: Tensor) -> Tensor:

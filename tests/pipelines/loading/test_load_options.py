@@ -104,12 +104,12 @@ def test_the_weight_of_a_lora_comes_after_a_colon(weight: float) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no/such/file.safetensors", "there is no file or folder"),
-        ("nothing.safetensors", "there is no file or folder"),
+        ("no/such/file.safetensors", "is not allowed, needs a .safetensors file"),
+        ("nothing.safetensors", "is not allowed, needs a .safetensors file"),
         ("owner/name:two", "'two' in .* is not a number"),
         ("owner/name:nan", "weight nan is not allowed"),
         ("owner/name:inf", "weight inf is not allowed"),
-        ("", "there is no file or folder"),
+        ("", "is not allowed, needs a .safetensors file"),
         (5, "needs PATH or PATH:WEIGHT, got int"),
         (LoRA("owner/name", float("nan")), "weight nan"),
     ],
@@ -123,11 +123,8 @@ def test_only_whole_safetensors_files_are_loaded(tmp_path: Path, lora: Path) -> 
     (tmp_path / "weights.bin").write_bytes(b"cos\nsystem\n")
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:-8])
     (tmp_path / "empty").mkdir()
-    for name, message in (
-        ("weights.bin", "only .safetensors"),
-        ("cut.safetensors", "truncated"),
-        ("empty", "holds no"),
-    ):
+    needs = "needs a .safetensors file"
+    for name, message in (("weights.bin", needs), ("cut.safetensors", "truncated"), ("empty", needs)):
         with pytest.raises(FastgenError, match=message):
             LoRA.parse(tmp_path / name)
 
@@ -240,7 +237,7 @@ def test_python_and_command_line_add_the_same(
     ("options", "message"),
     [
         (["--scheduler", "FlowMatch"], "scheduler: 'FlowMatch' is not allowed"),
-        (["--lora", "nothing.safetensors"], "lora: there is no file"),
+        (["--lora", "nothing.safetensors"], "lora: 'nothing.safetensors' is not allowed"),
         (["--offload", "model"], "offload: 'model' moves weights to a GPU"),
         (["--offload", "everything"], "offload: 'everything' is not allowed"),
         (["--revision", "main"], "revision: 'main' is not allowed"),

@@ -241,12 +241,21 @@ def test_unknown_classes(micro_z: Path, tmp_path: Path) -> None:
             load_pipeline(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("gpu?", "auto"), ("cuda:x", "auto"), ("", "auto"), ("caf\udce9", "auto"), ("meta", "auto"), ("cpu", "float8")],
+)
+def test_names_that_cannot_exist(device: str, dtype: str) -> None:
+    with pytest.raises(FastgenError, match="device|dtype"):
+        resolve_device(device, dtype)
+
+
 def test_devices_and_types() -> None:
     assert resolve_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
     for name in ("float16", "bfloat16"):  # slow on a CPU, but every operation is there
         assert resolve_device("cpu", name)[1] == getattr(torch, name)
     if not torch.cuda.is_available():
-        with pytest.raises(FastgenError, match="'cuda' is not available"):
+        with pytest.raises(FastgenError, match="device: 'cuda' cannot be used"):
             load_pipeline("tiny", device="cuda")
     with pytest.raises(FastgenError, match="device"):
         load_pipeline("tiny", device="tpu9")
@@ -259,7 +268,7 @@ def test_a_type_that_the_device_cannot_compute(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'\nmore lines")
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
-    with pytest.raises(FastgenError, match="dtype: float16 cannot be used on cpu") as caught:
+    with pytest.raises(FastgenError, match="device: 'cpu' cannot be used with dtype float16") as caught:
         resolve_device("cpu", "float16")
     assert "\n" not in str(caught.value)
 
