@@ -1,4 +1,4 @@
-"""Work in numbered chunks whose results are kept on the disk until all are there: a killed run resumes where it was.
+"""Work in numbered chunks. Results are kept on the disk until all are there, so that a killed run resumes.
 
 A chunk is written completely or not at all, and its result depends only on its number and its store's key. So the
 results do not depend on interruptions, nor on which process, of how many, computes a chunk.
@@ -31,7 +31,7 @@ class ChunkStore:
     """A folder of finished chunks.
 
     Args:
-        root: folder that holds stores; None keeps nothing.
+        root: folder that contains stores; None keeps nothing.
         kind: of the results, part of the store's name.
         key: everything the chunks depend on, JSON-ready.
     """

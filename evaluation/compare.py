@@ -180,7 +180,7 @@ def compare(
 def _common(a: Result, b: Result) -> list[tuple[Measure, Measure]]:
     """The numbers that both have."""
     if a.benchmark != b.benchmark:
-        raise FastgenError(f"{a.path} holds {a.benchmark}, {b.path} holds {b.benchmark}: they do not compare")
+        raise FastgenError(f"{a.path} contains {a.benchmark}, {b.path} contains {b.benchmark}: they do not compare")
     for key, what in (("detector_name", "detectors"), ("detector", "weights of the detector")):
         held, other = a.data.get(key) or "", b.data.get(key) or ""
         if held != other:

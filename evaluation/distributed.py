@@ -111,7 +111,7 @@ class Group:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """What is raised inside is posted to the other processes, which then stop with `PeerFailed`."""
+        """Errors inside are sent to the other processes, which then stop with `PeerFailed`."""
         try:
             yield
             self.close()

@@ -77,7 +77,7 @@ def _seconds(row: dict[str, Any]) -> float:
 
 
 def _accelerate(data: dict[str, Any]) -> list[str]:
-    """The exact parts, and the fastest plan whose mean score is within 1.5 points of the stock pipeline's."""
+    """The exact parts, and the fastest plan with a mean score within 1.5 points of the stock pipeline's."""
     rows = _rows(data, "plan")
     stock, exact = rows["stock"], next(row for row in rows.values() if row["parts"] and row["loss"] == "exact")
     near = [row for row in rows.values() if row["loss"] == "lossy" and row["drop"][0] <= _NEAR]
@@ -113,7 +113,7 @@ def _kernels(data: dict[str, Any]) -> list[str]:
 
 
 def gains_table(folder: Path) -> str:
-    """What each method with a result in `folder` gains, and what it costs."""
+    """Gains and costs of each method with a result in `folder`."""
     methods = {
         "bench-accelerate": _accelerate,
         "bench-speculative-batches": _speculative,

@@ -94,7 +94,7 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     """The result in a JSON file.
 
     Raises:
-        FastgenError: it cannot be read, or holds no result of an evaluation or a benchmark; the message names it.
+        FastgenError: it cannot be read, or has no result of an evaluation or a benchmark; the message names it.
     """
     path = Path(path)
     data = read_object(path)

@@ -96,7 +96,7 @@ def _text(measure: Measure) -> str:
 
 
 def _notes(result: Result) -> list[str]:
-    """What keeps a result from being compared with others."""
+    """The reason why a result cannot be compared with others."""
     data, notes = result.data, []
     if data.get("partial"):
         notes.append(f"{result.name} is partial: {data['partial']}.")

@@ -155,11 +155,11 @@ class EvaluationRun:
     Args:
         folder: created when missing; one that all processes see.
         prompts: what to draw, in order; prompt k lives in folder `k` with five digits.
-        settings: must equal those of a run that the folder holds already.
+        settings: must equal those of a run that the folder contains already.
         group: the processes that share the run.
 
     Raises:
-        FastgenError: a task has a prompt twice; or the folder holds another run, other settings or prompts, foreign
+        FastgenError: a task has a prompt twice; or the folder contains another run, other settings or prompts, foreign
             files, or is not writable.
     """
 
@@ -195,7 +195,7 @@ class EvaluationRun:
                 f"{self.folder}: is not the folder that the first process sees; it must be a shared one"
             )
         elif any(not item.name.startswith(".") for item in self.folder.iterdir()):
-            raise FastgenError(f"{self.folder}: is not empty and holds no evaluation run; choose another folder")
+            raise FastgenError(f"{self.folder}: is not empty and has no evaluation run; choose another folder")
         else:
             atomic_write_json(path, record)
 
@@ -225,7 +225,7 @@ class EvaluationRun:
         return is_sealed(data, self._identity(pair))
 
     def _identity(self, pair: tuple[int, int]) -> str:
-        """What an image was drawn for."""
+        """The identity of an image in its run."""
         return json.dumps([self._digest, self.prompts[pair[0]].prompt, pair[1]])
 
     def generate(self, generate: Generate, on_progress: OnProgress | None = None) -> int:
@@ -295,7 +295,7 @@ class EvaluationRun:
             raise RuntimeError(f"the generator returned too few images: {count} of {len(asked)}")
 
     def _own(self, missing: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """What this process asks its generator for, in order.
+        """The images that this process asks for, in order.
 
         Where rounding depends on the batch, batches are always cut from the whole run in the same places, and one with
         a missing image is made whole: images then do not depend on interruptions or on the number of processes.
@@ -329,7 +329,7 @@ class EvaluationRun:
             atomic_write_json(file, [*held, *new])
 
     def notes(self) -> list[str]:
-        """What the user should know of the images, over all sessions and processes of the run; each once."""
+        """Notes on the images from all sessions and processes of the run; each once."""
         files = sorted(self.folder.glob("notes*.json"))
         return list(dict.fromkeys(note for path in files for note in _notes(path)))
 
@@ -372,4 +372,4 @@ def _check_record(folder: Path, held: Any, wanted: dict[str, Any]) -> None:
     if held.get("metadata_sha256") != wanted["metadata_sha256"]:
         changed.append("its prompts are others")
     if changed:
-        raise FastgenError(f"{folder}: holds a run with other settings ({'; '.join(changed)}); choose another folder")
+        raise FastgenError(f"{folder}: has a run with other settings ({'; '.join(changed)}); choose another folder")

@@ -72,7 +72,7 @@ def read_samples(
         colors: names the colours, where the detector does not.
 
     Raises:
-        FastgenError: the folder is missing or holds no prompt folder, a prompt folder has no valid metadata or no
+        FastgenError: the folder is missing or has no prompt folder, a prompt folder has no valid metadata or no
             image, a prompt names what the detector cannot see, or a task has a prompt twice.
     """
     folder = Path(folder)
@@ -80,7 +80,7 @@ def read_samples(
         raise FastgenError(f"{folder}: no such folder of images")
     homes = prompt_folders(folder)
     if not homes:
-        raise FastgenError(f"{folder}: holds no prompt folders (00000/metadata.jsonl, 00000/samples/0000.png, ...)")
+        raise FastgenError(f"{folder}: has no prompt folders (00000/metadata.jsonl, 00000/samples/0000.png, ...)")
     samples: list[Sample] = []
     prompts: list[Metadata] = []
     for home in homes:
@@ -94,7 +94,7 @@ def read_samples(
                 raise FastgenError(f"{home / 'metadata.jsonl'}: {error}") from error
         found = sample_files(home)
         if not found:
-            raise FastgenError(f"{home / 'samples'}: holds no image")
+            raise FastgenError(f"{home / 'samples'}: has no image")
         prompts.append(items[0])
         samples += [Sample(path, int(home.name), items[0]) for path in found]
     check_distinct(prompts, [home / "metadata.jsonl" for home in homes])
@@ -226,7 +226,7 @@ def results_jsonl(
 
 
 def size_name(samples: Sequence[Sample]) -> str:
-    """What the name of a ShapesWorld score says of the size of its pictures: nothing for 64x64, else "@128" for
+    """The suffix of a ShapesWorld score's name for the size of its pictures: empty for 64x64, else "@128" for
     squares, "@192x128" (width x height), or "@mixed".
 
     Raises:

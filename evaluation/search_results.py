@@ -54,7 +54,7 @@ def _rows(rows: list[dict[str, Any]]) -> str:
 
 
 def _reach(found: list[dict[str, Any]]) -> str:
-    """What the thresholds pay for each rival's score."""
+    """Cost of the thresholds for each rival's score."""
     first = next(entry for entry in found if entry["unit"] == "seconds")
     table = []
     for seconds in (entry for entry in found if entry["unit"] == "seconds"):

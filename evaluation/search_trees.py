@@ -105,7 +105,7 @@ def _draw_chain(
 
 
 def _places(tree: list[list[Any]]) -> dict[int, tuple[int, float]]:
-    """Of each node how many steps it is from its start, and its height."""
+    """For each node its number of steps from its start, and its height."""
     depth: dict[int, int] = {}
     height: dict[int, float] = {}
     for node, parent, *_ in tree:

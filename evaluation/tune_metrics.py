@@ -1,4 +1,4 @@
-"""What `fastgen tune` scores pictures by; higher is better."""
+"""Metrics of `fastgen tune`; higher is better."""
 
 from __future__ import annotations
 

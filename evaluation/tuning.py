@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
-"""Of the steps, tried as fewer steps."""
+"""Shares of the steps that are tried as fewer steps."""
 
 _CLEARLY_FEWER = 0.7
 

@@ -53,7 +53,7 @@ def read_beginning(
     Args:
         image, mask: files of pictures.
         strength: how much of the picture may change.
-        label: makes of a name what the message calls it.
+        label: maps an argument's name to its name in the message.
 
     Raises:
         FastgenError: a mask or a strength without a picture, a file that is no picture, or a strength out of range.

@@ -1,4 +1,4 @@
-"""What the pipelines with dynamic chunking share: their own arguments, and what they report."""
+"""Shared by the pipelines with dynamic chunking: their own arguments, and their report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastgen.pipelines.summary import reported
 logger = logging.getLogger(__name__)
 
 LOSS: Loss = "lossy"
-"""Loss contract of the pipelines: a model of its own; its budget trades quality for compute."""
+"""Loss contract of the pipelines: a separate model; its budget trades quality for compute."""
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _loop_length(pipe: Any) -> int:
 
 @dataclass(slots=True)
 class _Enabled:
-    """What `enable_dc` notes in a pipeline.
+    """The state of `enable_dc` in a pipeline.
 
     Attributes:
         budget: of its calls.
@@ -162,7 +162,7 @@ class _Enabled:
 
 
 class _EnabledMixin(FromPipeMixin):
-    """A stock pipeline class whose calls have the budget of `enable_dc`."""
+    """A stock pipeline class that calls with the budget of `enable_dc`."""
 
     _stock: type[DiffusionPipeline]
     _fastgen_dc: _Enabled

@@ -20,7 +20,7 @@ def finite_decoder(pipe: Any) -> Iterator[None]:
     """Check latents and pixels of the pipeline's VAE inside, before pixels are clamped.
 
     Raises:
-        NotFiniteError: from the decoder, in this thread; other threads that share it have checks of their own.
+        NotFiniteError: from the decoder, in this thread; other threads that share it have their own checks.
     """
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if not isinstance(decoder, torch.nn.Module):
@@ -43,10 +43,10 @@ def finite_decoder(pipe: Any) -> Iterator[None]:
 
 
 def check_output(pictures: Any, what: str = "pixels") -> None:
-    """Check what a pipeline returned; PIL images hold integers.
+    """Check what a pipeline returned; PIL images contain integers.
 
     Raises:
-        NotFiniteError: it holds NaN or infinity.
+        NotFiniteError: it contains NaN or infinity.
     """
     for part in pictures if isinstance(pictures, list | tuple) else [pictures]:
         if isinstance(part, torch.Tensor | np.ndarray):

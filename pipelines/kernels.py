@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FORWARDS = {**blocks.BLOCKS, **decoders.DECODERS}
 _OURS = set(_FORWARDS.values())
-#: Of pipelines that hold none of this, nothing is served; they are named when they are refused.
+#: Of pipelines that contain none of this, nothing is served; they are named when they are refused.
 _FAMILIES = (
     "DiT, FLUX, Stable Diffusion 3, Qwen-Image, Z-Image, and pipelines with an AutoencoderKL or Janus' VQ decoder"
 )

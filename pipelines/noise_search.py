@@ -211,8 +211,8 @@ class NoiseSearchPipeline(WrappingPipeline):
 
         Raises:
             ValueError: an argument out of range, a budget smaller than one picture takes.
-            NotFiniteError: all candidates of a prompt were dropped; it holds the pictures of the others.
-            SearchInterrupted: the model, the verifier or the user ended the search; it holds what was found.
+            NotFiniteError: all candidates of a prompt were dropped; it has the pictures of the others.
+            SearchInterrupted: the model, the verifier or the user ended the search; it has what was found.
         """
         policy = self.policy
         asked: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -328,7 +328,7 @@ class NoiseSearchPipeline(WrappingPipeline):
 
 
 def _further(given: Mapping[str, Any] | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """Of `pipeline_kwargs` those that the search has no argument for; the others go to `asked`, where they are None.
+    """The part of `pipeline_kwargs` without an argument of the search; the others go to `asked`, where they are None.
 
     Raises:
         FastgenError: no mapping of names, or an argument that is given twice.
@@ -386,7 +386,7 @@ def _output(
     output_type: str,
     stats: Stats,
 ) -> tuple[NoiseSearchOutput | None, NotFiniteError | None]:
-    """Of the prompts that have a picture, None where none has, and why one has none."""
+    """Results of the prompts with a picture, None where there is none, and the reason."""
     fault = next((picture for picture in pictures if isinstance(picture, NotFiniteError)), None)
     made = [picture for picture in pictures if isinstance(picture, Tensor)]
     if not made:

@@ -1,6 +1,6 @@
 """Every setting of every method, once: its type, range, help and panel. Imports neither torch nor diffusers.
 
-A class holds the settings of one method. From its fields come the checks of Python arguments, the options of the
+A class has the settings of one method. From its fields come the checks of Python arguments, the options of the
 command line (`fastgen.cli.options`), what sidecars record, and a JSON schema.
 """
 
@@ -47,13 +47,13 @@ def check_prompt(prompt: object, label: str = "prompt", blank: bool = False) -> 
         raise FastgenError(f"{label}: an empty text is not allowed")
     # Lone surrogates are what Python makes of bytes that are not UTF-8.
     if any(0xD800 <= ord(char) <= 0xDFFF or (ord(char) < 32 and char not in "\t\n\r") for char in prompt):
-        raise FastgenError(f"{label}: {ascii(prompt)} is not text: it holds control characters or undecodable bytes")
+        raise FastgenError(f"{label}: {ascii(prompt)} is not text: it has control characters or undecodable bytes")
     return prompt
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be.
+    """The allowed values of a setting.
 
     Attributes:
         kind: its type on the command line.
@@ -132,7 +132,7 @@ class Settings:
         """Those of `values` that belong to this method, checked.
 
         Args:
-            label: makes of a name what the message calls it.
+            label: maps an argument's name to its name in the message.
 
         Raises:
             FastgenError: a value out of its range.
@@ -182,10 +182,12 @@ class SamplingSettings(Settings):
 
     panel: ClassVar[str] = "Autoregressive models"
     temperature: float | None = setting(
-        float, "Temperature of token sampling; 0 takes the likeliest.", special=check_temperature, minimum=0
+        float, "Temperature of token sampling; 0 takes the most likely token.", special=check_temperature, minimum=0
     )
     top_k: int | None = _count("Sample from the k likeliest tokens.")
-    top_p: float | None = setting(float, "Sample from the likeliest mass p.", above=0, maximum=1)
+    top_p: float | None = setting(
+        float, "Nucleus sampling: total probability of the tokens to sample from.", above=0, maximum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ class SpeculativeSettings(Settings):
         str, f"Acceptance rule: {', '.join(RULES)}. Default: the pipeline's, exact.", choices=RULES
     )
     quality: float | None = setting(
-        float, "Of acceptance rule cascade: 0 (exact) to 1 (fastest), as calibrated.", minimum=0, maximum=1
+        float, "For acceptance rule cascade: 0 (exact) to 1 (fastest), as calibrated.", minimum=0, maximum=1
     )
 
     def check_together(self) -> None:
@@ -228,7 +230,7 @@ class SpeculativeSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(Settings):
-    """How the noise is searched whose picture a verifier scores best."""
+    """Settings of the search for the noise with the best-scored picture."""
 
     panel: ClassVar[str] = "Noise search (--method search)"
     policy: str | None = setting(
@@ -241,7 +243,7 @@ class SearchSettings(Settings):
         "shapes-verifier, for the models that come with fastgen.",
     )
     max_nfe: int | None = _count("Most forward passes per picture; guidance needs two per evaluation.")
-    max_seconds: float | None = setting(float, "Most seconds per picture.", above=0)
+    max_seconds: float | None = setting(float, "Time limit per picture in seconds.", above=0)
     target_score: float | None = setting(float, "Stop at this score.", minimum=-_LARGEST, maximum=_LARGEST)
     sampler: str | None = setting(
         str,

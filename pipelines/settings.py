@@ -220,7 +220,7 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None, begins: st
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise FastgenError(
             f"model {checkpoint.model!r} needs {checkpoint.pipeline_class}, which the installed diffusers "
-            "does not have; update it (pipelines with code of their own are not run)"
+            "does not have; update it (the code of custom pipelines is not run)"
         )
     if begins is not None:
         return _from_image(checkpoint, found, begins)

@@ -62,7 +62,7 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
 
 
 def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
-    """What drafters keep of a model, and its tokens of a picture, as far as its configuration tells."""
+    """What drafters keep of a model, and its tokens of a picture, as far as its configuration says."""
     path = checkpoint.folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     spots = {

@@ -23,7 +23,7 @@ __all__ = ["check_call", "check_labels", "check_texts", "defaults_of", "given_ar
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
-    """What `pipeline.__call__` takes where nothing is given, by argument."""
+    """Defaults of `pipeline.__call__`, by argument."""
     call: Any = pipeline.__call__
     return {name: value.default for name, value in inspect.signature(call).parameters.items()}
 

@@ -20,7 +20,7 @@ _last: weakref.WeakKeyDictionary[Any, Stats] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` found.
+    """The result of `summary`.
 
     Attributes:
         pipeline: name of its class.

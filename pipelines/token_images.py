@@ -1,4 +1,4 @@
-"""What the pipelines of autoregressive image models share: prompts, generators, and pictures of decoded tokens."""
+"""Shared by the pipelines of autoregressive image models: prompts, generators, and pictures of decoded tokens."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _stages(pipe: Any) -> Iterator[None]:
 
 
 def _of_this_thread(act: Callable[..., None]) -> Callable[..., None]:
-    """Other threads may call the same networks, for pictures of their own."""
+    """Other threads may call the same networks for other pictures."""
     thread = threading.get_ident()
 
     def hook(*given: Any) -> None:

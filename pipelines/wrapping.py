@@ -1,4 +1,4 @@
-"""A pipeline around another one: a `DiffusionPipeline` whose parts and settings are those of the one inside."""
+"""A pipeline around another one: a `DiffusionPipeline` with the parts and settings of the one inside."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What dynamic chunking costs and what it saves: ShapesWorld-GenEval and FD-shapes against FLOPs and seconds.
+"""Quality and cost of dynamic chunking: ShapesWorld-GenEval and FD-shapes against FLOPs and seconds.
 
-Every variant draws the whole evaluation set into a folder of its own (resumable) and is scored. Seconds are measured
+Every variant draws the whole evaluation set into its own folder (resumable) and is scored. Seconds are measured
 apart from that, in one run: in every round all variants draw the same prompts in turn.
 """
 
@@ -55,7 +55,7 @@ def benchmark_dc_quality(
         choice: which rows.
         peers: measure step caches on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
-        batch_size: pictures at once.
+        batch_size: pictures drawn together.
         timed_prompts: pictures of a timed call.
         runs: timed rounds after one of warm-up.
         device: where.

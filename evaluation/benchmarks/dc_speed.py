@@ -56,7 +56,7 @@ def benchmark_dc_speed(
         a JSON-ready dict: "environment", "settings", "rows" with flops, seconds and both ratios to the dense model.
 
     Raises:
-        FastgenError: a number out of range, or a batch that does not equal its samples alone.
+        FastgenError: a number out of range, or a batch that differs from its samples drawn one by one.
     """
     check_integer("runs", runs, 1)
     check_integer("batches", min(batches, default=0), 1)
@@ -162,7 +162,7 @@ def _check(pair: _Pair, size: str) -> None:
         alone = pair.chunked(**{name: value[i : i + 1] for name, value in arguments.items()}, tail_drop=rho).sample
         error = (both[i] - alone[0]).abs().max()
         if error > 0.01 * alone[0].abs().max() + 1e-6:
-            raise FastgenError(f"{size}: a batch differs from its samples alone by {float(error):.2g}")
+            raise FastgenError(f"{size}: a batch differs from its samples computed one by one by {float(error):.2g}")
 
 
 @torch.no_grad()

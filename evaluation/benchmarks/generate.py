@@ -1,4 +1,4 @@
-"""What `fastgen generate` costs: cold start, seconds per picture and per step, memory; before, a check of correctness.
+"""Cost of `fastgen generate`: cold start, seconds per picture and per step, memory, after a check of correctness.
 
 Times are wall-clock seconds. A row gives n measured runs after warm-up runs, and their 20th, 50th and 80th percentile.
 "Per step" is the denoising (or token) stage of one call divided by its steps, however many pictures the call made.

@@ -1,4 +1,4 @@
-"""What the benchmark of kernels measures: one operation at one size."""
+"""A case of the benchmark of kernels: one operation at one size."""
 
 from __future__ import annotations
 

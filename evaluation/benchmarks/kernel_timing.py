@@ -140,7 +140,7 @@ def walls(seconds: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
 
 
 def roofline(device: torch.device) -> dict[str, float | None]:
-    """What the device reaches: bytes a second of a large copy (read and written), and FLOP/s of a large bfloat16
+    """Peak rates of the device: bytes a second of a large copy (read and written), and FLOP/s of a large bfloat16
     matrix product (GPU only)."""
     if device.type != "cuda":
         source = torch.ones(64 * 2**20, dtype=torch.int8)

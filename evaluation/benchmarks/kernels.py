@@ -149,7 +149,7 @@ def _measure(case: Case, device: torch.device, limits: dict[str, float | None], 
 def _implementations(
     case: Case, inputs: Inputs, row: dict[str, Any], compile: bool
 ) -> dict[str, Callable[[], object]]:
-    """What is timed: the references, and the kernel only where its check in `row` has passed."""
+    """The functions to time: the references, and the kernel only where its check in `row` has passed."""
     works: dict[str, Callable[[], object]] = {"eager": lambda: case.reference(**inputs)}
     if compile and case.compiled:
         torch._dynamo.reset()
@@ -167,7 +167,7 @@ def _implementations(
 
 
 def _speedups(timings: dict[str, Timing]) -> dict[str, float | None]:
-    """Of the kernel against both references; None where one was not timed."""
+    """Speed-ups of the kernel against both references; None where one was not timed."""
 
     def ratio(name: str) -> float | None:
         if name not in timings or "triton" not in timings:
@@ -193,7 +193,7 @@ def _check(case: Case, inputs: Any) -> str:
 
 
 def _auto(case: Case, inputs: Any) -> str | None:
-    """What the mode "auto" takes for these inputs."""
+    """The choice of mode "auto" for these inputs."""
     reset_ran()
     try:
         with use_kernels("auto"):

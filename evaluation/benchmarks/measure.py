@@ -1,4 +1,4 @@
-"""What all benchmarks share: calls that take turns, percentiles, whole processes, and the frame of a result."""
+"""Shared by all benchmarks: interleaved calls, percentiles, whole processes, and the frame of a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router of a DC-DiT keeps: how much at which noise level, and where (arXiv 2603.06351, its figure of maps).
+"""Tokens kept by the router of a DC-DiT by noise level and place (arXiv 2603.06351, its figure of maps).
 
 Measured on ShapesWorld renders, whose truth says which positions of the latent grid are on an object's boundary: a
 position is on one when its pixels do not all belong to the same object (or background).

@@ -55,7 +55,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bench:
-    """What all searches share.
+    """Shared by all searches.
 
     Attributes:
         pipe, verifier: of the searches.
@@ -216,13 +216,13 @@ def _open(folder: Path, record: dict[str, Any], searches: Sequence[Search]) -> N
         if not file.is_file():
             check_writable(place)
             if any(not item.name.startswith(".") for item in place.iterdir()):
-                raise FastgenError(f"{place}: is not empty and holds no searches; choose another folder")
+                raise FastgenError(f"{place}: is not empty and has no searches; choose another folder")
             atomic_write_json(file, wanted)
         held = read_object(file)
         changed = [key for key in {**held, **wanted} if held.get(key) != wanted.get(key)]
         if changed:
             differences = "; ".join(f"{key} is {held.get(key)!r} there and {wanted.get(key)!r} now" for key in changed)
-            raise FastgenError(f"{place}: holds searches with other settings ({differences}); choose another folder")
+            raise FastgenError(f"{place}: has searches with other settings ({differences}); choose another folder")
 
 
 def _run(

@@ -125,11 +125,11 @@ def _pictures(search: Search, prompts: Sequence[tuple[int, Metadata]], seeds: in
 
 
 def _same(search: Search, records: Sequence[dict[str, Any]]) -> str:
-    """What the searches say of their policy: all the same."""
+    """The policy's description, the same in all searches."""
     found = {str(record["policy"]) for record in records}
     if len(found) > 1:
         which = "; ".join(sorted(found))
-        raise FastgenError(f"{search.folder}: holds searches with other thresholds ({which}); choose another folder")
+        raise FastgenError(f"{search.folder}: has searches with other thresholds ({which}); choose another folder")
     return found.pop()
 
 
@@ -171,7 +171,7 @@ def _verified(
 
 
 def statistics_of(rows: Sequence[Row], by: Resampling) -> dict[str, Any]:
-    """What thresholds are worth against every other policy.
+    """Thresholds compared with every other policy.
 
     Returns:
         "comparisons": every threshold row against the row of every rival that takes as many seconds, or the least
@@ -211,7 +211,7 @@ def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _reached(rows: Sequence[Row], by: Resampling) -> list[dict[str, Any]]:
-    """What policies pay for the score of their rivals at the largest budget."""
+    """Cost of each policy for its rivals' score at the largest budget."""
     found, families = [], _families(rows)
     for name, curve in families.items():
         for rival, others in families.items():

@@ -24,7 +24,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a policy made of every prompt at one budget, each the mean over the seeds.
+    """Results of a policy for every prompt at one budget, each the mean over the seeds.
 
     Attributes:
         correct: [prompts], share of pictures that the checker finds correct.
@@ -115,7 +115,7 @@ def reach_cost(costs: Sequence[float], scores: Sequence[float], target: float) -
 
 
 def reach(curve: Sequence[Outcomes], rival: Outcomes, cost: str, by: Resampling) -> dict[str, Any]:
-    """What a policy pays for a rival's score, on the line through its own budgets.
+    """Cost of a policy for a rival's score, on the line through its own budgets.
 
     Args:
         curve: the policy at its budgets.

@@ -97,7 +97,7 @@ class Search:
         return plain
 
     def picture(self, prompt: int, seed: int) -> Path:
-        """Of a search; its record has the suffix .json."""
+        """File name of a search; its record has the suffix .json."""
         return self.folder / f"{prompt:05d}-{seed:04d}.png"
 
 
@@ -111,7 +111,7 @@ def parse_variant(text: str) -> Variant:
     """ "POLICY [SETTING=VALUE …]", e.g. "threshold tau=0.7 starts=4" or "svdd chains=1 sampler=rollover".
 
     A setting is one of the policy, an argument of `NoiseSearchPipeline.__call__`, `thresholds`, the file of calibrated
-    ones, or `max_nfe`, a budget of its own. A tau is a number, "best-so-far", "online-quantile(Q)" or
+    ones, or `max_nfe`, its own budget. A tau is a number, "best-so-far", "online-quantile(Q)" or
     "previous(DELTA)".
 
     Raises:

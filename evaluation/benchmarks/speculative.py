@@ -78,7 +78,7 @@ def benchmark_speculative(
         variants: see `parse_variant`.
         quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
-        batch_size: pictures of the evaluation set at once.
+        batch_size: pictures of the evaluation set in one batch.
         timed_prompts: pictures of a timed round, drawn one by one.
         runs: timed rounds, after one of warm-up.
         guidance_scale: None takes the model's.

@@ -39,7 +39,7 @@ BENCHMARK = "FID family"
 
 @dataclass(frozen=True, slots=True)
 class FidSettings:
-    """What is computed, and how.
+    """Settings of an evaluation.
 
     Attributes:
         metrics: names, see `fastgen.evaluation.fid.protocols.METRICS`.
@@ -269,7 +269,7 @@ def _check_job(job: _Work, images: ImageSource, n: int, reference: Reference | N
         reference.check(extractor, job.frechet, _protocol_name(job, settings))
         if job.compared and reference.images is None:
             names = ", ".join(m.name for m in job.metrics if m.needs_features and m.needs_reference)
-            raise FastgenError(f"{reference.name}: holds statistics only; {names} needs images")
+            raise FastgenError(f"{reference.name}: has statistics only; {names} needs images")
         if reference.images is not None:
             check_count(reference.images, settings.reference_n)
     for tap in job.frechet:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Features:
-    """What a pass leaves.
+    """Results of a pass over the images.
 
     Attributes:
         count: images.

@@ -86,7 +86,7 @@ def bootstrap_frechet(
     """How much the distance of `features` to a fixed reference varies with the sample of images.
 
     Images are drawn with replacement. The distance of a drawn set is biased upwards against that of the whole one (it
-    holds fewer different images), so the interval is the spread of the replicates around their own mean, laid around
+    has fewer different images), so the interval is the spread of the replicates around their own mean, laid around
     `value`.
 
     Args:

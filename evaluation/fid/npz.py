@@ -52,7 +52,7 @@ class NpzSource(ImageSource):
             self.key = next((key for key in _IMAGES if key in names), names[0] if len(names) == 1 else "")
             if not self.key:
                 raise FastgenError(
-                    f"{path}: holds {', '.join(names) or 'nothing'}; needs images as {' or '.join(_IMAGES)}"
+                    f"{path}: contains {', '.join(names) or 'nothing'}; needs images as {' or '.join(_IMAGES)}"
                 )
             with self._archive.open(f"{self.key}.npy") as file:
                 shape, fortran, dtype = _header(file)
@@ -141,7 +141,7 @@ class StatisticsFile:
         path: of the file.
         taps: tap of the network ("pool", "spatial", ...) -> statistics.
         record: the description in a file that fastgen wrote (protocol, extractor, resize, dtype); empty for others.
-        has_images: the file also holds images.
+        has_images: the file also contains images.
     """
 
     path: Path
@@ -171,7 +171,7 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     """Statistics of an npz file of the ADM evaluator, of pytorch-fid, or of our own.
 
     Raises:
-        FastgenError: it is damaged, holds no statistics, or they are of wrong type or shape; the message names it.
+        FastgenError: it is damaged, has no statistics, or they are of wrong type or shape; the message names it.
     """
     path = Path(path)
     try:
@@ -186,12 +186,12 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     except Exception as error:  # zipfile, its decompressors and NumPy each raise their own types
         raise FastgenError(f"{path}: not a readable npz file of statistics: {error}") from error
     if not taps:
-        raise FastgenError(f"{path}: holds no statistics (mu and sigma)")
+        raise FastgenError(f"{path}: has no statistics (mu and sigma)")
     return StatisticsFile(path, taps, record, any(key in names for key in _IMAGES))
 
 
 def _read_record(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """What one of our own files says of itself."""
+    """The description in a file that fastgen wrote."""
     size = archive.getinfo(f"{_RECORD}.npy").file_size
     if size > _MAX_RECORD_BYTES:
         raise FastgenError(f"{_RECORD} declares {size} bytes, at most {_MAX_RECORD_BYTES} are allowed")

@@ -109,7 +109,7 @@ def _images(place: object, names: Iterable[str]) -> list[str]:
     name_skipped(place, shown)
     found = [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not found:
-        raise FastgenError(f"{place}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise FastgenError(f"{place}: has no image ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
@@ -175,7 +175,7 @@ class FolderSource(ImageSource):
             found = {home: [path.relative_to(self.folder).as_posix() for path in sample_files(home)] for home in homes}
             self.files = [name for names in found.values() for name in names]
             if not self.files:
-                raise FastgenError(f"{folder}: its prompt folders hold no image")
+                raise FastgenError(f"{folder}: its prompt folders have no image")
             texts = {home: _metadata_prompt(home / "metadata.jsonl") for home in homes}
             if all(text is not None for text in texts.values()):
                 self.prompts = [str(texts[home]) for home, names in found.items() for _ in names]
@@ -278,7 +278,7 @@ class TarSource(ImageSource):
             own = _captions(images, lambda name, a=archive, m=members: _member(a, m.get(name)))  # type: ignore[misc]
             captions = None if captions is None or own is None else captions + own
         if not self._members:
-            raise FastgenError(f"{self.name}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise FastgenError(f"{self.name}: has no image ({', '.join(IMAGE_SUFFIXES)})")
         self.prompts = captions
 
     def __len__(self) -> int:

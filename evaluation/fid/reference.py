@@ -1,4 +1,4 @@
-"""What images are compared with: other images, or statistics in a file; those of images are made once and kept."""
+"""References to compare images with: other images, or statistics in a file; those of images are cached."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Reference:
         if file is None:
             return
         if extractor.name != "inception-tf" and not file.record:
-            raise FastgenError(f"{file.path}: holds statistics of Inception, {extractor.name} needs its own")
+            raise FastgenError(f"{file.path}: has statistics of Inception, {extractor.name} needs its own")
         made_by = file.protocol or self.protocol
         if made_by is None:
             raise FastgenError(
@@ -63,24 +63,23 @@ class Reference:
                 "pytorch-fid is legacy-pytorch)"
             )
         if self.protocol is not None and self.protocol != made_by:
-            raise FastgenError(f"{file.path}: holds statistics of protocol {made_by}, not {self.protocol}")
+            raise FastgenError(f"{file.path}: has statistics of protocol {made_by}, not {self.protocol}")
         if file.record:
             kept = {key: file.record.get(key) for key in ("name", "fingerprint", "resize", "dtype", "protocol")}
             wanted = {**extractor.describe(), "protocol": protocol}
             different = [f"{key} {kept[key]} there and {wanted[key]} now" for key in kept if kept[key] != wanted[key]]
             if different:
-                raise FastgenError(f"{file.path}: holds statistics of another protocol: {'; '.join(different)}")
+                raise FastgenError(f"{file.path}: has statistics of another protocol: {'; '.join(different)}")
         elif made_by != protocol:
             raise FastgenError(
-                f"{file.path}: holds statistics of protocol {made_by}, and {protocol} was asked for; use --protocol "
+                f"{file.path}: has statistics of protocol {made_by}, and {protocol} was asked for; use --protocol "
                 f"{made_by}, or give the images themselves"
             )
         for tap in taps:
             held = file.taps[tap].dims if tap in file.taps else "no"
             if held != extractor.taps[tap]:
                 raise FastgenError(
-                    f"{file.path}: holds statistics of {held} {tap} features, {extractor.name} has "
-                    f"{extractor.taps[tap]}"
+                    f"{file.path}: has statistics of {held} {tap} features, {extractor.name} has {extractor.taps[tap]}"
                 )
 
 
@@ -158,7 +157,7 @@ def load_reference(
     if not taps and not keep:
         return found
     if reference.images is None:
-        raise FastgenError(f"{reference.name}: holds statistics only; kernel distances and precision need its images")
+        raise FastgenError(f"{reference.name}: has statistics only; kernel distances and precision need its images")
     n = check_count(reference.images, count)
     root = user_cache_dir() if cache is None else Path(cache)
     found.sha256 = group.share(reference.images.digest(n) if group.is_main else None)

@@ -35,7 +35,7 @@ class Gaussian:
                 f"{tuple(self.covariance.shape)}"
             )
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
-            raise ValueError("statistics: hold NaN or infinite values")
+            raise ValueError("statistics: contain NaN or infinite values")
 
     @property
     def dims(self) -> int:
@@ -74,7 +74,7 @@ class Moments:
         if features.ndim != 2 or features.shape[1] != self.dims:
             raise ValueError(f"features: need shape [n, {self.dims}], got {tuple(features.shape)}")
         if not torch.isfinite(features).all():
-            raise ValueError("features: hold NaN or infinite values")
+            raise ValueError("features: contain NaN or infinite values")
         x = features.to(self.total.device, torch.float64)
         self.total += x.sum(0)
         self.outer.addmm_(x.T, x)
@@ -105,7 +105,7 @@ class Moments:
         """The sums that `to_bytes` wrote.
 
         Raises:
-            ValueError: the data is damaged, or holds something else.
+            ValueError: the data is damaged, or contains something else.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:  # the zip checks a CRC per array

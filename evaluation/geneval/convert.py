@@ -2,7 +2,7 @@
 
     python -m fastgen.evaluation.geneval.convert mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_*.pth FOLDER
 
-Both libraries hold the same architecture under other names. Three things differ beyond names: mmdet fuses query, key
+Both libraries have the same architecture under other names. Three things differ beyond names: mmdet fuses query, key
 and value where transformers has three layers; its patch merging orders the 4C input channels by channel and then by
 pixel, transformers' by pixel (columns first) and then by channel; and its level embedding of the pixel decoder is an
 `Embedding`. Written against the published module structure of mmdet 2.27 and tested on networks with those names; not
@@ -234,7 +234,7 @@ def _read(source: Path) -> dict[str, Tensor]:
         raise FastgenError(f"{source}: cannot be read as a checkpoint: {reason}") from error
     tensors = held.get("state_dict", held) if isinstance(held, Mapping) else None
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise FastgenError(f"{source}: holds no state dict")
+        raise FastgenError(f"{source}: has no state dict")
     return {str(name): value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 

@@ -1,7 +1,7 @@
 """What a detector reports to the GenEval rules, and the protocols of detectors and colour classifiers.
 
 The rules (:mod:`fastgen.evaluation.geneval.rules`) see only :class:`Detections`, so the same decision code judges
-Mask2Former + CLIP on photographs and the small ShapesWorld detector, whose colours come with the detections.
+Mask2Former + CLIP on photographs and the small ShapesWorld detector, which also detects colours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _floating(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"Detections.{name}: holds NaN or infinite values")
+        raise ValueError(f"Detections.{name}: contains NaN or infinite values")
     if shape[0] == 0 and array.size == 0:  # of nothing, whatever its other sides
         array = array.reshape(shape)
     if array.shape != shape:
@@ -56,7 +56,7 @@ class Detections:
 
     Raises:
         ValueError: lengths, shapes or dtypes disagree, a value is not finite, a box has x2 < x1 or y2 < y1,
-            or a score or probability lies outside [0, 1].
+            or a score or probability is outside [0, 1].
     """
 
     labels: tuple[str, ...]

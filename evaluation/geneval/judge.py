@@ -57,7 +57,7 @@ def judge(
 
     Args:
         detections: everything the detector saw, of every class, unfiltered, in any order.
-        metadata: what the image should hold; a mapping is one parsed line of a metadata file.
+        metadata: what the image should contain; a mapping is one parsed line of a metadata file.
         classify_color: called only for clauses that demand a colour and whose count is met, with their `count` best
             detections, best first.
         settings: the constants of the rules.

@@ -31,7 +31,7 @@ from fastgen.pretrained import load_pretrained
 HUB_ID = "facebook/mask2former-swin-small-coco-instance"
 SOURCES = ("hf", "mmdet-converted")
 CONVERTED_FILE = "fastgen-mmdet.json"
-"""Written by the converter next to its weights; a folder that holds it is OpenMMLab's network."""
+"""Written by the converter next to its weights; a folder that contains it is OpenMMLab's network."""
 SHORT_SIDE, LONG_SIDE, MULTIPLE, PAD = 800, 1333, 32, 128
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _FACTOR = 1 / np.array([58.395, 57.12, 57.375])
@@ -194,7 +194,7 @@ class Mask2FormerDetector:
 
     @property
     def benchmark(self) -> str:
-        """What a score by this detector is called."""
+        """The name of a score by this detector."""
         return DETECTORS[self.name]
 
     def fingerprint(self) -> str:

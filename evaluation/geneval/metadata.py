@@ -115,7 +115,7 @@ def read_metadata(
     # Only "\n" ends a line: str.splitlines would also cut inside a JSON string at U+2028 and the like.
     lines = text.removesuffix("\n").split("\n")
     if not text.strip():
-        raise FastgenError(f"{path}: holds no metadata")
+        raise FastgenError(f"{path}: has no metadata")
     out = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -79,7 +79,7 @@ class ImageResult:
 
     @property
     def reason(self) -> str:
-        """All reasons in one text, a line each, as the official results file holds them."""
+        """All reasons in one text, a line each, as the official results file contains them."""
         return "\n".join(self.reasons)
 
 
@@ -127,7 +127,7 @@ def box_iou_inclusive(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def relations(box_a: np.ndarray, box_b: np.ndarray, margin: float = 0.1) -> tuple[str, ...]:
-    """Where box_a lies relative to box_b: none, one or two of "left of", "right of", "above", "below".
+    """The position of box_a relative to box_b: none, one or two of "left of", "right of", "above", "below".
 
     Per axis the distance of the centres is shortened by `margin` times both box sizes, but the direction divides by
     the full (un-shortened) distance; so the same angle reads as a relation for small boxes and as none for big ones.
@@ -154,7 +154,7 @@ def evaluate_image(
     """Judges one image by its detections.
 
     Args:
-        metadata: what the image should hold.
+        metadata: what the image should contain.
         detections: everything the detector saw, unfiltered.
         classify_color: names colours; None takes them from the detections. Called only for clauses with a colour
             whose count is met, with the `count` best detections.

@@ -102,7 +102,7 @@ def score_images(
     """GenEval of the images under `folder`, in the official layout.
 
     Args:
-        expected: the prompts that must be there; None takes the 553 official ones when the folder holds no other
+        expected: the prompts that must be there; None takes the 553 official ones when the folder has no other
             prompt than theirs, and else the prompts that are there.
         partial: also score a part of them, or unequal numbers of images; `data["partial"]` then says what is
             missing.
@@ -150,7 +150,7 @@ def score_images(
 
 
 def missing_images(samples: Sequence[Sample], expected: Sequence[Metadata] | None = None) -> str:
-    """What a folder lacks, in words; "" when it is whole. `expected` as in `score_images`."""
+    """Missing parts of a folder, in words; "" when it is complete. `expected` as in `score_images`."""
     counts = Counter(sample.metadata.to_json() for sample in samples)
     if expected is None:
         official = {item.to_json(): item for item in official_prompts()}

@@ -56,12 +56,12 @@ def folder_photos(folder: str | Path, class_names: Sequence[str]) -> list[Photo]
     cat.jpg, fire_hydrant-2.png.
 
     Raises:
-        FastgenError: the folder holds no picture, or one that cannot be read or is named after no class.
+        FastgenError: the folder has no picture, or one that cannot be read or is named after no class.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if not files:
-        raise FastgenError(f"self-test: {folder} holds no photographs ({', '.join(_SUFFIXES)})")
+        raise FastgenError(f"self-test: {folder} has no photographs ({', '.join(_SUFFIXES)})")
     photos = []
     for path in files:
         expected = path.stem.split("-")[0].replace("_", " ").strip().lower()

@@ -21,7 +21,7 @@ from fastgen.pretrained import load_pretrained
 
 
 class ShapesModel(Protocol):
-    """What the checker needs of a detector network; `fastgen.models.shapes_detector.ShapesDetector` is one."""
+    """The interface of a detector network for the checker; `fastgen.models.shapes_detector.ShapesDetector` is one."""
 
     def detect(self, images: torch.Tensor) -> Sequence[Any]:
         """uint8 [n, 64, 64, 3] -> per image an object with the tensors labels, color_probs, scores, boxes (exclusive
@@ -39,14 +39,14 @@ def load_detector(folder: str | Path | None = None, *, device: str | torch.devic
     """The embedded detector, or the one saved in `folder`, in evaluation mode.
 
     Raises:
-        FastgenError: the folder does not exist, does not hold a whole detector, or holds one of other classes.
+        FastgenError: the folder does not exist, does not contain a whole detector, or contains one of other classes.
     """
     from fastgen.models.shapes_detector import ShapesDetector
     from fastgen.pipelines.loading.checkpoint import embedded_folder
 
     folder = embedded_folder("shapes-detector") if folder is None else Path(folder)
     if not (folder / "config.json").is_file():
-        raise FastgenError(f"{folder}: holds no ShapesWorld detector (no config.json)")
+        raise FastgenError(f"{folder}: has no ShapesWorld detector (no config.json)")
     try:
         model, info = load_pretrained(ShapesDetector, str(folder), local_files_only=True, output_loading_info=True)
     except Exception as error:  # safetensors, json and torch each raise their own type for a damaged file

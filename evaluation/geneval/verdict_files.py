@@ -64,7 +64,7 @@ def read_results(path: str | Path) -> Verdicts:
     except UnicodeDecodeError as error:
         raise FastgenError(f"{path}: cannot be read: {error}") from error
     if not text.strip():
-        raise FastgenError(f"{path}: holds no verdicts")
+        raise FastgenError(f"{path}: has no verdicts")
     found = Verdicts([], [], [], set())
     lines: dict[str, int] = {}
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):

@@ -1,4 +1,4 @@
-"""What a verifier is, and the part that all verifiers with a network share: batches and remembered prompts.
+"""The interface of a verifier, and the shared part of verifiers with a network: batches and cached prompts.
 
 A search scores hundreds of pictures of the same prompt, so what depends only on the prompt (a text embedding, token
 numbers) is made once and kept for the prompts used last.

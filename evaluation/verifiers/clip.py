@@ -125,7 +125,7 @@ class PickScore(_Cosine):
 
 
 def aesthetic_head(tensors: Mapping[str, Tensor]) -> nn.Sequential:
-    """The linear layers of a state dict in the order of their numbers; nothing lies between them at inference.
+    """The linear layers of a state dict in the order of their numbers; there is nothing between them at inference.
 
     Raises:
         ValueError: they do not fit one another, or do not end in one number.
@@ -167,7 +167,7 @@ class Aesthetic(ModelVerifier):
 
     @classmethod
     def load(cls, weights: str | None = None, *, device: str = "cpu", dtype: str = "auto", **kwargs: int) -> Aesthetic:
-        """From a file of the linear layers, or a folder or Hub id with one; the CLIP model lies in the folder's
+        """From a file of the linear layers, or a folder or Hub id with one; the CLIP model is in the folder's
         `clip/`, else it is openai/clip-vit-large-patch14.
 
         Raises:

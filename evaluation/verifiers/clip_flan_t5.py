@@ -1,6 +1,6 @@
 """The network of VQAScore: patches of a CLIP vision tower between two pieces of text in the encoder of a T5.
 
-Loads zhiqiulin/clip-flant5-xxl (and -xl) into stock transformers classes. What its files hold was read off the
+Loads zhiqiulin/clip-flant5-xxl (and -xl) into stock transformers classes. What its files contain was read off the
 published model code, as the files themselves were not at hand: the T5 under transformers' own names, the projector as
 `mm_projector.0` and `mm_projector.2`, and perhaps a copy of the frozen vision tower as
 `vision_tower.vision_tower.vision_model.*`. Both cases of the latter load; anything else that is missing is an error.

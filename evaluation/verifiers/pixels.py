@@ -1,4 +1,4 @@
-"""From uint8 pictures to what the networks take."""
+"""Preprocessing of uint8 pictures for the networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["fit_and_pad", "pad_to_square", "processed"]
 
 
 def processed(processor: Any, images: Tensor) -> Any:
-    """What a transformers image processor makes of pictures uint8 [k, 3, H, W].
+    """The output of a transformers image processor for pictures uint8 [k, 3, H, W].
 
     With torchvision it works on the pictures' device; its bicubic resize differs from Pillow's by one level at most.
     """

@@ -67,7 +67,7 @@ class VQAScore(ModelVerifier):
     def load(cls, weights: str | None = None, *, device: str = "cpu", dtype: str = "auto", **kwargs: int) -> VQAScore:
         """From a Hub id or a folder.
 
-        A folder may hold the vision tower in `vision_tower/` and the tokenizer in `tokenizer/`; else they are those
+        A folder may contain the vision tower in `vision_tower/` and the tokenizer in `tokenizer/`; else they are those
         of openai/clip-vit-large-patch14-336 and of the FlanT5 of that size.
 
         Raises:

@@ -337,7 +337,9 @@ def serve(
 def kernels(
     op: Annotated[
         list[str] | None,
-        typer.Option(help="Only this operation (with --end-to-end: models whose names begin so); repeat for several."),
+        typer.Option(
+            help="Only this operation (with --end-to-end: models by the start of their names); repeat for several."
+        ),
     ] = None,
     device: DeviceOption = "cpu",
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled references.")] = True,

@@ -21,14 +21,14 @@ def accelerate(
     variant: VariantOption = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Plan of `fastgen tune`; repeat for several.")] = None,
     share: Annotated[
-        list[float] | None, typer.Option(help="Fewer steps to compare with; repeat. Default: .85 .7 .55 .4 .3.")
+        list[float] | None, typer.Option(help="Share of the steps to compare with; repeat. Default: .85 .7 .55 .4 .3.")
     ] = None,
     metric: Annotated[str, typer.Option(help="As in `fastgen tune`.")] = "shapes",
     prompts_file: Annotated[
         Path | None, typer.Option(help="UTF-8, one prompt per line. Default: ShapesWorld's.", show_default=False)
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures of each plan; prompts are repeated with other seeds.")] = 360,
-    minutes: Annotated[float, typer.Option(help="After them no new round starts.")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="Time limit in minutes; no new round starts after it.")] = 60.0,
     steps: Annotated[int | None, typer.Option(help="Default: the model's.", show_default=False)] = None,
     log: Annotated[Path, typer.Option(help="Finished rounds; a killed benchmark resumes from it.")] = Path(
         "fastgen-bench-accelerate.jsonl"

@@ -20,9 +20,7 @@ def search(
     verifier: Annotated[
         str, typer.Option(help="Verifier to search with: a name, NAME:FOLDER, or a folder.")
     ] = "shapes-verifier",
-    heldout: Annotated[
-        str | None, typer.Option(help="A second verifier, which scores the pictures that were found.")
-    ] = None,
+    heldout: Annotated[str | None, typer.Option(help="A second verifier that scores the found pictures.")] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(

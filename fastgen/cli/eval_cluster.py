@@ -1,4 +1,4 @@
-"""Images of an evaluation, drawn by workers of a Ray cluster; a batch whose worker is lost is drawn again."""
+"""Images of an evaluation, drawn by workers of a Ray cluster. If a worker is lost, its batch is drawn again."""
 
 from __future__ import annotations
 

@@ -79,16 +79,17 @@ def fid(
         int | None, typer.Option("--reference-n", help="Number of reference images; all if not set.")
     ] = None,
     allow_small: Annotated[
-        bool, typer.Option("--allow-small", help="Even with fewer images than twice the features (biased).")
+        bool, typer.Option("--allow-small", help="Allow fewer images than twice the features (biased).")
     ] = False,
     mixed_sizes: Annotated[bool, typer.Option("--mixed-sizes", help="Allow images of different sizes.")] = False,
     bootstrap: Annotated[
-        int, typer.Option("--bootstrap", help="Replicates behind the interval of a Fréchet distance; 0 for none.")
+        int,
+        typer.Option("--bootstrap", help="Bootstrap replicates for the interval of a Fréchet distance; 0 for none."),
     ] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Seed of bootstrap and random subsets.")] = 0,
     subsets: Annotated[int, typer.Option("--subsets", help="Random subsets of kernel distances.")] = 100,
-    subset_size: Annotated[int, typer.Option("--subset-size", help="Images in one of them.")] = 1000,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass of a network.")] = 64,
+    subset_size: Annotated[int, typer.Option("--subset-size", help="Images per subset.")] = 1000,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Batch size of the network.")] = 64,
     workers: Annotated[int | None, typer.Option("--workers", help="Threads that decode and resize.")] = None,
     model: Annotated[
         str | None,

@@ -49,7 +49,7 @@ def geneval(
         bool, typer.Option("--partial", help="Score a folder in which prompts or images are missing.")
     ] = False,
     self_test: Annotated[
-        bool, typer.Option("--self-test/--no-self-test", help="First see whether the detector sees photographs.")
+        bool, typer.Option("--self-test/--no-self-test", help="First test the detector on photographs.")
     ] = True,
     self_test_photos: Annotated[
         Path | None,

@@ -52,7 +52,9 @@ Engine = Annotated[str, typer.Option("--engine", help="local draws in this proce
 Workers = Annotated[int, typer.Option("--ray-workers", help="Workers that draw (ray).")]
 Address = Annotated[
     str | None,
-    typer.Option("--ray-address", help="Of a running cluster. Default: one on this machine.", show_default=False),
+    typer.Option(
+        "--ray-address", help="Address of a running cluster. Default: starts one on this machine.", show_default=False
+    ),
 ]
 
 

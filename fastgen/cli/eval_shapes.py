@@ -35,7 +35,7 @@ def shapes(
     ] = None,
     captions: Annotated[bool, typer.Option("--captions", help="Prompts under the images of the sheet.")] = False,
     allow_small: Annotated[
-        bool, typer.Option("--allow-small", help="FD-shapes even of fewer than 256 images (biased).")
+        bool, typer.Option("--allow-small", help="Allow FD-shapes of fewer than 256 images (biased).")
     ] = False,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,

@@ -195,7 +195,7 @@ def _open_closed_streams() -> None:
 
 
 def _refuse_blank(args: Sequence[str]) -> None:
-    """Refuse an option whose value is empty: as a path it would be the working directory."""
+    """Refuse an option with an empty value: as a path it would be the working directory."""
     for option, value in zip(args, [*args, "-"][1:], strict=True):
         if option.startswith("-") and (value == "" or re.fullmatch(r"--[\w-]+=", option)):
             raise FastgenError(f"{option.rstrip('=')}: an empty text is not allowed")

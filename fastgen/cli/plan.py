@@ -3,7 +3,7 @@
 Names. ``-o out.png`` gives out.png, or out-0.png, out-1.png … for several pictures. A folder gets 00000-0.png:
 line of the prompts file, picture of that line. Each picture has a sidecar of the same name in JSON.
 
-Finished pictures. A picture counts as finished when its sidecar holds the sha256 of its file and the very settings
+Finished pictures. A picture counts as finished when its sidecar contains the sha256 of its file and the very settings
 that this run has for it; then it is kept. A picture that was made otherwise is replaced if it was named by ``-o``, as
 any tool replaces its output; in the folder of a prompts file it stops the run, because a mix of settings there is a
 mistake.
@@ -149,7 +149,7 @@ def other_batches(kept: list[Job]) -> int:
 
 
 def unfinished_jobs(jobs: list[Job], *, overwrite: bool, strict: bool) -> list[Job]:
-    """Jobs whose pictures have to be made.
+    """Jobs that are not finished.
 
     Args:
         overwrite: make all of them, also those that exist.

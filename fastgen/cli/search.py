@@ -32,11 +32,13 @@ SaveTreeOption = Annotated[
     bool, typer.Option("--save-tree", help="Also write NAME.tree.png: all candidates and their scores (search).")
 ]
 ImageOption = Annotated[
-    Path | None, typer.Option("--image", help="A picture to begin with, img2img (search).", show_default=False)
+    Path | None, typer.Option("--image", help="Start from this picture, image-to-image (search).", show_default=False)
 ]
 MaskOption = Annotated[
     Path | None,
-    typer.Option("--mask", help="White where --image is to be drawn again, inpainting (search).", show_default=False),
+    typer.Option(
+        "--mask", help="Mask for inpainting: white parts of --image are redrawn (search).", show_default=False
+    ),
 ]
 StrengthOption = Annotated[
     float | None,

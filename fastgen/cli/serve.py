@@ -45,34 +45,40 @@ def serve(
         typer.Option(help="A name, a folder or a Hub id; repeat. Default: tiny.", show_default=False),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine's need a key.")
+        str, typer.Option(help="Address to listen on; one that other machines can reach needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="That requests must carry. Better in the environment variable FASTGEN_API_KEY, which no list of "
-            "processes shows.",
+            help="Key that requests must send. The environment variable FASTGEN_API_KEY is safer: no list of "
+            "processes shows it.",
             show_default=False,
         ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a key.")] = False,
     verifier: Annotated[
         str | None,
-        typer.Option(help="Of searches: a name, NAME:WEIGHTS or a folder. Default: the model's.", show_default=False),
+        typer.Option(
+            help="Verifier of searches: a name, NAME:WEIGHTS or a folder. Default: the model's.", show_default=False
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Most pictures per batch.")] = 8,
     max_wait_ms: Annotated[float, typer.Option(help="How long a picture waits for others to share its batch.")] = 20,
     max_queue: Annotated[int, typer.Option(help="Pictures that wait; more are refused with status 429.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds of a request.")] = 600,
+    timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.")] = 600,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     engine: Annotated[str, typer.Option(help="local draws in this process, ray on replicas of Ray Serve.")] = "local",
-    replicas: Annotated[int, typer.Option(help="That run at least (ray).", rich_help_panel=_RAY)] = 1,
+    replicas: Annotated[int, typer.Option(help="Minimum number of replicas (ray).", rich_help_panel=_RAY)] = 1,
     max_replicas: Annotated[
         int | None,
-        typer.Option(help="That run under load. Default: no more.", show_default=False, rich_help_panel=_RAY),
+        typer.Option(
+            help="Maximum number of replicas under load. Default: the minimum.",
+            show_default=False,
+            rich_help_panel=_RAY,
+        ),
     ] = None,
     replica_gpus: Annotated[
         float, typer.Option(help="GPUs of a replica; 0.5 lets two share one.", rich_help_panel=_RAY)
@@ -82,16 +88,20 @@ def serve(
     ray_address: Annotated[
         str | None,
         typer.Option(
-            help="Of a running cluster. Default: one on this machine.", show_default=False, rich_help_panel=_RAY
+            help="Address of a running cluster. Default: starts one on this machine.",
+            show_default=False,
+            rich_help_panel=_RAY,
         ),
     ] = None,
-    limit_body_megabytes: Annotated[int, typer.Option(help="Size of a request.", rich_help_panel=_LIMITS)] = 32,
-    limit_prompt: Annotated[int, typer.Option(help="Characters of a prompt.", rich_help_panel=_LIMITS)] = 4000,
-    limit_images: Annotated[int, typer.Option(help="Pictures of a request.", rich_help_panel=_LIMITS)] = 10,
-    limit_side: Annotated[int, typer.Option(help="Pixels of a side.", rich_help_panel=_LIMITS)] = 2048,
-    limit_steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=_LIMITS)] = 200,
+    limit_body_megabytes: Annotated[int, typer.Option(help="Largest request.", rich_help_panel=_LIMITS)] = 32,
+    limit_prompt: Annotated[int, typer.Option(help="Longest prompt in characters.", rich_help_panel=_LIMITS)] = 4000,
+    limit_images: Annotated[int, typer.Option(help="Most pictures per request.", rich_help_panel=_LIMITS)] = 10,
+    limit_side: Annotated[
+        int, typer.Option(help="Largest height and width in pixels.", rich_help_panel=_LIMITS)
+    ] = 2048,
+    limit_steps: Annotated[int, typer.Option(help="Most denoising steps.", rich_help_panel=_LIMITS)] = 200,
     limit_nfe: Annotated[
-        int, typer.Option(help="Forward passes of a search for one picture.", rich_help_panel=_LIMITS)
+        int, typer.Option(help="Most forward passes of a search per picture.", rich_help_panel=_LIMITS)
     ] = 2000,
     **loading: Any,
 ) -> None:

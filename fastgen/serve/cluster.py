@@ -1,7 +1,7 @@
 """The same application on Ray Serve: replicas that draw, on one machine or many.
 
 Each replica keeps its most recently used models, and shares batches among the requests that reach it. A
-picture whose replica is lost is drawn again by another one, from the same seed.
+picture of a lost replica is drawn again by another one, from the same seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _replica_class(kept: int) -> Any:
     """What a replica runs, with that many models loaded at most."""
 
     class Replica:
-        """Draws in a process of its own."""
+        """Draws in a separate process."""
 
         def __init__(self, settings: ServeSettings) -> None:
             self._backend = LocalBackend(Catalogue(settings), Metrics(), keep=kept)

@@ -28,7 +28,7 @@ class ErrorAnswer(BaseModel):
 
 
 class AsciiResponse(JSONResponse):
-    """JSON in ASCII: a text that is echoed may hold what UTF-8 cannot encode."""
+    """JSON in ASCII: a text that is echoed may contain what UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -93,7 +93,7 @@ class ServeSettings:
             raise FastgenError("--api-key: needs printable ASCII characters")
         if self.api_key is None and not self.insecure and not is_loopback(self.host):
             raise FastgenError(
-                f"--host: {self.host} is not this machine alone; needs --api-key, or --insecure to serve anyone"
+                f"--host: {self.host} can be reached from other machines; needs --api-key, or --insecure for anyone"
             )
 
 

@@ -167,7 +167,7 @@ class Worker:
                 return batch
 
     def _draw(self, batch: list[Ticket]) -> None:
-        """Draw a batch; where it fails, each of its orders alone, so that only the bad one fails."""
+        """Draw a batch; where it fails, draw each of its orders separately, so that only the bad one fails."""
         started = time.monotonic()
         self._metrics.batches.observe(len(batch))
         try:
@@ -178,7 +178,7 @@ class Worker:
         except Exception as error:
             left = [ticket for ticket in batch if not ticket.finished and not ticket.cancelled]
             if len(batch) > 1:
-                logger.warning("a batch of %d failed (%s); each is drawn alone", len(batch), type(error).__name__)
+                logger.warning("a batch of %d failed (%s); each is drawn separately", len(batch), type(error).__name__)
                 for ticket in left:
                     self._draw([ticket])
                 return

@@ -25,7 +25,7 @@ class FusedProcessor:
     """A processor before the stock one.
 
     Args:
-        stock: what was installed; its attention backend and parallel configuration stay in force.
+        stock: what was installed; its attention backend and parallel configuration are kept.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -150,7 +150,7 @@ class FusedZImageProcessor(FusedProcessor):
 
 
 class FusedQwenProcessor(FusedProcessor):
-    """Qwen-Image: text and image have weights and factors of their own, text comes first."""
+    """Qwen-Image: text and image have separate weights and factors, text comes first."""
 
     def __call__(
         self,

@@ -144,7 +144,7 @@ def _sd3(
     temb: Tensor,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Stable Diffusion 3 and 3.5, where some blocks have a second attention over the image alone."""
+    """Stable Diffusion 3 and 3.5, where some blocks have a second attention over only the image."""
     if self._chunk_size is not None or temb.ndim != 2 or not runs(hidden_states):
         output: tuple[Tensor | None, Tensor] = _STOCK_SD3(
             self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs

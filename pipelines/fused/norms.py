@@ -1,4 +1,4 @@
-"""What fused blocks of stock transformers share: which norms the kernels know, and residual sums with them."""
+"""Shared by the fused blocks of stock transformers: which norms the kernels support, and residual sums with them."""
 
 from __future__ import annotations
 

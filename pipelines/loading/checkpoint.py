@@ -173,22 +173,18 @@ def find_checkpoint(
     """
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
         raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
-    return replace(_find_checkpoint(_name("model", model), revision), variant=variant)
-
-
-def _find_checkpoint(name: str, revision: str | None) -> Checkpoint:
-    path = Path(name).expanduser()
-    on_hub = name not in EMBEDDED_MODELS and not path.exists() and _HUB_ID.fullmatch(name)
+    name = _name("model", model)
+    path = embedded_folder(name) if name in EMBEDDED_MODELS else Path(name).expanduser()
+    on_hub = not path.exists() and _HUB_ID.fullmatch(name)
     if revision is not None and not (isinstance(revision, str) and revision and on_hub):
         raise FastgenError(f"revision: {revision!r} is not allowed, needs a branch, tag or commit of a Hub id")
-    if name in EMBEDDED_MODELS:
-        return _read_checkpoint(name, embedded_folder(name), None)
     if path.is_dir():
-        return _read_checkpoint(name, path, None)
+        return replace(_read_checkpoint(name, path, None), variant=variant)
     if path.exists():
         raise FastgenError(f"model {name!r} is a file; needs the folder that contains model_index.json or config.json")
     if on_hub:
-        return replace(_read_checkpoint(name, _download(name, revision, _CONFIG_FILES), name), revision=revision)
+        found = _read_checkpoint(name, _download(name, revision, _CONFIG_FILES), name)
+        return replace(found, variant=variant, revision=revision)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise FastgenError(f"model {name!r}: there is no such folder")
     raise FastgenError(

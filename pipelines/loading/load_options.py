@@ -116,17 +116,6 @@ def scheduler_class(current: str, asked: str) -> type:
     return chosen
 
 
-def _with_scheduler(pipe: Any, asked: str) -> None:
-    current = type(pipe.scheduler).__name__
-    chosen: Any = scheduler_class(current, asked)
-    if chosen.__name__ == "UniPCMultistepScheduler" and current.startswith("FlowMatch"):
-        from fastgen.pipelines.flow_solver import unipc_of_flow
-
-        pipe.scheduler = unipc_of_flow(pipe.scheduler)
-    else:
-        pipe.scheduler = chosen.from_config(pipe.scheduler.config)
-
-
 def _size(text: str) -> list[int]:
     height, _, width = text.partition("x")
     return [int(height), int(width)]
@@ -245,8 +234,15 @@ class LoadOptions:
     def apply(self, pipe: Any) -> None:
         """Set scheduler, LoRA weights and tiling of a loaded pipeline."""
         if self.scheduler is not None:
-            _with_scheduler(pipe, self.scheduler)
-        elif type(getattr(pipe, "scheduler", None)).__name__ == "UniPCMultistepScheduler":
+            current = type(pipe.scheduler).__name__
+            chosen: Any = scheduler_class(current, self.scheduler)
+            if chosen.__name__ == "UniPCMultistepScheduler" and current.startswith("FlowMatch"):
+                from fastgen.pipelines.flow_solver import unipc_of_flow
+
+                pipe.scheduler = unipc_of_flow(pipe.scheduler)
+            else:
+                pipe.scheduler = chosen.from_config(pipe.scheduler.config)
+        if type(getattr(pipe, "scheduler", None)).__name__ == "UniPCMultistepScheduler":
             from fastgen.pipelines.flow_solver import for_pipelines_of_flow
 
             pipe.scheduler = for_pipelines_of_flow(pipe.scheduler)

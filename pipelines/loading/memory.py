@@ -30,8 +30,8 @@ def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | Non
     sizes = {name: sum(_file_size(file, dtype) for file in each) for name, each in files.items()}
     if quantize is not None:
         name = denoiser_name(checkpoint.index)
-        pattern = layer_pattern(component_class(*checkpoint.index[name]))
-        sizes[name] -= sum(_saved(file, pattern, dtype, BITS[quantize]) for file in files[name])
+        fewer = (layer_pattern(component_class(*checkpoint.index[name])), BITS[quantize])
+        sizes[name] = sum(_file_size(file, dtype, fewer) for file in files[name])
     return sizes
 
 
@@ -40,24 +40,19 @@ def denoiser_name(index: Mapping[str, Any]) -> str:
     return next((name for name in ("transformer", "unet", "prior") if name in index), "")
 
 
-def _saved(file: Path, pattern: re.Pattern[str], dtype: torch.dtype, bits: int) -> int:
-    """Bytes that the matrices of layers with such names take less, with a scale for each row."""
-    if file.suffix != ".safetensors":
-        return 0
-    return sum(
-        math.prod(shape) * (8 * dtype.itemsize - bits) // 8 - shape[0] * dtype.itemsize
-        for name, (stored, shape) in check_safetensors(file).items()
-        if stored in _FLOATS and len(shape) == 2 and pattern.fullmatch(name.removesuffix(".weight"))
-    )
-
-
-def _file_size(file: Path, dtype: torch.dtype) -> int:
+def _file_size(file: Path, dtype: torch.dtype, fewer: tuple[re.Pattern[str], int] | None = None) -> int:
+    """Bytes of a file's weights; `fewer`: bits of the matrices of layers with such names, and a scale per row."""
     if file.suffix != ".safetensors":
         return file.stat().st_size
-    return sum(
-        math.prod(shape) * (dtype.itemsize if kind in _FLOATS else int((re.findall(r"\d+", kind) or ["8"])[0]) // 8)
-        for kind, shape in check_safetensors(file).values()
-    )
+    size = 0
+    for name, (stored, shape) in check_safetensors(file).items():
+        if stored not in _FLOATS:
+            size += math.prod(shape) * int((re.findall(r"\d+", stored) or ["8"])[0]) // 8
+        elif fewer and len(shape) == 2 and fewer[0].fullmatch(name.removesuffix(".weight")):
+            size += math.prod(shape) * fewer[1] // 8 + shape[0] * dtype.itemsize
+        else:
+            size += math.prod(shape) * dtype.itemsize
+    return size
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""What a search may spend on a prompt, and what it has spent."""
+"""The budget of a search for a prompt, and the spent part."""
 
 from __future__ import annotations
 

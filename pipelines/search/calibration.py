@@ -1,6 +1,6 @@
 """Thresholds that were measured for a model with its verifier: `fastgen train search-calibrate` writes them.
 
-A calibration holds several schedules, from sparing to thorough. Each says what a candidate has to score at each time,
+A calibration has several schedules, from sparing to thorough. Each says what a candidate has to score at each time,
 and how many evaluations a picture took under it; a search takes the most thorough one that its budget pays for.
 """
 
@@ -160,7 +160,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` wrote, from the file or the folder that holds `thresholds.json`.
+        """Read what `save` wrote, from the file or the folder that contains `thresholds.json`.
 
         Raises:
             FastgenError: the file is missing or broken; the line says what.
@@ -194,7 +194,7 @@ def read_calibrations(folder: str | os.PathLike[str]) -> tuple[Calibration, ...]
 def calibration_for(
     pipe: Any, verifier: Any, given: Calibration | str | os.PathLike[str] | None = None
 ) -> Calibration | None:
-    """What was measured for a model with its verifier.
+    """Measurements for a model with its verifier.
 
     Args:
         pipe: of the model.

@@ -1,9 +1,9 @@
-"""The engine: programs of many prompts and chains, whose evaluations share forward passes.
+"""The engine runs the searches of many prompts and chains, and batches their evaluations.
 
 A policy writes a chain as a generator: it yields samples that it wants evaluated and is sent what came of them, as if
 it were alone. The engine gathers what all chains want, runs the model, the decoder and the verifier on it together,
 and hands the answers back; chains that are done drop out. So several prompts are in flight, candidates are tried in
-waves, and a chain's code knows of neither. Every candidate has a seed of its own: its noise depends on the prompt's
+waves, and a chain's code knows of neither. Every candidate has its own seed: its noise depends on the prompt's
 seed and on its place in the search, not on what is evaluated with it.
 """
 
@@ -119,7 +119,7 @@ Program = Generator[Ask, list[Node], Node]
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What is kept of a node: its number, its parent's (-1: a start), its time and its score."""
+    """The record of a node: its number, its parent's (-1: a start), its time and its score."""
 
     number: int
     parent: int
@@ -133,7 +133,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a round of evaluations brought.
+    """Results of a round of evaluations.
 
     Attributes:
         running: chains that continue.
@@ -221,7 +221,7 @@ def rank(node: Node) -> tuple[bool, int, float]:
 
 
 class SearchStopped(Exception):
-    """Something ended the search: `__cause__` says what. The chains hold what was found until then."""
+    """Something ended the search: `__cause__` says what. The chains keep what was found until then."""
 
 
 def run_chains(
@@ -286,7 +286,7 @@ def _best_end(end: Node, furthest: Node | None) -> Node:
 
 
 def _nodes(asked: list[tuple[Chain, Ask]], answers: Sequence[Answer]) -> list[list[Node]]:
-    """What each chain is sent."""
+    """The answer for each chain."""
     nodes, left = [], iter(answers)
     for chain, ask in asked:
         own = []

@@ -34,7 +34,7 @@ Verifier = Callable[[Tensor, list[str]], Tensor]
 
 @dataclass
 class Answer:
-    """What came of a sample: see `fastgen.pipelines.search.engine.Node`."""
+    """The evaluation of a sample: see `fastgen.pipelines.search.engine.Node`."""
 
     prediction: Prediction
     score: float = math.nan
@@ -108,7 +108,7 @@ def _evaluated(part: Sequence[_Row]) -> Prediction:
 
 
 def _shown(part: Sequence[tuple[_Row, Prediction]], preview: Preview | None) -> list[Tensor | NotFiniteError]:
-    """Of each row its picture [1, 3, H, W] uint8, or why it has none."""
+    """For each row its picture [1, 3, H, W] uint8, or the error."""
     if not part:
         return []
     denoiser = part[0][0][0].denoiser

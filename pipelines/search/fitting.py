@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 @dataclass
 class Fit:
-    """What was found of one kind of work.
+    """Measurements of one kind of work.
 
     Attributes:
         rows: the most that fit; None: no limit was met.

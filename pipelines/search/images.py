@@ -48,7 +48,7 @@ def search_images(
 
     Args:
         pipe: a diffusers pipeline with an adapter.
-        verifier, policy, sampler, preview: see `NoiseSearchPipeline`; no sampler stands for its default.
+        verifier, policy, sampler, preview: see `NoiseSearchPipeline`; None as sampler is its default.
         prompts, seeds: of equal length.
         budget: of each picture; pictures that are searched for together share their seconds.
         batch_size: pictures that are searched for together, and rows of a forward pass, at most.
@@ -113,7 +113,7 @@ def search_images(
 
 
 def _name(thing: Any) -> str | None:
-    """What results call a verifier or a sampler."""
+    """The name of a verifier or a sampler in results."""
     if thing is None or isinstance(thing, str):
         return thing
     return getattr(thing, "name", None) or getattr(thing, "__name__", type(thing).__name__)

@@ -1,6 +1,6 @@
 """Interpolants between data and noise, and what a model's prediction says along them.
 
-x_t = alpha(t) x_0 + sigma(t) eps, t = 0 data. Whatever a model predicts (velocity, noise, v), it tells the clean
+x_t = alpha(t) x_0 + sigma(t) eps, t = 0 data. Whatever a model predicts (velocity, noise, v), it gives the clean
 sample and the noise; everything else, the velocity of any interpolant and the score, follows from these two. That
 makes the change to another interpolant of the same signal-to-noise ratios a change of scale ("Inference-time scaling
 for flow models", arXiv 2503.19385, section 4): in x / c the model sees what it was trained on, and the two predictions
@@ -39,7 +39,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model says of noisy samples.
+    """A model's prediction for noisy samples.
 
     Attributes:
         clean: [k, …] the expected clean sample ("x0hat", Tweedie's estimate).

@@ -1,4 +1,4 @@
-"""What a policy of a noise search is to the pipeline: a program for each chain, and what it needs."""
+"""The interface of a policy of a noise search: a program for each chain, and its requirements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Policy(ABC):
 
     @abstractmethod
     def program(self, chain: Chain) -> Program:
-        """A chain's search: yields what it wants evaluated, returns the node whose picture it ends with."""
+        """A chain's search: yields what it wants evaluated, returns the node of the picture that it ends with."""
 
     def least(self, transitions: int) -> int:
         """Evaluations of one prompt without which there is no picture."""

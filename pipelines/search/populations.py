@@ -145,7 +145,7 @@ class MonteCarlo(Policy):
 
     @staticmethod
     def _gain(score: float, before: float) -> float:
-        """What a step brought; a picture that had no score had nothing to lose."""
+        """The gain of a step; a picture without a score before has lost nothing."""
         return score if before == -math.inf else score - before
 
     def _log_weights(self, gains: list[float], before: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What becomes of a trajectory, given the verifier's score of a preview: whether to continue it or begin another.
+"""Expected results of a trajectory by the verifier's score of a preview: continue it or begin another.
 
 Going on from a preview costs the evaluations that are left of the trajectory and succeeds with a chance p; a new one
 costs a whole trajectory and succeeds with a chance q. A trajectory is worth its cost as long as p / left >= q / whole:

@@ -120,7 +120,7 @@ def reports_of(
     started: float,
     interrupted: bool,
 ) -> tuple[list[SearchReport], list[Node]]:
-    """Of each prompt its report and the node whose picture is returned."""
+    """For each prompt its report and the node of the returned picture."""
     reports, winners = [], []
     for number, prompt in enumerate(prompts):
         own = [chain for chain in chains if chain.prompt == number]

@@ -45,7 +45,7 @@ class Sampler:
     """Deterministic: the ODE in steps of DDIM, which for the linear interpolant are Euler's.
 
     Attributes:
-        interpolant: in whose coordinates the samples are.
+        interpolant: of the samples.
         times: N of them, falling.
 
     Raises:
@@ -114,7 +114,7 @@ class Ancestral(Sampler):
         check_number("eta", self.eta, 0, 1)
 
     def deviation(self, index: int) -> float:
-        """Of the noise that is added in that transition."""
+        """Standard deviation of the noise that the transition adds."""
         now, after = self.levels[index], self.levels[index + 1]
         kept = now.sigma**2 - (now.alpha / after.alpha * after.sigma) ** 2
         return self.eta * after.sigma / now.sigma * math.sqrt(max(kept, 0.0))

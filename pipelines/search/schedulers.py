@@ -108,7 +108,7 @@ def flow_scheduler(scheduler: Any) -> Any:
 
 
 def _steps_as(scheduler: Any, *kinds: type) -> bool:
-    """Whether it is one of these; a derived class with steps of its own is not."""
+    """Whether it is one of these; a derived class with its own steps is not."""
     return any(getattr(type(scheduler), "step", None) is kind.step for kind in kinds)  # type: ignore[attr-defined]
 
 

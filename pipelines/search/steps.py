@@ -15,7 +15,7 @@ __all__ = ["State", "StepPolicy"]
 
 @dataclass
 class State:
-    """What the loop knows of a chain."""
+    """State of a chain in the loop."""
 
     chain: Chain
     scores: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ class StepPolicy(Policy):
         return False
 
     def end(self, best: Node, step_best: Node) -> Node:
-        """What is returned of the best node of all and the best one at the last time that was reached."""
+        """Choose between the best node of all and the best one at the last time that was reached."""
         return step_best
 
     def again(self, end: Node, state: State) -> bool:
@@ -82,7 +82,7 @@ class StepPolicy(Policy):
         return True
 
     def remember(self, chain: Chain) -> dict[str, float]:
-        """What the policy keeps of a chain from transition to transition."""
+        """The policy's state of a chain between transitions."""
         return {}
 
     def program(self, chain: Chain) -> Program:
@@ -104,7 +104,7 @@ class StepPolicy(Policy):
         return left > 0 and left + chain.pool.owed.get(chain.number, 0) >= self.starts + chain.sampler.transitions
 
     def _trajectory(self, state: State) -> Generator[Ask, list[Node], Node | None]:
-        """From a start to its end; None: it was given up."""
+        """Run from a start to its end; None: it was given up."""
         chain, memory, pool = state.chain, self.remember(state.chain), state.chain.pool
         last = chain.sampler.transitions
         node = yield from self._start(state)

@@ -135,7 +135,7 @@ def test_missing_checker_costs_no_generation(monkeypatch, capsys) -> None:
     from fastgen.errors import FastgenError
 
     def missing(folder=None, device="cpu"):
-        raise FastgenError("assets/shapes-detector: holds no ShapesWorld detector")
+        raise FastgenError("assets/shapes-detector: has no ShapesWorld detector")
 
     monkeypatch.setattr(checker_module, "load_detector", missing)
     monkeypatch.setattr(shapesworld, "render_prompts", lambda *_: pytest.fail("started to draw"))

@@ -155,7 +155,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([], "needs one of --model, --images and --results, got none"),
         (["--model", "tiny", "--images", "o"], "got --model and --images"),
         (["--images", "none"], "--images: none: no such folder"),
-        (["--images", "empty"], "empty: holds no prompt folders"),
+        (["--images", "empty"], "empty: has no prompt folders"),
         (["--images", "empty", "--steps", "3"], "--steps: not allowed with --images"),
         (["--results", "none.jsonl"], "none.jsonl: there is no such file"),
         (["--results", "o.jsonl", "--tail-drop", "0.5"], "--tail-drop: not allowed"),
@@ -164,7 +164,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--images", "empty", "--device", "abacus"], "abacus"),
         (["--images", "empty", "--out", "file"], "file"),
         (["--model", "renders", "--metadata", "none.jsonl"], "none.jsonl: no such file"),
-        (["--images", "empty", "--detector", "empty"], "detector mask2former: empty holds no config.json"),
+        (["--images", "empty", "--detector", "empty"], "detector mask2former: empty has no config.json"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_missing_images_and_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "geneval", *SCORE, "--partial"]) == 0
     assert "partial: 1 of 12 prompts have fewer" in capsys.readouterr().out
     Path("o/00004/samples/0000.png").unlink()
-    assert "o/00004/samples: holds no image" in fails(SCORE, capsys)
+    assert "o/00004/samples: has no image" in fails(SCORE, capsys)
 
 
 def test_prompts_of_a_file_that_have_no_images(capsys: pytest.CaptureFixture[str]) -> None:

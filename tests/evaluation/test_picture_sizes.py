@@ -116,7 +116,7 @@ def test_results_of_two_sizes_are_not_compared(
         assert ("@128" in capsys.readouterr().out) == (size == 128)
     assert run(["eval", "compare", str(tmp_path / "s64/scores.json"), str(tmp_path / "s128/scores.json")]) == 2
     error = capsys.readouterr().err
-    assert "holds ShapesWorld-GenEval@128: they do not compare" in error and error.count("\n") == 1
+    assert "contains ShapesWorld-GenEval@128: they do not compare" in error and error.count("\n") == 1
 
 
 def test_names_of_other_detectors_stay() -> None:

@@ -234,7 +234,7 @@ def test_other_prompts_are_refused(finished: Path) -> None:
 
 def test_foreign_folder_is_refused(tmp_path) -> None:
     (tmp_path / "thesis.docx").write_text("")
-    with pytest.raises(FastgenError, match="holds no evaluation run"):
+    with pytest.raises(FastgenError, match="has no evaluation run"):
         EvaluationRun(tmp_path, PROMPTS, SETTINGS)
 
 

@@ -49,7 +49,7 @@ def test_every_command_has_them_all(name: str) -> None:
     ("option", "message"),
     [
         (["--scheduler", "DDIM"], "scheduler: 'DDIM' is not allowed, a model with FlowMatchEuler"),
-        (["--lora", "nowhere.safetensors"], "lora: there is no file or folder 'nowhere.safetensors'"),
+        (["--lora", "nowhere.safetensors"], "lora: 'nowhere.safetensors' is not allowed"),
         (["--offload", "disk"], "offload: 'disk' is not allowed, needs one of none, auto"),
         (["--offload", "model"], "offload: 'model' moves weights to a GPU, and the device is the CPU"),
         (["--quantize", "int3"], "quantize: 'int3' is not allowed"),

@@ -16,7 +16,7 @@ _KNOBS: dict[str, Any] = {"tail_drop": 0.0, "uncond_tail_drop": None, "token_bud
 
 
 class ElasticDenoiser(Denoiser):
-    """What adapters share whose transformer may have dynamic chunking.
+    """Shared by adapters with a transformer that may have dynamic chunking.
 
     The knobs are those of `DCZImagePipeline.__call__`, as numbers: candidates of different times share a forward pass,
     so that they cannot depend on the step.
@@ -25,7 +25,7 @@ class ElasticDenoiser(Denoiser):
     _knobs: dict[str, Any] | None = None
 
     def prepare_knobs(self, tokens: int, overrides: bool) -> None:
-        """Take the knobs from `settings.extra`, which may hold nothing else.
+        """Take the knobs from `settings.extra`, which may contain nothing else.
 
         Args:
             tokens: of one sample, when all are kept.
@@ -45,7 +45,7 @@ class ElasticDenoiser(Denoiser):
                 )
             return
         if transformer._hold not in (None, 1) or transformer.is_caching:
-            raise ValueError("transformer: a search cannot hold kept tokens or cache over steps; disable that first")
+            raise ValueError("transformer: a search cannot use kept tokens or cache over steps; disable that first")
         note_path("transformer", "dynamic chunking")
         knobs, budget = dict(_KNOBS), budget_of(self.pipe)
         if budget is not None and not overrides:

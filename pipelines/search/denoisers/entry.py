@@ -54,7 +54,7 @@ CONDITIONS = (
 
 @dataclass(frozen=True)
 class Said:
-    """What the pipeline gave to `scheduler.step`.
+    """The pipeline's arguments of `scheduler.step`.
 
     Attributes:
         output: of the model, guided, [k, …].

@@ -66,7 +66,7 @@ def noise_levels(scheduler: Any, timesteps: Sequence[float] | Tensor) -> tuple[I
 
 
 def noise_prediction(scheduler: Any, given: Tensor, output: Tensor, alpha: Factor, sigma: Factor) -> Prediction:
-    """What the output of a model of discrete timesteps says, clipped as its scheduler does.
+    """The prediction of a model of discrete timesteps, clipped as its scheduler does.
 
     Args:
         given: [k, …] samples of unit variance, as the model reads them.

@@ -207,16 +207,16 @@ def test_statistics_serve_their_own_protocol_only(tmp_path: Path) -> None:
     data, _ = against(open_reference(adm))
     assert data["metrics"]["fid"]["value"] < 20
     for protocol in ("clean-fid", "torch-fidelity"):
-        with pytest.raises(FastgenError, match=f"adm.npz: holds statistics of protocol adm, and {protocol} was asked"):
+        with pytest.raises(FastgenError, match=f"adm.npz: has statistics of protocol adm, and {protocol} was asked"):
             against(open_reference(adm), protocol)
-    with pytest.raises(FastgenError, match="adm.npz: holds statistics of protocol adm, not clean-fid"):
+    with pytest.raises(FastgenError, match="adm.npz: has statistics of protocol adm, not clean-fid"):
         against(open_reference(adm, "clean-fid"), "clean-fid")
-    with pytest.raises(FastgenError, match="adm.npz: holds statistics of Inception, numbers needs its own"):
+    with pytest.raises(FastgenError, match="adm.npz: has statistics of Inception, numbers needs its own"):
         against(open_reference(adm), name="numbers", metric="fd-shapes")
-    with pytest.raises(FastgenError, match="adm.npz: holds statistics only; kid needs images"):
+    with pytest.raises(FastgenError, match="adm.npz: has statistics only; kid needs images"):
         against(open_reference(adm), metric="kid")
     wide = plain_npz(tmp_path / "wide.npz", dims=5)
-    with pytest.raises(FastgenError, match="wide.npz: holds statistics of 5 pool features, inception-tf has 4"):
+    with pytest.raises(FastgenError, match="wide.npz: has statistics of 5 pool features, inception-tf has 4"):
         against(open_reference(wide))
 
 
@@ -242,7 +242,7 @@ def test_own_statistics_tell_everything(tmp_path: Path) -> None:
         if not change:
             assert against(open_reference(tmp_path / "own.npz"))[0]["extractors"]["inception"]["reference"]["n"] == 300
             continue
-        with pytest.raises(FastgenError, match="own.npz: holds statistics of another protocol"):
+        with pytest.raises(FastgenError, match="own.npz: has statistics of another protocol"):
             against(open_reference(tmp_path / "own.npz"))
 
 
@@ -400,7 +400,7 @@ def test_bad_places_are_named(numbers: Path, capsys) -> None:
     (numbers / "mine" / "0007.png").write_bytes((numbers / "mine" / "0007.png").read_bytes()[:40])
     for arguments, message in (
         (["none", "--reference", "real"], "none: no such file or folder"),
-        (["empty", "--reference", "real"], "empty: holds no image"),
+        (["empty", "--reference", "real"], "empty: has no image"),
         (["mine", "--reference", "none"], "none: no such file or folder"),
         (["mine", "--reference", "real"], "mine/0007.png: not a readable image"),
         (["mine", "--metrics", "fid"], "fid: needs a reference"),

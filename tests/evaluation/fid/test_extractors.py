@@ -96,7 +96,7 @@ def test_a_network_is_recognised_by_its_weights(clip: Path, tmp_path: Path) -> N
 def test_broken_weights_are_an_error(tmp_path: Path, dinov2: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("dinov2", "cmmd"):
-        with pytest.raises(FastgenError, match="empty holds no config.json"):
+        with pytest.raises(FastgenError, match="empty has no config.json"):
             load_extractor(name, ADM, weights=str(tmp_path / "empty"))
     with pytest.raises(FastgenError, match="verifier cmmd: .*tiny-dinov2"):
         load_extractor("cmmd", ADM, weights=str(dinov2))

@@ -197,10 +197,10 @@ def test_a_source_without_images_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"nothing of the kind")
     for name, message in (
         ("none", "none: no such file or folder"),
-        ("empty", "empty: holds no image"),
-        ("prompts", "its prompt folders hold no image"),
-        ("empty.zip", "empty.zip: holds no image"),
-        ("empty.tar", "empty.tar: holds no image"),
+        ("empty", "empty: has no image"),
+        ("prompts", "its prompt folders have no image"),
+        ("empty.zip", "empty.zip: has no image"),
+        ("empty.tar", "empty.tar: has no image"),
         ("x.zip", "x.zip: not a readable zip file"),
         ("x.tar", "x.tar: not a readable tar file"),
         ("x.npz", "x.npz: not a readable npz file"),
@@ -218,7 +218,7 @@ def test_a_source_without_images_is_named(tmp_path: Path) -> None:
         ({"arr_0": IMAGES.transpose(0, 3, 1, 2).copy()}, r"arr_0 is uint8 \[5, 3, 6, 8\]"),
         ({"arr_0": IMAGES[:0]}, r"arr_0 is uint8 \[0, 6, 8, 3\]"),
         ({"arr_0": np.asfortranarray(IMAGES)}, ".*Fortran order"),
-        ({"x": IMAGES, "y": IMAGES}, "holds x, y; needs images as arr_0"),
+        ({"x": IMAGES, "y": IMAGES}, "contains x, y; needs images as arr_0"),
     ],
 )
 def test_an_npz_of_another_kind_is_an_error(tmp_path: Path, arrays: dict, message: str) -> None:
@@ -296,7 +296,7 @@ def test_statistics_of_an_unknown_protocol(tmp_path: Path) -> None:
     assert read_statistics(tmp_path / "ref.npz").protocol is None
     np.savez(tmp_path / "other.npz", x=np.zeros(4))
     assert not holds_statistics(tmp_path / "other.npz")
-    with pytest.raises(FastgenError, match="other.npz: holds no statistics"):
+    with pytest.raises(FastgenError, match="other.npz: has no statistics"):
         read_statistics(tmp_path / "other.npz")
 
 

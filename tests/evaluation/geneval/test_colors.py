@@ -132,7 +132,7 @@ def test_weights_that_are_not_there(tmp_path: Path, folder: str, monkeypatch: py
     with pytest.raises(FastgenError, match="none of open_clip's weights of ViT-L-14: .*openai"):
         ClipColors.load("nonsense")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FastgenError, match="colour classifier: .*holds no open_clip_config.json"):
+    with pytest.raises(FastgenError, match="colour classifier: .*has no open_clip_config.json"):
         ClipColors.load(str(tmp_path / "empty"))
     broken = tmp_path / "broken"
     broken.mkdir()

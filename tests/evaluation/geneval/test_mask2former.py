@@ -236,7 +236,7 @@ def test_a_network_of_other_classes_is_refused(tmp_path: Path) -> None:
 def test_broken_weights_are_one_line(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(FastgenError, match="holds no config.json"):
+    with pytest.raises(FastgenError, match="has no config.json"):
         Mask2FormerDetector.load(str(tmp_path))
     folder = Path(save(tiny_mask2former(), tmp_path / "m"))
     tensors = load_file(folder / "model.safetensors")

@@ -78,7 +78,7 @@ def test_photographs_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="dog.png: not a readable image"):
         folder_photos(tmp_path, CLASSES)
     for folder in (tmp_path / "none", tmp_path / "empty"):
-        with pytest.raises(FastgenError, match="holds no photographs"):
+        with pytest.raises(FastgenError, match="has no photographs"):
             folder_photos(folder, CLASSES)
 
 

@@ -120,7 +120,7 @@ def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="no such file"):
         summarize_file(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(FastgenError, match="holds no verdicts"):
+    with pytest.raises(FastgenError, match="has no verdicts"):
         summarize_file(tmp_path / "empty.jsonl")
     (tmp_path / "cut.jsonl").write_text(json.dumps(official_record(*[part[0] for part in verdicts(1)]))[:-9])
     with pytest.raises(FastgenError, match="cut.jsonl:1: "):

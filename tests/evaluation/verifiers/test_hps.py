@@ -78,7 +78,7 @@ def test_pictures_of_the_right_size_are_not_resized() -> None:
 
 
 def test_a_folder_without_the_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FastgenError, match=r"verifier hps-v2.1: .* holds no HPS_v2.1_compressed.pt"):
+    with pytest.raises(FastgenError, match=r"verifier hps-v2.1: .* has no HPS_v2.1_compressed.pt"):
         HPS.load(str(tmp_path))
 
 

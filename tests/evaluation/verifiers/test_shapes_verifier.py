@@ -48,7 +48,7 @@ def test_a_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_missing_or_half_checkpoint_is_an_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FastgenError, match=r"holds no config\.json"):
+    with pytest.raises(FastgenError, match=r"has no config\.json"):
         load_verifier(f"shapes-verifier:{tmp_path}")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(FastgenError, match="cannot be loaded"):

@@ -159,7 +159,7 @@ def test_a_stock_pipeline_with_enable_dc(dit: Any) -> None:
 def test_held_tokens_and_models_without_knobs(dit: Any, micro_z: Any) -> None:
     dit.transformer.hold_chunks(2)
     try:
-        with pytest.raises(ValueError, match="transformer: a search cannot hold"):
+        with pytest.raises(ValueError, match="transformer: a search cannot use"):
             made(dit, {})
     finally:
         dit.transformer.hold_chunks(None)
