@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page, three
+from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page
 
 __all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot", "pareto_front"]
 
@@ -28,10 +28,10 @@ def dc_markdown(data: dict[str, Any]) -> str:
         ratios = [f"{row[name]:.3f}" for name in ("flop_ratio", "time_ratio", "efficiency")]
         rows.append([*cells, f"{row['flops'] / 1e9:.0f}", str(row["n"]), f"{row['seconds']['p50']:.2f}", *ratios])
     header = ["model", "batch", "tokens", "variant", "kept", "GFLOPs", "n", "s p50", "FLOP ratio", "time ratio"]
+    asked = f"at least {settings['asked']:g} is asked where there are {settings['asked_tokens']} tokens or more"
     note = (
-        f"{settings['dtype']}, random weights, forced kept shares; ratios to the eager dense model. The last column is the "
-        f"FLOP ratio over the time ratio: 1 where all saved FLOPs are saved time; at least {settings['asked']:g} is asked "
-        f"from {settings['asked_tokens']} tokens on."
+        f"{settings['dtype']}, random weights, forced kept shares; ratios to the eager dense model. The last column "
+        f"is the FLOP ratio over the time ratio, 1 where all saved FLOPs are saved time; {asked}."
     )
     if settings["extrapolated"]:
         note += (
