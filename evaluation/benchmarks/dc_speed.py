@@ -93,9 +93,9 @@ def benchmark_dc_speed(
             report(f"{model}, {pixels} pixels, batch {batch}")
             variants = _variants(pair, batch, shares)
             measured = _measured(pair, variants, compile, runs, seconds, whole)
-            size = {"size": model, "pixels": pixels, "batch": batch, "dense_tokens": pair.tokens}
+            size: dict[str, Any] = {"size": model, "pixels": pixels, "batch": batch, "dense_tokens": pair.tokens}
             rows += [{**size, **row} for row in measured]
-    settings = {"runs": runs, "seconds": seconds, "compile": compile, "extrapolated": not whole}
+    settings: dict[str, Any] = {"runs": runs, "seconds": seconds, "compile": compile, "extrapolated": not whole}
     settings |= {"device": device, "dtype": dtype, "asked": ASKED, "asked_tokens": ASKED_TOKENS}
     return result_of("dc-speed", settings, rows=rows)
 
@@ -215,7 +215,7 @@ class _Variant:
 def _variants(pair: _Pair, batch: int, shares: Sequence[float]) -> list[_Variant]:
     """Every model eager; what is compiled comes from these."""
     arguments = pair.inputs(batch)
-    dense = {"variant": "dense", "share": None}
+    dense: dict[str, Any] = {"variant": "dense", "share": None}
     found = [_Variant(dense, pair.dense, partial(pair.dense, **arguments), pair.dense_counts)]
     why = None if has_triton() and pair.dense.device.type == "cuda" else "Triton needs a GPU"
     fused = pair.dense
