@@ -5,23 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page, three
+from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page
 
 __all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot", "pareto_front"]
 
 
 def dc_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench dc-speed`: forward time and FLOPs against the dense model."""
-    rows = []
+    rows, settings = [], data["settings"]
     for row in data["rows"]:
-        rho = "" if row["tail_drop"] is None else f"{row['tail_drop']:g}"
-        cells = [row["size"], str(row["batch"]), row["variant"], rho, f"{row['flops'] / 1e9:.1f}"]
-        rows.append([*cells, *three(row["seconds"]), f"{row['flop_ratio']:.3f}", f"{row['time_ratio']:.3f}"])
-    header = ["size", "batch", "variant", "tail drop", "GFLOPs", "s p20", "p50", "p80", "FLOP ratio", "time ratio"]
-    settings = data["settings"]
-    where = f"{settings['image_size']} pixels, {settings['dtype']}, {'compiled' if settings['compile'] else 'eager'}"
-    note = f"{where}, {settings['kept']:.0%} of all tokens before the tail drop.\n\n"
-    return table_page(note, header, rows, data)
+        share = "" if row["share"] is None else f"{row['share']:g}"
+        cells = [
+            f"{row['size']}, {row['pixels']} px",
+            str(row["batch"]),
+            str(row["dense_tokens"]),
+            row["variant"],
+            share,
+        ]
+        if "missing" in row:
+            rows.append([*cells, *[""] * 5, f"not measured: {row['missing']}"])
+            continue
+        ratios = [f"{row[name]:.3f}" for name in ("flop_ratio", "time_ratio", "efficiency")]
+        rows.append([*cells, f"{row['flops'] / 1e9:.0f}", str(row["n"]), f"{row['seconds']['p50']:.2f}", *ratios])
+    header = ["model", "batch", "tokens", "variant", "kept", "GFLOPs", "n", "s p50", "FLOP ratio", "time ratio"]
+    asked = f"at least {settings['asked']:g} is asked where there are {settings['asked_tokens']} tokens or more"
+    note = (
+        f"{settings['dtype']}, random weights, forced kept shares; ratios to the eager dense model. The last column "
+        f"is the FLOP ratio over the time ratio, 1 where all saved FLOPs are saved time; {asked}."
+    )
+    if settings["extrapolated"]:
+        note += (
+            " Extrapolated: one block of each kind and the rest of the model are measured and scaled to the model's "
+            "depth; Z-Image's noise refiner and last layer take a dense layer's seconds per FLOP."
+        )
+    return table_page(f"{note}\n\n", [*header, "FLOP / time"], rows, data)
 
 
 def dc_quality_markdown(data: dict[str, Any]) -> str:

@@ -260,19 +260,27 @@ def speculative_cost(
 @app.command("dc-speed")
 def dc_speed(
     size: Annotated[
-        list[str] | None, typer.Option(help="S, B, L, XL (DiT) or z-image; repeat. Default: S and B.")
+        list[str] | None,
+        typer.Option(
+            help="MODEL@PIXELS, a DiT (S, B, L, XL) or z-image; repeat. Default: XL@512, z-image@1024, z-image@2048."
+        ),
     ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Samples of a forward pass; repeat. Default: 1 and 8.")
+    batch: Annotated[list[int] | None, typer.Option(help="Samples of a forward pass; repeat. Default: 1.")] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="Kept tokens, as a share of the dense model's; repeat. Default: .5 and .25."),
     ] = None,
-    tail_drop: Annotated[
-        list[float] | None, typer.Option(help="Shares to drop of a quarter of all tokens; repeat. Default: 0, .3, .6.")
+    runs: Annotated[int, typer.Option(help="Most measured rounds.")] = 5,
+    seconds: Annotated[float, typer.Option(help="After which a size begins no further round.")] = 150.0,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Also with compiled blocks.")] = True,
+    whole: Annotated[
+        bool | None,
+        typer.Option(
+            "--whole/--extrapolate", help="Whole models, or a block of each kind. Default: whole ones on a GPU."
+        ),
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels.")] = 256,
-    runs: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile all blocks.")] = False,
     device: DeviceOption = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "bfloat16",
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -280,16 +288,17 @@ def dc_speed(
 
     check_device(device, dtype)
     check_files(out)
-    from fastgen.evaluation.benchmarks.dc_speed import benchmark_dc_speed
+    from fastgen.evaluation.benchmarks.dc_speed import SHARES, SIZES, benchmark_dc_speed
     from fastgen.evaluation.dc_results import dc_markdown
 
     result = benchmark_dc_speed(
-        size or ("S", "B"),
-        batch or (1, 8),
-        tail_drop or (0.0, 0.3, 0.6),
-        image_size=image_size,
+        size or SIZES,
+        batch or (1,),
+        share or SHARES,
         runs=runs,
+        seconds=seconds,
         compile=compile,
+        whole=whole,
         device=device,
         dtype=dtype,
         report=report,

@@ -46,7 +46,7 @@ EXAMPLES = {
     "bench serve": ["fastgen bench serve --rounds 5 --out serve.json"],
     "bench generate": ["fastgen bench generate --out generate.json"],
     "bench dc": ["fastgen bench dc --limit 2 --out dc.json"],
-    "bench dc-speed": ["fastgen bench dc-speed --size S --out dc-speed.json"],
+    "bench dc-speed": ["fastgen bench dc-speed --size S@256 --out dc-speed.json"],
     "bench speculative": ["fastgen bench speculative --limit 2 --out speculative.json"],
     "bench search": ["fastgen bench search --budget 48 --out search.json"],
     "bench speculative-cost": ["fastgen bench speculative-cost --size janus-pro-1b"],
