@@ -62,7 +62,8 @@ def sensitivity(drafted: Drafted, states: Tensor, codes: Tensor) -> Tensor:
         drafted: the tree.
         states, codes: of the children [B, A, C, …].
     """
-    later, earlier = torch.tril_indices(*drafted.tree.pairs.shape[2:], offset=-1, device=states.device)
+    siblings = states.shape[2]
+    later, earlier = torch.tril_indices(siblings, siblings, -1, device=states.device)
     exists = drafted.tree.pairs[..., later, earlier]
     moved, apart = ((x.index_select(2, later) - x.index_select(2, earlier)).norm(dim=-1) for x in (states, codes))
     ratio = torch.where(exists & (apart > 0), moved / apart, torch.nan)
