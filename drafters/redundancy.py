@@ -62,10 +62,13 @@ def sensitivity(drafted: Drafted, states: Tensor, codes: Tensor) -> Tensor:
         drafted: the tree.
         states, codes: of the children [B, A, C, …].
     """
-    moved, apart = (torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") for x in (states, codes))
-    ratio = torch.where(drafted.tree.pairs & (apart > 0), moved / apart, torch.nan)
+    siblings = states.shape[2]
+    later, earlier = torch.tril_indices(siblings, siblings, -1, device=states.device)
+    exists = drafted.tree.pairs[..., later, earlier]
+    moved, apart = ((x.index_select(2, later) - x.index_select(2, earlier)).norm(dim=-1) for x in (states, codes))
+    ratio = torch.where(exists & (apart > 0), moved / apart, torch.nan)
     everywhere = ratio.flatten(1).nanmedian(dim=-1, keepdim=True).values
-    own = ratio[..., 1, 0] if ratio.shape[-1] == 2 else ratio.flatten(2).nanmedian(dim=-1).values
+    own = ratio[..., 0] if ratio.shape[-1] == 1 else ratio.nanmedian(dim=-1).values
     scale = drafted.states().norm(dim=-1).mean(dim=-1, keepdim=True).clamp_min(1e-12)
     return (own.where(~own.isnan(), everywhere) / scale).nan_to_num(nan=torch.inf)
 

@@ -80,19 +80,19 @@ class Lent(Rejection):
         self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def _held(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens [B, A, V] are class mates of `tokens`, and their mass [B, A]. All that is asked of a child is
-        answered from one computation."""
+        """What the class mates of `tokens` have of `target` [B, A, V], 0 for other tokens, and their mass [B, A]. All
+        that is asked of a child is answered from one computation."""
         if self._last is None or self._last[0] is not target or self._last[1] is not tokens:
-            mates = self.classes == pick(self.classes, tokens)[..., None]
-            self._last = (target, tokens, mates, (target * mates).sum(dim=-1))
+            lent = torch.where(self.classes == pick(self.classes, tokens)[..., None], target, 0.0)
+            self._last = (target, tokens, lent, lent.sum(dim=-1))
         return self._last[2], self._last[3]
 
     def accept(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         return self._held(target, tokens)[1] / pick(draft, tokens).clamp_min(TINY)
 
     def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
-        mates, held = self._held(target, tokens)
-        relaxed = target.masked_fill(mates, 0.0).scatter(-1, tokens[..., None], held[..., None])
+        lent, held = self._held(target, tokens)
+        relaxed = (target - lent).scatter_(-1, tokens[..., None], held[..., None])
         return (relaxed - draft).clamp_min(0)
 
     def stolen(self, target: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
