@@ -259,7 +259,8 @@ def _measured(
         parts += [None if each.missing else _parts(each, whole) for each in more]
         if why is None:
             _round(parts, device)  # compiles
-    rounds, began, spent = [], time.monotonic(), 0.0
+    rounds: list[list[dict[str, float] | None]] = []
+    began, spent = time.monotonic(), 0.0
     while not rounds or (len(rounds) < runs and time.monotonic() - began + spent <= limit):
         rounds.append(_round(parts, device))
         spent = (time.monotonic() - began) / len(rounds)
