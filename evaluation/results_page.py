@@ -31,6 +31,7 @@ _COMMANDS = {
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
     "bench-dc": "bench dc --tail-drop 0 --images-per-prompt 1 --runs 3",
+    "bench-dc-speed": "bench dc-speed --size XL@512 --size z-image@1024 --no-compile --seconds 90",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-batches": "bench speculative --images-per-prompt 1 --batch 1 --batch 4 --batch 16 --commands 5",

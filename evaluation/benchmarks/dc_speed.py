@@ -250,7 +250,7 @@ def _measured(
     """Rows of all variants, measured in turn."""
     device = next(pair.dense.parameters()).device
     parts = [None if each.missing else _parts(each, whole) for each in variants]
-    first = _round(parts, device)
+    first = _round(parts, device)  # warm-up
     if compile:
         taken = sum(sum(each.values()) for each in first if each is not None)
         why = None if taken <= limit / 4 else f"a round takes {taken:.0f} s here; left out above {limit / 4:.0f} s"
@@ -259,11 +259,11 @@ def _measured(
         parts += [None if each.missing else _parts(each, whole) for each in more]
         if why is None:
             _round(parts, device)  # compiles
-            first = _round(parts, device)
-    rounds, began = [first + [None] * (len(parts) - len(first))], time.monotonic()
-    spent = sum(sum(each.values()) for each in first if each is not None)
-    while len(rounds) < runs and time.monotonic() - began + 2 * spent <= limit:
+    rounds: list[list[dict[str, float] | None]] = []
+    began, spent = time.monotonic(), 0.0
+    while not rounds or (len(rounds) < runs and time.monotonic() - began + spent <= limit):
         rounds.append(_round(parts, device))
+        spent = (time.monotonic() - began) / len(rounds)
     return _rows(variants, parts, rounds)
 
 
