@@ -97,13 +97,8 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     for steps in choice.steps:
         if steps != own[1]:
             yield Variant(f"dense {steps} steps", dense, theirs, {"steps": steps})
-    if (scheduler := _other_scheduler(chunked, dense)) is not None:
-        # What a better solver gains is no merit of chunking: the dense model gets it too, up to its own steps.
-        name = re.sub(r"(Multistep|Discrete)?Scheduler$", "", type(scheduler).__name__)
-        for steps in sorted({own[1], *choice.steps}):
-            if steps <= own[1]:
-                solved = partial(_scheduled, scheduler=scheduler)
-                yield Variant(f"dense {name} {steps} steps", dense, theirs, {**defaults, "steps": steps}, solved)
+    for name, steps, adapt in _other_solver(chunked, dense, {own[1], *choice.steps}, own[1]):
+        yield Variant(f"dense {name} {steps} steps", dense, theirs, {**defaults, "steps": steps}, adapt)
     if peers:
         for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
@@ -163,11 +158,18 @@ def _peers(
             yield f"magcache {threshold:g}", partial(step_cache, config=config)
 
 
-def _other_scheduler(chunked: Any, dense: Any) -> Any:
-    """That of the chunked pipeline, where it is not the dense one's."""
+def _other_solver(
+    chunked: Any, dense: Any, steps: set[int], most: int
+) -> Iterator[tuple[str, int, Callable[[Any], AbstractContextManager[Any]]]]:
+    """Name and steps of the dense model with the chunked one's scheduler, where it is another: what a better solver
+    gains is no merit of chunking. Up to `most` steps."""
     ours, theirs = (pipe.scheduler for pipe in (chunked, dense))
-    same = type(ours) is type(theirs) and dict(ours.config) == dict(theirs.config)
-    return None if same else ours
+    if type(ours) is type(theirs) and dict(ours.config) == dict(theirs.config):
+        return
+    name = re.sub(r"(Multistep|Discrete)?Scheduler$", "", type(ours).__name__)
+    for count in sorted(steps):
+        if count <= most:
+            yield name, count, partial(_scheduled, scheduler=ours)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.cli.main import run
+from fastgen.evaluation.benchmarks.dc_variants import Choice, variants_of
 from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer
 from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
 from fastgen.evaluation.dc_results import pareto_front
+from fastgen.pipelines.flow_solver import unipc_of_flow
+from fastgen.pipelines.loading import load_pipeline
+from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
 
 @pytest.fixture
@@ -92,6 +97,29 @@ def test_the_front_is_pareto_optimal(points: list[tuple[int, int]]) -> None:
     places = {(row["seconds"]["p50"], row["score"]) for row in rows}
     unbeaten = {a for a in places if not any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in places)}
     assert front == unbeaten
+
+
+def test_a_chunked_model_with_a_solver_of_its_own_lends_it_to_the_dense_one(
+    micro_z: Path, micro_dc: Path, tmp_path: Path
+) -> None:
+    chunked = Path(shutil.copytree(micro_dc, tmp_path / "dc"))
+    unipc_of_flow(load_pipeline(str(micro_dc)).scheduler, 2.0).save_pretrained(chunked / "scheduler")  # type: ignore[attr-defined]
+    index = json.loads((chunked / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (chunked / "model_index.json").write_text(json.dumps(index))
+    choice = Choice((0.0,), (1, 3), (), (), (), ())
+    rows = {
+        row.name: row
+        for row in variants_of([find_checkpoint(chunked), find_checkpoint(micro_z)], choice, False, "cpu")
+    }
+    assert [name for name in rows if "UniPC" in name] == ["dense UniPC 1 steps", "dense UniPC 2 steps"]
+    dense, lent = rows["dense"].pipe, rows["dense UniPC 2 steps"]
+    own = draw(dense)
+    with lent.adapt(lent.pipe) as pipe:
+        assert not np.array_equal(draw(pipe), own)
+    assert np.array_equal(draw(dense), own)
+    same = variants_of([find_checkpoint(micro_dc), find_checkpoint(micro_z)], choice, False, "cpu")
+    assert not any("UniPC" in row.name for row in same)
 
 
 @pytest.mark.slow
