@@ -107,7 +107,7 @@ class DCZImageBlock(nn.Module):
         conditioning: Tensor | None = None,
         wanted: tuple[Tensor, Segments] | None = None,
     ) -> Tensor:
-        """hidden_states [T, D], conditioning [n, c] or [1, c] for all -> [T, D].
+        """hidden_states [T, D], conditioning [n, c] -> [T, D].
 
         Where nobody reads the other rows, `wanted` names those to compute, int64 [W], and how they divide into
         sequences: -> [W, D].
@@ -282,7 +282,7 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             )
         latents = torch.stack([image[:, 0] for image in x])
         tail_drop, token_budget = self.resolve_budget(tail_drop, token_budget, len(latents), self.sigma(t))
-        time = self.t_embedder(_shared(t) * self.config.t_scale).type_as(latents)
+        time = self.t_embedder(t * self.config.t_scale).type_as(latents)
         text = self.read_captions(cap_feats)
         conditioning = self.time_adaptor(time) + self.text_adaptor(text.pooled)
         if self.config.grid == "patch":
@@ -379,11 +379,3 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
             return self._gradient_checkpointing_func(block, *arguments)
         output: Tensor = block(*arguments)
         return output
-
-
-def _shared(time: Tensor) -> Tensor:
-    """Times [n], or [1] where all are equal, as in every generation: then one row modulates all tokens. Looked for
-    where looking is cheap, and not in training."""
-    if time.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return time
-    return time[:1] if bool((time == time[:1]).all()) else time

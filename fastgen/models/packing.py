@@ -52,7 +52,7 @@ def adaptive(
 
     Args:
         hidden, update: [T, D].
-        gate, scale, shift: [n, D] of the sequences, or [1, D] for all of them.
+        gate, scale, shift: [n, D] of the sequences.
         options: of `adaln`.
 
     Returns:
@@ -60,8 +60,7 @@ def adaptive(
     """
     options |= {"gate": gate, "scale": scale, "shift": shift}
     if segments.equal_length is None:
-        given = [x for x in (gate, scale, shift) if x is not None]
-        if any(x.shape[0] != 1 for x in given):
+        if gate is not None or scale is not None or shift is not None:
             options |= {"sequence_ids": segments.sequence_ids, "cu_seqlens": segments.cu_seqlens}
         return adaln(hidden, update=update, **options)
     shape = (-1, segments.equal_length, hidden.shape[-1])

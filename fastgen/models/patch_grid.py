@@ -175,7 +175,7 @@ def forward_patches(
     Args:
         model: with grid "patch".
         latents: [n, C, H, W].
-        time: timestep embedding [n, c], or [1, c] where all are equal.
+        time: timestep embedding [n, c].
         text: refined captions.
         conditioning: [n, c].
         tail_drop, token_budget: see `select_chunks`.
@@ -213,7 +213,7 @@ def _distinct(latents: Tensor, time: Tensor) -> int:
     n = len(latents)
     if n % 2 or latents.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return n
-    return n // 2 if all(len(each) == 1 or torch.equal(*each.chunk(2)) for each in (time, latents)) else n
+    return n // 2 if all(torch.equal(*each.chunk(2)) for each in (time, latents)) else n
 
 
 @dataclass(frozen=True, slots=True)

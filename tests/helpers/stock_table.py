@@ -208,7 +208,7 @@ candidates of one prompt share forward passes.
 | family | pipeline | accepted | equal to stock | together | policies |
 | --- | --- | --- | --- | --- | --- |"""
 BETWEEN = """
-DiT has an adapter of its own, Z-Image one that the table does not use. `callback_on_step_end` is refused in a search,
+DiT has its own adapter, Z-Image one that this table does not use. `callback_on_step_end` is refused in a search,
 which has no steps that follow each other; without a policy it is the stock call's. OmniGen is not in the table: its
 scheduler inverts the noise levels (`invert_sigmas`), which a search refuses by name. Refused as well:
 

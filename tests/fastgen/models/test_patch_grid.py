@@ -372,16 +372,6 @@ def test_what_both_branches_of_guidance_share_is_computed_once(lengths: tuple[in
     assert rows == [len(lengths) * 32] and not torch.equal(unlike[-1], together[-1])
 
 
-def test_one_row_modulates_all_where_the_times_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = micro()
-    images, _, captions = inputs()
-    for time in (torch.full((3,), 0.3), torch.tensor([0.3, 0.3, 0.8])):
-        once = run(model, (images, time, captions), tail_drop=[0.0, 0.5, 0.9])
-        with monkeypatch.context() as patch:
-            patch.setattr("fastgen.models.dc_z_image._shared", lambda time: time)
-            torch.testing.assert_close(run(model, (images, time, captions), tail_drop=[0.0, 0.5, 0.9]), once)
-
-
 def test_a_block_computes_the_wanted_rows_alone() -> None:
     block = micro().last_layers[0]
     segments, own = Segments.of([7, 4], torch.device("cpu")), Segments.of([5, 2], torch.device("cpu"))
