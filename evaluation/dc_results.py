@@ -111,7 +111,7 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
     series: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         words = row["variant"].split()
-        plain = "guidance" in words or "steps" in words
+        plain = len(words) > 1 and (words[1] == "guidance" or words[1].isdecimal())
         name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if plain else 2])
         name += ", first-block cache" if words[0] == "dc" and "first-block-cache" in words else ""
         name += ", late drops" if "late" in words else ", more guidance" if "guidance" in words else ""
@@ -128,7 +128,9 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
     front = pareto_front(data["rows"])
     places = [(row["seconds"]["p50"], 100 * row["score"]) for row in front]
     panels[1].plot(*zip(*places, strict=True), color="black", linewidth=0.8, zorder=0, label="Pareto front")
-    for row, place in zip(front, places, strict=True):
-        panels[1].annotate(row["variant"], place, (4, -8), textcoords="offset points", fontsize=6)
+    for number, place in enumerate(places, start=1):
+        panels[1].annotate(str(number), place, xytext=(-7, 5), textcoords="offset points", fontsize=7)
+    names = "\n".join(f"{number}  {row['variant']}" for number, row in enumerate(front, start=1))
+    panels[1].text(0.98, 0.04, names, transform=panels[1].transAxes, ha="right", va="bottom", ma="left", fontsize=7)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path, dpi=120)
