@@ -36,6 +36,7 @@ _COMMANDS = {
     "bench-speculative-heads": "bench speculative --dtype float32 --images-per-prompt 1 --batch 1 --batch 16",
     "bench-speculative-batches": "bench speculative --images-per-prompt 1 --batch 1 --batch 4 --batch 16 --commands 5",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
+    "bench-speculative-windows": "bench speculative --dtype bfloat16 --no-quality --runs 4",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
@@ -149,6 +150,7 @@ def results_page(folder: Path) -> str:
         ("bench-speculative-heads", "Speculative decoding: windows with heads", speculative_markdown),
         ("bench-speculative-batches", "Speculative decoding: batches and whole commands", speculative_markdown),
         ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
+        ("bench-speculative-windows", "Speculative decoding: few second candidates", speculative_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
         ("bench-search-twelve", "Noise search: the same with one seed and more prompts", search_markdown),
