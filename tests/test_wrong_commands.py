@@ -79,7 +79,7 @@ WORDS = {
     "out": ["/dev/null/x/y.json"],
     "run": ["/dev/null/x"],
     "folder": ["/dev/null/x"],
-    "share": ["1", "0/0", "9/8", "a/b"],
+    "share": ["1.5", "0/0", "9/8", "a/b"],
 }
 #: Whole lines: options that contradict each other, or that the model does not take.
 CONTRADICTIONS = {
