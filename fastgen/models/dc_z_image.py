@@ -121,10 +121,8 @@ class DCZImageBlock(nn.Module):
         _, normed = adaptive(
             hidden_states, segments, scale=scale1, weight=weight_of(before), norm="rms", eps=before.eps
         )
-        if wanted is None:
-            update = self.attention(normed, rotary, segments)
-        else:
-            update = self.attention(normed, rotary, segments, wanted[0])
+        update = self.attention(normed, rotary, segments, None if wanted is None else wanted[0])
+        if wanted is not None:
             hidden_states, segments = hidden_states.index_select(0, wanted[0]), wanted[1]
         hidden_states, normed = adaptive(
             hidden_states,

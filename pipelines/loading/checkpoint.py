@@ -6,6 +6,7 @@ and which picture sizes it can draw; the headers of its weight files say whether
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -324,7 +325,12 @@ def _check_json_files(folder: Path) -> None:
 
 
 def check_numbers(value: object, file: Path, key: str = "") -> None:
-    """Refuse integers and lists of a configuration that are too large; the message names file and key."""
+    """Refuse integers and lists of a configuration that are too large, and numbers that are not finite; the message
+    names file and key."""
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    # The defaults of some schedulers are infinite.
+    if infinite and (file.name != "scheduler_config.json" or value != value):
+        raise FastgenError(f"{file}: {key} is {value}, needs a finite number")
     limit = _MOST_LAYERS if _LAYERS.search(key) else _LARGEST_INTEGER
     if isinstance(value, int) and abs(value) > limit and not _UNLIMITED.search(key):
         raise FastgenError(f"{file}: {key} is {value}, at most {limit} is allowed")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_number
 from fastgen.errors import FastgenError, one_line
 from fastgen.pipelines.search.denoisers.base import Denoiser
 from fastgen.pipelines.search.denoisers.entry import Entry, Said
@@ -72,8 +73,15 @@ class StockDenoiser(Denoiser):
             if isinstance(error, ValueError):
                 raise FastgenError(said) from error
             name, scheduler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
+            given = ", ".join(self._asked) or "its defaults"
             reason = f"{type(error).__name__}: {said}"
-            raise FastgenError(f"pipe: {name} does not run with these arguments and {scheduler}: {reason}") from error
+            raise FastgenError(f"pipe: {name} does not run with {given} and {scheduler}: {reason}") from error
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What the settings ask for."""
+        own = {name: value for name, value in vars(self.settings).items() if name != "extra" and value is not None}
+        return {**self.settings.extra, **own}
 
     def _arguments(self, place: int) -> dict[str, Any]:
         """The arguments of the pipeline's call for one prompt.
@@ -81,14 +89,14 @@ class StockDenoiser(Denoiser):
         Raises:
             ValueError: one that the pipeline does not take, or that a search sets itself.
         """
-        settings, count = self.settings, len(self.prompts)
-        own = {name: value for name, value in vars(settings).items() if name != "extra" and value is not None}
-        asked = {**settings.extra, **own}
+        asked, count = self._asked, len(self.prompts)
         name = type(self.pipe).__name__
         accepted = inspect.signature(type(self.pipe).__call__).parameters
         for argument in asked:
             if argument not in accepted or argument in _SET_BY_SEARCH:
                 raise ValueError(f"{argument}: a search of {name} does not take it")
+            if isinstance(asked[argument], float):
+                check_number(argument, asked[argument])
         encoded = any(argument.startswith("prompt_embeds") for argument in asked)
         prompt = {} if encoded else {"prompt": self.prompts[place]}
         return prompt | {argument: _of_prompt(argument, value, place, count) for argument, value in asked.items()}
