@@ -161,6 +161,22 @@ class WindowHeads(ModelMixin, ConfigMixin):
         """Untrained heads of the target's sizes."""
         return cls(**{**describe(target), "row_length": row_length(target), **config})
 
+    def lengthened(self, window: int) -> WindowHeads:
+        """A copy that corrects windows of up to `window` places; the new places start as the last one.
+
+        Raises:
+            FastgenError: a window that is shorter than this one's.
+        """
+        check_integer("window", window, self.config.window)
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        copied = WindowHeads(**{**settings, "window": window}).to(self.place.weight)
+        weights = self.state_dict()
+        for name in ("place.weight", "fresh.weight"):
+            rows = weights[name]
+            weights[name] = torch.cat([rows, rows[-1:].expand(window + 1 - len(rows), -1)])
+        copied.load_state_dict(weights)
+        return copied.train(self.training)
+
     def check(self, target: Target) -> None:
         """Refuse another target, or one of another dtype.
 

@@ -192,7 +192,8 @@ def _record(settings: DrawnSettings, count: int) -> None:
     folder, data = janus_folder(settings.name, settings.needed("part")), settings.needed("data")
     init = settings.path("init")
     texts = _prompts(settings.prompts_file or "shapesworld", count)
-    record(folder, data, texts, count, init=init, seed=settings.seed or 0, report=_progress_of("samples"))
+    window, seed = settings.choices.get("window"), settings.seed or 0
+    record(folder, data, texts, count, init=init, window=window, seed=seed, report=_progress_of("samples"))
 
 
 def _prompts(name: str, count: int) -> list[str]:

@@ -38,16 +38,20 @@ def load_target(folder: Path) -> Target:
     return target_of(pipe.model.requires_grad_(False), pipe.tokenizer)
 
 
-def load_heads(folder: Path) -> WindowHeads:
+def load_heads(folder: Path, window: int | None = None) -> WindowHeads:
     """Saved heads, in float32.
 
+    Args:
+        folder: holds them.
+        window: places that they have to correct; None: as many as they were trained for.
+
     Raises:
-        FastgenError: the folder holds none.
+        FastgenError: the folder holds none, or heads of longer windows.
     """
     heads = load_drafter(folder, torch.float32)
     if not isinstance(heads, WindowHeads):
         raise FastgenError(f"--init: {folder} holds {type(heads).__name__}, needs heads of a window")
-    return heads
+    return heads if window is None else heads.lengthened(window)
 
 
 def record(
@@ -57,7 +61,7 @@ def record(
     count: int,
     *,
     init: Path | None = None,
-    window: int = 16,
+    window: int | None = None,
     taps: tuple[int, ...] | None = None,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -69,14 +73,15 @@ def record(
         data: to write to.
         prompts, count, seed, report: see `record_windows`.
         init: heads that correct the windows; None records those of the target alone.
-        window: places.
+        window: places; None: those of `init`, or 16.
         taps: layers whose inputs new heads will read; None takes those of `init`, or the middle one.
 
     Raises:
         FastgenError: see `record_windows` and `load_heads`.
         ValueError: heads of another model, or a window or taps that are not theirs.
     """
-    heads = None if init is None else load_heads(init)
+    heads = None if init is None else load_heads(init, window)
+    window = window or (16 if heads is None else heads.config.window)
     target = load_target(folder)
     if taps is None:
         taps = (len(target.layers) // 2,) if heads is None else tuple(heads.config.taps)

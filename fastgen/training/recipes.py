@@ -223,18 +223,19 @@ class Heads(
 ):
     part: Path | None = _part(_JANUS)
     data: Path | None = place("Folder of recorded windows.")
-    set: Any = key_values("the new heads' configuration")
+    set: Any = key_values("window (places, also of recorded windows), or the new heads' configuration")
 
     def _build(self, seed: int) -> Recipe:
         from fastgen.training.heads import HeadsRecipe, load_heads, load_target
         from fastgen.training.windows import Windows
 
-        init = self.path("init")
-        if init is not None and self.choices:
-            raise FastgenError(f"recipe heads: {', '.join(self.choices)} belong to new heads, not to those of --init")
+        init, new = self.path("init"), dict(self.choices)
+        heads = None if init is None else load_heads(init, new.pop("window", None))
+        if heads is not None and new:
+            raise FastgenError(f"recipe heads: {', '.join(new)} belong to new heads, not to those of --init")
         folder = janus_folder(self.name, self.needed("part"))
-        windows, heads = Windows(self.needed("data"), seed), None if init is None else load_heads(init)
-        return self.made(HeadsRecipe, seed, load_target(folder), windows, heads, **self.choices)
+        windows = Windows(self.needed("data"), seed)
+        return self.made(HeadsRecipe, seed, load_target(folder), windows, heads, **new)
 
 
 @dataclass(frozen=True, kw_only=True)
