@@ -14,13 +14,15 @@ from fastgen.kernels.cached_attention import cached_attention
 def case(
     rows: int, n: int, heads: int, groups: int, slots: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, store of 2 layers, slots (others in every row), and a mask: every token sees itself."""
+    """Query, key, value, store of 2 layers, slots (others in every row), and a mask: every token sees itself, and none
+    a slot behind the last that is written."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, n, heads * groups, 8, generator=generator, dtype=dtype)
     key, value = torch.randn(2, rows, n, heads, 8, generator=generator, dtype=dtype)
     store = torch.randn(2, 2, rows, slots, heads, 8, generator=generator, dtype=dtype)
     places = torch.stack([torch.randperm(slots, generator=generator)[:n] for _ in range(rows)])
     mask = torch.rand(rows, 1, n, slots, generator=generator) < 0.5
+    mask[..., int(places.max()) + 1 :] = False
     mask.scatter_(3, places[:, None, :, None], True)
     return query, key, value, store, places, mask
 
