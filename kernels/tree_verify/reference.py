@@ -74,7 +74,7 @@ def tree_verify_reference(
     nodes, length = follow(child, remaining, max_depth)
     end = nodes[:, -1:]
     # A leaf's token comes from p itself: the law after the same processors as everywhere.
-    law = target.index_copy(1, internal, outcome.left).gather(1, end[..., None].expand(-1, 1, vocabulary))[:, 0]
+    law = target.index_copy(1, internal, outcome.residual).gather(1, end[..., None].expand(-1, 1, vocabulary))[:, 0]
     row = length.clamp_max(gumbel.shape[1] - 1)[:, None, None].expand(-1, 1, vocabulary)
     bonus = draw(law, gumbel.gather(1, row)[:, 0])
     # Where the image ends before the path, the accepted child is the last token: by itself it has the law of a node.
