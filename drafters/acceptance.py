@@ -1,8 +1,8 @@
-"""Acceptance rules behind one interface: exact, and the relaxed rules that others have published.
+"""Acceptance rules with one interface: the exact rule, and published relaxed rules.
 
-A relaxed rule gives a drafted token the mass of tokens that are said to be as good. That mass is *stolen*: the law is
-no longer the target's. Formulas as in arXiv 2410.03355 (LANTERN),
-2502.06352 (LANTERN++) and, known to us at second hand only, GSD and Cool-SD; `CASCADE-R` has a file of its own.
+A relaxed rule lets a drafted token use the probability mass of tokens that count as equivalent. That mass is *stolen*:
+the result no longer has the target's distribution. The formulas follow arXiv 2410.03355 (LANTERN) and 2502.06352
+(LANTERN++); those of GSD and Cool-SD come from secondary sources. CASCADE-R is in `cascade.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgen.checks import check_integer, check_number
 from fastgen.contracts import Loss
 from fastgen.drafters.tree import Tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified, walk
+from fastgen.drafters.verify import AcceptedPath, Decisions, Drafted, Noise, decide, strict, verify_and_walk, walk
 from fastgen.errors import FastgenError
 from fastgen.kernels.rejection import TINY, Rejection, Scaled, normalise, pick
 
@@ -46,24 +46,24 @@ class Neighbours:
 
     @classmethod
     def of(cls, codebook: Tensor, k: int) -> Neighbours:
-        """Look them up, a few codes at a time.
+        """Compute the neighbours, a few codes at a time.
 
         Args:
-            codebook: [V, d]; rows that are not finite stand for tokens that are no codes, and have no neighbours.
-            k: how many.
+            codebook: [V, d]; rows that are not finite are tokens without a code and have no neighbours.
+            k: neighbours per code.
 
         Raises:
             ValueError: k is not in 1 … V - 1.
         """
         codebook = codebook.detach().float()
         check_integer("k", k, 1, len(codebook) - 1)
-        # Squares by one matrix product, in float64: in float32 it would cancel what sets close codes apart.
-        wide = codebook if codebook.device.type == "mps" else codebook.double()
-        squares, across = wide.square().sum(dim=1), wide.T.contiguous()
+        # One matrix product in float64: in float32 the differences between close codes would cancel.
+        double = codebook if codebook.device.type == "mps" else codebook.double()
+        squares, across = double.square().sum(dim=1), double.T.contiguous()
         codes, distances = [], []
-        for start in range(0, len(wide), _ROWS):
+        for start in range(0, len(double), _ROWS):
             rows = slice(start, start + _ROWS)
-            apart = torch.addmm(squares, wide[rows], across, alpha=-2).add_(squares[rows, None]).float()
+            apart = torch.addmm(squares, double[rows], across, alpha=-2).add_(squares[rows, None]).float()
             apart = apart.nan_to_num_(nan=math.inf).clamp_min_(0)
             own = torch.arange(start, start + len(apart), device=codebook.device)
             near = apart.scatter_(1, own[:, None], math.inf).topk(k, dim=1, largest=False)
@@ -72,12 +72,11 @@ class Neighbours:
         return cls(torch.cat(codes), torch.cat(distances), codebook)
 
     @classmethod
-    def known(cls, owner: nn.Module, codebook: Tensor, k: int) -> Neighbours:
-        """The same, built once for the codebook that `owner` has now: on another device it is moved, and for other
-        weights built again.
+    def cached(cls, owner: nn.Module, codebook: Tensor, k: int) -> Neighbours:
+        """The neighbours, cached per owner and k: moved with the codebook's device, recomputed when its values change.
 
         Args:
-            owner: the model; what was built is forgotten with it.
+            owner: the model; the cache entry is deleted with it.
             codebook, k: see `of`.
         """
         tables = _TABLES.setdefault(owner, {})
@@ -100,20 +99,20 @@ class Neighbours:
         return Neighbours(self.codes.to(device), self.distances.to(device), self.codebook.to(device))
 
 
-#: Codes looked up at once: so few that their distances to all others stay in a CPU's cache.
+#: Codes processed at once: few enough that their distances to all others fit into a CPU's cache.
 _ROWS = 64
 _TABLES: WeakKeyDictionary[nn.Module, dict[int, Neighbours]] = WeakKeyDictionary()
 
 
 class AcceptanceRule(ABC):
-    """What a verification accepts.
+    """Decides which drafted tokens are accepted.
 
     Attributes:
         name: as on the command line.
-        loss: "distribution" for the exact rule, "lossy" for all others.
+        loss: "distribution" if it keeps the target's distribution, else "lossy".
         needs_hidden: whether it reads `Drafted.hidden`.
-        looks_ahead: whether what it decides at a node depends on the tokens drafted below.
-        tables: names of its attributes that are tables of the codebook, a row for every token.
+        looks_ahead: whether its decision at a node depends on the tokens drafted below.
+        tables: names of its attributes that are codebook tables, with one row per token.
     """
 
     name: str = ""
@@ -123,13 +122,13 @@ class AcceptanceRule(ABC):
     tables: tuple[str, ...] = ()
 
     @property
-    def draws_anew(self) -> bool:
-        """Whether a window must draw the noise of its places in every round: a rule that looks ahead knows something
-        of noise that it then does not pass, and one that promises the target's law may not use it again."""
+    def needs_fresh_noise(self) -> bool:
+        """Whether a window must draw new noise in every round: a rule that looks ahead depends on the noise of places
+        that it rejects, and using it again would change the distribution."""
         return self.looks_ahead and self.loss != "lossy"
 
     def check(self, target: Target) -> None:
-        """Refuse a model of another vocabulary than the tables have.
+        """Check that the tables fit the model's vocabulary.
 
         Raises:
             FastgenError: names the mismatch.
@@ -142,14 +141,14 @@ class AcceptanceRule(ABC):
                 )
 
     def check_tree(self, children: int, drawn: bool, temperature: float) -> None:  # noqa: B027 - most rules take any
-        """Raises FastgenError if it cannot verify trees with this many children a node, drawn or likeliest ones."""
+        """Raises FastgenError if it cannot verify trees with this many children per node, drawn or most likely."""
 
     def reads_hidden(self, tree: Tree) -> bool:
-        """Whether it reads `Drafted.hidden` of such a tree."""
+        """Whether it reads `Drafted.hidden` of this tree."""
         return self.needs_hidden
 
     def to(self, device: torch.device) -> AcceptanceRule:
-        """The same with its tables on another device."""
+        """The rule with its tables on another device."""
         tables = {name: getattr(self, name) for name in self.tables}
         moved = {name: table.to(device) for name, table in tables.items() if table is not None}
         if all(table is tables[name] for name, table in moved.items()):
@@ -160,53 +159,53 @@ class AcceptanceRule(ABC):
 
     @abstractmethod
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        """Decisions of all nodes.
+        """Decide at all nodes.
 
         Args:
             drafted: the tree.
-            noise: its random numbers.
+            noise: random numbers.
             spent: [B] mass stolen in the image so far.
         """
 
-    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
-        """The path that is accepted and the token after it; rules of which the kernel knows do both at once.
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
+        """The accepted path and the token after it. Rules that the kernel supports compute both at once.
 
         Args:
             drafted, noise, spent: see `verify`.
-            remaining: [B] tokens that the image still lacks, see `fastgen.drafters.verify.walk`.
+            remaining: [B] tokens the image still needs, see `fastgen.drafters.verify.walk`.
         """
         return walk(drafted, self.verify(drafted, noise, spent), noise, remaining)
 
 
 class Exact(AcceptanceRule):
-    """The target's own law (see `fastgen.drafters.verify`)."""
+    """Keeps the target's distribution (see `fastgen.drafters.verify`)."""
 
     name, loss = "exact", "distribution"
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         return strict(drafted, noise)
 
-    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
-        return verified(drafted, noise, remaining)
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
+        return verify_and_walk(drafted, noise, remaining)
 
 
 _CHAINS = 'acceptance: "block" verifies chains of drawn tokens; use "exact" for other trees'
 
 
 class Block(AcceptanceRule):
-    """Block verification of a chain (arXiv 2403.10444): the target's own law, and longer paths than `Exact` takes.
+    """Block verification of a chain (arXiv 2403.10444): the target's distribution, with longer paths than `Exact`.
 
-    Tokens are not judged one by one: a later acceptance takes earlier ones with it. With w_i = min(w_{i-1} p / q, 1)
-    the path up to token i may end there with probability h_i = E_i / (E_i + 1 - w_i), where E_i is the mass of the
-    positive part of w_i p - q behind token i (h = w at the last); the longest such path is taken, and what follows it
-    is drawn from that positive part.
+    Tokens are judged jointly: accepting a token accepts all before it. With w_i = min(w_{i-1} p / q, 1), the path may
+    end at token i with probability h_i = E_i / (E_i + 1 - w_i), where E_i is the mass of the positive part of
+    w_i p - q after token i (h = w at the last). The longest such path is accepted, and the next token is drawn from
+    that positive part.
     """
 
     name, loss = "block", "distribution"
     looks_ahead = True
 
     def check_tree(self, children: int, drawn: bool, temperature: float) -> None:
-        # At temperature 0 no rule has a say: the most likely tokens are accepted.
+        # At temperature 0 every rule accepts the most likely tokens.
         if temperature > 0 and (children != 1 or not drawn):
             raise FastgenError(_CHAINS)
 
@@ -233,17 +232,17 @@ class Block(AcceptanceRule):
 
 
 class Lantern(AcceptanceRule, Rejection):
-    """A token may take the mass of its nearest codes, up to a cap.
+    """A token may use the mass of its nearest codes, up to a cap.
 
-    The set A(x) is the longest nearest-first run of codes whose mass stays within the cap; x is accepted with
-    probability min(1, (p(x) + p(A)) / q(x)). After a rejection x holds p(x) + p(A), A holds nothing, and q is taken
-    off.
+    The set A(x) is the longest nearest-first run of codes whose mass stays within the cap. x is accepted with
+    probability min(1, (p(x) + p(A)) / q(x)). After a rejection, x has the mass p(x) + p(A), A has none, and q is
+    subtracted.
 
     Args:
         neighbours: of the codebook.
-        delta: cap of the mass: x's own relaxed target is at most this from p in total variation (LANTERN).
+        delta: cap on the mass, which limits the total variation between p and x's relaxed target (LANTERN).
         factor: cap as a multiple: p(A) <= (factor - 1) p(x) (LANTERN++); None for no such cap.
-        k: codes looked at, at most those that `neighbours` has.
+        k: nearest codes considered, at most those in `neighbours`.
 
     Raises:
         ValueError: a number out of range.
@@ -264,7 +263,7 @@ class Lantern(AcceptanceRule, Rejection):
         return decide(drafted, noise, self)
 
     def _set(self, target: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [B, A, k] near the tokens, which of them are in the set, and their mass [B, A]."""
+        """The nearest codes [B, A, k] of the tokens, which of them are in the set, and the set's mass [B, A]."""
         near = self.codes[tokens]
         mass = target.gather(-1, near)
         cap = torch.full_like(target[..., :1], self.delta)
@@ -277,7 +276,7 @@ class Lantern(AcceptanceRule, Rejection):
         lent = self._set(target, tokens)[2]
         return (pick(target, tokens) + lent) / pick(draft, tokens).clamp_min(TINY)
 
-    def leave(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
+    def residual(self, target: Tensor, draft: Tensor, tokens: Tensor, depth: Tensor) -> Tensor:
         near, inside, lent = self._set(target, tokens)
         relaxed = target.scatter(-1, near, target.gather(-1, near) * ~inside)
         relaxed = relaxed.scatter_add(-1, tokens[..., None], lent[..., None])
@@ -288,14 +287,14 @@ class Lantern(AcceptanceRule, Rejection):
 
 
 class GSD(AcceptanceRule, Rejection):
-    """Clusters of tokens of like probability (and like code) are accepted as one: min(1, p(A) / q(A)).
+    """Tokens with similar probability and code form a cluster, accepted with probability min(1, p(A) / q(A)).
 
-    A(x) are the tokens within `group // 2` ranks of x in the order of p, of which the probability differs by less than
-    `gap` and the code by less than `radius` in squared distance.
+    A(x) are the tokens within `group // 2` ranks of x in the order of p whose probability differs by less than `gap`
+    and whose code by less than `radius` in squared distance.
 
     Args:
         codebook: [V, d].
-        group: G, ranks of a cluster.
+        group: G, ranks in a cluster.
         gap, radius: see above.
 
     Raises:
@@ -338,9 +337,9 @@ class GSD(AcceptanceRule, Rejection):
 
 
 class CoolSD(AcceptanceRule):
-    """Early draft positions are relaxed more: min(1, omega p / q) with omega = delta exp(-nu (depth - 1) - mu).
+    """Relax early draft positions more: min(1, omega p / q) with omega = delta exp(-nu (depth - 1) - mu).
 
-    Where omega is below 1 the exact rule holds.
+    The exact rule applies where omega is below 1.
 
     Args:
         delta, nu, mu: see above; delta = 1, nu = mu = 0 is the exact rule.
@@ -357,12 +356,12 @@ class CoolSD(AcceptanceRule):
         self.delta, self.nu, self.mu = delta, nu, mu
 
     def _factor(self, drafted: Drafted) -> Tensor:
-        """omega [B, A] for the children of the nodes that have some."""
+        """omega [B, A] for the children of each inner node."""
         depth = drafted.inner_depth().float()
         return (self.delta * torch.exp(-self.nu * depth - self.mu)).clamp_min(1.0)
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         return decide(drafted, noise, Scaled(self._factor(drafted)))
 
-    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
-        return verified(drafted, noise, remaining, factor=self._factor(drafted))
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
+        return verify_and_walk(drafted, noise, remaining, factor=self._factor(drafted))

@@ -1,9 +1,9 @@
-"""`tree="auto"`: the tree or window that is fastest on this device for this target (hardware-aware sizing).
+"""`tree="auto"`: the fastest tree or window on this device for this target (hardware-aware sizing).
 
-A round costs one target pass over n nodes, one drafter step a level, and what is left; it yields the accepted path and
-one token more. Costs are measured, and so is how often the j-th child at depth d is accepted; of the best trees of
-every size and depth the one with the most tokens a second wins. A window of Jacobi has no such law (its guesses get
-better the longer they stay in it), so windows are tried, and the tree as well.
+A round costs one target pass over n nodes, one drafter step per level, and a fixed part; it yields the accepted path
+and one more token. The costs are measured, and so is how often the j-th child at depth d is accepted. From these the
+best tree of every size and depth is computed, and the one with the most tokens per second wins. There is no such model
+for Jacobi windows (their guesses improve the longer they stay in the window), so windows and the best tree are timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastgen.drafters.names import PLAIN, window_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.tree import Tree, chain, static_tree, widths_tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reject_in_turn, strict, turns
+from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reach_probability, reject_in_turn, strict
 
 __all__ = ["Costs", "Planner", "best_tree", "choose_source"]
 
@@ -39,11 +39,11 @@ _MOST_NODES = 64
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round.
+    """Seconds per round.
 
     Attributes:
         fixed, per_node: of everything but drafting, for n nodes: fixed + per_node * n.
-        per_level: of drafting a level.
+        per_level: of drafting one level.
     """
 
     fixed: float
@@ -51,12 +51,12 @@ class Costs:
     per_level: float
 
     def of(self, nodes: int, levels: int) -> float:
-        """A round over `nodes` tokens (the root counted), drafted in `levels`."""
+        """Seconds of a round over `nodes` tokens (root included), drafted in `levels`."""
         return self.fixed + self.per_node * nodes + self.per_level * levels
 
 
 class _Recorder(AcceptanceRule):
-    """The exact rule, which remembers how often the j-th child of each depth is accepted when it is its turn."""
+    """The exact rule; also records how often the j-th child at each depth is accepted when its turn comes."""
 
     name, loss = "exact", "distribution"
 
@@ -67,7 +67,7 @@ class _Recorder(AcceptanceRule):
         outcome = reject_in_turn(drafted, noise.coins, Rejection())
         children, depth = drafted.inner_children(), drafted.inner_depth()
         reach = torch.ones_like(drafted.tokens, dtype=torch.float32)
-        turn = turns(outcome.chance)
+        turn = reach_probability(outcome.chance)
         for place, node in enumerate(drafted.tree.internal.tolist()):  # parents come first
             exists = children[0, place] >= 0
             here = turn[:, place] * reach[:, node, None]
@@ -82,16 +82,16 @@ class _Recorder(AcceptanceRule):
 
     @property
     def rates(self) -> list[list[float]]:
-        """[depth][slot]; 0 where nothing was seen."""
+        """[depth][slot]; 0 where nothing was recorded."""
         return (self.won / self.tried.clamp_min(1e-9)).tolist()
 
 
 class Planner:
-    """The best tree of every size: the most expected tokens, by dynamic programming over depth, slot and size.
+    """The best tree of every size (most expected tokens), by dynamic programming over depth, slot and size.
 
     Args:
-        rates: [depth][slot], chance that a child is accepted when it is its turn.
-        depth: no deeper than this.
+        rates: [depth][slot], probability that a child is accepted when its turn comes.
+        depth: maximum depth.
     """
 
     def __init__(self, rates: Sequence[Sequence[float]], depth: int) -> None:
@@ -99,11 +99,11 @@ class Planner:
         self._known: dict[tuple[int, int, int], tuple[float, int]] = {}
 
     def value(self, level: int, slot: int, nodes: int) -> float:
-        """Expected accepted tokens below a node at depth `level` with `nodes` to spend on slots from `slot` on."""
+        """Expected accepted tokens below a node at depth `level`, with `nodes` left for slots from `slot` on."""
         return self._best(level, slot, nodes)[0]
 
     def _best(self, level: int, slot: int, nodes: int) -> tuple[float, int]:
-        """Also how many of the nodes go below child `slot`; -1 where there is no such child."""
+        """`value`, and the number of nodes below child `slot`; -1 if there is no such child."""
         if nodes == 0 or level >= len(self.rates) or slot >= len(self.rates[level]):
             return 0.0, -1
         key = (level, slot, nodes)
@@ -134,7 +134,7 @@ class Planner:
 
 
 def best_tree(rates: Sequence[Sequence[float]], costs: Costs, most: int = _MOST_NODES) -> Tree:
-    """The tree of most tokens a second.
+    """The tree with the most tokens per second.
 
     Raises:
         ValueError: no child is ever accepted.
@@ -161,25 +161,25 @@ def choose_source(
     compile: bool = False,
     heads: WindowHeads | None = None,
 ) -> tuple[DraftSource | None, str]:
-    """What drafts fastest here.
+    """Measure which source drafts fastest.
 
     Args:
         target: the model.
-        drafter: made for it; None leaves the windows of Jacobi.
-        rule: with which it will be used.
-        prefix: prompts of a typical batch; whole pictures are drawn to measure, with generators of its own.
-        law: the sampler's settings; temperature 0 is measured like 1.
-        repeats: pictures of each measurement.
+        drafter: made for the target; None tries Jacobi windows only.
+        rule: the acceptance rule to be used.
+        prefix: prompts of a typical batch; whole pictures are drawn to measure, with separate generators.
+        law: sampling settings; temperature 0 is measured as 1.
+        repeats: pictures per measurement.
         compile: measure compiled rounds.
-        heads: windows are also tried with them.
+        heads: also try windows with these heads.
 
     Returns:
-        a source, and its name; None and "plain" where the plain loop is faster than all.
+        a source and its name; None and "plain" if the plain loop is fastest.
     """
     warm = TokenLaw(law.guidance_scale, law.temperature or 1.0, law.top_k, law.top_p)
 
-    def seconds_a_token(source: DraftSource | None, judge: AcceptanceRule) -> tuple[float, float]:
-        """Of the fastest picture; and of a round."""
+    def seconds_per_token(source: DraftSource | None, judge: AcceptanceRule) -> tuple[float, float]:
+        """Of the fastest picture, and seconds per round."""
         speeds = []
         for repeat in range(repeats + 1):
             generators = [torch.Generator().manual_seed(repeat) for _ in range(prefix.images)]
@@ -194,7 +194,7 @@ def choose_source(
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
         return min(speeds[1:])
 
-    # A rule that compares the hidden states of a place's candidates needs several.
+    # A rule that compares hidden states needs several candidates per place.
     places = [window for window in WINDOWS if window <= target.num_tokens]
     wide = [name for name in WIDE_WINDOWS if rule.needs_hidden and window_of(name)[0] <= target.num_tokens]
     names = [*(f"jacobi-{window}" for window in places), *wide]
@@ -207,25 +207,25 @@ def choose_source(
         ]
     sources: dict[str, DraftSource | None] = {PLAIN: None} | {name: window_source(name, rule, heads) for name in names}
     if drafter is not None:
-        tree = best_tree(*_measure(drafter, seconds_a_token))
+        tree = best_tree(*_measure(drafter, seconds_per_token))
         widths = "-".join(str(len(level)) for level in tree.levels[1:])
         sources[f"auto {widths}"] = TreeSource(drafter, tree, sampled=law.temperature > 0)
-    tried = {name: seconds_a_token(source, rule)[0] for name, source in sources.items()}
+    tried = {name: seconds_per_token(source, rule)[0] for name, source in sources.items()}
     best = min(tried, key=lambda name: tried[name])
     return sources[best], best
 
 
 def _measure(
-    drafter: Drafter, seconds_a_token: Callable[[DraftSource, AcceptanceRule], tuple[float, float]]
+    drafter: Drafter, seconds_per_token: Callable[[DraftSource, AcceptanceRule], tuple[float, float]]
 ) -> tuple[list[list[float]], Costs]:
-    """Acceptance rates on a wide tree, and costs fitted to rounds of chains and of that tree."""
+    """Acceptance rates on a wide tree, and costs fitted to rounds of chains and that tree."""
     depth = min(len(_PROBE_WIDTHS), drafter.max_depth or len(_PROBE_WIDTHS))
     probe = widths_tree(_PROBE_WIDTHS[:depth])
     recorder = _Recorder(depth, probe.max_children)
-    seconds_a_token(TreeSource(drafter, probe, sampled=True), recorder)  # its time is not a round's: it takes notes
+    seconds_per_token(TreeSource(drafter, probe, sampled=True), recorder)  # not timed: recording is slow
     rows, seconds = [], []
     for tree in (probe, *(chain(length) for length in _PROBE_CHAINS if length <= (drafter.max_depth or length))):
-        _, of_round = seconds_a_token(TreeSource(drafter, tree, sampled=True), Exact())
+        _, of_round = seconds_per_token(TreeSource(drafter, tree, sampled=True), Exact())
         rows.append([1.0, float(tree.n), float(tree.max_depth)])
         seconds.append(of_round)
     fitted = torch.linalg.lstsq(torch.tensor(rows), torch.tensor(seconds)[:, None], driver="gelsd").solution[:, 0]

@@ -1,8 +1,8 @@
-"""One knob for CASCADE-R: quality 0 is exact, 1 the fastest; what lies between comes from a calibration, not by hand.
+"""One setting for CASCADE-R: quality 0 is exact, 1 the fastest; a calibration defines the levels between.
 
-A calibration (`fastgen train cascade-calibrate`) is made for a target with its drafter. Each of its levels allows so
-much total variation between the laws that follow two tokens which are taken for one: at its thresholds 90 % of the
-pairs that were seen lie below that limit.
+`fastgen train cascade-calibrate` makes a calibration for a target with its drafter. Each level limits the total
+variation between the distributions that follow two tokens of one class: at its thresholds, 90 % of the observed pairs
+are below that limit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FEWEST_PAIRS = 50
 
 
 class Drop(NamedTuple):
-    """A loss of score, with the standard error of the two scores."""
+    """A loss of score, with its standard error."""
 
     score: float
     stderr: float
@@ -51,17 +51,17 @@ class Drop(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Thresholds of one quality.
+    """Thresholds of one quality level.
 
     Attributes:
         quality: in (0, 1].
         limit: total variation that 90 % of the related pairs stay below.
-        breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold keeps the limit.
-        pairs: related pairs at these thresholds by breadth, depth and radius.
+        breadth, depth, radius: see `CascadeConfig`; 2 and 0 where no threshold meets the limit.
+        pairs: number of related pairs by breadth, depth and radius at these thresholds.
         drops: measured loss of score against the exact rule, by source.
 
     Raises:
-        FastgenError: a value of a wrong type, or out of range.
+        FastgenError: a value of the wrong type, or out of range.
     """
 
     quality: float
@@ -81,12 +81,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Levels in the order of their quality.
+    """Levels of CASCADE-R for one model.
 
     Attributes:
-        levels: in the order of their quality.
-        about: what it was made with.
-        pace: which sources are fastest, where that was measured.
+        levels: sorted by quality.
+        about: the model and the settings of the calibration.
+        pace: which sources are fastest, if measured.
     """
 
     levels: tuple[Level, ...]
@@ -94,11 +94,11 @@ class Calibration:
     pace: Pace | None = None
 
     def check(self, sizes: Mapping[str, Any], label: str = "calibration") -> None:
-        """Refuse another model than the one that it was made for, as far as it says so.
+        """Check that it was made for this model, as far as it records that.
 
         Args:
             sizes: of the model, see `fastgen.drafters.drafter.describe`.
-            label: what the message calls it.
+            label: its name in the message.
 
         Raises:
             FastgenError: names the mismatch.
@@ -109,7 +109,7 @@ class Calibration:
                 raise FastgenError(f"{label}: made for a model of {name} {made[name]}, this one has {value}")
 
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
-        """Thresholds of the highest level that is not above `quality`; nothing is relaxed below the first.
+        """Thresholds of the highest level up to `quality`; below the first level nothing is relaxed.
 
         Raises:
             ValueError: quality outside [0, 1].
@@ -122,23 +122,23 @@ class Calibration:
         return CascadeConfig(breadth=level.breadth, depth=level.depth, radius=level.radius, **settings)
 
     def with_results(self, data: Mapping[str, Any]) -> Calibration:
-        """The same with the pace and the drops of score that a benchmark measured.
+        """A copy with the pace and the drops of score from a benchmark.
 
         Args:
-            data: a result of `fastgen bench speculative`. A drop is that of "cascade SOURCE quality=Q" against "exact
-                SOURCE" (of SOURCE without "x2", where a window has several candidates a place).
+            data: a result of `fastgen bench speculative`. A drop compares "cascade SOURCE quality=Q" with "exact
+                SOURCE" (without "x2", if a window has several candidates per place).
 
         Raises:
-            FastgenError: no such result, or one that measured neither.
+            FastgenError: another kind of result, or one that measured neither.
         """
         try:
             rows, settings = list(data["rows"]), data["settings"]
             made = Pace.of_rows(rows, machine_of(torch.device(settings["device"]).type, bool(settings["compile"])))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FastgenError(f"--data: is no result of `fastgen bench speculative`: {error!r}") from error
+            raise FastgenError(f"--data: not a result of `fastgen bench speculative`: {error!r}") from error
         self.check(settings.get("target", {}), "--data is of another model: calibration")
         if not made.tokens:
-            raise FastgenError("--data: the result has no row of a rule at its default settings")
+            raise FastgenError("--data: the result has no row for a rule at its default settings")
         scored = {row["variant"]: row for row in rows if row.get("score") is not None}
         levels = []
         for level in self.levels:
@@ -160,20 +160,20 @@ class Calibration:
         return path
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The calibration as a JSON object."""
         made = {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
         return made if self.pace is None else {**made, "pace": asdict(self.pace)}
 
     @classmethod
     def of_dict(cls, data: Any, source: object = "the calibration") -> Calibration:
-        """What `as_dict` made.
+        """Read what `as_dict` returned.
 
         Args:
-            data: of JSON.
-            source: what the message calls it.
+            data: parsed JSON.
+            source: its name in the message.
 
         Raises:
-            FastgenError: it is none.
+            FastgenError: not a calibration.
         """
         try:
             made = [_level(**level) for level in data["levels"]]
@@ -183,8 +183,8 @@ class Calibration:
             raise FastgenError(f"quality: {source} cannot be read: {error}") from error
 
     @classmethod
-    def beside(cls, folder: str | os.PathLike[str]) -> Calibration | None:
-        """The calibration in a drafter's folder, or in the saved pipeline that the folder is of, if there is one."""
+    def for_drafter(cls, folder: str | os.PathLike[str]) -> Calibration | None:
+        """The calibration in a drafter's folder or in the saved pipeline around it; None if there is none."""
         if (Path(folder) / FILE).exists():
             return cls.load(folder)
         index = Path(folder).parent / "model_index.json"
@@ -196,7 +196,7 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: there is none, or it cannot be read.
+            ValueError: it is missing or cannot be read.
         """
         path = Path(folder) / FILE
         if not path.exists():
@@ -205,15 +205,15 @@ class Calibration:
 
 
 def _level(pairs: Sequence[int], drops: Mapping[str, Sequence[float]] | None = None, **numbers: float) -> Level:
-    """A level of JSON's numbers."""
+    """A level from JSON values."""
     return Level(**numbers, pairs=tuple(pairs), drops={name: Drop(*drop) for name, drop in (drops or {}).items()})  # type: ignore[arg-type]
 
 
 class PairRecorder(AcceptanceRule):
-    """The exact rule, which remembers how alike siblings were and how far apart the laws behind them.
+    """The exact rule; also records how similar siblings are, and how different the distributions after them.
 
     Args:
-        horizon: levels of descendants looked at.
+        horizon: levels of descendants compared.
         codebook: for the radius.
     """
 
@@ -242,7 +242,7 @@ class PairRecorder(AcceptanceRule):
 
     @property
     def pairs(self) -> Tensor:
-        """[n, 4]: similarity, convergence, predicted distance, total variation of each sibling pair."""
+        """[n, 4]: similarity, convergence, predicted distance and total variation of each sibling pair."""
         return torch.cat(self._seen) if self._seen else torch.empty(0, 4)
 
 
@@ -254,7 +254,7 @@ def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMI
         limits: (quality, total variation).
 
     Raises:
-        ValueError: too few pairs to tell a 90th percentile.
+        ValueError: too few pairs for a 90th percentile.
     """
     if len(pairs) < _FEWEST_PAIRS:
         raise ValueError(f"pairs: {len(pairs)} sibling pairs are too few, needs {_FEWEST_PAIRS}; draw more pictures")
@@ -270,8 +270,8 @@ def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMI
 
 
 def _smallest(value: Tensor, variation: Tensor, limit: float) -> tuple[float, int]:
-    """The smallest threshold such that of the pairs at or above it 90 % vary by at most `limit`, and their number;
-    2 and 0 where there is none."""
+    """The smallest threshold for which 90 % of the pairs at or above it vary by at most `limit`, and the number of
+    these pairs; 2 and 0 if there is none."""
     finite = torch.isfinite(value)
     order = value[finite].argsort(descending=True)
     ordered, below = value[finite][order], variation[finite][order] <= limit

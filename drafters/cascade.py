@@ -1,14 +1,14 @@
-"""CASCADE-R: relaxed acceptance from the redundancy that the target's own hidden states show in the tree.
+"""CASCADE-R: relaxed acceptance based on the redundancy of the target's hidden states in the tree.
 
-Our reconstruction: of CASCADE (arXiv 2605.07230) only the abstract was available. Two relations between siblings:
-**interchangeability** (breadth): their hidden states are alike, so the target predicts the same future after either;
-and **convergence** (depth): descendants at equal depth are alike, so the difference washes out. Related siblings form
-classes, under caps on the mass that a class lends; undrafted codes join the class of the nearest child where the
-target is insensitive (a context-scaled LANTERN). A relaxation counts as lossless up to classes when the law over
+Our reconstruction: only the abstract of CASCADE (arXiv 2605.07230) was available. Siblings can be related in two ways:
+**interchangeability** (breadth): their hidden states are similar, so the target predicts the same tokens after either;
+**convergence** (depth): their descendants at equal depth are similar, so the difference fades. Related siblings form
+classes, with a cap on the mass that a class lends; undrafted codes join the class of the nearest child where the
+target is insensitive (a context-scaled LANTERN). A relaxation is lossless up to classes if the distribution over
 classes is the target's.
 
-A drafted token holds the mass of its class, as in LANTERN, up to a cap; its class mates are left none. The law is no
-longer the target's: how far, and what that does to pictures, is measured by the calibration.
+As in LANTERN, a drafted token has the mass of its class, up to a cap; the other tokens of the class have none. The
+distribution is no longer the target's; the calibration measures by how much, and the effect on pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastgen.drafters.redundancy import (
     similarity,
 )
 from fastgen.drafters.tree import Tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, Walk, decide, strict, verified
+from fastgen.drafters.verify import AcceptedPath, Decisions, Drafted, Noise, decide, strict, verify_and_walk
 from fastgen.kernels.rejection import Lent
 
 __all__ = ["Cascade", "CascadeConfig", "Classes", "form_classes"]
@@ -42,18 +42,18 @@ __all__ = ["Cascade", "CascadeConfig", "Classes", "form_classes"]
 class CascadeConfig:
     """Thresholds of CASCADE-R (section 6.8 of our specification; not the paper's).
 
-    Breadth, depth and radius come from a calibration. What decides beside them is how much mass a class may lend: a
-    little of it (delta) is what most rejections of flat laws lack, and much of it is what spoils pictures.
+    Breadth, depth and radius come from a calibration. The mass that a class may lend (delta) matters as well: a little
+    avoids most rejections of flat distributions, a lot spoils pictures.
 
     Attributes:
         breadth: siblings whose centred hidden states have at least this cosine are interchangeable; above 1 none are.
-        depth: siblings whose descendants are at least so similar converge; above 1 none do.
-        horizon: levels of descendants looked at.
+        depth: siblings whose descendants are at least this similar converge; above 1 none do.
+        horizon: levels of descendants compared.
         delta: a class lends at most this mass.
-        image_budget: mass that may be stolen in an image; then the exact rule holds.
+        image_budget: mass that may be stolen per image; after that the exact rule applies.
         radius: undrafted codes join a class where the target's hidden state is predicted to move by at most this, in
             units of the mean norm of the hidden states in the tree; 0 for none.
-        near: codes looked at around each child.
+        near: nearest codes considered for each child.
 
     Raises:
         ValueError: a number out of range.
@@ -77,17 +77,17 @@ class CascadeConfig:
 
     @classmethod
     def off(cls) -> CascadeConfig:
-        """Nothing is relaxed: the exact rule bit for bit."""
+        """Nothing is relaxed: bit-identical to the exact rule."""
         return cls(breadth=2.0, depth=2.0, radius=0.0)
 
     @property
     def relaxes(self) -> bool:
-        """Whether any two tokens can come into one class."""
+        """Whether two tokens can share a class."""
         return self.delta > 0 and (self.breadth <= 1 or self.converges or self.radius > 0)
 
     @property
     def converges(self) -> bool:
-        """Whether descendants can make two siblings alike."""
+        """Whether similar descendants can relate two siblings."""
         return self.horizon > 0 and self.depth <= 1
 
 
@@ -96,8 +96,8 @@ class Classes:
     """Equivalence classes of tokens at the A nodes with children.
 
     Attributes:
-        of_slot: [B, A, C] int64: a child's class, named by the slot of its first member.
-        of_token: [B, A, V] int64: a token's class: a slot, or C for a token that stands for itself.
+        of_slot: [B, A, C] int64: each child's class, given by the slot of the class's first member.
+        of_token: [B, A, V] int64: each token's class: a slot, or C if it has none.
     """
 
     of_slot: Tensor
@@ -105,17 +105,17 @@ class Classes:
 
 
 def form_classes(link: Tensor, mass: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
-    """Complete linkage in draft order: a child joins the first class all of whose members it is linked to and whose
-    cap has room for its mass.
+    """Complete linkage in draft order: a child joins the first class whose members are all linked to it and whose cap
+    has room for its mass.
 
     Args:
         link: [B, A, C, C] bool, symmetric.
         mass: [B, A, C], p of each child.
-        caps: [B, A, C], what a class may lend when this child is its first member.
+        caps: [B, A, C], mass that a class may lend if this child is its first member.
 
     Returns:
-        [B, A, C] the slot of each child's first class mate, and [B, A, C] what its class lends so far (at the first
-        member's slot).
+        [B, A, C] the slot of the first member of each child's class, and [B, A, C] the mass that a class lends so far
+        (at the first member's slot).
     """
     count = link.shape[-1]
     slots = torch.arange(count, device=link.device)
@@ -154,7 +154,7 @@ class Cascade(AcceptanceRule):
         self.needs_hidden = config.relaxes
 
     def reads_hidden(self, tree: Tree) -> bool:
-        # Without siblings there is no pair to compare, and nothing says how sensitive the target is.
+        # Without siblings there is no pair to compare and no estimate of the target's sensitivity.
         return self.needs_hidden and tree.max_children > 1
 
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
@@ -162,13 +162,13 @@ class Cascade(AcceptanceRule):
             return strict(drafted, noise)
         return decide(drafted, noise, Lent(self.classes(drafted, spent).of_token))
 
-    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
         if not self.reads_hidden(drafted.tree):
-            return verified(drafted, noise, remaining)
-        return verified(drafted, noise, remaining, classes=self.classes(drafted, spent).of_token)
+            return verify_and_walk(drafted, noise, remaining)
+        return verify_and_walk(drafted, noise, remaining, classes=self.classes(drafted, spent).of_token)
 
     def classes(self, drafted: Drafted, spent: Tensor) -> Classes:
-        """Classes of siblings, and of the codes that join them; one pass for all nodes."""
+        """Classes of siblings and of the codes that join them, for all nodes at once."""
         config, p, tokens = self.config, drafted.inner_target(), drafted.child_tokens()
         count, vocabulary = tokens.shape[-1], p.shape[-1]
         first, states = torch.arange(count, device=p.device).expand(tokens.shape), sibling_states(drafted)
@@ -178,7 +178,7 @@ class Cascade(AcceptanceRule):
         if config.breadth <= 1 or config.converges:
             first, lent = form_classes(self._links(drafted, states), p.gather(-1, tokens), room)
             room = room - lent
-        # The last column takes what is written for no token.
+        # The last column collects what is written for no token.
         of_token = tokens.new_full((*p.shape[:2], vocabulary + 1), count)
         if config.radius > 0 and self.neighbours is not None:
             near = embedding(tokens, self.neighbours.codes[:, : config.near])
@@ -186,12 +186,12 @@ class Cascade(AcceptanceRule):
             fits = _within(p.gather(-1, near.flatten(2)).view_as(near) * inside, inside, first, room)
             heads = first[..., None].expand_as(near).flatten(2)
             of_token.scatter_(-1, near.where(fits, vocabulary).flatten(2), heads)
-        # Children last: a drafted token is in its own class whatever its neighbours say.
+        # Children last: a drafted token keeps its own class.
         of_token.scatter_(-1, tokens.where(drafted.inner_children() >= 0, vocabulary), first)
         return Classes(first, of_token[..., :vocabulary])
 
     def _links(self, drafted: Drafted, states: Tensor) -> Tensor:
-        """Which siblings [B, A, C, C] are interchangeable, or converge; of each pair the later one's row tells."""
+        """Which siblings [B, A, C, C] are interchangeable or converge, in the row of the later one of each pair."""
         config, linked = self.config, []
         if config.breadth <= 1:
             linked.append(similarity(states, drafted.states().mean(dim=1)[:, None, None]) >= config.breadth)
@@ -201,14 +201,14 @@ class Cascade(AcceptanceRule):
         return reduce(torch.logical_or, linked) & drafted.tree.pairs
 
     def _near(self, drafted: Drafted, states: Tensor, near: Tensor, neighbours: Neighbours) -> Tensor:
-        """Section 6.6: which of the codes [B, A, C, k] near the children, as far as those exist, are predicted to move
-        the target little enough."""
+        """Section 6.6: which of the codes [B, A, C, k] near existing children are predicted to move the target little
+        enough."""
         tokens, children = drafted.child_tokens(), drafted.inner_children()
         spots, slots = embedding(tokens, neighbours.codebook), torch.arange(near.shape[2], device=near.device)
         reach = self.config.radius / sensitivity(drafted, states, spots)
         inside = embedding(tokens, neighbours.distances[:, : near.shape[-1]]) <= reach[..., None, None]
-        # A code belongs to the nearest child only; among equally near ones to the first. Distances are squares, up to
-        # the square of the code itself, which is the same for all children.
+        # A code belongs to the nearest child only, the first of equally near ones. Distances are squared, without the
+        # square of the code itself, which is the same for all children.
         own = spots.square().sum(dim=-1, keepdim=True).where(children[..., None] >= 0, torch.inf)
         across = spots @ embedding(near.flatten(2), neighbours.codebook).mT
         nearest = torch.add(own, across, alpha=-2).nan_to_num(nan=torch.inf).min(dim=2).indices
@@ -216,7 +216,7 @@ class Cascade(AcceptanceRule):
 
 
 def _within(mass: Tensor, inside: Tensor, first: Tensor, room: Tensor) -> Tensor:
-    """Of the codes near each child, in turn the nearest ones that its class still has room for, [B, A, C, k]."""
+    """For each child in turn, which of the nearest codes its class still has room for, [B, A, C, k]."""
     before, fits = mass.cumsum(dim=-1), []
     for slot in range(mass.shape[2]):  # all nodes at once; a class's members share its room
         head = first[..., slot : slot + 1]

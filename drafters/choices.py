@@ -1,4 +1,4 @@
-"""What `tree="auto"` measured, kept in the user's cache: a small file for each model, sampler, device and version."""
+"""Results of `tree="auto"` in the user's cache: a small file for each model, sampler, device and version."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastgen.environment import cpu_name, versions
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_json, read_object, user_cache_dir
 
-__all__ = ["fingerprint", "keep", "kept", "place"]
+__all__ = ["fingerprint", "load_choice", "machine_info", "save_choice"]
 
-_VALUES = 4  # of every weight, in the fingerprint of a network
+_VALUES = 4  # values of each weight in a fingerprint
 
 
 def fingerprint(network: nn.Module | None) -> str | None:
-    """Tells one network from another by its configuration and a few values of every weight."""
+    """A hash of a network's configuration and a few values of every weight."""
     if network is None:
         return None
     config = getattr(network, "config", None)
@@ -36,14 +36,14 @@ def fingerprint(network: nn.Module | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def place(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a time depends on."""
+def machine_info(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that timings depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "versions": versions()}
 
 
-def kept(key: Mapping[str, Any]) -> tuple[str | Tree, str] | None:
-    """What was measured for this key: a source and its name; None: nothing, or nothing that can be read."""
+def load_choice(key: Mapping[str, Any]) -> tuple[str | Tree, str] | None:
+    """The source and its name for this key; None if there is none that can be read."""
     path = _path(key)
     if not path.is_file():
         return None
@@ -51,7 +51,7 @@ def kept(key: Mapping[str, Any]) -> tuple[str | Tree, str] | None:
         found = read_object(path)
         name, paths = found["name"], found["paths"]
         if found["key"] != _plain(key) or not isinstance(name, str):
-            raise FastgenError("it is of something else")
+            raise FastgenError("it belongs to another key")
         if paths is not None:
             return static_tree(paths), name
         check_tree_name("name", name)
@@ -61,15 +61,15 @@ def kept(key: Mapping[str, Any]) -> tuple[str | Tree, str] | None:
         return None
 
 
-def keep(key: Mapping[str, Any], source: str | Tree, name: str) -> None:
-    """Write what was measured; where that is not possible, a warning says so."""
+def save_choice(key: Mapping[str, Any], source: str | Tree, name: str) -> None:
+    """Save a source; warn if that is not possible."""
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         paths = _paths_of(source) if isinstance(source, Tree) else None
         atomic_write_json(path, {"key": _plain(key), "name": name, "paths": paths})
     except (FastgenError, OSError) as error:
-        warnings.warn(f"{path} cannot be written, the fastest tree is not kept: {error}", stacklevel=2)
+        warnings.warn(f"{path} cannot be written, the fastest tree is not saved: {error}", stacklevel=2)
 
 
 def _plain(key: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
-"""Compiled steps of decoding: one graph for draft, target pass, verification and commit.
+"""Compiled decoding steps: one graph for draft, target pass, verification and commit.
 
-A step is a few hundred small operators; on a CPU half of the time of a small target goes into starting them, on a GPU
-nearly all. Compiling takes up to a minute a step (inductor keeps the result on disk); another batch size (also that
-of a batch from which finished images left), sampler, rule, tree or longer prompt is another graph.
+A step is a few hundred small operators. Launching them takes half of a small target's time on a CPU and nearly all of
+it on a GPU. Compiling takes up to a minute per step (inductor caches the result on disk). Every batch size (also after
+finished images leave), sampler, rule, tree and longer prompt needs another graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def many_graphs(compile: bool) -> AbstractContextManager[Any]:
-    """Within it a step may have many graphs: one object serves all rules and trees."""
+    """Allow many graphs per step: one object serves all rules and trees."""
     if not compile:
         return nullcontext()
     return torch._dynamo.config.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=4 * _GRAPHS)

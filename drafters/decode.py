@@ -1,8 +1,7 @@
-"""The loops: plain autoregressive decoding, and rounds of draft, verify, commit.
+"""The decoding loops: plain autoregressive, and rounds of draft, verify and commit.
 
-Random numbers come from one generator per image and in an order that nothing else has a say in, so an image does not
-depend on the batch around it. They are drawn outside the step; what is left of it takes no decision on the host and
-can be compiled as one graph.
+Each image has its own generator, used in a fixed order, so an image does not depend on the rest of the batch. Random
+numbers are drawn outside the step; the step takes no decision on the host and can be compiled as one graph.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from fastgen.drafters.compiled import compiled, many_graphs
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.sources import DraftSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
-from fastgen.drafters.verify import Drafted, Noise, Walk, verified
+from fastgen.drafters.verify import AcceptedPath, Drafted, Noise, verify_and_walk
 
 __all__ = ["Decoded", "decode_plain", "decode_speculative"]
 
 OnToken = Callable[[int], None]
-#: Compiled steps pad prompts to a multiple of this many tokens, or every length would be compiled again.
+#: Compiled steps pad prompts to a multiple of this many tokens; otherwise every length would be compiled separately.
 PROMPT_MULTIPLE = 16
-#: Whose logits were no numbers, in the message.
+#: Names the logits in the message about values that are not finite.
 MODEL = "the model's logits"
 
 
 @dataclass
 class Decoded:
-    """Tokens and how they came about.
+    """Tokens and statistics.
 
     Attributes:
         tokens: [B, N].
         target_passes: of the batch.
-        rounds: [B], how many each image took after its first token; the plain loop's are its tokens.
-        accepted: accepted lengths of all rounds of all images; neither the bonus nor tokens that the grammar forces
-            (ends of lines), which any draft gets right, are counted.
+        rounds: [B], rounds of each image after its first token; in the plain loop, tokens.
+        accepted: accepted lengths of all rounds of all images, without the bonus and without tokens that the grammar
+            forces (ends of lines), which every draft gets right.
         counts: [B] each: what the rule counted ("stolen", "relaxed" …), and "forced", accepted tokens that the grammar
-            forces, where there are some.
+            forces, if there are any.
     """
 
     tokens: Tensor
@@ -65,8 +64,8 @@ def decode_plain(
     Args:
         target: the model.
         prefix: the prompts of B images.
-        law: the sampler's settings.
-        generators: one per image; each step takes V numbers of each (none at temperature 0).
+        law: sampling settings.
+        generators: one per image; each step draws V numbers from each (none at temperature 0).
         on_token: called after each token with its index.
         compile: compile the step, see `fastgen.drafters.compiled`.
 
@@ -140,21 +139,21 @@ def decode_speculative(
     on_token: OnToken | None = None,
     compile: bool = False,
 ) -> Decoded:
-    """Rounds of drafting, one target pass over what was drafted, and committing the accepted path and one token more.
+    """Rounds of drafting, one target pass over the draft, and committing the accepted path and one more token.
 
     Args:
         target: the model.
-        source: what drafts: a drafter with its tree, or Jacobi's window. It serves one batch at a time.
-        rule: what is accepted.
+        source: drafts tokens: a drafter with its tree, or a Jacobi window. It serves one batch at a time.
+        rule: acceptance rule.
         prefix: the prompts of B images.
-        law: the sampler's settings.
+        law: sampling settings.
         generators: one per image.
         on_token: called after each round with the index of the last token that all images have.
         compile: compile the round, see `fastgen.drafters.compiled`.
 
     Raises:
-        ValueError: the source cannot draft for this target or law, or the rule was made for another model.
-        NotFiniteError: logits of the model or of the drafter were NaN or infinite; raised where the host waits anyway.
+        ValueError: the source cannot draft for this target or these settings, or the rule was made for another model.
+        NotFiniteError: logits of the model or the drafter were NaN or infinite; raised at the next synchronisation.
     """
     source.check(target, law, rule)
     rule.check(target)
@@ -167,8 +166,8 @@ def decode_speculative(
 
 
 def _sizes(batch: int) -> list[int]:
-    """Images that compiled rounds of a batch go on with, most first. Each size is another graph: there are few, all,
-    half and a quarter of them, but none below 4, where a graph costs more time than it saves."""
+    """Batch sizes of compiled rounds, largest first: all images, a half and a quarter. Each size is another graph;
+    below 4 images a graph costs more time than it saves."""
     return [batch, *(batch >> half for half in (1, 2) if batch >> half >= 4)]
 
 
@@ -189,7 +188,7 @@ class _Rounds:
         self.generators = generators
         self.advance = compiled(_Rounds.step) if compile else _Rounds.step
         device, batch = prefix.embeds.device, prefix.images
-        # Numbers of the images that are still drawn, and the tokens of those that left.
+        # Indices of the images still being drawn, and the tokens of those that left the batch.
         self.images = torch.arange(batch, device=device)
         self.finished = torch.zeros(batch, target.num_tokens, dtype=torch.int64, device=device)
         self.sizes = _sizes(batch) if compile else None
@@ -211,7 +210,7 @@ class _Rounds:
         total, rounds = self.target.num_tokens, 0
         least = -(-(total - 1) // self.path)
         while True:
-            # The device is asked only once the images may be finished.
+            # No host synchronisation before the images can be finished.
             if rounds >= least or on_token is not None:
                 counts = self.count.tolist()
                 done = min(counts)
@@ -222,7 +221,7 @@ class _Rounds:
                 if done >= total:
                     break
                 if self.narrows:
-                    self._leave(counts)
+                    self._drop_finished(counts)
             self.round()
             rounds += 1
         lengths, counted = self._collected()
@@ -236,7 +235,7 @@ class _Rounds:
         return Decoded(self.finished, rounds + 1, (lengths >= 0).sum(dim=0), accepted, counted)
 
     def round(self) -> None:
-        """Draft, verify, commit, and keep what the round left."""
+        """Draft, verify, commit, and record the result."""
         self.rounds.append((self.images, *self.advance(self, *self._noise())))
 
     def _collected(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -249,10 +248,9 @@ class _Rounds:
                 counted.setdefault(name, value.new_zeros(len(self.finished))).index_add_(0, images, value)
         return lengths, counted
 
-    def _leave(self, counts: list[int]) -> None:
-        """Images that are done leave the batch as soon as they are a quarter of it, or, where the step is compiled, as
-        soon as the others fit into a smaller graph. Every image has random numbers of its own, so that only rounding
-        knows of it."""
+    def _drop_finished(self, counts: list[int]) -> None:
+        """Remove finished images once they are a quarter of the batch; in compiled rounds, once the others fit into a
+        smaller graph. Every image has its own generator, so the others change by rounding only."""
         here, total = len(counts), self.target.num_tokens
         drawn = sum(count < total for count in counts)
         if self.sizes is None:
@@ -261,7 +259,7 @@ class _Rounds:
             size = min(size for size in self.sizes if size >= drawn)
         if size == here:
             return
-        # All that are not done, and as many of the others as the size has room for.
+        # All unfinished images, filled up to the size with finished ones.
         chosen = sorted(sorted(range(here), key=lambda number: counts[number] >= total)[:size])
         stay = torch.tensor(chosen, device=self.count.device)
         if not self.source.narrow(stay, self.prefix):
@@ -276,7 +274,7 @@ class _Rounds:
         self.generators = [self.generators[number] for number in chosen]
 
     def step(self, noise: Noise, gumbel: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """A round without decisions on the host: draft, verify, commit.
+        """A round without host decisions: draft, verify, commit.
 
         Returns:
             accepted lengths [B] without forced tokens (-1 where an image was finished), and counts.
@@ -287,15 +285,15 @@ class _Rounds:
         proposal = self.source.propose(root, index, gumbel)
         drafted, output = self._verify(proposal, index)
         if self.law.temperature == 0:
-            way = verified(drafted, None, remaining)
+            path = verify_and_walk(drafted, None, remaining)
         else:
-            way = self.rule.walk(drafted, noise, self.spent, remaining)
-        self._commit(drafted, way, output, remaining)
-        active, length, counts = remaining > 0, way.length, way.counts
+            path = self.rule.walk(drafted, noise, self.spent, remaining)
+        self._commit(drafted, path, output, remaining)
+        active, length, counts = remaining > 0, path.length, path.counts
         if "stolen" in counts:
             self.spent = self.spent + counts["stolen"] * active
         if self.target.has_grammar:
-            forced = (drafted.tokens.gather(1, way.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
+            forced = (drafted.tokens.gather(1, path.nodes[:, 1:]) >= self.target.num_codes).cumsum(dim=1)
             forced = torch.nn.functional.pad(forced, (1, 0)).gather(1, length[:, None])[:, 0]
             length, counts = length - forced, counts | {"forced": forced}
         return torch.where(active, length, -1), {name: value * active for name, value in counts.items()}
@@ -314,7 +312,7 @@ class _Rounds:
         return Drafted(tree, proposal.tokens, p, proposal.draft, hidden), output
 
     def _noise(self) -> tuple[Noise, Tensor | None]:
-        """Random numbers of a round: coins, noise of the tokens that are drawn, noise of the draft."""
+        """Random numbers of a round: coins, noise for drawn tokens, noise for the draft."""
         device, draws = self.count.device, self.source.draws
         if self.law.temperature == 0:
             empty = torch.empty(len(self.count), 0, device=device)
@@ -327,13 +325,13 @@ class _Rounds:
         gumbel = gumbel_noise(self.generators, (1 + draws) * vocabulary, device).unflatten(1, (1 + draws, vocabulary))
         return Noise(coins, gumbel[:, :1]), gumbel[:, 1:] if draws else None
 
-    def _commit(self, drafted: Drafted, way: Walk, output: TargetPass, remaining: Tensor) -> None:
-        kept = torch.where(remaining > 0, way.length + 1, 0)
-        tokens = torch.cat([drafted.tokens.gather(1, way.nodes[:, 1:]), way.bonus[:, None]], dim=1)
-        tokens = tokens.scatter(1, way.length[:, None], way.bonus[:, None])
+    def _commit(self, drafted: Drafted, path: AcceptedPath, output: TargetPass, remaining: Tensor) -> None:
+        kept = torch.where(remaining > 0, path.length + 1, 0)
+        tokens = torch.cat([drafted.tokens.gather(1, path.nodes[:, 1:]), path.bonus[:, None]], dim=1)
+        tokens = tokens.scatter(1, path.length[:, None], path.bonus[:, None])
         places = self.count[:, None] + torch.arange(self.path, device=tokens.device)
-        # What is written behind the bonus is overwritten by the next round, or lies behind the picture.
+        # Tokens after the bonus are overwritten by the next round, or lie past the end of the picture.
         self.tokens.scatter_(1, places, tokens)
         self.count = self.count + kept
-        self.cache.commit(self.target.both_rows(way.nodes, self.prefix), self.target.both_rows(kept, self.prefix))
-        self.source.absorb(drafted, way, tokens, kept, output)
+        self.cache.commit(self.target.both_rows(path.nodes, self.prefix), self.target.both_rows(kept, self.prefix))
+        self.source.absorb(drafted, path, tokens, kept, output)

@@ -1,9 +1,9 @@
-"""Decoder layers of transformers' models over our cache.
+"""Decoder layers of transformers models with our KV cache.
 
-The layers' own sub-modules run (projections, norms, feed-forward: LoRA, quantisation and offload hooks stay); what is
-ours is attention over committed slots and a tree, which no `generate` offers. One function serves Llama-like models,
-Chameleon's query and key norms and its norms after the branch, GLM-Image's norms before and after it, and our own
-LlamaGen and drafters.
+The layers' own sub-modules run (projections, norms, feed-forward), so LoRA, quantisation and offload hooks keep
+working. Only the attention is ours: over committed slots and a tree, which no `generate` offers. One function serves
+Llama-like models, Chameleon (query and key norms, norms after the branch), GLM-Image (norms before and after it), and
+our LlamaGen and drafters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.drafters.cache import KVCache, Sight
+from fastgen.drafters.cache import AttentionMask, KVCache
 from fastgen.drafters.offload import group_hook
 from fastgen.models.layers import rotate_halves, rotate_pairs
 
@@ -36,9 +36,9 @@ class DecoderLayer:
         query_norm, key_norm: on [R n, heads, head_dim], or None.
         head_dim: width of a head.
         rotary: "halves" rotates feature i with i + d/2 (transformers), "pairs" 2 i with 2 i + 1 (LlamaGen).
-        norm_after: the norms act on what a branch returns, not on what it reads (Chameleon's "swin" layers).
-        after1, after2: further norms, on what attention and feed-forward return (GLM-Image), or None.
-        block: the layer itself, whose forward is not called.
+        norm_after: the norms apply to a branch's output, not its input (Chameleon's "swin" layers).
+        after1, after2: further norms on the outputs of attention and feed-forward (GLM-Image), or None.
+        block: the layer itself; its forward is not called.
     """
 
     query: nn.Module
@@ -60,17 +60,17 @@ class DecoderLayer:
 
 def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
     """Views of the layers of a transformers decoder (`LlamaModel`, `Emu3TextModel`, `ChameleonModel` …), or of our
-    LlamaGen, whose layers hold the attention themselves.
+    LlamaGen, whose layers contain the attention directly.
 
     Raises:
-        ValueError: a layer lacks a part that we know of.
+        ValueError: a layer lacks a part that we need.
     """
     views = []
     for layer in model.layers:
         attention = getattr(layer, "self_attn", layer)
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         if any(not hasattr(attention, name) for name in names) or not hasattr(layer, "mlp"):
-            raise ValueError(f"target: layers of {type(model).__name__} are not known to us")
+            raise ValueError(f"target: layers of {type(model).__name__} are not supported")
         views.append(
             DecoderLayer(
                 attention.q_proj,
@@ -94,11 +94,11 @@ def layers_of(model: Any, rotary: RotaryStyle = "halves") -> list[DecoderLayer]:
 
 
 class RotaryTable:
-    """Rotary factors of a transformers decoder by position, computed once where they do not depend on the length.
+    """Rotary factors of a transformers decoder by position, computed once if they do not depend on the length.
 
     Args:
         embedding: its `rotary_emb`.
-        length: positions; those beyond take the last, which only nodes behind the end of a picture have.
+        length: number of positions; later ones, which only nodes past the end of a picture have, use the last.
     """
 
     def __init__(self, embedding: Any, length: int) -> None:
@@ -108,7 +108,7 @@ class RotaryTable:
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """Cosines and sines [R, n, head_dim] of positions [R, n]."""
         anything = torch.empty(0, dtype=dtype, device=positions.device)
-        if self.embedding.rope_type != "default":  # some types look at the longest position
+        if self.embedding.rope_type != "default":  # some types depend on the longest position
             cos, sin = self.embedding(anything, positions)
             return cos, sin
         table = self._table
@@ -126,19 +126,19 @@ def run_layers(
     rotary: Rotary | None,
     cache: KVCache,
     slots: Tensor,
-    mask: Sight,
+    mask: AttentionMask,
     taps: tuple[int, ...] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run layers on new tokens, writing their keys and values.
+    """Run layers on new tokens and write their keys and values.
 
     Args:
-        layers: the views.
+        layers: of the decoder.
         hidden: [R, n, D].
-        rotary: factors of the tokens' positions; None for none.
-        cache: keys and values of what came before; `slots` are written first, so a token sees itself.
+        rotary: factors of the tokens' positions, or None.
+        cache: earlier keys and values; `slots` are written first, so a token sees itself.
         slots: [R, n] int64.
-        mask: [R, 1, n, limit] bool over the first slots, of which every row needs a slot to see; or a `TreeSight`.
-        taps: layers of which the inputs are returned too.
+        mask: [R, 1, n, limit] bool over the first slots, of which every row sees at least one; or a `TreeMask`.
+        taps: layers whose inputs are also returned.
 
     Returns:
         [R, n, D], and the inputs of layers `taps`.
@@ -169,7 +169,7 @@ def _attend(
     rotary: Rotary | None,
     cache: KVCache,
     slots: Tensor,
-    mask: Sight,
+    mask: AttentionMask,
 ) -> Tensor:
     shape = (*hidden.shape[:2], -1, layer.head_dim)
     query, key, value = (part(hidden).view(shape) for part in (layer.query, layer.key, layer.value))

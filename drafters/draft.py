@@ -1,4 +1,4 @@
-"""Drafting a tree: static ones level by level, dynamic ones by confidence."""
+"""Draft a tree: static ones level by level, dynamic ones by confidence."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Level:
     Attributes:
         nodes: [k] their indices.
         children: [m] indices of all their children.
-        source: [m] place in `nodes` of each child's parent.
+        source: [m] index into `nodes` of each child's parent.
         slot: [m] which child of its parent it is.
-        most: children of the node that has most.
-        first: nodes with children at smaller depths, the root left out.
-        mask: [1, k, first + k] which of those nodes, and of these, each sees (the root is committed already).
-        parents: [k] place in the level above of each node's parent; empty at the root.
+        most: largest number of children of a node.
+        first: number of nodes with children at smaller depths, without the root.
+        mask: [1, k, first + k] which of those nodes, and of these, each one sees (the root is already committed).
+        parents: [k] index into the level above of each node's parent; empty at the root.
     """
 
     nodes: Tensor
@@ -49,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True)
 class StaticPlan:
-    """What the rounds of a static tree share.
+    """What all rounds of a static tree share.
 
     Attributes:
         tree: the topology.
@@ -61,7 +61,7 @@ class StaticPlan:
 
     @classmethod
     def of(cls, tree: Tree) -> StaticPlan:
-        """The plan of a static tree on the CPU."""
+        """The plan of a static tree, on the CPU."""
         levels, grown = list[Level](), list[int]()
         above: list[int] = []
         for depth, members in enumerate(tree.levels[:-1]):
@@ -97,7 +97,7 @@ class StaticPlan:
 
     @property
     def grown(self) -> int:
-        """Nodes that the drafter looks at: those with children, the root left out."""
+        """Nodes that the drafter evaluates: those with children, without the root."""
         return sum(len(level.nodes) for level in self.levels[1:])
 
 
@@ -113,14 +113,14 @@ def draft_static(
     """Draft a static tree.
 
     Args:
-        drafter: has absorbed all that was committed.
+        drafter: has absorbed all committed tokens.
         state: its state.
         plan: of the tree.
         root: [B] the last committed token.
         law: guidance, temperature, top-k and top-p, as for the target.
-        index: [B] which token of the picture the root is.
-        gumbel: [B, A, V] noise of the A nodes with children: their children are drawn without replacement
-            (Gumbel-top-k); None takes the most likely tokens.
+        index: [B] the root's index in the picture.
+        gumbel: [B, A, V] noise of the A nodes with children, to draw the children without replacement (Gumbel-top-k);
+            None takes the most likely tokens.
 
     Returns:
         tokens [B, n], and q [B, n, V], 0 at leaves.
@@ -150,8 +150,8 @@ def draft_static(
 def draft_dynamic(
     drafter: Drafter, state: DraftState, shape: DynamicShape, root: Tensor, law: TokenLaw, index: Tensor
 ) -> tuple[Tree, Tensor]:
-    """Draft the most likely nodes (EAGLE-2, arXiv 2406.16858): `top_k` are grown at each depth, and of all that were
-    drafted those of the largest cumulative probability are kept.
+    """Draft the most likely nodes (EAGLE-2, arXiv 2406.16858): expand `top_k` nodes at each depth, then keep the
+    drafted nodes with the largest cumulative probability.
 
     Returns:
         a tree of `shape.nodes` + 1 nodes for every image, and its tokens [B, n].
@@ -160,7 +160,7 @@ def draft_dynamic(
     batch = len(root)
     parents_state, grown_tokens = state.root, root[:, None]
     score = torch.zeros(batch, 1, device=device)
-    # Drafted index of each node that is grown; 0 is the root.
+    # Drafted index of each expanded node; 0 is the root.
     owner = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     all_tokens, all_scores, all_parents = [root[:, None]], [score + 1.0], [owner]
     seen = torch.zeros(batch, 0, 0, dtype=torch.bool, device=device)
@@ -187,7 +187,7 @@ def draft_dynamic(
             break
         keep = scores.topk(width, dim=-1)
         score, place = keep.values, keep.indices
-        source = place // width  # which of the grown nodes is the parent
+        source = place // width  # which of the expanded nodes is the parent
         grown_tokens = tokens.gather(1, place)
         owner = drafted + place
         drafted += tokens.shape[1]
@@ -198,7 +198,7 @@ def draft_dynamic(
 
 
 def _grow_mask(seen: Tensor, source: Tensor, width: int, depth: int) -> Tensor:
-    """The square mask of grown nodes with `width` new ones: a new one sees itself and what its parent sees."""
+    """The square mask of expanded nodes, with `width` new ones: each sees itself and what its parent sees."""
     batch, before = len(source), seen.shape[1]
     if depth == 0:
         inherited = torch.zeros(batch, width, 0, dtype=torch.bool, device=source.device)
@@ -210,8 +210,8 @@ def _grow_mask(seen: Tensor, source: Tensor, width: int, depth: int) -> Tensor:
 
 
 def _keep_best(shape: DynamicShape, tokens: Tensor, scores: Tensor, parents: Tensor) -> tuple[Tree, Tensor]:
-    """Root and the best nodes. A parent's score is at least its children's, so what is kept is a tree."""
-    # Equal scores (a child of probability 1) fall to the parent, which was drafted before: the sort is stable.
+    """The root and the best nodes. A parent scores at least as high as its children, so the result is a tree."""
+    # On equal scores (a child with probability 1) the stable sort prefers the parent, which was drafted first.
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : shape.nodes + 1]
     kept = order.sort(dim=1).values
     numbers = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)

@@ -1,4 +1,4 @@
-"""The protocol of a drafter: a small model that guesses what the target will say, for both rows of guidance."""
+"""The drafter protocol: a small model that predicts the target's next tokens, for both guidance rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["DraftState", "Drafter", "check_fits", "describe"]
 
 @dataclass
 class DraftState:
-    """What a drafter carries from round to round.
+    """A drafter's state between rounds.
 
     Attributes:
-        target: frozen embeddings and head are the target's.
+        target: provides the frozen embeddings and head.
         prefix: the prompts.
-        cache: its own keys and values of committed tokens (and of the tree that is being drafted).
+        cache: the drafter's own keys and values of committed tokens (and of the tree being drafted).
         root: [R, 1, D], its state at the root.
     """
 
@@ -44,7 +44,7 @@ class Drafter(ABC):
     max_depth: int | None = None
 
     def check(self, target: Target) -> None:
-        """Refuse another target, or one of another dtype.
+        """Check that it fits the target and its dtype.
 
         Raises:
             FastgenError: names the mismatch.
@@ -53,7 +53,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def features(self, output: TargetPass) -> Tensor:
-        """What it reads of a pass of the target, [R, n, F]."""
+        """Its inputs [R, n, F] from a pass of the target."""
 
     @abstractmethod
     def start(self, target: Target, prefix: Prefix, features: Tensor, first: Tensor, room: int) -> DraftState:
@@ -64,22 +64,22 @@ class Drafter(ABC):
             prefix: the prompts, [R, P].
             features: of the prompts, [R, P, F].
             first: [B] the first token of the picture, the root of the first tree.
-            room: nodes of a tree that it will look at.
+            room: nodes of a tree that it will evaluate.
         """
 
     @abstractmethod
     def absorb(self, state: DraftState, tokens: Tensor, features: Tensor, count: Tensor) -> None:
-        """Read what was committed.
+        """Read committed tokens.
 
         Args:
             state: changed in place; its root becomes the last of the tokens.
             tokens: [B, m], the token after each feature's.
             features: [R, m, F] of committed tokens.
-            count: [B] how many of the m hold; 0 for finished images.
+            count: [B] how many of the m are valid; 0 for finished images.
         """
 
     def narrow(self, state: DraftState, images: Tensor, prefix: Prefix) -> bool:
-        """Go on with these images of the batch alone; False where it keeps more than the state has, and all stay."""
+        """Keep only these images of the batch. A drafter that stores more than `state` returns False, and all stay."""
         rows = prefix.both(images)
         state.prefix, state.root = prefix.narrowed(images), state.root[rows]
         state.cache.narrow(rows)
@@ -95,18 +95,18 @@ class Drafter(ABC):
             state: of this batch.
             tokens: [B, k] the nodes' tokens.
             parents: [R, k, D], states of their parents.
-            depth: [b, k], 1 below the root.
-            mask: [b, k, first + k] which of the nodes grown so far (these last) each of them sees.
-            first: nodes grown before in this tree.
+            depth: [b, k], 1 for children of the root.
+            mask: [b, k, first + k] which of the nodes so far (these come last) each one sees.
+            first: number of earlier nodes in this tree.
         """
 
     @abstractmethod
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
-        """Logits [R, k, V] of the tokens after nodes of states [R, k, D] at a depth (0: the root)."""
+        """Logits [R, k, V] of the tokens after nodes with states [R, k, D] at a depth (0: the root)."""
 
 
 def check_fits(label: str, part: Any, wanted: dict[str, Any], target: Target) -> None:
-    """Refuse a part whose configuration is for another target, or whose weights have another dtype.
+    """Check that a part's configuration fits the target, and that both have one dtype.
 
     Raises:
         FastgenError: names the mismatch.
@@ -117,9 +117,9 @@ def check_fits(label: str, part: Any, wanted: dict[str, Any], target: Target) ->
             raise FastgenError(f"{label}: made for a model of {name} {config[name]}, this one has {value}")
     dtype = getattr(part, "dtype", target.dtype)
     if dtype != target.dtype and target.dtype.is_floating_point:  # quantised weights are integers
-        raise FastgenError(f"{label}: is {dtype}, the model {target.dtype}; convert one with .to(dtype)")
+        raise FastgenError(f"{label}: has {dtype}, the model {target.dtype}; convert one with .to(dtype)")
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """What a drafter's configuration keeps of its target."""
+    """The target's sizes, as a drafter's configuration records them."""
     return {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "target_layers": len(target.layers)}

@@ -2,7 +2,7 @@
 
 Variant 1 (arXiv 2401.15077) reads the target's last hidden state and predicts the next one; the target's frozen head
 turns it into logits. Variant 3 (arXiv 2503.01840) reads the inputs of three layers, has a norm and head of its own,
-and feeds its own output back. Both run on the rows of guidance side by side and mix their logits as the target does.
+and feeds its own output back. Both run on the two guidance rows and mix their logits as the target does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from fastgen.drafters.cache import KVCache, Sight, tree_sight
+from fastgen.drafters.cache import AttentionMask, KVCache, mask_for_tree
 from fastgen.drafters.decoder import Rotary
 from fastgen.drafters.drafter import Drafter, DraftState, describe
 from fastgen.drafters.targets.base import Prefix, Target, TargetPass
@@ -29,11 +29,10 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
     Args:
         hidden_size, vocab_size, target_layers: of the target.
         variant: 1 or 3.
-        width: of the drafter's layer; None takes the target's. (EAGLE has the target's; a narrower one is cheaper.)
+        width: of the drafter's layer; None takes the target's, as EAGLE does. A narrower layer is cheaper.
         heads: attention heads.
         intermediate_size: of the MLP; None takes 8/3 of the width.
-        taps: layers whose inputs variant 3 reads; None takes the second, the middle one and the last but two, as far
-            as there are so many.
+        taps: layers whose inputs variant 3 reads; None takes layers 2, n // 2 and n - 3 of n (fewer in small targets).
         rope_theta: base of the rotary angles.
 
     Raises:
@@ -82,7 +81,7 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
 
     @classmethod
     def for_target(cls, target: Target, **config: Any) -> EagleDrafter:
-        """An untrained drafter of the target's sizes."""
+        """An untrained drafter with the target's sizes."""
         return cls(**{**describe(target), **config})
 
     # ---- Drafter ----
@@ -115,14 +114,14 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int
     ) -> Tensor:
         hidden = parents if self.config.variant == 3 else self.read(parents)
-        # The root's own entry is the last committed one: a child of the root comes right behind it.
+        # The root's own entry is the last committed one: a child of the root comes right after it.
         return self._step(state, tokens, hidden, depth - 1, mask, first)
 
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:
-        return self.speak(state.target, hidden)
+        return self.logits_of(state.target, hidden)
 
-    def speak(self, target: Target, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of states: by the drafter's own head (variant 3), or by the target's."""
+    def logits_of(self, target: Target, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of states, from the drafter's own head (variant 3) or the target's."""
         return self.head(self.norm_out(hidden)) if self.config.variant == 3 else target.head(hidden)
 
     # ---- the layer ----
@@ -130,27 +129,27 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
     def _step(
         self, state: DraftState, tokens: Tensor, hidden: Tensor, ahead: Tensor, mask: Tensor, first: int
     ) -> Tensor:
-        """Tokens [B, k] behind the committed ones, `ahead` positions on."""
+        """Run the layer on tokens [B, k] that are `ahead` positions after the committed ones."""
         target, prefix, cache, k = state.target, state.prefix, state.cache, tokens.shape[1]
         embeds = target.both_rows(target.embed(tokens), prefix)
         committed = cache.lengths - prefix.mask.shape[1]
         ahead = target.both_rows(ahead.expand(len(tokens), k), prefix)
         positions = (prefix.offset + committed)[:, None] + ahead
         slots = cache.lengths[:, None] + first + torch.arange(k, device=tokens.device)
-        visible = tree_sight(cache, target.both_trees(mask, prefix))
+        visible = mask_for_tree(cache, target.both_trees(mask, prefix))
         return self.layer(embeds, hidden, positions, cache, slots, visible)
 
     def layer(
-        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Sight
+        self, embeds: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: AttentionMask
     ) -> Tensor:
         """One step of the drafter.
 
         Args:
-            embeds: [R, k, D], the target's input vectors of the tokens.
-            hidden: [R, k, width], what was read of the token before: a feature or this layer's own output.
+            embeds: [R, k, D], the target's embeddings of the tokens.
+            hidden: [R, k, width] of the token before: a projected feature, or this layer's own output.
             positions, slots: [R, k].
             cache: written at `slots`.
-            mask: [R, 1, k, limit], or a `TreeSight`.
+            mask: [R, 1, k, limit], or a `TreeMask`.
 
         Returns:
             [R, k, hidden_size] the predicted feature (variant 1), or [R, k, width] (variant 3).
@@ -171,14 +170,14 @@ class EagleDrafter(ModelMixin, ConfigMixin, Drafter):
         return stream, rotate_halves(query, rotary), rotate_halves(key, rotary), value
 
     def finish(self, stream: Tensor, mixed: Tensor) -> Tensor:
-        """What attention [R, k, heads, head_dim] adds to the stream, and the feed-forward: the layer's output."""
+        """The layer's output: add the attention [R, k, heads, head_dim] to the stream, then the feed-forward."""
         stream = stream + self.o_proj(mixed.flatten(2))
         stream = stream + self.mlp(self.norm_mlp(stream))
         return stream if self.config.variant == 3 else self.write(stream)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """Cosines and sines of positions [R, k]."""
-        # Not a buffer: nothing calls this module's forward, with which hooks of offloading would bring it in.
+        # Not a buffer: this module's forward is never called, so offload hooks would not move it to the device.
         powers = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
         angles = positions[..., None].float() * (self.config.rope_theta**-powers).float()
         angles = torch.cat([angles, angles], dim=-1)

@@ -1,12 +1,12 @@
 """Parallel heads: one small pass that corrects all places of a Jacobi window before the target reads it.
 
-A window's draft laws are what the target said in the round before, in the context of then. The context changed where
-the target refused a token. `WindowHeads` reads what that round left (the target's hidden states at the places, the
-tokens that stood there) and what stands there now (the newest committed token first), and moves each place's law to
-what the target will say.
+A window's draft distributions are the target's from the round before, in that round's context. The context changes
+where the target rejects a token. `WindowHeads` reads the old round (the target's hidden states and the tokens at the
+places) and the current tokens (the newest committed one first), and moves each place's distribution towards what the
+target will predict.
 
-Place j reads nothing of the tokens at place j or behind it, old or new. Those depend on the noise of their places,
-and a window that keeps its noise may not draw a token from a law that knows it.
+Place j reads no tokens at place j or later, old or new: those depend on the noise of their places, and a window that
+reuses its noise must not draw a token from a distribution that depends on it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fastgen.errors import FastgenError
 
 __all__ = ["Reading", "WindowHeads", "read_round"]
 
-_KINDS = 5  # of tokens read: now, before, above to the left, above, above to the right
-_DROPOUT = 0.15  # in training: a few hundred pictures are soon known by heart
-_FLOOR = -30.0  # logarithm of a probability that is none
+_KINDS = 5  # of tokens read: now, before, above left, above, above right
+_DROPOUT = 0.15  # a few hundred training pictures are quickly memorised
+_FLOOR = -30.0  # smallest log-probability
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What heads read, for the token before the root, the root, and all places but the last: [B, L + 1, …].
+    """Inputs of the heads for the token before the root, the root, and all places but the last: [B, L + 1, …].
 
     Attributes:
-        hidden: [B, L + 1, F] what the round before left at the places, see `WindowHeads.features`.
-        tokens: [B, L + 1, 5] now, then, and the three above the following place; V stands for none.
-        fresh: [B, L + 1] how many places behind the last state it lies; 0 where the state is of this very place.
+        hidden: [B, L + 1, F] features of the round before, see `WindowHeads.features`.
+        tokens: [B, L + 1, 5] now, before, and the three above the next place; V means none.
+        fresh: [B, L + 1] distance to the place that the state belongs to; 0 if it is this place.
     """
 
     hidden: Tensor
@@ -58,18 +58,18 @@ def read_round(
     row_length: int,
     none: int,
 ) -> Reading:
-    """What a round and the start of the next one give.
+    """Collect the inputs from a round and the start of the next one.
 
     Args:
         hidden: [B, n, F] features of the round, root first.
         then: [B, n] its tokens.
         length: [B] accepted tokens of the round; n - 1 makes all places new.
         root: [B] the newest committed token.
-        window: [B, L] tokens of the places behind it, as the round's own laws draw them.
-        index: [B] which token of the picture the root is.
-        picture: [B, m] tokens, right up to `index`.
-        row_length: tokens of a row of the picture.
-        none: stands for no token.
+        window: [B, L] tokens of the places after it, drawn from the uncorrected distributions.
+        index: [B] the root's index in the picture.
+        picture: [B, m] tokens, valid up to `index`.
+        row_length: tokens per row of the picture.
+        none: id that means no token.
     """
     places = window.shape[1]
     steps = torch.arange(places + 1, device=root.device)
@@ -89,7 +89,7 @@ def read_round(
 
 
 class Mix(nn.Module):
-    """A causal attention layer with its MLP, over the few places of a window."""
+    """A causal attention layer with an MLP, over the places of a window."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Mix(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """[B, n, width] to the same."""
+        """Map [B, n, width] to the same shape."""
         query, key, value = self.qkv(self.norm(states)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         states = states + self.out(mixed.transpose(1, 2).flatten(2))
@@ -114,10 +114,10 @@ class WindowHeads(ModelMixin, ConfigMixin):
 
     Args:
         hidden_size, vocab_size, target_layers: of the target.
-        window: the longest that it can correct.
-        row_length: tokens of a row of the picture.
+        window: the longest window that it can correct.
+        row_length: tokens per row of the picture.
         width, heads, layers: of the small network.
-        taps: layers of the target whose inputs are read, in addition to its last states.
+        taps: layers of the target whose inputs are read, in addition to its last hidden states.
 
     Raises:
         FastgenError: a number out of range, or heads that do not divide the width.
@@ -143,7 +143,7 @@ class WindowHeads(ModelMixin, ConfigMixin):
         if width % heads:
             raise FastgenError(f"heads: {heads} is not allowed, needs a divisor of width {width}")
         if list(taps) != sorted({check_integer("taps", tap, 0, target_layers - 1) for tap in taps}):
-            raise FastgenError(f"taps: {taps} are not allowed, need rising numbers")
+            raise FastgenError(f"taps: {taps} are not allowed, need increasing numbers")
         self.read = nn.Linear(2 * hidden_size * (1 + len(taps)), width)
         self.tokens = nn.Linear(hidden_size, _KINDS * width, bias=False)
         self.place, self.fresh = nn.Embedding(window + 1, width), nn.Embedding(window + 1, width)
@@ -152,13 +152,13 @@ class WindowHeads(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Mix(width, heads) for _ in range(layers))
         self.last = nn.RMSNorm(width)
         self.speak, self.trust = nn.Linear(width, vocab_size), nn.Linear(width, 1)
-        for layer in (self.speak, self.trust):  # they start as the window without heads
+        for layer in (self.speak, self.trust):  # zeros: start as the window without heads
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     @classmethod
     def for_target(cls, target: Target, **config: Any) -> WindowHeads:
-        """Untrained heads of the target's sizes."""
+        """Untrained heads with the target's sizes."""
         return cls(**{**describe(target), "row_length": row_length(target), **config})
 
     def lengthened(self, window: int) -> WindowHeads:
@@ -178,7 +178,7 @@ class WindowHeads(ModelMixin, ConfigMixin):
         return copied.train(self.training)
 
     def check(self, target: Target) -> None:
-        """Refuse another target, or one of another dtype.
+        """Check that they fit the target and its dtype.
 
         Raises:
             FastgenError: names the mismatch.
@@ -186,28 +186,28 @@ class WindowHeads(ModelMixin, ConfigMixin):
         check_fits("heads", self, describe(target) | {"row_length": row_length(target)}, target)
 
     def features(self, output: TargetPass, guided: bool) -> Tensor:
-        """What they read of a pass of the target, [B, n, F]: both rows of guidance side by side, or twice the same."""
+        """Inputs [B, n, F] from a pass of the target: both guidance rows concatenated, or one row twice."""
         rows = torch.cat([output.hidden, *output.taps[: len(self.config.taps)]], dim=-1)
         return torch.cat(rows.chunk(2) if guided else (rows, rows), dim=-1)
 
     def tables(self, target: Target) -> Tensor:
-        """What each token adds, [V + 1, 5, width]; the last row stands for no token."""
+        """Embedding of each token by kind, [V + 1, 5, width]; the last row means no token."""
         embeds = target.embed(torch.arange(target.vocab_size, device=target.device))
         rows = self.tokens(embeds.to(self.tokens.weight.dtype)).unflatten(-1, (_KINDS, -1))
         return F.pad(rows, (0, 0, 0, 0, 0, 1))
 
     def forward(self, reading: Reading, tables: Tensor, laws: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logarithms of the corrected draft laws, [B, L, V] float32.
+        """Log-probabilities of the corrected draft, [B, L, V] float32.
 
         Args:
             reading: of the round.
             tables: see `tables`.
-            laws: [B, L, V] that the round before left.
-            temperature: of the law.
+            laws: [B, L, V] draft probabilities from the round before.
+            temperature: of the sampler.
         """
         kinds = torch.arange(_KINDS, device=tables.device)
         parts = reading.hidden.unflatten(-1, (-1, self.config.hidden_size))
-        parts = F.rms_norm(parts, parts.shape[-1:], eps=1e-6)  # states and inputs of layers are of other sizes
+        parts = F.rms_norm(parts, parts.shape[-1:], eps=1e-6)  # states and inputs of layers differ in scale
         states = self.read(parts.flatten(-2)) + tables[reading.tokens, kinds].sum(dim=-2)
         places = torch.arange(states.shape[1], device=states.device)
         states = states + self.place(places) + self.fresh(reading.fresh)
@@ -221,8 +221,7 @@ class WindowHeads(ModelMixin, ConfigMixin):
 
 
 def row_length(target: Target) -> int:
-    """Tokens from a place to the one below it: up to the end of the first row where the grammar has ends of lines,
-    else the side of a square."""
+    """Tokens from a place to the one below it: from the grammar's ends of lines, else the side of a square."""
     ends = (target.forced >= 0).nonzero()[:, 0].tolist()
     if len(ends) > 1:
         return int(ends[-1] - ends[-2])

@@ -20,7 +20,7 @@ from fastgen.errors import FastgenError
 from fastgen.io import read_object
 from fastgen.pretrained import load_pretrained
 
-__all__ = ["build_rule", "drafter_class", "heads_beside", "heads_folder", "load_drafter"]
+__all__ = ["build_rule", "drafter_class", "load_heads", "heads_folder", "load_drafter"]
 
 _KINDS: dict[str, Any] = {
     "exact": Exact,
@@ -32,19 +32,19 @@ _KINDS: dict[str, Any] = {
     "cascade": CascadeConfig,
 }
 _DRAFTERS = {kind.__name__: kind for kind in (EagleDrafter, MedusaDrafter, WindowHeads)}
-# Codes around each code that a rule may look at, as far as the codebook has so many.
+# Nearest codes per code that a rule may use, at most those in the codebook.
 _LANTERN_NEAR = 1000
 
 
 def load_drafter(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:
-    """A saved drafter, or heads of a window, whatever its class.
+    """Load a saved drafter, or heads of a window, whatever its class.
 
     Args:
-        folder: written by `save_pretrained`, or a Hub id of an EAGLE drafter of ours.
+        folder: written by `save_pretrained`, or the Hub id of an EAGLE drafter in our format.
         dtype: of the weights; None as stored.
 
     Raises:
-        FastgenError: the folder holds no drafter that we know, or its weights do not fit its configuration.
+        FastgenError: the folder has no known drafter, or its weights do not match its configuration.
     """
     kind = drafter_class(folder) if Path(folder).is_dir() else EagleDrafter
     drafter, info = load_pretrained(kind, os.fspath(folder), torch_dtype=dtype, output_loading_info=True)
@@ -58,11 +58,11 @@ def drafter_class(folder: str | os.PathLike[str]) -> Any:
     """The class of the drafter, or of the heads, in a folder.
 
     Raises:
-        FastgenError: the folder holds none that we know.
+        FastgenError: the folder has no known one.
     """
     kind = _kind(Path(folder))
     if kind not in _DRAFTERS:
-        raise FastgenError(f"drafter: {os.fspath(folder)} holds none that we know (found {str(kind)[:60]})")
+        raise FastgenError(f"drafter: {os.fspath(folder)} has no known drafter (found {str(kind)[:60]})")
     return _DRAFTERS[kind]
 
 
@@ -74,15 +74,15 @@ def _kind(folder: Path) -> str | None:
 
 
 def heads_folder(folder: str | os.PathLike[str]) -> Path | None:
-    """The heads of a window that go with a drafter, if any: in its folder, or next to it in a saved pipeline."""
+    """The folder of a drafter's window heads: in its own folder, or next to it in a saved pipeline; None without."""
     places = [Path(folder) / "heads"]
     if Path(folder).name == "drafter" and (Path(folder).parent / "model_index.json").is_file():
         places.append(Path(folder).parent / "heads")
     return next((place for place in places if place.is_dir()), None)
 
 
-def heads_beside(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> WindowHeads | None:
-    """The heads of `heads_folder`."""
+def load_heads(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> WindowHeads | None:
+    """Load the heads in `heads_folder`; None if there are none."""
     path = heads_folder(folder)
     return None if path is None else load_drafter(path, dtype)
 
@@ -96,7 +96,7 @@ def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:
         settings: of the rule; see its class.
 
     Raises:
-        ValueError: unknown rule, or a setting that it does not have.
+        ValueError: an unknown rule or setting.
     """
     if name not in RULES:
         raise ValueError(f"acceptance: {name!r} is unknown; there are {', '.join(RULES)}")
@@ -118,4 +118,4 @@ def build_rule(name: str, target: Target, **settings: Any) -> AcceptanceRule:
 
 def _neighbours(target: Target, near: int) -> Neighbours:
     codebook = target.codebook
-    return Neighbours.known(target.model, codebook, min(near, len(codebook) - 1))
+    return Neighbours.cached(target.model, codebook, min(near, len(codebook) - 1))

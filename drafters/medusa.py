@@ -1,7 +1,7 @@
-"""Medusa-style heads (arXiv 2401.10774): one guess for each of the next places from the root alone, no attention.
+"""Medusa-style heads (arXiv 2401.10774): one prediction for each of the next places, from the root, without attention.
 
-Head k reads the target's last feature and the root's token, through a residual block of its own, and speaks through
-the target's frozen head. All nodes of a depth share one law, so a tree costs one small pass.
+Head k passes the target's last feature and the root's token through its own residual block and the target's frozen
+head. All nodes at a depth share one distribution, so a tree costs one small pass.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class MedusaDrafter(ModelMixin, ConfigMixin, Drafter):
 
     Args:
         hidden_size, vocab_size, target_layers: of the target.
-        depth: heads, the deepest node that can be drafted.
+        depth: number of heads, the deepest node that can be drafted.
         width: of the residual blocks; None takes half the target's.
 
     Raises:
-        ValueError: no head.
+        ValueError: depth below 1.
     """
 
     @register_to_config
@@ -50,15 +50,14 @@ class MedusaDrafter(ModelMixin, ConfigMixin, Drafter):
 
     @classmethod
     def for_target(cls, target: Target, **config: Any) -> MedusaDrafter:
-        """An untrained drafter of the target's sizes."""
+        """An untrained drafter with the target's sizes."""
         return cls(**{**describe(target), **config})
 
     def features(self, output: TargetPass) -> Tensor:
         return output.hidden
 
     def guess(self, features: Tensor, embeds: Tensor, depth: int) -> Tensor:
-        """Feature [R, n, D] that head `depth` predicts, from features [R, n, D] and the vectors of the tokens after
-        them."""
+        """Feature [R, n, D] that head `depth` predicts from features [R, n, D] and embeddings of the next tokens."""
         both = self.norm(torch.cat([features, embeds.to(features.dtype)], dim=-1))
         predicted: Tensor = features + self.up[depth](nn.functional.silu(self.down[depth](both)))
         return predicted
@@ -77,7 +76,7 @@ class MedusaDrafter(ModelMixin, ConfigMixin, Drafter):
     def grow(
         self, state: DraftState, tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, first: int
     ) -> Tensor:
-        # A node knows nothing of its own: what is said after it depends on the root and the depth.
+        # The prediction depends on the root and the depth, not on the node.
         return state.root.expand(-1, tokens.shape[1], -1)
 
     def logits(self, state: DraftState, hidden: Tensor, depth: int) -> Tensor:

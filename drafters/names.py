@@ -1,4 +1,4 @@
-"""What needs no torch: names of acceptance rules, trees and windows, and the limits of what a user may ask for."""
+"""Names of acceptance rules, trees and windows, and limits on settings: everything that needs no torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = [
     "window_of",
 ]
 
-#: Acceptance rules by name, and those of them that keep the target's law.
+#: Acceptance rules by name, and those that keep the target's distribution.
 RULES = ("exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade")
 LOSSLESS = ("exact", "block")
-#: Nodes at each depth of named trees, below the root; the two large ones have those that LANTERN publishes.
+#: Nodes at each depth of named trees, below the root; the two large ones are LANTERN's.
 TREES = {"small": (2, 2, 1), "wide": (4, 2, 1), "lantern-25": (4, 8, 8, 3, 2), "lantern-57": (5, 13, 16, 14, 9)}
-#: One token after the other: nothing is drafted.
+#: One token at a time, without drafting.
 PLAIN = "plain"
-#: A round verifies no more tokens than this: its masks grow with the square.
+#: Most tokens that a round verifies: its masks grow with the square.
 MOST_NODES = 1024
-#: Logits divided by less than this overflow, or leave nothing but their rounding.
+#: A smaller divisor makes logits overflow, or amplifies their rounding.
 SMALLEST_TEMPERATURE = 1e-6
 
 _CHAIN = re.compile(r"chain-([1-9]\d{0,5})")
@@ -40,10 +40,10 @@ _WINDOW = re.compile(r"(?:jacobi|heads)-([1-9]\d{0,5})(?:x([1-9]\d{0,5})(?:-([1-
 
 
 def check_temperature(label: str, value: object) -> float:
-    """0 (the most likely token), or a number that logits can be divided by.
+    """Check a temperature: 0 (the most likely token), or a divisor of the logits.
 
     Raises:
-        FastgenError: it is none.
+        FastgenError: not a number, or out of range.
     """
     temperature = check_number(label, value, 0)
     if 0 < temperature < SMALLEST_TEMPERATURE:
@@ -54,10 +54,10 @@ def check_temperature(label: str, value: object) -> float:
 
 
 def check_nodes(label: str, shown: object, nodes: int) -> None:
-    """Refuse more nodes than a round verifies.
+    """Check the number of nodes of a round.
 
     Raises:
-        FastgenError: there are more than `MOST_NODES`.
+        FastgenError: more than `MOST_NODES`.
     """
     if nodes > MOST_NODES:
         raise FastgenError(f"{label}: {shown!r} has {nodes:,} nodes, a round verifies at most {MOST_NODES:,}")
@@ -73,7 +73,7 @@ def tree_widths(name: str) -> tuple[int, ...] | None:
 
 
 def levels_of(name: str) -> int:
-    """Passes of a small network in a round of a source by name: one for heads, one a level for a drafter's tree."""
+    """Passes of a small network per round, by source name: one for heads, one per level for a drafter's tree."""
     return 1 if name.startswith("heads-") else len(tree_widths(name) or ())
 
 
@@ -84,7 +84,7 @@ def is_tree_name(name: str) -> bool:
 
 
 def check_tree_name(label: str, name: str) -> None:
-    """Refuse what is no name of a tree or window, and trees and windows that are too large.
+    """Check the name and the size of a tree or window.
 
     Raises:
         FastgenError: names the value and what is allowed.
@@ -99,15 +99,18 @@ def check_tree_name(label: str, name: str) -> None:
 
 
 def window_of(name: str, label: str = "tree") -> tuple[int, int, int]:
-    """Places of the window "jacobi-12" or "heads-12"; candidates of a place: "jacobi-12x4" has 4; and how many places,
-    from the first on, have as many: all, but in "jacobi-12x4-3" 3, of which the others have one.
+    """Parse a window's name: "jacobi-12" and "heads-12" have 12 places; "jacobi-12x4" has 4 candidates per place,
+    "jacobi-12x4-3" has them at the first 3 places only.
+
+    Returns:
+        places, candidates per place, and the number of places with that many candidates.
 
     Raises:
-        FastgenError: no such name, or a window that is too large.
+        FastgenError: not a window's name, or a window that is too large.
     """
     found = _WINDOW.fullmatch(name)
     if found is None:
-        raise FastgenError(f"{label}: {name!r} is no window; needs e.g. jacobi-12, or jacobi-12x4")
+        raise FastgenError(f"{label}: {name!r} is not a window; use e.g. jacobi-12 or jacobi-12x4")
     window, width = int(found[1]), int(found[2] or 1)
     wide = int(found[3] or window)
     if wide > window:

@@ -1,4 +1,4 @@
-"""What `tree=None` drafts with: the source of the least expected time, from what was measured; else the plain loop."""
+"""What `tree=None` drafts with: the source with the least expected time, from measurements; else the plain loop."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Table = Mapping[str, Mapping[str, float]]
 
 
 def machine_of(device: str, compiled: bool) -> str:
-    """Name of a kind of device, as times are kept by."""
+    """A kind of device, as a key for times."""
     return f"{device} {'compiled' if compiled else 'eager'}"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What sources gain and cost, as far as it was measured.
+    """Measured gains and costs of sources.
 
     Attributes:
-        tokens: by acceptance rule and source: of a round of one picture, the bonus counted.
-        times: by `machine_of`, pictures in a batch, acceptance rule and source: of a batch, as a multiple of the plain
-            loop's time for as many pictures.
+        tokens: tokens per round of one picture, bonus included, by acceptance rule and source.
+        times: time of a batch as a multiple of the plain loop's, by `machine_of`, pictures in a batch, acceptance rule
+            and source.
 
     Raises:
-        FastgenError: no such source or batch, or a number that is not above 0.
+        FastgenError: an unknown source or batch, or a number that is not above 0.
     """
 
     tokens: Table
@@ -40,7 +40,7 @@ class Pace:
         batches = [table for made in self.times.values() for table in made.items()]
         for size, _ in batches:
             if not size.isdecimal() or int(size) < 1:
-                raise FastgenError(f"pace: {size!r} is no number of pictures")
+                raise FastgenError(f"pace: {size!r} is not a number of pictures")
         for table in (self.tokens, *(table for _, table in batches)):
             for row in table.values():
                 for name, value in row.items():
@@ -49,10 +49,10 @@ class Pace:
 
     @classmethod
     def of_dict(cls, data: Any) -> Pace:
-        """What JSON holds.
+        """Read it from JSON.
 
         Raises:
-            FastgenError: it is none.
+            FastgenError: other keys or values.
         """
         if not isinstance(data, Mapping) or set(data) != {"tokens", "times"}:
             raise FastgenError("pace: needs tokens and times")
@@ -63,18 +63,18 @@ class Pace:
     def fastest(
         self, rule: str, machine: str, batch: int, layers: int, usable: Callable[[str], bool]
     ) -> tuple[str, str]:
-        """A source and why: the least expected time; the plain loop where none is known to take less.
+        """The source with the least expected time, and the reason; the plain loop if none is known to be faster.
 
-        A batch that was not measured is counted as the next larger one that was: drafting gains the less, the more
-        pictures are drawn at once. On a kind of device that was not measured, a round of one picture is counted as a
-        token of the plain loop, and each level that a drafter adds as one of the target's layers.
+        A batch size that was not measured uses the next larger measured one: drafting gains less in larger batches. On
+        a kind of device that was not measured, a round of one picture counts as one token of the plain loop, and each
+        level of a drafter as one of the target's layers.
 
         Args:
-            rule: which accepts.
+            rule: acceptance rule.
             machine: see `machine_of`.
             batch: pictures drawn at once.
             layers: of the target.
-            usable: whether the parts of a source are there, and the rule takes it.
+            usable: whether a source's parts are available, and the rule accepts it.
         """
         if machine in self.times:
             known = self.times[machine]
@@ -93,7 +93,7 @@ class Pace:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], machine: str) -> Pace:
-        """From rows of `fastgen bench speculative` on one machine, with default settings of each rule."""
+        """From rows of `fastgen bench speculative` on one machine, at each rule's default settings."""
         plain = [_seconds(row) for row in rows if row["variant"].startswith("plain loop")]
         tokens: dict[str, dict[str, float]] = {}
         times: dict[str, dict[str, dict[str, float]]] = {}
@@ -109,12 +109,12 @@ class Pace:
         return cls(tokens, {machine: times} if times else {})
 
     def updated(self, other: Pace) -> Pace:
-        """With what another one measured, in place of what is known."""
+        """A copy with the newer measurements of `other`."""
         return Pace(_merged(self.tokens, other.tokens), _merged(self.times, other.times))
 
 
 def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds a picture by pictures in a batch."""
+    """Seconds per picture, by pictures in a batch."""
     return {size: 60 / speed for size, speed in row.get("pictures_a_minute", {}).items()} | {
         "1": row["seconds"]["p50"]
     }
@@ -128,7 +128,7 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def _depth(table: Any) -> set[int]:
-    """How deep the numbers of a nested table lie; an empty table is as deep as any."""
+    """Depths at which a nested table has numbers; empty tables are ignored."""
     if not isinstance(table, Mapping):
         return {0}
     return {depth + 1 for value in table.values() if value != {} for depth in _depth(value)}

@@ -1,4 +1,4 @@
-"""How alike the target finds two nodes of a tree: similarity of their hidden states or laws, and convergence below."""
+"""Similarity of two nodes of a tree: of the target's hidden states or distributions, and of their descendants."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def node_similarity(drafted: Drafted) -> Tensor:
 
 
 def similarity(states: Tensor, centre: Tensor) -> Tensor:
-    """Cosine [..., m, m] of all pairs of hidden states [..., m, F], which are centred first: raw ones all point one
-    way."""
+    """Cosine [..., m, m] of all pairs of hidden states [..., m, F], centred first: raw ones all point in one
+    direction."""
     centred = torch.nn.functional.normalize(states - centre, dim=-1)
     return centred @ centred.mT
 
 
 def sibling_states(drafted: Drafted) -> Tensor:
-    """Hidden states [B, A, C, F] of the children of the nodes that have some.
+    """Hidden states [B, A, C, F] of the children of inner nodes.
 
     Raises:
         ValueError: the drafted tree has no hidden states.
@@ -55,8 +55,8 @@ def sibling_pairs(values: Tensor, children: Tensor) -> Tensor:
 
 def sensitivity(drafted: Drafted, states: Tensor, codes: Tensor) -> Tensor:
     """[B, A]: how far the hidden state moves with the code: the median over sibling pairs of the distance of their
-    hidden states (in units of the mean norm) over that of their codes. Where a node has no pair it is the median over
-    all pairs of the tree, and infinite where there is none at all.
+    hidden states (in units of the mean norm) divided by that of their codes. Nodes without a pair use the median over
+    the tree, or infinity if it has no pair.
 
     Args:
         drafted: the tree.
@@ -74,13 +74,13 @@ def sensitivity(drafted: Drafted, states: Tensor, codes: Tensor) -> Tensor:
 
 
 def total_variation(laws: Tensor) -> Tensor:
-    """TV [B, n, n] of all pairs of laws [B, n, V], one row of pairs at a time: no [n, n, V] tensor."""
+    """Total variation [B, n, n] of all pairs of distributions [B, n, V], row by row: no [n, n, V] tensor."""
     rows = [(laws - laws[:, i : i + 1]).abs().sum(dim=-1) for i in range(laws.shape[1])]
     return torch.stack(rows, dim=1) / 2
 
 
 def convergence(alike: Tensor, tree: Tree, horizon: int) -> Tensor:
-    """The largest similarity of a descendant of u and one of w at equal depth below them, 1 … horizon: [B, n, n].
+    """The largest similarity [B, n, n] of descendants of u and w at equal depth, 1 … horizon below them.
 
     -inf where there are no such descendants.
     """

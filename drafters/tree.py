@@ -1,7 +1,7 @@
-"""Token trees: which drafted token follows which, as tensors that one target pass and one verification read.
+"""Token trees: which drafted token follows which, as tensors for one target pass and one verification.
 
 A tree has n nodes; node 0 is the root, the last committed token, and parents come before their children. Static trees
-have one topology for all rounds and images; dynamic ones another for every image and round, with the same n.
+have one topology for all rounds and images; dynamic ones differ by image and round, with the same n.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Tree:
     """Topology of `n` nodes for one image or for all.
 
     Attributes:
-        parents: [b, n] int64, b = 1 (all images alike) or B; the root is its own parent.
-        children: [b, n, C] int64, nodes in the order in which they were drawn and will be verified; -1 where there
-            are fewer than C.
+        parents: [b, n] int64, b = 1 (the same for all images) or B; the root is its own parent.
+        children: [b, n, C] int64, in the order in which they are drawn and verified; -1 where there are fewer than C.
         depth: [b, n] int64, 0 at the root.
         mask: [b, n, n] bool, row i: node i, its ancestors and the root.
         max_depth: the largest depth (a bound for dynamic trees).
-        internal: [A] int64, the nodes that have children; the verifier looks at no other. In dynamic trees all.
-        inner: [b, A, C] int64, the children of those.
+        internal: [A] int64, inner nodes: those with children, the only ones that verification reads; all in dynamic
+            trees.
+        inner: [b, A, C] int64, the children of inner nodes.
         pairs: [b, A, C, C] bool, pairs of siblings: the later one's row, the earlier one's column.
     """
 
@@ -68,13 +68,13 @@ class Tree:
 
     @classmethod
     def of_parents(cls, parents: Tensor, max_depth: int, max_children: int, static: bool = False) -> Tree:
-        """Fill in the rest.
+        """The tree with these parents.
 
         Args:
             parents: [b, n], every parent before its children; children are verified in the order of their indices.
-            max_depth: no node is deeper.
-            max_children: no node has more.
-            static: one topology for all images, b = 1, which is read here; a dynamic one is not, a GPU would stop.
+            max_depth: upper bound of the depth.
+            max_children: upper bound of a node's children.
+            static: one topology for all images, b = 1, read on the host; reading a dynamic one would stall a GPU.
         """
         b, n = parents.shape
         device = parents.device
@@ -103,8 +103,8 @@ def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
     """A tree from rank paths: [0, 1] is the second child of the first child of the root.
 
     Args:
-        paths: every node's path; prefixes that are not listed are added. Ranks of a node must be 0, 1, 2 … without a
-            gap: slot j of a node is the j-th token drawn there.
+        paths: every node's path; missing prefixes are added. Siblings must have ranks 0, 1, 2 … without a gap: slot j
+            of a node is the j-th token drawn there.
 
     Raises:
         ValueError: no path, a negative rank, or a gap in the ranks.
@@ -125,13 +125,12 @@ def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
 
 
 def chain(length: int) -> Tree:
-    """One token after the other, no alternatives."""
+    """A chain of tokens, without alternatives."""
     return widths_tree([1] * length)
 
 
 def widths_tree(widths: Sequence[int]) -> Tree:
-    """A tree with these numbers of nodes at each depth; the children of a depth go to the parents of lowest rank
-    first, and a first child is always there before a second one of an earlier parent's next.
+    """A tree with these numbers of nodes at each depth; parents of lower rank have more children (harmonic shares).
 
     Raises:
         ValueError: no depth, or a width below 1.
@@ -152,7 +151,7 @@ def widths_tree(widths: Sequence[int]) -> Tree:
 
 
 def named_tree(name: str) -> Tree:
-    """A tree by what a user types: "chain-5", "small", "wide", "lantern-25", "lantern-57", or widths "4-2-1".
+    """A tree by its command-line name: "chain-5", "small", "wide", "lantern-25", "lantern-57", or widths "4-2-1".
 
     Raises:
         ValueError: unknown name.
@@ -160,7 +159,7 @@ def named_tree(name: str) -> Tree:
     check_tree_name("tree", name)
     widths = tree_widths(name)
     if widths is None:
-        raise FastgenError(f"tree: {name!r} names no tree")
+        raise FastgenError(f"tree: {name!r} is not a tree")
     return widths_tree(widths)
 
 
@@ -169,9 +168,9 @@ class DynamicShape:
     """Size of a confidence-ranked tree (EAGLE-2).
 
     Attributes:
-        nodes: nodes that are verified, root not counted.
+        nodes: nodes to verify, without the root.
         depth: levels of nodes.
-        top_k: children drafted for a node, and nodes kept for the next level.
+        top_k: children drafted per node, and nodes expanded at the next level.
 
     Raises:
         ValueError: a number below 1, or more nodes than are drafted.
@@ -190,5 +189,5 @@ class DynamicShape:
 
     @property
     def drafted(self) -> int:
-        """Nodes that are drafted, of which the best `nodes` are kept."""
+        """Number of drafted nodes; the best `nodes` of them are kept."""
         return self.top_k + (self.depth - 1) * self.top_k**2

@@ -1,12 +1,12 @@
-"""Fused Triton kernels, one folder an operation.
+"""Fused Triton kernels, one folder per operation.
 
-The package checks the arguments and chooses an implementation; `reference.py` is the specification in plain PyTorch,
-`triton.py` holds the kernels and, where it is large, `operator.py` what compilers and autograd need.
+`__init__.py` checks the arguments and chooses an implementation; `reference.py` is the reference in plain PyTorch,
+`triton.py` has the kernels, and `operator.py`, if any, registers them for compilers and autograd.
 """
 
 if __name__ == "kernels":
-    # Not `fastgen.kernels`: Python started in a checkout, and somebody (transformers, diffusers) asked for the Hugging
-    # Face package of that name. This folder must not be mistaken for it, so it steps aside.
+    # Not `fastgen.kernels`: Python was started in a checkout, and transformers or diffusers imports the Hugging Face
+    # package `kernels`. Import that one instead of this folder.
     import importlib.machinery
     import importlib.util
     import os
@@ -16,8 +16,8 @@ if __name__ == "kernels":
     _elsewhere = [entry for entry in sys.path if os.path.abspath(entry) != _checkout]
     _spec = importlib.machinery.PathFinder.find_spec("kernels", _elsewhere)
     if _spec is not None and _spec.loader is not None:
-        # The import system returns the module that is in sys.modules after this file has run.
+        # The import system returns whatever module is in sys.modules after this file has run.
         sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
-    # Otherwise this stays a module with no version and no content, which transformers takes for "not installed"; an
-    # error here would reach the user.
+    # Otherwise this stays an empty module without a version, which transformers treats as "not installed"; an error
+    # here would reach the user.

@@ -1,4 +1,4 @@
-"""Checks of arguments that every operation shares. Errors name the argument; compilers trace these functions."""
+"""Argument checks shared by all operations. Errors name the argument; compilers trace these functions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["check_int", "check_number", "check_shape", "check_tensors", "overlap
 
 
 def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> None:
-    """Check that all are tensors, on one device; optional ones may be None.
+    """Check that all are tensors on one device; optional ones may be None.
 
     Raises:
-        TypeError: one is no tensor.
-        ValueError: one is on another device than the first.
+        TypeError: one is not a tensor.
+        ValueError: one is not on the first one's device.
     """
     first: str | None = None
     device: Any = None
@@ -36,10 +36,10 @@ def check_tensors(needed: Mapping[str, Any], optional: Mapping[str, Any] | None 
 
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """Check that a number is an integer (no bool) from `minimum` to `maximum`; not while compilers trace.
+    """Check that a number is an integer (not a bool) from `minimum` to `maximum`; skipped while compilers trace.
 
     Raises:
-        ValueError: it has another type, or is outside the range.
+        ValueError: it has another type, or is out of range.
     """
     if not torch.compiler.is_compiling() and not isinstance(value, torch.SymInt):
         checks.check_integer(name, value, minimum, maximum)
@@ -48,7 +48,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
 def check_number(
     name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf, *, above: float = -math.inf
 ) -> None:
-    """Check that a number is finite, from `minimum` to `maximum`, and more than `above`; not while compilers trace.
+    """Check that a number is finite, from `minimum` to `maximum`, and above `above`; skipped while compilers trace.
 
     Raises:
         ValueError: it is not.
@@ -63,15 +63,15 @@ def check_shape(name: str, x: Tensor | None, shape: Sequence[int | str], *dtypes
     Args:
         name: of the argument.
         x: its value.
-        shape: sizes; a name stands for any size.
-        dtypes: none of them: all floats.
+        shape: sizes; a string means any size.
+        dtypes: allowed dtypes; none: all floating-point ones.
 
     Raises:
-        ValueError: it has not.
+        ValueError: another shape or dtype.
     """
     if x is None:
         return
-    # Sizes may be symbols of a compiler: they are compared one by one.
+    # Sizes may be symbolic, so they are compared one by one.
     fits = x.ndim == len(shape)
     fits = fits and all(isinstance(size, str) or size == x.shape[axis] for axis, size in enumerate(shape))
     if not fits or not (x.dtype in dtypes if dtypes else x.is_floating_point()):
@@ -85,10 +85,10 @@ def shown(tensor: Tensor) -> str:
 
 
 def overlaps(tensors: Sequence[Tensor]) -> bool:
-    """Whether some element of these tensors lies in the same memory as another one, of the same tensor or not.
+    """Whether two elements of these tensors share memory, within one tensor or across tensors.
 
-    Exact, except on the meta device, which has no memory. Tensors are cut into runs of neighbouring elements, and the
-    starts of these sorted.
+    Exact, except on the meta device, which has no memory. Splits the tensors into contiguous runs and sorts their
+    starts.
     """
     starts, ends = [], []
     for x in tensors:

@@ -1,7 +1,7 @@
-"""Attention over a key-value cache to which the new tokens' keys and values are written first.
+"""Attention over a key-value cache, after writing the new tokens' keys and values to it.
 
-For compilers this is one opaque operator that changes the cache in place: traced op by op, every layer's write would
-become a copy of the whole cache.
+For compilers this is one opaque operator that changes the cache in place: traced op by op, each layer's write would
+copy the whole cache.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _checked = Checked()
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, store: Tensor, layer: int, slots: Tensor, mask: Tensor
 ) -> Tensor:
-    """Write keys and values of n tokens of every row, then attend to the first slots.
+    """Write the keys and values of n tokens of every row, then attend to the first slots.
 
     Args:
         query: [R, n, query_heads, head_dim].
         key, value: [R, n, heads, head_dim]; heads divides query_heads.
         store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
-        layer: which of the layers.
-        slots: [R, n] int64, where to.
-        mask: [R, 1, n, limit] bool over the first slots; every row of it needs a slot to see, and none may see a slot
+        layer: index of the layer.
+        slots: [R, n] int64, slots to write.
+        mask: [R, 1, n, limit] bool over the first slots; every row of it sees at least one, and none sees a slot
             behind the last of `slots`.
 
     Returns:
@@ -37,7 +37,7 @@ def cached_attention(
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit. `slots` are looked at on a CPU, and with
+        ValueError: shapes, dtypes, devices or numbers that do not fit. `slots` are checked on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     tensors = (query, key, value, store, slots, mask)
@@ -53,9 +53,9 @@ def _cached_attention(
     query: Tensor, key: Tensor, value: Tensor, store: Tensor, layer: int, slots: Tensor, mask: Tensor
 ) -> Tensor:
     rows = torch.arange(len(slots), device=slots.device)[:, None]
-    store[layer, 0, rows, slots] = key.to(store.dtype)  # under autocast they have another
+    store[layer, 0, rows, slots] = key.to(store.dtype)  # under autocast the dtypes differ
     store[layer, 1, rows, slots] = value.to(store.dtype)
-    if slots.device.type == "cpu":  # the slots in use are known without waiting, also where shapes are static
+    if slots.device.type == "cpu":  # slots in use are known without synchronisation, even where shapes are static
         mask = mask[..., : int(slots.max()) + 1]
     keys, values = store[layer, :, :, : mask.shape[-1]].transpose(2, 3)
     grouped = keys.shape[1] != query.shape[2]
@@ -65,7 +65,7 @@ def _cached_attention(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, store: Tensor, slots: Tensor, mask: Tensor, layer: int) -> None:
-    """See that shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices."""
     needed = {"query": query, "key": key, "value": value, "store": store, "slots": slots, "mask": mask}
     check_tensors(needed)
     if store.ndim != 6 or store.shape[1] != 2:

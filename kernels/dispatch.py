@@ -1,17 +1,17 @@
 """Which implementation of an operation runs: its Triton kernel or its plain PyTorch reference.
 
-    FASTGEN_KERNELS=auto        the kernel where it can run and is the faster one (default)
-    FASTGEN_KERNELS=triton      the kernel always; what it cannot do is an error
-    FASTGEN_KERNELS=reference   PyTorch always
+    FASTGEN_KERNELS=auto        the kernel if it can run and is faster (default)
+    FASTGEN_KERNELS=triton      always the kernel; an error if it cannot run
+    FASTGEN_KERNELS=reference   always PyTorch
 
     with use_kernels("reference"):
         ...
 
-    FASTGEN_KERNELS_DEBUG=1     check the values of index tensors on GPUs too, which waits for the GPU
+    FASTGEN_KERNELS_DEBUG=1     check the values of index tensors on GPUs too, which synchronises with the GPU
 
-Triton is optional: where it is not installed (Windows, macOS) the references run. Its interpreter
-(``TRITON_INTERPRET=1``) runs kernels on a CPU, about a thousand times slower, and is used only in mode "triton". A
-compiled graph (`torch.compile`) keeps what was chosen while it was traced.
+Triton is optional: without it (Windows, macOS) the references run. Its interpreter (``TRITON_INTERPRET=1``) runs
+kernels on a CPU, about a thousand times slower, and only in mode "triton". A compiled graph (`torch.compile`) keeps
+the choice that was made while it was traced.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ T = TypeVar("T")
 
 
 def kernels_mode() -> str:
-    """The mode in force: of the innermost `use_kernels`, else of the variable FASTGEN_KERNELS, else "auto".
+    """The current mode: of the innermost `use_kernels`, else the variable FASTGEN_KERNELS, else "auto".
 
     Raises:
-        ValueError: the variable holds anything else.
+        ValueError: the variable has an unknown value.
     """
     mode = _mode.get()
     return _checked(_VARIABLE, os.environ.get(_VARIABLE) or "auto") if mode is None else mode
@@ -89,12 +89,12 @@ def use_kernels(mode: str) -> Iterator[None]:
 
 
 def triton_runs(tensor: Tensor) -> bool:
-    """Whether Triton kernels can work on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
+    """Whether Triton kernels can run on this tensor: it is on a GPU (CUDA, ROCm), or the interpreter is on."""
     return has_triton() and (tensor.is_cuda or interpreted())
 
 
 def active(tensor: Tensor) -> bool:
-    """Whether kernels run on this tensor in the mode in force, as far as device and mode decide."""
+    """Whether device and mode allow kernels to run on this tensor."""
     return _active(tensor.is_cuda)
 
 
@@ -105,14 +105,13 @@ def _active(on_gpu: bool) -> bool:
 
 
 def choose(op: str, supported: str | None, default: bool | str = True, *tensors: Tensor) -> bool:
-    """Whether the Triton kernel of an operation runs, and not its reference. Reports which one did.
+    """Whether the Triton kernel of an operation runs instead of its reference. Records the choice.
 
     Args:
         op: name of the operation.
-        supported: None if the kernel takes these arguments, else why it does not.
-        default: whether "auto" takes the kernel for these sizes; False where it is not the faster one, a string for
-            another reason not to.
-        tensors: all that the kernel reads or writes.
+        supported: None if the kernel supports these arguments, else why not.
+        default: whether "auto" takes the kernel for these sizes; False if it is slower, a string for another reason.
+        tensors: all tensors that the kernel reads or writes.
 
     Raises:
         ValueError: the mode is "triton" and the kernel cannot run; the message says why.
@@ -127,7 +126,7 @@ def choose(op: str, supported: str | None, default: bool | str = True, *tensors:
     return _decide(op, supported, default, on_gpu)
 
 
-# A constant for compilers: nothing of this can be traced, and a graph keeps the choice it was made with.
+# A constant for compilers: this cannot be traced, and a graph keeps its choice.
 @torch.compiler.assume_constant_result
 def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> bool:
     mode = kernels_mode()
@@ -138,7 +137,7 @@ def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> b
     elif reason is None and not on_gpu and not (mode == "triton" and interpreted()):
         reason = "Triton needs a GPU"
     elif reason is None and default is not True and mode == "auto":
-        reason = default or "it is the faster one for this size"
+        reason = default or "it is faster for this size"
     if reason is not None and mode == "triton":
         raise ValueError(f"{op}: the Triton kernel cannot run: {reason}")
     _report(op, "triton" if reason is None else "reference", reason)
@@ -146,9 +145,9 @@ def _decide(op: str, reason: str | None, default: bool | str, on_gpu: bool) -> b
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may be launched at once, not through its registered operator, whose call costs more.
+    """Whether a kernel may be launched directly, without the overhead of its registered operator.
 
-    The operator is for compilers, for autograd, and for tensors that are not plain ones.
+    Compilers, autograd and tensor subclasses need the operator.
     """
     if torch.compiler.is_compiling():
         return False
@@ -158,19 +157,19 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for gradients of one of them."""
+    """Whether autograd needs gradients of one of them."""
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own: it is no subclass, and no stand-in while something is traced."""
+    """Whether this is a plain tensor: neither a subclass nor a fake tensor of a trace."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 class Bounded(dict[Any, Any]):
-    """A table that is emptied before it grows beyond `MOST` entries: what it holds can be computed again."""
+    """A cache that is cleared before it grows beyond `MOST` entries."""
 
     MOST = 4096
 
@@ -181,20 +180,20 @@ class Bounded(dict[Any, Any]):
 
 
 class Checked:
-    """What was found about arguments of an operation, so that calls with equal shapes are checked once.
+    """Cached results of argument checks, so that calls with equal shapes are checked once.
 
-    Checking costs as much as a small kernel takes. Only what depends on shapes, strides, dtypes, devices and whether
-    gradients are needed may be kept here; an error is raised every time.
+    A check takes as long as a small kernel. Results may depend only on shapes, strides, dtypes, devices and whether
+    gradients are needed; errors are not cached.
     """
 
     def __init__(self) -> None:
         self._found = Bounded()
 
     def __call__(self, check: Callable[[], T], tensors: Iterable[Tensor | None], *options: object) -> T:
-        """What `check` returns for these tensors and options."""
+        """The result of `check` for these tensors and options."""
         if torch.compiler.is_compiling():
             return check()
-        # True and 1.0 equal 1, and are no integers.
+        # True and 1.0 equal 1 but are not integers.
         key: list[object] = [*options, *map(type, options), torch.is_grad_enabled()]
         try:
             for x in tensors:
@@ -202,17 +201,17 @@ class Checked:
             return self._found[tuple(key)]
         except KeyError:
             pass
-        except (AttributeError, TypeError):  # no tensor; sizes that are symbols, or lists, have no hash
+        except (AttributeError, TypeError):  # not a tensor, or not hashable: symbolic sizes, lists
             return check()
         found = self._found[tuple(key)] = check()
         return found
 
 
 def check_range(name: str, index: Tensor, limit: int) -> None:
-    """Check that indices lie in 0 … limit - 1: on a CPU and in debug mode; elsewhere that would stop the GPU.
+    """Check that indices are in 0 … limit - 1, if `checks_values` says so.
 
     Raises:
-        ValueError: one does not.
+        ValueError: one is not.
     """
     if not checks_values(index) or not index.numel():
         return
@@ -222,32 +221,33 @@ def check_range(name: str, index: Tensor, limit: int) -> None:
 
 
 def check_ascending(positions: Tensor, size: int, full: bool) -> None:
-    """Check that positions lie in 0 … size - 1 and rise, where `check_range` does; without `full` the last may be -1.
+    """Check that positions are in 0 … size - 1 and increase, if `checks_values` says so; without `full` the last ones
+    may be -1.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they are not.
     """
     if not checks_values(positions) or not positions.numel():
         return
-    if not full:  # what lies behind the last token
+    if not full:  # without the padding after the last token
         positions = positions[: int((positions != -1).sum())]
     check_range("positions", positions, size)
     if bool((positions[1:] <= positions[:-1]).any()):
-        raise ValueError("positions: needs rising numbers, each position once")
+        raise ValueError("positions: needs increasing numbers, each position once")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
-    """Check that sequence bounds begin with 0, never fall and end at the token count, where `check_range` does.
+    """Check that sequence bounds start at 0, never decrease and end at the token count, if `checks_values` says so.
 
     Raises:
-        ValueError: they do not, or `max_seqlen` is `longest` and a sequence is longer.
+        ValueError: they do not, or a sequence is longer than `longest` (`max_seqlen`).
     """
     if not checks_values(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        raise ValueError(f"cu_seqlens: needs rising bounds from 0 to {tokens}, got {shown}")
+        raise ValueError(f"cu_seqlens: needs increasing bounds from 0 to {tokens}, got {shown}")
     if longest is not None:
         needed = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
         if needed > longest:
@@ -255,20 +255,20 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, longest: int | None = None
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor are checked: on a CPU and in debug mode; elsewhere it would stop the GPU."""
+    """Whether to check a tensor's values: on a CPU and in debug mode; otherwise that would stall the GPU."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and os.environ.get("FASTGEN_KERNELS_DEBUG") == "1")
 
 
 def ran() -> dict[str, str]:
-    """Operation -> "triton" or "reference", whichever ran last, since the start or `reset_ran`."""
+    """By operation, "triton" or "reference": whichever ran last, since the start or `reset_ran`."""
     with _lock:
         return dict(_ran)
 
 
 def reset_ran() -> None:
-    """Forget what ran, and log it again."""
+    """Clear the record of what ran, and log each choice again."""
     with _lock:
         _ran.clear()
         _logged.clear()
@@ -281,7 +281,7 @@ def _report(op: str, used: str, reason: str | None) -> None:
     if key not in _logged:
         with _lock:
             _logged.add(key)
-        if reason is None:  # the other case is logged by note_path
+        if reason is None:  # `note_path` logs the other case
             logger.info("%s: %s runs", op, used)
 
 

@@ -1,4 +1,4 @@
-"""Triton launchers as operators of PyTorch."""
+"""Triton launchers as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def register_launcher(
 
     Args:
         schema: name and arguments of the operator, "scatter(Tensor packed, Tensor mask) -> Tensor".
-        launcher: where the function is, "fastgen.kernels.pack.triton:launch_scatter". Triton is optional, so its
-            module is imported by the first call.
-        fake: results without memory, for compilers.
-        mutates: names of the arguments that are written to.
+        launcher: path of the function, "fastgen.kernels.pack.triton:launch_scatter". Triton is optional, so the first
+            call imports its module.
+        fake: results without data, for compilers.
+        mutates: names of the arguments that are changed in place.
 
     Returns:
-        a function that starts the launcher, through the operator only where a compiler, autograd or a subclass of
-        tensors needs it: that costs more.
+        a function that calls the launcher; through the slower operator only if a compiler, autograd or a tensor
+        subclass needs it.
     """
     name, arguments = schema.split("(", 1)
     module, function = launcher.split(":")
@@ -50,14 +50,14 @@ def register_launcher(
 
 
 def register_visible(name: str, function: Callable[..., Any], schema: str) -> Any:
-    """An operator of PyTorch, for inference, whose kernels compilers see and start themselves: calls of an opaque one
-    cost the host as much as small kernels take. Where Triton's interpreter runs kernels, compilers cannot see them.
+    """An operator for inference whose kernels compilers see and launch themselves: calling an opaque operator takes
+    the host as long as a small kernel runs. Opaque without Triton and under Triton's interpreter.
 
     Arguments: see `torch.library.custom_op`.
     """
     if not has_triton() or interpreted():
         return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-    function.__signature__ = _signature(schema)  # type: ignore[attr-defined]  # of which it makes a schema itself
+    function.__signature__ = _signature(schema)  # type: ignore[attr-defined]  # triton_op derives the schema from it
     return torch.library.triton_op(name, function, mutates_args=())
 
 
@@ -72,7 +72,7 @@ _TYPES: dict[str, Any] = {
 
 
 def _signature(schema: str) -> inspect.Signature:
-    """Of a function with the arguments of a schema, which gives a tuple of tensors."""
+    """Signature of a function with a schema's arguments that returns a tuple of tensors."""
     arguments, results = schema.split(" -> ")
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_TYPES[kind])

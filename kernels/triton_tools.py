@@ -1,4 +1,4 @@
-"""What launchers of Triton kernels share."""
+"""Helpers shared by the launchers of Triton kernels."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = ["cdiv", "power_of_two", "precise", "run_kernel", "tile"]
 
 
 def cdiv(number: int, by: int) -> int:
-    """number / by, rounded up. (Triton's own takes ten times as long on the host.)"""
+    """number / by, rounded up. (Triton's own is ten times slower on the host.)"""
     return -(-number // by)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not less; a size that is a symbol of a compiler becomes a number."""
+    """The smallest power of two at or above `number`; a symbolic size becomes a number."""
     return 1 << max(0, int(number) - 1).bit_length()
 
 
 def precise() -> str:
-    """The `input_precision` of a matrix product that is as good as float32's, and the fastest such one."""
+    """The fastest `input_precision` of a matrix product with float32 accuracy."""
     if interpreted():
         return "ieee"
     return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
 
 
 def tile(width: int, numbers: int = 4096) -> tuple[int, int]:
-    """Columns and rows of a tile of about `numbers` numbers for rows of `width`: the widest power of two that leaves
-    an eighth of the columns idle or less."""
+    """Columns and rows of a tile of about `numbers` elements for rows of `width`: the widest power of two that leaves
+    at most an eighth of the columns idle."""
     block = max(16, min(power_of_two(width), 2048))
     while block > 128 and cdiv(width, block) * block > 1.125 * width:
         block //= 2
@@ -41,10 +41,10 @@ def tile(width: int, numbers: int = 4096) -> tuple[int, int]:
 
 
 class _Kernel:
-    """What a kernel was compiled to, by all that Triton makes a version of its own for, and more.
+    """Compiled versions of a kernel, by everything that Triton specialises on, and more.
 
-    Its first parameters are tensors or None, the others numbers. Of tensors, dtype and alignment matter; numbers are
-    taken as they are, which finds a version faster than to ask which of them are 1 or multiples of 16.
+    Its first parameters are tensors or None, the others numbers. The key has the dtype and alignment of tensors, and
+    the numbers themselves: that is faster than testing which of them are 1 or multiples of 16.
     """
 
     def __init__(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
@@ -65,24 +65,24 @@ _kernels: dict[int, _Kernel] = {}
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)` on the device of the first argument, with less work on the host.
 
-    Triton takes as long to find the version of a kernel that fits its arguments as many kernels run. Here it is looked
-    up, and started as Triton documents it for kernels that were compiled before. While a compiler traces, the kernel
-    becomes a part of its graph.
+    Finding the compiled version for some arguments takes Triton as long as many kernels run. Here versions are cached
+    and launched as Triton documents it for precompiled kernels. While a compiler traces, the kernel becomes part of
+    its graph.
 
     Args:
         kernel: of `triton.jit`.
-        grid: of one to three axes.
-        arguments: the first parameters of the kernel in their order: tensors (the first one) or None, then numbers. A
-            parameter is an integer in every call, or a float in every call.
-        options: its other parameters, and options of Triton such as `num_warps`; at one place in the code always the
-            same ones.
+        grid: one to three axes.
+        arguments: the first parameters of the kernel in order: tensors (at least the first one) or None, then numbers.
+            A parameter must always be an integer, or always a float.
+        options: its other parameters, and Triton options such as `num_warps`; each call site must always pass the same
+            names.
     """
     first = arguments[0]
     if not isinstance(kernel, JITFunction):  # the interpreter
         kernel[grid](*arguments, **options)
     elif not plain(first):
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
-    elif not first.is_cuda:  # compiled for a GPU that is not here
+    elif not first.is_cuda:  # compiled for a GPU that this machine lacks
         kernel[grid](*arguments, **options)
     elif first.device.index == torch.cuda.current_device():
         _run(kernel, grid, arguments, options)

@@ -1,7 +1,7 @@
-"""Attention over packed sequences of different lengths: no token attends outside its own sequence, none is padding.
+"""Attention over packed sequences of different lengths: each token attends within its own sequence, without padding.
 
-On CUDA in half precision this is torch's variable-length flash attention. Elsewhere sequences of equal length share
-one call of `scaled_dot_product_attention`; when all have the same length that is the dense batched call.
+On CUDA in half precision this is torch's variable-length flash attention. Otherwise sequences of equal length share
+one call of `scaled_dot_product_attention`; if all have the same length, that is the dense batched call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit. Bounds are looked at on a CPU, and with
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Bounds are checked on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     tensors = (query, key, value, cu_seqlens)
@@ -42,7 +42,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     check_int("max_seqlen", max_seqlen, 0)
     check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
     kind = query.device.type
-    # Under autocast normalised queries and keys arrive in float32, values do not. (The meta device knows none.)
+    # Under autocast, normalised queries and keys are float32, values are not. (The meta device has no autocast.)
     if kind != "meta" and torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if not query.dtype == key.dtype == value.dtype:
@@ -50,14 +50,14 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     if can_use_flash(query):
         from torch.nn.attention.varlen import varlen_attn
 
-        # A tensor: a tuple only when asked for more.
+        # Returns a tuple only if more outputs are requested.
         return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
     grouped: Tensor = torch.ops.fastgen.varlen_attention(query, key, value, cu_seqlens)
     return grouped
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
-    """See that shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices."""
     check_tensors({"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens})
     if query.ndim != 3 or query.shape != key.shape or query.shape != value.shape:
         raise ValueError(
@@ -72,12 +72,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Non
 
 
 def can_use_flash(query: Tensor) -> bool:
-    """Whether torch's variable-length flash attention takes this query."""
+    """Whether torch's variable-length flash attention supports this query."""
     return query.is_cuda and query.dtype in _FLASH_TYPES and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
 def varlen_attention_reference(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The specification: one sequence after the other."""
+    """The reference: one sequence at a time."""
     bounds = cu_seqlens.tolist()
     outputs = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -101,7 +101,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _varlen_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # An operator runs below autograd, so this is written out: with P = softmax(S), dS = P (dP - sum(dP P)).
+    # Autograd does not see into an operator, hence the formula: with P = softmax(S), dS = P (dP - sum(dP P)).
     scale = query.shape[-1] ** -0.5
 
     def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _flops(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *args,
 def _by_length(
     work: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], bounds: list[int]
 ) -> tuple[Tensor, ...]:
-    """`work` on [n, L, heads, d] for all sequences of one length together; results packed like the inputs."""
+    """Call `work` on [n, L, heads, d] for all sequences of equal length; the results are packed like the inputs."""
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     heads, width = inputs[0].shape[1:]
     if len(set(lengths)) == 1:

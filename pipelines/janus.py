@@ -22,7 +22,7 @@ from fastgen.accounting import add_passes, add_tokens, note_path, phase
 from fastgen.checks import check_bool, check_callable
 from fastgen.contracts import Loss
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.offload import brought_in
+from fastgen.drafters.offload import onloaded
 from fastgen.drafters.targets import check_lengths, check_tokenizer, unit_range
 from fastgen.errors import FastgenError, NotFiniteError
 from fastgen.models.janus_prompts import format_prompt, image_size, prompt_ids, prompt_lengths
@@ -183,7 +183,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         check_bool("return_dict", return_dict)
         check_callable("callback_on_step_end", callback_on_step_end)
         self.check_prompts(prompts)
-        with reported(self) as stats, brought_in(self.model):
+        with reported(self) as stats, onloaded(self.model):
             with phase("text"):
                 texts = [format_prompt(self.model, self.tokenizer, text) for text in prompts]
             tokens = self._draw(texts, law, generators, batch_invariant, callback_on_step_end)

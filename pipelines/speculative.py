@@ -19,7 +19,7 @@ from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.cascade import Cascade
-from fastgen.drafters.choices import fingerprint, keep, kept, place
+from fastgen.drafters.choices import fingerprint, load_choice, machine_info, save_choice
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.drafter import Drafter, describe
 from fastgen.drafters.heads import WindowHeads
@@ -27,7 +27,7 @@ from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.names import LOSSLESS, PLAIN, RULES, check_tree_name, tree_widths, window_of
-from fastgen.drafters.offload import brought_in
+from fastgen.drafters.offload import onloaded
 from fastgen.drafters.pace import machine_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
@@ -231,7 +231,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         check_callable("callback_on_step_end", callback_on_step_end)
         target.check_prompts(prompts)
         groups = [[i] for i in range(len(prompts))] if batch_invariant else [list(range(len(prompts)))]
-        with reported(self) as stats, brought_in(self.model, self.drafter, self.heads):
+        with reported(self) as stats, onloaded(self.model, self.drafter, self.heads):
             rule = self._rule(target, acceptance, quality)
             rule.check(target)
             reason: str | None = None
@@ -320,8 +320,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             drafter = None if rule.name == "block" else self.drafter  # block verification takes chains only
             about = {"rule": [type(rule).__qualname__, str(settings)], "law": asdict(law), "compile": self._compile}
             about |= {name: fingerprint(getattr(self, name)) for name in ("model", "drafter", "heads")}
-            about |= {"dtype": str(target.dtype), "batch": len(prompts), **place(target.device)}
-            if (found := kept(about)) is None:
+            about |= {"dtype": str(target.dtype), "batch": len(prompts), **machine_info(target.device)}
+            if (found := load_choice(about)) is None:
                 with phase("auto"):
                     prefix = target.prefix(prompts, law.guided)
                     source, name = choose_source(
@@ -330,7 +330,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 # What is kept holds no part of the pipeline.
                 tree = source.tree if isinstance(source, TreeSource) else None
                 found = (tree if isinstance(tree, Tree) else name, name)
-                keep(about, *found)
+                save_choice(about, *found)
             self._chosen[key] = found
         return self._chosen[key]
 

@@ -41,7 +41,7 @@ def check_speculative_files(checkpoint: Checkpoint, folder: Path | None, tree: s
                 raise FastgenError(
                     f"{label} {place}: made for a model of {name} {config[name]}, {checkpoint.model} has {value}"
                 )
-    calibration = None if folder is None else Calibration.beside(folder)
+    calibration = None if folder is None else Calibration.for_drafter(folder)
     if calibration is not None:
         calibration.check(wanted, f"calibration of {folder}")
     if quality is not None and calibration is None:

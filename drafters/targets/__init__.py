@@ -1,4 +1,4 @@
-"""Adapters: what speculative decoding needs to know of an autoregressive image model."""
+"""Adapters: the parts of an autoregressive image model that speculative decoding needs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The protocol of a target: an autoregressive image model as speculative decoding sees it.
+"""The target protocol: an autoregressive image model as speculative decoding uses it.
 
-Tokens are *local* ids 0 … V - 1: the image codes, and behind them the special tokens that the model puts into a
-picture (ends of lines and the like). Where a special token has to come, the grammar forces it.
+Tokens are *local* ids 0 … V - 1: the image codes, then the special tokens that the model puts into a picture (ends of
+lines and the like). Where a special token must come, the grammar forces it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastgen.drafters.cache import KVCache, Sight, tree_sight
+from fastgen.drafters.cache import AttentionMask, KVCache, mask_for_tree
 from fastgen.drafters.decoder import DecoderLayer, Rotary, run_layers
 from fastgen.drafters.law import TokenLaw, draw_token, guide, mix, probabilities, restrict
 from fastgen.drafters.offload import device_of
@@ -26,35 +26,35 @@ __all__ = ["Prefix", "Target", "TargetPass", "check_lengths", "check_tokenizer",
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Pictures in [-1, 1], as tokenizer networks draw them, in [0, 1] and float32; NaN where they are not finite."""
+    """Map pictures from [-1, 1] to [0, 1] in float32; NaN where they are not finite."""
     scaled = pixels.float().add(1).div(2)
-    return scaled.clamp(0, 1) + (scaled - scaled)  # the clamp alone would make 0 and 1 of infinities
+    return scaled.clamp(0, 1) + (scaled - scaled)  # clamp alone would turn infinities into 0 and 1
 
 
 def codes_of(embedding: nn.Module) -> Tensor:
-    """All vectors [V, d] of a codebook in float32; by its own forward, so that hooks of offloading see it."""
+    """All vectors [V, d] of a codebook in float32, through its own forward so that offload hooks run."""
     count = len(next(embedding.parameters()))
     codes: Tensor = embedding(torch.arange(count, device=device_of(embedding)))
     return codes.detach().float()
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Refuse what is no tokenizer.
+    """Check that this is a tokenizer.
 
     Raises:
-        FastgenError: says what it is.
+        FastgenError: names its type.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise FastgenError(f"tokenizer: {type(tokenizer).__name__} is none; needs a tokenizer of transformers")
+        raise FastgenError(f"tokenizer: {type(tokenizer).__name__} is not a transformers tokenizer")
 
 
 def check_lengths(prompts: Sequence[str], lengths: Sequence[int], most: int) -> None:
-    """Refuse prompts that a model has no positions for.
+    """Check that prompts fit into the model's positions.
 
     Args:
         prompts: the texts.
-        lengths: tokens of each, with what the model puts around it.
-        most: tokens that the model takes in addition to the picture's.
+        lengths: tokens of each, with the template around it.
+        most: positions left for a prompt.
 
     Raises:
         FastgenError: names the first such prompt, its length and the limit.
@@ -75,10 +75,10 @@ class Prefix:
         embeds: [R, P, D], left-padded.
         mask: [R, P] bool, real tokens.
         guided: whether there are unconditional rows.
-        counts_pads: positions count every slot, pads too (LlamaGen); else real tokens only.
+        counts_pads: positions count padding too (LlamaGen); otherwise real tokens only.
         static: caches of this batch have static shapes, see `KVCache.allocate`.
-        broken: [B] bool on the device, set by `Target.token_law` and `Target.next_token` where an image's logits are
-            no law; None: nobody looks.
+        broken: [B] bool on the device, set by `Target.token_law` and `Target.next_token` where an image's logits give
+            no distribution; None: not tracked.
     """
 
     embeds: Tensor
@@ -89,20 +89,20 @@ class Prefix:
     broken: Tensor | None = None
 
     def watched(self) -> Prefix:
-        """The same with a flag of its own for logits that are not numbers; see `check`."""
+        """A copy with its own flag for logits that are not finite; see `check`."""
         return replace(self, broken=torch.zeros(self.images, dtype=torch.bool, device=self.mask.device))
 
     def watch(self, mixed: Tensor) -> None:
-        """Note on the device, without waiting for it, which rows of mixed logits [B, ..., V] no law can be made of:
-        those with NaN or +inf, and those that are -inf throughout. Tokens that are masked out by -inf are fine."""
+        """Record, without a host synchronisation, which rows of mixed logits [B, ..., V] give no distribution: those
+        with NaN or +inf, and those that are all -inf. Tokens masked out by -inf are fine."""
         if self.broken is not None:
             self.broken.logical_or_(~mixed.amax(dim=-1).isfinite().flatten(1).all(dim=1))
 
     def check(self, what: str) -> None:
-        """Waits for the device.
+        """Check the flag. Synchronises with the device.
 
         Raises:
-            NotFiniteError: the flag was set; `what` says whose logits, in the plural.
+            NotFiniteError: the flag is set; `what` names the logits, in the plural.
         """
         if self.broken is not None and bool(self.broken.any()):
             raise NotFiniteError(f"{what} are not numbers (NaN, infinite); another dtype (float32, bfloat16) may help")
@@ -121,19 +121,19 @@ class Prefix:
 
     @property
     def positions(self) -> Tensor:
-        """[R, P], of the prompts' tokens; pads have one too, which does not matter."""
+        """[R, P], of the prompts' tokens; those of padding are never used."""
         if self.counts_pads:
             return torch.arange(self.mask.shape[1], device=self.mask.device).expand(self.mask.shape)
         return (self.mask.cumsum(dim=1) - 1).clamp_min(0)
 
     def at(self, steps: Tensor) -> Tensor:
-        """Positions [R, n] of image tokens number `steps` [R, n]."""
+        """Positions [R, n] of image tokens with index `steps` [R, n]."""
         return self.offset[:, None] + steps
 
     def padded(self, multiple: int) -> Prefix:
-        """The same with static shapes, in which prompts of many lengths share one: pads on the left, up to a multiple.
+        """A copy with static shapes: padded on the left to a multiple, so that prompts of many lengths share a shape.
 
-        Where positions count pads the length stays: there it is one for all prompts.
+        Where positions count padding, the length is the same for all prompts and stays.
         """
         pads = 0 if self.counts_pads else -self.mask.shape[1] % multiple
         embeds = torch.nn.functional.pad(self.embeds, (0, 0, pads, 0))
@@ -141,27 +141,27 @@ class Prefix:
         return replace(self, embeds=embeds, mask=mask, static=True)
 
     def both(self, images: Tensor) -> Tensor:
-        """Numbers of the rows of images, given by their numbers."""
+        """Row indices of the images with these indices."""
         return torch.cat([images, images + self.images]) if self.guided else images
 
     def narrowed(self, images: Tensor) -> Prefix:
-        """The same for these images alone, with a flag of its own for logits that are not numbers."""
+        """A copy for these images only, with its own flag for logits that are not finite."""
         rows = self.both(images)
         return replace(self, embeds=self.embeds[rows], mask=self.mask[rows]).watched()
 
     def followed_by(self, embeds: Tensor) -> Prefix:
-        """The same with vectors [R, m, D] behind."""
+        """A copy with vectors [R, m, D] appended."""
         mask = torch.nn.functional.pad(self.mask, (0, embeds.shape[1]), value=True)
         return replace(self, embeds=torch.cat([self.embeds, embeds], dim=1), mask=mask)
 
 
 @dataclass(frozen=True)
 class TargetPass:
-    """What a pass over n tokens of every row returns.
+    """Outputs of a pass over n tokens of every row.
 
     Attributes:
         hidden: [R, n, D] after the last norm.
-        taps: [R, n, D] each, inputs of the layers asked for.
+        taps: [R, n, D] each, inputs of the requested layers.
     """
 
     hidden: Tensor
@@ -174,11 +174,11 @@ class Target(ABC):
     Attributes:
         model: the model itself.
         layers: its decoder layers.
-        num_tokens: N, tokens of a picture, forced ones counted.
+        num_tokens: N, tokens of a picture, forced ones included.
         num_codes: image codes; local ids below it.
         vocab_size: V, codes and special tokens.
         forced: [N] int64, the special token of each position; -1 where a code is drawn.
-        max_positions: tokens of a prompt and a picture together that the model has positions for; None: any.
+        max_positions: positions for a prompt and a picture together; None: no limit.
     """
 
     model: Any
@@ -190,7 +190,7 @@ class Target(ABC):
     forced: Tensor
     max_positions: int | None = None
 
-    # ---- what an adapter tells ----
+    # ---- implemented by adapters ----
 
     @abstractmethod
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
@@ -203,11 +203,11 @@ class Target(ABC):
     @property
     @abstractmethod
     def codebook(self) -> Tensor:
-        """Vectors [V, d] of the codes in float32, as the weights are now; NaN for special tokens."""
+        """Vectors [V, d] of the codes in float32, from the current weights; NaN for special tokens."""
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """Input vectors [..., D] of local ids [...]."""
+        """Embeddings [..., D] of local ids [...]."""
 
     @abstractmethod
     def rotary(self, positions: Tensor) -> Rotary | None:
@@ -222,7 +222,7 @@ class Target(ABC):
         """Pictures [B, H, W, 3] in [0, 1] of local ids [B, N]."""
 
     def redundancy(self, hidden: Tensor) -> Tensor:
-        """The feature of which the logits are a linear map, [..., F]: for a linear head the hidden state itself."""
+        """The feature [..., F] that the logits are a linear map of: the hidden state, if the head is linear."""
         return hidden
 
     def head_and_redundancy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,12 +231,12 @@ class Target(ABC):
 
     @property
     def image_size(self) -> int | None:
-        """Height and width in pixels, where the model draws one size only; None where it is not known."""
+        """Height and width in pixels, if the model draws one size only; None if it is not known."""
         return None
 
     @property
     def default_law(self) -> TokenLaw:
-        """The law that the model's authors sample from."""
+        """The sampling settings of the model's authors."""
         return TokenLaw()
 
     # ---- derived ----
@@ -254,7 +254,7 @@ class Target(ABC):
         return int(self.layers[0].query.in_features)  # type: ignore[arg-type]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the model would cut, or has no positions for.
+        """Refuse prompts that the model would truncate or has no positions for.
 
         Raises:
             FastgenError: names the first such prompt, its length and the limit.
@@ -272,7 +272,7 @@ class Target(ABC):
         )
 
     def prefill(self, prefix: Prefix, cache: KVCache, taps: tuple[int, ...] = ()) -> TargetPass:
-        """Read the prompts. A pad sees itself alone, so that nothing in the batch is undefined."""
+        """Read the prompts. Padding sees only itself, so that nothing in the batch is undefined."""
         rows, length = prefix.mask.shape
         slots = torch.arange(length, device=prefix.mask.device).expand(rows, -1)
         output = self.run(prefix.embeds, prefix.positions, cache, slots, padded_causal_mask(prefix.mask), taps)
@@ -282,12 +282,12 @@ class Target(ABC):
     def read(
         self, prefix: Prefix, tokens: Tensor, cache: KVCache, taps: tuple[int, ...] = ()
     ) -> tuple[TargetPass, Tensor]:
-        """One pass over the prompts and whole pictures, as training has it.
+        """One pass over the prompts and whole pictures, as in training.
 
         Args:
             prefix: the prompts.
             tokens: [B, N] local ids.
-            cache: an empty one; it holds all P + N slots afterwards.
+            cache: an empty one; all P + N slots are committed afterwards.
             taps: see `run_layers`.
 
         Returns:
@@ -299,13 +299,13 @@ class Target(ABC):
     def verify(
         self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: KVCache, prefix: Prefix, taps: tuple[int, ...] = ()
     ) -> TargetPass:
-        """One pass over the nodes of a tree; their keys and values lie behind the committed ones.
+        """One pass over the nodes of a tree; their keys and values follow the committed ones.
 
         Args:
-            tokens: [B, n] local ids, both rows alike.
+            tokens: [B, n] local ids, the same for both guidance rows.
             depth: [b, n], b = 1 or B.
             mask: [b, n, n] ancestors.
-            cache: committed tokens; its lengths stay.
+            cache: committed tokens; its lengths do not change.
             prefix: of this batch.
             taps: see `run_layers`.
         """
@@ -314,14 +314,20 @@ class Target(ABC):
         committed = cache.lengths - prefix.mask.shape[1]
         positions = prefix.at(committed[:, None] + depth)
         slots = cache.lengths[:, None] + torch.arange(n, device=tokens.device)
-        visible = tree_sight(cache, mask)
+        visible = mask_for_tree(cache, mask)
         embeds = self.both_rows(self.embed(tokens), prefix)
         return self.run(embeds, positions, cache, slots.expand(rows, -1), visible, taps)
 
     def run(
-        self, embeds: Tensor, positions: Tensor, cache: KVCache, slots: Tensor, mask: Sight, taps: tuple[int, ...]
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        mask: AttentionMask,
+        taps: tuple[int, ...],
     ) -> TargetPass:
-        """A pass over vectors [R, n, D] at `positions`, written to `slots` of the cache, that see what `mask` says."""
+        """A pass over vectors [R, n, D] at `positions`, written to `slots` of the cache, with an attention mask."""
         hidden, tapped = run_layers(self.layers, embeds, self.rotary(positions), cache, slots, mask, taps)
         return TargetPass(self.final_norm(hidden), tapped)
 
@@ -336,7 +342,7 @@ class Target(ABC):
         return mask if len(mask) == 1 else cls.both_rows(mask, prefix)
 
     def guided(self, values: Tensor, prefix: Prefix, law: TokenLaw) -> Tensor:
-        """Rows [R, …] of something linear in the logits, mixed as guidance mixes logits: [B, …] float32."""
+        """Rows [R, …] of something linear in the logits, combined as guidance combines logits: [B, …] float32."""
         if not prefix.guided:
             return values.float()
         cond, uncond = values.chunk(2)
@@ -347,9 +353,9 @@ class Target(ABC):
 
         Args:
             logits: [R, n, V].
-            prefix: tells the rows.
-            law: the sampler's settings.
-            index: [B, n] which token of the picture comes; beyond the last it does not matter what is returned.
+            prefix: defines the rows.
+            law: sampling settings.
+            index: [B, n] index of the token in the picture; results past the last are arbitrary.
         """
         cond, uncond = logits.chunk(2) if prefix.guided else (logits, logits)
         if not self.has_grammar:
@@ -366,7 +372,7 @@ class Target(ABC):
     def next_token(
         self, logits: Tensor, prefix: Prefix, law: TokenLaw, index: Tensor, gumbel: Tensor | None
     ) -> Tensor:
-        """Tokens [B] drawn from that law, by Gumbel-max; without noise the most likely ones.
+        """Tokens [B] drawn from `token_law` by Gumbel-max; without noise the most likely ones.
 
         Args:
             logits: [R, 1, V].
@@ -383,11 +389,11 @@ class Target(ABC):
 
     @property
     def has_grammar(self) -> bool:
-        """Whether there are tokens other than the codes of the picture."""
+        """Whether there are special tokens."""
         return self.vocab_size != self.num_codes
 
     def apply_grammar(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Special tokens where they have to be and nowhere else."""
+        """Allow special tokens only where they are forced."""
         if not self.has_grammar:
             return logits
         logits = logits.clone()

@@ -1,8 +1,8 @@
 """`transformers.GlmImageForConditionalGeneration` inside one call of its `generate`: see
 `fastgen.pipelines.accelerate.token_stage`.
 
-Its prompts are read by the processor of diffusers' `GlmImagePipeline`, and its tokens become a picture in that
-pipeline's diffusion transformer; so the target begins with what `generate` has prepared and ends with the tokens.
+The processor of diffusers' `GlmImagePipeline` reads the prompts, and that pipeline's diffusion transformer turns the
+tokens into a picture. So this target starts from the inputs that `generate` prepared and ends with the tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INSIDE_ITS_PIPELINE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _GridPrefix(Prefix):
-    """Positions are (time, row, column), and the tokens' noise is known from the start.
+    """Positions are (time, row, column), and the tokens' noise is known in advance.
 
     Attributes:
         prompt: [B, P, 3], positions of the prompts' tokens.
         picture: [B, N, 3], positions of the picture's tokens.
-        noise: [B, N, V]; a token is the one of the largest p / noise. None takes the most likely token.
+        noise: [B, N, V]; the token with the largest p / noise is drawn. None takes the most likely token.
     """
 
     prompt: Tensor
@@ -46,7 +46,7 @@ class _GridPrefix(Prefix):
         return self.prompt
 
     def at(self, steps: Tensor) -> Tensor:
-        steps = steps.clamp_max(self.picture.shape[1] - 1)  # nodes behind the end
+        steps = steps.clamp_max(self.picture.shape[1] - 1)  # nodes past the end
         return self.picture.gather(1, steps[..., None].expand(-1, -1, 3))
 
     def narrowed(self, images: Tensor) -> Prefix:
@@ -58,13 +58,13 @@ class _GridPrefix(Prefix):
 class GlmImageTarget(Target):
     """The tokens of GLM-Image: a small picture, then the large one, then an end mark, all from one vocabulary.
 
-    Its next token is a function of the tokens before it: the noise of each place is drawn before the first. Rounds at
-    temperature 0 therefore give the tokens that the stock loop draws with the same noise.
+    All noise is drawn in advance, so the next token is a function of the tokens before it, and rounds at temperature 0
+    give the tokens that the stock loop draws with the same noise.
 
     Args:
         model: `GlmImageForConditionalGeneration`.
-        num_tokens: to be drawn.
-        scores: logits [n, V] to scores [n, V], as the processors of `generate` make them.
+        num_tokens: tokens to draw.
+        scores: maps logits [n, V] to scores [n, V], like the processors of `generate`.
     """
 
     def __init__(self, model: Any, num_tokens: int, scores: Callable[[Tensor], Tensor]) -> None:
@@ -76,7 +76,7 @@ class GlmImageTarget(Target):
         self.max_positions = int(self.decoder.config.max_position_embeddings)
 
     def begin(self, ids: Tensor, mask: Tensor, noise: Tensor | None, **given: Any) -> Prefix:
-        """Prompts as `generate` has prepared them.
+        """Prompts as `generate` prepared them.
 
         Args:
             ids: [B, P].

@@ -39,7 +39,7 @@ class JanusTarget(Target):
 
     @property
     def codebook(self) -> Tensor:
-        # As the decoder reads them: of unit length.
+        # With unit length, as the decoder reads them.
         return nn.functional.normalize(codes_of(self.inner.vqmodel.quantize.embedding), dim=-1)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:

@@ -15,7 +15,7 @@ from fastgen.models.llamagen import LlamaGen
 
 __all__ = ["LlamaGenTarget"]
 
-_SPARE = 64  # places behind the picture that the deepest tree may reach
+_SPARE = 64  # positions past the picture that the deepest tree may reach
 
 
 class LlamaGenTarget(Target):

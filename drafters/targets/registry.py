@@ -1,4 +1,4 @@
-"""Which adapter serves which model."""
+"""The adapter of each model class."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _chameleon(
 
 
 def _decoder(network: VQModel, codes: int) -> Callable[[Tensor], Tensor]:
-    """Pictures of codes by a network of diffusers."""
+    """A function from codes to pictures, by a network of diffusers."""
     held = int(network.config.num_vq_embeddings)
     if held != codes:
         raise FastgenError(f"decode: this VQModel has {held} codes, the model {codes}")
@@ -81,7 +81,7 @@ def _glm_image(model: Any, tokenizer: Any, **options: Any) -> Target:
 
 
 def _size(size: Any) -> tuple[int, int]:
-    """Height and width in tokens; JSON has a list of them."""
+    """Height and width in tokens; JSON gives a list."""
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise FastgenError(f"size: {size!r} is not allowed, needs height and width in tokens")
     return check_integer("size", size[0], 1), check_integer("size", size[1], 1)
@@ -97,12 +97,12 @@ _FACTORIES: dict[str, TargetFactory] = {
 
 
 def register_target(class_name: str, factory: TargetFactory) -> None:
-    """Let `factory(model, tokenizer, **options)` serve models of a class (and of its subclasses)."""
+    """Use `factory(model, tokenizer, **options)` for models of a class and its subclasses."""
     _FACTORIES[class_name] = factory
 
 
 def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
-    """The adapter of a model that the user has loaded.
+    """The adapter of a loaded model.
 
     Args:
         model: e.g. `transformers.JanusForConditionalGeneration`.
@@ -110,7 +110,7 @@ def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
         options: of the adapter (`size` of Emu3 and Chameleon …).
 
     Raises:
-        FastgenError: no adapter serves this class, or it does not take an option or its value.
+        FastgenError: there is no adapter for this class, or it does not take an option or its value.
     """
     for base in type(model).__mro__:
         if base.__name__ in _FACTORIES:
@@ -121,4 +121,4 @@ def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
                 raise FastgenError(f"options: {type(model).__name__} does not take {sorted(options)}") from error
             return factory(model, getattr(tokenizer, "tokenizer", tokenizer), **options)
     known = ", ".join(sorted(name for name, factory in _FACTORIES.items() if factory is not _glm_image))
-    raise FastgenError(f"model: {type(model).__name__} is no target that we know; there are {known}")
+    raise FastgenError(f"model: {type(model).__name__} has no adapter; supported are {known}")

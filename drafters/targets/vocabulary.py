@@ -1,4 +1,4 @@
-"""Targets whose image codes are words of a text vocabulary: Emu3, and the Chameleon family (Anole, Lumina-mGPT)."""
+"""Targets whose image codes are part of a text vocabulary: Emu3, and the Chameleon family (Anole, Lumina-mGPT)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["ChameleonTarget", "Emu3Target", "VocabularyTarget"]
 
 
 class VocabularyTarget(Target):
-    """Local ids are the image codes in the order of the codebook, then the special tokens; `ids` are the model's.
+    """Local ids are the image codes in codebook order, then the special tokens; `ids` are the model's.
 
-    The head is the model's, cut to these words: exact, because the grammar forbids all others. A head with adapters or
-    offloading computes all words and is cut afterwards.
+    The model's head is restricted to these tokens: exact, because the grammar forbids all others. A head with adapters
+    or offloading computes all tokens and is restricted afterwards.
 
     Args:
         model: the whole model, with `lm_head`.
         decoder: its decoder: `embed_tokens`, `layers`, `norm`, `rotary_emb`.
         ids: [V] ids of codes and special tokens in the text vocabulary.
         num_codes: how many of them are codes.
-        forced: [N] local id of the special token at each place, or -1.
+        forced: [N] local id of the special token at each position, or -1.
         codes: the embedding of the codebook, [num_codes, d].
     """
 
@@ -82,12 +82,12 @@ class VocabularyTarget(Target):
 
 
 class Emu3Target(VocabularyTarget):
-    """`Emu3ForConditionalGeneration`: rows of codes, each with an end-of-line behind it.
+    """`Emu3ForConditionalGeneration`: rows of codes, each followed by an end-of-line.
 
     Args:
         model: the model.
         tokenizer: its tokenizer, with `boi_token` and `image_wrapper_token`.
-        size: tokens of a picture's height and width.
+        size: height and width of a picture in tokens.
         negative: the text of the unconditional rows.
 
     Raises:
@@ -138,12 +138,12 @@ class ChameleonTarget(VocabularyTarget):
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        size: tokens of a picture's height and width.
-        line_end: id of the token behind each row (Lumina-mGPT: 8803); None for none (Anole).
+        size: height and width of a picture in tokens.
+        line_end: id of the token after each row (Lumina-mGPT: 8803); None for none (Anole).
         begin: ids of the tokens that open a picture; the unconditional rows are these alone. None takes the
             tokenizer's `boi_token`.
-        decode: function of codes [B, height, width] to pictures [B, H, W, 3] in [0, 1]; the registry makes one of a
-            `VQModel` of diffusers.
+        decode: maps codes [B, height, width] to pictures [B, H, W, 3] in [0, 1]; the registry makes one from a
+            diffusers `VQModel`.
 
     Raises:
         ValueError: a size below 1.

@@ -26,7 +26,7 @@ from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.drafter import describe
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.loading import heads_beside, load_drafter
+from fastgen.drafters.loading import load_drafter, load_heads
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target, target_of
 from fastgen.environment import native_bfloat16
@@ -120,10 +120,10 @@ def benchmark_speculative(
         pipe: Any = load_checkpoint(checkpoint, device=device, dtype=kind)
         target = target_of(pipe.model, pipe.tokenizer)
         known[kind] = {
-            name: (load_drafter(place, target.dtype).to(target.device), Calibration.beside(place))
+            name: (load_drafter(place, target.dtype).to(target.device), Calibration.for_drafter(place))
             for name, place in folders.items()
         }
-        own_heads = None if checkpoint.drafter is None else heads_beside(checkpoint.drafter, target.dtype)
+        own_heads = None if checkpoint.drafter is None else load_heads(checkpoint.drafter, target.dtype)
         heads[kind] = None if own_heads is None else own_heads.to(target.device)
         pipes[kind], targets[kind] = pipe, target
     # What "auto" takes is one of the kinds that the others are.

@@ -235,7 +235,7 @@ class DrafterRecipe:
     def _log_law(self, state: Tensor, prefix: Prefix, index: Tensor) -> Tensor:
         """Logarithm of the drafter's guided law, [B, n, V]; finite."""
         drafter, target = self.drafter, self.target
-        logits = drafter.speak(target, state) if isinstance(drafter, EagleDrafter) else target.head(state)
+        logits = drafter.logits_of(target, state) if isinstance(drafter, EagleDrafter) else target.head(state)
         mixed = self.target.guided(logits, prefix, self.law)
         return self.target.apply_grammar(mixed, index).log_softmax(dim=-1).clamp_min(-80.0)
 

@@ -24,7 +24,7 @@ from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.sources import DraftSource, Generators, JacobiSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
-from fastgen.drafters.verify import Drafted, Walk
+from fastgen.drafters.verify import AcceptedPath, Drafted
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
 
@@ -89,12 +89,12 @@ class WindowRecorder(DraftSource):
         self.index = index
         return self.source.propose(root, index, gumbel)
 
-    def absorb(self, drafted: Drafted, way: Walk, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
+    def absorb(self, drafted: Drafted, path: AcceptedPath, tokens: Tensor, kept: Tensor, output: TargetPass) -> None:
         states = torch.cat([output.hidden, *output.taps], dim=-1)
         hidden = torch.stack(states.chunk(2 if self.guided else 1), dim=1).half()
         before = getattr(self.source, "before", drafted.tokens[:, 1:])
-        self.kept.append((hidden, drafted.tokens, before, self.index, torch.where(kept > 0, way.length, -1)))
-        self.source.absorb(drafted, way, tokens, kept, output)
+        self.kept.append((hidden, drafted.tokens, before, self.index, torch.where(kept > 0, path.length, -1)))
+        self.source.absorb(drafted, path, tokens, kept, output)
 
     def rounds(self, picture: Tensor) -> Rounds:
         """All rounds of the batch with its tokens [B, N]."""

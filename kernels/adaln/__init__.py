@@ -3,10 +3,10 @@
     y = hidden + g(gate) * u(update)            g: identity or tanh; u: identity or a weighted RMS norm
     z = norm(y) * weight + bias, times (1 + scale), plus shift
 
-Every part is optional. DiT, FLUX, SD3 and Qwen-Image use a layer norm without weights and plain gates; Z-Image
+Every part is optional. DiT, FLUX, SD3 and Qwen-Image use a layer norm without weights and plain gates; Z-Image uses
 weighted RMS norms on both sides ("sandwich"), tanh gates and no shift. Loss contract: exact, up to rounding; the
-kernel computes in float32 and rounds y and z once. On CUDA it replaces the separate kernels of eager PyTorch, and
-needs no new binary when token counts change.
+kernel computes in float32 and rounds y and z once. On CUDA it replaces the separate kernels of eager PyTorch, without
+recompiling when token counts change.
 """
 
 from __future__ import annotations
@@ -61,39 +61,39 @@ def adaln(
     sequence_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum y and its modulated norm z; see the head of this file.
+    """The sum y and its modulated norm z; see the top of this file.
 
     Args:
         hidden: residual stream, padded [n, L, D] or packed [T, D].
-        update: what is added to it, same shape; None: y is `hidden` itself.
-        gate, scale, shift: [n, D] (or [1, D] for all samples, packed or padded), any row stride, as `chunk` leaves
-            them.
+        update: added to it, same shape; None: y is `hidden` itself.
+        gate, scale, shift: [n, D] (or [1, D] for all samples, packed or padded), with any row stride, as `chunk`
+            returns them.
         weight, bias: [D], of the norm of y.
         norm: "layer", "rms" or "none" (then z is y).
         eps: of the norm of y.
         update_weight: [D], of the RMS norm of the update.
         update_norm: normalise the update (RMS) before the gate.
         update_eps: of that norm.
-        tanh_gate: the gate's tanh is what gates.
+        tanh_gate: apply tanh to the gate.
         sequence_ids: int [T], sample of each row of a packed `hidden`, 0 … n - 1.
-        cu_seqlens: int [n + 1], start of each sequence and T, where sequences lie one after the other; backward then
-            need not sort.
+        cu_seqlens: int [n + 1], start of each sequence and T, if the sequences are contiguous; then backward need not
+            sort.
 
     Returns:
-        y and z, in the shape of `hidden`, in the promoted dtype of what they are made of.
+        y and z, in the shape of `hidden` and the promoted dtype of their inputs.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
         ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. Numbers in `sequence_ids`
-            and `cu_seqlens` are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
+            and `cu_seqlens` are checked on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     options = (norm, eps, update_norm, update_eps, tanh_gate)
     tensors: tuple[Any, ...]
     tensors = (hidden, update, gate, scale, shift, weight, bias, update_weight, sequence_ids, cu_seqlens)
     reason, count = _checked(lambda: _check(tensors, *options), tensors, *options)
     if sequence_ids is not None:
-        _look(sequence_ids, cu_seqlens, hidden.shape[0], count)
-        if count == 1:  # one row for all: no look-up, and gradients of that row
+        _check_values(sequence_ids, cu_seqlens, hidden.shape[0], count)
+        if count == 1:  # one row for all samples: no look-up, and gradients of that row
             sequence_ids = cu_seqlens = None
         elif count is not None:
             gate, scale, shift = (
@@ -107,7 +107,7 @@ def adaln(
         return adaln_reference(**named)
     operator: Any = launch
     if not direct(*tensors):
-        # Inductor (torch 2.11) fails on some graphs with a visible kernel that leaves one of its results out.
+        # Inductor (torch 2.11) fails on some graphs with a visible kernel that omits one of its results.
         visible = _whole(update, norm) and not needs_gradients(*tensors)
         operator = torch.ops.fastgen.adaln_visible if visible else torch.ops.fastgen.adaln
     summed, normed = operator(*tensors, *options)
@@ -117,19 +117,19 @@ def adaln(
 
 
 def _whole(update: Tensor | None, norm: str) -> bool:
-    """Whether there is a sum and a norm of it: of one alone, compilers make a kernel of their own."""
+    """Whether there is a sum and a norm of it: compilers fuse either one alone themselves."""
     return update is not None and norm != "none"
 
 
 def can_use_triton(hidden: Tensor, **others: Tensor | None) -> bool:
-    """Whether the kernel takes these tensors of `adaln`, wherever they are."""
+    """Whether the kernel supports these tensors of `adaln`, on any device."""
     return _why_not(hidden, *others.values()) is None
 
 
 def _check(
     tensors: tuple[Any, ...], norm: str, eps: float, update_norm: bool, update_eps: float, tanh_gate: bool
 ) -> tuple[str | None, int | None]:
-    """See that the arguments fit; why the kernel does not take them, or None, and the rows of conditioning."""
+    """Check the arguments. Returns why the kernel does not support them, or None, and the rows of conditioning."""
     named = dict(zip(_TENSORS, tensors, strict=True))
     hidden, update, ids = named.pop("hidden"), named["update"], named["sequence_ids"]
     check_tensors({"hidden": hidden}, named)
@@ -140,7 +140,7 @@ def _check(
     for name, flag in (("update_norm", update_norm), ("tanh_gate", tanh_gate)):
         check_bool(name, flag)
     if update is None and named["gate"] is not None:
-        raise ValueError("gate: is of no use without update")
+        raise ValueError("gate: is unused without update")
     if hidden.ndim not in (2, 3) or not hidden.is_floating_point():
         raise ValueError(f"hidden: needs floats [n, L, D] or [T, D], got {shown(hidden)}")
     if update is not None and (update.shape != hidden.shape or not update.is_floating_point()):
@@ -148,19 +148,19 @@ def _check(
     for name in _WEIGHTS:
         check_shape(name, named[name], hidden.shape[-1:])
     if named["update_weight"] is not None and not update_norm:
-        raise ValueError("update_weight: is of no use without update_norm")
+        raise ValueError("update_weight: is unused without update_norm")
     count = _check_conditioning(hidden, {name: named[name] for name in _CONDITIONING}, ids is not None)
     _check_indices(hidden, ids, named["cu_seqlens"], count)
     return _why_not(*tensors[:8]), count
 
 
 def _check_conditioning(hidden: Tensor, vectors: dict[str, Tensor | None], packed: bool) -> int | None:
-    """See that gate, scale and shift fit; their number of rows, None where there are none of them."""
+    """Check gate, scale and shift. Returns their number of rows, or None without any of them."""
     samples = hidden.shape[0] if hidden.ndim == 3 else None
     count: int | None = None
     for name, x in vectors.items():
         check_shape(name, x, ("n", hidden.shape[-1]))
-        # Sizes may be symbols of a compiler: comparisons, no sets.
+        # Sizes may be symbolic: comparisons, no sets.
         if x is None or (x.shape[0] == 1 and count is not None):
             continue
         if not packed and x.shape[0] != 1 and x.shape[0] != samples:
@@ -172,7 +172,7 @@ def _check_conditioning(hidden: Tensor, vectors: dict[str, Tensor | None], packe
 
 
 def _check_indices(hidden: Tensor, ids: Tensor | None, cu_seqlens: Tensor | None, count: int | None) -> None:
-    """See that `sequence_ids` and `cu_seqlens` fit, without reading their values."""
+    """Check `sequence_ids` and `cu_seqlens` without reading their values."""
     if ids is not None:
         if hidden.ndim != 2 or ids.shape != hidden.shape[:1]:
             raise ValueError(
@@ -183,17 +183,17 @@ def _check_indices(hidden: Tensor, ids: Tensor | None, cu_seqlens: Tensor | None
             raise ValueError(f"sequence_ids: needs int32 or int64, got {ids.dtype}")
     if cu_seqlens is not None:
         if ids is None:
-            raise ValueError("cu_seqlens: is of no use without sequence_ids")
+            raise ValueError("cu_seqlens: is unused without sequence_ids")
         fits = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2 and cu_seqlens.dtype in _INTEGERS
         if not fits or (count is not None and count != 1 and cu_seqlens.shape[0] != count + 1):
             raise ValueError(f"cu_seqlens: needs int32 or int64 [n + 1], got {shown(cu_seqlens)}")
 
 
-def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: int | None) -> None:
-    """See that the numbers in index tensors fit, where looking is cheap."""
+def _check_values(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: int | None) -> None:
+    """Check the values of index tensors, if `checks_values` says so."""
     if cu_seqlens is not None:
         count = cu_seqlens.shape[0] - 1
-    elif count == 1:  # for all sequences, however many they are
+    elif count == 1:  # for any number of sequences
         count = None
     check_range("sequence_ids", sequence_ids, 2**31 if count is None else count)
     if cu_seqlens is None:
@@ -206,7 +206,7 @@ def _look(sequence_ids: Tensor, cu_seqlens: Tensor | None, tokens: int, count: i
 
 
 def _why_not(*tensors: Tensor | None) -> str | None:
-    """Why the kernel does not take these tensors."""
+    """Why the kernel does not support these tensors, or None."""
     for x in tensors:
         if x is None:
             continue

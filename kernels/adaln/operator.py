@@ -18,7 +18,7 @@ _INDICES = "Tensor? sequence_ids, Tensor? cu_seqlens"
 
 
 def _types(hidden: Tensor, update: Tensor | None, gate: Tensor | None, *rest: Tensor | None) -> list[torch.dtype]:
-    """Dtypes of y and z: promoted from what they are made of."""
+    """Dtypes of y and z: promoted from their inputs."""
     *others, update_weight = rest  # scale, shift, weight, bias
     first = hidden.dtype
     for x in (update, gate, update_weight) if update is not None else ():
@@ -32,7 +32,7 @@ def _types(hidden: Tensor, update: Tensor | None, gate: Tensor | None, *rest: Te
 
 
 def _outputs(update: Tensor | None, norm: str, *tensors: Any) -> tuple[Tensor, Tensor]:
-    """Fresh memory for y and z; empty where one is not computed, because an operator cannot return its input."""
+    """New tensors for y and z; empty if not computed, because an operator cannot return its input."""
     hidden = tensors[0]
     kinds = _types(*tensors)
     summed = torch.empty((0,) if update is None else hidden.shape, dtype=kinds[0], device=hidden.device)

@@ -1,4 +1,4 @@
-"""The specification of the gated residual, its norm and modulation, in plain PyTorch."""
+"""Reference implementation of the gated residual, its norm and modulation, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor, in the memory of x where no gradient needs it: x must be nobody else's."""
+    """x * factor, in place if no gradient needs x: nothing else may use x."""
     if torch.is_grad_enabled() or torch.promote_types(x.dtype, factor.dtype) != x.dtype:
         return x * factor
     return x.mul_(factor)
@@ -45,7 +45,7 @@ def adaln_reference(
     tanh_gate: bool = False,
     sequence_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification."""
+    """Reference implementation."""
 
     def rows(conditioning: Tensor) -> Tensor:
         if sequence_ids is not None:
@@ -73,7 +73,7 @@ def adaln_reference(
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """That of torch, which takes parameters of another dtype in some combinations only."""
+    """torch's layer norm, which supports parameters of another dtype in some combinations only."""
     dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
     if len(dtypes) == 1:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -1,4 +1,4 @@
-"""Triton kernels of `fastgen.kernels.adaln`: one row of the residual stream is read once and written once."""
+"""Triton kernels of `fastgen.kernels.adaln`: each row of the residual stream is read once and written once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 @triton.jit
 def _offset(row, length, outer, inner):  # type: ignore[no-untyped-def]
-    """Where row `row` of [n, length, D] begins, in elements."""
+    """Offset of row `row` of [n, length, D], in elements."""
     return (row // length) * outer + (row % length) * inner
 
 
@@ -33,7 +33,7 @@ def _forward(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     there = row < rows
     inside = column < width
-    # Compilers of graphs hand over numbers of 64 bits.
+    # Graph compilers pass 64-bit numbers.
     eps = tl.full([], eps, tl.float32)
     update_eps = tl.full([], update_eps, tl.float32)
     mask = there[:, None] & inside[None, :]
@@ -56,7 +56,7 @@ def _forward(  # type: ignore[no-untyped-def]
             if TANH:
                 g = 2 * tl.sigmoid(2 * g) - 1
             u *= g
-        # The norm sees what later layers will see: the rounded sum.
+        # The norm reads the rounded sum, as later layers do.
         rounded = (x + u).to(summed.dtype.element_ty)
         tl.store(summed + row[:, None] * width + column[None, :], rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -80,7 +80,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 def _shape(width: int) -> tuple[int, int, int]:
-    """Columns, rows and warps of a program: about 16 numbers a thread, so that loads are of 16 bytes."""
+    """Columns, rows and warps of a program: about 16 elements per thread, so that loads have 16 bytes."""
     block = power_of_two(width)
     rows = max(1, 1024 // block)
     return block, rows, max(1, min(16, rows * block // 512))
@@ -112,9 +112,9 @@ def forward(
 
 @triton.jit
 def _rows_of(bounds, sample, length):  # type: ignore[no-untyped-def]
-    """The first row of a sample, and the one behind its last."""
+    """The first row of a sample, and the one after its last."""
     if bounds is not None:
-        # Cut to the rows there are: wrong bounds must not reach other memory.
+        # Clamped to existing rows: wrong bounds must not read other memory.
         first = tl.maximum(tl.load(bounds + sample).to(tl.int64), 0)
         last = tl.minimum(tl.load(bounds + sample + 1).to(tl.int64), length)
     else:
@@ -125,7 +125,7 @@ def _rows_of(bounds, sample, length):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _slope_of_norm(weight, scale, at, column, inside, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """d z / d xhat: what the normalised row is multiplied by."""
+    """d z / d xhat: the factor of the normalised row."""
     factor = tl.full((BLOCK,), 1.0, tl.float32)
     if weight is not None:
         factor *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -138,7 +138,7 @@ def _slope_of_norm(weight, scale, at, column, inside, BLOCK: tl.constexpr):  # t
 def _slope_of_update(  # type: ignore[no-untyped-def]
     gate, update_weight, at, column, inside, TANH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """d y / d uhat: what the update is multiplied by before it is added."""
+    """d y / d uhat: the factor of the update."""
     through = tl.full((BLOCK,), 1.0, tl.float32)
     if gate is not None:
         through = tl.load(gate + at + column, mask=inside, other=0.0).to(tl.float32)
@@ -158,7 +158,7 @@ def _backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (part, sample): gradients of a part of the sample's rows, and their sums over these rows.
 
-    `hidden` is what was normalised. sums [3, parts, samples, D]: of dz xhat, dz and dy uhat.
+    `hidden` is the normalised tensor. sums [3, parts, samples, D]: of dz xhat, dz and dy uhat.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -231,7 +231,7 @@ def backward(
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     grad_update = hidden.new_empty(0) if update is None else torch.empty_like(grad_hidden, dtype=update.dtype)
     block = power_of_two(width)
-    # Enough programs for every multiprocessor, and no more sums than rows.
+    # Enough programs for all multiprocessors, and no more sums than rows.
     parts = max(1, min(cdiv(n * length, samples), cdiv(512, samples)))
     sums = torch.zeros((3, parts, samples, width), dtype=torch.float32, device=hidden.device)
     if hidden.numel():

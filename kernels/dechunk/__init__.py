@@ -1,9 +1,9 @@
 """De-chunking of DC-DiT (specification of arXiv 2603.06351, section "de-chunking"): kept tokens back to the grid.
 
 Two steps: smoothing mixes each kept token with its kept neighbours where the router was unsure, and plug-back gives
-every grid position the value of its nearest kept token. Neither ever builds an L x L or M x M array. In the reference
-the Gaussian is separable, so smoothing is one matrix product per axis, and the nearest kept token is found column by
-column first; the kernel weighs the kept tokens of the rows around and looks at no others.
+every grid position the value of its nearest kept token. Neither builds an L x L or M x M array. In the reference the
+Gaussian is separable, so smoothing is one matrix product per axis, and the nearest kept token is found column by
+column first; the kernel reads only kept tokens in nearby rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["dechunk", "nearest_kept", "nearest_kept_reference", "smooth_kept", "
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 256
-"""Columns of a grid that the kernel looks through for the nearest."""
+"""Most columns of a grid that the kernel supports."""
 
 
 def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -29,11 +29,11 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
 
     Args:
         mask: bool [n, H, W], at least one kept position in each grid.
-        rows: int64 [n * H * W], what to give for a position in place of its index; None gives the index.
+        rows: int64 [n * H * W], values to return instead of a position's index; None returns the index.
 
     Returns:
-        int64 [n, H, W], row * W + column of the nearest kept position (0 in a grid without any), or what `rows` of
-        the same sample holds there.
+        int64 [n, H, W], row * W + column of the nearest kept position (0 in a grid without any), or the value of
+        `rows` there.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
@@ -45,7 +45,7 @@ def nearest_kept(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     reason = None if mask.shape[2] <= _WIDEST else f"a grid of {mask.shape[2]} columns"
     if rows is not None and (rows.shape != (mask.numel(),) or rows.dtype != torch.int64):
         raise ValueError(f"rows: needs int64 [{mask.numel()}], got {shown(rows)}")
-    # Not timed on a GPU: taken for the reference's H * W * W integers that it does without.
+    # Not timed on a GPU; chosen because it avoids the reference's H * W * W integers.
     if not choose("nearest_kept", reason, True, mask):
         return nearest_kept_reference(mask, rows)
     return launch_nearest(mask, rows)
@@ -72,15 +72,15 @@ def smooth_kept(
         grid: (H, W).
         samples: number of samples n.
         sigma: width of the Gaussian in grid units, > 0.
-        rows: int64 [n * H * W], kept positions at or before each one, less one; None computes it where it is needed.
-        full: False where some of the T are behind the last token: their positions are -1, their values anything.
+        rows: int64 [n * H * W], number of kept positions up to each one, minus one; None computes it if needed.
+        full: False if some of the T are padding after the last token: their positions are -1, their values arbitrary.
 
     Returns:
         [T, D] in the dtype of `tokens`. Differentiable in tokens and probabilities.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit. `positions` are looked at on a CPU, and with
+        ValueError: shapes, dtypes, devices or numbers that do not fit. `positions` are checked on a CPU, and with
             FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     check_tensors({"tokens": tokens, "positions": positions, "probabilities": probabilities}, {"rows": rows})
@@ -107,10 +107,10 @@ def _smoothed(
     rows: Tensor | None,
     full: bool,
 ) -> Tensor:
-    """`smooth_kept` of arguments that were checked."""
+    """`smooth_kept` with checked arguments."""
     size = samples * grid[0] * grid[1]
     reason = None if tokens.dtype in _TYPES and probabilities.dtype == torch.float32 else f"{tokens.dtype}"
-    # Not timed on a GPU: taken for the reference's dense fields [n, L, D] in float32 that it does without.
+    # Not timed on a GPU; chosen because it avoids the reference's dense float32 fields [n, L, D].
     if not choose("smooth_kept", reason, True, tokens, positions, probabilities):
         return smooth_kept_reference(tokens, positions, probabilities, grid, samples, sigma, full)
     if rows is None:
@@ -129,17 +129,17 @@ def dechunk(
     rows: Tensor | None = None,
     full: bool = True,
 ) -> Tensor:
-    """Kept tokens to every grid position: smoothing, then plug-back.
+    """Expand kept tokens to every grid position: smoothing, then plug-back.
 
     Args:
-        tokens: [T, D], kept tokens, sample after sample, each in raster order.
+        tokens: [T, D], kept tokens, sample by sample in raster order.
         positions: int64 [T], sample * L + index, ascending.
         probabilities: boundary probabilities of all positions, [n, L], float32.
         mask: bool [n, L], kept positions.
         grid: (H, W) with H * W = L.
-        sigma: width of the smoothing Gaussian in grid units; None leaves smoothing out.
-        rows: int64 [n, L], kept positions at or before each one, less one (`Packing.rows`); None computes it.
-        full: False where some of the T are behind the last token: their positions are -1, their values anything.
+        sigma: width of the smoothing Gaussian in grid units; None skips smoothing.
+        rows: int64 [n, L], number of kept positions up to each one, minus one (`Packing.rows`); None computes it.
+        full: False if some of the T are padding after the last token: their positions are -1, their values arbitrary.
 
     Returns:
         [n, L, D].
@@ -163,9 +163,9 @@ def dechunk(
             f"tokens {tuple(tokens.shape)} and positions {tuple(positions.shape)} do not fit"
         )
     check_ascending(positions, samples * length, full)
-    # From a flat grid position to the row of its token.
+    # Maps a flat grid position to the row of its token.
     rows = mask.flatten().cumsum(0) - 1 if rows is None else rows.flatten()
-    index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # it checks `rows`
+    index = nearest_kept(mask.view(samples, height, width), rows).flatten()  # this checks `rows`
     if checks_values(index) and checks_values(positions):
         samples_of = torch.arange(len(index), device=index.device) // length
         inside = bool(((index >= 0) & (index < len(tokens))).all())
@@ -179,7 +179,7 @@ def dechunk(
 
 
 def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -> int:
-    """See that these fit; positions of all samples."""
+    """Check these arguments. Returns the number of positions of all samples."""
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"grid: needs (H, W), got {grid!r}")
     for side in grid:
@@ -191,11 +191,11 @@ def _check_grid(grid: tuple[int, int], samples: int, sigma: float, full: bool) -
 
 
 def _check_packed(tokens: Tensor, positions: Tensor, probabilities: Tensor | None = None) -> None:
-    """See that dtypes of packed tokens fit."""
+    """Check the dtypes of packed tokens."""
     if not tokens.is_floating_point():
         raise ValueError(f"tokens: need floats [T, D], got {shown(tokens)}")
     if positions.dtype != torch.int64:
         raise ValueError(f"positions: need int64 [T], got {shown(positions)}")
-    wanted = {torch.float32, torch.promote_types(tokens.dtype, torch.float32)}  # a router gives float32
+    wanted = {torch.float32, torch.promote_types(tokens.dtype, torch.float32)}  # a router returns float32
     if probabilities is not None and probabilities.dtype not in wanted:
         raise ValueError(f"probabilities: need float32 (or float64 for such tokens), got {shown(probabilities)}")

@@ -47,7 +47,7 @@ def _smooth_backward(
     g, h = grad.float(), tokens.float()
     p = probabilities[:, None]
     weight = p.clamp(min=TINY)
-    there = positions >= 0  # behind the last token anything may lie
+    there = positions >= 0  # the padding after the last token is arbitrary
     mass = torch.where(there[:, None], blur(weight), 1.0)
     mixed = blur(weight * h) / mass
     passed = (1 - p) / mass * g

@@ -1,4 +1,4 @@
-"""The specifications of de-chunking's steps, in plain PyTorch."""
+"""Reference implementation of de-chunking's steps, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["TINY", "nearest_kept_reference", "smooth_kept_reference"]
 
 TINY = 1e-12
 _TOGETHER = {"cpu": 2**21}
-"""Numbers of one temporary: 16 MiB at most on a CPU; on a GPU `_AT_ONCE`, for fewer launches."""
+"""Elements of one temporary: at most 16 MiB on a CPU; on a GPU `_AT_ONCE`, for fewer launches."""
 _AT_ONCE = 2**25
 
 
 def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
-    """The specification of `nearest_kept`. Memory: H * W * W integers a sample, for as many samples at once as stay
-    below 2^21 of them."""
+    """Reference implementation of `nearest_kept`. Memory: H * W * W integers per sample, at most about 2^21 at
+    once."""
     n, height, width = mask.shape
     if rows is not None:
         starts = height * width * torch.arange(n, device=mask.device)[:, None, None]
@@ -24,7 +24,7 @@ def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     if n > together:
         return torch.cat([nearest_kept_reference(part) for part in mask.split(together)])
     rows = torch.arange(height, device=mask.device)[:, None].expand(height, width)
-    far = 2 * (height + width)  # further than anything on the grid
+    far = 2 * (height + width)  # farther than anything on the grid
     # Within each column: the last kept row at or above, and the first one at or below.
     above = torch.where(mask, rows, -far).cummax(dim=1).values
     below = torch.where(mask, rows, height + far).flip(1).cummin(dim=1).values.flip(1)
@@ -34,7 +34,7 @@ def nearest_kept_reference(mask: Tensor, rows: Tensor | None = None) -> Tensor:
     columns = torch.arange(width, device=mask.device)
     across = (columns[:, None] - columns[None, :]).square()  # [W, W']
     index = row * width + columns
-    # Squared distance first, index second, in one integer; a column without a kept row is too far to win.
+    # Squared distance first, index second, in one integer; a column without a kept row is too far away to win.
     size = height * width
     key = (across + gap.square()[:, :, None, :]) * size + index.clamp(0, size - 1)[:, :, None, :]
     winner: Tensor = key.amin(dim=-1) % size
@@ -50,13 +50,13 @@ def smooth_kept_reference(
     sigma: float,
     full: bool = True,
 ) -> Tensor:
-    """The specification of `smooth_kept`: temporaries of 2^21 numbers, as many channels at once as that allows."""
+    """Reference implementation of `smooth_kept`, in groups of channels with temporaries of about 2^21 elements."""
     probabilities = probabilities.to(torch.promote_types(probabilities.dtype, tokens.dtype))  # a model in float64
     weight = probabilities.clamp(min=TINY)[:, None]
     height, width = grid
     size = samples * height * width
     vertical, horizontal = (_gaussian(side, sigma, weight) for side in grid)
-    if not full:  # one row more takes what lies behind the last token
+    if not full:  # an extra row collects the padding after the last token
         positions = torch.where(positions >= 0, positions, size)
 
     def blurred(values: Tensor) -> Tensor:

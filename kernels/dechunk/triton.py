@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel
 
 _FLOOR = 1e-19
-"""A Gaussian below it does not count: a token's own weight is at least 1e-12, and float32 has seven digits."""
+"""Smaller Gaussian weights are ignored: a token's own weight is at least 1e-12, and float32 has seven digits."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _nearest(  # type: ignore[no-untyped-def]
     for other in range(0, height):
         kept = tl.load(grid + other * width + column, mask=inside, other=0) != 0
         away = tl.abs(other - row)
-        closer = kept & (away < gap)  # of equally far rows the first stays
+        closer = kept & (away < gap)  # of equally distant rows the first one stays
         gap = tl.where(closer, away, gap)
         best = tl.where(closer, other, best)
     size = height * width
@@ -69,10 +69,10 @@ def _band(  # type: ignore[no-untyped-def]
     lines = reach
     if SMOOTH:
         sure = tl.load(probabilities + row, mask=(row < count) & valid, other=1.0)
-        # A token's own weight is its probability; lines that together weigh less than 1e-8 of it are left out.
+        # A token's own weight is its probability; lines that together weigh less than 1e-8 of it are skipped.
         least = tl.min(tl.maximum(sure, tiny), axis=0)
         lines = tl.minimum(reach, (sigma * tl.sqrt(2 * tl.log(beyond / least))).to(tl.int32) + 1)
-    # Kept tokens are in raster order: those of the lines within reach are one run of them.
+    # Kept tokens are in raster order: those on lines within reach are contiguous.
     last = tl.max(place, axis=0)
     first = tl.min(tl.where(valid, place, last), axis=0)
     begin, end = 0, 0
@@ -144,7 +144,7 @@ def launch_blur(values: Tensor, positions: Tensor, rows: Tensor, height: int, wi
 
 
 def _band_plan(count: int, channels: int) -> tuple[int, int, int, int]:
-    """Tokens of a program, tokens that it reads at once, its channels, and its warps."""
+    """Tokens per program, tokens that it reads at once, channels and warps."""
     most = 256 if cdiv(count, 32) * cdiv(channels, 256) >= 1056 else 128
     return 32, 32, min(most, max(16, power_of_two(channels))), 4
 
@@ -158,7 +158,7 @@ def _banded(
     count, channels = values.shape
     reach = min(height, math.ceil(sigma * math.sqrt(-2 * math.log(_FLOOR))))
     several, others, block, warps = _band_plan(count, channels)
-    # A weight of ten bits is less exact than a float16, not than a bfloat16.
+    # tf32's ten bits are fewer than float16's precision needs, but enough for bfloat16.
     precision = "tf32" if values.dtype == torch.bfloat16 else precise()
     run_kernel(
         _band,

@@ -1,8 +1,8 @@
-"""Group norm and SiLU over images whose channels lie next to each other (channels_last), for VAE and VQ decoders.
+"""Group norm and SiLU for channels_last images, for VAE and VQ decoders.
 
 The kernel reads the image twice and writes it once: sums by channel first, then norm, affine map and SiLU together.
-PyTorch's own group norm has no such path and turns the image around. Loss contract: exact, up to rounding; statistics
-and arithmetic are in float32, rounded once. For inference: where gradients are needed, the reference runs.
+PyTorch's own group norm changes the memory format instead. Loss contract: exact, up to rounding; statistics and
+arithmetic are in float32, rounded once. For inference: if gradients are needed, the reference runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["can_use_triton", "group_norm_silu", "group_norm_silu_reference"]
 _checked = Checked()
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_GROUP = 1024
-_LARGE = 2**23  # numbers from which on the kernel beat the compiled reference: 512 channels of 128² pixels
+_LARGE = 2**23  # elements from which the kernel beats the compiled reference: 512 channels of 128² pixels
 
 
 def group_norm_silu(
@@ -36,11 +36,11 @@ def group_norm_silu(
     """silu(group_norm(x) * weight + bias).
 
     Args:
-        x: [n, C, ...] with one to three axes of space.
-        groups: of channels; divides C.
+        x: [n, C, ...] with one to three spatial axes.
+        groups: number of groups; divides C.
         weight, bias: [C].
         eps: added to the variance.
-        silu: False leaves the SiLU out.
+        silu: False skips the SiLU.
 
     Returns:
         the shape, dtype and memory format of `x`.
@@ -52,7 +52,7 @@ def group_norm_silu(
     options = (groups, eps, silu)
     reason = _checked(lambda: _check(x, weight, bias, *options), (x, weight, bias), *options)
     given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    # A compiler fuses the reference of small images well; eager PyTorch does not, and would turn the layout around.
+    # Compilers fuse the reference of small images well; eager PyTorch does not, and changes the memory format.
     default = not torch.compiler.is_compiling() or x.numel() >= _LARGE
     if not choose("group_norm_silu", reason, default, *given):
         return group_norm_silu_reference(x, groups, weight, bias, eps, silu)
@@ -62,7 +62,7 @@ def group_norm_silu(
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> str | None:
-    """See that the arguments fit; why the kernel does not take them, or None."""
+    """Check the arguments. Returns why the kernel does not support them, or None."""
     check_tensors({"x": x}, {"weight": weight, "bias": bias})
     check_int("groups", groups, 1)
     check_number("eps", eps, minimum=0)
@@ -77,12 +77,12 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, e
 
 
 def can_use_triton(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Whether the kernel takes this image, wherever it is."""
+    """Whether the kernel supports this image, on any device."""
     return _why_not(x, groups, weight, bias) is None
 
 
 def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why the kernel does not take this image."""
+    """Why the kernel does not support this image, or None."""
     for tensor in (x, weight, bias):
         if tensor is not None and tensor.dtype not in _TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
@@ -97,7 +97,7 @@ def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None)
 
 
 def _channels_inside(x: Tensor) -> bool:
-    """Whether the channels of a pixel are neighbours, and pixels a fixed step apart."""
+    """Whether each pixel's channels are contiguous and pixels have one stride."""
     if not x.numel():
         return True
     if x.shape[1] > 1 and x.stride(1) != 1:
@@ -119,7 +119,7 @@ def _launch(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Fresh memory for a result of shape [n, C, ...] whose channels are neighbours."""
+    """An empty result of shape [n, C, ...] in channels_last format."""
     made = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]))
     return made.permute(0, made.ndim - 1, *range(1, made.ndim - 1))
 

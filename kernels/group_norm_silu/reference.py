@@ -1,4 +1,4 @@
-"""The specification of group norm and SiLU, in plain PyTorch."""
+"""Reference implementation of group norm and SiLU, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def group_norm_silu_reference(
     eps: float = 1e-5,
     silu: bool = True,
 ) -> Tensor:
-    """The specification."""
+    """Reference implementation."""
     dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
-    if len(dtypes) > 1:  # which torch takes in some combinations only
+    if len(dtypes) > 1:  # torch supports some combinations only
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
         return group_norm_silu_reference(x.to(wide), groups, weight, bias, eps, silu).to(x.dtype)
-    normed = torch.group_norm(x, groups, weight, bias, eps)  # that of nn.functional refuses a single number
+    normed = torch.group_norm(x, groups, weight, bias, eps)  # nn.functional's rejects a single element
     return F.silu(normed) if silu else normed

@@ -1,4 +1,4 @@
-"""Triton kernels of `fastgen.kernels.group_norm_silu`: sums by channel, their fold to one affine map, and the map."""
+"""Triton kernels of `fastgen.kernels.group_norm_silu`: sums by channel, one affine map from them, and the map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgen.kernels.triton_tools import cdiv, power_of_two, run_kernel
 
 __all__ = ["forward"]
 
-_SMALL = 2**12  # numbers of a group that one program works off: launches are what costs
+_SMALL = 2**12  # elements of a group that one program processes: launches dominate
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def _sums(  # type: ignore[no-untyped-def]
 ):
     """Program (part, sample, channel block): sums [samples, 2, parts, channels] of x - x_0 and its square.
 
-    x_0 is the channel's first pixel: sums of squares about zero would cancel where the mean is large. The parts take
-    turns, so that all of them go through the image together and its end is what stays in the cache.
+    x_0 is the channel's first pixel: with a large mean, sums of squares about zero would cancel. The parts interleave,
+    so that they advance through the image together and its end stays in the cache.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     sample = tl.program_id(1).to(tl.int64)
@@ -40,7 +40,7 @@ def _sums(  # type: ignore[no-untyped-def]
     inside = channel < channels
     x += sample * sample_stride
     origin = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    # Four tiles at once, each with sums of its own, so that their loads overlap.
+    # Four tiles at once, so that their loads overlap.
     a1 = tl.zeros((PIXELS, CHANNELS), tl.float32)
     a2 = tl.zeros((PIXELS, CHANNELS), tl.float32)
     b1 = tl.zeros((PIXELS, CHANNELS), tl.float32)
@@ -107,7 +107,7 @@ def _apply(  # type: ignore[no-untyped-def]
     x, out, folded, pixels, channels, sample_stride, pixel_stride,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (pixel block, sample, channel block), the last block first: it was read last and may be in the cache."""
+    """Program (pixel block, sample, channel block), last block first: it was read last and may be in the cache."""
     sample = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -127,7 +127,7 @@ def _whole(  # type: ignore[no-untyped-def]
     x, out, weight, bias, pixels, channels, width, sample_stride, pixel_stride, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, sample): a whole group in one launch, where the image is small and launches are what costs."""
+    """Program (group, sample): a whole group in one launch, for small images, where launches dominate."""
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -155,7 +155,7 @@ def _whole(  # type: ignore[no-untyped-def]
 
 
 class _Plan(NamedTuple):
-    """Launches of one image: tiles of `pixels` x `channels`, `parts` of the sums, `tiles` of a program of the map."""
+    """Launches of one image: tiles of `pixels` x `channels`, `parts` of the sums, `tiles` per program of the map."""
 
     pixels: int
     channels: int
@@ -168,7 +168,7 @@ def _plan(samples: int, pixels: int, channels: int) -> _Plan:
     block = min(power_of_two(channels), 512)
     together = max(1, 2048 // block)
     blocks = cdiv(channels, block)
-    # Two programs for every multiprocessor of a large GPU, and no more parts than tiles.
+    # Two programs per multiprocessor of a large GPU, and no more parts than tiles.
     parts = max(1, min(cdiv(pixels, 4 * together), cdiv(264, samples * blocks)))
     tiles = 4 if pixels * samples * blocks >= 4 * 1056 * together else 1
     return _Plan(together, block, parts, tiles, 4)

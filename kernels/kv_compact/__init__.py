@@ -1,4 +1,4 @@
-"""Accepted paths moved down in a key-value cache, all layers and both rows of guidance at once."""
+"""Move accepted paths down in a key-value cache, for all layers and both guidance rows at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgen.kernels.operators import register_launcher
 __all__ = ["kv_compact", "kv_compact_reference"]
 
 _MOST_NODES = 128
-"""Nodes of a path that one program holds."""
+"""Most nodes of a path that one program can process."""
 _launch = register_launcher(
     "kv_compact(Tensor(a!) store, Tensor lengths, Tensor nodes, Tensor count) -> ()",
     "fastgen.kernels.kv_compact.triton:launch",
@@ -23,21 +23,21 @@ _launch = register_launcher(
 
 
 def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
-    """Moves slot `lengths + nodes[:, j]` of every row to slot `lengths + j`, for j < count; in place.
+    """Move slot `lengths + nodes[:, j]` of every row to slot `lengths + j`, for j < count, in place.
 
-    Everything is read before anything is written, so that source and target may overlap. Slots from
-    `lengths + count` on are left undefined. Loss contract: exact.
+    Everything is read before anything is written, so source and target may overlap. Slots from `lengths + count` on
+    are undefined afterwards. Loss contract: exact.
 
     Args:
         store: [layers, 2, R, capacity, heads, head_dim], any strides.
         lengths: int64 [R], committed slots.
-        nodes: int64 [R, m], nodes of the path; those past `count` do not matter.
-        count: int64 [R], how many are kept, at most m.
+        nodes: int64 [R, m], nodes of the path; those past `count` are ignored.
+        count: int64 [R], number of nodes to keep, at most m.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
         ValueError: another dtype, shape or device; on a CPU (on a GPU with FASTGEN_KERNELS_DEBUG=1) also lengths,
-            counts and nodes that reach beyond the cache. Elsewhere such slots are left alone.
+            counts and nodes outside the cache. Otherwise such slots are skipped.
     """
     check_tensors({"store": store, "lengths": lengths, "nodes": nodes, "count": count})
     if store.ndim != 6 or store.shape[1] != 2 or nodes.ndim != 2 or len(nodes) != store.shape[2]:
@@ -52,19 +52,19 @@ def kv_compact(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> 
         raise ValueError(
             f"lengths, nodes, count: need torch.int64, got {lengths.dtype}, {nodes.dtype} and {count.dtype}"
         )
-    _look(store, lengths, nodes, count)
+    _check_values(store, lengths, nodes, count)
     if not choose("kv_compact", why_not_triton(store, nodes), True, store, lengths, nodes, count):
         kv_compact_reference(store, lengths, nodes, count)
     else:
         _launch(store, lengths, nodes, count)
 
 
-def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
-    """See that the path lies in the cache, where looking is cheap."""
+def _check_values(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """Check that the path is inside the cache, if `checks_values` says so."""
     if not checks_values(nodes) or not nodes.numel():
         return
     capacity, most = store.shape[3], nodes.shape[1]
-    # Python looks at the few numbers of a round in less time than torch takes for one reduction.
+    # For the few numbers of a round, Python is faster than one torch reduction.
     rows = zip(lengths.tolist(), count.tolist(), nodes.tolist(), strict=True)
     if all(
         start >= 0 <= kept <= most
@@ -82,11 +82,11 @@ def _look(store: Tensor, lengths: Tensor, nodes: Tensor, count: Tensor) -> None:
 
 
 def why_not_triton(store: Tensor, nodes: Tensor) -> str | None:
-    """None if the kernel takes these arguments, else why not."""
+    """Why the kernel does not support these arguments, or None."""
     if store.element_size() not in (1, 2, 4, 8) or store.is_complex():
         return f"a store of {store.dtype}"
     if store.stride(5) != 1 or store.stride(4) != store.shape[5]:
-        return "heads of the store that do not lie side by side"
+        return "heads of the store that are not contiguous"
     if nodes.shape[1] > _MOST_NODES:
         return f"paths of {nodes.shape[1]} nodes, more than {_MOST_NODES}"
     return None

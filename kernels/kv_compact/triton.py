@@ -28,12 +28,12 @@ def _compact(  # type: ignore[no-untyped-def]
     start = tl.load(lengths + row)
     node = tl.load(nodes + row * node_stride + place, mask=place < most, other=0)
     source, target = start + node, start + place
-    # A node that is where it belongs need not move; a slot outside the cache is never touched.
+    # A node that is already in place does not move; slots outside the cache are never accessed.
     moves = (place < tl.minimum(tl.load(count + row), most)) & (node != place)
     moves = moves & (source >= 0) & (source < capacity) & (target < capacity)
     fits = moves[:, None] & (feature < width)[None, :]
     values = tl.load(base + source[:, None] * slot_stride + feature[None, :], mask=fits, other=0)
-    # Other threads of this program write what some still have to read.
+    # All threads must have read before any thread writes.
     tl.debug_barrier()
     tl.store(base + target[:, None] * slot_stride + feature[None, :], values, mask=fits)
 

@@ -1,8 +1,8 @@
-"""Kept tokens of a batch in one packed tensor, and back, without host synchronisation.
+"""Pack the kept tokens of a batch into one tensor, and unpack them, without host synchronisation.
 
-A mask, or the top of each sample's scores, becomes positions, `cu_seqlens` and rows; the packed tensor has a capacity
-that the host knows, and the counts stay on the device. `pack` gathers the rows, `scatter` puts them back on the grid;
-each is the other's gradient.
+A mask, or the largest scores of each sample, gives positions, `cu_seqlens` and rows. The host knows the capacity of
+the packed tensor; the counts stay on the device. `pack` gathers the rows, `scatter` puts them back on the grid; each
+is the other's gradient.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ __all__ += ["scatter", "scatter_reference"]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = 2**16
 _LARGEST_SAMPLE = 2**15
-"""Positions of a sample that one program ranks."""
+"""Most positions of a sample that one program can rank."""
 
 
 def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> Packing:
-    """Positions, `cu_seqlens` and rows of a mask. Never waits for a GPU.
+    """Positions, `cu_seqlens` and rows of a mask, without host synchronisation.
 
     Args:
         mask: bool [n, L].
         capacity: rows of the packed tensor, at least the number of kept positions; None takes n * L.
-        full: the caller knows that `capacity` positions are kept, no fewer.
+        full: promises that exactly `capacity` positions are kept.
 
     Raises:
-        TypeError: `mask` is no tensor.
-        ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU positions
-            beyond the capacity are left out, of the mask too; FASTGEN_KERNELS_DEBUG=1 checks there as well.)
+        TypeError: `mask` is not a tensor.
+        ValueError: another dtype or shape; on the CPU also a capacity that does not fit the mask. (On a GPU, positions
+            beyond the capacity are dropped, from the mask too; FASTGEN_KERNELS_DEBUG=1 checks there as well.)
     """
     check_tensors({"mask": mask})
     if mask.ndim != 2 or mask.dtype != torch.bool:
@@ -47,7 +47,7 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
     if checks_values(mask):
         _check_kept(int(mask.sum()), capacity, full)
     reason = None if mask.shape[1] <= _LARGEST_SAMPLE else f"{mask.shape[1]} positions in a sample"
-    # Of large grids compilers make the faster kernel (64 x 64², H100).
+    # For large grids the compiled reference is faster (64 x 64², H100).
     default = not torch.compiler.is_compiling() or mask.numel() <= _COMPILED
     if not choose("pack_mask", reason, default, mask):
         return pack_mask_reference(mask, capacity, full)
@@ -56,17 +56,16 @@ def pack_mask(mask: Tensor, capacity: int | None = None, full: bool = False) -> 
 
 
 def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, full: bool = False) -> Packing:
-    """Keeps the largest scores of each sample; of equal ones those of the lowest index.
+    """Keep the largest scores of each sample; of equal ones those with the lowest index.
 
     Args:
         scores: [n, L] float32; NaN counts as the largest.
-        keep: how many of each sample, one number from 1 to L, or int64 [n], of which less than 0 counts as 0 and more
-            than L as L.
-        capacity: as in `pack_mask`; None takes what is enough. With one number it need not be given: it is n * keep.
-        full: as in `pack_mask`; with one number the host knows by itself.
+        keep: number of positions to keep per sample: one number from 1 to L, or int64 [n], clamped to 0 … L.
+        capacity: as in `pack_mask`; None takes n * L, or n * keep if `keep` is one number.
+        full: as in `pack_mask`; implied if `keep` is one number.
 
     Raises:
-        TypeError: `scores` is no tensor.
+        TypeError: `scores` is not a tensor.
         ValueError: another dtype or shape, or numbers out of range.
     """
     check_tensors({"scores": scores})
@@ -96,10 +95,10 @@ def pack_top(scores: Tensor, keep: int | Tensor, capacity: int | None = None, fu
 
 
 def pack(tokens: Tensor, packing: Packing) -> Tensor:
-    """Kept tokens [capacity, D] of tokens [n, L, D]; zeros behind the last. Differentiable.
+    """Kept tokens [capacity, D] of tokens [n, L, D]; zeros after the last. Differentiable.
 
     Raises:
-        TypeError: no tensor, or no `Packing`.
+        TypeError: not a tensor, or not a `Packing`.
         ValueError: a shape or device that does not fit, or an integer dtype.
     """
     _check_packing("tokens", tokens, packing)
@@ -116,7 +115,7 @@ def scatter(packed: Tensor, packing: Packing) -> Tensor:
     """Packed tokens [capacity, D] at their positions, zeros elsewhere: [n, L, D]. Differentiable.
 
     Raises:
-        TypeError: no tensor, or no `Packing`.
+        TypeError: not a tensor, or not a `Packing`.
         ValueError: a shape or device that does not fit, or an integer dtype.
     """
     _check_packing("packed", packed, packing)

@@ -1,4 +1,4 @@
-"""The specification of packing, in plain PyTorch."""
+"""Reference implementation of packing, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Packing", "pack_mask_reference", "pack_top_reference", "scatter_refe
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which positions of n samples of L are kept, and where they lie in the packed tensor.
+    """Which of the L positions of n samples are kept, and their rows in the packed tensor.
 
     Attributes:
         mask: bool [n, L], kept positions.
-        positions: int64 [capacity], sample * L + index of the kept positions, ascending; -1 behind the last.
+        positions: int64 [capacity], sample * L + index of the kept positions, ascending; -1 after the last.
         cu_seqlens: int32 [n + 1], start of each sample in the packed tensor, and the number of kept tokens.
-        sequence_ids: int64 [capacity], sample of each token; n - 1 behind the last.
-        rows: int64 [n, L], kept positions at or before each one, less one: at a kept position its row.
-        full: whether the host knows that nothing lies behind the last token.
+        sequence_ids: int64 [capacity], sample of each token; n - 1 after the last.
+        rows: int64 [n, L], number of kept positions up to each one, minus one: the row of a kept position.
+        full: whether the host knows that there is no padding after the last token.
     """
 
     mask: Tensor
@@ -37,10 +37,10 @@ class Packing:
 
 
 def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Packing:
-    """The specification of `pack_mask`."""
+    """Reference implementation of `pack_mask`."""
     samples, length = mask.shape
     rows = mask.flatten().cumsum(0) - 1
-    if not full and mask.numel():  # what is beyond the capacity
+    if not full and mask.numel():  # drop what exceeds the capacity
         mask = mask & (rows < capacity).view_as(mask)
         rows = rows.clamp_max(capacity - 1)
     positions = torch.nonzero_static(mask.flatten(), size=capacity, fill_value=-1).squeeze(1)
@@ -53,7 +53,7 @@ def pack_mask_reference(mask: Tensor, capacity: int, full: bool = False) -> Pack
 
 
 def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool = False) -> Packing:
-    """The specification of `pack_top`; keep int64 [n]."""
+    """Reference implementation of `pack_top`; keep int64 [n]."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     mask = torch.empty_like(order).scatter_(1, order, places) < keep[:, None]
@@ -61,7 +61,7 @@ def pack_top_reference(scores: Tensor, keep: Tensor, capacity: int, full: bool =
 
 
 def scatter_reference(packed: Tensor, packing: Packing) -> Tensor:
-    """The specification of `scatter`."""
+    """Reference implementation of `scatter`."""
     samples, length = packing.mask.shape
     grid = packed.new_zeros(samples * length, packed.shape[1])
     if packing.full:

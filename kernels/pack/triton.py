@@ -27,8 +27,8 @@ def _fill(  # type: ignore[no-untyped-def]
     samples, length, capacity, score_stride, score_step,
     TOP: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One sample's part of a packing; one program more ends the bounds. Each fills a share of what lies behind the
-    last token."""
+    """One sample's part of a packing; an extra program writes the last bound. Each fills a share of the padding after
+    the last token."""
     sample = tl.program_id(0)
     others = tl.arange(0, SAMPLES)
     if TOP:
@@ -54,12 +54,12 @@ def _fill(  # type: ignore[no-untyped-def]
         if TOP:
             count = tl.sum(tl.where(others == sample, every, 0), axis=0)
             value = tl.load(scores + sample.to(tl.int64) * score_stride + place * score_step, mask=inside, other=0.0)
-            # An integer with the order of the floats: -0 is 0, NaN above all, what is outside below all.
+            # An integer with the order of the floats: -0 is 0, NaN is largest, padding is smallest.
             bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
             order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
             order = tl.where(value != value, 0x7FFFFFFF, order)
             order = tl.where(inside, order, -0x80000000)
-            # The largest threshold at or above which lie at least `count`: bisection, until exactly `count` do.
+            # Bisect for the largest threshold with at least `count` scores at or above it; stop at exactly `count`.
             low = tl.full([], -0x80000001, tl.int64)
             high = tl.full([], 0x80000000, tl.int64)
             while high - low > 1:

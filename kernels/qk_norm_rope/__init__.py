@@ -1,8 +1,8 @@
-"""Norm of queries and keys and their rotary position embedding, in one launch over both.
+"""Norm and rotary position embedding of queries and keys, in one launch over both.
 
-Each head's vector is normalised (RMS, layer norm, or not at all), weighted, and its pairs of features are rotated. The
-angles come from tables of cosines and sines; tokens that a router kept look theirs up by grid position, so that they
-keep it. Loss contract: exact, up to rounding; the kernel computes in float32 and rounds once.
+Each head's vector is normalised (RMS, layer norm, or not at all) and weighted, and its pairs of features are rotated.
+The angles come from tables of cosines and sines; tokens kept by a router look theirs up by grid position. Loss
+contract: exact, up to rounding; the kernel computes in float32 and rounds once.
 """
 
 from __future__ import annotations
@@ -46,27 +46,29 @@ def qk_norm_rope(
     """Normalised and rotated queries and keys.
 
     Args:
-        query, key: [n, L, heads, d] or packed [T, heads, d], heads may differ; any strides (slices of a packed qkv).
-        cos, sin: float tables [P, d / 2] for all samples or [n, P, d / 2]; None: no rotation. Row l is that of token
-            l unless `positions` says another.
-        positions: int64 or int32 row of each token, [L] or [n, L] ([T] when packed), with an axis more for `axes`.
-        axes: features of each axis, up to three even numbers that add up to d; the columns of the tables and the last
-            axis of `positions` are divided by it, so one table serves rows, columns and frames.
+        query, key: [n, L, heads, d] or packed [T, heads, d]; the numbers of heads may differ; any strides (slices of a
+            packed qkv).
+        cos, sin: float tables [P, d / 2] for all samples or [n, P, d / 2]; None: no rotation. Token l uses row l
+            unless `positions` is given.
+        positions: int64 or int32 row of each token, [L] or [n, L] ([T] when packed), with an extra last axis for
+            `axes`.
+        axes: features of each axis, up to three even numbers that add up to d; they split the columns of the tables,
+            so one table serves rows, columns and frames.
         query_weight, key_weight, query_bias, key_bias: [d], of the norms.
         norm: "rms", "layer" or "none".
         eps: of the norms.
         interleaved: pairs are features 2 i and 2 i + 1 (FLUX, Qwen-Image, Z-Image, LlamaGen), else i and i + d / 2
             (Llama, Janus).
-        inplace: write to `query` and `key`, and return them. Not for tensors that need gradients, nor for elements
-            that share memory (expanded tensors, overlapping slices), which only compiled code does not look for.
+        inplace: write to `query` and `key`, and return them. Not for tensors that need gradients or whose elements
+            share memory (expanded tensors, overlapping slices); compiled code does not check the latter.
 
     Returns:
         query and key, in their shapes and dtypes.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. `positions` are looked at
-            on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, naming the argument. `positions` are checked on
+            a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     vectors = (query_weight, key_weight, query_bias, key_bias)
     tensors = (query, key, cos, sin, positions, *vectors)
@@ -84,7 +86,7 @@ def qk_norm_rope(
     if inplace and needs_gradients(query, key):
         raise ValueError("inplace: is not possible where query or key need gradients")
     if inplace and plain(query) and plain(key) and not torch.compiler.is_compiling():
-        _look_for_overlaps(query, key)
+        _check_overlaps(query, key)
     given = [x for x in tensors if x is not None]
     if not choose("qk_norm_rope", reason, True, *given):
         turned = references(*tensors[:5], axes, vectors, *options)
@@ -101,7 +103,7 @@ def qk_norm_rope(
 
 
 def can_use_triton(query: Tensor, key: Tensor) -> bool:
-    """Whether the kernel takes these queries and keys, wherever they are."""
+    """Whether the kernel supports these queries and keys, on any device."""
     return _why_not(query, key) is None
 
 
@@ -117,7 +119,7 @@ def _check(
     interleaved: bool,
     *vectors: Tensor | None,
 ) -> tuple[tuple[int, ...], str | None]:
-    """See that the arguments fit; the axes, and why the kernel does not take the arguments, or None."""
+    """Check the arguments. Returns the axes, and why the kernel does not support the arguments, or None."""
     optional = {"cos": cos, "sin": sin, "positions": positions, **dict(zip(_VECTORS, vectors, strict=True))}
     check_tensors({"query": query, "key": key}, optional)
     check_number("eps", eps, minimum=0)
@@ -144,9 +146,9 @@ def _check(
     if positions is not None:
         _check_positions(positions, query, len(axes), samples, length)
         if cos is None:
-            raise ValueError("positions: are of no use without cos and sin")
+            raise ValueError("positions: are unused without cos and sin")
     elif len(axes) > 1:
-        raise ValueError("axes: are of no use without positions")
+        raise ValueError("axes: are unused without positions")
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None:
             _check_table(name, table, query, samples, length, positions is not None)
@@ -156,9 +158,9 @@ def _check(
 
 
 def _check_table(name: str, table: Tensor, query: Tensor, samples: int, length: int, looked_up: bool) -> None:
-    """See that a table of cosines or sines fits."""
+    """Check a table of cosines or sines."""
     half = query.shape[-1] // 2
-    # Sizes may be symbols of a compiler: comparisons, no `in`.
+    # Sizes may be symbolic: comparisons, no `in`.
     by_sample = table.ndim == 3 and query.ndim == 4 and (table.shape[0] == 1 or table.shape[0] == samples)
     if not (table.ndim == 2 or by_sample) or table.shape[-1] != half or not table.is_floating_point():
         raise ValueError(f"{name}: needs floats [P, {half}] or [n, P, {half}], got {tuple(table.shape)}")
@@ -181,8 +183,8 @@ def _check_positions(positions: Tensor, query: Tensor, axes: int, samples: int, 
         raise ValueError(f"positions: needs int32 or int64, got {positions.dtype}")
 
 
-def _look_for_overlaps(query: Tensor, key: Tensor) -> None:
-    """See that no two elements of queries and keys share memory, once for each layout."""
+def _check_overlaps(query: Tensor, key: Tensor) -> None:
+    """Check that no two elements of queries and keys share memory, once per layout."""
     apart = key.data_ptr() - query.data_ptr()
     near = query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
     if _overlap(
@@ -194,7 +196,7 @@ def _look_for_overlaps(query: Tensor, key: Tensor) -> None:
 
 
 def _why_not(query: Tensor, key: Tensor, *vectors: Tensor | None) -> str | None:
-    """Why the kernel does not take these tensors."""
+    """Why the kernel does not support these tensors, or None."""
     if query.shape[-1] > _MAX_HEAD:
         return f"it takes heads of at most {_MAX_HEAD}, not {query.shape[-1]}"
     for x in (query, key, *vectors):

@@ -21,7 +21,7 @@ def launch(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def launch_inplace(query: Tensor, key: Tensor, *rest: Any) -> None:
-    """Run the kernel over query and key, without autograd."""
+    """Run the kernel in place on query and key, without autograd."""
     _forward(query, key, (query, key), *rest)
 
 
@@ -43,7 +43,7 @@ def _fresh(x: Tensor) -> Tensor:
 def _tables(
     cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, axes: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Tables [n or 1, P, d / 2] of one layout, positions [n or 1, L, axes]."""
+    """Tables [n or 1, P, d / 2] with one layout, and positions [n or 1, L, axes]."""
     if cos is not None and sin is not None:
         cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
         if cos.stride() != sin.stride() or cos.dtype != sin.dtype:
@@ -69,7 +69,7 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-# Opaque: of a visible kernel that writes over its input, compilers copy the input.
+# Opaque: compilers copy the input of a visible kernel that overwrites it.
 _inplace_operator = torch.library.custom_op(
     "fastgen::qk_norm_rope_",
     launch_inplace,

@@ -1,4 +1,4 @@
-"""The specification of the norm and rotation of queries and keys, in plain PyTorch."""
+"""Reference implementation of the norm and rotation of queries and keys, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def qk_norm_rope_reference(
     eps: float = 1e-6,
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The specification."""
+    """Reference implementation."""
     vectors = (query_weight, key_weight, query_bias, key_bias)
     return references(query, key, cos, sin, positions, axes or query.shape[-1:], vectors, norm, eps, interleaved)
 
@@ -75,11 +75,11 @@ def _reference(
 
 
 def _as_complex(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The rotation as complex products: on a CPU in a half (halves) to a sixth (neighbours) of the time.
+    """The rotation as complex products: on a CPU 2 times (halves) to 6 times (interleaved) faster.
 
     Compilers fuse the real form and cannot fuse this one.
     """
-    if not x.numel():  # of which torch 2.13 makes no complex view
+    if not x.numel():  # torch 2.13 has no complex view of an empty tensor
         return x.clone()
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))

@@ -12,7 +12,7 @@ __all__ = ["blocks_of", "factors", "forward", "load_pairs", "options_of", "stati
 __all__ += ["weight_pairs"]
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
-_BOTH = 1024  # features in a program up to which it takes queries and keys: programs cost too
+_BOTH = 1024  # most features of a program that processes both queries and keys of a token
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def factors(  # type: ignore[no-untyped-def]
     place_inner, place_step, first, second,
     AXES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines [HALF] of a token. Axis a has the columns up to its bound; positions are cut to the table."""
+    """Cosines and sines [HALF] of a token. Each axis has the columns up to its bound; positions are clamped."""
     column = tl.arange(0, HALF)
     row = tl.full((HALF,), 0, tl.int64) + place
     if positions is not None:
@@ -128,11 +128,11 @@ def _forward(  # type: ignore[no-untyped-def]
     AXES: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, head block): blocks of the query's heads, then of the key's; BOTH: one program does a token."""
+    """Program (token, head block): blocks of query heads, then of key heads; BOTH: one program per token."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     sample, place = token // length, token % length
-    eps = tl.full([], eps, tl.float32)  # compilers of graphs hand over 64 bits
+    eps = tl.full([], eps, tl.float32)  # graph compilers pass 64-bit numbers
     c = 0.0
     s = 0.0
     if cos is not None:
@@ -156,14 +156,14 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 def blocks_of(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
-    """Half head size and heads of a program, warps, and programs of a token's queries."""
+    """Half the head size, heads per program, warps, and programs per token for its queries."""
     half = power_of_two(query.shape[-1] // 2)
     heads = max(1, min(power_of_two(max(query.shape[2], key.shape[2])), 2048 // half))
     return half, heads, max(1, min(8, heads * half // 512)), cdiv(query.shape[2], heads)
 
 
 def table_of(cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """Rows of the table [n or 1, P, half]; strides of it and of positions [n or 1, L, A], where axes 1 and 2 begin."""
+    """Rows of the table [n or 1, P, half]; its strides, those of positions [n or 1, L, A], and bounds of the axes."""
     strides = (
         (0, 0, 0) if cos is None else tuple(0 if cos.shape[0] == 1 and i == 0 else cos.stride(i) for i in range(3))
     )
@@ -177,7 +177,7 @@ def table_of(cos: Tensor | None, positions: Tensor | None, axes: tuple[int, ...]
 def options_of(
     axes: tuple[int, ...], norm: str, interleaved: bool, heads: int, half: int, warps: int
 ) -> dict[str, int | bool]:
-    """What both kernels are compiled for."""
+    """Compile-time options of both kernels."""
     return {
         "AXES": len(axes),
         "NORM": NORMS[norm],

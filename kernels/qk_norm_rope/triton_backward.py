@@ -1,4 +1,4 @@
-"""Gradients of `fastgen.kernels.qk_norm_rope`: of queries or keys, and of the vectors of their norm, in one launch."""
+"""Gradients of `fastgen.kernels.qk_norm_rope`: queries or keys, and weight and bias of their norm, in one launch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _turn_back(  # type: ignore[no-untyped-def]
     ROTATE: tl.constexpr, NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one token's heads to `out`; returns what adds to the gradients of weight and bias, [HALF] each."""
+    """Write the gradient of one token's heads; returns its part of the weight and bias gradients, [HALF] each."""
     ga, gb = load_pairs(grad, grad_stride, heads, head, half, INTERLEAVED, HEADS, HALF)
     if ROTATE:
         ga, gb = ga * c + gb * s, gb * c - ga * s
@@ -69,7 +69,7 @@ def _backward(  # type: ignore[no-untyped-def]
     bb = tl.zeros((HALF,), tl.float32)
     for token in range(start, stop):
         sample, place = token // length, token % length
-        c = 0.0  # only here: a variable of the loop may not change its type
+        c = 0.0  # defined here: a loop variable may not change its type
         s = 0.0
         if cos is not None:
             c, s = factors(
@@ -94,7 +94,7 @@ def backward(
     grad: Tensor, tensor: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
     axes: tuple[int, ...], weight: Tensor | None, norm: str, eps: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of queries or of keys [n, L, heads, d], and those of weight and bias [2, d] in float32."""
+    """Gradients of queries or keys [n, L, heads, d], and of weight and bias [2, d] in float32."""
     n, length, count, width = tensor.shape
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     half, heads, warps, blocks = blocks_of(tensor, tensor)

@@ -1,7 +1,7 @@
-"""The law of the next token and a draw from it: guidance, temperature, top-k, top-p, Gumbel-max.
+"""Next-token probabilities and samples from them: guidance, temperature, top-k, top-p, Gumbel-max.
 
-The noise is the caller's (`fastgen.drafters.law.gumbel_noise`), so a kernel is a pure function and an image does not
-depend on the batch around it.
+The caller passes the noise (`fastgen.drafters.law.gumbel_noise`), so a kernel is a pure function and an image does not
+depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ += ["token_probabilities_reference"]
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = 512
 _LARGEST_VOCABULARY = 2**16
-"""Tokens that one program holds in registers."""
+"""Most tokens that one program can keep in registers."""
 _SETTINGS = "float guidance_scale, float temperature, SymInt? top_k, float? top_p"
 _launch_sample = register_launcher(
     f"sample(Tensor cond, Tensor? uncond, Tensor? gumbel, {_SETTINGS}) -> Tensor",
@@ -51,11 +51,11 @@ def sample(
     """Tokens [B] drawn from logits [B, V]: the argmax of the restricted logits plus noise. Loss contract: exact.
 
     Args:
-        cond, uncond: raw logits of the rows with and without a prompt; no `uncond`, no guidance.
+        cond, uncond: raw logits of the rows with and without a prompt; None for `uncond`: no guidance.
         gumbel: [B, V] float32 standard Gumbel noise; None takes the most likely tokens.
         guidance_scale: s of u + s (c - u).
         temperature: > 0; 0 takes the most likely tokens and ignores the noise.
-        top_k: keep the k largest logits (and what ties with the k-th); None keeps all.
+        top_k: keep the k largest logits (and ties with the k-th); None keeps all.
         top_p: keep the smallest set of largest logits whose mass reaches p; None keeps all.
 
     Raises:
@@ -71,7 +71,7 @@ def sample(
     if temperature == 0:
         gumbel, top_k, top_p = None, None, None
     given = [x for x in (cond, uncond, gumbel) if x is not None]
-    # One pass over many rows that takes nothing out: compilers make as fast a kernel (1024 rows, H100).
+    # Without top-k and top-p, a compiled reference is as fast for many rows (1024 rows, H100).
     default = not torch.compiler.is_compiling() or top_k is not None or top_p is not None or len(cond) < _COMPILED
     if not choose("sample", _why_not(*given), default, *given):
         return sample_reference(cond, uncond, gumbel, guidance_scale, temperature, top_k, top_p)
@@ -86,7 +86,7 @@ def token_probabilities(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """Laws [..., V] float32 of logits [..., V]: guidance, temperature, top-k, top-p, softmax.
+    """Probabilities [..., V] float32 from logits [..., V]: guidance, temperature, top-k, top-p, softmax.
 
     Arguments and errors: see `sample`; at temperature 0 all mass is on the largest logit.
     """

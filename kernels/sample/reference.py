@@ -1,4 +1,4 @@
-"""The specification of the law of the next token and a draw from it, in plain PyTorch."""
+"""Reference implementation of next-token probabilities and samples, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["mix_logits", "restrict_logits", "sample_reference", "token_probabili
 
 
 def mix_logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float) -> Tensor:
-    """Guidance u + s (c - u), if there is a u, then temperature (0 and 1 leave the logits), in float32."""
+    """Guidance u + s (c - u), if there is a u, then temperature (0 and 1 leave the logits unchanged), in float32."""
     logits = cond.float()
     if uncond is not None:
         base = uncond.float()
-        # Equal ones have no difference, not even where both are -inf: a masked token stays masked.
+        # Equal logits have no difference, even if both are -inf: a masked token stays masked.
         logits = base + guidance_scale * torch.where(logits == base, 0.0, logits - base)
     return logits if temperature in (0, 1) else logits / temperature
 
@@ -23,11 +23,12 @@ def mix_logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float, tempe
 def restrict_logits(
     logits: Tensor, top_k: int | None, top_p: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Top-k (and what ties with the k-th), then top-p: the smallest set of largest logits whose mass reaches it.
+    """Top-k (and ties with the k-th), then top-p: the smallest set of largest logits whose mass reaches it.
 
     Returns:
         the logits with excluded tokens at -inf; the mask of kept tokens (None: all are); and with top-p, per token,
-        the mass [..., V] of the tokens in front of it (of equal ones those of lower index), by which it is kept.
+        the mass [..., V] of the tokens before it (of equal ones those with lower index), which decides whether it is
+        kept.
     """
     keep: Tensor | None = None
     mass_before: Tensor | None = None
@@ -37,7 +38,7 @@ def restrict_logits(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probability = ordered.softmax(-1)
-        # The most likely token has no mass in front of it and therefore always stays.
+        # The most likely token has no mass before it, so it always stays.
         before = probability.cumsum(-1) - probability
         stays = (before < top_p) & (ordered > -math.inf)
         keep = torch.zeros_like(stays).scatter(-1, order, stays)
@@ -55,7 +56,7 @@ def sample_reference(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """The specification of `sample`."""
+    """Reference implementation of `sample`."""
     logits = mix_logits(cond, uncond, guidance_scale, temperature)
     if temperature == 0 or gumbel is None:
         return logits.argmax(dim=-1)
@@ -70,7 +71,7 @@ def token_probabilities_reference(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """The specification of `token_probabilities`."""
+    """Reference implementation of `token_probabilities`."""
     logits = mix_logits(cond, uncond, guidance_scale, temperature)
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)

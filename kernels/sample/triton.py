@@ -1,4 +1,4 @@
-"""Triton kernel of `fastgen.kernels.sample`: one row of logits a program, all of it in registers."""
+"""Triton kernel of `fastgen.kernels.sample`: one row of logits per program, all of it in registers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _row(  # type: ignore[no-untyped-def]
         logits = base + scale * tl.where(logits == base, 0.0, logits - base)
     logits = tl.where(inside, logits * inverse_temperature, float("-inf"))
     if TOP_K or TOP_P:
-        # An integer with the order of the floats (-0 is 0); what is outside the vocabulary lies below all.
+        # An integer with the order of the floats (-0 is 0); padding beyond the vocabulary is smallest.
         bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
         order = tl.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits)
         order = tl.where(inside, order, -0x80000000)
     if TOP_K:
-        # The largest threshold at or above which lie k: bisection, which ends when exactly k do.
+        # Bisect for the largest threshold with k logits at or above it; stop at exactly k.
         low = tl.full([], -0x80000001, tl.int64)
         high = tl.full([], 0x80000000, tl.int64)
         while high - low > 1:
@@ -44,7 +44,7 @@ def _row(  # type: ignore[no-untyped-def]
         largest = tl.max(logits, axis=0)
         mass = tl.exp(logits - largest)
         wanted = top_p * tl.sum(mass, axis=0)
-        # The tokens in front of a kept one have less than the wanted mass: the lowest such value is above `low`, not
+        # The tokens before a kept one have less than the wanted mass: the lowest kept value is above `low`, and not
         # above `high`.
         low = tl.full([], -0x80000001, tl.int64)
         high = tl.full([], 0x7FFFFFFF, tl.int64)
@@ -59,7 +59,7 @@ def _row(  # type: ignore[no-untyped-def]
         above = order > high.to(tl.int32)
         last = (order > tl.maximum(low, -0x80000000).to(tl.int32)) & (order <= high.to(tl.int32))
         before = tl.sum(tl.where(above, mass, 0.0), axis=0)
-        # Equal ones come in the order of their indices.
+        # Equal logits come in index order.
         share = tl.where(last, mass, 0.0)
         kept = above | (last & (before + tl.cumsum(share, axis=0) - share < wanted))
         logits = tl.where(kept, logits, float("-inf"))
@@ -69,7 +69,7 @@ def _row(  # type: ignore[no-untyped-def]
     else:
         if NOISY:
             logits += tl.load(gumbel + row * gumbel_stride + token, mask=inside, other=0.0)
-        # Where all are -inf, the first: never a token outside the vocabulary.
+        # If all are -inf, the first token: never one outside the vocabulary.
         tl.store(out + row, tl.minimum(tl.argmax(logits, axis=0), vocabulary - 1).to(tl.int64))
 
 

@@ -1,8 +1,8 @@
-"""Attention of the nodes of a token tree to committed slots of a key-value cache, and to their ancestors.
+"""Attention of a token tree's nodes to the committed slots of a key-value cache and to their ancestors.
 
-Committed slots are seen by every node, so they need no mask over nodes: they are read in flash-attention style, split
-over programs where there are few rows and heads, and merged with the small block of the tree by log-sum-exp. Keys and
-values of the nodes are written on the way.
+Every node sees the committed slots, so they need no mask over nodes: they are read as in flash attention, split over
+programs if there are few rows and heads, and merged with the small block of the tree by log-sum-exp. The same launch
+writes the nodes' keys and values.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ def tree_attention(
     tree: Tensor,
     limit: int,
 ) -> Tensor:
-    """Write keys and values of n nodes of every row, then attend. Loss contract: exact up to rounding.
+    """Write the keys and values of n nodes of every row, then attend. Loss contract: exact up to rounding.
 
     Args:
         query: [R, n, query_heads, head_dim].
         key, value: [R, n, heads, head_dim]; heads divides query_heads.
         store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
-        layer: which of the layers.
-        slots: int64 [R, n], where the nodes go: at `lengths` or behind, each to one of its own.
-        lengths: int64 [R], committed slots; node j of the tree lies in slot `lengths + j`.
-        visible: bool [R, capacity], which slots may be looked at once they are committed.
-        tree: bool [1 or R, n, m], which of m nodes each of the n sees; it has to see one slot, be it its own.
-        limit: slots from here on are not looked at; at least `lengths` + m.
+        layer: index of the layer.
+        slots: int64 [R, n], slots of the nodes: distinct, at or after `lengths`.
+        lengths: int64 [R], committed slots; node j of the tree is in slot `lengths + j`.
+        visible: bool [R, capacity], which slots may be attended to once committed.
+        tree: bool [1 or R, n, m], which of m nodes each of the n sees; each must see at least one slot.
+        limit: slots from here on are ignored; at least `lengths` + m.
 
     Returns:
         [R, n, query_heads, head_dim] in the dtype of `store`.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit. Numbers in tensors are looked at on a CPU, and
-            with FASTGEN_KERNELS_DEBUG=1 on a GPU, where slots beyond `limit` are left alone otherwise.
+        ValueError: shapes, dtypes, devices or numbers that do not fit. Numbers in tensors are checked on a CPU, and
+            with FASTGEN_KERNELS_DEBUG=1 on a GPU, where slots beyond `limit` are skipped otherwise.
     """
     tensors = (query, key, value, store, slots, lengths, visible, tree)
     _checked(lambda: _check(*tensors, layer, limit), tensors, layer, limit)
-    _look(slots, lengths, visible, tree, limit)
+    _check_values(slots, lengths, visible, tree, limit)
     if not choose("tree_attention", _why_not(query, store), True, query, key, value, store, slots, tree):
         return tree_attention_reference(query, key, value, store, layer, slots, lengths, visible, tree, limit)
     return _launch(query, key, value, store, layer, slots, lengths, visible, tree, limit)
 
 
 def tree_attention_pays(store: Tensor, tree: Tensor) -> bool:
-    """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. A caller that shares one mask
-    among many layers asks this first, and makes the mask (`tree_mask`) for the reference."""
+    """Whether the kernel will run for queries like the rows of `tree` [1 or R, n, m]. If not, build the reference's
+    mask (`tree_mask`) once for all layers."""
     return choose("tree_attention", _why_not(store, store), True, store, tree)
 
 
@@ -99,7 +99,7 @@ def _check(
     layer: int,
     limit: int,
 ) -> None:
-    """See that shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices."""
     needed = {"query": query, "key": key, "value": value, "store": store, "slots": slots, "lengths": lengths}
     check_tensors(needed | {"visible": visible, "tree": tree})
     if store.ndim != 6 or store.shape[1] != 2:
@@ -125,14 +125,14 @@ def _check(
     check_shape("visible", visible, (rows, capacity), torch.bool)
 
 
-def _look(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:
-    """See that numbers in tensors fit, where looking is cheap."""
+def _check_values(slots: Tensor, lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> None:
+    """Check the values of index tensors, if `checks_values` says so."""
     if not checks_values(slots) or not slots.numel():
         return
     check_range("slots", slots, visible.shape[1])
     check_range("lengths", lengths, visible.shape[1] + 1)
     if bool((slots < lengths[:, None]).any()):
-        raise ValueError("slots: need to lie at lengths or behind, and one is of a committed token")
+        raise ValueError("slots: need to be at or after lengths, and one belongs to a committed token")
     if bool((slots.sort(dim=1).values.diff(dim=1) == 0).any()):
         raise ValueError("slots: need to differ within a row")
     if int(lengths.max()) + tree.shape[2] > limit:

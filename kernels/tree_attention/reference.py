@@ -1,4 +1,4 @@
-"""The specification of attention of tree nodes, in plain PyTorch."""
+"""Reference implementation of attention of tree nodes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def tree_attention_reference(
     tree: Tensor,
     limit: int,
 ) -> Tensor:
-    """The specification of `tree_attention`: one attention under a mask over all slots."""
+    """Reference implementation of `tree_attention`: one attention with a mask over all slots."""
     return cached_attention(query, key, value, store, layer, slots, tree_mask(lengths, visible, tree, limit))
 
 
 def tree_mask(lengths: Tensor, visible: Tensor, tree: Tensor, limit: int) -> Tensor:
-    """Who sees what, bool [R, 1, n, limit]: every node the committed slots of its row, its ancestors and itself.
+    """Attention mask, bool [R, 1, n, limit]: every node sees its row's committed slots, its ancestors and itself.
 
     Arguments: see `tree_attention`.
     """

@@ -13,12 +13,12 @@ from fastgen.kernels.dispatch import interpreted
 from fastgen.kernels.triton_tools import cdiv, power_of_two, precise, run_kernel
 
 _PROGRAMS = 264
-"""Programs wanted: two for each multiprocessor of a large GPU."""
+"""Target number of programs: two per multiprocessor of a large GPU."""
 
 
 @triton.jit
 def _pair(keys_of, values_of, at, held, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys and values of some slots, values in float32, with WIDE keys as well."""
+    """Keys and values of some slots, values in float32; with WIDE also the keys."""
     keys = tl.load(keys_of + at, mask=held, other=0.0)
     values = tl.load(values_of + at, mask=held, other=0.0).to(tl.float32)
     if WIDE:
@@ -28,7 +28,7 @@ def _pair(keys_of, values_of, at, held, WIDE: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _block(queries, keys, values, seen, scale, best, total, mixed, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One block of keys more: the online softmax, which merges by log-sum-exp."""
+    """Add one block of keys: online softmax, merged by log-sum-exp."""
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     scores = tl.where(seen, scores, float("-inf"))
     top = tl.maximum(best, tl.max(scores, axis=1))
@@ -49,7 +49,7 @@ def _attend(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one row that share a head of keys, over one chunk of the slots; the last chunk has the tree."""
+    """The queries of one row that share a key head, over one chunk of slots; the last chunk includes the tree."""
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     split = tl.program_id(1)
     feature = tl.arange(0, WIDTH)
@@ -87,7 +87,7 @@ def _attend(  # type: ignore[no-untyped-def]
             tl.store(keys_of + at, tl.load(fresh, mask=there).to(store.dtype.element_ty), mask=there)
             fresh = value + row * v_row + new.to(tl.int64)[:, None] * v_node + head * v_head + feature[None, :]
             tl.store(values_of + at, tl.load(fresh, mask=there).to(store.dtype.element_ty), mask=there)
-        # What one thread of this program wrote, another reads.
+        # Other threads of this program read what one has written.
         tl.debug_barrier()
         for of_tree in range(0, m, KEYS):
             other = of_tree + tl.arange(0, KEYS)
@@ -120,7 +120,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The parts of one query, weighed by their share of the softmax's sum."""
+    """Merge the parts of one query, weighted by their share of the softmax's sum."""
     lines = n * groups
     plane, line = (tl.program_id(0) // lines).to(tl.int64), tl.program_id(0) % lines
     split, feature = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
@@ -137,7 +137,7 @@ def _merge(parts, out, n, heads, groups, width, splits, SPLITS: tl.constexpr, WI
 
 
 class _Plan(NamedTuple):
-    """Of one launch: queries and keys of a block, features, keys of a split, and the launch options."""
+    """One launch: queries and keys per block, features, keys per split, and launch options."""
 
     queries: int
     keys: int
@@ -149,14 +149,14 @@ class _Plan(NamedTuple):
 
 
 def _plan(planes: int, lines: int, width: int, limit: int, half: bool) -> _Plan:
-    """For rows x heads `planes` of `lines` queries."""
+    """The plan for `planes` (rows x heads) of `lines` queries."""
     queries = min(64, max(16, power_of_two(lines)))
     columns = max(16, power_of_two(width))
     blocks = cdiv(lines, queries)
-    # Few programs hide what they wait for behind many small blocks.
+    # With few programs, many small blocks hide the latency.
     keys = 64 if columns <= 128 and planes * blocks > _PROGRAMS // 2 else 32
     splits = max(1, min(cdiv(_PROGRAMS, planes * blocks), cdiv(limit, 2 * keys), 32))
-    # Products of half-precision numbers are exact in float32; the interpreter does not know them.
+    # Products of half-precision numbers are exact in float32; the interpreter does not support them.
     wide = not half or interpreted()
     return _Plan(queries, keys, columns, cdiv(cdiv(limit, splits), keys) * keys, 4, 3 if half else 2, wide)
 
@@ -190,7 +190,7 @@ def launch(
         n, m, heads, groups, width, limit, plan.chunk, splits, width**-0.5,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *store.stride()[1:5], visible.stride(0), 0 if len(tree) == 1 else tree.stride(0),
-        # A half-precision number has no more digits than tf32.
+        # Half precision has no more mantissa bits than tf32.
         SPLIT=splits > 1, WIDE=plan.wide, PRECISION="tf32" if half else precise(),
         QUERIES=plan.queries, KEYS=plan.keys, WIDTH=plan.columns, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Verification of drafted token trees, one launch for a batch: decisions, walk, and the token after the path.
+"""Verification of drafted token trees, one launch per batch: decisions, walk, and the token after the path.
 
-Exact (speculative sampling: the target's law, whatever the draft), greedy, and relaxed in two forms: a factor on every
-acceptance, or classes whose mass their drafted member holds. With a factor of one, or a class for every token, the
-relaxed forms are the exact one. Loss contract: distribution; lossy when relaxed.
+Exact (speculative sampling: the target's distribution, whatever the draft), greedy, and relaxed in two forms: a factor
+on every acceptance, or classes whose drafted token has the mass of its class. With a factor of one, or a separate
+class for every token, the relaxed forms are exact. Loss contract: distribution; lossy when relaxed.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ def tree_verify(
     factor: Tensor | None = None,
     classes: Tensor | None = None,
 ) -> Verified:
-    """Decide every node on the way from the root, follow what is accepted, and draw what comes after it.
+    """Follow the accepted nodes from the root, and draw the token after them.
 
     Args:
-        target: p, [B, n, V] float32, the law of the token that follows each node.
+        target: p, [B, n, V] float32, the distribution of the token after each node.
         draft: q, [B, n, V] float32 at nodes with children; None for a tree of most likely tokens.
         tokens: int64 [B, n]; the root's is the last committed one.
         children: int64 [b, n, C], b = 1 or B, in the order in which they were drawn; -1 where there are fewer. Nodes
-            come behind their parents.
+            come after their parents.
         internal: int64 [A], the nodes that may have children, each once.
-        coins: [B, n] uniform in [0, 1), one for every node; None (together with `gumbel`) is temperature 0: a child is
+        coins: [B, n] uniform in [0, 1), one per node; None (together with `gumbel`) means temperature 0: a child is
             accepted if it is the most likely token.
-        gumbel: [B, G, V] float32 standard Gumbel noise; G is 1, or max_depth + 1 to have one row for every length.
-        remaining: int64 [B], tokens that the image still lacks, the bonus counted (0: it is finished).
+        gumbel: [B, G, V] float32 standard Gumbel noise; G is 1, or max_depth + 1 for one row per length.
+        remaining: int64 [B], tokens the image still needs, bonus included (0: it is finished).
         max_depth: depth of the tree, below n.
-        factor: [B, A] float32 >= 1, on the acceptance of each node's children.
+        factor: [B, A] float32 >= 1, multiplies the acceptance probability of each node's children.
         classes: int64 [B, A, V], class of every token at a node, below C + V.
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: shapes, dtypes, devices or numbers that do not fit, or both relaxations. Numbers in tensors (but
-            for the laws and the noise) are looked at on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, or both relaxations. Numbers in tensors (except
+            probabilities and noise) are checked on a CPU, and with FASTGEN_KERNELS_DEBUG=1 on a GPU.
     """
     tensors = (target, draft, tokens, children, internal, coins, gumbel, remaining)
     relaxed = (factor, classes)
     _checked(lambda: _check(*tensors, max_depth, *relaxed), (*tensors, *relaxed), max_depth)
-    _look(tokens, children, internal, coins, remaining, factor, classes, target.shape[2])
+    _check_values(tokens, children, internal, coins, remaining, factor, classes, target.shape[2])
     given = [x for x in (*tensors, factor, classes) if x is not None]
     reason = "gradients are needed" if needs_gradients(target) else None
     if not choose("tree_verify", reason, True, *given):
@@ -97,7 +97,7 @@ def _check(
     factor: Tensor | None,
     classes: Tensor | None,
 ) -> None:
-    """See that shapes, dtypes and devices fit."""
+    """Check shapes, dtypes and devices."""
     needed = {"target": target, "tokens": tokens, "children": children, "internal": internal, "remaining": remaining}
     optional = {"draft": draft, "coins": coins, "gumbel": gumbel, "factor": factor, "classes": classes}
     check_tensors(needed, optional)
@@ -124,7 +124,7 @@ def _check(
         raise ValueError(f"gumbel: needs 1 or {max_depth + 1} rows of noise, got {tuple(gumbel.shape)}")
 
 
-def _look(
+def _check_values(
     tokens: Tensor,
     children: Tensor,
     internal: Tensor,
@@ -134,14 +134,14 @@ def _look(
     classes: Tensor | None,
     vocabulary: int,
 ) -> None:
-    """See that numbers in tensors fit, where looking is cheap."""
+    """Check the values of index tensors, if `checks_values` says so."""
     if not checks_values(children):
         return
     n = tokens.shape[1]
     check_range("tokens", tokens, vocabulary)
     check_range("children", children + 1, n + 1)
     if bool(((children <= torch.arange(n, device=children.device)[:, None]) & (children >= 0)).any()):
-        raise ValueError("children: need to come behind their parents")
+        raise ValueError("children: need to come after their parents")
     check_range("internal", internal, n)
     if len(set(internal.tolist())) < len(internal):
         raise ValueError("internal: needs every node at most once")

@@ -1,4 +1,4 @@
-"""The specification of verifying drafted trees, in plain PyTorch."""
+"""Reference implementation of verifying drafted trees, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Verified(NamedTuple):
     """An accepted path of every image.
 
     Attributes:
-        nodes: int64 [B, max_depth + 1] from the root; past the end the last node repeats.
-        length: int64 [B], accepted nodes, the root not counted.
+        nodes: int64 [B, max_depth + 1] from the root; the last node repeats past the end.
+        length: int64 [B], accepted nodes, without the root.
         bonus: int64 [B], the token after them.
-        stolen: float32 [B], mass that relaxed acceptances were given along the path.
+        stolen: float32 [B], mass that relaxed acceptances took from other tokens along the path.
     """
 
     nodes: Tensor
@@ -41,7 +41,7 @@ def tree_verify_reference(
     factor: Tensor | None = None,
     classes: Tensor | None = None,
 ) -> Verified:
-    """The specification of `tree_verify`: all nodes decide at once, then a walk."""
+    """Reference implementation of `tree_verify`: decisions at all nodes, then a walk."""
     batch, n, vocabulary = target.shape
     children = children.expand(batch, -1, -1)
     if coins is None or gumbel is None:
@@ -73,11 +73,11 @@ def tree_verify_reference(
     stolen = torch.zeros_like(target[..., 0]).index_copy(1, internal, outcome.stolen)
     nodes, length = follow(child, remaining, max_depth)
     end = nodes[:, -1:]
-    # A leaf's token comes from p itself: the law after the same processors as everywhere.
-    law = target.index_copy(1, internal, outcome.left).gather(1, end[..., None].expand(-1, 1, vocabulary))[:, 0]
+    # A leaf's token is drawn from p itself.
+    law = target.index_copy(1, internal, outcome.residual).gather(1, end[..., None].expand(-1, 1, vocabulary))[:, 0]
     row = length.clamp_max(gumbel.shape[1] - 1)[:, None, None].expand(-1, 1, vocabulary)
     bonus = draw(law, gumbel.gather(1, row)[:, 0])
-    # Where the image ends before the path, the accepted child is the last token: by itself it has the law of a node.
+    # If the image ends before the path, the accepted child is the last token: it has the node's distribution.
     cut = child.gather(1, end)
     bonus = torch.where(cut[:, 0] >= 0, tokens.gather(1, cut.clamp_min(0))[:, 0], bonus)
     passed = torch.arange(max_depth + 1, device=nodes.device) <= length[:, None]

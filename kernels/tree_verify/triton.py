@@ -1,4 +1,4 @@
-"""Triton kernel of `fastgen.kernels.tree_verify`: one image a program, from the root along what is accepted."""
+"""Triton kernel of `fastgen.kernels.tree_verify`: one image per program, from the root along the accepted nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def _most_likely(law, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Index of the largest number; of equal ones the first."""
+    """Index of the largest number, the first of equal ones."""
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], 0, tl.int64)
     for start in range(0, vocabulary, BLOCK):
@@ -60,8 +60,8 @@ def _refuse(  # type: ignore[no-untyped-def]
     law, mass, proposal, drafted_mass, classes, own, held, token, child_of, drafted, every, slot, into, vocabulary,
     DRAFT: tl.constexpr, LENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what is left of p behind the refusal of `token`, the positive part of p less q; its mass, and that of q
-    without the tokens up to `slot` (1 where nothing is left)."""
+    """Write the residual of p after rejecting `token`, the positive part of p - q. Returns its mass, and that of q
+    without the tokens up to `slot` (1 if nothing is left)."""
     total = tl.full([], 0.0, tl.float32)
     rest_of_q = tl.full([], 0.0, tl.float32)
     for start in range(0, vocabulary, BLOCK):
@@ -72,14 +72,14 @@ def _refuse(  # type: ignore[no-untyped-def]
             mates = tl.load(classes + index, mask=inside, other=-1) == own
             left = tl.where(index == token, held, tl.where(mates, 0.0, left))
         if DRAFT:
-            said = tl.load(proposal + index, mask=inside, other=0.0)
-            left = left - said / drafted_mass
-            spent = index == token
+            q = tl.load(proposal + index, mask=inside, other=0.0)
+            left = left - q / drafted_mass
+            rejected = index == token
             for before in range(0, slot):
                 other = tl.sum(tl.where(every == before, drafted, 0), axis=0)
                 there = tl.sum(tl.where(every == before, child_of, 0), axis=0) >= 0
-                spent = spent | ((index == other) & there)
-            rest_of_q += tl.sum(tl.where(spent, 0.0, said), axis=0)
+                rejected = rejected | ((index == other) & there)
+            rest_of_q += tl.sum(tl.where(rejected, 0.0, q), axis=0)
         else:
             left = tl.where(index == token, left - 1, left)
         left = tl.maximum(left, 0.0)
@@ -117,13 +117,13 @@ def _verify(  # type: ignore[no-untyped-def]
         child_of = tl.minimum(child_of, n - 1)
         exist = child_of >= 0
         drafted = tl.load(tokens + tl.maximum(child_of, 0))
-        drafted = tl.minimum(tl.maximum(drafted, 0), vocabulary - 1)  # never an address outside the laws
+        drafted = tl.minimum(tl.maximum(drafted, 0), vocabulary - 1)  # never out of bounds
         accepted = tl.full([], -1, tl.int64)
         if GREEDY:
             bonus = _most_likely(target + node * vocabulary, vocabulary, BLOCK)
             accepted = tl.max(tl.where(exist & (drafted == bonus), child_of, -1), axis=0)
         else:
-            # What is left of p is `law` / `mass`; what is left of q is q / `drafted_mass` without the tokens refused.
+            # The residual of p is `law` / `mass`, that of q is q / `drafted_mass` without the rejected tokens.
             law = target + node * vocabulary
             mass = tl.full([], 1.0, tl.float32)
             proposal = draft + node * vocabulary
@@ -141,7 +141,7 @@ def _verify(  # type: ignore[no-untyped-def]
             while (slot < slots) & (accepted < 0) & some:
                 child = tl.sum(tl.where(every == slot, child_of, 0), axis=0)
                 token = tl.sum(tl.where(every == slot, drafted, 0), axis=0)
-                # Every thread of the program has written what another one reads here.
+                # Other threads of this program have written what is read here.
                 tl.debug_barrier()
                 p = tl.load(law + token) / mass
                 q = tl.full([], 1.0, tl.float32)
@@ -159,12 +159,12 @@ def _verify(  # type: ignore[no-untyped-def]
                         accepted = child
                         stolen += (boost - 1) * p + (held - p)
                     else:
-                        into = spare + flips % 2 * vocabulary  # the half that is not read
+                        into = spare + flips % 2 * vocabulary  # the half that is not being read
                         total, drafted_mass = _refuse(
                             law, mass, proposal, drafted_mass, classes + at * vocabulary, own, held, token, child_of,
                             drafted, every, slot, into, vocabulary, DRAFT, LENT, BLOCK,
                         )  # fmt: skip
-                        if total > 0:  # otherwise (rounding) p stays as it was
+                        if total > 0:  # otherwise (rounding) p stays unchanged
                             law = into
                             mass = total
                             flips += 1
@@ -188,7 +188,7 @@ def _verify(  # type: ignore[no-untyped-def]
 
 
 def _plan(vocabulary: int) -> tuple[int, int]:
-    """Tokens that a program looks at together, and its warps."""
+    """Tokens that a program processes at once, and its warps."""
     block = min(4096, power_of_two(vocabulary))
     return block, 16 if block >= 4096 else 4
 

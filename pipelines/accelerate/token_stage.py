@@ -148,7 +148,7 @@ def _draw(
     from fastgen.drafters.acceptance import Exact
     from fastgen.drafters.decode import decode_speculative
     from fastgen.drafters.law import TokenLaw
-    from fastgen.drafters.offload import brought_in, device_of
+    from fastgen.drafters.offload import device_of, onloaded
     from fastgen.drafters.sources import JacobiSource
     from fastgen.drafters.targets.glm_image import GlmImageTarget
 
@@ -162,7 +162,7 @@ def _draw(
         noise = torch.stack(
             [torch.empty(shape, dtype=torch.float32, device=device).exponential_() for _ in range(count)], dim=1
         )
-    with torch.no_grad(), brought_in(model):
+    with torch.no_grad(), onloaded(model):
         prefix = target.begin(ids.to(device), mask.to(device), noise, **given)
         source, unused = JacobiSource(min(window, count)), [torch.Generator()] * len(ids)
         decoded = decode_speculative(target, source, Exact(), prefix, TokenLaw(temperature=0.0), unused)

@@ -215,17 +215,17 @@ def _with_drafter(
     """Speculative decoding of a pipeline's model."""
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.heads import WindowHeads
-    from fastgen.drafters.loading import heads_beside, load_drafter
+    from fastgen.drafters.loading import load_drafter, load_heads
 
     parts: dict[str, Any] = {"options": options}
     if folder is not None:
         with explained(f"checkpoint {folder}"):
             drafter = load_drafter(folder, dtype)
             is_heads = isinstance(drafter, WindowHeads)
-            parts |= {"heads": drafter} if is_heads else {"drafter": drafter, "heads": heads_beside(folder, dtype)}
-            parts["calibration"] = Calibration.beside(folder)
+            parts |= {"heads": drafter} if is_heads else {"drafter": drafter, "heads": load_heads(folder, dtype)}
+            parts["calibration"] = Calibration.for_drafter(folder)
     elif checkpoint.drafter is None and checkpoint.tokenizer is not None:
-        parts["calibration"] = Calibration.beside(checkpoint.tokenizer)
+        parts["calibration"] = Calibration.for_drafter(checkpoint.tokenizer)
     return kind(pipe.model, pipe.tokenizer, **parts)
 
 
@@ -245,7 +245,7 @@ def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[st
     parts = [] if drafter is None else [drafter, heads_folder(drafter)]
     networks = [empty_network(drafter_class(part), part) for part in parts if part is not None]
     if drafter is not None:
-        Calibration.beside(drafter)
+        Calibration.for_drafter(drafter)
     if model is not None:
         given = {name: value for name, value in options.items() if name != "decode"}
         with explained(f"checkpoint {folder}"):

@@ -67,7 +67,7 @@ def one_draw_law(p: torch.Tensor, q: torch.Tensor, rule: Rejection) -> torch.Ten
     drafted = Drafted(tree, tokens, *laws)
     outcome = reject_in_turn(drafted, torch.zeros(vocabulary, 2), rule)
     chance = outcome.chance[:, 0, 0].double()
-    return q * chance + ((q * (1 - chance))[:, None] * outcome.left[:, 0].double()).sum(dim=0)
+    return q * chance + ((q * (1 - chance))[:, None] * outcome.residual[:, 0].double()).sum(dim=0)
 
 
 @given(seed=st.integers(0, 10_000), delta=st.floats(0, 0.8))
@@ -81,7 +81,7 @@ def test_lantern_stays_within_its_delta(seed: int, delta: float) -> None:
     rule = Lantern(Neighbours.of(book, 6), delta=delta)
     assert float(one_draw_law(p, q, rule).sum()) == pytest.approx(1.0, abs=1e-5)
     target, tokens = p.expand(1, 7, 7).float(), torch.arange(7)[None]
-    relaxed = rule.leave(target, torch.zeros_like(target), tokens, tokens)
+    relaxed = rule.residual(target, torch.zeros_like(target), tokens, tokens)
     moved = (relaxed - target).abs().sum(dim=-1) / 2
     assert torch.allclose(moved, rule.stolen(target, tokens, tokens), atol=1e-6)
     assert float(moved.max()) <= delta + 1e-6

@@ -174,7 +174,7 @@ def test_names_of_windows() -> None:
     wide = JacobiSource.of_name("jacobi-12x4", Exact())
     assert (wide.window, wide.width, wide.coupled, wide.nodes) == (12, 4, True, 49)
     partly = JacobiSource.of_name("jacobi-12x4-3", Exact())
-    assert (partly.window, partly.width, partly.wide, partly.nodes) == (12, 4, 3, 22)
+    assert (partly.window, partly.width, partly.wide_places, partly.nodes) == (12, 4, 3, 22)
     assert [len(level) for level in partly.tree.levels] == [1, 4, 4, 4, *[1] * 9]
     assert JacobiSource.of_name("jacobi-7", Exact()).width == 1
     assert all(is_tree_name(name) for name in ("jacobi-12x4", "jacobi-12", "heads-12x2-4"))
@@ -182,7 +182,7 @@ def test_names_of_windows() -> None:
         check_tree_name("tree", "heads-4x2-5")
     for name in ("jacobi-12x0", "jacobi-0", "jacobi-12x", "jacobi-x4", "12x4", "jacobi-3-2", "jacobi-3x2-0"):
         assert not is_tree_name(name)
-        with pytest.raises(ValueError, match="no window"):
+        with pytest.raises(ValueError, match="is not a window"):
             JacobiSource.of_name(name, Exact())
 
 

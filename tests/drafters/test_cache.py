@@ -10,7 +10,7 @@ from micro_models import JANUS_TOKENS, PROMPTS
 
 from fastgen.drafters import cache as module
 from fastgen.drafters.acceptance import Exact
-from fastgen.drafters.cache import KVCache, tree_sight
+from fastgen.drafters.cache import KVCache, mask_for_tree
 from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -65,7 +65,7 @@ def test_a_node_sees_what_is_committed_and_its_ancestors(pads: list[int], extra:
     cache = made(len(pads), prompt, 4 + tree.n, pads)
     cache.lengths = prompt + torch.tensor(extra[: len(pads)])
     cache.bound = prompt + 3
-    seen = tree_sight(cache, tree.mask)
+    seen = mask_for_tree(cache, tree.mask)
     assert isinstance(seen, torch.Tensor)
     assert seen.shape == (len(pads), 1, tree.n, prompt + 3 + tree.n)
     for row, count in enumerate(pads):

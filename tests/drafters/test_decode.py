@@ -297,7 +297,7 @@ def test_a_drafter_of_another_target_is_refused(target: Target, janus: JanusImag
     with pytest.raises(ValueError, match="hidden_size 64"):
         source = TreeSource(drafter, chain(2), sampled=True)
         decode_speculative(target, source, Exact(), prefix_of(target, 1), TokenLaw(3.0), seeded(0))
-    with pytest.raises(ValueError, match="Linear is no target"):
+    with pytest.raises(ValueError, match="Linear has no adapter"):
         target_of(torch.nn.Linear(1, 1), janus.tokenizer)
 
 

@@ -20,11 +20,11 @@ from fastgen.drafters.drafter import describe
 from fastgen.drafters.heads import WindowHeads, read_round
 from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.loading import heads_beside
+from fastgen.drafters.loading import load_heads
 from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.targets.janus import JanusTarget
-from fastgen.drafters.verify import Drafted, Noise, Walk
+from fastgen.drafters.verify import AcceptedPath, Drafted, Noise
 from fastgen.errors import NotFiniteError
 from fastgen.pipelines.janus import JanusImagePipeline
 
@@ -72,13 +72,13 @@ class Judge(Exact):
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
-        self.rounds: list[tuple[Drafted, Noise, Tensor, Walk]] = []
+        self.rounds: list[tuple[Drafted, Noise, Tensor, AcceptedPath]] = []
 
-    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> Walk:
+    def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
         coins = (noise.coins / self.factor).clamp_max(1 - 1e-9)
-        way = super().walk(drafted, replace(noise, coins=coins), spent, remaining)
-        self.rounds.append((drafted, noise, remaining, way))
-        return way
+        path = super().walk(drafted, replace(noise, coins=coins), spent, remaining)
+        self.rounds.append((drafted, noise, remaining, path))
+        return path
 
 
 @dataclass
@@ -93,17 +93,17 @@ class Replay:
     wrong: int = 0
     seen: float = 0.0
 
-    def follow(self, drafted: Drafted, noise: Noise, remaining: Tensor, way: Walk) -> None:
+    def follow(self, drafted: Drafted, noise: Noise, remaining: Tensor, accepted: AcceptedPath) -> None:
         assert drafted.draft is not None
         for row in (remaining > 0).nonzero()[:, 0].tolist():
-            path, length = way.nodes[row].tolist(), int(way.length[row])
+            path, length = accepted.nodes[row].tolist(), int(accepted.length[row])
             for depth in range(min(length + 1, int(remaining[row]) - 1)):
                 node = path[depth]
                 taken = path[depth + 1] if depth < length else -1
                 children = [child for child in drafted.tree.children[0, node].tolist() if child >= 0]
                 p, q = (law[row, node].double() for law in (drafted.target, drafted.draft))
-                accepted = self._judge(drafted.tokens[row], children, p, q, noise.coins[row])
-                self.wrong += accepted not in (taken, None)
+                judged = self._judge(drafted.tokens[row], children, p, q, noise.coins[row])
+                self.wrong += judged not in (taken, None)
 
     def _judge(self, tokens: Tensor, children: list[int], p: Tensor, q: Tensor, coins: Tensor) -> int | None:
         """The accepted child, -1 for none, None where rounding decides."""
@@ -196,10 +196,10 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
         "window": JacobiSource(WINDOW),
         "window drawn again": JacobiSource(WINDOW, coupled=False),
         "wide window": JacobiSource(WINDOW, width=2),
-        "partly wide window": JacobiSource(WINDOW, width=3, wide=2),
+        "partly wide window": JacobiSource(WINDOW, width=3, wide_places=2),
         "heads": HeadsSource(heads, WINDOW),
         "wide heads": HeadsSource(heads, WINDOW, width=2),
-        "partly wide heads": HeadsSource(heads, WINDOW, width=2, wide=2),
+        "partly wide heads": HeadsSource(heads, WINDOW, width=2, wide_places=2),
     }
 
 
@@ -232,15 +232,15 @@ def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
         assert replay.seen > 8
         assert (replay.wrong == 0) == (factor == 1.0)
     laws, images, unfinished = laws_of(target, tokens, LAWS["plain"]), torch.arange(len(tokens)), torch.tensor([])
-    for drafted, _, remaining, way in judge.rounds:
+    for drafted, _, remaining, path in judge.rounds:
         if len(remaining) < len(images):  # those that are finished have left the batch
             images = images[unfinished]
-        unfinished = remaining > way.length + 1
-        depth = torch.arange(way.nodes.shape[1])
+        unfinished = remaining > path.length + 1
+        depth = torch.arange(path.nodes.shape[1])
         place = target.num_tokens - remaining[:, None] + depth
-        read = (depth <= way.length[:, None]) & (place < target.num_tokens)
+        read = (depth <= path.length[:, None]) & (place < target.num_tokens)
         rows, places = torch.arange(len(images))[:, None], place.clamp_max(target.num_tokens - 1)
-        said, wanted = drafted.target[rows, way.nodes], laws[images[:, None], places]
+        said, wanted = drafted.target[rows, path.nodes], laws[images[:, None], places]
         assert torch.allclose(said[read], wanted[read], atol=1e-4)
 
 
@@ -316,8 +316,8 @@ def test_a_picture_does_not_depend_on_its_batch(target: Target) -> None:
 def test_saved_heads_draft_the_same(target: Target, tmp_path: Path) -> None:
     heads = awake(target, taps=(1,))
     heads.save_pretrained(tmp_path / "heads")
-    loaded = heads_beside(tmp_path)
-    assert loaded is not None and heads_beside(tmp_path / "heads") is None
+    loaded = load_heads(tmp_path)
+    assert loaded is not None and load_heads(tmp_path / "heads") is None
     with torch.no_grad():
         prefix = target.prefix(PROMPTS[:2], True)
     sources = [window_source("heads-4", Exact(), each) for each in (heads, loaded)]

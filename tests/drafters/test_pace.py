@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.drafters.calibration import Calibration, Level
-from fastgen.drafters.choices import fingerprint, keep, kept
+from fastgen.drafters.choices import fingerprint, load_choice, save_choice
 from fastgen.drafters.pace import Pace, machine_of
 from fastgen.drafters.tree import named_tree
 from fastgen.errors import FastgenError
@@ -143,13 +143,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_choice_is_kept_for_its_key_alone(cache: Path) -> None:
     key = {"model": "a", "versions": {"torch": "1"}}
-    assert kept(key) is None
-    keep(key, "heads-16", "heads-16")
-    assert kept(key) == ("heads-16", "heads-16")
-    assert kept({"model": "a", "versions": {"torch": "2"}}) is None
+    assert load_choice(key) is None
+    save_choice(key, "heads-16", "heads-16")
+    assert load_choice(key) == ("heads-16", "heads-16")
+    assert load_choice({"model": "a", "versions": {"torch": "2"}}) is None
     for widths in ("4-2-1", "1-1-1", "5"):
-        keep(key, named_tree(widths), f"auto {widths}")
-        found = kept(key)
+        save_choice(key, named_tree(widths), f"auto {widths}")
+        found = load_choice(key)
         assert found is not None and found[1] == f"auto {widths}"
         assert torch.equal(found[0].parents, named_tree(widths).parents)  # type: ignore[union-attr]
 
@@ -159,20 +159,20 @@ def test_a_choice_is_kept_for_its_key_alone(cache: Path) -> None:
 )
 def test_a_broken_choice_is_ignored_with_one_line(cache: Path, content: Any) -> None:
     key = {"model": "a"}
-    keep(key, "jacobi-4", "jacobi-4")
+    save_choice(key, "jacobi-4", "jacobi-4")
     (path,) = cache.iterdir()
     if isinstance(content, str):
         content = json.dumps({**json.loads(path.read_text()), content: "tall"}).encode()
     path.write_bytes(content)
     with pytest.warns(UserWarning, match="measured again") as caught:
-        assert kept(key) is None
+        assert load_choice(key) is None
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
 
 def test_a_cache_that_cannot_be_written_is_reported(cache: Path) -> None:
     cache.write_text("a file")
     with pytest.warns(UserWarning, match="cannot be written"):
-        keep({"model": "a"}, "jacobi-4", "jacobi-4")
+        save_choice({"model": "a"}, "jacobi-4", "jacobi-4")
 
 
 def test_networks_have_fingerprints_of_their_own() -> None:

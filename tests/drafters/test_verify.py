@@ -13,7 +13,7 @@ from toy_speculation import Toy, chi_square
 from fastgen.drafters import verify
 from fastgen.drafters.acceptance import Block
 from fastgen.drafters.tree import Tree, chain, named_tree, static_tree
-from fastgen.drafters.verify import Decisions, Drafted, Noise, reject_in_turn, strict, verified, walk
+from fastgen.drafters.verify import Decisions, Drafted, Noise, reject_in_turn, strict, verify_and_walk, walk
 from fastgen.kernels import rejection
 
 TREES = {"chain": chain(3), "bushy": named_tree("3-4-2"), "lopsided": static_tree([[0, 0, 0], [0, 1], [1], [2]])}
@@ -104,7 +104,7 @@ def test_one_nodes_law_by_enumeration(seed: int, vocabulary: int, count: int) ->
         total.index_add_(0, drawn[:, slot], chance * accepted)
         chance = chance * (1 - accepted)
     refused = reject_in_turn(drafted, torch.ones(len(orders), count + 1), verify.Rejection())
-    total += (chance[:, None] * refused.left[:, 0].double() * (refused.slot < 0)).sum(dim=0)
+    total += (chance[:, None] * refused.residual[:, 0].double() * (refused.slot < 0)).sum(dim=0)
     assert torch.allclose(total, p, atol=3e-6), (total - p).abs().max()
 
 
@@ -132,7 +132,7 @@ def test_more_children_than_tokens_of_the_draft() -> None:
     drafted = one_node(p, q, [[0, 1, 2]])
     outcome = reject_in_turn(drafted, torch.tensor([[0.0, 0.999, 0.999, 0.0]]), verify.Rejection())
     assert outcome.slot.tolist() == [[-1]]
-    assert torch.allclose(outcome.left[0, 0], torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.allclose(outcome.residual[0, 0], torch.tensor([0.0, 0.0, 1.0]))
 
 
 def test_equal_laws_accept_every_child() -> None:
@@ -156,8 +156,8 @@ def test_greedy_takes_the_most_likely_path() -> None:
     toy = Toy.random(7, seed=5)
     tree = named_tree("3-3")
     drafted = toy.draft(tree, torch.tensor([[0, 1]]), False, torch.Generator())
-    way = verified(drafted, None, torch.tensor([100]))
-    tokens = [int(drafted.tokens[0, node]) for node in way.nodes[0, 1 : int(way.length) + 1]] + [int(way.bonus)]
+    path = verify_and_walk(drafted, None, torch.tensor([100]))
+    tokens = [int(drafted.tokens[0, node]) for node in path.nodes[0, 1 : int(path.length) + 1]] + [int(path.bonus)]
     before, last = 0, 1
     for token in tokens:
         assert token == int(toy.p[before, last].argmax())
@@ -172,10 +172,10 @@ def test_a_path_is_cut_where_the_image_ends(remaining: int) -> None:
     generator = torch.Generator().manual_seed(4)
     drafted = toy.draft(tree, torch.tensor([[0, 1]]).expand(batch, 2), True, generator)
     noise = toy.noise(batch, tree, generator)
-    way = walk(drafted, strict(drafted, noise), noise, torch.full((batch,), remaining))
-    assert int(way.length.max()) == remaining - 1
+    path = walk(drafted, strict(drafted, noise), noise, torch.full((batch,), remaining))
+    assert int(path.length.max()) == remaining - 1
     if remaining == 1:
-        counts = torch.bincount(way.bonus, minlength=5).numpy()
+        counts = torch.bincount(path.bonus, minlength=5).numpy()
         assert stats.chisquare(counts, toy.p[0, 1].numpy() * batch).pvalue > 1e-5
 
 
@@ -200,5 +200,5 @@ def test_each_image_of_a_batch_is_judged_by_itself() -> None:
         row = slice(i, i + 1)
         alone = Drafted(tree, drafted.tokens[row], drafted.target[row], drafted.draft[row])
         one = Noise(noise.coins[row], noise.gumbel[row])
-        way = walk(alone, strict(alone, one), one, torch.tensor([9]))
-        assert torch.equal(way.nodes, together.nodes[row]) and torch.equal(way.bonus, together.bonus[row])
+        path = walk(alone, strict(alone, one), one, torch.tensor([9]))
+        assert torch.equal(path.nodes, together.nodes[row]) and torch.equal(path.bonus, together.bonus[row])

@@ -15,7 +15,7 @@ from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.targets import target_of
-from fastgen.drafters.verify import Walk
+from fastgen.drafters.verify import AcceptedPath
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import speculative
 from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
@@ -91,13 +91,13 @@ def test_variants_name_their_drafter_and_quality(micro_janus: Path) -> None:
 def test_a_wrong_decoder_is_not_timed(micro_janus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen.drafters import decode
 
-    real = decode.verified
+    real = decode.verify_and_walk
 
-    def wrong(*arguments: Any) -> Walk:
-        way = real(*arguments)
-        return replace(way, bonus=(way.bonus + 1) % 48)
+    def wrong(*arguments: Any) -> AcceptedPath:
+        path = real(*arguments)
+        return replace(path, bonus=(path.bonus + 1) % 48)
 
-    monkeypatch.setattr(decode, "verified", wrong)
+    monkeypatch.setattr(decode, "verify_and_walk", wrong)
     with pytest.raises(FastgenError, match="exact jacobi-4: other tokens"):
         benchmark_speculative(str(micro_janus), tmp_path, variants=NAMES[:1], quality=False, timed_prompts=1, runs=1)
 
@@ -107,7 +107,7 @@ def test_a_wrong_decoder_is_not_timed(micro_janus: Path, tmp_path: Path, monkeyp
     [
         ("exact", "RULE DRAFT"),
         ("exact jacobi-4 fast", "RULE DRAFT"),
-        ("exact jacobi-0", "no window"),
+        ("exact jacobi-0", "is not a window"),
         ("loose jacobi-4", "loose"),
         ("exact 2-2", "needs a drafter"),
         ("lantern jacobi-4 delta=x", "delta"),

@@ -391,7 +391,7 @@ def test_wrong_values_of_indices(monkeypatch: pytest.MonkeyPatch) -> None:
             adaln(x, scale=c, sequence_ids=torch.tensor(wrong, device=DEVICE))
     ids = torch.tensor([0, 0, 0, 1], device=DEVICE)
     for wrong in ([0, 3, 5], [1, 3, 4], [0, 5, 4]):
-        with pytest.raises(ValueError, match=r"cu_seqlens: needs rising bounds from 0 to 4, got \["):
+        with pytest.raises(ValueError, match=r"cu_seqlens: needs increasing bounds from 0 to 4, got \["):
             adaln(x, scale=c, sequence_ids=ids, cu_seqlens=torch.tensor(wrong, device=DEVICE))
 
 
@@ -404,7 +404,7 @@ def test_wrong_norm_ids_and_dtypes() -> None:
     with pytest.raises(ValueError, match="sequence_ids: needs int32 or int64, got torch.float32"):
         adaln(x, scale=c, sequence_ids=torch.zeros(4, device=DEVICE))
     ids = torch.tensor([0, 0, 0, 1], device=DEVICE)
-    with pytest.raises(ValueError, match="cu_seqlens: is of no use without sequence_ids"):
+    with pytest.raises(ValueError, match="cu_seqlens: is unused without sequence_ids"):
         adaln(x, scale=c[:1], cu_seqlens=torch.zeros(3, dtype=torch.int32, device=DEVICE))
     for bounds in (torch.zeros(3, device=DEVICE), torch.zeros(4, dtype=torch.int32, device=DEVICE)):
         with pytest.raises(ValueError, match=r"cu_seqlens: needs int32 or int64 \[n \+ 1\]"):

@@ -12,7 +12,7 @@ import torch
 from kernel_checks import DEVICE
 from micro_models import PROMPTS
 
-from fastgen.drafters.cache import KVCache, TreeSight, tree_sight
+from fastgen.drafters.cache import KVCache, TreeMask, mask_for_tree
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -85,9 +85,9 @@ def test_a_mask_is_made_only_where_the_reference_reads_it() -> None:
     cache = KVCache.allocate(1, prefix, 9, 2, 8, torch.float32)
     tree = named_tree("3-2").mask.to(DEVICE)
     with use_kernels("triton"):
-        assert isinstance(tree_sight(cache, tree), TreeSight)
+        assert isinstance(mask_for_tree(cache, tree), TreeMask)
     with use_kernels("reference"):
-        mask = tree_sight(cache, tree)
+        mask = mask_for_tree(cache, tree)
     assert isinstance(mask, torch.Tensor) and mask.shape[:3] == (8, 1, 6)
 
 

@@ -303,7 +303,7 @@ def test_the_reference_on_a_cpu_equals_its_compiled_form(interleaved: bool) -> N
         ({"cos": random(3, 8)}, r"cos: needs floats \[P, 4\]"),
         ({"cos": random(4, 4)}, "cos: needs a row for each of 3 tokens"),
         ({"axes": (3, 5)}, "axes: needs one to three even numbers that add up to 8"),
-        ({"axes": (4, 4)}, "axes: are of no use without positions"),
+        ({"axes": (4, 4)}, "axes: are unused without positions"),
         ({"positions": torch.zeros(4, dtype=torch.int64, device=DEVICE)}, "positions: needs "),
         ({"positions": torch.zeros(3, device=DEVICE)}, "positions: needs int32 or int64, got torch.float32"),
         ({"query_weight": random(9)}, r"query_weight: needs floats \[8\]"),

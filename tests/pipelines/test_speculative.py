@@ -258,7 +258,7 @@ def test_bad_parts(plain: JanusImagePipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="calibration: made for a model of vocab_size 7"):
         SpeculativeImagePipeline(plain.model, plain.tokenizer, calibration=other)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds none"):
+    with pytest.raises(ValueError, match="no known drafter"):
         load_drafter(tmp_path)
     target = target_of(plain.model, plain.tokenizer)
     for rule in RULES:

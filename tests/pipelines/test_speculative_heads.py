@@ -82,7 +82,7 @@ def test_heads_that_do_not_fit_are_refused(parts: tuple[Any, Any, WindowHeads]) 
         draw(fastgen.SpeculativeImagePipeline(model, tokenizer), "heads-4")
     with pytest.raises(FastgenError, match="no heads of a window"):
         fastgen.SpeculativeImagePipeline(model, tokenizer, heads=torch.nn.Linear(1, 1))
-    with pytest.raises(FastgenError, match="heads: is torch.bfloat16, the model torch.float32"):
+    with pytest.raises(FastgenError, match="heads: has torch.bfloat16, the model torch.float32"):
         fastgen.SpeculativeImagePipeline(model, tokenizer, heads=WindowHeads(**heads.config).bfloat16())
     pipe.heads = WindowHeads(**{**heads.config, "vocab_size": 7})
     with pytest.raises(FastgenError, match="vocab_size 7"):

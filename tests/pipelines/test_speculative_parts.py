@@ -145,7 +145,7 @@ def test_another_dtype_is_used(parts: Any, micro_janus: Path) -> None:
     for acceptance in ("exact", "lantern", "gsd"):
         assert torch.equal(draw(pipe, acceptance=acceptance), draw(fresh, acceptance=acceptance))
     pipe.drafter.to(torch.float32)
-    with pytest.raises(ValueError, match=r"drafter: is torch.float32, the model torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"drafter: has torch.float32, the model torch.bfloat16"):
         pipe("a ring")
 
 
