@@ -203,7 +203,7 @@ def choose_source(
             f"heads-{window}{more}"
             for window in places
             if window <= heads.config.window
-            for more in ("", *(["x2"] if rule.needs_hidden else []))
+            for more in ("", *(["x2-2"] if rule.needs_hidden and window > 2 else []))
         ]
     sources: dict[str, DraftSource | None] = {PLAIN: None} | {name: window_source(name, rule, heads) for name in names}
     if drafter is not None:

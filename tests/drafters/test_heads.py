@@ -325,6 +325,26 @@ def test_saved_heads_draft_the_same(target: Target, tmp_path: Path) -> None:
     assert torch.equal(results[0].tokens, results[1].tokens)
 
 
+def test_heads_for_longer_windows_start_as_the_shorter_ones(target: Target) -> None:
+    heads = awake(target, taps=(1,))
+    longer = heads.lengthened(WINDOW + 3)
+    assert longer.config.window == WINDOW + 3 and heads.config.window == WINDOW
+    with torch.no_grad():
+        prefix = target.prefix(PROMPTS[:2], True)
+    same = [HeadsSource(each, WINDOW) for each in (heads, longer)]
+    results = [decode_speculative(target, each, Exact(), prefix, TokenLaw(3.0), seeded(0, 1)) for each in same]
+    assert torch.equal(results[0].tokens, results[1].tokens) and results[0].accepted == results[1].accepted
+    greedy = TokenLaw(3.0, 0.0)
+    plain = decode_plain(target, prefix, greedy, seeded(0, 1))
+    drawn = decode_speculative(target, HeadsSource(longer, WINDOW + 3), Exact(), prefix, greedy, seeded(0, 1))
+    assert torch.equal(drawn.tokens, plain.tokens)
+    for name in ("place", "fresh"):
+        rows = getattr(longer, name).weight
+        assert torch.equal(rows[WINDOW:], getattr(heads, name).weight[-1:].expand(4, -1))
+    with pytest.raises(ValueError, match="window"):
+        heads.lengthened(WINDOW - 1)
+
+
 def test_what_does_not_fit_is_refused(target: Target) -> None:
     heads = awake(target)
     with pytest.raises(ValueError, match="window: 6 is not allowed, these heads correct up to 5"):

@@ -17,7 +17,7 @@ from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import Target
 from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
-from fastgen.training.heads import HeadsRecipe, load_target
+from fastgen.training.heads import HeadsRecipe, load_heads, load_target
 from fastgen.training.train_config import TrainConfig
 from fastgen.training.windows import WindowRecorder, Windows, record_windows
 
@@ -107,18 +107,24 @@ def test_the_command_line_records_trains_and_records_with_heads(
         "--json",
     ]
     command += ["--batch-size", "2"]
-    assert run([*command, "--steps", "2", "--samples", "2", "--set", "width=16", "--set", "heads=2"]) == 0
+    assert (
+        run([*command, "--steps", "2", "--samples", "2", "--set", "width=16", "--set", "heads=2", "--set", "window=6"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["steps_done"] == 2
     again = [str(more) if word == str(data) else word for word in command]
     again[3:4] = [str(tmp_path / "second"), "--init", str(tmp_path / "run" / "model")]
-    assert run([*again, "--steps", "1", "--samples", "2"]) == 0
+    assert run([*again, "--steps", "1", "--samples", "2", "--set", "window=9"]) == 0
     assert Windows(more).asked["source"] != "" == Windows(data).asked["source"]
+    assert [Windows(folder).window for folder in (data, more)] == [6, 9]
+    assert load_heads(tmp_path / "second" / "model").config.window == 9
 
 
 def test_bad_requests_are_one_line(
     micro_janus: Path, windows: Windows, target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    part = ["train", "heads", "-o", str(tmp_path), "--part", str(micro_janus)]
+    part, heads = ["train", "heads", "-o", str(tmp_path), "--part", str(micro_janus)], tmp_path / "heads"
+    WindowHeads.for_target(target, window=5, width=16).save_pretrained(heads)
     for options, word in (
         ([], "needs --data"),
         (["--data", str(tmp_path / "none")], "holds no windows"),
@@ -126,6 +132,8 @@ def test_bad_requests_are_one_line(
         (["--data", str(windows.folder), "--set", "window=2"], "the heads correct up to 2"),
         (["--data", str(windows.folder), "--set", "taps=[0]"], "taps"),
         (["--samples", "4"], "needs --data"),
+        (["--data", str(windows.folder), "--init", str(heads), "--set", "window=3"], "window"),
+        (["--data", str(windows.folder), "--init", str(heads), "--set", "width=32"], "belong to new heads"),
     ):
         assert run([*part, *options]) == 2
         said = capsys.readouterr().err
