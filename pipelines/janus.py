@@ -223,7 +223,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         states = [generator.get_state() for generator in generators]
         tokens, margin = self._generate(texts, law, generators, on_token)
         for i in (margin < 1).nonzero().flatten().tolist():
-            logger.debug("image %d of the batch has a decision within rounding; drawn again by itself", i)
+            logger.debug("image %d of the batch has a decision within rounding; drawn again alone", i)
             generators[i].set_state(states[i])
             tokens[i] = self._generate([texts[i]], law, [generators[i]], None)[0][0]
         return tokens
@@ -278,7 +278,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
 
 def _check_parts(model: Any, tokenizer: Any) -> None:
     if all(base.__name__ != "JanusForConditionalGeneration" for base in type(model).__mro__):
-        raise FastgenError(f"model: {type(model).__name__} is none; needs transformers' JanusForConditionalGeneration")
+        raise FastgenError(f"model: {type(model).__name__} is not transformers' JanusForConditionalGeneration")
     check_tokenizer(tokenizer)
 
 

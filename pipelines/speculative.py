@@ -199,7 +199,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
                 which is fastest here, once for each acceptance rule, law and number of pictures in a batch (that
                 takes a dozen batches or more), and keeps it in the user's cache. None takes the source that the
                 calibration's measurements expect to be fastest for such a batch; the plain loop, whatever the rule,
-                where none is faster or nothing was measured. So the batch may have a say in what a seed draws.
+                where none is faster or nothing was measured. So the pictures of a seed may depend on the batch.
             sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
@@ -389,7 +389,7 @@ def _check_parts(
         heads.check(target)
     if calibration is not None:
         if not isinstance(calibration, Calibration):
-            raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
+            raise FastgenError(f"calibration: {type(calibration).__name__} is not a Calibration")
         calibration.check(describe(target))
     return target
 

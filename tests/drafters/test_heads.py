@@ -174,7 +174,7 @@ LAWS = {"plain": TokenLaw(1.0), "guided": TokenLaw(3.0, 0.8), "top-k": TokenLaw(
 @pytest.mark.parametrize("size", [(3,), (3, 2, 1)], ids=["one", "two at the first place"])
 @pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "drawn again"])
 @pytest.mark.parametrize("law", long_tail(LAWS, fast=("guided",)))
-def test_pictures_have_the_law_of_the_target(
+def test_pictures_have_the_targets_distribution(
     janus: JanusImagePipeline, law: str, coupled: bool, size: tuple[int, ...]
 ) -> None:
     """All 64 pictures of 3 tokens against their probabilities."""
@@ -184,7 +184,7 @@ def test_pictures_have_the_law_of_the_target(
     assert p_value(tokens, law_of_pictures(target, LAWS[law]), 4) > 1e-5
 
 
-def test_the_test_of_the_law_sees_heads_that_know_the_noise_of_their_place(janus: JanusImagePipeline) -> None:
+def test_the_test_detects_heads_that_read_the_noise_of_their_place(janus: JanusImagePipeline) -> None:
     target = FewTokens(janus, 3)
     tokens = draw(target, Leaking(awake(target), 3), Exact(), LAWS["plain"], 4000).tokens
     assert p_value(tokens, law_of_pictures(target, LAWS["plain"]), 4) < 1e-9
@@ -293,7 +293,7 @@ def test_a_place_reads_nothing_of_itself_or_later_ones(target: Target) -> None:
         known = picture.clone()
         states, old = hidden.clone(), then.clone()
         for row in range(batch):
-            known[row, int(index[row]) + 1 :] += 1  # what lies behind the root is nobody's business
+            known[row, int(index[row]) + 1 :] += 1  # tokens after the root must not be read
             # Place 0 of the new window, the root, is node `length` + 1 of the old one.
             states[row, int(length[row]) + 1 + place :] += 1.0
             old[row, int(length[row]) + 1 + place :] = (old[row, int(length[row]) + 1 + place :] + 1) % vocabulary

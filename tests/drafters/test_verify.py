@@ -23,7 +23,7 @@ IMAGES = 60_000
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "top-k"])
 @pytest.mark.parametrize("tree", long_tail(TREES, fast=("bushy",)))
 @pytest.mark.parametrize("zeros", [0, 3], ids=["full", "truncated"])
-def test_the_first_three_tokens_have_the_targets_law(tree: str, sampled: bool, zeros: int) -> None:
+def test_the_first_three_tokens_have_the_targets_distribution(tree: str, sampled: bool, zeros: int) -> None:
     """Level 1e-5. Power: with 60,000 images and 216 cells a law that is off by 2 % in total variation has a
     noncentrality of at least 60,000 * 4 * 0.02^2 = 96, found at this level with probability 0.95 and more; the
     mutation below is off by ten times as much."""
@@ -34,7 +34,7 @@ def test_the_first_three_tokens_have_the_targets_law(tree: str, sampled: bool, z
 
 
 @pytest.mark.parametrize("zeros", [0, 3], ids=["full", "truncated"])
-def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> None:
+def test_block_verification_keeps_the_distribution_and_accepts_longer_paths(zeros: int) -> None:
     """Same level and power as above; on the same drafts its mean length is above the exact rule's."""
     toy = Toy.random(6, seed=3, zeros=zeros)
 
@@ -49,7 +49,7 @@ def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> 
         toy.first_three(TREES["bushy"], True, block, 4, seed=1)
 
 
-def test_keeping_the_first_draft_law_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reusing_the_draft_distribution_after_a_rejection_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation of the specification: siblings judged by the law from which the first of them was drawn."""
     toy = Toy.random(6, seed=3)
     real = rejection.normalise
@@ -84,7 +84,7 @@ def one_node(p: torch.Tensor, q: torch.Tensor | None, children: list[list[int]])
 
 @given(seed=st.integers(0, 10_000), vocabulary=st.integers(3, 8), count=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_one_nodes_law_by_enumeration(seed: int, vocabulary: int, count: int) -> None:
+def test_one_nodes_distribution_by_enumeration(seed: int, vocabulary: int, count: int) -> None:
     """Over all draws without replacement and all acceptances the law is p exactly (float32 rounding)."""
     toy = Toy.random(vocabulary, seed)
     p, q = toy.p[0, 0], toy.q[0, 0]
@@ -135,7 +135,7 @@ def test_more_children_than_tokens_of_the_draft() -> None:
     assert torch.allclose(outcome.residual[0, 0], torch.tensor([0.0, 0.0, 1.0]))
 
 
-def test_equal_laws_accept_every_child() -> None:
+def test_equal_distributions_accept_every_child() -> None:
     toy = Toy.random(6, seed=1)
     toy.q = toy.p
     _, length = toy.first_three(chain(3), True, strict, 2000, seed=2)
@@ -188,7 +188,7 @@ def test_a_finished_image_accepts_nothing() -> None:
     assert walk(drafted, strict(drafted, noise), noise, torch.zeros(8, dtype=torch.int64)).length.tolist() == [0] * 8
 
 
-def test_each_image_of_a_batch_is_judged_by_itself() -> None:
+def test_each_image_of_a_batch_is_verified_separately() -> None:
     toy = Toy.random(6, seed=2)
     tree: Tree = named_tree("3-2-2")
     generator = torch.Generator().manual_seed(1)

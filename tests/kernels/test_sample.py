@@ -129,7 +129,7 @@ def test_temperature_zero_and_no_noise_take_the_most_likely(triton_kernels: None
 
 
 @pytest.mark.parametrize("mode", ["triton", "reference"] if DEVICE.type == "cuda" else ["reference"])
-def test_draws_have_the_law(mode: str) -> None:
+def test_samples_have_the_distribution(mode: str) -> None:
     """Frequencies of 40,000 draws; a chi-square of 4 degrees of freedom is above 33 once in a million."""
     count = 40_000
     cond = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
