@@ -50,8 +50,8 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     """Text-to-image pipeline around a Janus model.
 
-    Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same law; only
-    the random numbers come from the caller's generators instead of the global state.
+    Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same
+    distribution; only the random numbers come from the caller's generators instead of the global state.
 
     Args:
         model: `transformers.JanusForConditionalGeneration`.
@@ -164,7 +164,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             batch_invariant: an image does not depend on what else is in the batch, nor on the batch size. In float32
                 the batch runs together, and an image that has a decision too close for rounding is drawn again
                 alone; in other types, where rounding is coarse, the images run one after the other. False leaves
-                rounding alone: the law is the same, an image may differ between batch sizes.
+                rounding alone: the distribution is the same, an image may differ between batch sizes.
             output_type: "pil", "np", "pt", or "tokens" (the pictures are not decoded).
             return_dict: False gives ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, token_index, token_index, {})`` after each token of

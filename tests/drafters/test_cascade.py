@@ -28,7 +28,7 @@ def verifier(rule: Any) -> Any:
 
 
 def of_classes(toy: Toy) -> torch.Tensor:
-    """Joint law of the first three classes."""
+    """Joint distribution of the first three classes."""
     law = toy.law_of_three((0, 1))
     count = toy.vocabulary // 2
     return law.view(count, 2, count, 2, count, 2).sum(dim=(1, 3, 5))

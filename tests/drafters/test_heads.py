@@ -1,4 +1,4 @@
-"""Heads that correct a Jacobi window: what they may read, and that the law of the pictures stays the target's."""
+"""Heads that correct a Jacobi window: what they may read, and that pictures keep the target's distribution."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 
 def awake(target: Target, strength: float = 1.0, **config: Any) -> WindowHeads:
-    """Heads of random weights, so that what they draft is far from the window's own laws."""
+    """Heads with random weights, so that their draft is far from the window's own predictions."""
     torch.manual_seed(3)
     heads = WindowHeads.for_target(target, window=WINDOW, width=16, heads=2, **config)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def law_of_pictures(target: Target, law: TokenLaw) -> Tensor:
 
 @torch.no_grad()
 def laws_of(target: Target, pictures: Tensor, law: TokenLaw) -> Tensor:
-    """The law [B, N, V] of every token of finished pictures, from one pass."""
+    """The probabilities [B, N, V] of every token of finished pictures, from one pass."""
     prefix = same_prompt(target, len(pictures), law.guided)
     length = prefix.mask.shape[1]
     output, _ = target.read(prefix, pictures, target.new_cache(prefix, 1))
@@ -147,7 +147,7 @@ def laws_of(target: Target, pictures: Tensor, law: TokenLaw) -> Tensor:
 
 
 def p_value(tokens: Tensor, law: Tensor, vocabulary: int) -> float:
-    """Chi-square of drawn pictures against the law of all of them; rare ones share a cell."""
+    """Chi-square of drawn pictures against the distribution of pictures; rare ones share a cell."""
     places = vocabulary ** torch.arange(tokens.shape[1]).flip(0)
     seen = torch.bincount((tokens * places).sum(dim=1), minlength=len(law)).double()
     assert not seen[law == 0].any()
@@ -218,11 +218,11 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
 def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     janus: JanusImagePipeline, name: str
 ) -> None:
-    """Coins and laws are known, so nothing is left to chance: each decision of 300 pictures is judged once more.
+    """Coins and probabilities are known, so each decision of 300 pictures is checked exactly.
     A change of 1 % in the acceptances flips a decision where the coin lies between the two thresholds. How many that
     are is Poisson with a mean of `seen`: above 8, none are found once in 3,000 changes.
 
-    The laws themselves are those of the finished picture."""
+    The probabilities are those of the finished picture."""
     target = FewTokens(janus, 16)
     for factor in (1.0, 1.01, 0.99):
         judge, replay = Judge(factor), Replay()

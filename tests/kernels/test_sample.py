@@ -1,4 +1,4 @@
-"""Drawing tokens: the kernel against its reference and a float64 oracle of the law, ties and all."""
+"""Drawing tokens: the kernel against its reference and a float64 oracle of the distribution, including ties."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_kernel_equals_the_reference(
     wanted = token_probabilities_reference(cond, second, **options)
     assert torch.allclose(probabilities.cpu(), wanted, atol=2e-6)
     assert torch.equal(probabilities.cpu() > 0, wanted > 0)
-    # A token outside the law is never drawn.
+    # An excluded token is never drawn.
     assert bool((wanted.gather(1, tokens.cpu()[:, None]) > 0).all())
 
 
