@@ -54,7 +54,7 @@ def patch_labels(batch: ShapesBatch, patch: int, upcoming: bool = False) -> dict
 
 
 def _upcoming(owner: np.ndarray, slots: int) -> np.ndarray:
-    """For each patch [n, P], the object (1 …) whose first patch is this or the next one to come; 0 for none."""
+    """For each patch [n, P], the object (1 …) whose first patch comes next, this patch included; 0 for none."""
     patches = owner.shape[1]
     present = owner[:, None, :] == np.arange(1, slots + 1)[None, :, None]
     first = np.where(present.any(axis=2), present.argmax(axis=2), -1)[:, None, :]  # [n, 1, slots]
