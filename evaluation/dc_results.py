@@ -43,7 +43,7 @@ def dc_markdown(data: dict[str, Any]) -> str:
 
 def dc_quality_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench dc`: scores against FLOPs and seconds."""
-    base, beside, rows = data["rows"][0], data["flops_beside"], []
+    base, other, rows = data["rows"][0], data["flops_beside"], []
     front = [row["variant"] for row in pareto_front(data["rows"])]
     for row in data["rows"]:
         kept = "" if row["kept"] is None else percent(row["kept"])
@@ -57,13 +57,13 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
                     f"{row['flops'] / 1e9:.2f}",
                     f"{row['flops'] / base['flops']:.3f}",
                 ),
-                f"{(row['flops'] - beside) / (base['flops'] - beside):.3f}",
+                f"{(row['flops'] - other) / (base['flops'] - other):.3f}",
                 *(f"{seconds:.4f}", f"{seconds / base['seconds']['p50']:.3f}"),
                 *(percent(row["score"]), percent(row["stderr"]), distance),
             ]
         )
     note = (
-        f"{beside / 1e9:.2f} GFLOPs of every picture are the text encoder's and the decoder's, which no method here "
+        f"{other / 1e9:.2f} GFLOPs of every picture are the text encoder's and the decoder's, which no method here "
         "touches; the ratio of the denoiser leaves them out. * on the Pareto front: no other row has its score "
         "in less time.\n\n"
     )

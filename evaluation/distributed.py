@@ -174,7 +174,7 @@ class Group:
             on_wait: called now and then meanwhile.
 
         Raises:
-            PeerFailed: one of them failed or was lost; nobody waits for it.
+            PeerFailed: one of them failed or was lost; the others do not wait for it.
         """
         if self.size == 1:
             return

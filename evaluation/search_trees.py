@@ -132,7 +132,7 @@ def _forced(search: Mapping[str, Any], number: int) -> list[int]:
     for step, accepted in enumerate(search["accepted"][number]):
         rows = [row for row in tree if row[2] == step + 1]
         if not accepted and rows:
-            # At the last time nobody has children: it is the one that was returned, or the best.
+            # Nodes of the last time have no children: take the returned one, or the best.
             chosen = [row for row in rows if row[0] in parents] or [row for row in rows if row[0] in ways]
             best = max(rows, key=lambda row: -math.inf if row[3] is None else row[3])
             found.append(int((chosen or [best])[0][0]))

@@ -47,7 +47,7 @@ class Acceptance:
 
     Attributes:
         rule: name of the acceptance rule.
-        counts: what the rule counts -> how much of it, over all images; "stolen": law moved between tokens.
+        counts: what the rule counts -> how much of it, over all images; "stolen": mass moved between tokens.
     """
 
     rule: str

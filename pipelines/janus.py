@@ -50,8 +50,8 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     """Text-to-image pipeline around a Janus model.
 
-    Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same law; only
-    the random numbers come from the caller's generators instead of the global state.
+    Loss contract: `exact` with respect to the stock model: the same forward passes, and samples of the same
+    distribution; only the random numbers come from the caller's generators instead of the global state.
 
     Args:
         model: `transformers.JanusForConditionalGeneration`.
@@ -164,7 +164,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             batch_invariant: an image does not depend on what else is in the batch, nor on the batch size. In float32
                 the batch runs together, and an image that has a decision too close for rounding is drawn again
                 alone; in other types, where rounding is coarse, the images run one after the other. False leaves
-                rounding alone: the law is the same, an image may differ between batch sizes.
+                rounding alone: the distribution is the same, an image may differ between batch sizes.
             output_type: "pil", "np", "pt", or "tokens" (the pictures are not decoded).
             return_dict: False gives ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, token_index, token_index, {})`` after each token of
@@ -223,7 +223,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         states = [generator.get_state() for generator in generators]
         tokens, margin = self._generate(texts, law, generators, on_token)
         for i in (margin < 1).nonzero().flatten().tolist():
-            logger.debug("image %d of the batch has a decision within rounding; drawn again by itself", i)
+            logger.debug("image %d of the batch has a decision within rounding; drawn again alone", i)
             generators[i].set_state(states[i])
             tokens[i] = self._generate([texts[i]], law, [generators[i]], None)[0][0]
         return tokens
@@ -278,7 +278,7 @@ class JanusImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
 
 def _check_parts(model: Any, tokenizer: Any) -> None:
     if all(base.__name__ != "JanusForConditionalGeneration" for base in type(model).__mro__):
-        raise FastgenError(f"model: {type(model).__name__} is none; needs transformers' JanusForConditionalGeneration")
+        raise FastgenError(f"model: {type(model).__name__} is not transformers' JanusForConditionalGeneration")
     check_tokenizer(tokenizer)
 
 

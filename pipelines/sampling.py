@@ -1,4 +1,4 @@
-"""Drawing image tokens in the stock loop: exact samples of the law of `fastgen.drafters.law`, per generator."""
+"""Drawing image tokens in the stock loop: exact samples, see `fastgen.drafters.law`, per generator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GuidedGumbelSampler(LogitsProcessor):
     `margin` [B]: the smallest distance of a decision from being another one, in units of what rounding may move
     (`ROUNDING`). At 1 or above the tokens of the row are those that any other batch shape gives in float32.
 
-    `broken` [B] bool: in some step no law could be made of the scores of the row: NaN, +inf, or -inf throughout. Both
+    `broken` [B] bool: in some step the row's scores gave no distribution: NaN, +inf, or -inf throughout. Both
     stay on the device.
     """
 

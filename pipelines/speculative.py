@@ -196,11 +196,11 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             tree: what is drafted in a round: a name ("chain-4", "4-2-1" nodes at each depth, "lantern-25"), a `Tree`,
                 or the size of a dynamic one; without a drafter "jacobi-12", a window of that many tokens, or
                 "heads-12", one that heads correct; "plain" is the plain loop, which drafts nothing. "auto" measures
-                which is fastest here, once for each acceptance rule, law and number of pictures in a batch (that
-                takes a dozen batches or more), and keeps it in the user's cache. None takes the source that the
-                calibration's measurements expect to be fastest for such a batch; the plain loop, whatever the rule,
-                where none is faster or nothing was measured. So the batch may have a say in what a seed draws.
-            sampled: draw the tree's children from the drafter's law without replacement; False takes its most likely
+                which is fastest here, once per acceptance rule, sampling settings and batch size (that takes a dozen
+                batches or more), and caches the result. None takes the source that the calibration's measurements
+                predict to be fastest for such a batch; the plain loop, whatever the rule, if none is faster or nothing
+                was measured. So the pictures of a seed may depend on the batch.
+            sampled: draw the tree's children from the drafter without replacement; False takes its most likely
                 tokens. None draws where that is possible (not in dynamic trees and at temperature 0).
             acceptance: "exact", "block", "lantern", "lantern++", "gsd", "cool-sd", "cascade", or a rule.
             quality: of "cascade": 0 (exact) to 1 (fastest), by the calibration. None takes 0.5, or default
@@ -389,7 +389,7 @@ def _check_parts(
         heads.check(target)
     if calibration is not None:
         if not isinstance(calibration, Calibration):
-            raise FastgenError(f"calibration: {type(calibration).__name__} is none; needs a Calibration")
+            raise FastgenError(f"calibration: {type(calibration).__name__} is not a Calibration")
         calibration.check(describe(target))
     return target
 

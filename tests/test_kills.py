@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: running the same command again gives the files of a run that nobody killed."""
+"""SIGKILL at random moments: running the same command again gives the files of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def wait(processes: list[Any], seconds: float = 90) -> list[int | None]:
 
 
 def whole_run(folder: Path, arguments: list[str] | None, outcome: Outcome) -> tuple[dict[str, Any], float]:
-    """What a run that nobody kills leaves, and how long a warm one takes."""
+    """The files of an uninterrupted run, and how long a warm one takes."""
     for attempt in ("first", "second"):
         begin = time.monotonic()
         assert wait(launch(folder / attempt, arguments, 1)) == [0], said(folder / attempt)

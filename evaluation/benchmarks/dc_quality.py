@@ -124,8 +124,8 @@ def benchmark_dc_quality(
         "runs": runs,
         "device": device,
     }
-    beside = _flops_beside(chunked, checkpoints[0].defaults, chosen[:1])
-    return result_of("dc-quality", settings, detector=judge, router=router, flops_beside=beside, rows=rows)
+    other_flops = _other_flops(chunked, checkpoints[0].defaults, chosen[:1])
+    return result_of("dc-quality", settings, detector=judge, router=router, flops_beside=other_flops, rows=rows)
 
 
 def _pictures(variant: Variant, batch_size: int, prompts: list[str], seeds: list[int]) -> Iterator[Image.Image]:
@@ -151,7 +151,7 @@ def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[d
     return [{**count, "n": runs, "seconds": found} for count, found in zip(counts, times, strict=True)]
 
 
-def _flops_beside(pipe: Any, defaults: dict[str, Any], prompts: list[str]) -> int:
+def _other_flops(pipe: Any, defaults: dict[str, Any], prompts: list[str]) -> int:
     """FLOPs of a picture outside the denoiser: the prompt and the empty one are read, and latents decoded."""
     height, width = (int(defaults[side]) // pipe.vae_scale_factor for side in ("height", "width"))
     latents = torch.zeros(1, pipe.vae.config.latent_channels, height, width, device=pipe.device, dtype=pipe.vae.dtype)

@@ -123,7 +123,7 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
 
 
 def _budgets(defaults: dict[str, Any], choice: Choice, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings of the budgets of a generation of so many steps; that of the checkpoint once."""
+    """Names and settings of the budgets of a generation with `steps` steps; that of the checkpoint once."""
     budgets = {
         f"{rho:g} lite-cfg {LITE_CFG:g}": {"tail_drop": rho, "uncond_tail_drop": LITE_CFG} for rho in choice.tail_drops
     }

@@ -228,7 +228,7 @@ def benchmark_end_to_end(
 
 
 def _janus_round(device: torch.device, repetitions: int) -> dict[str, Any]:
-    """A round of speculative decoding without its drafter: the pass over a chain, laws, verification, commit."""
+    """A round of speculative decoding without a drafter: a pass over a chain, probabilities, verification, commit."""
     from fastgen.evaluation.benchmarks.speculative_cost import build_target, measure_target
 
     target = build_target("janus-pro-1b", device, _DTYPE)

@@ -87,7 +87,7 @@ def benchmark_speculative(
             `generate` run in float32 as well.
         compile: compile the rounds; the plain loop runs both ways.
         batches: also measure pictures a minute at these batch sizes, in turn; images that are done leave.
-        commands: also measure so many whole `fastgen generate --method speculative` commands without other options,
+        commands: also measure this many whole `fastgen generate --method speculative` commands without other options,
             in turn with those of the plain loop.
         report: called with each line of progress.
 
@@ -183,7 +183,7 @@ def benchmark_speculative(
 
 
 def _commands(options: list[str], variant: str | None, prompt: str, runs: int) -> list[dict[str, Any]]:
-    """Seconds of whole processes that draw one picture: with the source that is taken by itself, and with none."""
+    """Seconds of whole processes that draw one picture: with the default source, and with none."""
     options += [] if variant is None else ["--variant", variant]
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "fastgen.cli.main", "generate", prompt, *options, "--overwrite"]

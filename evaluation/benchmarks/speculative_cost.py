@@ -176,7 +176,7 @@ def measure_target(target: Target, nodes: Sequence[int], runs: int) -> list[dict
 
 
 def _left(target: Target, prefix: Prefix, law: TokenLaw, count: int) -> Callable[[], None]:
-    """Noise, laws, verification and walk of a round over a chain of `count` nodes, root counted."""
+    """Noise, probabilities, verification and walk of a round over a chain of `count` nodes, root included."""
     device = target.device
     logits = torch.randn(2, count, target.vocab_size, generator=torch.Generator().manual_seed(0)).to(device)
     index = torch.arange(count, device=device)[None]

@@ -36,7 +36,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Whether an image is correct, and every broken demand, one a line ("" when correct)."""
+    """Whether an image is correct, and every broken demand, one per line ("" when correct)."""
 
     correct: bool
     reason: str
@@ -63,7 +63,7 @@ def judge(
         settings: the constants of the rules.
 
     Raises:
-        ValueError: the metadata or a detection is malformed, or a colour is demanded and nobody can name it.
+        ValueError: the metadata or a detection is malformed, or a colour is required without a colour classifier.
     """
     wanted = metadata if isinstance(metadata, Metadata) else Metadata.from_dict(metadata)
     everything = Detections(

@@ -156,7 +156,7 @@ def first_of_each_task(prompts: Sequence[Metadata], limit: int | None) -> list[M
 def check_vocabulary(
     metadata: Metadata, class_names: Collection[str] | None, color_names: Collection[str] | None
 ) -> None:
-    """ValueError when a clause names a class or colour that nobody can find; None accepts any."""
+    """ValueError if a clause names a class or colour that cannot be detected; None accepts any."""
     for clause in (*metadata.include, *metadata.exclude):
         if class_names is not None and clause.class_name not in class_names:
             raise ValueError(f"unknown class {clause.class_name!r}; known: {', '.join(class_names)}")

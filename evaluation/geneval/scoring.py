@@ -110,7 +110,7 @@ def score_images(
         work: folder where finished parts are kept until `GenEvalScore.finish`; an interrupted call resumes from it.
 
     Raises:
-        FastgenError: the folder cannot be read, a prompt names what nobody can see, an image is damaged, or images
+        FastgenError: the folder cannot be read, a prompt names what cannot be detected, an image is damaged, or images
             are missing; the message names the file.
         PeerFailed: another process failed.
     """

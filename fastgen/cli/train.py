@@ -1,4 +1,4 @@
-"""`fastgen train`: the recipes of the embedded checkpoints, a command each."""
+"""`fastgen train`: one command per recipe of the embedded checkpoints."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ app = typer.Typer(
 
 
 def _add(kind: type[RecipeSettings], act: Callable[[Any, Path, bool], None], help: str) -> None:
-    """A command for a recipe, with the options of its settings."""
+    """Add a command for a recipe, with the options of its settings."""
 
     def command(
-        output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the command makes.")],
+        output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
         as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
         **values: Any,
     ) -> None:
@@ -61,10 +61,10 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
         torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # only during the run: it is global to the process
     try:
-        learnt = _learnt_from(settings)
+        data = _data_of(settings)
         if identity := getattr(getattr(built, "samples", None), "identity", ""):
-            learnt["pictures"] = identity
-        record = _with_progress(lambda report: Trainer(built, config, report, learnt), config.steps)
+            data["pictures"] = identity
+        record = _with_progress(lambda report: Trainer(built, config, report, data), config.steps)
     finally:
         torch.set_flush_denormal(False)
     leave_group()
@@ -72,7 +72,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
 
 
 def _check_checkpoint(settings: TrainingSettings, config: TrainConfig) -> None:
-    """Refuse a checkpoint of another run before anything is loaded; most of what it costs is the import of torch."""
+    """Refuse a checkpoint of another run before anything is loaded; most of the time goes to importing torch."""
     path = config.output_dir / "checkpoint.pt"
     if path.exists():
         import torch
@@ -85,8 +85,8 @@ def _check_checkpoint(settings: TrainingSettings, config: TrainConfig) -> None:
         check_resumable(path, settings.name, config.seed, run_settings(config, processes))
 
 
-def _learnt_from(settings: TrainingSettings) -> dict[str, Any]:
-    """What the weights of a run come from: digests of the folders, names of what is on the Hub, and choices."""
+def _data_of(settings: TrainingSettings) -> dict[str, Any]:
+    """Identifies a run's inputs: digests of folders, Hub ids, and choices."""
     from fastgen.cli.plan import weights_digest
     from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, embedded_folder
 
@@ -99,7 +99,7 @@ def _learnt_from(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def _calibrate(settings: CascadeCalibrate, output: Path, as_json: bool) -> None:
-    """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, the scores and costs that it measured."""
+    """Thresholds of CASCADE-R; with `data`, a result of `bench speculative`, its scores and costs."""
     from fastgen.io import read_object
 
     drafter, pictures = settings.needed("init"), settings.samples or 50
@@ -168,25 +168,25 @@ def _draw(settings: DrawnSettings, count: int) -> None:
 
     checkpoint = find_checkpoint(str(settings.part))
     call = {"num_inference_steps" if key == "steps" else key: value for key, value in checkpoint.defaults.items()}
-    if checkpoint.kind == "janus":  # it draws one size, and its pipeline has no arguments for it
+    if checkpoint.kind == "janus":  # draws one size only; its pipeline has no such arguments
         call = {key: value for key, value in call.items() if key not in ("height", "width")}
     draws_classes = checkpoint.pipeline_class == "DiTPipeline"
     if prompts is not None and draws_classes:
         raise FastgenError("--prompts-file: a DiT draws classes and takes no prompts")
     if prompts is None and not draws_classes:
-        raise FastgenError("--prompts-file: a pipeline that draws captions needs one, or 'shapesworld'")
+        raise FastgenError("--prompts-file: a pipeline with captions needs one, or 'shapesworld'")
     pipe = load_checkpoint(checkpoint, dtype="float32")
     labels = list(range(pipe.transformer.config.num_embeds_ada_norm)) if prompts is None else prompts
     pipe.set_progress_bar_config(disable=True)
     state = PartialState(cpu=not torch.cuda.is_available())
     check_writable(data)
     lock = locked_folder(data) if state.is_main_process else contextlib.nullcontext()
-    with state.main_process_first(), lock:  # the others find them drawn
+    with state.main_process_first(), lock:  # the others reuse the samples
         draw_samples(pipe, data, labels, count, seed=settings.seed or 0, report=_progress_of("samples"), **call)
 
 
 def _record(settings: DrawnSettings, count: int) -> None:
-    """Fill the folder `data` with windows of the model `part`, corrected by the heads `init` if there are some."""
+    """Fill the folder `data` with windows of the model `part`, corrected by the heads `init`, if any."""
     from fastgen.training.heads import record
 
     folder, data = janus_folder(settings.name, settings.needed("part")), settings.needed("data")

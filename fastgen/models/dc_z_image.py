@@ -109,8 +109,7 @@ class DCZImageBlock(nn.Module):
     ) -> Tensor:
         """hidden_states [T, D], conditioning [n, c] -> [T, D].
 
-        Where nobody reads the other rows, `wanted` names those to compute, int64 [W], and how they divide into
-        sequences: -> [W, D].
+        `wanted` selects the rows to compute, int64 [W], and their division into sequences: -> [W, D].
         """
         if self.modulated and conditioning is not None:
             scale1, gate1, scale2, gate2 = self.adaLN_modulation(conditioning).chunk(4, dim=-1)

@@ -1,10 +1,10 @@
-"""An auxiliary target for the caption itself: what it has said so far, at every word.
+"""An auxiliary loss on the caption: its state at every word.
 
-"A red circle left of a blue star" means something only when colours stay with their nouns and both nouns with the
-relation. Nothing in a picture's tokens asks for that before the model knows it: knowing both colours and guessing
-which is whose is a plateau that next-token prediction did not leave in 300,000 pictures. A linear head on an early
-layer that reads the state of the caption at each of its words makes the binding a target of its own, and the last word
-a summary that every image token can attend to. The head is dropped when the model is exported.
+"A red circle left of a blue star" requires that colours are bound to their nouns and both nouns to the relation. The
+loss on image tokens alone does not teach that: in 300,000 pictures, next-token prediction stayed on a plateau where
+the model knows both colours and guesses which belongs to which object. A linear head on an early layer predicts the
+state of the caption at each word. So the binding has its own loss, and every image token can attend to the last word
+as a summary. The head is not exported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastgen.data.shapes import COLORS, SHAPES
 
 _RELATION_WORDS = {"left": 1, "right": 2, "above": 3, "over": 3, "below": 4, "under": 4}
 
-#: What is known of a caption at each word, with the number of classes; 0 stands for "nothing yet".
+#: The state of a caption at each word, with the number of classes; 0 means "nothing yet".
 FIELDS: dict[str, int] = {
     "noun": 1 + len(SHAPES),
     "color": 1 + len(COLORS),
@@ -53,7 +53,7 @@ class CaptionReader:
                     self.tables[kind][known[word]] = value
 
     def labels(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What each prefix of a caption says.
+        """The state of each prefix of a caption.
 
         Args:
             input_ids: int64 [n, L].
@@ -84,7 +84,7 @@ class CaptionReader:
 
 
 class CaptionHead(torch.nn.Module):
-    """Linear read-out of the caption's state from hidden states of width `width`."""
+    """Linear prediction of the caption's state from hidden states of width `width`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Model cards of the embedded checkpoints: what was trained, how, on what, for how long, and what it scores.
+"""Model cards of the embedded checkpoints: training, data, duration and scores.
 
-``python -m fastgen.training.cards`` writes the cards of all embedded checkpoints again from their training records
-and from the committed scores in ``docs/results``.
+``python -m fastgen.training.cards`` regenerates the cards of all embedded checkpoints from their training records and
+the committed scores in ``docs/results``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ image = pipe("a red circle", height=64, width=64, num_inference_steps=12, guidan
 ```
 
 Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token), one size, and
-nothing of natural images. The text encoder was trained together with the transformer.
+nothing about natural images. The text encoder was trained together with the transformer.
 
-The recipe reproduces its scores: run in one go from random weights with its defaults (`fastgen train z-image --part
+The recipe reproduces its scores: one run from random weights with its defaults (`fastgen train z-image --part
 RUNS/vae/model/vae --compile --threads 1`, 10,000 steps, 138 minutes on one core) it gave 0.780 ± 0.011 and FD-shapes
 0.33 (`docs/results.md`).""",
     "tiny-janus": """A stock `transformers.JanusForConditionalGeneration`: VQ tokenizer (16x16 tokens, 512
@@ -58,15 +58,15 @@ tokens = model.generate(**inputs, generation_mode="image", do_sample=True, guida
 pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 ```
 
-In `drafter` lies its drafter for speculative decoding, a `fastgen.drafters.eagle.EagleDrafter` of width 128 with the
-thresholds of CASCADE-R for both of them (`fastgen generate --model tiny-janus --method speculative`). In
-`drafter/heads` lie `fastgen.drafters.heads.WindowHeads`, which correct Jacobi windows (`--tree heads-16`).
+`drafter` contains its drafter for speculative decoding, a `fastgen.drafters.eagle.EagleDrafter` of width 128 with the
+CASCADE-R thresholds for both (`fastgen generate --model tiny-janus --method speculative`). `drafter/heads` contains
+`fastgen.drafters.heads.WindowHeads`, which correct Jacobi windows (`--tree heads-16`).
 
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
-untrained and as small as the class allows: this checkpoint generates images and does nothing else.""",
+untrained and as small as the class allows: this checkpoint only generates images.""",
     "small": """A `diffusers.ZImagePipeline` of stock classes for 128x128 pictures of ShapesWorld captions:
 `ZImageTransformer2DModel` (width 192, 8 layers, patch 2, 256 image tokens), grown from that of `tiny`. VAE, text
-encoder and tokenizer are those of `tiny`; the scheduler has its own `shift` of 4.
+encoder and tokenizer are those of `tiny`; the scheduler has a `shift` of 4.
 
 ```python
 import fastgen
@@ -77,8 +77,8 @@ image = pipe("a red circle", height=128, width=128, num_inference_steps=12, guid
 
 Limits: those of `tiny`.""",
     "small-dc": """A `fastgen.DCZImageTransformer2DModel` (width 192, 8 layers) upcycled from the transformer of
-`small` on its own patches (`grid="patch"`): it began as `small` and learned to compute only the patches that its
-router keeps. VAE, text encoder and tokenizer are those of `tiny`, the scheduler is UniPC with twice the shift of
+`small` on its own patches (`grid="patch"`): it started as `small` and learned to compute only the patches that its
+router keeps. VAE, text encoder and tokenizer are those of `tiny`; the scheduler is UniPC with twice the shift of
 `small`.
 
 ```python
@@ -91,15 +91,15 @@ image = pipe("a red circle", uncond_tail_drop=0.9, **settings).images[0]
 
 Limits: those of `small`. Loss contract: lossy.""",
     "shapes-detector": """`fastgen.models.shapes_detector.ShapesDetector`: class, colour, box, mask and confidence of
-the objects of a ShapesWorld picture. It decides the ShapesWorld-GenEval scores, and its 128 penultimate
-features are the extractor of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
+the objects of a ShapesWorld picture. It computes the ShapesWorld-GenEval scores, and its 128 penultimate features are
+the features of FD-shapes. Validation and calibration: `docs/results/shapes-checker.md`.
 
-Limits: it was trained on renders, and on blobs and textures that are no object, so that the mush of a weak generator
-does not count; a generated object between two shapes still gets the nearer of the two when its confidence passes the
+Limits: it was trained on renders, and on blobs and textures without objects, so that the shapeless output of a weak
+generator does not count; a generated object between two shapes still gets the nearer one if its confidence exceeds the
 threshold.""",
     "shapes-verifier": """`fastgen.models.shapes_verifier.ShapesVerifier`: the probability that a 64x64 picture shows a
-ShapesWorld caption. Noise search asks it; the ShapesWorld checker, which scores evaluation sets, is another network
-that learned another task, so a search does not grade itself.
+ShapesWorld caption. Noise search uses it; the ShapesWorld checker, which scores evaluation sets, is a separate network
+trained on another task, so a search does not grade itself.
 
 ```python
 from fastgen.evaluation.verifiers.names import load_verifier
@@ -108,17 +108,16 @@ verifier = load_verifier("shapes-verifier")
 scores = verifier.score(images, ["a red circle"])  # images uint8 [1, 3, 64, 64]; scores [1] in [0, 1]
 ```
 
-Data: renders of ShapesWorld from the whole grammar, each with one true caption, false ones that differ from it in one
-thing, and another picture's; blurred, noisy, with blobs in the place of objects, or two at once. Beside the answers it
-learned which shape and colour each place of a render has, where each named object is and how many there are of it,
-and how two of them stand to each other. It saw no picture of a generator and no verdict of the checker, but both
-learned what the shapes are from renders of the same kind. `thresholds` holds what `fastgen train search-calibrate`
-measured for the embedded models.
+Data: ShapesWorld renders from the whole grammar, each with one true caption, false ones that differ from it in one
+detail, and another picture's; blurred, noisy, with blobs instead of objects, or two renders overlaid. Auxiliary losses
+cover shape and colour at each place, position and number of each named object, and the offset of two named objects. It
+saw no generated picture and no verdict of the checker, but both learned the shapes from renders of the same kind.
+`thresholds` contains the results of `fastgen train search-calibrate` for the embedded models.
 
-Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token) and nothing of natural
-images; pictures of another size are scaled to 64x64. A score is a probability on renders, not on what a model draws:
-there it is too sure of itself, and it and the checker often disagree about how many objects there are when some of
-them are half drawn.""",
+Limits: it knows the 56 words of the ShapesWorld grammar (other words become one unknown token) and nothing about
+natural images; pictures of another size are scaled to 64x64. A score is a probability on renders, not on generated
+pictures: there it is overconfident, and it often disagrees with the checker about the number of objects if some are
+only half drawn.""",
 }
 _LIBRARIES = {
     "tiny": "diffusers",
@@ -156,12 +155,12 @@ def write_record(folder: Path, part: str, record: dict[str, Any]) -> None:
 
 
 def write_defaults(folder: Path, **defaults: float) -> None:
-    """Write `folder/fastgen.json`: the settings that `fastgen generate` uses where the user gives none."""
+    """Write `folder/fastgen.json`: the default settings of `fastgen generate`."""
     _write(folder / "fastgen.json", defaults)
 
 
 def inherit_records(folder: Path, part: Path) -> None:
-    """Copy the records of a part that was trained before (the folder above `part`) into `folder/training.json`."""
+    """Copy the records of an earlier trained part (the folder above `part`) into `folder/training.json`."""
     path = part.parent / "training.json"
     if path.exists():
         for name, record in read_object(path).items():
@@ -193,9 +192,9 @@ def card(
     Args:
         name: of a checkpoint.
         records: its training.json.
-        scores: a result of `fastgen eval shapes --json`, if there is one.
-        calibrations: of a verifier, as `fastgen train search-calibrate` writes them.
-        size: of its weights, in words.
+        scores: a result of `fastgen eval shapes --json`, if any.
+        calibrations: of a verifier, written by `fastgen train search-calibrate`.
+        size: of its weights, as text.
     """
     lines = ["---", "license: apache-2.0", f"library_name: {_LIBRARIES[name]}", "---", f"# {_TITLES[name]}", ""]
     lines += [_TEXTS[name], "", *([size, ""] if size else []), "## Training", ""]
@@ -240,7 +239,7 @@ def _score_lines(scores: dict[str, Any]) -> list[str]:
 
 
 def _agreement_lines(calibration: Mapping[str, Any]) -> list[str]:
-    """A calibration in words: agreement at the end, at each time, and the thresholds."""
+    """A calibration as text: agreement at the end, at each time, and the thresholds."""
     about, steps = calibration["about"], calibration["report"]["agreement"]
     final = steps[-1]
     tasks = ", ".join(f"{tag} {_shown(task['auroc'])}" for tag, task in final["tasks"].items())
@@ -277,7 +276,7 @@ def _shown(value: float | None) -> str:
 
 
 def write_cards(root: Path = _assets.ROOT, results: Path | None = None) -> list[Path]:
-    """Write README.md of every embedded checkpoint, then the checksums; returns the cards."""
+    """Write README.md of every embedded checkpoint, then the checksums; returns the paths of the cards."""
     results = results or root.parent.parent / "docs" / "results"
     written = []
     for name in _assets.names(root):

@@ -1,7 +1,7 @@
 """`fastgen train cascade-calibrate`: thresholds of CASCADE-R for a target with its drafter.
 
-Pictures are drawn with the exact rule; at every uncertain node of their trees the target tells how alike siblings are
-to it and how far apart the laws behind them really lie.
+Pictures are drawn with the exact rule. At every node of their trees, the similarity of siblings to the target and the
+distance of the distributions after them are recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastgen.pipelines.loading import load_pipeline
 
 __all__ = ["calibrate_cascade"]
 
-TREE = "lantern-25"  # bushy: what is wanted are siblings
+TREE = "lantern-25"  # wide: the calibration needs siblings
 
 
 @torch.no_grad()
@@ -49,13 +49,13 @@ def calibrate_cascade(
     Args:
         model: name, folder or Hub id of a model that draws tokens.
         drafter: folder of its drafter.
-        output: folder to write to; the drafter's own makes it the default there.
-        pictures: to draw.
-        prompts: what to draw, in turn; None takes ShapesWorld captions.
-        tree: static tree that is drafted.
+        output: folder to write to; in the drafter's folder it becomes the drafter's default.
+        pictures: number of pictures to draw.
+        prompts: used in turn; None takes ShapesWorld captions.
+        tree: static tree to draft.
         seed: of prompts and pictures.
-        device: where.
-        report: called for every picture.
+        device: to run on.
+        report: called after every picture.
 
     Raises:
         FastgenError: fewer pictures than 1, or no prompt.
@@ -66,7 +66,7 @@ def calibrate_cascade(
     texts = list(ShapesWorld(seed + 909).batch(pictures).texts) if prompts is None else list(prompts)
     if not texts:
         raise FastgenError("prompts: needs at least one")
-    made = load_drafter(drafter)  # before the model: it may not be one
+    made = load_drafter(drafter)  # before the model: the folder may not hold a drafter
     pipe: Any = load_pipeline(model, device=device, dtype="float32" if device == "cpu" else "auto")
     target = target_of(pipe.model, pipe.tokenizer)
     source = TreeSource(made.to(target.device, target.dtype), named_tree(tree), sampled=True)

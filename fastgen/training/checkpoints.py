@@ -1,4 +1,4 @@
-"""Checkpoint and log of a training: written whole, read with suspicion, and continued only as they began."""
+"""Checkpoint and log of a training run: written atomically, verified when read, resumed with equal settings only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint; it is on the disk before it takes the name."""
+    """Replace the checkpoint atomically: it is renamed after it is on disk."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)
@@ -35,14 +35,14 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote.
+    """Read what `write_checkpoint` wrote.
 
     Raises:
-        FastgenError: it cannot be read, or a checksum in it is wrong.
+        FastgenError: it cannot be read, or one of its checksums is wrong.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if (member := archive.testzip()) is not None:  # torch.load looks at no checksum
+            if (member := archive.testzip()) is not None:  # torch.load does not verify checksums
                 raise ValueError(f"the checksum of {member} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, torch and pickle raise errors of a dozen types
@@ -53,16 +53,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, error: Exception) -> FastgenError:
-    """One line for whatever is wrong with a checkpoint."""
+    """A one-line error for a broken checkpoint."""
     line = (str(error).strip().splitlines() or [""])[0]
     return FastgenError(f"checkpoint {path} is damaged or of another model: {type(error).__name__}: {line}")
 
 
 def check_resumable(path: Path, recipe: str, seed: int, settings: dict[str, Any]) -> None:
-    """`check_run`, without the data, of a checkpoint if there is one, before anything is loaded.
+    """Run `check_run` on a checkpoint, if there is one, without comparing the data and before anything is loaded.
 
     Raises:
-        FastgenError: it is of another run, or cannot be read.
+        FastgenError: it belongs to another run, or cannot be read.
     """
     if not path.exists():
         return
@@ -81,11 +81,11 @@ def check_run(
     """Refuse a checkpoint of another run.
 
     Args:
-        settings: what the weights of this run depend on, JSON-ready. Checkpoints of older versions have none.
-        but: settings that are not compared.
+        settings: everything that this run's weights depend on, JSON-ready. Checkpoints of older versions have none.
+        but: settings to skip.
 
     Raises:
-        FastgenError: names what differs.
+        FastgenError: names the differences.
     """
     if state["recipe"] != recipe or state["seed"] != seed:
         raise FastgenError(
@@ -105,7 +105,7 @@ def check_run(
 
 
 def file_version(path: Path) -> tuple[int, int, int] | None:
-    """Identifies a file of this name; None when there is no file."""
+    """Identifies a version of a file; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -114,7 +114,7 @@ def file_version(path: Path) -> tuple[int, int, int] | None:
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Drop what was logged after a step: what comes after it is trained, and logged, again."""
+    """Drop log lines after a step: those steps are trained and logged again."""
     if not path.exists():
         return
     kept = []

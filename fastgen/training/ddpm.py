@@ -1,4 +1,4 @@
-"""DDPM with a learned variance (Nichol & Dhariwal, arXiv 2102.09672), the loss that DiT is trained with."""
+"""DDPM with learned variance (Nichol & Dhariwal, arXiv 2102.09672), the training loss of DiT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GaussianDiffusion:
         posterior = betas * (1 - before) / (1 - kept)
         self.steps = len(betas)
         self.signal, self.noise = kept.sqrt().float(), (1 - kept).sqrt().float()
-        # q(x_{t-1} | x_t, x_0) has no variance at t = 0: its logarithm there is that of t = 1.
+        # q(x_{t-1} | x_t, x_0) has no variance at t = 0: the logarithm of t = 1 is used there.
         self.posterior_log_variance = torch.cat([posterior[1:2], posterior[1:]]).log().float()
         self.log_betas = betas.log().float()
         self.of_start = (betas * before.sqrt() / (1 - kept)).float()
@@ -40,15 +40,15 @@ class GaussianDiffusion:
     def loss(self, output: Tensor, start: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """Squared error of the noise plus the variational bound in bits, [n].
 
-        The bound trains the variance alone: the predicted noise enters it without a gradient.
+        The bound trains only the variance: the predicted noise is detached.
 
         Args:
-            output: [n, 2 C, h, w], predicted noise, then the variance's place between its bounds (-1 … 1).
+            output: [n, 2 C, h, w], predicted noise, then the variance's position between its bounds (-1 … 1).
             start, noise: [n, C, h, w].
             step: [n].
 
         Raises:
-            ValueError: the output has not twice the channels of the data.
+            ValueError: the output does not have twice the channels of the data.
         """
         if output.shape[1] != 2 * start.shape[1]:
             raise ValueError(f"output: needs {2 * start.shape[1]} channels, got {output.shape[1]}")
@@ -57,7 +57,7 @@ class GaussianDiffusion:
         return error + self.bound(predicted.detach(), place, start, noise, step)
 
     def bound(self, predicted: Tensor, place: Tensor, start: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """One term of the variational bound in bits a dimension, [n]: KL(q || p) for t > 0, -log p(x_0 | x_1) at 0."""
+        """A term of the variational bound in bits per dimension, [n]: KL(q || p) for t > 0, -log p(x_0 | x_1) at 0."""
         noisy = self.corrupt(start, noise, step)
         mean, log_variance = self.reverse(predicted, place, noisy, step)
         true_mean = _at(self.of_start, step, start) * start + _at(self.of_noisy, step, start) * noisy
@@ -74,7 +74,7 @@ class GaussianDiffusion:
         return terms.flatten(1).mean(dim=1) / math.log(2.0)
 
     def reverse(self, predicted: Tensor, place: Tensor, noisy: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t) from predicted noise and the variance's place."""
+        """Mean and log variance of p(x_{t-1} | x_t) from the predicted noise and the variance's position."""
         start = (noisy - _at(self.noise, step, noisy) * predicted) / _at(self.signal, step, noisy)
         mean = _at(self.of_start, step, noisy) * start + _at(self.of_noisy, step, noisy) * noisy
         low, high = _at(self.posterior_log_variance, step, noisy), _at(self.log_betas, step, noisy)
@@ -89,7 +89,7 @@ def _at(values: Tensor, step: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _log_likelihood_of_levels(data: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log probability of the bin of width 2/255 around `data` under a normal distribution; the outer bins are open."""
+    """Log-probability of the bin of width 2/255 around `data` under a normal distribution; the outer bins are open."""
     inverse = (-log_scale).exp()
     normal = torch.distributions.Normal(0.0, 1.0)
     above = normal.cdf((data - mean + 1 / 255) * inverse)

@@ -1,4 +1,4 @@
-"""Recipe `detector`: the ShapesWorld detector, on renders with blur, noise and colour shifts."""
+"""Recipe `detector`: the ShapesWorld detector, trained on renders with blur, noise and colour shifts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastgen.models.shapes_detector import BOX_SCALE, STRIDE, ShapesDetector, ce
 from fastgen.training.cards import write_record
 from fastgen.training.vae import to_pixels
 
-_EMPTY = 0.25  # share of training pictures with nothing but distractors
-_MIXED = 0.3  # share of the others with distractors next to their objects
-_INNER = 0.5  # share of the half box inside which a cell is a positive; between this and 1 it is ignored
+_EMPTY = 0.25  # share of training pictures with distractors only
+_MIXED = 0.3  # share of the others with distractors next to the objects
+_INNER = 0.5  # cells within this share of the half box are positives; those between it and 1 are ignored
 
 
 def blur(pixels: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -39,8 +39,8 @@ def detection_targets(batch: ShapesBatch) -> dict[str, torch.Tensor]:
     """Targets on the stride-4 grid from true instance maps.
 
     Returns:
-        owner: int64 [n, h, w], the object (k) a cell predicts, -1 background, -2 ignored.
-        shapes, colors: int64 [n, h, w] of the owner (0 where there is none).
+        owner: int64 [n, h, w], index of the object that a cell predicts, -1 background, -2 ignored.
+        shapes, colors: int64 [n, h, w] of the owner (0 without one).
         distances: float [n, h, w, 4] from the cell centre to the owner's tight box, in pixels.
         mask: float [n, H, W].
     """
@@ -72,7 +72,7 @@ def detection_targets(batch: ShapesBatch) -> dict[str, torch.Tensor]:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur a quarter of the batch; give every image its own noise, gain, offset and channel gains."""
+    """Blur a quarter of the batch; apply separate noise, gain, offset and channel gains to every image."""
     n = len(pixels)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     pixels = torch.cat([blur(pixels[:quarter], sigma), pixels[quarter:]])
     pixels = pixels * uniform(0.85, 1.15, 1, 1, 1) * uniform(0.93, 1.07, 3, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
     noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
-    # Squared, so that most images carry little noise.
+    # Squared, so that most images have little noise.
     return (pixels + noise * 0.25 * uniform(0.0, 1.0, 1, 1, 1).square()).clamp(-1, 1)
 
 
@@ -101,11 +101,11 @@ class DetectorRecipe:
         self.data = ShapesWorld(seed + 505, held_out=False)
 
     def build(self) -> ShapesDetector:
-        """The detector with fresh weights."""
+        """The detector with new weights."""
         return ShapesDetector(shapes=SHAPES, colors=COLORS).to(memory_format=torch.channels_last)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders with targets; part of them with distractors, which are background to the targets."""
+        """Renders with targets; some with distractors, which count as background."""
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         data = with_distractors(self.data.batch(size, start), rng, empty=_EMPTY, mixed=_MIXED)
         return {"images": torch.from_numpy(data.images), **detection_targets(data)}
@@ -118,7 +118,7 @@ class DetectorRecipe:
         owner = batch["owner"]
         positive, counted = owner >= 0, owner != -2
         objectness = F.binary_cross_entropy_with_logits(output.objectness[counted], positive[counted].float())
-        # Sums over cells that hold an object, not means: a small batch may show distractors only.
+        # Sums over cells with an object, not means: a small batch may have distractors only.
         objects = max(1, int(positive.sum()))
         shapes = F.cross_entropy(output.shapes[positive], batch["shapes"][positive], reduction="sum") / objects
         colors = F.cross_entropy(output.colors[positive], batch["colors"][positive], reduction="sum") / objects

@@ -1,8 +1,8 @@
-"""Recipe `drafter`: an EAGLE drafter learns what its target says, for both rows of guidance.
+"""Recipe `drafter`: an EAGLE drafter learns its target's predictions, for both guidance rows.
 
-The target reads prompts and whole pictures once; the drafter is unrolled over several steps on its own output. Its
-logits are mixed as guidance mixes them before they meet the target's law: what is accepted is decided there. Terms of
-the target's redundancy (`fastgen.training.redundancy_terms`) can be switched on.
+The target reads prompts and whole pictures once; the drafter is unrolled over several steps on its own output. The
+loss compares guided logits, because acceptance is decided after guidance. Terms of the target's redundancy
+(`fastgen.training.redundancy_terms`) are optional.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastgen.training.vq import image_tokens
 
 __all__ = ["DrafterRecipe", "DrafterTerms"]
 
-_STEP_DECAY = 0.8  # of a step's weight, per step (EAGLE-3)
+_STEP_DECAY = 0.8  # of the loss weight, per step (EAGLE-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class DrafterTerms:
     """Terms of the loss.
 
     Attributes:
-        steps: of drafting on its own output; 1 is teacher forcing.
-        feature: weight of the SmoothL1 of the predicted feature (variant 1).
-        feature_noise: width of the uniform noise on the features read.
-        redundancy: "none", "class" (class cross-entropy beside a token cross-entropy that counts less where siblings
-            are alike) or "soft" (soft targets).
+        steps: steps of drafting on its own output; 1 is teacher forcing.
+        feature: weight of the smooth L1 loss of the predicted feature (variant 1).
+        feature_noise: width of the uniform noise on the input features.
+        redundancy: "none", "class" (class cross-entropy, and a token cross-entropy with less weight where siblings are
+            similar) or "soft" (soft targets).
         strength: weight of the redundancy term.
-        probes: places of a picture at which the target is asked for siblings.
-        convergence: later steps count less in flat regions.
+        probes: places per picture where siblings are evaluated.
+        convergence: later steps have less weight in flat regions.
 
     Raises:
         ValueError: a number out of range.
@@ -77,7 +77,7 @@ class DrafterTerms:
 
 
 class DrafterModule(torch.nn.Module):
-    """The drafter, several steps of it."""
+    """The drafter, unrolled over several steps."""
 
     adamw_names = ("head",)
 
@@ -86,7 +86,7 @@ class DrafterModule(torch.nn.Module):
         self.drafter, self.steps = drafter, steps
 
     def forward(self, features: Tensor, embeds: Tensor, positions: Tensor, mask: Tensor) -> list[Tensor]:
-        """States of steps 1 … `steps`, [R, L, D] each; see `unroll`. A Medusa head reads the place of its root."""
+        """States of steps 1 … `steps`, [R, L, D] each; see `unroll`. Medusa heads read their root's place."""
         if isinstance(self.drafter, EagleDrafter):
             return unroll(self.drafter, features, embeds, positions, mask, self.steps)
         guesses = (self.drafter.guess(features, embeds, step) for step in range(self.steps))
@@ -99,15 +99,15 @@ class DrafterRecipe:
     Args:
         seed: seed of weights, data and noise.
         model: folder of the target (`JanusForConditionalGeneration`).
-        init: folder of a drafter to go on from.
+        init: folder of a drafter to continue from.
         terms: of the loss.
-        guidance_scale: at which the drafter's law has to meet the target's.
-        samples: tokens that the target drew, with their prompts; None learns from renders of ShapesWorld.
-        kind: of a new one, "eagle" or "medusa".
-        drafter: configuration of a new one.
+        guidance_scale: of drafter and target in the loss; None takes the model's own.
+        samples: tokens drawn by the target, with their prompts; None trains on ShapesWorld renders.
+        kind: of a new drafter, "eagle" or "medusa".
+        drafter: configuration of a new drafter.
 
     Raises:
-        ValueError: renders for a model that draws another size, or an `init` that was made for another model.
+        ValueError: renders for a model with another picture size, or an `init` made for another model.
     """
 
     name = "drafter"
@@ -134,8 +134,8 @@ class DrafterRecipe:
         self.target = target_of(pipe.model, pipe.tokenizer)
         if samples is None and self.target.image_size != IMAGE_SIZE:
             raise ValueError(
-                f"model: draws {self.target.image_size} pixels, renders of ShapesWorld have {IMAGE_SIZE}; let the "
-                "drafter learn from what it draws (--samples, --prompts-file, --data)"
+                f"model: draws {self.target.image_size} pixels, renders of ShapesWorld have {IMAGE_SIZE}; train the "
+                "drafter on the model's own samples (--samples, --prompts-file, --data)"
             )
         scale = guidance_scale or float(pipe.model.generation_config.guidance_scale or 1.0)
         self.law = TokenLaw(guidance_scale=scale)
@@ -164,7 +164,7 @@ class DrafterRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of the guided laws over all steps, plus the feature's error, plus redundancy terms."""
+        """Cross-entropy of the guided distributions over all steps, plus feature error, plus redundancy terms."""
         target, terms, drafter = self.target, self.terms, self.drafter
         given = batch["images"] if self.samples is None else batch["tokens"]
         target.model.to(given.device)
@@ -176,7 +176,7 @@ class DrafterRecipe:
             output, embeds = target.read(prefix, tokens, cache, drafter.taps)
             features = drafter.features(output)
             index = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-            # The law of token i is what the pass says at the place before it.
+            # The distribution of token i comes from the place before it.
             laws = target.token_law(target.head(output.hidden[:, length - 1 : -1]), prefix, self.law, index)
         noise = (torch.rand(features.shape, generator=generator) - 0.5).to(features) * terms.feature_noise
         whole = prefix.followed_by(embeds[:, length:-1])
@@ -213,8 +213,8 @@ class DrafterRecipe:
         total, numbers = laws.new_zeros(()), dict[str, float]()
         index = torch.arange(1, wanted.shape[1] + 1, device=laws.device).expand(len(wanted), -1)
         for step, state in enumerate(states):
-            # Place length - 1 reads the first token and says the law of the second; a step later starts later.
-            # The last place says what would follow the picture: nothing.
+            # Place length - 1 reads the first token and predicts the second; step k starts k places later. The last
+            # place has no target: nothing follows the picture.
             own = state[:, length - 1 : length - 1 + wanted.shape[1]]
             log_q = self._log_law(own, prefix, index)
             cross = -(wanted * log_q).sum(dim=-1)
@@ -233,7 +233,7 @@ class DrafterRecipe:
         return total, numbers
 
     def _log_law(self, state: Tensor, prefix: Prefix, index: Tensor) -> Tensor:
-        """Logarithm of the drafter's guided law, [B, n, V]; finite."""
+        """Log-probabilities of the guided drafter, [B, n, V]; finite."""
         drafter, target = self.drafter, self.target
         logits = drafter.logits_of(target, state) if isinstance(drafter, EagleDrafter) else target.head(state)
         mixed = self.target.guided(logits, prefix, self.law)

@@ -16,19 +16,19 @@ def unroll(
 ) -> list[Tensor]:
     """States after 1 … `steps` steps of drafting (EAGLE-3's training-time test).
 
-    At step k, place t holds the state of a node k deep whose root is at place t - k: it read its own output of step
-    k - 1 at place t - 1. It sees the committed entries up to its root, and its own k ancestors.
+    At step k, place t has the state of a node at depth k whose root is at place t - k: it reads the drafter's output
+    of step k - 1 at place t - 1. It sees the committed entries up to its root, and its k ancestors.
 
     Args:
-        drafter: trained.
+        drafter: to train.
         features: [R, L, F], of the target, at each place.
-        embeds: [R, L, D], the target's input vector of the token after each place.
+        embeds: [R, L, D], the target's embedding of the token after each place.
         positions: [R, L], of the places.
         mask: [R, L] bool, real places.
-        steps: of drafting; 1 is teacher forcing alone.
+        steps: drafting steps; 1 is teacher forcing.
 
     Returns:
-        [R, L, D] each; those of step k are meaningful from the k-th real place on.
+        [R, L, D] each; those of step k are valid from the k-th real place on.
     """
     length = features.shape[1]
     order = torch.arange(length, device=features.device)
@@ -46,7 +46,7 @@ def unroll(
             committed = (key, value)
         else:
             drafted.append((key, value))
-        # A pad sees itself, so that nothing is undefined; from the second step on every place has drafted entries.
+        # Padding sees itself, so that nothing is undefined; from the second step every place has drafted entries.
         own = torch.eye(length, dtype=torch.bool, device=mask.device) & ~mask[:, None]
         reach = ((order[:, None] - step >= order) & mask[:, None]) | own
         mixed = _attend(query, committed, drafted, reach)
@@ -57,7 +57,7 @@ def unroll(
 def _attend(
     query: Tensor, committed: tuple[Tensor, Tensor], drafted: list[tuple[Tensor, Tensor]], reach: Tensor
 ) -> Tensor:
-    """Attention [R, L, heads, d] over committed entries within `reach` [R, L, L], and at place t over the drafted ones
+    """Attention [R, L, heads, d] over committed entries within `reach` [R, L, L], and at place t over drafted entries
     of steps 1 … k at places t - k + 1 … t."""
     scale = query.shape[-1] ** -0.5
     scores = torch.einsum("rthd,rshd->rhts", query, committed[0]) * scale
@@ -77,7 +77,7 @@ def _attend(
 
 
 def _shift(values: Tensor, back: int) -> Tensor:
-    """values [R, L, …] of `back` places before; zeros before the first."""
+    """Shift values [R, L, …] by `back` places, with zeros before the first."""
     if back == 0:
         return values
     return F.pad(values[:, :-back], (0, 0, 0, 0, back, 0))

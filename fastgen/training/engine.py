@@ -1,8 +1,8 @@
-"""The training loop that all recipes share: accelerate, EMA, exact resume, atomic checkpoints.
+"""The training loop of all recipes: accelerate, EMA, exact resume, atomic checkpoints.
 
-A recipe's batch is a function of (seed, step, process), so a resumed run sees exactly what the interrupted one
-would have seen. It keeps the settings it began with: those that change its weights are in the checkpoint, and
-others are refused. More or fewer steps are allowed, and recorded.
+A recipe's batch is a function of (seed, step, process), so a resumed run sees the same batches as an uninterrupted
+one. Settings that change the weights are in the checkpoint; resuming with other values is an error. The number of
+steps may change, and is recorded.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from fastgen.training.train_config import FIXED, TrainConfig, learning_rate, res
 
 
 class Recipe(Protocol):
-    """What a recipe tells the engine."""
+    """The interface between a recipe and the engine."""
 
     name: str
 
     def build(self) -> torch.nn.Module:
-        """The module whose parameters are trained (those with requires_grad)."""
+        """The module to train: its parameters with requires_grad."""
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Items start … start + size - 1, on the CPU."""
@@ -61,10 +61,10 @@ class Recipe(Protocol):
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of a batch that is on the module's device, and numbers for the log."""
+        """The loss of a batch on the module's device, and numbers for the log."""
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
-        """Write the trained (EMA) weights in Hub layout with a model card."""
+        """Write the trained (EMA) weights in Hub layout, with the training record."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Batches:
         return (step * self.processes + self.process) * self.batch_size
 
     def __call__(self, step: int) -> tuple[dict[str, Any], torch.Generator]:
-        """The batch, and the generator behind it."""
+        """The batch, and the generator after drawing it."""
         numbers = np.random.SeedSequence((self.seed, step, self.process)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(numbers[0]))
         return self.recipe.batch(self.start(step), self.batch_size // self.accumulate, generator), generator
@@ -90,7 +90,7 @@ class _Batches:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM asks the loop to stop after its step; a second one acts as usual."""
+    """The first SIGINT or SIGTERM stops the loop after its step; a second one acts as usual."""
     asked: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -101,7 +101,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     try:
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             previous[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread: nobody can interrupt us
+    except ValueError:  # not in the main thread, which alone receives signals
         previous.clear()
     try:
         yield lambda: bool(asked)
@@ -115,41 +115,41 @@ def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def asks_to_shard(config: TrainConfig) -> bool:
-    """Whether the run is one whose weights can lie in parts."""
+    """Whether the run was configured for sharding."""
     return config.shard or sharding_asked()
 
 
 def run_settings(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What the weights of a run depend on, but for its data, JSON-ready."""
+    """Everything that the weights of a run depend on, except its data; JSON-ready."""
     found = {name: getattr(config, name) for name in FIXED}
     found |= {"precision": resolve_precision(config.precision), "processes": processes}
     return found | ({"shard": True} if asks_to_shard(config) else {})
 
 
 def recompute_activations(module: torch.nn.Module, recipe: str) -> None:
-    """Turn on gradient checkpointing in the models of a module.
+    """Enable gradient checkpointing in the models of a module.
 
     Raises:
-        FastgenError: none has it.
+        FastgenError: no model supports it.
     """
     models = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
     if not models:
-        raise FastgenError(f"gradient_checkpointing: recipe {recipe} trains no model that has it")
+        raise FastgenError(f"gradient_checkpointing: recipe {recipe} trains no model that supports it")
     for model in models:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 class Trainer:
-    """Runs one recipe; `run()` returns the record that went into the model card.
+    """Trains one recipe; `run()` returns the record for the model card.
 
     Args:
         recipe: what to train.
-        config: how.
+        config: settings.
         report: called with each log record.
-        data: what the recipe learns from, e.g. digests of folders, JSON-ready; a run keeps to its data.
+        data: identifies the training data, e.g. digests of folders, JSON-ready; a resumed run must have the same.
 
     Raises:
-        FastgenError: the folder holds a damaged checkpoint, or one of another recipe, seed, setting or data.
+        FastgenError: the folder has a damaged checkpoint, or one with another recipe, seed, setting or data.
     """
 
     def __init__(
@@ -162,12 +162,12 @@ class Trainer:
         self.recipe, self.config, self.report = recipe, config, report
         cuda = torch.cuda.is_available()
         self.precision = resolve_precision(config.precision)
-        # accelerate's own precision is one for the whole process: a second run could not have another.
+        # accelerate's precision is global to the process: a second run could not change it.
         self.accelerator = Accelerator(mixed_precision="no", cpu=not cuda)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         adamw = asks_to_shard(config)
         if adamw and not getattr(recipe, "shardable", False):
-            raise FastgenError(f"shard: recipe {recipe.name} cannot be trained in parts")
+            raise FastgenError(f"shard: recipe {recipe.name} does not support sharding")
         self.sharded = adamw and processes > 1
         torch.manual_seed(config.seed)
         module = recipe.build()
@@ -181,13 +181,13 @@ class Trainer:
         self.trained = [param for param in module.parameters() if param.requires_grad]
         self.optimizers = build_optimizers(module, config.lr, self.precision, adamw)
         self.module = module if self.sharded else self.accelerator.prepare(module)
-        # DTensor, which holds parts, lacks some of the operations on lists that averages of whole weights use.
+        # DTensor lacks some foreach operations of the average.
         average: dict[str, Any] = {"decay": config.ema_decay, "use_ema_warmup": True, "power": 0.75}
         self.ema = EMAModel(self.trained, **average, foreach=not self.sharded)
         self.ema.to(self.accelerator.device)
         self.step, self.seconds = 0, 0.0
         self._parts = -1
-        """Step of the parts that the checkpoint names."""
+        """Step of the shards that the checkpoint names."""
         self.logs: dict[str, float] = {}
         self.resumed: list[dict[str, int]] = []
         self.batches = _Batches(recipe, config.seed, process, processes, config.batch_size, config.accumulate)
@@ -198,7 +198,7 @@ class Trainer:
             self._load()
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step (or until asked to stop), checkpoint, export; returns the record.
+        """Train to the last step (or until stopped), save a checkpoint, export; returns the record.
 
         Raises:
             FastgenError: another run is using the folder, or the loss is not finite.
@@ -209,7 +209,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             with self.accelerator.main_process_first():
                 stack.enter_context(lock)
-            if file_version(self.checkpoint) != self._loaded:  # another run has ended since
+            if file_version(self.checkpoint) != self._loaded:  # another run has ended in the meantime
                 self._load()
             return self._run()
 
@@ -249,7 +249,7 @@ class Trainer:
             self.ema.restore(self.trained)
 
     def record(self, logs: dict[str, float]) -> dict[str, Any]:
-        """What a model card says of the run."""
+        """The record of the run for the model card."""
         settings = asdict(self.config)
         settings.pop("output_dir")
         return {
@@ -284,8 +284,8 @@ class Trainer:
                 raise FastgenError(
                     f"the loss is {float(loss.detach())} at step {self.step}; lower --lr and start again"
                 )
-            # Processes average their gradients once a step, with the last part; where a process has room for its
-            # share of them alone, with each.
+            # Processes average their gradients once per step, with the last micro-batch; sharded ones with each,
+            # because a process only stores its share.
             once = part + 1 < config.accumulate and not self.sharded
             with accelerator.no_sync(self.module) if once else nullcontext():
                 accelerator.backward(loss / config.accumulate)
@@ -304,7 +304,7 @@ class Trainer:
 
     @contextmanager
     def _drawing(self) -> Iterator[Draw]:
-        """What draws the batches from this step on."""
+        """The source of batches from this step on."""
         if not self.config.workers:
             yield self.batches
             return
@@ -315,7 +315,7 @@ class Trainer:
             prefetcher.close()
 
     def _any_process(self, flag: bool) -> bool:
-        """Whether any process says so: all of them must stop after the same step."""
+        """Whether the flag is set in any process: all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return flag
         total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
@@ -331,10 +331,10 @@ class Trainer:
             self.report(record)
 
     def _save(self) -> None:
-        """Write a checkpoint. Parts are whole on the disk before the file takes its name that names their step."""
+        """Write a checkpoint. Shards are complete on disk before the checkpoint that names their step is renamed."""
         folder, main = self.config.output_dir, self.accelerator.is_main_process
         if self.sharded:
-            if self._parts == self.step:  # a kill must not find the only ones half written
+            if self._parts == self.step:  # never overwrite the only shards
                 return
             save_parts(folder, self.step, self.module, self.ema.shadow_params, self.optimizers)
             self._parts = self.step

@@ -1,7 +1,7 @@
-"""What the two kinds of upcycled models have in common for training: corrupt, predict, judge.
+"""One training interface for the two kinds of upcycled models: add noise, predict, compute the loss.
 
-A family pairs a frozen original (the teacher) with its upcycled student. Z-Image is trained by flow matching under
-captions, DiT by DDPM with learned variance under classes; distillation and finetuning read the same either way.
+A family pairs a frozen original (the teacher) with its upcycled student. Z-Image is trained by flow matching with
+captions, DiT by DDPM with learned variance and classes; the recipes for distillation and finetuning serve both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Noisy:
     Attributes:
         latents: x_t [n, C, h, w].
         level: the transformer's time input: 1 - sigma (flow matching) or the step (DDPM), [n].
-        start, noise: what they were made of.
+        start, noise: the clean latents and the noise.
     """
 
     latents: Tensor
@@ -38,19 +38,19 @@ class Noisy:
 
     @classmethod
     def joined(cls, parts: Sequence[Noisy]) -> Noisy:
-        """One batch of several."""
+        """Concatenate several batches."""
         names = ("latents", "level", "start", "noise")
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What the teacher's ends say at every patch of 2 x 2 positions.
+    """Activations of the teacher's first and last layers at every patch of 2 x 2 positions.
 
     Attributes:
         prediction: [n, C', h, w].
         embedded: tokens before the first block, without position embedding, [n, h w / 4, D].
-        final: what the last projection reads, [n, h w / 4, D].
+        final: input of the last projection, [n, h w / 4, D].
     """
 
     prediction: Tensor
@@ -58,7 +58,7 @@ class Activations:
     final: Tensor
 
 
-_MOST_TOKENS = 512  # of a prompt; Z-Image cuts it there
+_MOST_TOKENS = 512  # of a prompt; Z-Image truncates longer ones
 
 
 class Family(Protocol):
@@ -67,13 +67,13 @@ class Family(Protocol):
     pipe: Any
     teacher: Any
     frozen: tuple[str, ...]
-    """Names of the student's timestep and condition embeddings: frozen when it is finetuned (section 10)."""
+    """Names of the student's timestep and condition embeddings, frozen in finetuning (section 10)."""
 
     def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
-        """The original's own samples: latents as its transformer sees them, float32 on the CPU."""
+        """Samples of the original: latents as its transformer reads them, float32 on the CPU."""
 
     def conditions(self, labels: list[Any], dropped: list[bool], device: torch.device | None = None) -> dict[str, Any]:
-        """Inputs of teacher and student for prompts or classes, the dropped ones unconditional."""
+        """Inputs of teacher and student for prompts or classes; dropped ones are unconditional."""
 
     def encode(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Latents of pictures uint8 [n, H, W, 3], float32."""
@@ -92,7 +92,7 @@ class Family(Protocol):
         tail_drop: TailDrop | None = None,
         token_budget: TokenBudget | None = None,
     ) -> tuple[Tensor, DCTransformerOutput]:
-        """The student's prediction [n, C', h, w] and all its other outputs."""
+        """The student's prediction [n, C', h, w] and its full output."""
 
     def loss(self, prediction: Tensor, noisy: Noisy) -> Tensor:
         """The diffusion loss, [n]."""
@@ -102,7 +102,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     """The family of a trained pipeline.
 
     Raises:
-        ValueError: a pipeline that cannot be upcycled.
+        ValueError: the pipeline cannot be upcycled.
     """
     if isinstance(pipe, ZImagePipeline):
         return ZImageFamily(pipe)
@@ -112,7 +112,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
 
 
 class _Ends:
-    """Reads what the first and the last layer of a transformer say in a forward pass."""
+    """Captures the first layer's output and the last layer's input in a forward pass of a transformer."""
 
     def __init__(self, first: torch.nn.Module, last: torch.nn.Module) -> None:
         self.first, self.last = first, last
@@ -133,7 +133,7 @@ class _Ends:
 
 
 class _Encodes:
-    """Pictures by the pipeline's own VAE."""
+    """Encodes pictures with the pipeline's VAE."""
 
     pipe: Any
 
@@ -164,7 +164,7 @@ class ZImageFamily(_Encodes):
         return {"cap_feats": [features.float() for features in embeds]}
 
     def _longest(self, prompts: list[str]) -> int:
-        """Tokens of the longest prompt as the pipeline formats it; the encoder need not read padding up to 512."""
+        """Tokens of the longest formatted prompt, so that the encoder does not read padding up to 512."""
         chats = [
             self.pipe.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -184,7 +184,7 @@ class ZImageFamily(_Encodes):
         images = list(noisy.latents[:, :, None].to(self.teacher.dtype).unbind(0))
         with torch.no_grad(), _Ends(self.teacher.all_x_embedder["2-1"], last) as ends:
             sample = self.teacher(images, noisy.level, captions).sample
-        # All images' patches in one sequence, each image padded; the last layer reads the padded caption as well.
+        # All images' patches are in one sequence, each image padded; the last layer also reads the padded caption.
         padded = ends.embedded.view(n, -1, ends.embedded.shape[-1])
         return Activations(torch.stack(sample).squeeze(2), padded[:, :tokens], ends.final[:, :tokens])
 
@@ -217,7 +217,7 @@ class DiTFamily(_Encodes):
 
     @torch.no_grad()
     def draw(self, labels: list[Any], generators: list[torch.Generator], settings: dict[str, Any]) -> Tensor:
-        """The stock pipeline only hands out pictures: they are encoded again."""
+        """The stock pipeline returns pictures only, so they are encoded again."""
         vae = self.pipe.vae
         pictures = self.pipe(list(labels), generator=generators, output_type="np", **settings).images
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) * 2 - 1

@@ -1,4 +1,4 @@
-"""Flow matching of latents: what a model is given, what it shall say, and how its error counts."""
+"""Flow matching of latents: model input, target and loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastgen.models.z_image_batch import patchify
 from fastgen.training.vae import to_pixels
 
-LOGIT_MEAN = 1.2  # noise levels lean to the noisy side, where the layout of the picture is decided
+LOGIT_MEAN = 1.2  # mostly high noise levels, where the layout of the picture is decided
 _UNIFORM_SHARE = 0.15
 
 
@@ -42,19 +42,19 @@ def flow_matching_batch(
 
 
 class TokenMetric:
-    """Squared error of the velocity, weighted by how much of it nothing can predict.
+    """Squared error of the velocity, weighted by its irreducible part.
 
-    Any positive definite weighting of the error has the same minimiser, the posterior mean; they differ in how noisy
-    their gradients are. Latents are far from white: within a token the variance of the main directions is a thousand
-    times that of the last, and the large ones are background that no caption describes. Were tokens Gaussian with
+    Every positive definite weighting of the error has the same minimiser, the posterior mean; weightings differ in the
+    noise of their gradients. Latents are far from white: within a token, the main directions have a thousand times the
+    variance of the last, and the large ones are background that no caption describes. If tokens were Gaussian with
     covariance U diag(v) U^T, the error of the best velocity at noise level sigma would have the variance
-    v / ((1 - sigma)^2 v + sigma^2) along each column of U. Errors are divided by that, to the power `exponent`, which
-    is 1 for generalised least squares and 0 for the plain mean.
+    v / ((1 - sigma)^2 v + sigma^2) along each column of U. Errors are divided by that, to the power `exponent`: 1 is
+    generalised least squares, 0 the plain mean.
 
     Args:
         latents: [n, C, h, w], scaled; h and w even.
         exponent: in [0, 1]. From one checkpoint of the tiny Z-Image, 400 steps with 0.5 lowered even the plain error
-            on fresh renders further than 400 with 0 (at sigma 0.8, on objects: by 1.6 % and 1.1 %).
+            on new renders more than 400 steps with 0 (at sigma 0.8, on objects: by 1.6 % and 1.1 %).
     """
 
     def __init__(self, latents: torch.Tensor, exponent: float = 0.5) -> None:
@@ -64,8 +64,8 @@ class TokenMetric:
         self.exponent = exponent
 
     def __call__(self, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Weighted mean square of each item's `error` [n, C, h, w] at noise levels `sigma` [n]; about 1 when all that
-        can be predicted is."""
+        """Weighted mean square of each item's `error` [n, C, h, w] at noise levels `sigma` [n]; about 1 for the best
+        prediction."""
         variances, directions = self.variances.to(error.device), self.directions.to(error.device)
         level = sigma[:, None]
         expected = variances / ((1 - level).square() * variances + level.square())
@@ -77,7 +77,7 @@ class TokenMetric:
     def loss(
         self, output: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The mean over a batch, and numbers for the log: it and the plain error, of all and of noisy items."""
+        """The mean over a batch, and numbers for the log: the loss, and the plain error of all and of noisy items."""
         difference = output.float() - target
         weighted = self(difference, sigma).mean()
         plain = difference.detach().square().mean(dim=(1, 2, 3))

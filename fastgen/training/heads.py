@@ -1,4 +1,4 @@
-"""Recipe `heads`: parallel heads learn what the target says of a window in its next round, from recorded windows."""
+"""Recipe `heads`: parallel heads learn to predict the target's next round on a window, from recorded windows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fastgen.training.windows import Windows, record_windows
 
 __all__ = ["HeadsRecipe", "load_heads", "load_target", "record"]
 
-_ROUNDS = 8  # of a picture, in a batch
-#: Weight of the places of a window: few rounds reach the later ones.
+_ROUNDS = 8  # per picture in a batch
+#: Loss weights of a window's places: few rounds reach the later ones.
 _NEAR, _FADE = 0.9, 0.8
 
 
@@ -39,14 +39,14 @@ def load_target(folder: Path) -> Target:
 
 
 def load_heads(folder: Path, window: int | None = None) -> WindowHeads:
-    """Saved heads, in float32.
+    """Load heads in float32.
 
     Args:
-        folder: holds them.
-        window: places that they have to correct; None: as many as they were trained for.
+        folder: of the heads.
+        window: places that they must correct; None: as many as they were trained for.
 
     Raises:
-        FastgenError: the folder holds none, or heads of longer windows.
+        FastgenError: the folder has none, or its heads are for longer windows.
     """
     heads = load_drafter(folder, torch.float32)
     if not isinstance(heads, WindowHeads):
@@ -66,19 +66,19 @@ def record(
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Windows:
-    """Record windows of a Janus at its usual guidance.
+    """Record windows of a Janus at its default guidance.
 
     Args:
         folder: of the model.
-        data: to write to.
+        data: output folder.
         prompts, count, seed, report: see `record_windows`.
-        init: heads that correct the windows; None records those of the target alone.
-        window: places; None: those of `init`, or 16.
+        init: heads that correct the windows; None records windows without heads.
+        window: places in the window; None: as many as `init` corrects, or 16.
         taps: layers whose inputs new heads will read; None takes those of `init`, or the middle one.
 
     Raises:
         FastgenError: see `record_windows` and `load_heads`.
-        ValueError: heads of another model, or a window or taps that are not theirs.
+        ValueError: heads of another model, or a window or taps that do not fit them.
     """
     heads = None if init is None else load_heads(init, window)
     window = window or (16 if heads is None else heads.config.window)
@@ -92,7 +92,7 @@ def record(
 
 
 def _digest(folder: Path) -> str:
-    """Of the weights in a folder."""
+    """Digest of the weights in a folder."""
     parts = [bytes.fromhex(file_sha256(file)) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -119,11 +119,11 @@ class HeadsRecipe:
         target: the model; stays frozen.
         windows: recorded with it.
         init: heads to continue from.
-        heads: configuration of new ones.
+        heads: configuration of new heads.
 
     Raises:
-        FastgenError: windows that are longer than the heads correct, or lack what they read.
-        ValueError: heads of another model, or a configuration that is not allowed.
+        FastgenError: windows that are too long for the heads, or lack layers that they read.
+        ValueError: heads of another model, or an invalid configuration.
     """
 
     name = "heads"
@@ -152,7 +152,7 @@ class HeadsRecipe:
         return HeadsModule(self.heads.train(), self.target)
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Some rounds, and those after them, of `size` pictures."""
+        """Some rounds of `size` pictures, each with the round after it."""
         parts = []
         for number in range(start, start + size):
             rounds = self.windows.picture(number)
@@ -178,7 +178,7 @@ class HeadsRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy to the next round's laws, and the mass that they do not share."""
+        """Cross-entropy to the next round's distributions, plus the mass that does not overlap."""
         target, places = self.target, batch["before"].shape[1]
         target.model.to(batch["hidden"].device)
         steps = torch.arange(1, places + 1, device=batch["root"].device)
@@ -220,10 +220,10 @@ class HeadsRecipe:
         return loss, numbers
 
     def _laws(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """Laws [B, L, V] of states [B, G, L, D]."""
+        """Next-token probabilities [B, L, V] from states [B, G, L, D]."""
         target = self.target
-        said = target.head(hidden.to(target.dtype))
-        mixed = said[:, 0].float() if said.shape[1] == 1 else guide(said[:, 0], said[:, 1], self.law)
+        logits = target.head(hidden.to(target.dtype))
+        mixed = logits[:, 0].float() if logits.shape[1] == 1 else guide(logits[:, 0], logits[:, 1], self.law)
         return (target.apply_grammar(mixed, following) / self.law.temperature).softmax(dim=-1)
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Recipe `janus`: the language model and image heads of the tiny Janus, next-token prediction on VQ codes."""
+"""Recipe `janus`: language model and image heads of the tiny Janus, by next-token prediction on VQ codes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fastgen.training.cards import inherit_records, write_defaults, write_record
 from fastgen.training.layout import LayoutHead, patch_labels
 from fastgen.training.vq import image_tokens
 
-# A picture without a caption should hold about one object: were it as crowded as the average picture, guidance away
-# from it would leave pictures of a single object empty. One caption in ten is dropped all the same.
+# Unconditional pictures should have about one object: if they had as many as the average picture, guidance would
+# remove the object from single-object pictures. In all, one caption in ten is dropped.
 _CAPTION_DROPOUT = {"single_object": 0.25, "colors": 0.25}
 _OTHER_DROPOUT = 0.05
-_LAYOUT_WEIGHT = 0.7  # the token loss is mostly texture that nothing predicts: its gradient is large and says little
+_LAYOUT_WEIGHT = 0.7  # the token loss is mostly unpredictable texture, whose gradient is large and uninformative
 _CAPTION_WEIGHT = 0.3
-_CAPTION_LAYER = 2  # of four: those after it read from the caption what this one has put together
+_CAPTION_LAYER = 2  # of four: later layers read the bound caption
 _PATCH_LABELS = ("patch_shapes", "patch_colors")
 _NEXT_LABELS = ("next_shapes", "next_colors")
-# The few tokens that settle which object begins where count for more: a caption gives 1 nat of them, of 1,100 in all.
+# More weight for the few tokens that decide which object begins where: a caption explains 1 nat of the 1,100 in all.
 _EARLY_WEIGHT = 7.0
 
 
@@ -56,8 +56,8 @@ class JanusModule(torch.nn.Module):
         tokens: torch.Tensor,
         labels: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits [n, 256, codes] of every image token given the prompt and the tokens before it, and the losses of
-        layout and caption.
+        """Logits [n, 256, codes] of every image token given the prompt and earlier tokens, and the layout and caption
+        losses.
 
         Args:
             input_ids: [n, L] left-padded prompts that end with the begin-of-image token.
@@ -79,8 +79,8 @@ class JanusModule(torch.nn.Module):
             output_hidden_states=True,
         )
         hidden = output.last_hidden_state[:, input_ids.shape[1] - 1 :]
-        # The hidden state that predicts a token also says what covers that token's patch, and what begins next: only
-        # the caption says that.
+        # The hidden state that predicts a token also predicts what covers its patch, and which object begins next,
+        # which only the caption determines.
         layout = self.layout(hidden, *(labels[name] for name in _PATCH_LABELS), 1 + _EARLY_WEIGHT * labels["early"])
         layout = layout + self.plan(hidden, *(labels[name] for name in _NEXT_LABELS))
         words = output.hidden_states[_CAPTION_LAYER][:, : input_ids.shape[1]]
@@ -88,11 +88,11 @@ class JanusModule(torch.nn.Module):
 
 
 class JanusRecipe:
-    """Cross-entropy on image tokens with caption dropout in Janus' own form of an unconditional prompt.
+    """Cross-entropy on image tokens, with caption dropout in Janus' form of an unconditional prompt.
 
     Args:
         seed: seed of weights and data.
-        vq: folder of a trained VQ tokenizer (recipe `vq`); not read when there is `init`.
+        vq: folder of a trained VQ tokenizer (recipe `vq`); not used with `init`.
         init: folder of a Janus to continue from; `None` starts from random weights.
     """
 
@@ -104,9 +104,9 @@ class JanusRecipe:
         self.part = vq if init is None else init / "config.json"
         if init is None:
             if vq is None:
-                raise ValueError("a fresh Janus needs vq, the folder of a trained VQ tokenizer")
+                raise ValueError("a new Janus needs vq, the folder of a trained VQ tokenizer")
             self.model = build_janus(seed)
-            # A fresh model reads image tokens through their codes, so that like codes start alike.
+            # A new model embeds image tokens by their codes, so that similar codes start with similar embeddings.
             trained = load_pretrained(JanusVQVAE, vq)
             self.model.model.vqmodel.load_state_dict(trained.state_dict())
             with torch.no_grad():
@@ -123,11 +123,11 @@ class JanusRecipe:
         return JanusModule(self.model).train()
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Renders and tokenised captions; a dropped caption keeps only its begin marks, the rest becomes padding
-        that is attended to, exactly as `generate` builds the unconditional row."""
+        """Renders and tokenised captions. A dropped caption keeps only its begin tokens; the rest becomes padding that
+        is attended to, as in the unconditional row of `generate`."""
         data = self.data.batch(size, start)
         texts = [text + self.tokenizer.boi_token for text in data.texts]
-        # One length for every batch (the longest caption of the grammar has 16 tokens): nothing is compiled twice.
+        # One length for every batch (the longest caption of the grammar has 16 tokens): no recompilation.
         tokens = self.tokenizer(texts, padding=True, pad_to_multiple_of=16, return_tensors="pt")
         ids = tokens.input_ids
         rates = torch.tensor([_CAPTION_DROPOUT.get(caption.tag, _OTHER_DROPOUT) for caption in data.captions])
@@ -146,7 +146,7 @@ class JanusRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats a token, plus the losses of layout and caption."""
+        """Mean cross-entropy in nats per token, plus the layout and caption losses."""
         tokens = image_tokens(self.model.model.vqmodel, batch["images"])
         labels = {name: batch[name] for name in (*_PATCH_LABELS, *_NEXT_LABELS, "early", "caption")}
         logits, layout, caption = module(batch["input_ids"], batch["attention_mask"], tokens, labels)
@@ -165,7 +165,7 @@ class JanusRecipe:
 
         entropy = self.entropy(module)
         record = {**record, **entropy}
-        # The exported module shares its weights with self.model, which already holds them.
+        # The exported module shares its weights with self.model.
         model = copy.deepcopy(self.model).to(torch.float16)
         model.save_pretrained(folder)
         build_processor().save_pretrained(folder)
@@ -176,7 +176,7 @@ class JanusRecipe:
 
     @torch.no_grad()
     def entropy(self, module: torch.nn.Module, images: int = 64) -> dict[str, float]:
-        """Next-token entropy and cross-entropy (bits) on fresh renders, over all tokens and over background tokens."""
+        """Next-token entropy and cross-entropy (bits) on new renders, over all tokens and over background tokens."""
         device = next(module.parameters()).device
         data = self.data.batch(images, 20_000_000)
         texts = [text + self.tokenizer.boi_token for text in data.texts]

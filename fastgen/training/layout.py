@@ -1,9 +1,9 @@
-"""An auxiliary target for image models: which shape and colour covers each patch.
+"""An auxiliary loss for image models: which shape and colour covers each patch.
 
-Flow matching and next-token prediction spend most of their loss on background texture that nothing can predict; what
-a caption asks for is a small part of it. A linear head that reads shape and colour of every patch from a hidden state
-gives that part a loss of its own, in the spirit of representation alignment (REPA, arXiv 2410.06940) with the
-renderer's truth in place of a pretrained encoder. The head is dropped when the model is exported.
+Most of the loss of flow matching and next-token prediction is unpredictable background texture; the content of the
+caption is a small part. A linear head predicts shape and colour of every patch from a hidden state, which gives that
+part its own loss, as in representation alignment (REPA, arXiv 2410.06940) with the renderer's ground truth instead of
+a pretrained encoder. The head is not exported.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch.nn.functional as F
 
 from fastgen.data.shapes import COLORS, SHAPES, ShapesBatch
 
-_COVERED = 0.25  # share of a patch that an object must cover to name it
+_COVERED = 0.25  # share of a patch that an object must cover to be its label
 
 
 def patch_labels(batch: ShapesBatch, patch: int, upcoming: bool = False) -> dict[str, torch.Tensor]:
     """Labels of the `patch` x `patch` pixel patches in raster order.
 
     Args:
-        batch: renders with truth.
+        batch: renders with ground truth.
         patch: side of a patch in pixels; a divisor of the image side.
-        upcoming: label also what an autoregressive model has to plan: the object that begins next.
+        upcoming: also label the object that begins next, which an autoregressive model has to plan.
 
     Returns:
         "patch_shapes" and "patch_colors", int64 [n, patches]: 0 background, 1 + index into SHAPES or COLORS of the
         object that covers most of the patch (and at least a quarter of it). With `upcoming` also "next_shapes" and
-        "next_colors": of the first object that begins in this patch or a later one, 0 when none does; and "early",
-        float32, see `early_patches`.
+        "next_colors" of the first object that begins in this patch or a later one, 0 for none; and "early", float32,
+        see `early_patches`.
     """
     n, side = batch.instances.shape[:2]
     grid = side // patch
@@ -54,7 +54,7 @@ def patch_labels(batch: ShapesBatch, patch: int, upcoming: bool = False) -> dict
 
 
 def _upcoming(owner: np.ndarray, slots: int) -> np.ndarray:
-    """For each patch [n, P] the object (1 …) whose first patch comes next, from this one on; 0 for none."""
+    """For each patch [n, P], the object (1 …) whose first patch comes next, this patch included; 0 for none."""
     patches = owner.shape[1]
     present = owner[:, None, :] == np.arange(1, slots + 1)[None, :, None]
     first = np.where(present.any(axis=2), present.argmax(axis=2), -1)[:, None, :]  # [n, 1, slots]
@@ -63,15 +63,14 @@ def _upcoming(owner: np.ndarray, slots: int) -> np.ndarray:
 
 
 def early_patches(owner: np.ndarray, grid: int, most: int = 8) -> np.ndarray:
-    """Where, in raster order, an object has begun and its shape is still open: 1, else 0.
+    """1 where, in raster order, an object has begun and its shape is not yet determined, else 0.
 
-    A patch counts when its left neighbour or one of the three above it belongs to an object of which 1 to `most`
-    patches came before. That depends on earlier patches alone, so weighting a next-token loss by it leaves its
-    minimiser where it is.
+    A patch counts if its left neighbour or one of the three above it belongs to an object with 1 to `most` earlier
+    patches. That depends only on earlier patches, so weighting a next-token loss by it does not change the minimiser.
 
     Args:
         owner: int [n, grid * grid], the object (1 …) of each patch, 0 for none.
-        grid: patches a row.
+        grid: patches per row.
 
     Returns:
         float32 [n, grid * grid].
@@ -83,13 +82,13 @@ def early_patches(owner: np.ndarray, grid: int, most: int = 8) -> np.ndarray:
         before = own.cumsum(axis=1) - own
         padded = np.pad(own.reshape(n, grid, grid), ((0, 0), (1, 0), (1, 1)))
         left, above = padded[:, 1:, :-2], padded[:, :-1]
-        beside = left | above[:, :, :-2] | above[:, :, 1:-1] | above[:, :, 2:]
-        found |= beside.reshape(owner.shape) & (before <= most)
+        adjacent = left | above[:, :, :-2] | above[:, :, 1:-1] | above[:, :, 2:]
+        found |= adjacent.reshape(owner.shape) & (before <= most)
     return found.astype(np.float32)
 
 
 class LayoutHead(torch.nn.Module):
-    """Linear read-out of shape and colour from hidden states of width `width`."""
+    """Linear prediction of shape and colour from hidden states of width `width`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -104,7 +103,7 @@ class LayoutHead(torch.nn.Module):
         Args:
             hidden: [n, patches, width].
             shapes, colors: int64 [n, patches].
-            weights: [n, patches] that the patches' losses are multiplied by; None is 1.
+            weights: [n, patches], weights of the patches' losses; None means 1.
         """
         logits = self.linear(self.norm(hidden)).float().flatten(0, 1)
         shape_logits, color_logits = logits.split([1 + len(SHAPES), 1 + len(COLORS)], dim=-1)

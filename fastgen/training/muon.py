@@ -1,8 +1,8 @@
 """Muon: momentum whose update is orthogonalised (Jordan et al., 2024), in float32 or bfloat16.
 
-`torch.optim.Muon` always orthogonalises in bfloat16, which a CPU without bfloat16 units emulates: on one AVX-512 core
-without them we measured 27 GFLOP/s against 90 in float32, on one with them 440 against 97. So the precision is the
-caller's choice.
+`torch.optim.Muon` always orthogonalises in bfloat16, which CPUs without bfloat16 units emulate: we measured 27 GFLOP/s
+against 90 in float32 on one AVX-512 core without them, and 440 against 97 on one with them. So the caller chooses the
+precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrix to `matrix` [m, n], approximately, by Newton-Schulz iteration."""
+    """Approximate the nearest (semi-)orthogonal matrix to `matrix` [m, n] by Newton-Schulz iteration."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, > 0.
         momentum: momentum with Nesterov look-ahead, in [0, 1).
         weight_decay: decoupled weight decay, >= 0.
-        bfloat16: orthogonalise in bfloat16; else in the dtype of the weights.
+        bfloat16: orthogonalise in bfloat16, otherwise in the dtype of the weights.
 
     Raises:
         ValueError: a parameter is not 2-D, or a number is out of range.
@@ -92,9 +92,9 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices; AdamW for embeddings, output heads, convolutions, norms and biases.
 
-    A module may name further AdamW parameters by a substring in its attribute `adamw_names`. With `precision` "bf16"
-    Muon orthogonalises in bfloat16, as its reference does. With `adamw` AdamW takes everything: its update needs no
-    whole matrix, so weights can be divided between processes.
+    A module can list substrings of further AdamW parameters in its attribute `adamw_names`. With `precision` "bf16",
+    Muon orthogonalises in bfloat16, as its reference does. With `adamw`, AdamW trains everything: its update does not
+    need whole matrices, so weights can be sharded.
     """
     names: tuple[str, ...] = getattr(module, "adamw_names", ())
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}

@@ -1,14 +1,14 @@
-"""Recipe `dc-patch`: a Z-Image learns to drop patches, beginning as itself.
+"""Recipe `dc-patch`: a Z-Image learns to drop patches, starting from the dense model.
 
-The transformer of a trained pipeline is upcycled on its own patch grid, where it keeps everything and computes what it
-computed before. Its own velocity is the target throughout. The share of patches that are kept falls from one to 1 / N
-while it learns. Every sample keeps its likeliest ones, exactly as many as that share, or fewer where a tail drop was
-drawn: a threshold would let a router that cannot tell them apart yet keep all or none. The threshold is fitted beside
-it, for every noise level by itself, so that the natural set has the share too and the router cannot save where the
-picture is laid out.
+The transformer of a trained pipeline is upcycled on its own patch grid: at first it keeps all patches and computes the
+same function. The original's velocity is the target. The share of kept patches falls from one to 1 / N during
+training. Every sample keeps its most probable patches, exactly that share, or fewer with a tail drop: with a
+threshold, an untrained router would keep all or none. The threshold is fitted at the same time, separately for each
+noise level, so that the natural set has the same share and the router cannot save patches at the noise levels that
+decide the layout.
 
-Samples of one batch have budgets of their own (multi-budget training), and those without a caption, the unconditional
-branch of guidance, learn to do with as few as the floor (Lite-CFG).
+Samples of a batch have separate budgets (multi-budget training), and those without a caption, the unconditional branch
+of guidance, learn to work with as few patches as the floor (Lite-CFG).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ __all__ = ["PatchRecipe", "annealed", "drop_cost_loss", "level_loss", "token_bud
 
 SCAFFOLD: dict[str, Any] = {"grid": "patch", "compression": 4.0, "floor": 0.125}
 BAND = 4
-"""Samples of neighbouring noise levels that keep the wanted share together."""
+"""Samples of similar noise level over which the share is fitted."""
 HELD_OUT = 128
-"""Most items whose latents give the metric."""
+"""Most items whose latents define the metric."""
 _HELD_OUT_START = 10_000_000
 _METRIC_TOKENS = 32_768  # enough for the covariance of a patch
 _LEVEL_WEIGHT = 0.1
@@ -49,10 +49,10 @@ _COST_WEIGHT = 0.1
 
 
 def annealed(item: int, anneal: int) -> float:
-    """How far dropping has come with an item: rises from 0 to 1 over the first `anneal`.
+    """Progress of dropping at an item: rises from 0 to 1 over the first `anneal` items.
 
-    It begins at once: while nothing is dropped there is no error to learn from, and both optimizers would scale mere
-    rounding up to full steps.
+    There is no delay: without dropped patches there is no error to learn from, and both optimizers would amplify
+    rounding errors to full steps.
     """
     return min(1.0, item / max(1, anneal))
 
@@ -60,15 +60,15 @@ def annealed(item: int, anneal: int) -> float:
 def token_budgets(
     progress: float, dropped: Tensor, compression: float, least: int, patches: int, generator: torch.Generator
 ) -> list[int]:
-    """Patches to keep in each sample.
+    """Number of patches to keep in each sample.
 
     Args:
         progress: see `annealed`; at 0 all are kept.
-        dropped: bool [n], samples whose caption was dropped: half of them keep `least` at progress 1.
-        compression: N; the others keep one in N, less a tail drop of `BUDGETS`.
-        least: fewest patches of a sample.
+        dropped: bool [n], samples with a dropped caption: half of them keep `least` at progress 1.
+        compression: N; the others keep one in N, minus a tail drop from `BUDGETS`.
+        least: minimum patches per sample.
         patches: of a whole sample.
-        generator: draws the tail drops.
+        generator: for the tail drops.
     """
     tails = torch.tensor(BUDGETS)[torch.randint(len(BUDGETS), dropped.shape, generator=generator)]
     targets = (1 - tails) / compression
@@ -78,16 +78,16 @@ def token_budgets(
 
 
 def level_loss(probabilities: Tensor, sigma: Tensor, share: float, band: int = BAND) -> Tensor:
-    """Moves the threshold to where it keeps `share` of the patches at every noise level: the square of the logit that
-    just so belongs to them, in bands of samples sorted by noise level.
+    """Moves the threshold so that it keeps `share` of the patches at every noise level: the squared logit of the last
+    patch to keep, in bands of samples sorted by noise level.
 
-    Unlike the ratio loss it says nothing about single patches, and is small only where the share is right.
+    Unlike the ratio loss it does not depend on single patches, and is small only if the share is right.
 
     Args:
         probabilities: [n, L].
         sigma: [n].
-        share: in (0, 1]; at 1 nothing is to be dropped and the loss is 0.
-        band: samples of a band; the last one may be smaller.
+        share: in (0, 1]; at 1 nothing is dropped and the loss is 0.
+        band: samples per band; the last one may be smaller.
     """
     if share >= 1:
         return probabilities.new_zeros(())
@@ -97,12 +97,12 @@ def level_loss(probabilities: Tensor, sigma: Tensor, share: float, band: int = B
 
 
 def drop_cost_loss(chunks: Chunks, error: Tensor) -> Tensor:
-    """Raises the probability of dropped patches that were missed more than the others of their sample, and lowers that
-    of those that were missed less.
+    """Raises the probability of dropped patches with a larger error than the other dropped ones of their sample, and
+    lowers that of those with a smaller error.
 
     Args:
-        chunks: what was kept.
-        error: squared error of each patch [n, L]; no gradient reaches it.
+        chunks: kept patches.
+        error: squared error of each patch [n, L]; detached.
     """
     dropped = (~chunks.mask).to(error.dtype)
     count = dropped.sum(dim=1, keepdim=True).clamp(min=1)
@@ -113,19 +113,19 @@ def drop_cost_loss(chunks: Chunks, error: Tensor) -> Tensor:
 
 
 class PatchRecipe(UpcyclingRecipe):
-    """Learns the velocity of the pipeline's own transformer with ever fewer patches.
+    """Learns the velocity of the pipeline's own transformer with fewer and fewer patches.
 
     Args:
         seed: seed of the new parts and of the data.
-        pipeline: a trained `ZImagePipeline`, or the folder of one: the teacher, its VAE and its text encoder.
-        init: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
-        anneal: items over which the wanted share falls, at least 0.
+        pipeline: a trained `ZImagePipeline`, or its folder: the teacher, its VAE and its text encoder.
+        init: folder of an upcycled transformer to continue from; None upcycles the pipeline's.
+        anneal: items over which the share falls, at least 0.
         cost: weight of `drop_cost_loss`, at least 0.
-        samples: what to learn from; None renders ShapesWorld, which a pipeline in a folder has to know.
-        scaffold: configuration of a new scaffold where it is not `SCAFFOLD`.
+        samples: training data; None renders ShapesWorld, which the pipeline must have been trained on.
+        scaffold: configuration of a new scaffold, where it differs from `SCAFFOLD`.
 
     Raises:
-        FastgenError: `init` has another grid, a number is out of range, or the scaffold is not one of that grid.
+        FastgenError: `init` has another grid, a number is out of range, or the scaffold has another grid.
     """
 
     name = "dc-patch"
@@ -144,18 +144,18 @@ class PatchRecipe(UpcyclingRecipe):
         check_number("cost", cost, 0)
         if scaffold.get("grid", "patch") != "patch" or (init is not None and scaffold):
             raise FastgenError(
-                f"recipe {self.name}: {scaffold} cannot be chosen, needs grid 'patch', and none with --init"
+                f"recipe {self.name}: {scaffold} is not allowed, needs grid 'patch', and no settings with --init"
             )
         if init is not None:
             student_for(init, self.name)
         self.anneal, self.cost = anneal, cost
-        self.defaults: dict[str, Any] | None = None  # of a pipeline that is exported whole
+        self.defaults: dict[str, Any] | None = None  # set if the whole pipeline is exported
         if samples is None:
             pipeline, self.defaults = load_z_image(pipeline)
             samples = Renders(seed + 1212, int(self.defaults.get("height", 64)))
         super().__init__(seed, pipeline, samples, init, **({} if init is not None else {**SCAFFOLD, **scaffold}))
         self.pipe, self.transformer = pipeline, self.student
-        if self.defaults is not None:  # noise levels of the teacher's own training, at its size
+        if self.defaults is not None:  # noise levels of the teacher's training, at its size
             self.family.logit_mean = LOGIT_MEAN + math.log((samples.size or 64) / 64)  # type: ignore[attr-defined]
         self._metric: TokenMetric | None = None
 
@@ -163,7 +163,7 @@ class PatchRecipe(UpcyclingRecipe):
         return set()
 
     def budget(self, items: list[int], dropped: Tensor, generators: list[torch.Generator]) -> dict[str, Any]:
-        """The share that each item's group is to keep, and how many patches of each."""
+        """The share to keep in each item's group, and the number of patches to keep in each item."""
         config, patches = self.student.config, self.patches
         least = max(1, math.ceil(config.floor * patches - 1e-9))
         shares, budgets = [], []
@@ -176,13 +176,13 @@ class PatchRecipe(UpcyclingRecipe):
 
     @cached_property
     def patches(self) -> int:
-        """Of a whole item."""
+        """Patches of a whole item."""
         if self.samples.size is None:  # latents
             return math.prod(self.samples.batch(0, 1)[0].shape[-2:]) // PATCH**2
         return (self.samples.size // (self.pipe.vae_scale_factor * PATCH)) ** 2
 
     def metric(self, device: torch.device) -> TokenMetric:
-        """How errors count, by latents of a few items that no short run learns from."""
+        """The metric of errors, from latents of a few items outside a short run's data."""
         if self._metric is None:
             count = max(1, min(HELD_OUT, _METRIC_TOKENS // self.patches))
             values, _ = self.samples.batch(_HELD_OUT_START, count)
@@ -196,7 +196,7 @@ class PatchRecipe(UpcyclingRecipe):
     def stage_loss(
         self, prediction: Tensor, output: Any, noisy: Noisy, conditions: dict[str, Any]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Squared error against the teacher's velocity, and the cost of what was dropped."""
+        """Squared error against the teacher's velocity, and the cost of dropped patches."""
         target = self.family.teach(noisy, conditions).prediction.float()
         sigma = 1 - noisy.level
         error, numbers = self.metric(target.device).loss(prediction, target, sigma)
@@ -210,7 +210,7 @@ class PatchRecipe(UpcyclingRecipe):
         return error + self.cost * drop_cost_loss(output.chunks, missed), numbers
 
     def router_loss(self, chunks: Chunks, noisy: Noisy, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        """The threshold's place, in each group of items."""
+        """The loss of the threshold, in each group of items."""
         sigma, shares = 1 - noisy.level, batch["share"]
         sizes = [len([*own]) for _, own in groupby(batch["items"], lambda item: item // GROUP)]
         level, first = sigma.new_zeros(()), 0
@@ -227,7 +227,7 @@ class PatchRecipe(UpcyclingRecipe):
         return _LEVEL_WEIGHT * level, numbers
 
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
-        """Save the transformer in half precision; with it the whole pipeline where that draws ShapesWorld."""
+        """Save the transformer in half precision; for ShapesWorld pipelines, the whole pipeline."""
         if self.defaults is None:
             super().export(module, folder, record)
             return

@@ -1,10 +1,10 @@
 """Pictures with captions as training data: a folder, webdataset shards, a zip file, or ShapesWorld renders.
 
-    <folder>/a.png, a.txt             a caption in a file of the picture's name (.txt, or "caption" in .json)
-    <folder>/metadata.jsonl           or all of them in one file, as in an image folder of Hugging Face `datasets`
+    <folder>/a.png, a.txt             a caption file with the picture's name (.txt, or "caption" in .json)
+    <folder>/metadata.jsonl           or all captions in one file, as in an image folder of Hugging Face `datasets`
     <folder>/00000.tar …              or webdataset shards, each picture with its .txt or .json
 
-The model's own VAE and text encoder read them while it trains.
+The model's own VAE and text encoder encode them during training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastgen.training.samples import Samples, Shuffled
 
 __all__ = ["Pictures", "Renders", "TrainingData", "open_data"]
 
-_LOOKED_AT = 16  # pictures whose size is checked before anything is loaded
+_CHECKED = 16  # pictures whose size is checked before anything is loaded
 
 
 class TrainingData(Protocol):
@@ -32,11 +32,11 @@ class TrainingData(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Height and width in pixels, where the items are pictures."""
+        """Height and width in pixels, if the items are pictures."""
 
     @property
     def identity(self) -> str:
-        """Tells these items from others; "" where files are compared."""
+        """Identifies the items; "" if their files are compared instead."""
 
     def batch(self, start: int, size: int) -> tuple[Tensor, list[Any]]:
         """Latents float32 [size, C, h, w] or pictures uint8 [size, H, W, 3], and labels, of items start …
@@ -44,12 +44,12 @@ class TrainingData(Protocol):
 
 
 class Pictures(Shuffled):
-    """Random access to pictures and their captions, in an order of its own for every pass.
+    """Random access to pictures and their captions, shuffled for every pass.
 
-    A picture is scaled until its shorter side fits and cut to a square around its middle.
+    Pictures are resized to the shorter side and center-cropped to a square.
 
     Args:
-        path: see the head of this module.
+        path: see the top of this module.
         size: height and width in pixels.
         seed: of the order.
 
@@ -67,10 +67,10 @@ class Pictures(Shuffled):
             )
         super().__init__(len(self.source), seed)
         self.identity = f"{len(self.source)} pictures of {size}: {self.source.names_digest()}"
-        for place in np.unique(np.linspace(0, self.count - 1, _LOOKED_AT, dtype=int)).tolist():
+        for place in np.unique(np.linspace(0, self.count - 1, _CHECKED, dtype=int)).tolist():
             self._pixels(place)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # open shards cannot be sent to a process that draws batches
+    def __reduce__(self) -> tuple[Any, ...]:  # open shards cannot be pickled for data-loading processes
         return Pictures, (self.path, self.size, self.seed)
 
     def batch(self, start: int, size: int) -> tuple[Tensor, list[Any]]:
@@ -91,7 +91,7 @@ class Pictures(Shuffled):
 
 
 class Renders:
-    """ShapesWorld: fresh pictures with their captions, without end."""
+    """ShapesWorld: an endless stream of new pictures with captions."""
 
     identity = ""
 
@@ -111,9 +111,9 @@ def open_data(path: Path, seed: int, size: int | None) -> Samples | Pictures:
     """The samples or the pictures at `path`.
 
     Args:
-        path: a folder of `fastgen.training.samples`, or what `Pictures` reads.
+        path: a folder of `fastgen.training.samples`, or one for `Pictures`.
         seed: of the order.
-        size: height and width of pictures in pixels; samples have their own.
+        size: height and width of pictures in pixels; samples have a fixed size.
 
     Raises:
         FastgenError: there are no pictures, or they cannot be used.

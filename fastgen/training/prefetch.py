@@ -1,7 +1,7 @@
-"""Batches of the next steps, drawn by other processes while this one trains.
+"""Prepare the batches of the next steps in other processes while this one trains.
 
-A batch is a function of (seed, step, process), so any process may draw it. The generator's state after the batch is
-returned with it, and the loss draws its random numbers from there.
+A batch is a function of (seed, step, process), so any process can prepare it. The generator's state after the batch is
+returned with it, and the loss continues from that state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 __all__ = ["Draw", "Prefetcher"]
 
 Draw = Callable[[int], tuple[dict[str, Any], torch.Generator]]
-_PER_WORKER = 2  # batches under way for each: one in the making, one that waits
+_PER_WORKER = 2  # batches in flight per worker: one in preparation, one waiting
 _draw: Draw | None = None  # of a worker process
 
 
 def _begin(draw: Draw) -> None:
     global _draw
-    # One thread each: the number of workers decides how many cores are used. Rendering needs no GPU.
+    # One thread per worker, so that `workers` sets the number of cores. Rendering needs no GPU.
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer ends its own
@@ -40,10 +40,10 @@ def _work(step: int) -> tuple[dict[str, Any], Tensor]:
 
 
 class Prefetcher:
-    """Draws the batches of steps first, first + 1, … last - 1; to be closed.
+    """Prepares the batches of steps first, first + 1, … last - 1; must be closed.
 
     Args:
-        draw: (batch, generator behind it) of a step; picklable.
+        draw: returns the batch of a step and the generator after it; picklable.
         workers: processes, >= 1.
         first, last: steps.
     """
@@ -55,7 +55,7 @@ class Prefetcher:
         self.depth = _PER_WORKER * workers
 
     def __call__(self, step: int) -> tuple[dict[str, Any], torch.Generator]:
-        """The batch of a step; call it for the steps in turn."""
+        """The batch of a step; call it for the steps in order."""
         while self.next < min(self.last, step + self.depth):
             self.waiting[self.next] = self.pool.submit(_work, self.next)
             self.next += 1

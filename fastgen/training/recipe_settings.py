@@ -1,4 +1,4 @@
-"""What every recipe can be set to: the bases of the classes in `fastgen.training.recipes`."""
+"""Settings shared by recipes: base classes for `fastgen.training.recipes`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _check_choices(label: str, value: object) -> None:
 
 
 def _choices(texts: Any, label: str = "--set") -> dict[str, Any]:
-    """KEY=VALUE texts as a dictionary; a value is read as JSON where it is JSON, else as a word."""
+    """KEY=VALUE texts as a dictionary; values are parsed as JSON, or kept as text if they are not JSON."""
     from fastgen.io import parse_json
 
     found: dict[str, Any] = {}
@@ -83,13 +83,13 @@ def threads() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings(Settings):
-    """Settings of a recipe; None where the user gave none. A recipe is a subclass, with these arguments.
+    """Settings of a recipe; None where not given. A recipe is a subclass that defines these attributes.
 
     Attributes:
         name: of the recipe.
         summary: one line for the command line.
-        example: options of a command that runs it.
-        needs: settings that must be given -> what they are.
+        example: options of an example command.
+        needs: required settings and their descriptions.
     """
 
     panel: ClassVar[str] = "Options"
@@ -107,20 +107,20 @@ class RecipeSettings(Settings):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What `--set` chose."""
+        """The choices of `--set`."""
         given = getattr(self, "set", None) or ()
         return dict(given) if isinstance(given, Mapping) else _choices(given)
 
     def path(self, name: str) -> Path | None:
-        """The path in a setting; None where the recipe has no such setting or the user gave none."""
+        """The path in a setting; None if the recipe has no such setting or it is not given."""
         given = getattr(self, name, None)
         return None if given is None else Path(given)
 
     def needed(self, name: str) -> Path:
-        """The path in a setting that must be given.
+        """The path in a required setting.
 
         Raises:
-            FastgenError: it is not.
+            FastgenError: it is not given.
         """
         found = self.path(name)
         if found is None:
@@ -158,7 +158,7 @@ class TrainingSettings(RecipeSettings):
 
     @classmethod
     def rules(cls) -> dict[str, Rule]:
-        """Name -> what it may be, with the recipe's default; what the recipe alone has comes first."""
+        """Rules by name, with the recipe's defaults; the recipe's own settings come first."""
         found = {name: cls._with_default(name, rule) for name, rule in super().rules().items()}
         common = {each.name for each in fields(TrainingSettings)}
         return dict(sorted(found.items(), key=lambda item: item[0] in common))
@@ -169,7 +169,7 @@ class TrainingSettings(RecipeSettings):
         return rule if default is None else replace(rule, help=f"{rule.help} Default: {default}.")
 
     def train_config(self, output_dir: Path) -> TrainConfig:
-        """How the trainer runs.
+        """The trainer's settings.
 
         Raises:
             FastgenError: settings that exclude each other.
@@ -186,7 +186,7 @@ class TrainingSettings(RecipeSettings):
         """The recipe.
 
         Raises:
-            FastgenError: a setting is missing, or its folder is absent or not understood.
+            FastgenError: a setting is missing, or its folder is missing or not usable.
         """
         self.check_together()
         return self._build(self.seed or 0)
@@ -198,7 +198,7 @@ class TrainingSettings(RecipeSettings):
         """A recipe of a class.
 
         Raises:
-            FastgenError: `chosen` holds a name that it does not have.
+            FastgenError: `chosen` has an unknown name.
         """
         try:
             return kind(*arguments, **chosen)
@@ -209,7 +209,7 @@ class TrainingSettings(RecipeSettings):
         """The folder of a trained model in a setting.
 
         Raises:
-            FastgenError: it holds none.
+            FastgenError: it has no model.
         """
         given = self.path(name)
         if given is None:
@@ -222,7 +222,7 @@ class TrainingSettings(RecipeSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnSettings(TrainingSettings):
-    """Settings of a recipe that can learn from what a trained model draws."""
+    """Settings of a recipe that can train on a trained model's samples."""
 
     part: Path | None
     init: Path | None = place("Model folder to continue from.")
@@ -231,7 +231,7 @@ class DrawnSettings(TrainingSettings):
         int, "First draw this many samples into --data; 0 = use those in the folder.", minimum=0
     )
     prompts_file: str | None = setting(
-        str, "Prompts of the samples, one a line, or 'shapesworld'; a DiT draws every class in turn."
+        str, "Prompts of the samples, one per line, or 'shapesworld'; a DiT draws every class in turn."
     )
 
     def check_together(self) -> None:
@@ -254,10 +254,10 @@ class UpcyclingSettings(DrawnSettings):
     )
 
     def found(self) -> tuple[Checkpoint, Samples | Pictures]:
-        """The pipeline and the data, whose shapes fit each other and the student; no weights are read.
+        """The pipeline and the data, after checking that their shapes and the student's match; no weights are read.
 
         Raises:
-            FastgenError: they do not, or something is missing.
+            FastgenError: they do not match, or something is missing.
         """
         from fastgen.pipelines.loading.checkpoint import find_checkpoint
         from fastgen.training.pictures import open_data
@@ -273,7 +273,7 @@ class UpcyclingSettings(DrawnSettings):
         return checkpoint, data
 
     def loaded(self, checkpoint: Checkpoint) -> Any:
-        """The pipeline; one that is trained in parts and in bfloat16 is read in bfloat16, its students are float32."""
+        """The pipeline: bfloat16 if sharded and trained in bfloat16, otherwise float32. Students are float32."""
         from fastgen.pipelines.loading import load_checkpoint
         from fastgen.training.engine import asks_to_shard
         from fastgen.training.train_config import resolve_precision

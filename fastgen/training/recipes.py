@@ -1,6 +1,6 @@
-"""The recipes by name: a class of settings each, with the defaults that made the committed checkpoints.
+"""The recipes by name: one settings class each, with the defaults of the committed checkpoints.
 
-The options of `fastgen train RECIPE` are made from these classes.
+`fastgen train RECIPE` derives its options from these classes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Vq(
     TrainingSettings,
     name="vq",
     summary="the VQ tokenizer of the tiny Janus",
-    defaults={**Vae.defaults, "precision": "fp32"},  # in bfloat16 most vectors fall to another code than in float32
+    defaults={**Vae.defaults, "precision": "fp32"},  # bfloat16 changes most vectors' nearest code
 ):
     def _build(self, seed: int) -> Recipe:
         from fastgen.training.vq import VqRecipe
@@ -161,7 +161,7 @@ class Small(
 class DCPatch(
     UpcyclingSettings,
     name="dc-patch",
-    summary="a trained Z-Image that learns to drop its own patches, beginning as itself",
+    summary="a trained Z-Image that learns to drop its own patches",
     example="--part tiny",
     needs={"part": _Z_IMAGE},
     defaults={"steps": 4000, "batch_size": 16, "lr": 5e-4, "warmup": 50, "decay": 0.4},
@@ -252,7 +252,7 @@ class DCGraft(
     def _build(self, seed: int) -> Recipe:
         from fastgen.training.upcycling import FinetuneRecipe, GraftRecipe
 
-        checkpoint, data = self.found()  # explains what is missing before anything is read
+        checkpoint, data = self.found()  # reports what is missing before anything is loaded
         kind = FinetuneRecipe if isinstance(self, DCFinetune) else GraftRecipe
         return kind(seed, self.loaded(checkpoint), data, self.path("init"))
 
@@ -283,7 +283,7 @@ class CascadeCalibrate(
         "Result of `fastgen bench speculative`: its score drops and costs choose the default source."
     )
     samples: int | None = setting(int, "Pictures to measure. Default: 50.", minimum=0)
-    prompts_file: str | None = setting(str, "Prompts, one a line, or 'shapesworld'.")
+    prompts_file: str | None = setting(str, "Prompts, one per line, or 'shapesworld'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +298,12 @@ class SearchCalibrate(
     init: Path | None = place("Verifier by name or folder.")
     samples: int | None = setting(int, "Trajectories to measure. Default: 1000.", minimum=0)
     prompts_file: str | None = setting(
-        str, "Prompts, one a line; their scores replace the check of pictures. Default: ShapesWorld."
+        str, "Prompts, one per line; their scores replace the check of pictures. Default: ShapesWorld."
     )
     batch_size: int | None = setting(int, "Trajectories at a time. Default: 32.", minimum=1)
     set: Any = key_values(
-        "steps, guidance_scale, height, width, sampler, branches; image and mask (files) or strength, for a pipeline "
-        "that begins with a picture"
+        "steps, guidance_scale, height, width, sampler, branches; image and mask (files) or strength, for img2img and "
+        "inpainting"
     )
     threads: int | None = threads()
 
@@ -333,5 +333,5 @@ def janus_folder(recipe: str, part: Path) -> Path:
     """
     checkpoint = find_checkpoint(str(part))
     if checkpoint.kind != "janus":
-        raise FastgenError(f"recipe {recipe}: {part} is no Janus model")
+        raise FastgenError(f"recipe {recipe}: {part} is not a Janus model")
     return checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)

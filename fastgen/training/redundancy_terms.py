@@ -1,7 +1,8 @@
-"""The target's redundancy as a teacher of drafters (section 7 of our specification of CASCADE-R; a reconstruction).
+"""Loss terms for drafters from the target's redundancy (section 7 of our specification of CASCADE-R, a
+reconstruction).
 
-At some places of a picture the target is asked what follows each of the m most likely tokens there: one pass over
-depth-1 trees. Where it predicts the same future after two of them, the drafter need not tell them apart.
+At some places of a picture the target is evaluated after each of the m most likely tokens: one pass over depth-1
+trees. If it predicts the same tokens after two of them, the drafter need not distinguish them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Siblings:
     """The m most likely tokens at K places of every picture.
 
     Attributes:
-        places: [B, K] which token of the picture.
+        places: [B, K] index of the token in the picture.
         tokens: [B, K, m].
         alike: [B, K, m, m] cosine of the centred hidden states after each of them.
-        redundancy: [B, K] in [0, 1]: mean similarity of different siblings, 0 where it is negative.
+        redundancy: [B, K] in [0, 1]: mean similarity of different siblings, clamped at 0.
     """
 
     places: Tensor
@@ -47,7 +48,7 @@ def probe_siblings(
         prefix: the prompts, P long.
         law: for the guidance scale.
         laws: [B, N, V], p at each token of the picture.
-        cache: of a pass over the prompts and whole pictures; its slots behind them are written.
+        cache: of a pass over the prompts and whole pictures; the slots after them are written.
         places: [B, K].
         count: m.
     """
@@ -69,7 +70,7 @@ def probe_siblings(
     centred = torch.nn.functional.normalize(states - states.mean(dim=2, keepdim=True), dim=-1)
     alike = (centred @ centred.mT).float()  # autocast would leave it in half precision
     off = ~torch.eye(count, dtype=torch.bool, device=places.device)
-    # Centred states of m equal ones have a mean cosine of -1 / (m - 1): that is where "not alike" lies.
+    # Unrelated states, once centred, have a mean cosine of -1 / (m - 1): that maps to 0.
     level = (alike[..., off].mean(dim=-1) * (count - 1) + 1) / count
     return Siblings(places, tokens, alike, level.clamp(0, 1))
 
@@ -81,12 +82,12 @@ def at_places(values: Tensor, places: Tensor) -> Tensor:
 
 
 def class_cross_entropy(siblings: Siblings, p: Tensor, log_q: Tensor, threshold: float = 0.9) -> Tensor:
-    """-sum_K P(K) log Q(K) over classes of siblings of at least two members, [B, K] nats.
+    """-sum_K P(K) log Q(K) over classes of at least two siblings, [B, K] nats.
 
     Args:
-        siblings: probed.
-        p, log_q: [B, K, V] laws at their places.
-        threshold: least similarity inside a class.
+        siblings: from `probe_siblings`.
+        p, log_q: [B, K, V], target probabilities and draft log-probabilities at their places.
+        threshold: minimum similarity within a class.
     """
     mass, log_mass = p.gather(-1, siblings.tokens), log_q.gather(-1, siblings.tokens)
     first, _ = form_classes(siblings.alike >= threshold, mass, torch.ones_like(mass))
@@ -98,19 +99,19 @@ def class_cross_entropy(siblings: Siblings, p: Tensor, log_q: Tensor, threshold:
 
 
 def soft_targets(siblings: Siblings, p: Tensor, strength: float) -> Tensor:
-    """p [B, K, V] with the siblings' mass spread among those that are alike: (1 - gamma rho) p + gamma rho S p."""
+    """p [B, K, V] with the siblings' mass spread among similar ones: (1 - gamma rho) p + gamma rho S p."""
     mass = p.gather(-1, siblings.tokens)
     kernel = siblings.alike.clamp_min(0)
-    kernel = kernel / kernel.sum(dim=-2, keepdim=True)  # columns sum to 1: mass is moved, not made
+    kernel = kernel / kernel.sum(dim=-2, keepdim=True)  # columns sum to 1, so the total mass stays
     share = (strength * siblings.redundancy)[..., None]
     spread = (1 - share) * mass + share * (kernel @ mass[..., None])[..., 0]
     return p.scatter(-1, siblings.tokens, spread)
 
 
 def convergence_along(hidden: Tensor) -> Tensor:
-    """Similarity [B, N] in [0, 1] of each hidden state [B, N, F] with the one before it, centred over the picture.
+    """Similarity [B, N] in [0, 1] of each hidden state [B, N, F] to the one before it, centred over the picture.
 
-    It is high in flat regions, where an early difference washes out (D2 of our specification); 0 at the first.
+    It is high in flat regions, where early differences fade (D2 of our specification); 0 at the first.
     """
     centred = torch.nn.functional.normalize(hidden - hidden.mean(dim=1, keepdim=True), dim=-1)
     along = (centred[:, 1:] * centred[:, :-1]).sum(dim=-1).clamp(0, 1)

@@ -1,10 +1,10 @@
 """A trained pipeline's own samples as training data, with their prompts or classes, in a folder of shards.
 
-    <folder>/samples.json             what was asked; a folder never continues under other settings
-    <folder>/00000.safetensors        up to 64 samples: latents as the transformer sees them (float16), or tokens
+    <folder>/samples.json             settings; other settings need another folder
+    <folder>/00000.safetensors        up to 64 samples: latents as the transformer reads them (float16), or tokens
 
-Shards are written atomically and every sample has a seed of its own, so an interrupted run continues where it stopped
-and ends with the files of an uninterrupted one.
+Shards are written atomically and every sample has its own seed, so an interrupted run resumes and writes the same
+files as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Draw = Callable[[list[Any], list[torch.Generator], dict[str, Any]], Tensor]
 
 
 class Shuffled:
-    """Items in an order of its own for every pass.
+    """Items in random order, reshuffled for every pass.
 
     Args:
         count: items of a pass.
@@ -43,7 +43,7 @@ class Shuffled:
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def place(self, index: int) -> int:
-        """Where item `index` lies; item i of pass k is a random one that the pass has not shown yet."""
+        """Position of item `index`: each pass visits every item once, in random order."""
         turn, step = divmod(index, self.count)
         if self._order[0] != turn:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
@@ -52,23 +52,23 @@ class Shuffled:
 
 
 class Samples(Shuffled):
-    """Random access to the samples of a folder, in an order of its own for every pass.
+    """Random access to the samples of a folder, reshuffled for every pass.
 
     Args:
         folder: written by `draw_samples`.
         seed: of the order.
 
     Raises:
-        FastgenError: the folder holds no samples, or not all of them.
+        FastgenError: the folder has no samples, or not all of them.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         if not (folder / "samples.json").is_file():
-            raise FastgenError(f"{folder}: holds no samples (samples.json is missing)")
+            raise FastgenError(f"{folder}: has no samples (samples.json is missing)")
         super().__init__(int(read_json(folder / "samples.json")["count"]), seed)
         self.folder = folder
         if absent := [index for index in range(-(-self.count // _SHARD)) if not _shard(folder, index).is_file()]:
-            raise FastgenError(f"{folder}: {len(absent)} shards are missing; draw them by the command that began it")
+            raise FastgenError(f"{folder}: {len(absent)} shards are missing; resume the command that draws them")
         self._labels: dict[int, list[Any]] = {}
 
     size = None
@@ -76,7 +76,7 @@ class Samples(Shuffled):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample: latents (C, h, w), tokens (N,)."""
+        """Shape of one sample: latents (C, h, w), tokens (N,)."""
         with safe_open(_shard(self.folder, 0), "pt") as file:
             return tuple(file.get_slice("samples").get_shape()[1:])
 
@@ -87,7 +87,7 @@ class Samples(Shuffled):
 
     def _item(self, index: int) -> tuple[Tensor, Any]:
         shard, row = divmod(self.place(index), _SHARD)
-        with safe_open(_shard(self.folder, shard), "pt") as file:  # mapped: only the one row is read
+        with safe_open(_shard(self.folder, shard), "pt") as file:  # memory-mapped: only this row is read
             sample = file.get_slice("samples")[row : row + 1][0]
             if shard not in self._labels:
                 self._labels[shard] = parse_json(file.metadata()["labels"], f"labels of {_shard(self.folder, shard)}")
@@ -105,20 +105,20 @@ def draw_samples(
     report: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Samples:
-    """Draw what is missing of `count` samples; label k mod len(labels) belongs to sample k.
+    """Draw the missing ones of `count` samples; sample k has label k mod len(labels).
 
     Args:
         pipe: a `ZImagePipeline` or one that draws tokens (labels are prompts), or a `DiTPipeline` (classes).
-        folder: created when missing.
+        folder: created if missing.
         labels: prompts or classes.
-        count: samples in all.
-        seed: sample k is drawn from a generator seeded with seed + k.
-        batch_size: samples a call.
+        count: total number of samples.
+        seed: sample k has a generator seeded with seed + k.
+        batch_size: samples per call.
         report: called with (done, total).
         settings: further arguments of the pipeline, `num_inference_steps`, `guidance_scale`, `height`, `width` …
 
     Raises:
-        FastgenError: the folder holds other samples, or is not writable.
+        FastgenError: the folder has other samples, or is not writable.
         ValueError: no labels, count or batch size below 1, or another pipeline.
     """
     if not labels or count < 1 or batch_size < 1:
@@ -129,7 +129,7 @@ def draw_samples(
     asked = {"count": count, "seed": seed, "labels_sha256": digest, "settings": settings}
     path = folder / "samples.json"
     if path.is_file() and read_json(path) != asked:
-        raise FastgenError(f"{folder}: holds samples of other labels or settings; choose another folder")
+        raise FastgenError(f"{folder}: has samples with other labels or settings; choose another folder")
     atomic_write_json(path, asked)
     for index in range(-(-count // _SHARD)):
         numbers = range(index * _SHARD, min(count, (index + 1) * _SHARD))

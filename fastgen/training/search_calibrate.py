@@ -1,11 +1,11 @@
 """`fastgen train search-calibrate`: thresholds of a noise search for a model with its verifier.
 
-Trajectories are drawn with a search's own sampler on prompts outside the evaluation set; at every time several
-candidates of one parent are scored and the first one continues. A checker says which final pictures are correct;
-where there is none, their scores stand in for that.
+Trajectories are drawn with the search's sampler on prompts outside the evaluation set. At every time several
+candidates of one parent are scored, and the first one continues. A checker decides which final pictures are correct;
+without a checker, their scores are used instead.
 
-    <folder>/search-calibrate.json     what was asked; a folder never continues under other settings
-    <folder>/trajectories/00000.json   up to 16 trajectories, written at once, so an interrupted run resumes
+    <folder>/search-calibrate.json     settings; other settings need another folder
+    <folder>/trajectories/00000.json   up to 16 trajectories, written atomically, so an interrupted run resumes
     <folder>/thresholds.json           the calibration
 """
 
@@ -57,18 +57,18 @@ RECORD = "search-calibrate.json"
 SHAPESWORLD = "shapesworld"
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SETTINGS = ("branches", "guidance_scale", "height", "num_inference_steps", "sampler", "steps", "width")
-#: Of a pipeline that begins with a picture.
+#: Settings of img2img and inpainting pipelines.
 BEGINNING = ("image", "mask", "strength")
 _CHUNK = 16
 
 
 @dataclass
 class Branching(Policy):
-    """A plain stochastic trajectory with siblings: of each transition's candidates the first one continues.
+    """A stochastic trajectory with siblings: the first candidate of each transition continues.
 
     Attributes:
-        branches: candidates of a transition.
-        times: of the last call's trajectories, as noise levels in the model's own interpolant.
+        branches: candidates per transition.
+        times: noise levels of the last call's trajectories, in the model's own interpolant.
 
     Raises:
         ValueError: branches < 1.
@@ -95,8 +95,8 @@ class Branching(Policy):
 
 
 def calibration_captions(count: int, seed: int = 0) -> list[Metadata]:
-    """ShapesWorld captions with what a correct picture of them holds, the six tasks in turn. They are training
-    captions: no evaluation prompt and none of the combinations that those hold out."""
+    """ShapesWorld captions with the content of a correct picture, for the six tasks in turn. They are training
+    captions: neither evaluation prompts nor their held-out combinations."""
     found = []
     for number in range(count):
         rng = random.Random(f"search-calibrate/{seed}/{number}")
@@ -123,21 +123,20 @@ def calibrate_search(
 
     Args:
         model: name, folder or Hub id of a diffusion pipeline.
-        verifier: as `load_verifier` takes it.
-        output: folder; created when missing.
-        trajectories: to draw.
-        prompts: what to draw, in turn; None takes ShapesWorld captions, and the ShapesWorld checker judges.
+        verifier: see `load_verifier`.
+        output: folder; created if missing.
+        trajectories: number of trajectories to draw.
+        prompts: used in turn; None takes ShapesWorld captions and the ShapesWorld checker.
         seed: of captions and trajectories.
-        batch_size: rows of a forward pass.
-        settings: of the pipeline and the search: `SETTINGS`; what is not given is the model's own. `image`, `mask`
-            (files) and `strength` calibrate the model's img2img or inpainting pipeline, which begins with that
-            picture for every prompt.
-        device: where.
-        report: called for every chunk.
+        batch_size: rows per forward pass.
+        settings: of the pipeline and the search: `SETTINGS`, by default the model's own. `image`, `mask` (files) and
+            `strength` calibrate the model's img2img or inpainting pipeline, with that picture for every prompt.
+        device: to run on.
+        report: called after every chunk.
 
     Raises:
         FastgenError: too few trajectories, no prompt or one of the evaluation set, an unknown setting, model or
-            verifier, a model that a search cannot drive, or a folder of another run.
+            verifier, a model that the search does not support, or a folder of another run.
     """
     if trajectories < 2 * FEWEST:
         raise FastgenError(f"trajectories: {trajectories} is not allowed, needs an integer >= {2 * FEWEST}")
@@ -181,11 +180,10 @@ def measure(
     signature: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> Calibration:
-    """The calibration of drawn trajectories.
+    """The calibration from trajectories.
 
     Args:
-        rows: of each trajectory its "times", its "scores" [N][K], its "tag", and whether it is "correct" (None:
-            not judged).
+        rows: "times", "scores" [N][K], "tag" and "correct" (None: not checked) of each trajectory.
     """
     scores = np.array([row["scores"] for row in rows], dtype=np.float64)
     final, judged = scores[:, -1, 0], rows[0]["correct"] is not None
@@ -222,18 +220,18 @@ def _in_turn(prompts: Sequence[str], count: int) -> list[str]:
         raise FastgenError("prompts: needs at least one")
     kept_back = {item["prompt"] for item in evaluation_prompts()}
     if wrong := [prompt for prompt in prompts if prompt in kept_back]:
-        raise FastgenError(f"prompts: {wrong[0]!r} is an evaluation prompt of ShapesWorld, which none may learn from")
+        raise FastgenError(f"prompts: {wrong[0]!r} is an evaluation prompt of ShapesWorld; training must not use it")
     return [prompts[number % len(prompts)] for number in range(count)]
 
 
 def _beginning(given: dict[str, Any]) -> Beginning | None:
-    """The picture that every trajectory begins with, taken out of `given`."""
+    """The input picture of every trajectory, removed from `given`."""
     image, mask, strength = (given.pop(name, None) for name in BEGINNING)
     return read_beginning(image and Path(str(image)), mask and Path(str(mask)), strength)
 
 
 def _settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the search's call: the model's own, the user's over them."""
+    """Settings of the search's call: the model's defaults, overridden by the user's."""
     own = {"sampler": "ancestral", "branches": 4, **pipeline_arguments(checkpoint.defaults)}
     return own | pipeline_arguments(given)
 
@@ -247,7 +245,7 @@ def _open(
     branches: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Begin or resume a run."""
+    """Start or resume a run."""
     check_writable(output / "trajectories")
     asked = {"model": model_fingerprint(*checkpoint.folders), "seed": seed, "branches": branches}
     asked |= {"verifier": verifier.name, "settings": dict(settings)}
@@ -257,7 +255,7 @@ def _open(
     path = output / RECORD
     if path.is_file() and (held := read_json(path)) != asked:
         changed = [key for key in asked if not isinstance(held, dict) or held.get(key) != asked[key]]
-        raise FastgenError(f"{output}: holds trajectories of another {', '.join(changed)}; choose another folder")
+        raise FastgenError(f"{output}: has trajectories with another {', '.join(changed)}; choose another folder")
     atomic_write_json(path, asked)
 
 
@@ -271,7 +269,7 @@ def _draw(
     settings: Mapping[str, Any],
     report: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Draw what is missing; all trajectories."""
+    """Draw the missing trajectories; returns all of them."""
     rows: list[dict[str, Any]] = []
     for first in range(0, len(items), _CHUNK):
         part = items[first : first + _CHUNK]
@@ -321,11 +319,11 @@ def _by_time(tree: Sequence[Sequence[float | None]]) -> list[list[float]]:
     """Scores [N][K] of a tree's rows (number, parent, time, score).
 
     Raises:
-        FastgenError: a score that is no number.
+        FastgenError: a score that is not a number.
     """
     found: dict[int, list[float]] = {}
     for _, _, time, score in tree:
         if score is None or time is None:
-            raise FastgenError("verifier: gave a score that is no number")
+            raise FastgenError("verifier: returned a score that is not a number")
         found.setdefault(int(time), []).append(score)
     return [found[time] for time in sorted(found)]

@@ -1,7 +1,7 @@
-"""FSDP2 for the trainer: weights, gradients and optimizer state are divided between the processes.
+"""FSDP2 for the trainer: weights, gradients and optimizer state are sharded across processes.
 
-`torch.distributed.fsdp.fully_shard` on every block that a model names in `_no_split_modules`, then on the rest. Each
-process writes and reads its own part of a checkpoint (`torch.distributed.checkpoint`).
+Applies `torch.distributed.fsdp.fully_shard` to every block in a model's `_no_split_modules`, then to the rest. Each
+process writes and reads its own shard of a checkpoint (`torch.distributed.checkpoint`).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def sharding_asked() -> bool:
 
 
 def leave_group() -> None:
-    """Leave the process group, if there is one, before Python ends.
+    """Destroy the process group, if there is one, before Python exits.
 
-    A divided module keeps the group's threads alive, in reference cycles. If they still run when Python ends, the
-    process aborts in about one of ten runs, and torchrun reports a finished training as failed.
+    Reference cycles in a sharded module keep the group's threads alive. If they still run at exit, the process aborts
+    in about one of ten runs, and torchrun reports a finished run as failed.
     """
     if dist.is_initialized():
         gc.collect()
@@ -52,13 +52,13 @@ def leave_group() -> None:
 
 
 def shard(module: torch.nn.Module, device: torch.device) -> None:
-    """Divide a module's parameters between the processes, in place.
+    """Shard a module's parameters across the processes, in place.
 
-    Weights are gathered in their own dtype: norms in float32 next to products in bfloat16 are left to autocast.
+    Weights are gathered in their own dtype; autocast chooses the precision of each operation.
 
     Args:
-        module: equal in all processes; its parameters are other ones afterwards.
-        device: of this process; the parts lie there.
+        module: the same in all processes; its parameters are replaced.
+        device: of this process and its shards.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     parts = list(module.modules())
@@ -70,7 +70,7 @@ def shard(module: torch.nn.Module, device: torch.device) -> None:
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], limit: float) -> float:
-    """Scale gradients that lie in parts so that their norm over all processes is at most `limit`; returns the norm."""
+    """Scale sharded gradients so that their norm over all processes is at most `limit`; returns the norm."""
     norm = torch.nn.utils.get_total_norm([param.grad for param in parameters if param.grad is not None])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, whole)
@@ -79,9 +79,9 @@ def clip_gradients(parameters: list[torch.nn.Parameter], limit: float) -> float:
 
 @torch.no_grad()
 def gather_weights(module: torch.nn.Module, keep: bool) -> None:
-    """Put whole weights on the CPU in the place of the parts, where `keep` is set; all processes call it.
+    """Replace the shards by full weights on the CPU, in processes with `keep`; all processes must call it.
 
-    The module can be read and saved afterwards, and no longer be trained.
+    The module can be read and saved afterwards, but not trained.
     """
     for part in list(module.modules()):
         for name, param in list(part.named_parameters(recurse=False)):
@@ -92,7 +92,7 @@ def gather_weights(module: torch.nn.Module, keep: bool) -> None:
 
 
 def save_parts(folder: Path, step: int, module: torch.nn.Module, averages: list[Any], optimizers: list[Any]) -> None:
-    """Write trained weights, their averages and the optimizers of a step, each process its part."""
+    """Write trained weights, their averages and the optimizers of a step; each process writes its shard."""
     save(_state(module, averages, optimizers), checkpoint_id=folder / _PARTS.format(step=step))
 
 
@@ -104,7 +104,7 @@ def load_parts(folder: Path, step: int, module: torch.nn.Module, averages: list[
 
 
 def remove_parts(folder: Path, step: int) -> None:
-    """Remove the parts of all steps but this one."""
+    """Remove the shards of all other steps."""
     for path in folder.glob(_PARTS.format(step="*")):
         if path.name != _PARTS.format(step=step):
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
 """Recipe `small`: a deeper Z-Image for 128x128 pictures, grown from the tiny one.
 
-VAE, text encoder and tokenizer of the tiny pipeline stay as they are; only the transformer is trained, by flow
-matching on ShapesWorld renders of that size. It begins as the trained one: every weight is copied, and a new block is
-a copy of the block before it with closed gates, which makes it the identity; it opens with the first optimizer steps.
+VAE, text encoder and tokenizer of the tiny pipeline are frozen; only the transformer is trained, by flow matching on
+ShapesWorld renders of that size. It starts with the same function as the tiny one: every weight is copied, and a new
+block is a copy of the block before it with zero gates, which makes it the identity at first.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SIZE = 128
 LAYERS = 8
 _PROBE = 5 * LAYERS // 8  # the block whose output the layout loss reads
 ROPE_THETA = 1000.0
-"""Of 256, 400, 588, 1000 and 2000 the one with the least velocity error right after growing the tiny model."""
+"""The value of 256, 400, 588, 1000 and 2000 with the smallest velocity error right after growing the tiny model."""
 SHIFT = 4.0
-"""Of the scheduler, twice that of the tiny pipeline: with four times as many pixels to tell it from, a picture is
-visible through twice the noise."""
+"""Of the scheduler, twice that of the tiny pipeline: with four times as many pixels, a picture is visible through
+twice the noise."""
 HELD_OUT = 128
-"""Fresh renders whose latents give the metric."""
+"""New renders whose latents define the metric."""
 _LOGIT_MEAN = 1.9  # likewise: the tiny model's 1.2 plus log 2
 _LAYOUT_WEIGHT = 0.5
 
 
 def source_blocks(old: int, new: int) -> list[tuple[int, bool]]:
-    """For each of `new` blocks the one of `old` blocks it is copied from, and whether it is a further copy.
+    """For each of `new` blocks, its source among the `old` blocks, and whether it is an additional copy.
 
     Raises:
         ValueError: fewer new blocks than old ones.
@@ -52,10 +52,10 @@ def grow(model: ZImageTransformer2DModel, n_layers: int, rope_theta: float | Non
     """A stock transformer of `n_layers` blocks that computes what `model` computes.
 
     Args:
-        model: the trained transformer; it stays as it is.
+        model: the trained transformer; not changed.
         n_layers: blocks of the new one, at least those of `model`.
-        rope_theta: base of the rotary frequencies, higher for larger pictures; None keeps that of `model`. With
-            another one the function changes.
+        rope_theta: base of the rotary frequencies, higher for larger pictures; None keeps that of `model`. Another
+            value changes the function.
 
     Raises:
         ValueError: fewer blocks than `model` has.
@@ -80,7 +80,7 @@ def _block(state: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _close_gates(modulation: Tensor) -> Tensor:
-    """Weight or bias [4 D, …] of a block's modulation (scale, gate, scale, gate) with both gates zero."""
+    """Set both gates to zero in the weight or bias [4 D, …] of a block's modulation (scale, gate, scale, gate)."""
     closed = modulation.clone()
     for gate in closed.chunk(4)[1::2]:
         gate.zero_()
@@ -88,7 +88,7 @@ def _close_gates(modulation: Tensor) -> Tensor:
 
 
 class _Module(torch.nn.Module):
-    """The transformer and the head of the layout loss, which reads after a block of the middle."""
+    """The transformer and the head of the layout loss, which reads a middle block's output."""
 
     adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN", "layout")
     compiled_parts = ("",)

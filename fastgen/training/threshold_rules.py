@@ -1,13 +1,13 @@
 """Thresholds from scored trajectories.
 
-What is known: at each time of a trajectory K candidates were scored, the first of them was gone on with, and at the
-end it is known how good the picture became (a checker's verdict, or its score). So the worth of a score at a time is
-what pictures that came from such a score became, on average, and what trying once more brings there can be tried out:
-candidates of one parent differ less than those of different prompts, and the later the less.
+At each time of a trajectory K candidates were scored and the first one continued; the outcome of the final picture is
+known (a checker's verdict, or its score). The value of a score at a time is the mean outcome of pictures with such a
+score. The gain of another try can be measured as well: candidates of one parent differ less than those of different
+prompts, and less at later times.
 
-A threshold at a time then maximises (worth of what is gone on with) - price * (tries): one more try has to bring its
-price. That is the reservation value of optimal stopping, measured instead of derived. One price for all times spends
-evaluations where they bring most; low prices make thorough schedules, high ones sparing ones.
+A threshold at a time maximises (value of the chosen candidate) - price * (tries): another try must gain its price.
+That is the reservation value of optimal stopping, measured instead of derived. One price for all times spends
+evaluations where they gain most; low prices give thorough schedules, high ones cheap schedules.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ __all__ = [
     "quantile_rows",
     "schedule_at",
     "smallest_threshold",
-    "worths",
+    "expected_outcomes",
 ]
 
 #: Fewest pictures for which a share of them is reported.
 FEWEST = 16
-#: P(correct) that the fixed threshold reaches.
+#: P(correct) of the fixed threshold.
 LEVEL = 0.9
-#: Standard deviations of what is wanted of a picture that an evaluation has to bring.
+#: Minimum gain of an evaluation, in standard deviations of the outcome.
 PRICES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
-#: What a decode and a verification cost, in evaluations.
+#: Cost of a decode and a verification, in evaluations.
 LOOK = 1.0
-#: Failures of a prompt for which looks are chosen one by one.
+#: Numbers of failures of a prompt for which check times are chosen separately.
 FAILURES = 4
 QUANTILES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _GRID = 65
@@ -52,7 +52,7 @@ _GROUPS = 20
 
 
 def smallest_threshold(scores: np.ndarray, correct: np.ndarray, level: float = LEVEL) -> float | None:
-    """The smallest tau with P(correct | score > tau) >= level; None where no tau above which `FEWEST` lie has it.
+    """The smallest tau with P(correct | score > tau) >= level; None if no tau with `FEWEST` scores above it has it.
 
     Args:
         scores: [n], of final pictures.
@@ -60,7 +60,7 @@ def smallest_threshold(scores: np.ndarray, correct: np.ndarray, level: float = L
     """
     order = np.argsort(scores, kind="stable")
     values, right = scores[order], correct[order].astype(np.float64)
-    above = np.cumsum(right[::-1])[::-1]  # correct ones from each on
+    above = np.cumsum(right[::-1])[::-1]  # number of correct ones from each score on
     for place in range(len(values) - FEWEST):
         first = int(np.searchsorted(values, values[place], side="right"))
         left = len(values) - first
@@ -70,7 +70,7 @@ def smallest_threshold(scores: np.ndarray, correct: np.ndarray, level: float = L
 
 
 def precision_curve(scores: np.ndarray, correct: np.ndarray, taus: Sequence[float]) -> list[dict[str, Any]]:
-    """At each tau: the share of pictures above it, how many of them are correct, and the standard error of that."""
+    """At each tau: the share of pictures above it, the share of those that are correct, and its standard error."""
     rows = []
     for tau in taus:
         above = scores > tau
@@ -88,10 +88,10 @@ def quantile_rows(scores: np.ndarray) -> dict[str, tuple[float, ...]]:
 
 
 def prospects(scores: np.ndarray, correct: np.ndarray) -> Prospects | None:
-    """Chances of a correct picture by time and score, and when to look; None where no picture is correct.
+    """Probabilities of a correct picture by time and score, and check times; None if no picture is correct.
 
     Args:
-        scores: [n, N, K] of n trajectories at N times; of K candidates the first was gone on with.
+        scores: [n, N, K] of n trajectories at N times; the first of K candidates continued.
         correct: bool [n].
     """
     if not correct.any():
@@ -104,7 +104,7 @@ def prospects(scores: np.ndarray, correct: np.ndarray) -> Prospects | None:
 
 
 def _looks(known: Prospects, scores: np.ndarray, correct: np.ndarray, failures: int) -> tuple[int, ...]:
-    """The times to look at after so many failures, chosen one after the other as long as a look saves something."""
+    """The check times after `failures` failures, added greedily while a check saves cost."""
 
     def cost(looks: tuple[int, ...]) -> float:
         return cost_of_correct(known, scores, correct, failures, looks)
@@ -121,9 +121,9 @@ def _looks(known: Prospects, scores: np.ndarray, correct: np.ndarray, failures: 
 def cost_of_correct(
     known: Prospects, scores: np.ndarray, correct: np.ndarray, failures: int, looks: Sequence[int]
 ) -> float:
-    """Evaluations, and looks at `LOOK` each, that a correct picture costs if trajectories [n, N] without hope are
-    given up, of prompts of which so many failed: there fewer trajectories succeed, but scores of those that do and of
-    those that do not are the same."""
+    """Cost of a correct picture in evaluations, plus `LOOK` per check, if hopeless trajectories [n, N] are dropped,
+    for prompts with this number of failures: fewer of their trajectories succeed, but the scores of successful and of
+    failed ones have the same distributions."""
     chance = known.fresh(failures)
     weights = np.where(correct, chance / known.chance, (1 - chance) / max(1e-9, 1 - known.chance))
     cost, last = 0.0, scores.shape[1] - 1
@@ -134,8 +134,8 @@ def cost_of_correct(
     return float(cost / max(1e-9, weights[correct].sum()))
 
 
-def worths(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Expected outcome given the score at a time: rises with it, fitted over groups of like scores.
+def expected_outcomes(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Expected outcome given the score at a time: a non-decreasing fit over groups of similar scores.
 
     Args:
         scores: [n, K]; the outcomes are those of the first column.
@@ -148,7 +148,7 @@ def worths(scores: np.ndarray, outcome: np.ndarray) -> np.ndarray:
 
 
 def _curve(scores: np.ndarray, outcome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores that rise, and the outcomes expected of them."""
+    """Increasing scores and their expected outcomes."""
     order = np.argsort(scores, kind="stable")
     groups = np.array_split(order, min(_GROUPS, max(1, len(order) // FEWEST)))
     places = np.array([scores[group].mean() for group in groups])
@@ -163,29 +163,31 @@ def schedule_at(price: float, scores: np.ndarray, outcome: np.ndarray, lowest: f
         price: see `Schedule`.
         scores: [n, N, K] of n trajectories at N times, K candidates each.
         outcome: [n].
-        lowest: a tau that everything exceeds; None: far below all scores.
+        lowest: a tau below all scores; None chooses one.
     """
     if lowest is None:
         lowest = float(scores.min() - max(np.ptp(scores), 1.0))
     taus, tries = [], [1.0]
     for time in range(scores.shape[1]):
-        tau, count = _best(price * float(outcome.std()), scores[:, time], worths(scores[:, time], outcome), lowest)
+        tau, count = _best(
+            price * float(outcome.std()), scores[:, time], expected_outcomes(scores[:, time], outcome), lowest
+        )
         taus.append(tau)
-        if time:  # the picture begins with one start
+        if time:  # the first time has one candidate
             tries.append(count)
     return Schedule(price, tuple(taus), float(sum(tries)))
 
 
 def _best(price: float, scores: np.ndarray, worth: np.ndarray, lowest: float) -> tuple[float, float]:
-    """The tau at one time whose worth less the price of its tries is largest, and its tries."""
+    """The tau at one time with the largest value minus price of its tries, and its tries."""
     grid = [lowest, *np.unique(np.quantile(scores, np.linspace(0, 1, _GRID)))]
     outcomes = [_try(tau, scores, worth) for tau in grid]
-    best = int(np.argmax([gained - price * tries for gained, tries in outcomes]))  # of equal ones the lowest
+    best = int(np.argmax([gained - price * tries for gained, tries in outcomes]))  # the lowest of equal ones
     return float(grid[best]), outcomes[best][1]
 
 
 def _try(tau: float, scores: np.ndarray, worth: np.ndarray) -> tuple[float, float]:
-    """Mean worth and tries of the first candidate above tau, else the best, over all places to begin at."""
+    """Mean value and tries of the first candidate above tau, else the best one, over all cyclic orders."""
     rows, count = np.arange(len(scores)), scores.shape[1]
     gained, tries = 0.0, 0.0
     for shift in range(count):

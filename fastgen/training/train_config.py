@@ -12,8 +12,8 @@ from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 
 PRECISIONS = ("auto", "bf16", "fp32")
-# With another value of these a resumed run has other weights. The number of steps is not among them, although the
-# learning rate falls towards the last one: a run may be made longer, and its record says so.
+# Settings that change the weights of a resumed run. The number of steps is not one of them, although the learning rate
+# decays towards the last step: a run may be extended, and its record says so.
 FIXED = ("batch_size", "accumulate", "lr", "warmup", "decay", "ema_decay", "grad_clip")
 
 
@@ -25,29 +25,29 @@ class TrainConfig:
         output_dir: folder of checkpoint, log and exported model.
         steps: total optimizer steps.
         batch_size: items per step and process.
-        accumulate: gradient-accumulation steps, a divisor of batch_size. Small parts stay in the CPU's cache: four
-            parts train the tiny Janus about 1.3 times as fast as one.
-        compile: `torch.compile` the sub-modules that the recipe's module names in `compiled_parts` (tiny Janus on one
-            CPU core: 1.26 times as fast, after 80 s of compiling).
+        accumulate: gradient-accumulation steps, a divisor of batch_size. Small micro-batches stay in the CPU's cache:
+            with four, the tiny Janus trains about 1.3 times as fast as with one.
+        compile: `torch.compile` the sub-modules in the `compiled_parts` of the recipe's module (tiny Janus on one CPU
+            core: 1.26 times as fast, after 80 s of compiling).
         lr: peak learning rate.
         seed: seeds weights, data and noise.
         warmup: steps of linear warm-up.
-        decay: share of the run, at its end, in which the learning rate falls linearly to zero.
+        decay: last share of the run, in which the learning rate decays linearly to zero.
         ema_decay: decay of the weight average.
         grad_clip: gradient norm limit.
         checkpoint_every: steps between checkpoints.
         log_every: steps between log lines.
         max_seconds: save a checkpoint and stop after this wall time; 0 = never.
-        precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 where the
-            device multiplies it natively.
-        workers: processes that draw the batches of the next steps, the same batches; 0 = this one draws them. Needs
-            accumulate 1, because a part's batch begins where the loss of the one before left the random numbers.
-        shard: divide weights, gradients and optimizer state between the processes (FSDP2), and train everything by
-            AdamW, for large models; `accelerate launch` with FSDP sets it too. The recipe has to support it.
-        gradient_checkpointing: compute a block's activations again in the backward pass instead of keeping them.
+        precision: "bf16" (autocast; weights, optimizers and EMA stay float32), "fp32", or "auto": bf16 if the device
+            supports it natively.
+        workers: processes that prepare the same batches in advance; 0 = this process does. Needs accumulate 1, because
+            a micro-batch continues the random numbers of the loss before it.
+        shard: shard weights, gradients and optimizer state across processes (FSDP2) and train everything with AdamW,
+            for large models; `accelerate launch` with FSDP sets it too. The recipe must support it.
+        gradient_checkpointing: recompute a block's activations in the backward pass instead of storing them.
 
     Raises:
-        FastgenError: a value is out of range; names the setting.
+        FastgenError: a value is out of range; the message names the setting.
     """
 
     output_dir: Path
@@ -97,7 +97,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def resolve_precision(name: str) -> str:
-    """ "fp32" or "bf16": what "auto" means on this machine, anything else as it is."""
+    """Resolve "auto" to "fp32" or "bf16" for this machine; other names are returned unchanged."""
     if name != "auto":
         return name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

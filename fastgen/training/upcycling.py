@@ -1,9 +1,9 @@
 """Recipes `dc-graft` and `dc-finetune`: both stages of upcycling a trained pipeline (section 10).
 
-Stage 1 trains the new encoder, router and decoder against the frozen original: its prediction, and what its first and
-last layers say. Stage 2 trains everything but the embeddings of timestep and condition by the original's own diffusion
-loss, with a tail drop drawn for every sample. The data are the original's own samples (`fastgen.training.samples`), so
-neither stage needs a data set, or pictures with captions (`fastgen.training.pictures`).
+Stage 1 trains the new encoder, router and decoder against the frozen original: its prediction, and the activations of
+its first and last layers. Stage 2 trains everything except the timestep and condition embeddings with the original's
+diffusion loss and a random tail drop per sample. The data are the original's own samples (`fastgen.training.samples`),
+so neither stage needs a dataset, or pictures with captions (`fastgen.training.pictures`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastgen.training.families import Activations, Noisy, family_of
 from fastgen.training.pictures import TrainingData
 
 GROUP = 16
-"""Neighbouring items whose kept share is judged together; a process's part of a batch should be a multiple of it."""
+"""Consecutive items whose kept share is measured together; the batch per process should be a multiple of it."""
 BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Tail drops of multi-budget training (section 7 of arXiv 2603.06351)."""
 _RATIO_WEIGHT = 0.03
@@ -37,10 +37,10 @@ _STUDENTS = {kind.__name__: kind for kind in (DCDiTTransformer2DModel, DCZImageT
 
 
 class _Student(torch.nn.Module):
-    """What the engine trains: the student alone, so that checkpoints hold no teacher."""
+    """The module to train: only the student, so that checkpoints do not contain the teacher."""
 
     adamw_names = ("scaffold", "adaptor", "embedder", "adaLN", "modulation")
-    compiled_shapes = None  # the number of kept tokens is another one in every batch
+    compiled_shapes = None  # the number of kept tokens differs from batch to batch
 
     def __init__(self, recipe: UpcyclingRecipe, student: DCModel) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class _Student(torch.nn.Module):
     def forward(
         self, noisy: Noisy, conditions: dict[str, Any], budget: dict[str, Any]
     ) -> tuple[Tensor, DCTransformerOutput]:
-        """Prediction and everything the student tells."""
+        """The prediction and the student's full output."""
         prediction, output = self._family.predict(self.student, noisy, conditions, **budget)
-        # Where no patch is dropped, nothing asks for its neighbour's share; processes wait for gradients of all.
+        # Without dropped patches `share` is unused, but other processes wait for the gradients of all parameters.
         share: Any = getattr(self.student.scaffold, "share", None)
         if share is not None:
             prediction = prediction + 0.0 * sum(parameter.sum() for parameter in share.parameters())
@@ -63,18 +63,18 @@ class _Student(torch.nn.Module):
 
 
 class UpcyclingRecipe(ABC):
-    """What all stages share.
+    """Base class of all stages.
 
-    Everything random about an item depends on the seed and the item alone, so that it does not matter how items are
-    divided into batches, parts and processes. Losses are means over items, or over groups of `GROUP` of them.
+    An item's random numbers depend only on the seed and the item, so the division into batches, micro-batches and
+    processes does not matter. Losses are means over items, or over groups of `GROUP` items.
 
     Args:
         seed: seed of the new parts, and of dropped conditions, noise and budgets.
         pipe: the original `ZImagePipeline` or `DiTPipeline`.
         samples: its own samples, or pictures with captions.
-        student: folder of an upcycled transformer to go on from; None upcycles the pipeline's.
-        warm_up: items of tail drop 0 at the start.
-        scaffold: configuration of the scaffold, where the student is new.
+        student: folder of an upcycled transformer to continue from; None upcycles the pipeline's.
+        warm_up: items with tail drop 0 at the start.
+        scaffold: configuration of a new student's scaffold.
     """
 
     name = ""
@@ -101,7 +101,7 @@ class UpcyclingRecipe(ABC):
         ).float()
 
     def build(self) -> torch.nn.Module:
-        """The student, with what this stage freezes frozen."""
+        """The student, with this stage's frozen parameters."""
         frozen = self.frozen_names()
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name not in frozen)
@@ -112,7 +112,7 @@ class UpcyclingRecipe(ABC):
         """The student's parameters that keep their values."""
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Samples of the original, which of their conditions to drop, and their budgets."""
+        """Samples of the original, flags of dropped conditions, and budgets."""
         values, labels = self.samples.batch(start, size)
         items = list(range(start, start + size))
         generators = [item_generator(self.seed, item) for item in items]
@@ -121,7 +121,7 @@ class UpcyclingRecipe(ABC):
         return {"values": values, "labels": labels, "dropped": dropped.tolist(), "items": items, **budget}
 
     def budget(self, items: list[int], dropped: Tensor, generators: list[torch.Generator]) -> dict[str, Any]:
-        """Tail drops of the items, one number where all have the same."""
+        """Tail drops of the items; one number if all are equal."""
         drops = [draw_tail_drop(item, self.warm_up, own) for item, own in zip(items, generators, strict=True)]
         return {"tail_drop": drops[0] if len(set(drops)) == 1 else drops}
 
@@ -168,20 +168,20 @@ def draw_tail_drop(item: int, warm_up: int, generator: torch.Generator) -> float
 
 
 def item_generator(seed: int, item: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one item."""
+    """The generator of one item."""
     state = np.random.SeedSequence((seed, item, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def half_copy(model: Any) -> Any:
-    """A copy in float16, of a model that was trained in parts too."""
+    """A float16 copy of a model; it may have been sharded."""
     copied = type(model).from_config(model.config).to(torch.float16)
     copied.load_state_dict(model.state_dict())
     return copied
 
 
 class GraftRecipe(UpcyclingRecipe):
-    """Stage 1: the scaffold learns to say what the original's ends say."""
+    """Stage 1: the scaffold learns to reproduce the original's prediction and outer activations."""
 
     name = "dc-graft"
 
@@ -197,7 +197,7 @@ class GraftRecipe(UpcyclingRecipe):
 
 
 class FinetuneRecipe(UpcyclingRecipe):
-    """Stage 2: diffusion loss with multiple budgets; embeddings of timestep and condition stay."""
+    """Stage 2: diffusion loss with multiple budgets; timestep and condition embeddings are frozen."""
 
     name = "dc-finetune"
     taught = False
@@ -214,10 +214,10 @@ class FinetuneRecipe(UpcyclingRecipe):
 
 
 def graft_losses(prediction: Tensor, output: DCTransformerOutput, taught: Activations) -> dict[str, Tensor]:
-    """Squared errors against the original, each sample's divided by the variance of what it is to match.
+    """Squared errors against the original, each divided by the variance of the sample's target.
 
-    A position's target is what the original says of its 2 x 2 patch. Encoder outputs count where they were kept: only
-    those reach the backbone.
+    A position's target is the original's activation at its 2 x 2 patch. Encoder outputs count only at kept positions:
+    the others do not reach the backbone.
 
     Args:
         prediction: the student's, [n, C', h, w].
@@ -240,23 +240,23 @@ def graft_losses(prediction: Tensor, output: DCTransformerOutput, taught: Activa
 
 
 def _relative(value: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Mean over samples of [n, L, D], at the positions `counted`, bool [n, L]."""
+    """Mean relative error over samples of [n, L, D], at the positions `counted`, bool [n, L]."""
     errors = (value.float() - target.float()).square().mean(dim=-1)
     own = torch.where(counted, errors, 0.0).sum(dim=1) / counted.sum(dim=1)
     return (own / target.float().flatten(1).var(dim=1).clamp(min=1e-6)).mean()
 
 
 def _spread(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens [n, H W / 4, D] of 2 x 2 patches to their positions, [n, H W, D]."""
+    """Repeat tokens [n, H W / 4, D] of 2 x 2 patches at their positions, [n, H W, D]."""
     patches = tokens.unflatten(1, (grid[0] // 2, grid[1] // 2))
     return patches.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1, 2)
 
 
 def load_student(folder: Path) -> DCModel:
-    """An upcycled transformer from its folder.
+    """Load an upcycled transformer.
 
     Raises:
-        FastgenError: the folder holds another model.
+        FastgenError: the folder has another model.
     """
     student: DCModel = load_pretrained(_STUDENTS[student_config(folder)["_class_name"]], folder)
     return student
@@ -266,11 +266,11 @@ def student_config(folder: Path) -> dict[str, Any]:
     """The configuration of an upcycled transformer.
 
     Raises:
-        FastgenError: the folder holds another model.
+        FastgenError: the folder has another model.
     """
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _STUDENTS:
-        raise FastgenError(f"init: {folder} holds no transformer with dynamic chunking (found {str(kind)[:60]})")
+        raise FastgenError(f"init: {folder} has no transformer with dynamic chunking (found {str(kind)[:60]})")
     return config

@@ -1,4 +1,4 @@
-"""Do a pipeline, its data and a student fit each other? By configuration files and headers alone."""
+"""Check that a pipeline, its data and a student match, from configuration files and headers only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgen.training.samples import Samples
 
 __all__ = ["check_data", "check_student", "student_for"]
 
-#: Recipe -> the grid that its students have; others train both.
+#: Grid of the students by recipe; other recipes train both.
 _GRIDS = {"dc-graft": "latent", "dc-patch": "patch"}
 _COPIED = ("in_channels", "dim", "n_layers", "n_heads", "cap_feat_dim", "num_layers", "num_attention_heads")
 
@@ -22,7 +22,7 @@ def student_for(folder: Path, recipe: str) -> dict[str, Any]:
     """The configuration of an upcycled transformer that a recipe can continue from.
 
     Raises:
-        FastgenError: the folder holds another model, or one of another grid.
+        FastgenError: the folder has another model, or one with another grid.
     """
     from fastgen.training.upcycling import student_config
 
@@ -34,7 +34,7 @@ def student_for(folder: Path, recipe: str) -> dict[str, Any]:
 
 
 def check_student(folder: Path, checkpoint: Checkpoint, recipe: str) -> None:
-    """A student of the folder can be trained by a recipe with this pipeline as its original.
+    """Check that a recipe can train the student in a folder with this pipeline as its original.
 
     Raises:
         FastgenError: it has another grid or another shape.
@@ -48,22 +48,22 @@ def check_student(folder: Path, checkpoint: Checkpoint, recipe: str) -> None:
 
 
 def check_data(data: Samples | Pictures, checkpoint: Checkpoint) -> None:
-    """The pipeline's transformer can read the data.
+    """Check that the pipeline's transformer can read the data.
 
     Raises:
-        FastgenError: samples of another shape, or pictures for a model that is no Z-Image.
+        FastgenError: samples with another shape, or pictures for a model other than Z-Image.
     """
     if isinstance(data, Pictures):
         if checkpoint.pipeline_class != "ZImagePipeline":
             raise FastgenError(
-                f"--data: {data.path} holds pictures; {checkpoint.model} ({checkpoint.pipeline_class}) learns from "
-                "its own samples alone"
+                f"--data: {data.path} has pictures; {checkpoint.model} ({checkpoint.pipeline_class}) needs its own "
+                "samples"
             )
         return
     channels = _transformer(checkpoint).get("in_channels")
     if len(data.shape) != 3 or channels not in (None, data.shape[0]) or any(side % 2 for side in data.shape[1:]):
         raise FastgenError(
-            f"--data: {data.folder} holds samples of shape {data.shape}, the transformer of {checkpoint.model} needs "
+            f"--data: {data.folder} has samples of shape {data.shape}, the transformer of {checkpoint.model} needs "
             f"({channels}, h, w) with even h and w"
         )
 

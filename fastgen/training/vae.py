@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 HELD_OUT = 256
-"""Fresh renders whose latents give the scale, and on which a trained model is measured."""
+"""New renders whose latents define the scale, and on which a trained model is evaluated."""
 _KL_WEIGHT = 1e-3
 
 
@@ -25,13 +25,13 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 plus a mean squared error that punishes the large errors at edges."""
+    """L1 plus a mean squared error, which penalises the large errors at edges."""
     error = output - target
     return error.abs().mean() + 2.0 * error.square().mean()
 
 
 class VaeModule(torch.nn.Module):
-    """The autoencoder with what a training step needs in one forward."""
+    """The autoencoder, with a training step in one forward pass."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class VaeModule(torch.nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction from the latent mean + deviation * noise, and the KL divergence a latent element."""
+        """Reconstruction from the latent mean + deviation * noise, and the KL divergence per latent element."""
         mean, logvar = self.encode(pixels)
         output = self.vae.decoder(mean + (0.5 * logvar).exp() * noise)
         return output, 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 
 class VaeRecipe:
-    """L1 + squared error + a small KL term; afterwards scale and shift are set from the latents of fresh renders.
+    """L1 + squared error + a small KL term; afterwards scale and shift are set from the latents of new renders.
 
     Args:
         seed: seed of the data.
@@ -62,7 +62,7 @@ class VaeRecipe:
         self.data = ShapesWorld(seed + 101, held_out=False)
 
     def build(self) -> VaeModule:
-        """The autoencoder with fresh weights."""
+        """The autoencoder with new weights."""
         self.vae = build_vae().to(memory_format=torch.channels_last)
         return VaeModule(self.vae)
 

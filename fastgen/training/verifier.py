@@ -1,10 +1,10 @@
-"""Recipe `verifier`: the yes/no model of ShapesWorld, from renders with captions that are true and false of them.
+"""Recipe `verifier`: the yes/no model of ShapesWorld, trained on renders with true and false captions.
 
-It sees neither the checker that scores pictures nor anything that a generator drew. What it has to expect of generated
-pictures and of previews is made from renders: blur, noise, colour shifts, the autoencoder's losses, blobs and strong
-texture in the place of objects, and two scenes at once. Beside the answers it learns what is where, for each word
-that names an object where that object is and how many of them there are, and how two named objects stand to each
-other: from answers alone it learns late what is there, and left and right not at all.
+Its training data have neither verdicts of the checker nor generated pictures. Augmentations of renders imitate the
+faults of generated pictures and previews: blur, noise, colour shifts, the autoencoder's losses, blobs and strong
+texture instead of objects, and two overlaid scenes. Auxiliary losses cover shape and colour at each place, position
+and number of each named object, and the offset of two named objects: from yes/no answers alone the model learns
+objects late, and never left and right.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from fastgen.training.detector import augment, detection_targets
 from fastgen.training.vae import to_pixels
 
 _EMPTY, _MIXED = 0.12, 0.3  # shares of pictures without objects, and with blobs next to their objects
-_DOUBLE = 0.12  # share of pictures that are two scenes at once: neither caption is true
-FALSE = 3  # false captions of a picture for a true one
+_DOUBLE = 0.12  # share of pictures with two overlaid scenes: neither caption is true
+FALSE = 3  # false captions per true one
 
 
 _NOUNS = {name + ending: name for name in SHAPES for ending in ("", "s", "es")}
 
 
 class Read(NamedTuple):
-    """What the network says of pictures [n] and k prompts each."""
+    """Outputs of the network for pictures [n] and k prompts each."""
 
     answers: Tensor  # [n, k] logits of "yes"
     shapes: Tensor  # [n, places, 1 + shapes] logits of background and shapes
     colors: Tensor  # [n, places, colours]
     centres: Tensor  # [n, k, words, 2] x and y of the object that a word names, in [-1, 1]
-    counts: Tensor  # [n, k, words, 1 + MAX_OBJECTS] logits of how many there are
+    counts: Tensor  # [n, k, words, 1 + MAX_OBJECTS] logits of the number of such objects
     offsets: Tensor  # [n, k, 2] from the second to the first object that a prompt names
 
 
 class _Supervised(nn.Module):
-    """The verifier with heads that only training needs."""
+    """The verifier with auxiliary heads for training."""
 
     def __init__(self, verifier: ShapesVerifier) -> None:
         super().__init__()
@@ -66,15 +66,15 @@ class _Supervised(nn.Module):
         states = self.verifier.fuse(words, mask, picture)
         answers = self.verifier.conclude(states[-1]).unflatten(0, tokens.shape[:2])
         shapes, colors = self.what(picture).split((1 + len(SHAPES), len(COLORS)), dim=-1)
-        # A layer each: words find their objects, the asking word reads the words, and concludes.
+        # One layer each: words find their objects, then the question token reads the words, then it answers.
         centres, counts = self.named(states[0]).unflatten(0, tokens.shape[:2]).split((2, 1 + MAX_OBJECTS), dim=-1)
         offsets = self.apart(states[min(1, len(states) - 1)][:, 0]).unflatten(0, tokens.shape[:2])
         return Read(answers, shapes, colors, centres, counts, offsets)
 
 
 def _named(text: str, scene: Sequence[SceneObject], length: int) -> tuple[Tensor, Tensor]:
-    """For each word of a tokenised text: the centre [length, 2] in [-1, 1] of the one object that it names (NaN: not
-    one), and how many there are [length] (-1: the word names none)."""
+    """For each word of a tokenised text: the centre [length, 2] in [-1, 1] of the single object that it names (NaN:
+    not exactly one), and the number of such objects [length] (-1: the word is not a noun)."""
     centres, counts = torch.full((length, 2), float("nan")), torch.full((length,), -1)
     words = text.split()
     for place, word in enumerate(words):
@@ -82,25 +82,25 @@ def _named(text: str, scene: Sequence[SceneObject], length: int) -> tuple[Tensor
             continue
         color = words[place - 1] if place and words[place - 1] in COLORS else None
         fitting = [thing for thing in scene if thing.shape == _NOUNS[word] and color in (None, thing.color)]
-        counts[place + 1] = len(fitting)  # the asking token is first
+        counts[place + 1] = len(fitting)  # the question token is first
         if len(fitting) == 1:
             centres[place + 1] = torch.tensor([fitting[0].cx, fitting[0].cy]) * 2 / IMAGE_SIZE - 1
     return centres, counts
 
 
 def _offset(centres: Tensor, counts: Tensor) -> Tensor:
-    """From the second to the first named object [2], of what `_named` returns; NaN: not two single ones."""
+    """Offset [2] from the second to the first named object, given `_named`'s results; NaN: not two single objects."""
     places = (counts >= 0).nonzero()[:, 0]
     return centres[places[0]] - centres[places[1]] if len(places) == 2 else torch.full((2,), float("nan"))
 
 
 class VerifierRecipe:
-    """Binary cross-entropy over one true caption, false ones that differ in one thing, and another picture's; plus
-    it cross-entropies of shape and colour at each place.
+    """Binary cross-entropy over one true caption, false ones that differ in one detail, and another picture's; plus
+    auxiliary losses, see the module.
 
     Args:
         seed: seed of weights and data.
-        vae: an autoencoder whose losses a part of the pictures goes through; None leaves that out.
+        vae: an autoencoder that reconstructs half of the pictures; None skips that.
     """
 
     name = "verifier"
@@ -111,12 +111,12 @@ class VerifierRecipe:
         self.ids = numbered(vocabulary())
 
     def build(self) -> nn.Module:
-        """The verifier with fresh weights, and what else its training needs."""
+        """The verifier with new weights and its auxiliary heads."""
         return _Supervised(ShapesVerifier(vocabulary()).to(memory_format=torch.channels_last))
 
     def batch(self, start: int, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Pictures, captions [n, FALSE + 2, words], which of them are true [n, FALSE + 2] (NaN: unknown), and at
-        each place the shape [n, places] (0: none, -2: not asked) and the colour; see `_named` for the rest."""
+        """Pictures, captions [n, FALSE + 2, words], their truth [n, FALSE + 2] (NaN: unknown), and at each place the
+        shape [n, places] (0: none, -2: ignored) and the colour; see `_named` for the rest."""
         seed = int(torch.randint(2**62, (), generator=generator))
         rng, chance = np.random.default_rng(seed), random.Random(seed)
         drawn = self.data.batch(size, start)
@@ -127,7 +127,7 @@ class VerifierRecipe:
             captions = [true_caption(caption, before, chance)]
             captions += [false_caption(caption, before, chance) for _ in range(FALSE)]
             known = is_true(other, scene) if size > 1 else None
-            # Where the objects were taken out, nothing is true.
+            # Without objects, no caption is true.
             right = [float(len(scene) > 0), *[0.0] * FALSE, float("nan") if known is None else float(known)]
             texts += [one.text for one in (*captions, other)]
             truth.append(right)
@@ -155,7 +155,7 @@ class VerifierRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the cross-entropies; the true caption counts as much as the false ones together."""
+        """Sum of the losses; the true caption has the same weight as all false ones together."""
         pixels, truth, single = self._spoil(to_pixels(batch["images"]), batch["truth"], generator)
         read = Read(*(out.float() for out in module(pixels, batch["tokens"])))
         logits, shapes, colors = read.answers, read.shapes, read.colors
@@ -166,7 +166,7 @@ class VerifierRecipe:
         answer = (each * weight).sum() / weight.sum()
         asked = (batch["shapes"] >= 0) & single[:, None]
         thing = asked & (batch["shapes"] > 0)
-        # Most places are background; sums over places with an object, because a small batch may have none.
+        # Most places are background; sums, not means, over places with an object: a small batch may have none.
         what = F.cross_entropy(shapes[asked & ~thing], batch["shapes"][asked & ~thing], reduction="sum") / max(
             1, int((asked & ~thing).sum())
         )
@@ -187,8 +187,8 @@ class VerifierRecipe:
 
     @staticmethod
     def _words(read: Read, batch: dict[str, Any], single: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean error of the centres of named objects, cross-entropy of their numbers, mean error of offsets; pictures
-        of two scenes are not asked."""
+        """Mean error of the centres of named objects, cross-entropy of their numbers, mean error of offsets; without
+        pictures of two scenes."""
 
         def error(found: Tensor, wanted: Tensor) -> Tensor:
             known = ~wanted.isnan().any(dim=-1) & single.view(-1, *[1] * (wanted.ndim - 2))
@@ -200,7 +200,7 @@ class VerifierRecipe:
 
     @staticmethod
     def _hard(logits: Tensor, truth: Tensor, task: Tensor) -> dict[str, float]:
-        """How often the true caption beats the false ones, where names alone do not tell."""
+        """How often the true caption beats the false ones, in tasks where the names alone do not decide."""
         numbers = {}
         for name in ("position", "color_attr"):
             chosen = (task == TASKS.index(name)) & (truth[:, 0] == 1)
@@ -209,7 +209,7 @@ class VerifierRecipe:
         return numbers
 
     def _spoil(self, pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures as generators and previews make them, what is true of them, and which show one scene [n]."""
+        """Degraded pictures, the truth of their captions, and which pictures show one scene [n]."""
         n = len(pixels)
         double = (torch.rand(n, generator=generator) < _DOUBLE).to(pixels.device)
         share = (0.35 + 0.3 * torch.rand(n, 1, 1, 1, generator=generator)).to(pixels)
@@ -225,7 +225,7 @@ class VerifierRecipe:
                 noise = torch.randn(mean.shape, generator=generator).to(mean)
                 lossy = self.vae.decoder(mean + level * mean.std() * noise).to(pixels).clamp(-1, 1)
             pixels = torch.cat([lossy, pixels[half:]])
-        order = torch.randperm(n, generator=generator).to(pixels.device)  # blur falls on any of them
+        order = torch.randperm(n, generator=generator).to(pixels.device)  # so that any of them may be blurred
         pixels = torch.empty_like(pixels).index_copy(0, order, augment(pixels[order], generator))
         return pixels, truth, ~double
 

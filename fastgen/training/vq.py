@@ -1,9 +1,8 @@
 """Recipe `vq`: the VQ tokenizer of the tiny Janus, trained on ShapesWorld renders.
 
-Janus looks codes up by Euclidean distance when it encodes and L2-normalises them when it decodes; both agree when
-the codebook lies on the unit sphere, so that is where it is kept. Codes follow an exponential moving average of
-the vectors they win, and codes that win nothing are moved onto vectors of the current batch: that keeps the
-code book in use.
+Janus looks up codes by Euclidean distance in encoding and L2-normalises them in decoding; both agree if the codebook
+is on the unit sphere, so it is kept there. Codes are an exponential moving average of their assigned vectors; unused
+codes are reset to vectors of the current batch, so that the whole codebook stays in use.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from fastgen.training.cards import write_record
 from fastgen.training.vae import reconstruction_loss, to_pixels
 
 HELD_OUT = 1024
-"""Fresh renders on which a trained model is measured."""
+"""New renders on which a trained model is evaluated."""
 _COMMITMENT = 0.25
 _CODE_DECAY = 0.99
-_DEAD_BELOW = 0.03  # a code is dead when its average count a batch falls below this share of the even share
+_DEAD_BELOW = 0.03  # a code is dead if its average count per batch is below this share of a uniform share
 
 
 class VqModule(torch.nn.Module):
-    """The VQ model with the running statistics of its code book."""
+    """The VQ model with the running statistics of its codebook."""
 
     counts: torch.Tensor
     sums: torch.Tensor
@@ -61,7 +60,7 @@ class VqModule(torch.nn.Module):
     def forward(
         self, pixels: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Straight-through reconstruction, commitment loss and codes [n, h, w]; moves the code book when training."""
+        """Straight-through reconstruction, commitment loss and codes [n, h, w]; updates the codebook in training."""
         vectors = self.encode(pixels)
         indices = self.nearest(vectors)
         quantised = self.model.quantize.embedding(indices)
@@ -73,9 +72,9 @@ class VqModule(torch.nn.Module):
 
     @torch.no_grad()
     def update_codes(self, vectors: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> None:
-        """Move each code to the running mean direction of its vectors; restart dead codes on fresh vectors.
+        """Move each code to the running mean direction of its vectors; reset dead codes to vectors of the batch.
 
-        Counts and sums are those of all processes, and fresh vectors come from the first: the code book stays one.
+        Counts and sums cover all processes, and the new vectors come from the first: all have the same codebook.
         """
         vectors, indices = vectors.reshape(-1, vectors.shape[-1]).float(), indices.reshape(-1)
         codes = self.model.quantize.embedding.weight
@@ -106,7 +105,7 @@ class VqRecipe:
         self.data = ShapesWorld(seed + 202, held_out=False)
 
     def build(self) -> VqModule:
-        """The VQ model of the tiny Janus with fresh weights."""
+        """The VQ model of the tiny Janus with new weights."""
         module = VqModule(build_janus(self.seed).model.vqmodel.to(memory_format=torch.channels_last))
         self.codes = len(module.counts)
         return module
@@ -118,7 +117,7 @@ class VqRecipe:
     def loss(
         self, module: torch.nn.Module, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Reconstruction + commitment; the codes are updated by their running means."""
+        """Reconstruction + commitment; codes are updated by running means."""
         pixels = to_pixels(batch["images"])
         output, commitment, indices = module(pixels, generator)
         with torch.no_grad():
@@ -133,7 +132,7 @@ class VqRecipe:
 
     @torch.no_grad()
     def export(self, module: torch.nn.Module, folder: Path, record: dict[str, Any]) -> None:
-        """Save the VQ weights to `folder/vq`, with code use and PSNR on fresh renders."""
+        """Save the VQ weights to `folder/vq`, with code use and PSNR on new renders."""
         if not isinstance(module, VqModule):
             raise TypeError(f"recipe vq trains a VqModule, got {type(module).__name__}")
         pixels = to_pixels(torch.from_numpy(self.data.batch(HELD_OUT, 10_000_000).images))
@@ -158,8 +157,8 @@ class VqRecipe:
 
 @torch.no_grad()
 def image_tokens(vq: Any, images: torch.Tensor) -> torch.Tensor:
-    """Tokens [n, N] of uint8 images by a trained `JanusVQVAE`, in float32 whatever the precision of training: in
-    bfloat16 three of four tokens of the embedded VQ tokenizer come out as another code."""
+    """Tokens [n, N] of uint8 images from a trained `JanusVQVAE`, always in float32: in bfloat16, three of four tokens
+    of the embedded VQ tokenizer get another code."""
     with torch.autocast(images.device.type, enabled=False):
         tokens: torch.Tensor = vq.to(images.device).encode(to_pixels(images), return_dict=True).image_tokens
     return tokens.view(len(images), -1)

@@ -1,10 +1,9 @@
 """Recorded Jacobi windows of a target as training data: every round of whole pictures, in a folder of shards.
 
-    <folder>/windows.json           what was asked; a folder never continues under other settings
+    <folder>/windows.json           settings; other settings need another folder
     <folder>/00000.safetensors      up to 16 pictures, all their rounds
 
-Shards are written atomically and every picture has a seed of its own, so an interrupted recording continues where it
-stopped.
+Shards are written atomically and every picture has its own seed, so an interrupted recording resumes.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ _SHARD = 16
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of pictures, one after the other; a picture that is finished repeats its last round.
+    """Consecutive rounds of pictures; a finished picture repeats its last round.
 
     Attributes:
-        hidden: [B, T, G, n, F] float16, the target's last hidden states, and behind them the inputs of tapped layers,
-            at the root and the places of the window; G is 2 with guidance.
+        hidden: [B, T, G, n, F] float16, the target's last hidden states, then the inputs of tapped layers, at the root
+            and the places of the window; G is 2 with guidance.
         tokens: [B, T, n] int64, the root and the drafted tokens.
-        before: [B, T, n - 1] int64, what was drawn before heads corrected it; the drafted tokens without heads.
-        index: [B, T] int64, which token of its picture the root is.
-        length: [B, T] int64, accepted tokens; -1 where the picture was finished before.
+        before: [B, T, n - 1] int64, tokens drawn before the heads' correction; without heads, the drafted tokens.
+        index: [B, T] int64, the root's index in its picture.
+        length: [B, T] int64, accepted tokens; -1 once the picture is finished.
         picture: [B, N] int64, its tokens.
     """
 
@@ -56,19 +55,19 @@ class Rounds:
 
 
 class WindowRecorder(DraftSource):
-    """A window that keeps what its rounds read and said.
+    """A window that records its rounds.
 
     Args:
-        source: the window, of one candidate a place.
-        taps: layers of the target whose inputs are kept.
+        source: the window, with one candidate per place.
+        taps: layers of the target whose inputs are recorded.
 
     Raises:
-        ValueError: several candidates a place, or a source that reads other layers.
+        ValueError: several candidates per place, or a source that reads other layers.
     """
 
     def __init__(self, source: JacobiSource, taps: tuple[int, ...] = ()) -> None:
         if source.width != 1:
-            raise ValueError(f"source: {source.width} candidates a place, needs 1")
+            raise ValueError(f"source: {source.width} candidates per place, needs 1")
         if source.taps != taps[: len(source.taps)]:
             raise ValueError(f"taps: {taps} are not allowed, the source reads {source.taps}")
         self.source = source
@@ -97,39 +96,39 @@ class WindowRecorder(DraftSource):
         self.source.absorb(drafted, path, tokens, kept, output)
 
     def rounds(self, picture: Tensor) -> Rounds:
-        """All rounds of the batch with its tokens [B, N]."""
+        """All rounds of the batch, with its tokens [B, N]."""
         hidden, tokens, before, index, length = (torch.stack(part, dim=1) for part in zip(*self.kept, strict=True))
         return Rounds(hidden, tokens, before, index, length, picture)
 
 
 class Windows:
-    """Random access to recorded rounds: item i of pass k is a picture that the pass has not shown yet.
+    """Random access to recorded rounds; each pass visits every picture once, in random order.
 
     Args:
         folder: written by `record_windows`.
         seed: of the order.
 
     Raises:
-        FastgenError: the folder holds no windows, or not all of them.
+        FastgenError: the folder has no windows, or not all of them.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         if not (folder / "windows.json").is_file():
-            raise FastgenError(f"{folder}: holds no windows (windows.json is missing)")
+            raise FastgenError(f"{folder}: has no windows (windows.json is missing)")
         self.folder, self.seed = folder, seed
         self.asked = read_json(folder / "windows.json")
         self.count, self.window = int(self.asked["count"]), int(self.asked["window"])
         if absent := [index for index in range(-(-self.count // _SHARD)) if not _shard(folder, index).is_file()]:
-            raise FastgenError(f"{folder}: {len(absent)} shards are missing; record them by the command that began it")
+            raise FastgenError(f"{folder}: {len(absent)} shards are missing; resume the command that records them")
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def picture(self, index: int) -> Rounds:
-        """All rounds of the `index`-th picture shown, with a batch axis of 1."""
+        """All rounds of the `index`-th picture, with a batch axis of 1."""
         turn, place = divmod(index, self.count)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + turn))
         shard, row = divmod(int(order[place]), _SHARD)
         if shard not in self._shards:
-            self._shards[shard] = load_file(_shard(self.folder, shard))  # mapped: pages are read where they are used
+            self._shards[shard] = load_file(_shard(self.folder, shard))  # memory-mapped: pages are read when used
         values = {name: value[row : row + 1] for name, value in self._shards[shard].items()}
         return Rounds(**{name: value if name == "hidden" else value.long() for name, value in values.items()})
 
@@ -148,22 +147,22 @@ def record_windows(
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Windows:
-    """Record what is missing of `count` pictures; prompt k mod len(prompts) belongs to picture k.
+    """Record the missing ones of `count` pictures; picture k has prompt k mod len(prompts).
 
     Args:
         target: the model.
         source: the window.
-        law: the sampler's settings.
-        folder: created when missing.
-        prompts: what to draw.
-        count: pictures in all.
-        name: of what drafts; a folder continues with the same one only.
-        taps: layers of the target whose inputs are kept.
-        seed: picture k is drawn from a generator seeded with seed + k.
+        law: sampling settings.
+        folder: created if missing.
+        prompts: of the pictures.
+        count: total number of pictures.
+        name: identifies the source; a folder resumes only with the same one.
+        taps: layers of the target whose inputs are recorded.
+        seed: picture k has a generator seeded with seed + k.
         report: called with (done, total).
 
     Raises:
-        FastgenError: the folder holds other windows, or is not writable.
+        FastgenError: the folder has other windows, or is not writable.
         ValueError: no prompts, or a count below 1.
     """
     if not prompts or count < 1:
@@ -181,7 +180,7 @@ def record_windows(
     asked |= {"guidance_scale": law.guidance_scale, "temperature": law.temperature}
     path = folder / "windows.json"
     if path.is_file() and read_json(path) != asked:
-        raise FastgenError(f"{folder}: holds windows of other prompts or settings; choose another folder")
+        raise FastgenError(f"{folder}: has windows with other prompts or settings; choose another folder")
     atomic_write_json(path, asked)
     for shard in range(-(-count // _SHARD)):
         numbers = range(shard * _SHARD, min(count, (shard + 1) * _SHARD))

@@ -27,13 +27,13 @@ GUIDANCE_SCALE = 2.0
 
 _CAPTION_DROPOUT = 0.1
 _LAYOUT_WEIGHT = 0.5
-_PROBE = 2  # the layout is read after the third of five blocks
+_PROBE = 2  # the layout head reads the third of five blocks
 
 
 def captioned(data: ShapesBatch, tokenizer: Any, generator: torch.Generator) -> tuple[dict[str, Any], Tensor]:
-    """Renders with their tokenised captions, one in ten dropped; and which are dropped, bool [n].
+    """Renders with tokenised captions, one in ten dropped, and which are dropped, bool [n].
 
-    The prompts are formatted as `ZImagePipeline` does it, but padded to 32 tokens.
+    The prompts are formatted as in `ZImagePipeline`, but padded to 32 tokens.
     """
     dropped = torch.rand(len(data.texts), generator=generator) < _CAPTION_DROPOUT
     texts = [
@@ -42,16 +42,16 @@ def captioned(data: ShapesBatch, tokenizer: Any, generator: torch.Generator) -> 
         )
         for drop, text in zip(dropped.tolist(), data.texts, strict=True)
     ]
-    # One length for every batch (captions have at most 17 tokens): nothing is compiled twice.
+    # One length for every batch (captions have at most 17 tokens): no recompilation.
     tokens = tokenizer(texts, padding=True, pad_to_multiple_of=32, return_tensors="pt")
     ids, mask = tokens.input_ids, tokens.attention_mask
     return {"images": torch.from_numpy(data.images), "input_ids": ids, "attention_mask": mask}, dropped
 
 
 class ZImageModule(torch.nn.Module):
-    """What is trained: the transformer and, jointly, the text encoder."""
+    """The trained modules: the transformer and the text encoder, jointly."""
 
-    # Input and output projections and the modulation take AdamW; the blocks' matrices take Muon.
+    # AdamW trains input and output projections and the modulation; Muon trains the blocks' matrices.
     adamw_names = ("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder", "adaLN_modulation", "layout")
     compiled_parts = ("",)
 
@@ -70,7 +70,7 @@ class ZImageModule(torch.nn.Module):
         shapes: torch.Tensor,
         colors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimate of data - noise for noisy latents [n, C, h, w] under token ids [n, L], and the layout loss."""
+        """Estimate of data - noise for noisy latents [n, C, h, w] given token ids [n, L], and the layout loss."""
         hidden = self.text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         lengths = attention_mask.sum(dim=1)
         output, tokens = forward_batch(
@@ -108,8 +108,8 @@ class ZImageRecipe:
     def build(self) -> ZImageModule:
         """Transformer and text encoder; the VAE stays frozen."""
         use_real_rotary(self.pipe.transformer)
-        # The pipeline reads the encoder's last but one hidden state, and pictures of 64 tokens need no padding token:
-        # nothing reaches these.
+        # Unused: the pipeline reads the encoder's second-to-last hidden state, and pictures of 64 tokens need no
+        # padding token.
         encoder = self.pipe.text_encoder
         for unused in (encoder.layers[-1], encoder.norm):
             unused.requires_grad_(False)
@@ -149,15 +149,15 @@ class ZImageRecipe:
 
 
 def load_z_image(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The `ZImagePipeline` of a folder in float32, and its settings of pictures. Components and settings that the
-    folder does not hold come from its base, as everywhere.
+    """The `ZImagePipeline` of a folder in float32, and its default settings. Missing components and settings come from
+    its base.
 
     Raises:
-        FastgenError: the folder holds another pipeline, or one with dynamic chunking.
+        FastgenError: the folder has another pipeline, or one with dynamic chunking.
     """
     checkpoint = find_checkpoint(folder)
     if checkpoint.pipeline_class != "ZImagePipeline":
-        raise FastgenError(f"{folder} holds a {checkpoint.pipeline_class}; needs a ZImagePipeline")
+        raise FastgenError(f"{folder} has a {checkpoint.pipeline_class}; needs a ZImagePipeline")
     return load_checkpoint(checkpoint, dtype="float32"), dict(checkpoint.defaults)
 
 
@@ -167,15 +167,15 @@ def save_pipeline(
     """Save a whole Z-Image pipeline in half precision, with the defaults of `fastgen generate`.
 
     Args:
-        folder: new.
-        pipe: shares its weights with what is trained, and stays as it is.
-        defaults: settings of pictures.
-        transformer: in place of the pipeline's.
+        folder: a new folder.
+        pipe: shares its weights with the trained module; not changed.
+        defaults: default settings.
+        transformer: replaces the pipeline's.
     """
     copied = copy.deepcopy(pipe)
     if transformer is not None:
         copied.register_modules(transformer=copy.deepcopy(transformer))
-    copied.register_modules(tokenizer=build_text_tokenizer())  # ours carries the padding of training
+    copied.register_modules(tokenizer=build_text_tokenizer())  # ours has the padding settings of training
     for part in (copied.transformer, copied.text_encoder, copied.vae):
         part.to(torch.float16)
     copied.save_pretrained(folder)
@@ -184,7 +184,7 @@ def save_pipeline(
 
 @torch.no_grad()
 def text_features(text_encoder: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Features [n, L, D] of tokenised captions by a frozen text encoder, as the pipeline takes them."""
+    """Features [n, L, D] of tokenised captions from a frozen text encoder, as the pipeline uses them."""
     mask = batch["attention_mask"]
     text_encoder.to(mask.device)
     hidden = text_encoder(batch["input_ids"], attention_mask=mask, output_hidden_states=True)

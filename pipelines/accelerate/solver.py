@@ -21,8 +21,8 @@ _OTHERS = ("BriaFiboPipeline", "CogView4Pipeline", "CogView4ControlPipeline", "G
 
 @dataclass(frozen=True)
 class Solver(Part):
-    """UniPC in place of the Euler steps of a flow model. It takes no less time by itself, but needs fewer steps:
-    together with `fewer_steps`.
+    """UniPC in place of the Euler steps of a flow model. It is not faster alone, but needs fewer steps: use
+    it with `fewer_steps`.
 
     Args:
         shift: what the shift of the noise levels is multiplied by; above 1, more of the steps are at high noise, which

@@ -194,7 +194,7 @@ class Chain:
     def noise(self, step: int, number: int, trajectory: int = 0) -> Tensor:
         """Noise [1, …] of try `number` at transition `step` of a trajectory."""
         later = (trajectory,) if trajectory else ()
-        return self.denoiser.restless(self.generator(1, step, number, *later))
+        return self.denoiser.transition_noise(self.generator(1, step, number, *later))
 
     def ask(
         self,

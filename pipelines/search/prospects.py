@@ -64,8 +64,8 @@ class Prospects:
         return 1 / (1 / self.chance + failures)
 
     def of(self, index: int, score: float, failures: int = 0) -> float:
-        """p, the chance of a trajectory whose preview at a time scores so much, of a prompt of which so many
-        failed."""
+        """p, the chance of a trajectory whose preview at a time has this score, after this many failures of its
+        prompt."""
         p = float(np.interp(score, self.scores[index], self.chances[index]))
         q, before = self.fresh(failures), self.chance
         if not failures or p in (0, 1) or before == 1:

@@ -18,7 +18,7 @@ from fastgen.pipelines.search.interpolants import Interpolant, Level, Prediction
 
 __all__ = ["DIFFUSIONS", "Ancestral", "EulerMaruyama", "Sampler", "rollover_times"]
 
-#: Diffusion coefficients g(t, level) of unit size; every g keeps the marginal laws in continuous time.
+#: Diffusion coefficients g(t, level) of unit size; every g keeps the marginal distributions in continuous time.
 DIFFUSIONS: dict[str, Callable[[float, Level], float]] = {
     "sigma": lambda t, level: level.sigma,
     "constant": lambda t, level: 1.0,

@@ -59,7 +59,7 @@ def test_a_relaxed_rule_accepts_more_and_is_lossy(name: str) -> None:
 
 
 def one_draw_law(p: torch.Tensor, q: torch.Tensor, rule: Rejection) -> torch.Tensor:
-    """Exact law of one token with one drafted candidate."""
+    """Exact distribution of one token with one drafted candidate."""
     vocabulary = len(p)
     tree = static_tree([[0]])
     tokens = torch.stack([torch.zeros(vocabulary, dtype=torch.int64), torch.arange(vocabulary)], dim=1)
@@ -73,8 +73,8 @@ def one_draw_law(p: torch.Tensor, q: torch.Tensor, rule: Rejection) -> torch.Ten
 @given(seed=st.integers(0, 10_000), delta=st.floats(0, 0.8))
 @settings(max_examples=60, deadline=None)
 def test_lantern_stays_within_its_delta(seed: int, delta: float) -> None:
-    """What LANTERN promises: its target for a given x is at most delta from p in total variation. The law that comes
-    out is another matter, because every x has a target of its own: up to 0.60 at delta = 0.5 was seen here."""
+    """What LANTERN promises: its target for a given x is at most delta from p in total variation. The result
+    can differ more, because every x has its own target: up to 0.60 at delta = 0.5 was seen here."""
     generator = torch.Generator().manual_seed(seed)
     book = torch.randn(7, 2, generator=generator)
     p, q = torch.randn(2, 7, generator=generator, dtype=torch.float64).mul(1.5).softmax(-1)

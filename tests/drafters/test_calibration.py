@@ -47,7 +47,7 @@ def test_nine_of_ten_related_pairs_keep_the_limit(seed: int, slope: float, coars
     assert breadths == sorted(breadths, reverse=True), "a larger limit relates more"
 
 
-def test_nothing_alike_means_off() -> None:
+def test_no_similar_pairs_means_off() -> None:
     pairs = torch.stack([torch.rand(100), torch.rand(100), torch.rand(100), torch.ones(100)], dim=1)
     level = calibrate_levels(pairs).levels[-1]
     assert (level.breadth, level.depth, level.radius, level.pairs) == (2.0, 2.0, 0.0, (0, 0, 0))

@@ -28,7 +28,7 @@ def verifier(rule: Any) -> Any:
 
 
 def of_classes(toy: Toy) -> torch.Tensor:
-    """Joint law of the first three classes."""
+    """Joint distribution of the first three classes."""
     law = toy.law_of_three((0, 1))
     count = toy.vocabulary // 2
     return law.view(count, 2, count, 2, count, 2).sum(dim=(1, 3, 5))
@@ -100,7 +100,7 @@ def test_it_is_lossy() -> None:
     assert chi_square(tokens // 2, of_classes(toy)) < 1e-5
 
 
-def test_a_spent_budget_relaxes_nothing() -> None:
+def test_an_exhausted_budget_relaxes_nothing() -> None:
     toy = Toy.twins(4, seed=2)
     drafted, noise = draft_of(toy, named_tree("3-4-2"), 300, True)
     exact = strict(drafted, noise).child
@@ -173,7 +173,7 @@ def test_codes_join_the_nearest_child_while_its_class_has_room(seed: int, delta:
 
 @given(seed=st.integers(0, 10_000), breadth=st.sampled_from([0.2, 0.7, 2.0]), depth=st.sampled_from([0.6, 2.0]))
 @settings(max_examples=25, deadline=None)
-def test_siblings_that_are_alike_or_converge_share_a_class(seed: int, breadth: float, depth: float) -> None:
+def test_similar_or_converging_siblings_share_a_class(seed: int, breadth: float, depth: float) -> None:
     """Against a loop over pairs: centred cosines, or those of descendants at equal depth; budgets bind by image."""
     toy = Toy.twins(4, seed=seed % 50)
     drafted, _ = draft_of(toy, named_tree("3-4-2"), 3, True, seed)
@@ -297,7 +297,7 @@ def test_neighbours_by_brute_force() -> None:
         Neighbours.of(book, 40)
 
 
-def test_chi_square_helper_sees_a_wrong_law() -> None:
+def test_chi_square_helper_detects_a_wrong_distribution() -> None:
     toy = Toy.random(4, seed=1)
     tokens, _ = toy.first_three(chain(2), True, strict, 5000, seed=3)
     assert chi_square(tokens, toy.law_of_three((0, 1))) > 1e-5 > chi_square(tokens, toy.law_of_three((1, 0)))

@@ -162,7 +162,7 @@ def make_source(name: str) -> DraftSource:
 )
 def test_later_tokens_follow_the_target(target: Target, name: str) -> None:
     """400 pictures through a disturbed drafter: the log-likelihood of all their tokens under the target is what the
-    target's entropy says, within five standard errors; a sampler that took the drafter's law would be off by more."""
+    target's entropy says, within five standard errors; a sampler of the draft distribution would be off by more."""
     law, n = TokenLaw(3.0, 0.8), 400
     prefix = prefix_of(target, 1)
     wide = Prefix(prefix.embeds.repeat_interleave(n, 0), prefix.mask.repeat_interleave(n, 0), True)
@@ -254,7 +254,7 @@ def test_the_head_is_computed_once_a_round(target: Target) -> None:
         )
     finally:
         hook.remove()
-    assert len(calls) == result.target_passes + 1  # the first token, and the window that starts from its law
+    assert len(calls) == result.target_passes + 1  # the first token, and the window that starts from its distribution
 
 
 def test_accounting(target: Target) -> None:

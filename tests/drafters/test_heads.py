@@ -1,4 +1,4 @@
-"""Heads that correct a Jacobi window: what they may read, and that the law of the pictures stays the target's."""
+"""Heads that correct a Jacobi window: what they may read, and that pictures keep the target's distribution."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 
 def awake(target: Target, strength: float = 1.0, **config: Any) -> WindowHeads:
-    """Heads of random weights, so that what they draft is far from the window's own laws."""
+    """Heads with random weights, so that their draft is far from the window's own predictions."""
     torch.manual_seed(3)
     heads = WindowHeads.for_target(target, window=WINDOW, width=16, heads=2, **config)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def law_of_pictures(target: Target, law: TokenLaw) -> Tensor:
 
 @torch.no_grad()
 def laws_of(target: Target, pictures: Tensor, law: TokenLaw) -> Tensor:
-    """The law [B, N, V] of every token of finished pictures, from one pass."""
+    """The probabilities [B, N, V] of every token of finished pictures, from one pass."""
     prefix = same_prompt(target, len(pictures), law.guided)
     length = prefix.mask.shape[1]
     output, _ = target.read(prefix, pictures, target.new_cache(prefix, 1))
@@ -147,7 +147,7 @@ def laws_of(target: Target, pictures: Tensor, law: TokenLaw) -> Tensor:
 
 
 def p_value(tokens: Tensor, law: Tensor, vocabulary: int) -> float:
-    """Chi-square of drawn pictures against the law of all of them; rare ones share a cell."""
+    """Chi-square of drawn pictures against the distribution of pictures; rare ones share a cell."""
     places = vocabulary ** torch.arange(tokens.shape[1]).flip(0)
     seen = torch.bincount((tokens * places).sum(dim=1), minlength=len(law)).double()
     assert not seen[law == 0].any()
@@ -174,7 +174,7 @@ LAWS = {"plain": TokenLaw(1.0), "guided": TokenLaw(3.0, 0.8), "top-k": TokenLaw(
 @pytest.mark.parametrize("size", [(3,), (3, 2, 1)], ids=["one", "two at the first place"])
 @pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "drawn again"])
 @pytest.mark.parametrize("law", long_tail(LAWS, fast=("guided",)))
-def test_pictures_have_the_law_of_the_target(
+def test_pictures_have_the_targets_distribution(
     janus: JanusImagePipeline, law: str, coupled: bool, size: tuple[int, ...]
 ) -> None:
     """All 64 pictures of 3 tokens against their probabilities."""
@@ -184,7 +184,7 @@ def test_pictures_have_the_law_of_the_target(
     assert p_value(tokens, law_of_pictures(target, LAWS[law]), 4) > 1e-5
 
 
-def test_the_test_of_the_law_sees_heads_that_know_the_noise_of_their_place(janus: JanusImagePipeline) -> None:
+def test_the_test_detects_heads_that_read_the_noise_of_their_place(janus: JanusImagePipeline) -> None:
     target = FewTokens(janus, 3)
     tokens = draw(target, Leaking(awake(target), 3), Exact(), LAWS["plain"], 4000).tokens
     assert p_value(tokens, law_of_pictures(target, LAWS["plain"]), 4) < 1e-9
@@ -218,11 +218,11 @@ def sources_of(target: Target) -> dict[str, JacobiSource]:
 def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
     janus: JanusImagePipeline, name: str
 ) -> None:
-    """Coins and laws are known, so nothing is left to chance: each decision of 300 pictures is judged once more.
+    """Coins and probabilities are known, so each decision of 300 pictures is checked exactly.
     A change of 1 % in the acceptances flips a decision where the coin lies between the two thresholds. How many that
     are is Poisson with a mean of `seen`: above 8, none are found once in 3,000 changes.
 
-    The laws themselves are those of the finished picture."""
+    The probabilities are those of the finished picture."""
     target = FewTokens(janus, 16)
     for factor in (1.0, 1.01, 0.99):
         judge, replay = Judge(factor), Replay()
@@ -293,7 +293,7 @@ def test_a_place_reads_nothing_of_itself_or_later_ones(target: Target) -> None:
         known = picture.clone()
         states, old = hidden.clone(), then.clone()
         for row in range(batch):
-            known[row, int(index[row]) + 1 :] += 1  # what lies behind the root is nobody's business
+            known[row, int(index[row]) + 1 :] += 1  # tokens after the root must not be read
             # Place 0 of the new window, the root, is node `length` + 1 of the old one.
             states[row, int(length[row]) + 1 + place :] += 1.0
             old[row, int(length[row]) + 1 + place :] = (old[row, int(length[row]) + 1 + place :] + 1) % vocabulary

@@ -82,7 +82,7 @@ def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: 
         assert {value.device.type for value in (images, lengths, *counts.values())} == {"meta"}
 
 
-def test_a_look_at_a_value_would_be_seen(
+def test_a_host_synchronisation_would_be_detected(
     janus: JanusImagePipeline, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = reference.reject

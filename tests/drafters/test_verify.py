@@ -1,4 +1,4 @@
-"""The exact verifier: its law is the target's, whatever the tree."""
+"""The exact verifier: it keeps the target's distribution, whatever the tree."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ IMAGES = 60_000
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "top-k"])
 @pytest.mark.parametrize("tree", long_tail(TREES, fast=("bushy",)))
 @pytest.mark.parametrize("zeros", [0, 3], ids=["full", "truncated"])
-def test_the_first_three_tokens_have_the_targets_law(tree: str, sampled: bool, zeros: int) -> None:
-    """Level 1e-5. Power: with 60,000 images and 216 cells a law that is off by 2 % in total variation has a
+def test_the_first_three_tokens_have_the_targets_distribution(tree: str, sampled: bool, zeros: int) -> None:
+    """Level 1e-5. Power: with 60,000 images and 216 cells a distribution that is off by 2 % in total variation has a
     noncentrality of at least 60,000 * 4 * 0.02^2 = 96, found at this level with probability 0.95 and more; the
     mutation below is off by ten times as much."""
     toy = Toy.random(6, seed=3, zeros=zeros)
@@ -34,7 +34,7 @@ def test_the_first_three_tokens_have_the_targets_law(tree: str, sampled: bool, z
 
 
 @pytest.mark.parametrize("zeros", [0, 3], ids=["full", "truncated"])
-def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> None:
+def test_block_verification_keeps_the_distribution_and_accepts_longer_paths(zeros: int) -> None:
     """Same level and power as above; on the same drafts its mean length is above the exact rule's."""
     toy = Toy.random(6, seed=3, zeros=zeros)
 
@@ -49,8 +49,8 @@ def test_block_verification_keeps_the_law_and_takes_longer_paths(zeros: int) -> 
         toy.first_three(TREES["bushy"], True, block, 4, seed=1)
 
 
-def test_keeping_the_first_draft_law_after_a_rejection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutation of the specification: siblings judged by the law from which the first of them was drawn."""
+def test_reusing_the_draft_distribution_after_a_rejection_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation of the specification: siblings judged by the distribution that the first one was drawn from."""
     toy = Toy.random(6, seed=3)
     real = rejection.normalise
     # The only place where weights and fallback are one tensor is the renormalisation of what is left of q.
@@ -84,8 +84,8 @@ def one_node(p: torch.Tensor, q: torch.Tensor | None, children: list[list[int]])
 
 @given(seed=st.integers(0, 10_000), vocabulary=st.integers(3, 8), count=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_one_nodes_law_by_enumeration(seed: int, vocabulary: int, count: int) -> None:
-    """Over all draws without replacement and all acceptances the law is p exactly (float32 rounding)."""
+def test_one_nodes_distribution_by_enumeration(seed: int, vocabulary: int, count: int) -> None:
+    """Over all draws without replacement and all acceptances the distribution is p (up to float32 rounding)."""
     toy = Toy.random(vocabulary, seed)
     p, q = toy.p[0, 0], toy.q[0, 0]
     orders = [list(order) for order in torch.cartesian_prod(*[torch.arange(vocabulary)] * count).view(-1, count)]
@@ -127,7 +127,7 @@ def test_a_coin_of_zero_does_not_accept_a_token_of_probability_zero() -> None:
 
 
 def test_more_children_than_tokens_of_the_draft() -> None:
-    """q has two tokens, three were asked for: the third is no candidate, and the law is p."""
+    """q has two tokens, three were asked for: the third is no candidate, and the distribution is p."""
     p, q = torch.tensor([0.1, 0.2, 0.7]), torch.tensor([0.5, 0.5, 0.0])
     drafted = one_node(p, q, [[0, 1, 2]])
     outcome = reject_in_turn(drafted, torch.tensor([[0.0, 0.999, 0.999, 0.0]]), verify.Rejection())
@@ -135,7 +135,7 @@ def test_more_children_than_tokens_of_the_draft() -> None:
     assert torch.allclose(outcome.residual[0, 0], torch.tensor([0.0, 0.0, 1.0]))
 
 
-def test_equal_laws_accept_every_child() -> None:
+def test_equal_distributions_accept_every_child() -> None:
     toy = Toy.random(6, seed=1)
     toy.q = toy.p
     _, length = toy.first_three(chain(3), True, strict, 2000, seed=2)
@@ -166,7 +166,7 @@ def test_greedy_takes_the_most_likely_path() -> None:
 
 @pytest.mark.parametrize("remaining", [1, 2, 3])
 def test_a_path_is_cut_where_the_image_ends(remaining: int) -> None:
-    """And the cut keeps the law: the last token is one of p, not of what the rejections left."""
+    """And the cut keeps the distribution: the last token is drawn from p, not from the residual."""
     toy = Toy.random(5, seed=9)
     tree, batch = chain(4), 40_000
     generator = torch.Generator().manual_seed(4)
@@ -188,7 +188,7 @@ def test_a_finished_image_accepts_nothing() -> None:
     assert walk(drafted, strict(drafted, noise), noise, torch.zeros(8, dtype=torch.int64)).length.tolist() == [0] * 8
 
 
-def test_each_image_of_a_batch_is_judged_by_itself() -> None:
+def test_each_image_of_a_batch_is_verified_separately() -> None:
     toy = Toy.random(6, seed=2)
     tree: Tree = named_tree("3-2-2")
     generator = torch.Generator().manual_seed(1)

@@ -97,7 +97,7 @@ def test_sampled_trees_obey_the_grammar(target: Target, rule: Any) -> None:
     result = decode_speculative(target, draft, rule, prefix, TokenLaw(3.0), generators(2))
     forced = target.forced >= 0
     assert (result.tokens[:, forced] == target.forced[forced]).all() and (result.tokens[:, ~forced] < CODES).all()
-    # Every token is the first of a picture, the bonus of a round, or accepted; forced ones are counted by themselves.
+    # Every token is the first of a picture, the bonus of a round, or accepted; forced ones are counted separately.
     by_grammar = result.counts.get("forced", torch.zeros(2))
     assert (by_grammar <= forced.sum()).all() and bool((by_grammar > 0).any()) == bool(forced.any())
     assert sum(result.accepted) + int(by_grammar.sum()) + len(result.accepted) + 2 == 2 * target.num_tokens

@@ -256,7 +256,7 @@ def outcomes(correct: Any, seconds: float = 1.0) -> Outcomes:
     return Outcomes(values, np.full(len(values), seconds), np.full(len(values), 10 * seconds))
 
 
-def test_means_count_every_task_alike() -> None:
+def test_means_weight_every_task_equally() -> None:
     by = Resampling(TAGS, draws=3000)
     values = np.array([1.0] * 6 + [0.0] * 3)
     assert by.mean(values) == pytest.approx(0.5)

@@ -110,7 +110,7 @@ def same(found: dict[str, object], whole: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The outcome of one process that nobody interrupts."""
+    """The outcome of one process without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert finish(start(folder, 1)) == [0]
     return outcome(folder)
@@ -246,14 +246,14 @@ def test_killed_at_ten_random_moments(tmp_path: Path, whole: dict[str, object], 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_command_killed_at_random_moments(tmp_path: Path, size: int) -> None:
-    """`fastgen eval geneval`: the files of a run that nobody killed, and the scores."""
+    """`fastgen eval geneval`: the files of an uninterrupted run, and the scores."""
 
     def outcome_of(folder: Path) -> dict[str, object]:
         files = {path.relative_to(folder).as_posix(): path for path in visible(folder)}
         apart = ("scores.json", "scores.md")  # they hold the time
         scores = json.loads(files["scores.json"].read_text())
-        told = {key: scores[key] for key in ("tasks", "overall", "overall_stderr", "correct_images", "n_images")}
-        return {**{name: path.read_bytes() for name, path in files.items() if name not in apart}, "scores": told}
+        kept = {key: scores[key] for key in ("tasks", "overall", "overall_stderr", "correct_images", "n_images")}
+        return {**{name: path.read_bytes() for name, path in files.items() if name not in apart}, "scores": kept}
 
     assert finish(start(tmp_path / "whole", 1, target=runner_worker.command)) == [0]
     expected = outcome_of(tmp_path / "whole" / "run")

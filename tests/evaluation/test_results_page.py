@@ -97,11 +97,11 @@ def test_readme_gets_the_tables_between_their_marks(tmp_path: Path, repository: 
 
 def chunking_row(folder: Path, **rows: tuple[float, float]) -> str:
     """The README's line for chunking, of rows with a score and seconds; "_" stands for a space."""
-    told = [
+    records = [
         {"variant": name.replace("_", " "), "score": score, "stderr": 0.01, "seconds": {"p50": seconds}}
         for name, (score, seconds) in rows.items()
     ]
-    data = {"settings": {"model": "m", "device": "cpu"}, "environment": {"threads": 1}, "rows": told}
+    data = {"settings": {"model": "m", "device": "cpu"}, "environment": {"threads": 1}, "rows": records}
     (folder / "bench-dc.json").write_text(json.dumps(data))
     (line,) = (line for line in gains_table(folder).splitlines() if line.startswith("| dynamic chunking"))
     return line

@@ -64,7 +64,7 @@ def test_two_processes_share_the_pictures_of_one(micro_z: Path, tmp_path: Path) 
     assert len(whole) == 9 and _pictures(tmp_path / "two") == whole
     said = [(tmp_path / f"b-said-{rank}.txt").read_text() for rank in range(2)]
     assert said[0].count(".png") == 9 and ".png" not in said[1]
-    # What is there already is made by nobody, and what is missing by one of them.
+    # Existing pictures are made by no process, missing ones by one.
     lost = sorted((tmp_path / "two").glob("*.png"))[4]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*.png") if path != lost}
     lost.unlink()

@@ -144,7 +144,7 @@ def test_a_module_of_a_name_that_diffusers_looks_for_is_refused(library: str, mi
         fastgen.load_pipeline(str(folder))
 
 
-def test_a_module_beside_a_scheduler_is_not_looked_for(micro_z: Path, trap: Trap) -> None:
+def test_a_module_next_to_a_scheduler_is_not_looked_up(micro_z: Path, trap: Trap) -> None:
     """Schedulers are built by their class in diffusers."""
     folder = trap.folder(micro_z)
     (folder / "scheduler" / "diffusers.py").write_text(trap.code)
@@ -196,7 +196,7 @@ def test_every_auto_class_refuses_code(kind: str, trap: Trap) -> None:
         load_pretrained(getattr(transformers, kind), folder, trust_remote_code=True)
 
 
-def test_a_loader_that_trusts_by_itself_is_not_trusted() -> None:
+def test_a_loader_that_trusts_code_by_default_is_not_trusted() -> None:
     class Loader:
         @staticmethod
         def from_pretrained(source: str, trust_remote_code: bool = True) -> bool:

@@ -67,7 +67,7 @@ def test_a_view_of_a_larger_cache(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_slots_outside_the_cache_are_never_touched(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody looks at the numbers, as on a GPU."""
+    """Without checks of values, as on a GPU."""
     monkeypatch.setattr("fastgen.kernels.kv_compact.checks_values", lambda tensor: False)
     whole = torch.randn(1, 2, 3, 6, 1, 4).to(DEVICE)
     before = whole.clone()

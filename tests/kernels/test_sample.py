@@ -1,4 +1,4 @@
-"""Drawing tokens: the kernel against its reference and a float64 oracle of the law, ties and all."""
+"""Drawing tokens: the kernel against its reference and a float64 oracle of the distribution, including ties."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_kernel_equals_the_reference(
     wanted = token_probabilities_reference(cond, second, **options)
     assert torch.allclose(probabilities.cpu(), wanted, atol=2e-6)
     assert torch.equal(probabilities.cpu() > 0, wanted > 0)
-    # A token outside the law is never drawn.
+    # An excluded token is never drawn.
     assert bool((wanted.gather(1, tokens.cpu()[:, None]) > 0).all())
 
 
@@ -129,7 +129,7 @@ def test_temperature_zero_and_no_noise_take_the_most_likely(triton_kernels: None
 
 
 @pytest.mark.parametrize("mode", ["triton", "reference"] if DEVICE.type == "cuda" else ["reference"])
-def test_draws_have_the_law(mode: str) -> None:
+def test_samples_have_the_distribution(mode: str) -> None:
     """Frequencies of 40,000 draws; a chi-square of 4 degrees of freedom is above 33 once in a million."""
     count = 40_000
     cond = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))

@@ -137,7 +137,7 @@ def test_a_coin_of_zero_does_not_accept_a_token_of_probability_zero(mode: str) -
 
 
 @pytest.mark.parametrize("mode", ["triton", "reference"])
-def test_equal_laws_accept_all_and_nothing_left_falls_back(mode: str) -> None:
+def test_equal_distributions_accept_all_and_an_empty_residual_falls_back(mode: str) -> None:
     arguments = on_device(case("chain", 2, 9, True, 1))
     arguments["draft"] = arguments["target"].clone()
     arguments["tokens"] = arguments["target"].argmax(-1)[:, [0, 0, 1, 2]]

@@ -48,7 +48,7 @@ def test_greedy_tokens_equal_stock_generate(pipe: JanusImagePipeline, prompts: l
     assert np.array_equal(np.asarray(ours.images[0]), expected)
 
 
-def test_first_and_later_tokens_follow_the_stock_law(pipe: JanusImagePipeline) -> None:
+def test_first_and_later_tokens_follow_the_stock_distribution(pipe: JanusImagePipeline) -> None:
     """Through the whole pipeline: 600 images of one prompt, first token against its exact law, at level 1e-6."""
     from scipy import stats
 

@@ -40,9 +40,9 @@ def test_every_encoder_says_which_part_it_does_not_read(
         check_prompt_lengths(pipe, ["a red circle"])
         assert "cut off" not in caplog.text
         check_prompt_lengths(pipe, ["red " * 2000 + END, "a ring"])
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("fastgen")]
-    assert {text.split()[0] for text in told} == encoders
-    assert all(END in text for text in told)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("fastgen")]
+    assert {text.split()[0] for text in messages} == encoders
+    assert all(END in text for text in messages)
 
 
 def test_a_limit_of_the_call_counts(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +161,7 @@ def metadata(prompt: str) -> str:
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Any:
+def run_json(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command; its result and the notes that it printed on stderr."""
 
     def call(*words: object) -> tuple[dict[str, Any], list[str]]:
@@ -174,56 +174,56 @@ def told(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.parametrize("method", [[], ["--method", "search", "--policy", "random", "--max-nfe", "8"]])
 def test_evaluations_say_once_what_is_cut_off_and_keep_it_in_the_record(
-    method: list[str], sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+    method: list[str], sd: Path, tmp_path: Path, run_json: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text(metadata("a circle") + metadata(LONG) + metadata("x " + LONG))
     words = ["eval", "geneval", "--detector", "shapes", "--no-self-test", "--metadata", "prompts.jsonl"]
     words += ["--model", sd / "plain", "--steps", "2", "--images-per-prompt", "2", "--out", "new"]
     words += [*method, *(["--verifier", "shapes-verifier"] if method else [])]
-    result, notes = told(*words)
+    result, notes = run_json(*words)
     assert len(notes) == 2 and all(END in note and "text_encoder reads 24 tokens" in note for note in notes), notes
     assert result["stats"]["notes"] == [note.removeprefix("note: ") for note in notes]
-    again, same = told(*words)  # a finished run loads no model, and says it all the same
+    again, same = run_json(*words)  # a finished run loads no model, and says it all the same
     assert again["settings"]["images_made_now"] == 0
     assert again["stats"]["notes"] == result["stats"]["notes"] and same == notes
     assert json.loads(Path("new/scores.json").read_text())["stats"]["notes"] == result["stats"]["notes"]
 
 
-def test_a_killed_run_keeps_what_was_cut_off(sd: Path, tmp_path: Path, told: Any, monkeypatch: Any) -> None:
+def test_a_killed_run_keeps_what_was_cut_off(sd: Path, tmp_path: Path, run_json: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text(metadata(LONG) + metadata("a circle"))
     words = ["eval", "geneval", "--detector", "shapes", "--no-self-test", "--metadata", "prompts.jsonl"]
     words += ["--model", sd / "plain", "--steps", "2", "--images-per-prompt", "1", "--out", "new"]
-    first, _ = told(*words)
+    first, _ = run_json(*words)
     Path("new/00001/samples/0000.png").unlink()  # as if it had been killed after the first picture
-    second, notes = told(*words)
+    second, notes = run_json(*words)
     assert second["settings"]["images_made_now"] == 1
     assert second["stats"]["notes"] == first["stats"]["notes"] and len(notes) == 1
 
 
 def test_benchmarks_say_what_is_cut_off_and_keep_it_in_the_record(
-    sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+    sd: Path, tmp_path: Path, run_json: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgen.evaluation.benchmarks.generate.PROMPT", LONG)
     words = ["bench", "generate", "--no-cold", "--runs", "2", "--steps", "1", "--batch", "1"]
-    result, notes = told(*words, "--model", sd / "plain", "--out", "x.json")
+    result, notes = run_json(*words, "--model", sd / "plain", "--out", "x.json")
     assert [note.removeprefix("note: ") for note in notes] == result["notes"]
     assert len(notes) == 1 and END in notes[0]
     assert json.loads(Path("x.json").read_text())["notes"] == result["notes"]
 
 
-def test_the_sidecar_of_a_picture_holds_its_own_notes(sd: Path, tmp_path: Path, told: Any) -> None:
+def test_the_sidecar_of_a_picture_holds_its_own_notes(sd: Path, tmp_path: Path, run_json: Any) -> None:
     (tmp_path / "prompts.txt").write_text(f"a circle\n{LONG}\n")
     words = ["generate", "--prompts-file", tmp_path / "prompts.txt", "--model", sd / "plain", "--steps", "1"]
-    result, notes = told(*words, "-o", tmp_path / "new")
+    result, notes = run_json(*words, "-o", tmp_path / "new")
     first, second = (json.loads(Path(file).read_text())["stats"]["notes"] for file in result["sidecars"])
     assert first == [] and len(second) == 1 and f"note: {second[0]}" in notes and END in second[0]
 
 
 def test_warnings_of_libraries_reach_the_user_of_an_evaluation(
-    sd: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+    sd: Path, tmp_path: Path, run_json: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -236,6 +236,6 @@ def test_warnings_of_libraries_reach_the_user_of_an_evaluation(
     monkeypatch.setattr(StableDiffusionPipeline, "check_inputs", warns)
     monkeypatch.chdir(tmp_path)
     words = ["eval", "shapes", "--model", sd / "plain", "--steps", "1", "--limit", "1", "--images-per-prompt", "1"]
-    result, notes = told(*words, "--out", "new")
+    result, notes = run_json(*words, "--out", "new")
     assert notes == ["note: the picture will be strange"]
     assert result["stats"]["notes"] == ["the picture will be strange"]

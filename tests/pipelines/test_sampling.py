@@ -54,7 +54,7 @@ def stock_probabilities(cond: torch.Tensor, uncond: torch.Tensor, law: TokenLaw)
     top_k=st.none() | st.integers(1, V + 3),
     top_p=st.none() | st.floats(0.05, 1),
 )
-def test_law_equals_the_stock_processors(
+def test_probabilities_equal_the_stock_processors(
     seed: int, guidance: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     cond, uncond = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(seed)) * 3
@@ -74,7 +74,7 @@ def draw(law: TokenLaw, cond: torch.Tensor, uncond: torch.Tensor, generators: li
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("source", ["one generator", "seeds"])
-def test_samples_follow_the_stock_law(law: TokenLaw, source: str) -> None:
+def test_samples_follow_the_stock_distribution(law: TokenLaw, source: str) -> None:
     """Chi-square, 4,000 draws, level 1e-6 (so that the suite of these ten fails by chance once in 100,000 runs).
 
     Power: the same draws must reject, at the same level, the law of a temperature that is off by a third. That is a

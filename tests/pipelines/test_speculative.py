@@ -102,7 +102,7 @@ def test_bad_arguments(pipe: SpeculativeImagePipeline, arguments: dict[str, Any]
         pipe(**{"prompt": "a ring", **arguments})
 
 
-def test_without_a_drafter_it_guesses_by_itself(plain: JanusImagePipeline) -> None:
+def test_without_a_drafter_it_drafts_from_its_own_predictions(plain: JanusImagePipeline) -> None:
     pipe = SpeculativeImagePipeline(plain.model, plain.tokenizer)
     ours = pipe(PROMPTS[:2], guidance_scale=3.0, temperature=0.0, output_type="tokens")
     assert torch.equal(ours.tokens, plain(PROMPTS[:2], guidance_scale=3.0, temperature=0.0).tokens)
@@ -144,7 +144,7 @@ def test_without_a_tree_the_fastest_by_the_calibration_draws(pipe: SpeculativeIm
             assert drafted(output) == wanted and "measured on cpu eager in batches of 1" in reason
     assert drafted(tuned(PROMPTS[:2], acceptance="cascade", **arguments)) == "jacobi-6"
     assert drafted(tuned(PROMPTS[:2], acceptance="cascade", batch_invariant=True, **arguments)) == "plain"
-    assert drafted(tuned(PROMPTS[:4], acceptance="cascade", **arguments)) == "plain", "nobody measured so many"
+    assert drafted(tuned(PROMPTS[:4], acceptance="cascade", **arguments)) == "plain", "this batch was not measured"
 
 
 @pytest.mark.parametrize("acceptance", RULES)

@@ -178,7 +178,7 @@ def test_closing_finishes_what_runs_and_refuses_the_rest() -> None:
     ]
 
 
-def test_an_order_that_nobody_waits_for_is_not_begun_and_a_batch_of_them_stops() -> None:
+def test_an_abandoned_order_is_not_started_and_a_batch_of_them_stops() -> None:
     sketcher = Sketcher()
     sketcher.go.clear()
     worker = Worker(sketcher, 2, 0, 10, Metrics())

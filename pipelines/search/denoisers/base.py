@@ -198,7 +198,7 @@ class Denoiser(ABC):
         with finite_decoder(self.pipe):
             return self.decode(grid) if which is None else self.decode_of(grid, which)
 
-    def restless(self, generator: torch.Generator) -> Tensor:
+    def transition_noise(self, generator: torch.Generator) -> Tensor:
         """Standard normal noise [1, …] for a transition."""
         return torch.randn(self.shape, generator=generator, device=generator.device).to(self.device)
 

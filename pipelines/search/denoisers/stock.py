@@ -128,8 +128,8 @@ class StockDenoiser(Denoiser):
                 try:
                     said = self._predict(entry, latents[part], time)
                 except (RuntimeError, ValueError) as error:
-                    told = isinstance(error, FastgenError | torch.OutOfMemoryError)
-                    if told or len(part) == 1 or self._shared:
+                    explained = isinstance(error, FastgenError | torch.OutOfMemoryError)
+                    if explained or len(part) == 1 or self._shared:
                         raise
                     entry.batches = False  # PRX takes several images in its signature only
                     return self.evaluate(latents, times, which)

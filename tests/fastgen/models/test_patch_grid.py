@@ -74,7 +74,7 @@ def run(model: Any, arguments: tuple[Any, Any, Any], **knobs: Any) -> torch.Tens
 def test_upcycled_it_computes_what_its_teacher_computes(
     size: tuple[int, int], smoothing: float | None, last: int
 ) -> None:
-    """Everything is kept of its own accord; up to the rounding of packed attention."""
+    """The router keeps everything; up to the rounding of packed attention."""
     teacher, arguments = stock(), inputs(size=size)
     model: Any = upcycle(teacher, grid="patch", smoothing=smoothing, n_last_layers=last).eval()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_upcycling_copies_embedding_and_head_too() -> None:
 @pytest.mark.parametrize(("floor", "least"), [(0.0, 1), (0.125, 4), (0.25, 8), (0.3, 10), (1.0, 32)])
 def test_no_tail_drop_goes_below_the_floor(floor: float, least: int) -> None:
     model = micro(floor=floor)
-    torch.nn.init.constant_(model.scaffold.router.head.bias, -50.0)  # keeps nothing of its own accord
+    torch.nn.init.constant_(model.scaffold.router.head.bias, -50.0)  # the router keeps nothing
     with torch.no_grad():
         chunks = model(*inputs(), tail_drop=0.9, output_chunks=True).chunks
     assert chunks.lengths == (least,) * 3

@@ -43,7 +43,7 @@ def test_a_pipeline_with_a_base_is_read_whole(name: str) -> None:
 def test_a_chunked_pipeline_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     ((setting, value),) = _given(name, "small-dc").items()
     assert run(["train", name, f"--{setting}", str(value), "-o", "nowhere"]) == 2
-    assert "holds a DCZImagePipeline; needs a ZImagePipeline" in capsys.readouterr().err
+    assert "has a DCZImagePipeline; needs a ZImagePipeline" in capsys.readouterr().err
 
 
 def test_what_it_becomes_is_a_whole_pipeline(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_drafter_learns_from_what_its_target_draws(
     assert float(torch.tensor(1e-310, dtype=torch.float64) * 1) > 0  # training flushes such numbers to 0; no longer
     recipe = build_recipe("drafter", 0, micro_janus, data=data)
     assert set(recipe.batch(0, 2, torch.Generator())) == {"tokens", "prompts"}
-    for model, word in (("tiny", "no Janus"), (str(micro_janus), "renders of ShapesWorld have 64")):
+    for model, word in (("tiny", "not a Janus model"), (str(micro_janus), "renders of ShapesWorld have 64")):
         assert run(["train", "drafter", "--part", model, "-o", str(tmp_path / "x")]) == 2
         assert word in capsys.readouterr().err
 

@@ -64,7 +64,7 @@ def test_a_stopped_recording_continues_and_refuses_other_settings(target: Target
     assert first.stat().st_mtime_ns == kept and second.read_bytes() == lost
     with pytest.raises(FastgenError, match="other prompts or settings"):
         record_windows(target, JacobiSource(WINDOW), law, tmp_path, PROMPTS[:2], 18)
-    with pytest.raises(FastgenError, match="holds no windows"):
+    with pytest.raises(FastgenError, match="has no windows"):
         Windows(tmp_path / "other")
     with pytest.raises(ValueError, match="count"):
         record_windows(target, JacobiSource(WINDOW), law, tmp_path, PROMPTS, 0)
@@ -127,7 +127,7 @@ def test_bad_requests_are_one_line(
     WindowHeads.for_target(target, window=5, width=16).save_pretrained(heads)
     for options, word in (
         ([], "needs --data"),
-        (["--data", str(tmp_path / "none")], "holds no windows"),
+        (["--data", str(tmp_path / "none")], "has no windows"),
         (["--data", str(windows.folder), "--set", "breadth=3"], "breadth"),
         (["--data", str(windows.folder), "--set", "window=2"], "the heads correct up to 2"),
         (["--data", str(windows.folder), "--set", "taps=[0]"], "taps"),

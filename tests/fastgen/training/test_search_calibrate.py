@@ -103,12 +103,12 @@ def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(
     calibrate_search(str(micro_z), verifier, tmp_path, **{**ASKED, "trajectories": COUNT + 3})
     for row, again in zip(json.loads(grown), _rows(tmp_path)[32:], strict=True):  # at once and in two parts
         assert np.allclose(row["scores"], again["scores"], atol=1e-4) and row["prompt"] == again["prompt"]
-    with pytest.raises(ValueError, match="trajectories of another seed; choose another folder"):
+    with pytest.raises(ValueError, match="trajectories with another seed; choose another folder"):
         calibrate_search(str(micro_z), verifier, tmp_path, **ASKED, seed=1)
     other = tmp_path / "verifier"
     torch.manual_seed(1)
     ShapesVerifier(vocabulary(), width=32, channels=16, depth=1, fusion_layers=1).save_pretrained(other)
-    with pytest.raises(ValueError, match="trajectories of another weights"):
+    with pytest.raises(ValueError, match="trajectories with another weights"):
         calibrate_search(str(micro_z), str(other), tmp_path, **ASKED)
 
 

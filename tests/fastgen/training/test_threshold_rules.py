@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fastgen.training.threshold_rules import (
     FEWEST,
+    expected_outcomes,
     precision_curve,
     quantile_rows,
     schedule_at,
     smallest_threshold,
-    worths,
 )
 
 
@@ -45,11 +45,13 @@ def test_the_worth_of_a_score_is_what_came_of_it() -> None:
     rng = np.random.default_rng(0)
     scores = rng.random((4000, 3))
     correct = (rng.random(4000) < scores[:, 0] ** 2).astype(float)
-    found = worths(scores, correct)
+    found = expected_outcomes(scores, correct)
     assert np.abs(found - scores**2).mean() < 0.04 and found.min() >= 0 and found.max() <= 1
     flat = np.argsort(scores.ravel())
     assert (np.diff(found.ravel()[flat]) >= -1e-12).all()
-    assert np.allclose(worths(scores, -correct).mean(), -correct.mean(), atol=0.02)  # what does not rise is flat
+    assert np.allclose(
+        expected_outcomes(scores, -correct).mean(), -correct.mean(), atol=0.02
+    )  # what does not rise is flat
 
 
 def trajectories(n: int = 1500, branches: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +68,7 @@ def test_retries_go_where_they_bring_something() -> None:
     found = schedule_at(0.1, scores, outcome, lowest=0.0)
     silent, telling, late = found.taus
     assert silent < 0.1 and late == 0.0
-    # E[(V - v)+] of uniform worths, (1 - v)^2 / 2, is the price, 0.1 standard deviations of 0.5, at v = 0.68.
+    # E[(V - v)+] of uniform outcomes, (1 - v)^2 / 2, is the price, 0.1 standard deviations of 0.5, at v = 0.68.
     assert 0.55 < telling < 0.8
     assert 2.2 < found.evaluations < 4.5
 

@@ -111,7 +111,7 @@ def test_interrupted_drawing_continues(z: ZImagePipeline, tmp_path: Path) -> Non
 def test_bad_samples(z: ZImagePipeline, z_samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(FastgenError, match="other labels or settings"):
         draw_samples(z, z_samples.folder, PROMPTS[:2], 70, **SIZE)
-    with pytest.raises(FastgenError, match="holds no samples"):
+    with pytest.raises(FastgenError, match="has no samples"):
         Samples(tmp_path)
     for bad in ({"labels": []}, {"count": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="need labels"):
@@ -243,7 +243,7 @@ def test_both_stages_by_command(micro_z: Path, tmp_path: Path) -> None:
         (["dc-graft", "--part", "tiny", "--data", "d", "--samples", "2"], "--prompts-file"),
         (["dc-graft", "--part", "tiny", "--data", "d", "--samples", "2", "--prompts-file", "absent"], "absent"),
         (["dc-graft", "--part", "nobody/nothing", "--data", "d"], "nobody/nothing"),
-        (["dc-graft", "--part", "tiny", "--data", "d"], "holds no samples"),
+        (["dc-graft", "--part", "tiny", "--data", "d"], "has no samples"),
         (["vae", "--precision", "fp8"], "precision"),
     ],
 )

@@ -36,14 +36,14 @@ def oracle(scores: Sequence[float], chains: int, starts: int, count: int, budget
     continues with the best of its tries and rolls nothing over; the last transition takes all that is left.
     """
     quota = (budget - starts * chains) // (count * chains)
-    told, walks = iter(scores), [Walk(quota=quota) for _ in range(chains)]
+    remaining, walks = iter(scores), [Walk(quota=quota) for _ in range(chains)]
     for walk in walks:
-        walk.best = max(next(told) for _ in range(starts))
+        walk.best = max(next(remaining) for _ in range(starts))
         walk.times += [0] * starts
     spent = starts * chains
     while spent + chains <= budget:
         for walk in walks:
-            score, spent = next(told), spent + 1
+            score, spent = next(remaining), spent + 1
             walk.tries += 1
             walk.times.append(walk.step + 1)
             beats, walk.best = score > walk.best, max(walk.best, score)

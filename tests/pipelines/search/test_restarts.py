@@ -124,7 +124,7 @@ def test_what_is_good_enough() -> None:
     assert flat.good(0.9) == 0.0
 
 
-def test_only_what_may_change_something_is_looked_at() -> None:
+def test_only_times_that_may_change_something_are_checked() -> None:
     """No look in the first trajectory, one at time 1 in those after a failure, and at every end."""
     careful = replace(RISING, looks=((), (1,)))
     policy = restarting(prospects=careful)
