@@ -59,7 +59,7 @@ def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> No
 
 def test_speculative_decoding_against_the_plain_loop() -> None:
     """Exact rules keep the score and take at most 0.55 of the passes; CASCADE-R by default a third of them."""
-    _, rows = rows_of("bench-speculative")
+    _, rows = rows_of("bench-speculative-trees")
     plain = next(row for row in rows.values() if row["rule"] is None and row["score"] is not None)
     exact = [row for row in rows.values() if row["rule"] == "exact"]
     assert len(exact) >= 3 and all(row["target_pass_ratio"] <= 0.55 for row in exact)
@@ -88,7 +88,7 @@ def test_speculative_decoding_against_the_plain_loop() -> None:
 
 def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
     """Alone, in batches of four and sixteen, and as a whole command; CASCADE takes the fewest passes."""
-    data, rows = rows_of("bench-speculative-batches")
+    data, rows = rows_of("bench-speculative")
     plain = [row for row in rows.values() if row["rule"] is None]
     exact, cascade = rows["exact heads-16"], rows["cascade heads-16x2 quality=0.5"]
     assert exact["speedup_vs_fastest_plain"] >= 2.6
