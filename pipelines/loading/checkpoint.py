@@ -23,10 +23,8 @@ __all__ = ["EMBEDDED_MODELS", "Checkpoint", "download", "embedded_folder", "find
 #: Models that come with the package.
 EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
 
-#: Pipelines of this package, by class name: the module of each.
-OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
-# Transformers that ask for one of them, whatever class the folder names.
-_PIPELINE_OF_TRANSFORMER = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
+# Pipelines of this package by the transformer that asks for one, whatever class the folder names.
+_OWN_PIPELINES = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
 
 Kind = Literal["diffusers", "janus", "tokens"]
 #: Models of transformers that only speculative decoding draws with, by model_type: their class, and the options of
@@ -91,7 +89,7 @@ class Checkpoint:
 
     @property
     def has_dynamic_chunking(self) -> bool:
-        return self.pipeline_class in OWN_PIPELINES
+        return self.pipeline_class in _OWN_PIPELINES.values()
 
     @property
     def draws_tokens(self) -> bool:
@@ -245,7 +243,7 @@ def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
         if not found.component(component).is_dir():
             raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
     if "transformer" in _components(index):
-        name = _PIPELINE_OF_TRANSFORMER.get(str(index["transformer"][1]), name)
+        name = _OWN_PIPELINES.get(str(index["transformer"][1]), name)
     for place in found.folders:
         _check_json_files(place)
     multiple, largest = _size_limits(found.component, index)

@@ -127,8 +127,11 @@ class LoadOptions:
             check_choice("quantize", self.quantize, BITS)
         one = isinstance(self.loras, str | os.PathLike | LoRA)
         object.__setattr__(self, "loras", tuple(map(LoRA.parse, [self.loras] if one else self.loras or ())))
-        object.__setattr__(self, "target", dict(self.target or {}))
-        decode = self.target.get("decode")
+        if self.target is not None and not isinstance(self.target, Mapping):
+            raise FastgenError(f"options: needs a mapping of names to values, got {type(self.target).__name__}")
+        target = dict(self.target or {})
+        object.__setattr__(self, "target", target)
+        decode = target.get("decode")
         if isinstance(decode, str) and not Path(decode, "config.json").is_file():
             raise FastgenError(f"options: decode={decode!r} is no folder of a VQModel of diffusers")
 
