@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from fastgen.io import read_json, read_object
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import read_files
 
-__all__ = ["EMBEDDED_MODELS", "Checkpoint", "download", "embedded_folder", "find_checkpoint", "find_drafter"]
+__all__ = ["EMBEDDED_MODELS", "Checkpoint", "denoiser_name", "embedded_folder", "find_checkpoint", "find_drafter"]
 
 #: Models that come with the package.
 EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
@@ -144,6 +144,11 @@ class Checkpoint:
             else:
                 continue
             raise FastgenError(f"{name}: {value} is not allowed, {self.model} {needs}")
+
+
+def denoiser_name(index: Mapping[str, Any]) -> str:
+    """Which component of a model_index.json is called at every step; empty where none is."""
+    return next((name for name in ("transformer", "unet", "prior") if name in index), "")
 
 
 def embedded_folder(name: str) -> Path:

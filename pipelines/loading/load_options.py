@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from fastgen.checks import check_bool, check_choice
 from fastgen.errors import FastgenError
 from fastgen.io import file_sha256
+from fastgen.pipelines.loading.checkpoint import denoiser_name
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import check_safetensors
-from fastgen.pipelines.quantization import BITS
+from fastgen.pipelines.quantization import BITS, why_not_here
 
 if TYPE_CHECKING:
     import torch
@@ -154,14 +155,9 @@ class LoadOptions:
             raise FastgenError(f"vae_tiling: {kind.__name__} has no VAE")
         if self.offload not in ("none", "auto") and device.type == "cpu":
             raise FastgenError(f"offload: {self.offload!r} moves weights to a GPU, and the device is the CPU")
-        if self.quantize is None:
-            return
-        from fastgen.pipelines.loading.memory import denoiser_name
-        from fastgen.pipelines.quantization import why_not_here
-
-        if not denoiser_name(index):
+        if self.quantize is not None and not denoiser_name(index):
             raise FastgenError(f"quantize: {kind.__name__} has no denoiser")
-        if reason := why_not_here(self.quantize, device):
+        if self.quantize is not None and (reason := why_not_here(self.quantize, device)):
             raise FastgenError(f"quantize: {self.quantize} cannot be used: {reason}")
 
     @property

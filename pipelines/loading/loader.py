@@ -18,10 +18,10 @@ from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.generation import set_checkpoint
-from fastgen.pipelines.loading.checkpoint import Checkpoint, download, find_checkpoint, find_drafter
+from fastgen.pipelines.loading.checkpoint import Checkpoint, denoiser_name, download, find_checkpoint, find_drafter
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
-from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
+from fastgen.pipelines.loading.memory import check_memory, free_memory, weight_sizes
 from fastgen.pipelines.loading.networks import component_class, empty_network, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
@@ -183,11 +183,10 @@ def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, 
     folder, cpu = checkpoint.folder, torch.device("cpu")
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
-    model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
-    if checkpoint.kind == "janus":
-        from fastgen.pipelines.janus import JanusImagePipeline
+        model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
+        if checkpoint.kind == "janus":
+            from fastgen.pipelines.janus import JanusImagePipeline
 
-        with explained(f"checkpoint {folder}"):
             return load_pretrained(JanusImagePipeline, folder, model=model, tokenizer=tokenizer)
     if isinstance(options.get("decode"), str):
         options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
@@ -237,11 +236,10 @@ def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, entry in checkpoint.index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
-        if entry[0] is None:  # some pipelines require it to be passed
-            parts[name] = None
-            continue
         kind, folder = component_class(*entry), checkpoint.component(name)
-        if kind is not None and issubclass(kind, torch.nn.Module):
+        if entry[0] is None:
+            parts[name] = None  # some pipelines require it to be passed
+        elif kind is not None and issubclass(kind, torch.nn.Module):
             parts[name] = kind
             empty_network(kind, folder, checkpoint.variant)
         elif kind is not None and (folder / "scheduler_config.json").is_file():
@@ -258,12 +256,11 @@ def _load_diffusers(
     """Load the networks one by one, each straight to its device, then the rest through the stock loader, which would
     fill missing weights with random numbers."""
     bits = {denoiser_name(checkpoint.index): quantize}
-    loaded: dict[str, Any] = {
-        name: load_network(part, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
-        if isinstance(part, type)
-        else part
-        for name, part in parts.items()
-    }
+    loaded = dict(parts)
+    for name, kind in parts.items():
+        if isinstance(kind, type):
+            place = checkpoint.component(name)
+            loaded[name] = load_network(kind, place, dtype, checkpoint.variant, device, bits.get(name))
     if checkpoint.pipeline_class == "LlamaGen":
         from fastgen.models.llamagen import LlamaGen
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.checkpoint import Checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint, denoiser_name
 from fastgen.pipelines.loading.networks import component_class
 from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
 from fastgen.pipelines.quantization import BITS, layer_pattern
 
-__all__ = ["check_memory", "denoiser_name", "free_memory", "weight_sizes"]
+__all__ = ["check_memory", "free_memory", "weight_sizes"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -35,11 +35,6 @@ def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | Non
         name: sum(_file_size(file, dtype, fewer.get(name)) for file in read_files(folder, checkpoint.variant))
         for name, folder in checkpoint.networks.items()
     }
-
-
-def denoiser_name(index: Mapping[str, Any]) -> str:
-    """Which component of a model_index.json is called at every step; empty where none is."""
-    return next((name for name in ("transformer", "unet", "prior") if name in index), "")
 
 
 def _file_size(file: Path, dtype: torch.dtype, fewer: tuple[re.Pattern[str], int] | None = None) -> int:

@@ -75,11 +75,12 @@ def tiny_qwen_image() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
     words = tokenizer(512)
+    encoder = qwen_vl(words)
     transformer = QwenImageTransformer2DModel(**QWEN, num_layers=2)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=1024, shift_terminal=0.02
     )
-    pipe = QwenImagePipeline(scheduler, qwen_vae(), qwen_vl(words), words, shaken(transformer, 3))
+    pipe = QwenImagePipeline(scheduler, qwen_vae(), encoder, words, shaken(transformer, 3))
     begin_template(pipe, pipe.prompt_template_encode)
     return quiet(pipe)
 
