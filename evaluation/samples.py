@@ -19,7 +19,7 @@ from fastgen.evaluation.chunks import ChunkStore, run_chunks
 from fastgen.evaluation.distributed import Group, OnProgress
 from fastgen.evaluation.geneval.detections import ColorClassifier, ObjectDetector
 from fastgen.evaluation.geneval.metadata import Metadata, check_distinct, check_vocabulary, read_metadata
-from fastgen.evaluation.geneval.rules import ImageResult, RuleSettings, evaluate_image
+from fastgen.evaluation.geneval.rules import ImageResult, evaluate_image
 from fastgen.evaluation.images import MAX_FILE_BYTES, decode_image, image_size, name_skipped
 from fastgen.io import parse_json, read_limited
 
@@ -121,7 +121,6 @@ def judge_samples(
     detector: ObjectDetector,
     colors: ColorClassifier | None = None,
     *,
-    settings: RuleSettings | None = None,
     group: Group | None = None,
     work: str | os.PathLike[str] | None = None,
     identity: str = "",
@@ -130,19 +129,18 @@ def judge_samples(
     """The verdict of the GenEval rules on every sample, in order; `colors` None takes the detector's own colours.
 
     Args:
-        settings: of the rules.
         group: processes that share the work; all of them get all verdicts.
         work: folder where finished verdicts are kept, so that an interrupted call can resume; None keeps none. Whoever
             writes the result removes them, see `verdict_store`.
-        identity: what the verdicts depend on besides images, prompts and rules (weights of the detector ...); kept
+        identity: what the verdicts depend on besides images and prompts (weights of the detector ...); kept
             verdicts are used for the same only.
 
     Raises:
         FastgenError: an image cannot be read; the message names it.
         PeerFailed: another process failed.
     """
-    group, rules = group or Group(), settings or RuleSettings()
-    store = verdict_store(samples, work, identity, rules, group)
+    group = group or Group()
+    store = verdict_store(samples, work, identity, group)
     report_done = group.counter("check", len(samples), on_progress)
 
     def compute(items: range) -> list[ImageResult]:
@@ -152,9 +150,7 @@ def judge_samples(
         results = []
         for sample, image, detections in zip(part, images, found, strict=True):
             classify = None if colors is None else partial(colors.classify, image)
-            results.append(
-                evaluate_image(sample.metadata, detections, classify, prompt_id=sample.prompt_id, settings=rules)
-            )
+            results.append(evaluate_image(sample.metadata, detections, classify, prompt_id=sample.prompt_id))
         return results
 
     own = run_chunks(
@@ -175,7 +171,6 @@ def verdict_store(
     samples: Sequence[Sample],
     work: str | os.PathLike[str] | None,
     identity: str,
-    settings: RuleSettings | None = None,
     group: Group | None = None,
 ) -> ChunkStore:
     """Where `judge_samples` keeps verdicts of these very images, to be discarded when the result is written."""
@@ -189,8 +184,7 @@ def verdict_store(
             digest.update(f"{sample.prompt_id} {sample.path.name} {sample.metadata.to_json()}\n".encode())
             digest.update(sample.read())
         content = digest.hexdigest()
-    rules = asdict(settings or RuleSettings())
-    return ChunkStore(work, "verdicts", [_FORMAT, group.share(content), identity, rules, _CHUNK])
+    return ChunkStore(work, "verdicts", [_FORMAT, group.share(content), identity, _CHUNK])
 
 
 def _decode_results(data: bytes, items: range) -> list[ImageResult]:

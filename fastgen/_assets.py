@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
-from fastgen.io import read_object
+from fastgen.io import atomic_write_bytes, file_sha256, read_object
 
 ROOT = Path(__file__).resolve().parent / "assets"
 CHECKSUMS = "checksums.json"  # {"tiny": {"unet/config.json": sha256, ...}, ...}
@@ -26,7 +24,7 @@ def names(root: Path = ROOT) -> list[str]:
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, by its path relative to `folder` with forward slashes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def size(folder: Path) -> int:
@@ -57,9 +55,7 @@ def write_checksums(root: Path = ROOT) -> Path:
     """Write the checksums of all embedded checkpoints to ``checksums.json`` and return its path."""
     path = root / CHECKSUMS
     text = json.dumps({name: checksums(root / name) for name in names(root)}, indent=1, sort_keys=True) + "\n"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write_bytes(path, text.encode())
     return path
 
 

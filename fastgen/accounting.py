@@ -17,7 +17,7 @@ every account around it. An account lives in a `contextvars.ContextVar`. A threa
 **Seconds are exclusive.** The time of a phase inside another phase belongs to the inner one only, so that the seconds
 of all phases of one thread add up to at most the wall time of the account (``wall_seconds``). Phases in helper threads
 add their own time. A phase waits for the GPU at its start and its end, because otherwise it would time the launch of
-the work, not the work; ``phase(name, sync=False)`` is for phases inside a step that must not wait.
+the work, not the work.
 
 **Memory.** ``peak_memory`` holds the high-water mark of the process ("process", resident bytes since the process
 began, because the system keeps no other) and of every CUDA device that was used ("cuda:0" …, bytes allocated by torch
@@ -182,21 +182,19 @@ class phase:
 
     Args:
         name: key in `Stats.seconds`; the same name may be entered any number of times and adds up.
-        sync: wait for the GPU at both ends (only where CUDA is in use).
     """
 
-    __slots__ = ("_children", "_parent", "_start", "_stats", "_thread_id", "name", "sync")
+    __slots__ = ("_children", "_parent", "_start", "_stats", "_thread_id", "name")
 
-    def __init__(self, name: str, *, sync: bool = True) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.sync = sync
 
     def __enter__(self) -> None:
         self._stats, self._thread_id, self._children = _active.get(), threading.get_ident(), 0.0
         outer = _phases.get()
         # A copied context carries the phase of the thread that started this one; that phase continues meanwhile.
         self._parent = outer[-1] if outer and outer[-1]._thread_id == self._thread_id else None
-        if self._stats and self.sync:
+        if self._stats:
             _synchronize()
         _phases.set((*outer, self))
         self._start = time.perf_counter()
@@ -207,7 +205,7 @@ class phase:
         _phases.set(tuple(other for other in _phases.get() if other is not self))
         if not self._stats:
             return
-        if self.sync and kind is None:  # after a CUDA error a wait would raise again and hide the first one
+        if kind is None:  # after a CUDA error a wait would raise again and hide the first one
             _synchronize()
         elapsed = time.perf_counter() - self._start
         if self._parent is not None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline
 
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
+from fastgen.pipelines.elastic import LOSS, DCPipelineMixin, DCPipelineOutput, run_elastic
 from fastgen.pipelines.stock_arguments import check_call, check_labels, given_arguments
 from fastgen.pipelines.watching import watched_call
-from fastgen.pretrained import load_pretrained
 
 
-class DCDiTPipeline(FromPipeMixin, DiTPipeline):
+class DCDiTPipeline(DCPipelineMixin, DiTPipeline):
     """Class-conditional images with a `DCDiTTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers; code that comes with a model is refused."""
-        return load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
     def __call__(

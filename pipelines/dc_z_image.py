@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,22 +11,16 @@ from diffusers import ZImagePipeline
 from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.models.elastic import Schedule
-from fastgen.pipelines.elastic import LOSS, DCPipelineOutput, FromPipeMixin, run_elastic
+from fastgen.pipelines.elastic import LOSS, DCPipelineMixin, DCPipelineOutput, run_elastic
 from fastgen.pipelines.prompts import check_prompt_lengths
 from fastgen.pipelines.stock_arguments import check_call, check_texts, given_arguments
 from fastgen.pipelines.watching import watched_call
-from fastgen.pretrained import load_pretrained
 
 
-class DCZImagePipeline(FromPipeMixin, ZImagePipeline):
+class DCZImagePipeline(DCPipelineMixin, ZImagePipeline):
     """Text to image with a `DCZImageTransformer2DModel`. Loss contract: lossy."""
 
     loss = LOSS
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers; code that comes with a model is refused."""
-        return load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
     def __call__(

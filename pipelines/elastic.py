@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from fastgen.models.chunking import Chunks
 from fastgen.models.elastic import ElasticBudget, ElasticModelMixin, Schedule, StepRecord
 from fastgen.pipelines.pickling import PickledMixin
 from fastgen.pipelines.summary import reported
+from fastgen.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,14 @@ class DCPipelineOutput(BaseOutput):
         return None if self.steps is None else [record.chunks for record in self.steps]
 
 
-class FromPipeMixin(PickledMixin):
-    """Says what `from_pipe` of another pipeline class needs: diffusers leaves a transformer with dynamic chunking out,
-    as its class is not the one that the other pipeline names."""
+class DCPipelineMixin(PickledMixin):
+    """Loading of pipelines with dynamic chunking. `from_pipe` of another pipeline class leaves a transformer of this
+    kind out, as its class is not the one that the other pipeline names: here it says what it needs."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As in diffusers; code that comes with a model is refused."""
+        return load_pretrained(super(), pretrained_model_name_or_path, **kwargs)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -68,8 +75,7 @@ class FromPipeMixin(PickledMixin):
                     "from_pipe: does not take a transformer with dynamic chunking by itself; pass it: "
                     "from_pipe(pipe, transformer=pipe.transformer), and set its budget with fastgen.enable_dc"
                 )
-        found: dict[str, Any] = super().components  # type: ignore[misc]
-        return found
+        return super().components  # type: ignore[misc]
 
 
 def run_elastic(
@@ -161,7 +167,7 @@ class _Enabled:
     original: Any = None
 
 
-class _EnabledMixin(FromPipeMixin):
+class _EnabledMixin(DCPipelineMixin):
     """A stock pipeline class that calls with the budget of `enable_dc`."""
 
     _stock: type[DiffusionPipeline]

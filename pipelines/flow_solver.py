@@ -23,8 +23,7 @@ class _UniPC(diffusers.UniPCMultistepScheduler):
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """(1 - sigma) sample + sigma noise, as the Euler scheduler of flow models has it."""
-        noisy: torch.Tensor = self.add_noise(sample, noise, timestep)
-        return noisy
+        return self.add_noise(sample, noise, timestep)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # its class is not found by its name
         return _restored, (vars(self),)
@@ -51,10 +50,7 @@ def unipc_of_flow(scheduler: Any, shift: float = 1.0) -> diffusers.UniPCMultiste
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):  # those that are dynamic get theirs with every call, as mu
         shift *= config.get("shift", 1.0)
-    made: diffusers.UniPCMultistepScheduler = _UniPC.from_config(
-        config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
-    return made
+    return _UniPC.from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 def for_pipelines_of_flow(scheduler: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
@@ -14,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from fastgen.checks import check_integer, check_number
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
-from fastgen.pipelines.loading.checkpoint import OWN_PIPELINES, Checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint
 from fastgen.pipelines.schema import DRAWING, SCHEMA
 
 __all__ = [
@@ -213,9 +212,9 @@ def pipeline_class(checkpoint: Checkpoint, method: str | None = None, begins: st
     import diffusers
 
     if checkpoint.has_dynamic_chunking:
-        module = importlib.import_module(OWN_PIPELINES[checkpoint.pipeline_class])
-        own: type = getattr(module, checkpoint.pipeline_class)
-        return own
+        from fastgen.pipelines.dc_z_image import DCZImagePipeline
+
+        return DCZImagePipeline
     found = getattr(diffusers, checkpoint.pipeline_class, None)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise FastgenError(

@@ -115,8 +115,7 @@ def _passed_over(model: Any) -> Iterator[dict[str, tuple[nn.Module, tuple[Any, .
     def passing(kind: str, block: nn.Module, *arguments: Any, **named: Any) -> Tensor:
         seen.setdefault(kind, (block, arguments, named))
         hidden, wanted = arguments[0], arguments[4] if kind == "last_layers" and len(arguments) > 4 else None
-        given: Tensor = hidden if wanted is None else hidden.index_select(0, wanted[0])
-        return given
+        return hidden if wanted is None else hidden.index_select(0, wanted[0])
 
     blocks = [(kind, block) for kind in KINDS for block in getattr(model, kind, ())]
     try:

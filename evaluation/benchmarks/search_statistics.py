@@ -71,8 +71,7 @@ class Resampling:
 
     def means(self, values: Values) -> Values:
         """Of every draw: [draws]."""
-        drawn: Values = np.mean([values[rows].mean(axis=1) for rows in self.drawn], axis=0)
-        return drawn
+        return np.mean([values[rows].mean(axis=1) for rows in self.drawn], axis=0)
 
     def interval(self, values: Values) -> list[float]:
         """95 % of the means."""

@@ -93,8 +93,7 @@ class Search:
         policy = self.pipeline.policy
         own = {} if policy is None else {key: _plain(value) for key, value in vars(policy).items()}
         file = {} if self.variant.thresholds is None else {"thresholds": self.variant.thresholds}
-        plain: dict[str, Any] = json.loads(json.dumps({**own, **self.variant.arguments, **file}))
-        return plain
+        return json.loads(json.dumps({**own, **self.variant.arguments, **file}))
 
     def picture(self, prompt: int, seed: int) -> Path:
         """File name of a search; its record has the suffix .json."""

@@ -251,8 +251,7 @@ def load_extractor(
     kinds: dict[str, Any] = {"dinov2": DINOv2, "cmmd": CLIPEmbeddings, "clip-score": CLIPScores}
     if name not in kinds:
         raise FastgenError(f"extractor: {name!r} is unknown, needs one of inception, shapes, {', '.join(kinds)}")
-    made: Extractor = kinds[name](weights, device=device)
-    return made
+    return kinds[name](weights, device=device)
 
 
 def _load(extractor: str, network: Any, weights: str) -> Any:

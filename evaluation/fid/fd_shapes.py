@@ -69,8 +69,7 @@ def render_reference(count: int = REFERENCE_IMAGES, seed: int = REFERENCE_SEED, 
         if block not in drawn:
             drawn.clear()  # images are asked for in order, so one block is enough
             drawn[block] = world.batch(min(_BATCH, count - block * _BATCH), block * _BATCH).images
-        image: np.ndarray = drawn[block][index % _BATCH]
-        return image
+        return drawn[block][index % _BATCH]
 
     sample = hashlib.sha256(world.batch(16).images.tobytes()).hexdigest()
     return Reference("renders", CallbackSource(count, make, identity=f"shapesworld {seed} {sample}", name="renders"))

@@ -51,8 +51,7 @@ def matrix_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     if values[0] < -_TOLERANCE * max(float(values[-1].abs()), 1e-300):
         raise ValueError(f"statistics: the covariance has a negative eigenvalue ({float(values[0]):.3g})")
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

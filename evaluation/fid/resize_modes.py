@@ -33,8 +33,7 @@ def tf1_bilinear(image: np.ndarray, side: int) -> Tensor:
         return a + (b - a) * across
 
     above, below = blended(x[:, top]), blended(x[:, bottom])
-    out: Tensor = above + (below - above) * down[:, None]
-    return out
+    return above + (below - above) * down[:, None]
 
 
 def _taps(old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:

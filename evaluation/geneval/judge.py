@@ -13,7 +13,7 @@ import numpy as np
 
 from fastgen.evaluation.geneval.detections import Detections
 from fastgen.evaluation.geneval.metadata import Metadata
-from fastgen.evaluation.geneval.rules import OFFICIAL, RuleSettings, evaluate_image
+from fastgen.evaluation.geneval.rules import evaluate_image
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +50,6 @@ def judge(
     detections: Sequence[Detection],
     metadata: Metadata | Mapping[str, Any],
     classify_color: ClassifyColor | None = None,
-    *,
-    settings: RuleSettings = OFFICIAL,
 ) -> Judgement:
     """Judges one image by its detections, by the rules of the official GenEval scorer.
 
@@ -60,7 +58,6 @@ def judge(
         metadata: what the image should contain; a mapping is one parsed line of a metadata file.
         classify_color: called only for clauses that demand a colour and whose count is met, with their `count` best
             detections, best first.
-        settings: the constants of the rules.
 
     Raises:
         ValueError: the metadata or a detection is malformed, or a colour is required without a colour classifier.
@@ -77,5 +74,5 @@ def judge(
             raise ValueError(f"classify_color: the metadata demands a colour of {class_name!r}, so it is needed")
         return classify_color(class_name, [detections[index] for index in indices])
 
-    result = evaluate_image(wanted, everything, name_colors, settings=settings)
+    result = evaluate_image(wanted, everything, name_colors)
     return Judgement(result.correct, result.reason)

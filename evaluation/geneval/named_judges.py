@@ -33,11 +33,11 @@ def load_judge(
     from fastgen.evaluation.geneval.colors import TAG, ClipColors
     from fastgen.evaluation.geneval.mask2former import HUB_ID, Mask2FormerDetector
     from fastgen.evaluation.geneval.prompts import CLASSES
-    from fastgen.evaluation.geneval.rules import OFFICIAL
+    from fastgen.evaluation.geneval.rules import THRESHOLD
 
     # Before weights load, so that missing files cost no time.
     pictures = None if not test else scikit_photos() if photos is None else folder_photos(photos, CLASSES)
-    found = Mask2FormerDetector.load(detector or HUB_ID, device=device, min_score=OFFICIAL.threshold)
+    found = Mask2FormerDetector.load(detector or HUB_ID, device=device, min_score=THRESHOLD)
     colors = ClipColors.load(color_model or TAG, device=device)
     passed = None if pictures is None else self_test(found, pictures)
     description = {

@@ -1,7 +1,7 @@
 """The GenEval decision rules in pure numpy: what makes one image correct.
 
 Equal to the official scorer in every corner the specification lists: strict score thresholds (0.3, and 0.9 for
-counting), at most 16 detections a class, NMS off, the `count` best detections of a clause, positions judged by an
+counting), at most 16 detections a class, no NMS, the `count` best detections of a clause, positions judged by an
 offset that is shortened by a tenth of both boxes but normalised by the full distance. No weights, no images.
 """
 
@@ -22,41 +22,9 @@ ColorFn = Callable[[Detections, str, Sequence[int]], Sequence[str]]
 """(detections, class name, indices) -> colour name of each index; a ColorClassifier bound to its image."""
 
 COUNTING_TAG = "counting"
-
-
-@dataclass(frozen=True, slots=True)
-class RuleSettings:
-    """The constants of the official scorer; change them only to study them, and say so with the score.
-
-    Attributes:
-        threshold: a detection counts when its score is strictly above this.
-        counting_threshold: the same for the task "counting".
-        max_objects: kept detections a class, best first.
-        max_overlap: NMS drops a detection that overlaps a better one of its class by at least this IoU; 1.0 = off.
-        position_margin: share of both box sizes taken off the distance before a relation is read.
-    """
-
-    threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_objects: int = 16
-    max_overlap: float = 1.0
-    position_margin: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("threshold", "counting_threshold", "max_overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"RuleSettings.{name}: needs a number in [0, 1], got {getattr(self, name)!r}")
-        if self.max_objects < 1:
-            raise ValueError(f"RuleSettings.max_objects: needs an integer >= 1, got {self.max_objects!r}")
-        if not (math.isfinite(self.position_margin) and self.position_margin >= 0):
-            raise ValueError(f"RuleSettings.position_margin: needs a number >= 0, got {self.position_margin!r}")
-
-    def threshold_for(self, tag: str) -> float:
-        """Score threshold of a task."""
-        return self.counting_threshold if tag == COUNTING_TAG else self.threshold
-
-
-OFFICIAL = RuleSettings()
+#: Detections count when their score is strictly above it; the second is that of the task "counting".
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+_MOST_OBJECTS = 16  # of a class
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +51,7 @@ class ImageResult:
         return "\n".join(self.reasons)
 
 
-def keep_detections(
-    detections: Detections, threshold: float, *, max_objects: int = 16, max_overlap: float = 1.0
-) -> dict[str, list[int]]:
+def keep_detections(detections: Detections, threshold: float) -> dict[str, list[int]]:
     """Indices of the detections that count, per class, best first; of equal scores the last listed comes first.
 
     That is the order of the official ``numpy.argsort(scores)[::-1]`` with a stable sort. NumPy's default sort is
@@ -98,32 +64,7 @@ def keep_detections(
     order = np.argsort(detections.scores, kind="stable")[::-1]
     for index in order[detections.scores[order] > threshold].tolist():
         kept.setdefault(detections.labels[index], []).append(index)
-    for label, indices in kept.items():
-        kept[label] = _suppress(detections.boxes, indices[:max_objects], max_overlap)
-    return kept
-
-
-def _suppress(boxes: np.ndarray, indices: list[int], max_overlap: float) -> list[int]:
-    """Greedy NMS over `indices` (best first); at max_overlap 1.0 even identical boxes stay."""
-    if max_overlap >= 1.0:
-        return indices
-    left, out = list(indices), []
-    while left:
-        best = left.pop(0)
-        out.append(best)
-        left = [index for index in left if box_iou_inclusive(boxes[best], boxes[index]) < max_overlap]
-    return out
-
-
-def box_iou_inclusive(a: np.ndarray, b: np.ndarray) -> float:
-    """IoU of two xyxy boxes whose far edges belong to them (+1 pixel), the convention of the official NMS."""
-
-    def area(x1: float, y1: float, x2: float, y2: float) -> float:
-        return max(x2 - x1 + 1, 0.0) * max(y2 - y1 + 1, 0.0)
-
-    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    union = area(*a) + area(*b) - shared
-    return float(shared / union) if union else 0.0
+    return {label: indices[:_MOST_OBJECTS] for label, indices in kept.items()}
 
 
 def relations(box_a: np.ndarray, box_b: np.ndarray, margin: float = 0.1) -> tuple[str, ...]:
@@ -149,7 +90,6 @@ def evaluate_image(
     classify_color: ColorFn | None = None,
     *,
     prompt_id: int | str | None = None,
-    settings: RuleSettings = OFFICIAL,
 ) -> ImageResult:
     """Judges one image by its detections.
 
@@ -159,21 +99,15 @@ def evaluate_image(
         classify_color: names colours; None takes them from the detections. Called only for clauses with a colour
             whose count is met, with the `count` best detections.
         prompt_id: identity of the prompt for clustering; the prompt text when None.
-        settings: thresholds, the official ones unless studied.
 
     Raises:
         ValueError: a colour is demanded, but neither `classify_color` nor the detections can name one.
     """
-    kept = keep_detections(
-        detections,
-        settings.threshold_for(metadata.tag),
-        max_objects=settings.max_objects,
-        max_overlap=settings.max_overlap,
-    )
+    kept = keep_detections(detections, COUNTING_THRESHOLD if metadata.tag == COUNTING_TAG else THRESHOLD)
     reasons: list[str] = []
     matched: list[list[int] | None] = []  # per include clause: its objects, or None when it failed
     for clause in metadata.include:
-        problems, found = _judge_clause(clause, kept, matched, detections, classify_color, settings)
+        problems, found = _judge_clause(clause, kept, matched, detections, classify_color)
         matched.append(None if problems else found)
         reasons += problems
     for clause in metadata.exclude:
@@ -198,7 +132,6 @@ def _judge_clause(
     matched: Sequence[list[int] | None],
     detections: Detections,
     classify_color: ColorFn | None,
-    settings: RuleSettings,
 ) -> tuple[list[str], list[int]]:
     """(broken demands, the objects of the clause); position is read only when count and colour are right."""
     name = clause.class_name
@@ -219,7 +152,7 @@ def _judge_clause(
     problems = []
     for index in found:
         for other in others:
-            held = relations(detections.boxes[index], detections.boxes[other], settings.position_margin)
+            held = relations(detections.boxes[index], detections.boxes[other])
             if wanted not in held:
                 seen = " and ".join(held) or "no relation to"
                 problems.append(f"expected {name} {wanted} target, found {seen} target")

@@ -69,10 +69,9 @@ class CLIPFlanT5(nn.Module):
         lengths = torch.tensor([inputs.shape[1] - ends.shape[1] + len(end) for end in after], device=inputs.device)
         mask = torch.arange(inputs.shape[1], device=inputs.device) < lengths[:, None]
         seen = nn.functional.pad(labels[:-1], (1, 0), value=self.start).expand(count, -1)
-        logits: Tensor = self.t5(
+        return self.t5(
             inputs_embeds=inputs, attention_mask=mask.long(), decoder_input_ids=seen, use_cache=False
         ).logits
-        return logits
 
 
 class _LanguageModel(T5ForConditionalGeneration):

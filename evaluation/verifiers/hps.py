@@ -88,5 +88,4 @@ class HPS(ModelVerifier):
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
     found = torch.load(file, map_location="cpu", weights_only=True)
-    tensors: dict[str, Tensor] = found.get("state_dict", found)
-    return tensors
+    return found.get("state_dict", found)

@@ -57,8 +57,7 @@ def load_verifier(
         FastgenError: no such name, or weights, a package or the device is not available; one line.
     """
     kind, weights = verifier_class(name_or_path)
-    made: Verifier = kind.load(weights, device=device, dtype=dtype, **options)
-    return made
+    return kind.load(weights, device=device, dtype=dtype, **options)
 
 
 def verifier_class(name_or_path: str | os.PathLike[str]) -> tuple[Any, str | None]:

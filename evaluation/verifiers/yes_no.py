@@ -119,5 +119,4 @@ class YesNo(ModelVerifier):
             logits_to_keep=1,
             **extra,
         ).logits
-        found: Tensor = logits[:, -1].float().softmax(-1)[:, self._yes]
-        return found
+        return logits[:, -1].float().softmax(-1)[:, self._yes]

@@ -105,11 +105,11 @@ def find_model(model: str, variant: str | None = None, revision: str | None = No
     Raises:
         FastgenError: there is no such model, it is broken, or it has no weights of this variant.
     """
-    from fastgen.pipelines.loading.checkpoint import check_weights, find_checkpoint
+    from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(model, variant, revision)
     if checkpoint.hub_id is None:
-        check_weights(checkpoint)
+        checkpoint.check_weights()
     return checkpoint
 
 

@@ -53,8 +53,7 @@ def read() -> dict[str, dict[str, str]]:
     """The table: a row for each family."""
     from fastgen.io import read_json
 
-    found: dict[str, dict[str, str]] = read_json(FILE)
-    return found
+    return read_json(FILE)
 
 
 def find(name: str, rows: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.errors import FastgenError
 from fastgen.pipelines.schema import Rule
 
 if TYPE_CHECKING:
@@ -130,8 +131,30 @@ def load_options(given: Any) -> LoadOptions:
     """
     from fastgen.pipelines.loading.load_options import LoadOptions
 
-    names = ("scheduler", "lora", "offload", "vae_tiling", "quantize", "model_option")
-    return LoadOptions.of(*(getattr(given, name) for name in names))
+    target = model_options(given.model_option or ())
+    return LoadOptions(given.scheduler, given.lora, given.offload, given.vae_tiling, given.quantize, target)
+
+
+def model_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a model that draws tokens, from texts NAME=VALUE.
+
+    Raises:
+        FastgenError: a value that is not allowed.
+    """
+    found: dict[str, Any] = {}
+    for name, _, value in (text.partition("=") for text in texts):
+        try:
+            if name == "size":
+                height, _, width = value.partition("x")
+                found[name] = [int(height), int(width)]
+            elif name == "begin":
+                found[name] = [int(each) for each in value.split(",")]
+            else:
+                found[name] = int(value) if name == "line_end" else value
+        except ValueError as error:
+            needed = "HEIGHTxWIDTH in tokens" if name == "size" else "a number, or numbers with commas"
+            raise FastgenError(f"options: {name}={value!r} is not allowed, needs {needed}") from error
+    return found
 
 
 def given_loading(given: Any) -> dict[str, Any]:

@@ -225,8 +225,7 @@ def _with_progress(build: Any, total: int) -> dict[str, Any]:
             )
             progress.update(task, completed=log["step"], description=numbers)
 
-        record: dict[str, Any] = build(report).run()
-        return record
+        return build(report).run()
 
 
 for _kind in RECIPES.values():

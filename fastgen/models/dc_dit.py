@@ -75,8 +75,7 @@ class PackedSelfAttention(nn.Module):
             layer(hidden_states).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
         )
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
-        output: Tensor = self.to_out[0](mixed.flatten(1))
-        return output
+        return self.to_out[0](mixed.flatten(1))
 
 
 @cacheable

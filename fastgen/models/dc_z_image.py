@@ -62,8 +62,7 @@ class PackedRotaryAttention(nn.Module):
         query, key = turn(query, key, rotary, self.norm_q, self.norm_k)
         mixed = varlen_attention(query, key, value, segments.cu_seqlens, segments.max_seqlen)
         mixed = mixed.flatten(1)
-        output: Tensor = self.to_out[0](mixed if wanted is None else mixed.index_select(0, wanted))
-        return output
+        return self.to_out[0](mixed if wanted is None else mixed.index_select(0, wanted))
 
 
 class LeanFeedForward(FeedForward):
@@ -374,5 +373,4 @@ class DCZImageTransformer2DModel(ElasticModelMixin, ModelMixin, ConfigMixin, Pef
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *arguments)
-        output: Tensor = block(*arguments)
-        return output
+        return block(*arguments)

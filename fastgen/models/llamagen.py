@@ -60,8 +60,7 @@ class LlamaGenLayer(nn.Module):
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, enable_gqa=True
         )
         hidden = hidden + self.o_proj(mixed.transpose(1, 2).flatten(2))
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return output
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 def rotary_table(grid: int, head_dim: int, base: float, condition: int, spare: int = 0) -> Tensor:
@@ -156,8 +155,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         if features is None:
             features = self().expand(batch, -1, -1)
         hidden = nn.functional.gelu(self.caption_fc1(features.to(self.dtype)), approximate="tanh")
-        output: Tensor = self.caption_fc2(hidden)
-        return output
+        return self.caption_fc2(hidden)
 
     def forward(
         self, condition: Tensor | None = None, tokens: Tensor | None = None, condition_mask: Tensor | None = None
@@ -187,8 +185,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
                 hidden = self._gradient_checkpointing_func(layer, hidden, (cos, sin), mask)
             else:
                 hidden = layer(hidden, (cos, sin), mask)
-        logits: Tensor = self.output(self.norm(hidden[:, condition.shape[1] - 1 :]))
-        return logits
+        return self.output(self.norm(hidden[:, condition.shape[1] - 1 :]))
 
 
 def convert_llamagen(weights: dict[str, Tensor], grid: int = 16) -> LlamaGenTransformer:

@@ -28,15 +28,12 @@ class ReadableRMSNorm(RMSNorm):
     def forward(self, hidden_states: Tensor | None = None) -> Tensor:
         if hidden_states is None:
             # A view keeps the memory when hooks put other data behind the parameter.
-            weight: Tensor = self.weight.view_as(self.weight)
-            return weight
-        output: Tensor = super().forward(hidden_states)
-        return output
+            return self.weight.view_as(self.weight)
+        return super().forward(hidden_states)
 
 
 def weight_of(norm: nn.Module) -> Tensor | None:
     """The weight of a norm, for a fused operation; None for one without."""
     if isinstance(norm, ReadableRMSNorm):
-        weight: Tensor = norm()
-        return weight
+        return norm()
     return getattr(norm, "weight", None)

@@ -84,8 +84,7 @@ class ScaffoldEncoder(nn.Module):
             hidden = hidden.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
-        tokens: Tensor = self.proj(hidden.flatten(2).transpose(1, 2))
-        return tokens
+        return self.proj(hidden.flatten(2).transpose(1, 2))
 
 
 class ScaffoldDecoder(nn.Module):
@@ -113,8 +112,7 @@ class ScaffoldDecoder(nn.Module):
         hidden = self.proj(tokens).transpose(1, 2).unflatten(2, grid)
         for block in self.blocks:
             hidden = block(hidden, conditioning)
-        prediction: Tensor = self.head(self.norm(hidden))
-        return prediction
+        return self.head(self.norm(hidden))
 
 
 @dataclass(frozen=True, slots=True)

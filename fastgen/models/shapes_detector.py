@@ -72,8 +72,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        out: torch.Tensor = x + self.conv2(F.silu(self.norm2(hidden)))
-        return out
+        return x + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class ShapesDetector(ModelMixin, ConfigMixin):

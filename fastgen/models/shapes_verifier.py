@@ -66,8 +66,7 @@ class _Attention(nn.Module):
             for layer, given in ((self.query, normed), (self.key, context), (self.value, context))
         )
         mixed = F.scaled_dot_product_attention(query, key, value, mask)
-        out: Tensor = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return out
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class _Tally(nn.Module):
@@ -86,8 +85,7 @@ class _Tally(nn.Module):
             for layer, given in ((self.query, self.norm(x)), (self.key, context), (self.value, context))
         )
         counts = torch.sigmoid(query @ key.mT * query.shape[-1] ** -0.5 + self.bias)
-        out: Tensor = x + self.out((counts @ value).transpose(1, 2).flatten(2) / _TALLY_SCALE)
-        return out
+        return x + self.out((counts @ value).transpose(1, 2).flatten(2) / _TALLY_SCALE)
 
 
 class _FeedForward(nn.Module):
@@ -96,8 +94,7 @@ class _FeedForward(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
-        return out
+        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class _Layer(nn.Module):
@@ -116,8 +113,7 @@ class _Layer(nn.Module):
             # Prompts of one picture look at it side by side: its keys and values are made once.
             together = words.view(len(picture), -1, words.shape[-1])
             words = self.tally(self.crossed(together, picture), picture).view_as(words)
-        out: Tensor = self.feed(words)
-        return out
+        return self.feed(words)
 
 
 class ShapesVerifier(ModelMixin, ConfigMixin):
@@ -183,8 +179,7 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
         for block in self.blocks:
             hidden = block(hidden)
         hidden = self.to_width(F.silu(self.norm(hidden)))
-        places: Tensor = self.norm_picture(hidden.flatten(2).mT) + self.where(self.coordinates)
-        return places
+        return self.norm_picture(hidden.flatten(2).mT) + self.where(self.coordinates)
 
     def fuse(self, words: Tensor, mask: Tensor, picture: Tensor) -> list[Tensor]:
         """Words [n k, length, D] behind each layer that looks at the picture; k prompts of each of n pictures, those
@@ -197,8 +192,7 @@ class ShapesVerifier(ModelMixin, ConfigMixin):
 
     def conclude(self, words: Tensor) -> Tensor:
         """Logits [n k] of "yes" from words behind the last layer."""
-        logits: Tensor = self.head(self.norm_out(words[:, 0]))[:, 0]
-        return logits
+        return self.head(self.norm_out(words[:, 0]))[:, 0]
 
     def answer(self, words: Tensor, mask: Tensor, picture: Tensor) -> Tensor:
         """Logits [n k] of "yes"; see `fuse`."""

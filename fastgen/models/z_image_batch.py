@@ -49,8 +49,7 @@ class RealRotaryProcessor:
         )
         query, key = turn(query, key, freqs_cis, attn.norm_q, attn.norm_k)
         output = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        projected: torch.Tensor = attn.to_out[0](output.transpose(1, 2).flatten(2, 3))
-        return projected
+        return attn.to_out[0](output.transpose(1, 2).flatten(2, 3))
 
 
 def patchify(latents: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.checkpoint import download_janus, embedded_folder, find_checkpoint
+from fastgen.pipelines.loading.checkpoint import download, embedded_folder, find_checkpoint
 from fastgen.pipelines.schema import setting
 from fastgen.pretrained import load_pretrained
 from fastgen.training.recipe_settings import (
@@ -334,4 +334,4 @@ def janus_folder(recipe: str, part: Path) -> Path:
     checkpoint = find_checkpoint(str(part))
     if checkpoint.kind != "janus":
         raise FastgenError(f"recipe {recipe}: {part} is not a Janus model")
-    return checkpoint.folder if checkpoint.hub_id is None else download_janus(checkpoint.hub_id)
+    return checkpoint.folder if checkpoint.hub_id is None else download(checkpoint.hub_id)

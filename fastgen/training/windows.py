@@ -26,6 +26,7 @@ from fastgen.drafters.targets import Prefix, Target, TargetPass
 from fastgen.drafters.verify import AcceptedPath, Drafted
 from fastgen.errors import FastgenError
 from fastgen.io import atomic_write_bytes, atomic_write_json, check_writable, read_json
+from fastgen.training.samples import Shuffled
 
 __all__ = ["Rounds", "WindowRecorder", "Windows", "record_windows"]
 
@@ -101,7 +102,7 @@ class WindowRecorder(DraftSource):
         return Rounds(hidden, tokens, before, index, length, picture)
 
 
-class Windows:
+class Windows(Shuffled):
     """Random access to recorded rounds; each pass visits every picture once, in random order.
 
     Args:
@@ -115,18 +116,16 @@ class Windows:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         if not (folder / "windows.json").is_file():
             raise FastgenError(f"{folder}: has no windows (windows.json is missing)")
-        self.folder, self.seed = folder, seed
-        self.asked = read_json(folder / "windows.json")
-        self.count, self.window = int(self.asked["count"]), int(self.asked["window"])
+        self.folder, self.asked = folder, read_json(folder / "windows.json")
+        super().__init__(int(self.asked["count"]), seed)
+        self.window = int(self.asked["window"])
         if absent := [index for index in range(-(-self.count // _SHARD)) if not _shard(folder, index).is_file()]:
             raise FastgenError(f"{folder}: {len(absent)} shards are missing; resume the command that records them")
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def picture(self, index: int) -> Rounds:
         """All rounds of the `index`-th picture, with a batch axis of 1."""
-        turn, place = divmod(index, self.count)
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + turn))
-        shard, row = divmod(int(order[place]), _SHARD)
+        shard, row = divmod(self.place(index), _SHARD)
         if shard not in self._shards:
             self._shards[shard] = load_file(_shard(self.folder, shard))  # memory-mapped: pages are read when used
         values = {name: value[row : row + 1] for name, value in self._shards[shard].items()}

@@ -91,8 +91,7 @@ class FusedFluxProcessor(FusedProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         both = encoder_hidden_states is not None
         if not self._runs(attn, hidden_states) or both != (attn.added_kv_proj_dim is not None):
-            output: Any = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-            return output
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -136,8 +135,7 @@ class FusedZImageProcessor(FusedProcessor):
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         if freqs_cis is None or not self._runs(attn, hidden_states):
-            output: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
-            return output
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
         width = attn.inner_dim // attn.heads
         query, key, value = (_heads(layer(hidden_states), width) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = turn(query, key, (attn.norm_q, attn.norm_k), *torch.view_as_real(freqs_cis).unbind(-1))
@@ -163,7 +161,7 @@ class FusedQwenProcessor(FusedProcessor):
     ) -> tuple[Tensor, Tensor]:
         known = attention_mask is None and self._runs(attn, hidden_states)
         if encoder_hidden_states is None or image_rotary_emb is None or not known:
-            output: tuple[Tensor, Tensor] = self.stock(
+            return self.stock(
                 attn,
                 hidden_states,
                 encoder_hidden_states,
@@ -171,7 +169,6 @@ class FusedQwenProcessor(FusedProcessor):
                 attention_mask,
                 image_rotary_emb,
             )
-            return output
         width, length = attn.inner_dim // attn.heads, encoder_hidden_states.shape[1]
         mask = None
         if encoder_hidden_states_mask is not None:
@@ -213,8 +210,7 @@ class FusedJointProcessor(FusedProcessor):
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if args or kwargs or not self._runs(attn, hidden_states):
-            output: Any = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-            return output
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         width = attn.inner_dim // attn.heads
         query, key, value = (_heads(layer(hidden_states), width) for layer in (attn.to_q, attn.to_k, attn.to_v))
         query, key = turn(query, key, (attn.norm_q, attn.norm_k))

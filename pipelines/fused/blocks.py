@@ -49,7 +49,7 @@ def _dit(
     """DiT: adaLN-Zero, self-attention only."""
     known = self._chunk_size is None and not cross_attention_kwargs and hidden_states.ndim == 3
     if not known or not runs(hidden_states, self.norm1.norm, self.norm3):
-        output: Tensor = _STOCK_DIT(
+        return _STOCK_DIT(
             self,
             hidden_states,
             attention_mask,
@@ -60,7 +60,6 @@ def _dit(
             class_labels,
             added_cond_kwargs,
         )
-        return output
     first = self.norm1
     condition = first.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
     shift1, scale1, gate1, shift2, scale2, gate2 = first.linear(first.silu(condition)).chunk(6, dim=1)
@@ -92,10 +91,7 @@ def _flux(
     arguments = joint_attention_kwargs or {}
     known = temb.ndim == 2 and not arguments.keys() & {"ip_hidden_states", "ip_adapter_masks"}
     if not known or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = _STOCK_FLUX(
-            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-        )
-        return output
+        return _STOCK_FLUX(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
     starts, rest = [], []
     for hidden, first in ((hidden_states, self.norm1), (encoder_hidden_states, self.norm1_context)):
         shift, scale, *later = first.linear(first.silu(temb)).chunk(6, dim=1)
@@ -123,10 +119,9 @@ def _flux_single(
 ) -> tuple[Tensor, Tensor]:
     """FLUX, text and image in one stream, attention and feed-forward in parallel."""
     if temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = _STOCK_FLUX_SINGLE(
+        return _STOCK_FLUX_SINGLE(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
-        return output
     length = encoder_hidden_states.shape[1]
     hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
@@ -146,10 +141,7 @@ def _sd3(
 ) -> tuple[Tensor | None, Tensor]:
     """Stable Diffusion 3 and 3.5, where some blocks have a second attention over only the image."""
     if self._chunk_size is not None or temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor | None, Tensor] = _STOCK_SD3(
-            self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
-        )
-        return output
+        return _STOCK_SD3(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
     arguments = joint_attention_kwargs or {}
     first, second = self.norm1, self.norm1_context
     shift, scale, gate1, shift2, scale2, gate2, *dual = first.linear(first.silu(temb)).chunk(
@@ -188,7 +180,7 @@ def _qwen(
 ) -> tuple[Tensor, Tensor]:
     """Qwen-Image, without conditioning by token (its editing models)."""
     if self.zero_cond_t or modulate_index is not None or temb.ndim != 2 or not runs(hidden_states):
-        output: tuple[Tensor, Tensor] = _STOCK_QWEN(
+        return _STOCK_QWEN(
             self,
             hidden_states,
             encoder_hidden_states,
@@ -198,7 +190,6 @@ def _qwen(
             joint_attention_kwargs,
             modulate_index,
         )
-        return output
     image_shift, image_scale, *image_rest = self.img_mod(temb).chunk(6, dim=-1)
     text_shift, text_scale, *text_rest = self.txt_mod(temb).chunk(6, dim=-1)
     attended, text_attended = self.attn(
@@ -230,10 +221,7 @@ def _z_image(
     """Z-Image: weighted RMS norms on both sides of attention and feed-forward, tanh gates."""
     norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
     if noise_mask is not None or not runs(x, *norms):
-        output: Tensor = _STOCK_Z_IMAGE(
-            self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
-        )
-        return output
+        return _STOCK_Z_IMAGE(self, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     scale1 = gate1 = scale2 = gate2 = None
     if self.modulation:
         scale1, gate1, scale2, gate2 = self.adaLN_modulation(adaln_input).chunk(4, dim=1)

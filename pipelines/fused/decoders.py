@@ -37,8 +37,7 @@ def _runs(hidden: Tensor, *norms: nn.Module) -> bool:
 def _resnet(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """A residual block without a timestep."""
     if temb is not None or args or kwargs or not _runs(input_tensor, self.norm1, self.norm2):
-        output: Tensor = ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
-        return output
+        return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
     hidden = self.conv1(_normed(input_tensor, self.norm1))
     hidden = self.conv2(self.dropout(_normed(hidden, self.norm2)))
     if self.conv_shortcut is not None:
@@ -49,8 +48,7 @@ def _resnet(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **
 def _decoder(self: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     """Decoder of `AutoencoderKL`."""
     if latent_embeds is not None or not _runs(sample, self.conv_norm_out):
-        output: Tensor = Decoder.forward(self, sample, latent_embeds)
-        return output
+        return Decoder.forward(self, sample, latent_embeds)
     hidden = self.mid_block(_channels_last(self.conv_in(_channels_last(sample))), None)
     for block in self.up_blocks:
         hidden = block(hidden, None)
@@ -61,8 +59,7 @@ def _decoder(self: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> 
 def _encoder(self: Any, sample: Tensor) -> Tensor:
     """Encoder of `AutoencoderKL`."""
     if not _runs(sample, self.conv_norm_out):
-        output: Tensor = Encoder.forward(self, sample)
-        return output
+        return Encoder.forward(self, sample)
     hidden = _channels_last(self.conv_in(_channels_last(sample)))
     for block in self.down_blocks:
         hidden = block(hidden)
@@ -73,8 +70,7 @@ def _encoder(self: Any, sample: Tensor) -> Tensor:
 def _vq_resnet(self: Any, hidden_states: Tensor) -> Tensor:
     """A residual block of Janus' and LlamaGen's image tokenizer."""
     if not _runs(hidden_states, self.norm1, self.norm2):
-        output: Tensor = JanusVQVAEResnetBlock.forward(self, hidden_states)
-        return output
+        return JanusVQVAEResnetBlock.forward(self, hidden_states)
     hidden = self.conv1(_normed(hidden_states, self.norm1))
     hidden = self.conv2(self.dropout(_normed(hidden, self.norm2)))
     if self.in_channels != self.out_channels:
@@ -85,8 +81,7 @@ def _vq_resnet(self: Any, hidden_states: Tensor) -> Tensor:
 def _vq_decoder(self: Any, hidden_state: Tensor) -> Tensor:
     """Its decoder."""
     if not _runs(hidden_state, self.norm_out):
-        output: Tensor = JanusVQVAEDecoder.forward(self, hidden_state)
-        return output
+        return JanusVQVAEDecoder.forward(self, hidden_state)
     hidden = self.mid(_channels_last(self.conv_in(_channels_last(hidden_state))))
     for level, stage in enumerate(self.up):
         for index, block in enumerate(stage.block):

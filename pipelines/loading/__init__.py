@@ -1,7 +1,4 @@
-"""From a name, a folder or a Hub id to a pipeline, with every check that can be made before weights are read.
-
-Names load their module when they are first used: to look at a checkpoint needs neither torch nor diffusers.
-"""
+"""From a name to a pipeline. Names load their module when first used: looking at a checkpoint needs no torch."""
 
 from __future__ import annotations
 

@@ -1,15 +1,12 @@
-"""Finding a model and checking its files before any weight is read. Imports neither torch nor diffusers.
-
-A model is the name of an embedded one, a folder, or a Hub id. Its configuration files say what kind of pipeline it is
-and which picture sizes it can draw; the headers of its weight files say whether they are whole.
-"""
+"""Finding a model, and what its configuration and the headers of its weight files say. Imports neither torch nor
+diffusers."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,22 +18,13 @@ from fastgen.io import read_json, read_object
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.weight_files import read_files
 
-__all__ = [
-    "EMBEDDED_MODELS",
-    "Checkpoint",
-    "check_weights",
-    "embedded_folder",
-    "find_checkpoint",
-    "find_drafter",
-]
+__all__ = ["EMBEDDED_MODELS", "Checkpoint", "denoiser_name", "embedded_folder", "find_checkpoint", "find_drafter"]
 
 #: Models that come with the package.
 EMBEDDED_MODELS = ("tiny", "tiny-janus", "small", "small-dc")
 
-#: Pipelines of this package, by class name: the module of each.
-OWN_PIPELINES = {"DCZImagePipeline": "fastgen.pipelines.dc_z_image"}
-# Transformers that ask for one of them, whatever class the folder names.
-_PIPELINE_OF_TRANSFORMER = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
+# Pipelines of this package by the transformer that asks for one, whatever class the folder names.
+_OWN_PIPELINES = {"DCZImageTransformer2DModel": "DCZImagePipeline"}
 
 Kind = Literal["diffusers", "janus", "tokens"]
 #: Models of transformers that only speculative decoding draws with, by model_type: their class, and the options of
@@ -56,7 +44,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CONFIG_FILES = ("*.json", "*/*.json")
 # What networks and schedulers are built from.
 _NETWORK_FILES = ("config.json", "scheduler_config.json", "generation_config.json", "model_index.json")
-_JANUS_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_TOKEN_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 # Beyond it a tokenizer table takes longer to parse than the check is worth.
 _LARGEST_PARSED_JSON = 32 * 2**20
 # Integers of a configuration, and its lists, are limited so that networks are built in bounded time. Far above any
@@ -101,7 +89,7 @@ class Checkpoint:
 
     @property
     def has_dynamic_chunking(self) -> bool:
-        return self.pipeline_class in OWN_PIPELINES
+        return self.pipeline_class in _OWN_PIPELINES.values()
 
     @property
     def draws_tokens(self) -> bool:
@@ -129,13 +117,17 @@ class Checkpoint:
     @property
     def index(self) -> dict[str, Any]:
         """Content of its model_index.json; empty for a folder of transformers."""
-        path = self.folder / "model_index.json"
-        return read_object(path) if path.is_file() else {}
+        return _read_if_there(self.folder / "model_index.json")
 
     def component(self, name: str) -> Path:
         """Folder of a component of a diffusers pipeline."""
         own = self.folder / name
         return own if self.base is None or own.is_dir() else self.base / name
+
+    def check_weights(self) -> None:
+        """Refuse weight files that are missing, or not whole by their headers and lengths."""
+        for folder in self.networks.values():
+            read_files(folder, self.variant)
 
     def check_size(self, height: int | None, width: int | None) -> None:
         """Refuse a picture size that the model cannot draw; None is the model's default."""
@@ -154,6 +146,11 @@ class Checkpoint:
             raise FastgenError(f"{name}: {value} is not allowed, {self.model} {needs}")
 
 
+def denoiser_name(index: Mapping[str, Any]) -> str:
+    """Which component of a model_index.json is called at every step; empty where none is."""
+    return next((name for name in ("transformer", "unet", "prior") if name in index), "")
+
+
 def embedded_folder(name: str) -> Path:
     """Folder of a model that comes with the package."""
     for root in fastgen.__path__:
@@ -165,13 +162,8 @@ def embedded_folder(name: str) -> Path:
 def find_checkpoint(
     model: str | os.PathLike[str], variant: str | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Find a model and read its configuration files; for a Hub id they are downloaded if need be.
-
-    Args:
-        model: the name of an embedded model, a folder, or a Hub id.
-        variant: of the weight files, as in diffusers ("fp16").
-        revision: branch, tag or commit of a Hub id.
-    """
+    """Find a model by what `load_pipeline` takes, and read its configuration files; those of a Hub id are downloaded
+    if need be."""
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z]\w*", variant)):
         raise FastgenError(f"variant: {variant!r} is not allowed, needs a name such as fp16")
     name = _name("model", model)
@@ -184,7 +176,7 @@ def find_checkpoint(
     if path.exists():
         raise FastgenError(f"model {name!r} is a file; needs the folder that contains model_index.json or config.json")
     if on_hub:
-        found = _read_checkpoint(name, _download(name, revision, _CONFIG_FILES), name)
+        found = _read_checkpoint(name, download(name, revision, _CONFIG_FILES), name)
         return replace(found, variant=variant, revision=revision)
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise FastgenError(f"model {name!r}: there is no such folder")
@@ -199,10 +191,9 @@ def find_drafter(checkpoint: Checkpoint, name: str | os.PathLike[str] | None) ->
     text = None if name is None else _name("drafter", name)
     if text is None or text == "none":
         folder = checkpoint.drafter if text is None else None
-    elif not Path(text).is_dir() and _HUB_ID.fullmatch(text):
-        folder = _drafter_folder(download_janus(text))
     else:
-        folder = _drafter_folder(Path(text))
+        on_hub = not Path(text).is_dir() and _HUB_ID.fullmatch(text)
+        folder = _drafter_folder(download(text) if on_hub else Path(text))
     if folder is not None and (checkpoint.hub_id is None or folder != checkpoint.drafter):
         read_files(folder)
     return folder
@@ -216,15 +207,12 @@ def _name(argument: str, value: object) -> str:
     return text
 
 
-# ---- configuration ----
-
-
 def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
     if (folder / "model_index.json").is_file():
         return _read_pipeline(model, folder, hub_id)
     if not (folder / "config.json").is_file():
         raise FastgenError(f"model {model!r}: {folder} has neither model_index.json nor config.json")
-    config, defaults = read_object(folder / "config.json"), _defaults(folder)
+    config, defaults = read_object(folder / "config.json"), _read_if_there(folder / "fastgen.json")
     kind = str(config.get("model_type", "model of unknown type"))
     if kind != "janus" and kind not in TOKEN_MODELS:
         raise FastgenError(
@@ -235,14 +223,14 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
     drafter = _named(folder, "drafter", defaults)
     own = None if drafter is None else _drafter_folder(folder / drafter)
     if kind == "janus":
-        size, name = _janus_size(folder, config), "JanusImagePipeline"
+        size, name = _janus_size(config), "JanusImagePipeline"
         return Checkpoint(model, folder, "janus", hub_id, name, defaults, fixed_size=size, drafter=own)
     return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
 
 
 def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
     """Read a folder with a model_index.json."""
-    file, defaults = folder / "model_index.json", _defaults(folder)
+    file, defaults = folder / "model_index.json", _read_if_there(folder / "fastgen.json")
     index = read_object(file)
     name = index.get("_class_name")
     if not isinstance(name, str):
@@ -254,13 +242,13 @@ def _read_pipeline(model: str, folder: Path, hub_id: str | None) -> Checkpoint:
         return _read_saved(model, folder, hub_id, index)
     base = _base_folder(folder, defaults)
     if base is not None:
-        defaults = {**_defaults(base), **defaults}
+        defaults = {**_read_if_there(base / "fastgen.json"), **defaults}
     found = Checkpoint(model, folder, "diffusers", hub_id, name, defaults, base=base)
     for component in _components(index):
         if not found.component(component).is_dir():
             raise FastgenError(f"{folder}: the component {component!r} of model_index.json is missing")
     if "transformer" in _components(index):
-        name = _PIPELINE_OF_TRANSFORMER.get(str(index["transformer"][1]), name)
+        name = _OWN_PIPELINES.get(str(index["transformer"][1]), name)
     for place in found.folders:
         _check_json_files(place)
     multiple, largest = _size_limits(found.component, index)
@@ -279,9 +267,8 @@ def _read_saved(model: str, folder: Path, hub_id: str | None, index: dict[str, A
     return replace(found, tokenizer=folder / "tokenizer", drafter=drafter, options=options)
 
 
-def _defaults(folder: Path) -> dict[str, Any]:
-    path = folder / "fastgen.json"
-    return read_object(path) if path.is_file() else {}
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_object(file) if file.is_file() else {}
 
 
 def _named(folder: Path, key: str, defaults: dict[str, Any]) -> str | None:
@@ -296,7 +283,7 @@ def _base_folder(folder: Path, defaults: dict[str, Any]) -> Path | None:
     if (base := _named(folder, "base", defaults)) is None:
         return None
     found = embedded_folder(base) if base in EMBEDDED_MODELS else folder / base
-    if not (found / "model_index.json").is_file() or "base" in _defaults(found):
+    if not (found / "model_index.json").is_file() or "base" in _read_if_there(found / "fastgen.json"):
         raise FastgenError(f"{folder / 'fastgen.json'}: the base {base!r} is no whole pipeline")
     return found
 
@@ -343,19 +330,11 @@ def check_numbers(value: object, file: Path, key: str = "") -> None:
 
 def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tuple[int, int | None]:
     """Multiple and largest size of height and width; (0, None) where the configuration does not tell."""
-    vae = component("vae") / "config.json"
-    if not vae.is_file():
+    vae, config = (_read_if_there(component(name) / "config.json") for name in ("vae", "transformer"))
+    channels = vae.get("block_out_channels")
+    if vae.get("_class_name") != "AutoencoderKL" or not isinstance(channels, list):
         return 0, None
-    vae_config = read_object(vae)
-    channels = vae_config.get("block_out_channels")
-    if vae_config.get("_class_name") != "AutoencoderKL" or not isinstance(channels, list):
-        return 0, None
-    multiple = 2 ** (len(channels) - 1)
-    transformer = component("transformer") / "config.json"
-    if not transformer.is_file():
-        return multiple, None  # a UNet works on single latents
-    config = read_object(transformer)
-    largest = None
+    multiple, largest = 2 ** (len(channels) - 1), None  # a UNet works on single latents
     if config.get("_class_name") in ("ZImageTransformer2DModel", "DCZImageTransformer2DModel"):
         multiple *= 2  # the pipeline always uses patch size 2
         lengths = config.get("axes_lens")
@@ -367,35 +346,19 @@ def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tup
     return multiple, largest
 
 
-def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
+def _janus_size(config: dict[str, Any]) -> int | None:
     """Side of the square picture; None where the configuration does not say."""
     vision, vq = config.get("vision_config"), config.get("vq_config")
     if not isinstance(vision, dict) or not isinstance(vq, dict):
-        raise FastgenError(f"{folder / 'config.json'} has no vision_config or no vq_config")
+        return None
     image, patch, levels = vision.get("image_size"), vision.get("patch_size"), vq.get("channel_multiplier")
     if not (isinstance(image, int) and isinstance(patch, int) and patch > 0 and isinstance(levels, list)):
         return None
     return image // patch * 2 ** (len(levels) - 1)
 
 
-# ---- weights ----
-
-
-def check_weights(checkpoint: Checkpoint) -> None:
-    """Check that every weight file is there and whole, by its header and its length."""
-    for folder in checkpoint.networks.values():
-        read_files(folder, checkpoint.variant)
-
-
-# ---- Hub ----
-
-
-def download_janus(model: str, revision: str | None = None) -> Path:
-    """Download the files of a transformers model, or find them in the local cache."""
-    return _download(model, revision, _JANUS_FILES)
-
-
-def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def download(model: str, revision: str | None = None, patterns: tuple[str, ...] = _TOKEN_MODEL_FILES) -> Path:
+    """Download files of a Hub id, or find them in the local cache; by default those of a transformers model."""
     from huggingface_hub import snapshot_download
 
     with explained(f"model {model!r}", hub_id=model):

@@ -16,14 +16,8 @@ __all__ = ["explained", "fault", "is_out_of_memory"]
 def explained(
     what: str, failed: str = "cannot be loaded", *, hub_id: str | None = None, use: str = ""
 ) -> Iterator[None]:
-    """Errors inside become one `FastgenError` of one line.
-
-    Args:
-        what: begins the line: "checkpoint FOLDER", "lora: FILE" …
-        failed: what could not be done with it.
-        hub_id: of what is loaded, where it may come from the Hub.
-        use: what to do with its folder after `hf download`.
-    """
+    """Errors inside become one `FastgenError` of one line: `what` ("checkpoint FOLDER", "lora: FILE" …) and what
+    `failed`. `hub_id`: of what may come from the Hub, and `use`: what to do with its folder after `hf download`."""
     try:
         yield
     except FastgenError:

@@ -1,16 +1,12 @@
-"""Loading a model by name, folder or Hub id, with every check that can be made before its weights are read.
-
-pipe = load_pipeline("tiny")
-for picture in generate_images(pipe, ["a red circle"], [0]):
-    picture.image.save("out.png")
-"""
+"""Loading a model by name, folder or Hub id, with every check that can be made before its weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import VQModel
@@ -22,15 +18,10 @@ from fastgen.checks import check_choice
 from fastgen.errors import FastgenError, one_line
 from fastgen.models.chat_templates import check_chat_template
 from fastgen.pipelines.generation import set_checkpoint
-from fastgen.pipelines.loading.checkpoint import (
-    Checkpoint,
-    download_janus,
-    find_checkpoint,
-    find_drafter,
-)
+from fastgen.pipelines.loading.checkpoint import Checkpoint, denoiser_name, download, find_checkpoint, find_drafter
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
-from fastgen.pipelines.loading.memory import check_memory, denoiser_name, free_memory, weight_sizes
+from fastgen.pipelines.loading.memory import check_memory, free_memory, weight_sizes
 from fastgen.pipelines.loading.networks import component_class, empty_network, load_network
 from fastgen.pipelines.schema import SETTINGS
 from fastgen.pipelines.settings import pipeline_class, resolve_settings
@@ -92,7 +83,7 @@ def load_pipeline(
         FastgenError: there is no such model, a file of it is missing or broken, or the device or the type cannot be
             had; the message is one line.
     """
-    asked = LoadOptions.of(scheduler, loras, offload, vae_tiling, quantize, options)
+    asked = LoadOptions(scheduler, loras, offload, vae_tiling, quantize, options)
     checkpoint = find_checkpoint(model, variant, revision)
     return load_checkpoint(checkpoint, device=device, dtype=dtype, method=method, drafter=drafter, options=asked)
 
@@ -111,7 +102,7 @@ def load_checkpoint(
     options = options or LoadOptions()
     if method is not None:
         check_choice("method", method, ("base", "dc", "speculative", "search"))
-    kind_of_pipeline = pipeline_class(checkpoint, method, begins)
+    kind_of_pipeline: Any = pipeline_class(checkpoint, method, begins)
     method = "speculative" if checkpoint.speculative_only else method
     resolve_settings(kind_of_pipeline, checkpoint, dict.fromkeys(SETTINGS))  # the model's own
     if drafter is not None and method != "speculative":
@@ -127,15 +118,19 @@ def load_checkpoint(
         drafts = find_drafter(checkpoint, drafter) if method == "speculative" else None
         target = {**checkpoint.options, **options.target}
         if checkpoint.kind != "diffusers":
-            _check_tokens(checkpoint, drafts, target)
+            _check_tokens(checkpoint, kind_of_pipeline, drafts, target)
             pipe = _load_tokens(checkpoint, kind, target)
         else:
             straight = where if way == "none" else torch.device("cpu")
             pipe = _load_diffusers(checkpoint, kind, _checked_components(checkpoint), straight, options.quantize)
         if begins is not None and not isinstance(pipe, kind_of_pipeline):
-            pipe = kind_of_pipeline.from_pipe(pipe)  # type: ignore[attr-defined]
+            pipe = kind_of_pipeline.from_pipe(pipe)
         if method == "speculative":
-            pipe = _with_drafter(kind_of_pipeline, pipe, checkpoint, drafts, kind, target)
+            from fastgen.drafters.loading import load_drafter
+
+            with explained(f"checkpoint {drafts or checkpoint.folder}"):
+                parts = _speculative_parts(checkpoint, drafts, lambda place: load_drafter(place, kind))
+            pipe = kind_of_pipeline(pipe.model, pipe.tokenizer, options=target, **parts)
         for part in pipe.components.values():
             check_chat_template(part, f"model {checkpoint.model!r}")
         options.apply(pipe)
@@ -152,13 +147,10 @@ def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.devi
     check_choice("dtype", dtype, DTYPES)
     try:
         where = torch.device(device)
-        if dtype != "auto":
-            kind: torch.dtype = getattr(torch, dtype)
-        elif where.type == "cpu":
-            kind = torch.float32
-        else:
+        if dtype == "auto":
             has_bfloat16 = where.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-            kind = torch.bfloat16 if has_bfloat16 else torch.float16
+            own = "float32" if where.type == "cpu" else "bfloat16" if has_bfloat16 else "float16"
+        kind: torch.dtype = getattr(torch, own if dtype == "auto" else dtype)
         x = torch.ones(1, 4, 4, 4, dtype=kind, device=where)
         torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, dtype=kind, device=where))
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
@@ -171,19 +163,12 @@ def resolve_device(device: str = "cpu", dtype: str = "auto") -> tuple[torch.devi
 def _with_weights(checkpoint: Checkpoint, hub_id: str) -> Checkpoint:
     """Download the weights of a Hub model, or find them in the local cache."""
     if checkpoint.draws_tokens:
-        snapshot = download_janus(hub_id, checkpoint.revision)
+        snapshot = download(hub_id, checkpoint.revision)
         return replace(checkpoint, folder=snapshot / checkpoint.folder.relative_to(checkpoint.root))
     which = {"variant": checkpoint.variant, "revision": checkpoint.revision}
     with explained(f"model {hub_id!r}", hub_id=hub_id):
         folder = DiffusionPipeline.download(hub_id, **which, trust_remote_code=False)
     return replace(checkpoint, folder=Path(folder))
-
-
-class _TokenModel(NamedTuple):
-    """Parts of a speculative pipeline that is yet to be made."""
-
-    model: Any
-    tokenizer: Any
 
 
 def _token_class(checkpoint: Checkpoint) -> Any:
@@ -198,62 +183,50 @@ def _load_tokens(checkpoint: Checkpoint, dtype: torch.dtype, options: dict[str, 
     folder, cpu = checkpoint.folder, torch.device("cpu")
     with explained(f"checkpoint {folder}"):
         tokenizer = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
-    model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
-    if checkpoint.kind == "janus":
-        from fastgen.pipelines.janus import JanusImagePipeline
+        model = load_network(_token_class(checkpoint), folder, dtype, checkpoint.variant, cpu)
+        if checkpoint.kind == "janus":
+            from fastgen.pipelines.janus import JanusImagePipeline
 
-        with explained(f"checkpoint {folder}"):
             return load_pretrained(JanusImagePipeline, folder, model=model, tokenizer=tokenizer)
     if isinstance(options.get("decode"), str):
         options["decode"] = load_network(VQModel, Path(options["decode"]), dtype, None, cpu)
-    return _TokenModel(model, tokenizer)
+    return SimpleNamespace(model=model, tokenizer=tokenizer)
 
 
-def _with_drafter(
-    kind: Any, pipe: Any, checkpoint: Checkpoint, folder: Path | None, dtype: torch.dtype, options: dict[str, Any]
-) -> DiffusionPipeline:
-    """Speculative decoding of a pipeline's model."""
+def _speculative_parts(checkpoint: Checkpoint, folder: Path | None, load: Callable[[Path], Any]) -> dict[str, Any]:
+    """Calibration, drafter and heads of a `SpeculativeImagePipeline`; `load` makes the last two of their folders."""
     from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.heads import WindowHeads
-    from fastgen.drafters.loading import load_drafter, load_heads
-
-    parts: dict[str, Any] = {"options": options}
-    if folder is not None:
-        with explained(f"checkpoint {folder}"):
-            drafter = load_drafter(folder, dtype)
-            is_heads = isinstance(drafter, WindowHeads)
-            parts |= {"heads": drafter} if is_heads else {"drafter": drafter, "heads": load_heads(folder, dtype)}
-            parts["calibration"] = Calibration.for_drafter(folder)
-    elif checkpoint.drafter is None and checkpoint.tokenizer is not None:
-        parts["calibration"] = Calibration.for_drafter(checkpoint.tokenizer)
-    return kind(pipe.model, pipe.tokenizer, **parts)
-
-
-def _check_tokens(checkpoint: Checkpoint, drafter: Path | None, options: dict[str, Any]) -> None:
-    """Refuse a model that does not fit its files, options that it does not take and a drafter of another model, before
-    weights are read."""
-    from fastgen.drafters.calibration import Calibration
     from fastgen.drafters.loading import drafter_class, heads_folder
-    from fastgen.drafters.targets import target_of
 
-    folder = checkpoint.folder
-    model = empty_network(_token_class(checkpoint), folder, checkpoint.variant)
+    beside = folder or (checkpoint.tokenizer if checkpoint.drafter is None else None)
+    parts = {"calibration": None if beside is None else Calibration.for_drafter(beside)}
+    for place in () if folder is None else (folder, heads_folder(folder)):
+        if place is not None:
+            parts["heads" if drafter_class(place) is WindowHeads else "drafter"] = load(place)
+    return parts
+
+
+def _check_tokens(checkpoint: Checkpoint, kind: Any, drafter: Path | None, options: dict[str, Any]) -> None:
+    """Refuse a model that does not fit its files, and options, a drafter, heads or a calibration that do not fit the
+    model, before weights are read: by making the pipeline of networks without weights."""
+    from fastgen.drafters.loading import drafter_class
+
+    def empty(folder: Path) -> Any:
+        network = empty_network(drafter_class(folder), folder)
+        return None if network is None else network.float()
+
+    model = empty_network(_token_class(checkpoint), checkpoint.folder, checkpoint.variant)
     if isinstance(options.get("decode"), str):
         empty_network(VQModel, Path(options["decode"]))
-    if drafter is None and checkpoint.kind == "janus":
+    if kind.__name__ != "SpeculativeImagePipeline":
         return
-    parts = [] if drafter is None else [drafter, heads_folder(drafter)]
-    networks = [empty_network(drafter_class(part), part) for part in parts if part is not None]
-    if drafter is not None:
-        Calibration.for_drafter(drafter)
+    parts = _speculative_parts(checkpoint, drafter, empty)
     if model is not None:
         given = {name: value for name, value in options.items() if name != "decode"}
-        with explained(f"checkpoint {folder}"):
-            words = load_pretrained(AutoTokenizer, checkpoint.tokenizer or folder)
-            target = target_of(model.float(), words, **given)
-        for network in networks:
-            if network is not None:
-                network.float().check(target)
+        with explained(f"checkpoint {checkpoint.folder}"):
+            words = load_pretrained(AutoTokenizer, checkpoint.tokenizer or checkpoint.folder)
+            kind(model.float(), words, options=given, **parts)
 
 
 def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -263,11 +236,10 @@ def _checked_components(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, entry in checkpoint.index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
-        if entry[0] is None:  # some pipelines require it to be passed
-            parts[name] = None
-            continue
         kind, folder = component_class(*entry), checkpoint.component(name)
-        if kind is not None and issubclass(kind, torch.nn.Module):
+        if entry[0] is None:
+            parts[name] = None  # some pipelines require it to be passed
+        elif kind is not None and issubclass(kind, torch.nn.Module):
             parts[name] = kind
             empty_network(kind, folder, checkpoint.variant)
         elif kind is not None and (folder / "scheduler_config.json").is_file():
@@ -284,18 +256,17 @@ def _load_diffusers(
     """Load the networks one by one, each straight to its device, then the rest through the stock loader, which would
     fill missing weights with random numbers."""
     bits = {denoiser_name(checkpoint.index): quantize}
-    loaded: dict[str, Any] = {
-        name: load_network(part, checkpoint.component(name), dtype, checkpoint.variant, device, bits.get(name))
-        if isinstance(part, type)
-        else part
-        for name, part in parts.items()
-    }
+    loaded = dict(parts)
+    for name, kind in parts.items():
+        if isinstance(kind, type):
+            place = checkpoint.component(name)
+            loaded[name] = load_network(kind, place, dtype, checkpoint.variant, device, bits.get(name))
     if checkpoint.pipeline_class == "LlamaGen":
         from fastgen.models.llamagen import LlamaGen
 
         words = checkpoint.tokenizer or checkpoint.component("tokenizer")
         with explained(f"checkpoint {words}"):
-            return _TokenModel(LlamaGen(**loaded), load_pretrained(AutoTokenizer, words))
+            return SimpleNamespace(model=LlamaGen(**loaded), tokenizer=load_pretrained(AutoTokenizer, words))
     loader: Any = pipeline_class(checkpoint) if checkpoint.has_dynamic_chunking else DiffusionPipeline
     rest = checkpoint.base or checkpoint.folder
     with explained(f"checkpoint {rest}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.checkpoint import Checkpoint
+from fastgen.pipelines.loading.checkpoint import Checkpoint, denoiser_name
 from fastgen.pipelines.loading.networks import component_class
 from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
 from fastgen.pipelines.quantization import BITS, layer_pattern
 
-__all__ = ["check_memory", "denoiser_name", "free_memory", "weight_sizes"]
+__all__ = ["check_memory", "free_memory", "weight_sizes"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -26,18 +27,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 def weight_sizes(checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None = None) -> dict[str, int]:
     """Bytes of each network's weights, which are on this machine, once they are loaded in a type of floating-point
     numbers, those of the denoiser in fewer bits where `quantize` is one of `BITS`."""
-    files = {name: read_files(folder, checkpoint.variant) for name, folder in checkpoint.networks.items()}
-    sizes = {name: sum(_file_size(file, dtype) for file in each) for name, each in files.items()}
+    fewer = {}
     if quantize is not None:
         name = denoiser_name(checkpoint.index)
-        fewer = (layer_pattern(component_class(*checkpoint.index[name])), BITS[quantize])
-        sizes[name] = sum(_file_size(file, dtype, fewer) for file in files[name])
-    return sizes
-
-
-def denoiser_name(index: Mapping[str, Any]) -> str:
-    """Which component of a model_index.json is called at every step; empty where none is."""
-    return next((name for name in ("transformer", "unet", "prior") if name in index), "")
+        fewer = {name: (layer_pattern(component_class(*checkpoint.index[name])), BITS[quantize])}
+    return {
+        name: sum(_file_size(file, dtype, fewer.get(name)) for file in read_files(folder, checkpoint.variant))
+        for name, folder in checkpoint.networks.items()
+    }
 
 
 def _file_size(file: Path, dtype: torch.dtype, fewer: tuple[re.Pattern[str], int] | None = None) -> int:
@@ -46,12 +43,12 @@ def _file_size(file: Path, dtype: torch.dtype, fewer: tuple[re.Pattern[str], int
         return file.stat().st_size
     size = 0
     for name, (stored, shape) in check_safetensors(file).items():
+        bits = 8 * dtype.itemsize
         if stored not in _FLOATS:
-            size += math.prod(shape) * int((re.findall(r"\d+", stored) or ["8"])[0]) // 8
+            bits = int((re.findall(r"\d+", stored) or ["8"])[0])
         elif fewer and len(shape) == 2 and fewer[0].fullmatch(name.removesuffix(".weight")):
-            size += math.prod(shape) * fewer[1] // 8 + shape[0] * dtype.itemsize
-        else:
-            size += math.prod(shape) * dtype.itemsize
+            bits, size = fewer[1], size + shape[0] * dtype.itemsize
+        size += math.prod(shape) * bits // 8
     return size
 
 
@@ -63,27 +60,15 @@ def free_memory(device: torch.device) -> int | None:
         return None
     psutil: Any = importlib.import_module("psutil")
     free = int(psutil.virtual_memory().available)
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else min(free, max(limit - used, 0))
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # no container, or "max"
-        return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(limit - used, 0))
+    return free
 
 
 def check_memory(model: str, sizes: Mapping[str, int], device: torch.device, offload: str, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights are larger than the memory they have to be in.
-
-    Args:
-        model: its name, for the message.
-        sizes: bytes of each network's weights.
-        device: where it computes.
-        offload: the way that was chosen, not "auto".
-        dtype: of the weights, for the message.
-    """
+    """Refuse a model whose weights, of these `sizes` in bytes, are larger than the memory they have to be in when it
+    computes on `device` by this way of offloading, which is not "auto"."""
     total, largest = sum(sizes.values()), max(sizes.values(), default=0)
     on_device = {"none": total, "model": largest}.get(offload, 0)
     in_main = 0 if device.type == "cpu" else largest if offload == "none" else total

@@ -19,12 +19,7 @@ from fastgen.pipelines.loading.weight_files import check_safetensors, read_files
 from fastgen.pipelines.quantization import config_while_loading
 from fastgen.pretrained import load_pretrained
 
-__all__ = [
-    "check_keys",
-    "component_class",
-    "empty_network",
-    "load_network",
-]
+__all__ = ["component_class", "empty_network", "load_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +54,12 @@ def component_class(library: str | None, name: str | None) -> Any:
 
 def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
     """The network of a folder on the meta device: without weights, and with every check of the configuration, of names
-    and of shapes that needs none. None where its weights have no headers or are stored in another form.
-
-    Args:
-        kind: its class, of diffusers or transformers.
-        folder: of its configuration and weight files.
-        variant: of the weight files that are read.
-    """
+    and of shapes that needs none. None where its weights have no headers or are stored in another form."""
     config, files = read_object(folder / "config.json"), read_files(folder, variant)
     if config.get("quantization_config") is not None or any(file.suffix != ".safetensors" for file in files):
         return None
-    headers = [(name, shape) for file in files for name, (_, shape) in check_safetensors(file).items()]
-    held = {name: torch.empty(shape, device="meta") for name, shape in headers}
+    headers = {name: shape for file in files for name, (_, shape) in check_safetensors(file).items()}
+    held = {name: torch.empty(shape, device="meta") for name, shape in headers.items()}
     with explained(f"checkpoint {folder}"), _silent():
         if (config_kind := getattr(kind, "config_class", None)) is None:
             network, info = _of_diffusers(kind, config, held)
@@ -78,17 +67,12 @@ def empty_network(kind: Any, folder: Path, variant: str | None = None) -> Any:
             loading: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
             loading |= {"config": load_pretrained(config_kind, folder), "state_dict": dict(held)}
             network, info = load_pretrained(kind, None, device_map="meta", **loading)
-    check_keys(folder, info, {name: tensor.numel() for name, tensor in held.items()})
+    _check_keys(folder, info, {name: tensor.numel() for name, tensor in held.items()})
     return network
 
 
 def load_network(
-    kind: Any,
-    folder: Path,
-    dtype: torch.dtype,
-    variant: str | None,
-    device: torch.device,
-    quantize: str | None = None,
+    kind: Any, folder: Path, dtype: torch.dtype, variant: str | None, device: torch.device, quantize: str | None = None
 ) -> Any:
     """The network of a folder with its weights, on a device; with `quantize` in fewer bits (`BITS`)."""
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
@@ -100,20 +84,15 @@ def load_network(
         more |= {} if device.type == "cpu" else {"device_map": {"": str(device)}}
     with explained(f"checkpoint {folder}"):
         network, info = load_pretrained(kind, folder, output_loading_info=True, variant=variant, **more)
-        check_keys(folder, info)
+        _check_keys(folder, info)
         if quantize is not None and all(type(weight.data) is torch.Tensor for weight in network.parameters()):
             raise FastgenError(f"quantize: no layer of {kind.__name__} could be kept in fewer bits")
         return network.to(device).eval()
 
 
-def check_keys(folder: Path, info: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> None:
-    """Refuse a checkpoint that leaves a weight unset, or that the network has no place for in a large part.
-
-    Args:
-        folder: for the message.
-        info: missing, mismatched and unexpected keys, as the libraries' loaders return them.
-        sizes: elements of each weight in the files; None leaves unexpected ones unjudged.
-    """
+def _check_keys(folder: Path, info: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> None:
+    """Refuse a checkpoint that leaves a weight unset, or that the network has no place for in a large part: by the
+    keys that the libraries' loaders return in `info`, and by the elements of each weight in the files, if known."""
     unexpected = sorted(info.get("unexpected_keys") or ())
     faults = []
     if missing := sorted(info.get("missing_keys") or ()):

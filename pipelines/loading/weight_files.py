@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,10 +13,8 @@ from fastgen.io import read_object
 
 __all__ = ["check_safetensors", "read_files", "variant_of", "weight_map"]
 
-
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json
 _VARIANT = re.compile(r"\.([A-Za-z]\w*)(-\d+-of-\d+)?\.(safetensors|bin)$|\.index\.([A-Za-z]\w*)\.json$")
-
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 
 
@@ -62,16 +61,23 @@ def read_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type as in the header ("F32", "BF16" …) and shape of each tensor of a safetensors file; refuses truncated files
-    and other ones."""
+    """Type as in the header ("F32", "BF16" …) and shape of each tensor of a safetensors file, which is read once;
+    refuses truncated files and other ones."""
     try:
-        with path.open("rb") as start:
-            if start.read(8) == b"version ":
-                raise FastgenError(f"weight file {path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
+        found = path.stat()
+        return _header(path, found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError as error:
         raise FastgenError(f"cannot read weight file {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise FastgenError(f"weight file {path} is truncated or corrupt: {one_line(error)}") from error
+
+
+@lru_cache
+def _header(path: Path, *changes: int) -> dict[str, tuple[str, list[int]]]:
+    """By path, and what changes with the file."""
+    with path.open("rb") as start:
+        if start.read(8) == b"version ":
+            raise FastgenError(f"weight file {path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    with safe_open(path, framework="np") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}

@@ -36,8 +36,7 @@ def model_signature(pipe: Any) -> dict[str, Any]:
     name, network = next(((name, getattr(pipe, name)) for name in _NETWORKS if hasattr(pipe, name)), ("", None))
     config = {key: value for key, value in dict(getattr(network, "config", {})).items() if not key.startswith("_")}
     found = {"pipeline": type(pipe).__name__, "part": name, "class": type(network).__name__, "config": config}
-    plain: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))  # as it is read from a file
-    return plain
+    return json.loads(json.dumps(found, sort_keys=True, default=str))  # as it is read from a file
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_pipelines import loaded
 
 from fastgen.drafters.targets import Target, target_of
 from fastgen.pipelines.janus import JanusImagePipeline
@@ -13,9 +13,7 @@ from fastgen.pipelines.janus import JanusImagePipeline
 
 @pytest.fixture(scope="session")
 def janus(micro_janus: Path) -> JanusImagePipeline:
-    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(JanusImagePipeline, micro_janus)
 
 
 @pytest.fixture(scope="session")

@@ -7,23 +7,12 @@ import math
 from pathlib import Path
 
 
-def oracle(data: dict, objects: list[tuple[str, float, tuple, str]], cap: int = 16, overlap: float = 1.0) -> bool:
+def oracle(data: dict, objects: list[tuple[str, float, tuple, str]], cap: int = 16) -> bool:
     """objects: (class, score, box, colour), all of them; True when the image is correct."""
     threshold = 0.9 if data["tag"] == "counting" else 0.3
 
-    def iou(a, b) -> float:
-        w = min(a[2], b[2]) - max(a[0], b[0]) + 1
-        h = min(a[3], b[3]) - max(a[1], b[1]) + 1
-        inter = w * h if w > 0 and h > 0 else 0
-        return inter / ((a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1) - inter)
-
     def visible(name: str) -> list[tuple]:
-        mine = sorted((o for o in objects if o[0] == name and o[1] > threshold), key=lambda o: o[1])[::-1][:cap]
-        out: list[tuple] = []
-        for item in mine:
-            if overlap == 1.0 or all(iou(item[2], other[2]) < overlap for other in out):
-                out.append(item)
-        return out
+        return sorted((o for o in objects if o[0] == name and o[1] > threshold), key=lambda o: o[1])[::-1][:cap]
 
     def stands(a, b, relation: str) -> bool:
         off, rev = [], []

@@ -14,6 +14,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, ZImagePipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_pipelines import loaded
 
 from fastgen.cli.main import run
 from fastgen.evaluation.benchmarks.dc_variants import Choice, variants_of
@@ -27,9 +28,7 @@ from fastgen.pipelines.loading.checkpoint import find_checkpoint
 
 @pytest.fixture
 def z(micro_z: Path) -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, micro_z)
 
 
 def draw(pipe: Any, steps: int = 3) -> np.ndarray:

@@ -400,15 +400,13 @@ def test_device_peaks_belong_to_the_account_in_which_they_happened(cuda: FakeCud
     assert "process" in outer.peak_memory or sys.platform == "win32"
 
 
-def test_phases_wait_for_the_device_unless_switched_off(cuda: FakeCuda) -> None:
+def test_phases_wait_for_the_device(cuda: FakeCuda) -> None:
     with phase("no account: no wait"):
         pass
     with account():
         with phase("denoise"):
             assert cuda.waits == 1
         assert cuda.waits == 2
-        with phase("step", sync=False):
-            pass
         cuda.capturing = True
         with phase("captured"):
             pass

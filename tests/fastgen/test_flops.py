@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro_models import micro_z_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,21 +31,7 @@ def theirs(work: Callable[[], Any]) -> int:
 
 
 def z_image() -> Callable[[], Any]:
-    from diffusers import ZImageTransformer2DModel
-
-    model = ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=24,
-        axes_dims=[4, 6, 6],
-        axes_lens=[64, 16, 16],
-    ).eval()
+    model = micro_z_transformer().eval()
     images = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 12, 8)]  # unequal sizes: padding counts as it is computed
     captions = [torch.randn(5, 24), torch.randn(9, 24)]
     return lambda: model(images, torch.tensor([0.2, 0.7]), captions, patch_size=2, f_patch_size=1)
@@ -65,19 +52,14 @@ def autoencoder() -> Callable[[], Any]:
     return lambda: model(image)
 
 
+TEXT = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
 def llama() -> Callable[[], Any]:
     from transformers import LlamaConfig, LlamaModel
 
-    model = LlamaModel(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).eval()
+    model = LlamaModel(LlamaConfig(**TEXT, **HEADS)).eval()
     tokens = torch.randint(0, 50, (2, 11))
 
     def prefill_and_step() -> None:
@@ -90,17 +72,7 @@ def llama() -> Callable[[], Any]:
 def qwen3() -> Callable[[], Any]:
     from transformers import Qwen3Config, Qwen3Model
 
-    model = Qwen3Model(
-        Qwen3Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-        )
-    ).eval()
+    model = Qwen3Model(Qwen3Config(**TEXT, **HEADS, head_dim=12)).eval()
     tokens = torch.randint(0, 50, (2, 7))
     mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
     return lambda: model(tokens, attention_mask=mask)

@@ -47,6 +47,16 @@ class Trap:
                 (place / f"{name}.py").write_text(self.code)
         return folder
 
+    def model(self) -> Path:
+        """A model, tokenizer and image processor that transformers knows only by their own code."""
+        folder = self.root / "model"
+        folder.mkdir()
+        (folder / "evil.py").write_text(self.code)
+        edit(folder / "config.json", model_type="own", auto_map=AUTO_MAP)
+        edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map=AUTO_MAP)
+        edit(folder / "preprocessor_config.json", image_processor_type="I", auto_map=AUTO_MAP)
+        return folder
+
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trap]:
@@ -184,12 +194,7 @@ def test_code_in_a_janus_folder_never_runs(
 def test_every_auto_class_refuses_code(kind: str, trap: Trap) -> None:
     import transformers
 
-    folder = trap.root / "model"
-    folder.mkdir()
-    (folder / "evil.py").write_text(trap.code)
-    edit(folder / "config.json", model_type="own", auto_map=AUTO_MAP)
-    edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map=AUTO_MAP)
-    edit(folder / "preprocessor_config.json", image_processor_type="I", auto_map=AUTO_MAP)
+    folder = trap.model()
     with pytest.raises(FastgenError, match="fastgen never runs such code"):
         load_pretrained(getattr(transformers, kind), folder)
     with pytest.raises(FastgenError, match="trust_remote_code: "):
@@ -228,12 +233,7 @@ def test_our_pipelines_refuse_code_when_loaded_directly(
 def test_verifiers_refuse_code(name: str, trap: Trap) -> None:
     from fastgen.evaluation.verifiers.names import load_verifier
 
-    folder = trap.root / "model"
-    folder.mkdir()
-    (folder / "evil.py").write_text(trap.code)
-    edit(folder / "config.json", model_type="own", auto_map=AUTO_MAP)
-    edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map=AUTO_MAP)
-    edit(folder / "preprocessor_config.json", image_processor_type="I", auto_map=AUTO_MAP)
+    folder = trap.model()
     with pytest.raises(FastgenError, match="never runs such code"):
         load_verifier(f"{name}:{folder}")
 

@@ -22,7 +22,7 @@ from fastgen.data.distractors import with_distractors
 from fastgen.data.shapes import ShapesBatch, ShapesWorld
 from fastgen.environment import environment
 from fastgen.evaluation.geneval.detections import Detections, ObjectDetector
-from fastgen.evaluation.geneval.rules import OFFICIAL
+from fastgen.evaluation.geneval.rules import COUNTING_THRESHOLD, THRESHOLD
 from fastgen.evaluation.geneval.shapes_checker import ShapesChecker, fingerprint, load_detector
 from fastgen.evaluation.report import markdown_table, percent, provenance
 from fastgen.evaluation.verifiers.agreement import calibration_error
@@ -30,7 +30,7 @@ from fastgen.io import atomic_write_bytes, atomic_write_json
 
 VALIDATION_SEED = 1_000_033  # never a training seed: recipes use small ones
 MIN_IOU = 0.5
-THRESHOLDS = (OFFICIAL.threshold, OFFICIAL.counting_threshold)
+THRESHOLDS = (THRESHOLD, COUNTING_THRESHOLD)
 TARGET = 0.99
 """Object-level accuracy on clean renders at the 0.3 threshold below which the checker must not judge anybody."""
 

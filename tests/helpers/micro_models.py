@@ -23,25 +23,25 @@ PROMPTS = [
 ]
 
 
+def micro_z_transformer(**config: Any) -> Any:
+    """A Z-Image transformer of 32 channels and 2 layers with random weights, and captions of 24."""
+    from diffusers import ZImageTransformer2DModel
+
+    sizes = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    rotary = {"cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [128, 32, 32]}
+    return ZImageTransformer2DModel(**{**sizes, **rotary, **config})
+
+
 def save_micro_z_image(folder: Path, seed: int = 0) -> Path:
     """A ZImagePipeline for 16x16 pictures; sizes must be multiples of 8."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
     from transformers import Qwen3Config, Qwen3Model
 
     from fastgen.models.tokenizers import build_text_tokenizer
 
     tokenizer = build_text_tokenizer()
     torch.manual_seed(seed)
-    transformer = ZImageTransformer2DModel(
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        axes_dims=[4, 6, 6],
-        axes_lens=[160, 16, 16],
-        cap_feat_dim=32,
-    )
+    transformer = micro_z_transformer(in_channels=16, axes_lens=[160, 16, 16], cap_feat_dim=32)
     for name in ("x_pad_token", "cap_pad_token"):
         torch.nn.init.normal_(getattr(transformer, name), std=0.02)
     pipe = ZImagePipeline(
@@ -168,6 +168,17 @@ def save_micro_janus(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     _write_defaults(folder, {"height": 16, "width": 16, "guidance_scale": 3.0})
     return folder
+
+
+def with_eagle(plain: Any) -> Any:
+    """Speculative decoding of a `JanusImagePipeline`'s model, with a random EAGLE drafter."""
+    from fastgen.drafters.eagle import EagleDrafter
+    from fastgen.drafters.targets import target_of
+    from fastgen.pipelines.speculative import SpeculativeImagePipeline
+
+    torch.manual_seed(0)
+    drafter = EagleDrafter.for_target(target_of(plain.model, plain.tokenizer), heads=2)
+    return SpeculativeImagePipeline(plain.model, plain.tokenizer, drafter)
 
 
 def _write_defaults(folder: Path, defaults: dict[str, Any]) -> None:

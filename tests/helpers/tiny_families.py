@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_pipelines import quiet, shaken, t5, tokenizer, vae
+from tiny_pipelines import joint, quiet, shaken, t5, text, tokenizer, vae
 
 
 def flow(**config: Any) -> Any:
@@ -73,18 +73,8 @@ def tiny_chroma() -> Any:
     from diffusers import ChromaPipeline, ChromaTransformer2DModel
 
     words = tokenizer(64)
-    transformer = ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        approximator_num_channels=8,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = ChromaTransformer2DModel(in_channels=16, **joint(), **approximator)
     return quiet(ChromaPipeline(flow(), vae(1), t5(words, 3), words, shaken(transformer, 4)))
 
 
@@ -93,18 +83,7 @@ def tiny_lumina2() -> Any:
     from transformers import Gemma2Config, Gemma2Model
 
     words = tokenizer(256)
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=0,
-        )
-    )
+    encoder = Gemma2Model(Gemma2Config(**text(words), num_key_value_heads=2, head_dim=8, pad_token_id=0))
     transformer = Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -126,18 +105,7 @@ def tiny_cogview4() -> Any:
     from transformers import GlmConfig, GlmModel
 
     words = tokenizer(1024)
-    encoder = GlmModel(
-        GlmConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            pad_token_id=0,
-        )
-    )
+    encoder = GlmModel(GlmConfig(**text(words), num_key_value_heads=1, head_dim=8, pad_token_id=0))
     transformer = CogView4Transformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -178,16 +146,7 @@ def tiny_hunyuan_dit() -> Any:
     from transformers import BertConfig, BertModel
 
     words, longer = tokenizer(77), tokenizer(256)
-    encoder = BertModel(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-        )
-    )
+    encoder = BertModel(BertConfig(**text(words), max_position_embeddings=77))
     transformer = HunyuanDiT2DModel(
         sample_size=8,
         num_layers=2,
@@ -224,27 +183,8 @@ def tiny_ovis_image() -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     words = tokenizer(512)
-    encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
-    )
-    transformer = OvisImageTransformer2DModel(
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
+    encoder = Qwen3Model(Qwen3Config(**text(words), num_key_value_heads=1, head_dim=8))
+    transformer = OvisImageTransformer2DModel(in_channels=16, out_channels=16, **joint())
     pipe = OvisImagePipeline(flow(), vae(1), shaken(encoder, 3), words, shaken(transformer, 4))
     return quiet(pipe)
 

@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_pipelines import clip, quiet, qwen_vae, shaken, t5, tokenizer, vae
+from tiny_pipelines import begin_template, clip, joint, quiet, qwen_vae, qwen_vl, shaken, t5, text, tokenizer, vae
+
+#: Of the transformer of Stable Diffusion 3 and of its ControlNets.
+SD3 = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 16,
+}
+#: Of the transformer of Qwen-Image and of its ControlNets.
+QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 
 def tiny_flux(distilled: bool, reads: int = 16) -> Any:
@@ -14,16 +36,7 @@ def tiny_flux(distilled: bool, reads: int = 16) -> Any:
 
     words = tokenizer(24)
     transformer = FluxTransformer2DModel(
-        in_channels=reads,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=distilled,
-        axes_dims_rope=(4, 6, 6),
+        in_channels=reads, out_channels=16, **joint(), pooled_projection_dim=16, guidance_embeds=distilled
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled, base_image_seq_len=4, max_image_seq_len=1024
@@ -38,20 +51,8 @@ def tiny_sd3(dynamic: bool = False, channels: int = 4) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     words = tokenizer(24)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+    config = {**SD3, "in_channels": channels, "out_channels": channels, "num_layers": 2}
+    transformer = SD3Transformer2DModel(**config, dual_attention_layers=(0,), qk_norm="rms_norm")
     return quiet(
         StableDiffusion3Pipeline(
             transformer=shaken(transformer, 4),
@@ -71,43 +72,16 @@ def tiny_sd3(dynamic: bool = False, channels: int = 4) -> Any:
 
 def tiny_qwen_image() -> Any:
     """Qwen-Image of sizes that are multiples of 8."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
     words = tokenizer(512)
-    text = {
-        "vocab_size": len(words),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"},
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
+    encoder = qwen_vl(words)
+    transformer = QwenImageTransformer2DModel(**QWEN, num_layers=2)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=1024, shift_terminal=0.02
     )
-    pipe = QwenImagePipeline(scheduler, qwen_vae(), shaken(encoder, 2), words, shaken(transformer, 3))
-    # Where the prompt begins in the template is counted in tokens of the real tokenizer.
-    before = pipe.prompt_template_encode.split("{}")[0]
-    pipe.prompt_template_encode_start_idx = len(words(before, add_special_tokens=False).input_ids)
+    pipe = QwenImagePipeline(scheduler, qwen_vae(), encoder, words, shaken(transformer, 3))
+    begin_template(pipe, pipe.prompt_template_encode)
     return quiet(pipe)
 
 
@@ -117,18 +91,7 @@ def tiny_sana(scheduler: Any = None, sample_size: int = 8, blocks: int = 3, doub
     from transformers import Gemma2Config, Gemma2Model
 
     words = tokenizer(2048, side="left")
-    encoder = Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            pad_token_id=0,
-        )
-    )
+    encoder = Gemma2Model(Gemma2Config(**text(words), num_key_value_heads=2, head_dim=8, pad_token_id=0))
     transformer = SanaTransformer2DModel(
         in_channels=4,
         out_channels=8 if doubled else 4,

@@ -5,35 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tiny_families import flow
-from tiny_pipelines import clip, quiet, qwen_vae, shaken, t5, tokenizer, vae
+from tiny_pipelines import begin_template, clip, joint, quiet, qwen_vae, qwen_vl, shaken, t5, text, tokenizer, vae
 from tiny_variants import Texts
 
-_SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+_HEADS = {"num_key_value_heads": 1, "head_dim": 8}
 _CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def _qwen_vl(words: Any) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = {
-        "vocab_size": len(words),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"},
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    return shaken(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), 2)
 
 
 def _flux2_vae() -> Any:
@@ -56,17 +32,8 @@ def _flux2_vae() -> Any:
 def _flux2_transformer(guidance_embeds: bool) -> Any:
     from diffusers import Flux2Transformer2DModel
 
-    return Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=guidance_embeds,
-    )
+    config = joint(joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds)
+    return Flux2Transformer2DModel(in_channels=16, timestep_guidance_channels=16, **config)
 
 
 def tiny_flux2_klein(layers: int = 3) -> Any:
@@ -76,7 +43,7 @@ def tiny_flux2_klein(layers: int = 3) -> Any:
 
     words = tokenizer(512)
     words.chat_template = _CHAT
-    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(words), num_hidden_layers=layers, **_SMALL))
+    encoder = Qwen3ForCausalLM(Qwen3Config(**text(words, layers), **_HEADS))
     transformer = _flux2_transformer(guidance_embeds=False)
     scheduler = flow(use_dynamic_shifting=True)
     return quiet(Flux2KleinPipeline(scheduler, _flux2_vae(), shaken(encoder, 3), words, shaken(transformer, 4)))
@@ -89,7 +56,7 @@ def tiny_flux2(layers: int = 3) -> Any:
 
     words = tokenizer(512)
     words.chat_template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
-    text = {"model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": layers, **_SMALL}
+    language = {"model_type": "mistral", **text(words, layers), **_HEADS}
     vision = {
         "model_type": "pixtral",
         "hidden_size": 16,
@@ -99,7 +66,7 @@ def tiny_flux2(layers: int = 3) -> Any:
         "head_dim": 8,
     }
     encoder = Mistral3ForConditionalGeneration(
-        Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(words) - 1)
+        Mistral3Config(text_config=language, vision_config=vision, image_token_index=len(words) - 1)
     )
     transformer = _flux2_transformer(guidance_embeds=True)
     scheduler = flow(use_dynamic_shifting=True)
@@ -111,7 +78,7 @@ def tiny_hidream() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer(128)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), num_hidden_layers=2, **_SMALL))
+    llama = LlamaForCausalLM(LlamaConfig(**text(words), **_HEADS))
     llama.config._attn_implementation = "eager"  # its attention maps are asked for
     transformer = HiDreamImageTransformer2DModel(
         patch_size=2,
@@ -160,10 +127,9 @@ def tiny_kandinsky5() -> Any:
         num_visual_blocks=2,
         axes_dims=(2, 2, 4),
     )
-    parts = (shaken(transformer, 4), vae(1, blocks=4), _qwen_vl(words), Texts(words), clip(tokenizer(77), 3))
+    parts = (shaken(transformer, 4), vae(1, blocks=4), qwen_vl(words), Texts(words), clip(tokenizer(77), 3))
     pipe = Kandinsky5T2IPipeline(*parts, tokenizer(77), flow(shift=3.0))
-    before = pipe.prompt_template.split("{}")[0]
-    pipe.prompt_template_encode_start_idx = len(words(before, add_special_tokens=False).input_ids)
+    begin_template(pipe, pipe.prompt_template)
     pipe.resolutions = [(64, 64), (64, 96)]
     return quiet(pipe)
 
@@ -209,15 +175,14 @@ def tiny_hunyuan_image(meanflow: bool = False, momentum: float | None = None) ->
     parts = (
         flow(shift=3.0),
         shaken(decoder, 1),
-        _qwen_vl(words),
+        qwen_vl(words),
         words,
         t5(glyphs, 3),
         glyphs,
         shaken(transformer, 4),
     )
     pipe = HunyuanImagePipeline(*parts, guider=guider, ocr_guider=guider)
-    before = pipe.prompt_template_encode.split("{}")[0]
-    pipe.prompt_template_encode_start_idx = len(words(before, add_special_tokens=False).input_ids)
+    begin_template(pipe, pipe.prompt_template_encode)
     pipe.tokenizer_max_length = 64
     return quiet(pipe)
 
@@ -227,19 +192,9 @@ def tiny_bria_fibo() -> Any:
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     words = tokenizer(256)
-    config = {"vocab_size": 128256, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    small = {name: value for name, value in _SMALL.items() if name != "head_dim"}
-    encoder = SmolLM3ForCausalLM(SmolLM3Config(**config, **small))
-    transformer = BriaFiboTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        text_encoder_dim=16,
-        axes_dims_rope=[4, 6, 6],
-    )
+    config = text(words, vocab_size=128256, num_key_value_heads=1)
+    encoder = SmolLM3ForCausalLM(SmolLM3Config(**config, pad_token_id=0, bos_token_id=0, eos_token_id=0))
+    transformer = BriaFiboTransformer2DModel(in_channels=4, **joint(joint_attention_dim=32), text_encoder_dim=16)
     decoder = AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
@@ -262,9 +217,7 @@ def tiny_prx() -> Any:
     from transformers import T5GemmaEncoder, T5GemmaModuleConfig
 
     words = tokenizer(64)
-    module = T5GemmaModuleConfig(
-        vocab_size=len(words), num_hidden_layers=2, pad_token_id=0, dropout_rate=0.0, **_SMALL
-    )
+    module = T5GemmaModuleConfig(**text(words), **_HEADS, pad_token_id=0, dropout_rate=0.0)
     transformer = PRXTransformer2DModel(
         in_channels=4, context_in_dim=16, hidden_size=16, num_heads=2, depth=2, axes_dim=[4, 4]
     )
@@ -279,9 +232,9 @@ def tiny_krea2() -> Any:
 
     words = tokenizer(512)
     rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
-    text = {"vocab_size": len(words), "num_hidden_layers": 2, "rope_scaling": rope, **_SMALL}
+    language = text(words, rope_scaling=rope, **_HEADS)
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=language, vision_config=vision))
     transformer = Krea2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -330,7 +283,7 @@ def tiny_ernie_image() -> Any:
     from transformers import MistralConfig, MistralModel
 
     words = tokenizer(64)
-    encoder = MistralModel(MistralConfig(vocab_size=len(words), num_hidden_layers=2, **_SMALL))
+    encoder = MistralModel(MistralConfig(**text(words), **_HEADS))
     transformer = ErnieImageTransformer2DModel(
         hidden_size=32,
         num_attention_heads=2,

@@ -38,17 +38,43 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
+def loaded(kind: Any, folder: Any) -> Any:
+    """A saved pipeline in float32, without a progress bar."""
+    return quiet(kind.from_pretrained(folder, torch_dtype=torch.float32))
+
+
+def text(words: Any, layers: int = 2, **more: Any) -> dict[str, Any]:
+    """Arguments of a small text model's configuration."""
+    return {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        **more,
+    }
+
+
+def joint(**more: Any) -> dict[str, Any]:
+    """Arguments of a small transformer that reads tokens of text and of a picture together."""
+    return {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        **more,
+    }
+
+
 def clip(words: Any, seed: int, projected: bool = False) -> Any:
     """A CLIP text model, 16 channels."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
+        **text(words, layers=3),
         projection_dim=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
         max_position_embeddings=words.model_max_length,
         pad_token_id=words.pad_token_id,
         bos_token_id=words.pad_token_id,
@@ -99,3 +125,20 @@ def qwen_vae() -> Any:
         latents_std=[0.8, 1.2, 1.0, 1.5],
     )
     return shaken(decoder, 1)
+
+
+def qwen_vl(words: Any) -> Any:
+    """Qwen2.5-VL, the text encoder of Qwen-Image and of Kandinsky 5."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"}
+    language = text(words, hidden_size=32, intermediate_size=64, num_key_value_heads=2, rope_scaling=rope)
+    language |= {"bos_token_id": 0, "eos_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return shaken(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=language, vision_config=vision)), 2)
+
+
+def begin_template(pipe: Any, template: str) -> None:
+    """Where the prompt begins in the pipeline's template is counted in tokens of the real tokenizer."""
+    before = pipe.tokenizer(template.split("{}")[0], add_special_tokens=False)
+    pipe.prompt_template_encode_start_idx = len(before.input_ids)

@@ -21,6 +21,15 @@ from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 CODES, SIZE = 24, (3, 4)
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<boi>", "<wrapper>", "<eol>", "<image>", "3", "4", "*", "red", "ring", "a"]
+LANGUAGE = {
+    "vocab_size": len(WORDS) + CODES,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -54,13 +63,7 @@ def emu3() -> Target:
     model = Emu3ForConditionalGeneration(
         Emu3Config(
             text_config=Emu3TextConfig(
-                vocab_size=len(WORDS) + CODES,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
+                **LANGUAGE,
                 pad_token_id=0,
                 bos_token_id=2,
                 eos_token_id=3,
@@ -89,13 +92,7 @@ def chameleon(swin: bool = False, line_end: int | None = None) -> Target:
     torch.manual_seed(0)
     model = ChameleonForConditionalGeneration(
         ChameleonConfig(
-            vocab_size=len(WORDS) + CODES,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
+            **LANGUAGE,
             swin_norm=swin,
             vq_config=ChameleonVQVAEConfig(
                 embed_dim=4,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tiny_pipelines import quiet, shaken
+from tiny_flows import QWEN, SD3
+from tiny_pipelines import begin_template, joint, quiet, shaken
 
 
 def with_controlnet(name: str, pipe: Any, controlnet: Any, **components: Any) -> Any:
@@ -30,48 +31,19 @@ def unet_controlnet(pipe: Any) -> Any:
 def flux_controlnet() -> Any:
     from diffusers import FluxControlNetModel
 
-    return FluxControlNetModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=[4, 6, 6],
-    )
+    return FluxControlNetModel(in_channels=16, **joint(), pooled_projection_dim=16, guidance_embeds=True)
 
 
 def sd3_controlnet() -> Any:
     from diffusers import SD3ControlNetModel
 
-    return SD3ControlNetModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-    )
+    return SD3ControlNetModel(**SD3, num_layers=1)
 
 
 def qwen_controlnet() -> Any:
     from diffusers import QwenImageControlNetModel
 
-    return QwenImageControlNetModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
+    return QwenImageControlNetModel(**QWEN, num_layers=1)
 
 
 def z_image_controlnet(pipe: Any) -> Any:
@@ -115,6 +87,5 @@ def qwen_edit(pipe: Any) -> Any:
     small.plain = sizes  # type: ignore[attr-defined]
     module.calculate_dimensions = small
     edit = QwenImageEditPipeline(**pipe.components, processor=Texts(pipe.tokenizer))
-    before = edit.prompt_template_encode.split("{}")[0]
-    edit.prompt_template_encode_start_idx = len(pipe.tokenizer(before, add_special_tokens=False).input_ids)
+    begin_template(edit, edit.prompt_template_encode)
     return quiet(edit)

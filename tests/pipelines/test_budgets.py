@@ -14,6 +14,7 @@ import torch
 from diffusers import DiTPipeline, HeunDiscreteScheduler, ZImageImg2ImgPipeline, ZImagePipeline
 from micro_models import awake, micro_dc_dit
 from PIL import Image
+from tiny_pipelines import loaded
 
 import fastgen
 from fastgen.models.upcycle import upcycle
@@ -29,9 +30,7 @@ def late(step: int, sigma: float) -> float:
 
 @pytest.fixture
 def stock(micro_z: Path) -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, micro_z)
 
 
 @pytest.fixture

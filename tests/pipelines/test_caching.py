@@ -21,6 +21,7 @@ from diffusers import (
 )
 from micro_models import micro_dc_dit
 from safetensors.torch import save_file
+from tiny_pipelines import loaded
 
 import fastgen
 from fastgen.models.caching import HELD_STEPS
@@ -32,9 +33,7 @@ STEPS = 8
 
 @pytest.fixture
 def z(micro_dc: Path) -> DCZImagePipeline:
-    pipe = DCZImagePipeline.from_pretrained(micro_dc, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(DCZImagePipeline, micro_dc)
 
 
 @pytest.fixture

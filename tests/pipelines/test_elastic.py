@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, ZImagePipeline
 from micro_models import awake, micro_dc_dit
+from tiny_pipelines import loaded
 
 import fastgen
 from fastgen.models.elastic import ElasticBudget
@@ -24,9 +25,7 @@ SIZE = {"height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": 
 
 @pytest.fixture(scope="module")
 def z(micro_dc: Path) -> DCZImagePipeline:
-    pipe = DCZImagePipeline.from_pretrained(micro_dc, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(DCZImagePipeline, micro_dc)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +133,7 @@ def test_a_stock_transformer_is_refused(micro_z: Path) -> None:
 
 
 def test_one_line_on_and_one_line_off(micro_z: Path) -> None:
-    stock = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    stock.set_progress_bar_config(disable=True)
+    stock = loaded(ZImagePipeline, micro_z)
     original, before = stock.transformer, draw_z(stock).images
     chunked = awake(upcycle(stock.transformer))
     fastgen.enable_dc(stock, chunked, token_budget=3)
@@ -153,8 +151,7 @@ def test_one_line_on_and_one_line_off(micro_z: Path) -> None:
 
 def test_saved_pipelines_load_with_stock_diffusers(z: DCZImagePipeline, tmp_path: Path) -> None:
     ZImagePipeline(**z.components).save_pretrained(tmp_path)
-    again = ZImagePipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
-    again.set_progress_bar_config(disable=True)
+    again = loaded(ZImagePipeline, tmp_path)
     assert np.array_equal(draw_z(again).images, draw_z(z).images)
 
 

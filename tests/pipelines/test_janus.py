@@ -10,6 +10,7 @@ import pytest
 import torch
 from long_tail import long_tail
 from micro_models import PROMPTS
+from tiny_pipelines import loaded
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
 from fastgen.drafters.law import TokenLaw, token_logits
@@ -21,9 +22,7 @@ from fastgen.pipelines.sampling import GuidedGumbelSampler
 
 @pytest.fixture(scope="module")
 def pipe(micro_janus: Path) -> JanusImagePipeline:
-    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(JanusImagePipeline, micro_janus)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from long_tail import long_tail
+from micro_models import micro_z_transformer
+from tiny_flows import QWEN, SD3
 from tiny_pipelines import shaken
 from torch import Tensor
 
@@ -60,11 +62,7 @@ def flux_with_ip_adapter() -> Any:
 def sd3(dual: tuple[int, ...] = (0,)) -> Any:
     from diffusers import SD3Transformer2DModel
 
-    model = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=16,
-        dual_attention_layers=dual, qk_norm="rms_norm",
-    )  # fmt: skip
+    model = SD3Transformer2DModel(**SD3, num_layers=2, dual_attention_layers=dual, qk_norm="rms_norm")
     model._repeated_blocks = ["JointTransformerBlock"]
     return model
 
@@ -81,19 +79,11 @@ def sd3_with_ip_adapter() -> Any:
 def qwen() -> Any:
     from diffusers import QwenImageTransformer2DModel
 
-    return QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    return QwenImageTransformer2DModel(**QWEN, num_layers=2)
 
 
 def z_image() -> Any:
-    from diffusers import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
-    )  # fmt: skip
+    return micro_z_transformer(n_layers=1, cap_feat_dim=16)
 
 
 _FLUX_CALL = {

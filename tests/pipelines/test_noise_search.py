@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from tiny_pipelines import loaded
 from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
 
@@ -23,9 +24,7 @@ CALL: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 4, "gu
 
 @pytest.fixture(scope="module")
 def tiny() -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, embedded_folder("tiny"))
 
 
 def redness(images: Tensor, prompts: list[str]) -> Tensor:

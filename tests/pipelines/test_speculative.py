@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from micro_models import JANUS_TOKENS, PROMPTS
+from micro_models import JANUS_TOKENS, PROMPTS, with_eagle
 
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
@@ -29,9 +29,7 @@ def plain(micro_janus: Path) -> JanusImagePipeline:
 
 @pytest.fixture(scope="module")
 def pipe(plain: JanusImagePipeline) -> SpeculativeImagePipeline:
-    torch.manual_seed(0)
-    drafter = EagleDrafter.for_target(target_of(plain.model, plain.tokenizer), heads=2)
-    return SpeculativeImagePipeline(plain.model, plain.tokenizer, drafter)
+    return with_eagle(plain)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from micro_models import JANUS_CODES
+from micro_models import JANUS_CODES, with_eagle
 
 from fastgen.checks import check_number
 from fastgen.drafters.acceptance import Exact
@@ -61,8 +61,7 @@ def plain(micro_janus: Path) -> JanusImagePipeline:
 
 @pytest.fixture(scope="module")
 def pipe(plain: JanusImagePipeline) -> SpeculativeImagePipeline:
-    drafter = EagleDrafter.for_target(target_of(plain.model, plain.tokenizer), heads=2)
-    return SpeculativeImagePipeline(plain.model, plain.tokenizer, drafter)
+    return with_eagle(plain)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generate_command import call
-from micro_models import JANUS_TOKENS, PROMPTS
+from micro_models import JANUS_TOKENS, PROMPTS, with_eagle
 
 from fastgen.drafters import decode
 from fastgen.drafters.eagle import EagleDrafter
@@ -39,9 +39,7 @@ def plain(micro_janus: Path) -> JanusImagePipeline:
 
 @pytest.fixture(scope="module")
 def pipe(plain: JanusImagePipeline) -> SpeculativeImagePipeline:
-    torch.manual_seed(0)
-    drafter = EagleDrafter.for_target(target_of(plain.model, plain.tokenizer), heads=2)
-    return SpeculativeImagePipeline(plain.model, plain.tokenizer, drafter)
+    return with_eagle(plain)
 
 
 def seeded(count: int) -> list[torch.Generator]:

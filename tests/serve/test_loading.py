@@ -17,7 +17,7 @@ def test_models_are_loaded_with_the_options_and_wrong_ones_refused_at_the_start(
     artist = pytest.importorskip("fastgen.serve.artist")
 
     def catalogue(scheduler: str) -> object:
-        options = LoadOptions.of(scheduler=scheduler)
+        options = LoadOptions(scheduler=scheduler)
         return artist.Catalogue(ServeSettings(models=(str(micro_z),), device="cpu", options=options))
 
     pipe = artist.Studio(catalogue("UniPCMultistep")).load(str(micro_z))

@@ -168,8 +168,7 @@ class Denoiser(ABC):
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        device: torch.device = self.pipe._execution_device
-        return device
+        return self.pipe._execution_device
 
     @torch.no_grad()
     def predict(self, latents: Tensor, times: Tensor, which: Tensor) -> Prediction:

@@ -173,8 +173,7 @@ class Entry:
 
     def start(self, generator: torch.Generator) -> Tensor:
         """The latents [1, …] that the pipeline would start from with this generator, its conditions kept."""
-        found: Tensor = self._run(_Visit(leave="latents"), generator)
-        return found
+        return self._run(_Visit(leave="latents"), generator)
 
     def output(self, latents: Tensor, timestep: float, index: int) -> Said:
         """The model's output for latents [k, …] of one time.
@@ -196,8 +195,7 @@ class Entry:
                 passing = index
         else:
             times = self.timesteps.new_full((1 + passing,), timestep)
-        found: Said = self._run(_Visit(latents, times, index, passing, skipping), None)
-        return found
+        return self._run(_Visit(latents, times, index, passing, skipping), None)
 
     def pictures(self, latents: Tensor, grid: Tensor | None = None) -> Tensor:
         """Pictures [k, 3, H, W] in [0, 1] of clean latents [k, …], by the pipeline's own decoding; of `grid` where it
@@ -211,8 +209,7 @@ class Entry:
 
     def unpacked(self, latents: Tensor) -> Tensor:
         """Latents [k, …, h, w] of samples [k, …]: the same, where the pipeline does not pack them into tokens."""
-        found: Tensor = self._decode(latents, "grid", None) if self._packs else latents
-        return found
+        return self._decode(latents, "grid", None) if self._packs else latents
 
     def _decode(self, latents: Tensor, leave: str, grid: Tensor | None) -> Any:
         # img2img asks for a step, and inpainting puts the known parts in after it: it is passed over.

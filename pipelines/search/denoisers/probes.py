@@ -69,8 +69,7 @@ def entered_class(kind: Any, interruptible: bool) -> type:
     to skip."""
 
     def device(self: Any) -> torch.device:
-        found: torch.device = self._entered_device
-        return found
+        return self._entered_device
 
     def interrupt(self: Any) -> bool:
         visit = self._entered.visit

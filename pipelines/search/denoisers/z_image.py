@@ -73,10 +73,9 @@ class ZImageDenoiser(ElasticDenoiser, FlowDenoiser):
 
     def noise(self, generator: torch.Generator) -> Tensor:
         channels = self.pipe.transformer.in_channels
-        latents: Tensor = self.pipe.prepare_latents(
+        return self.pipe.prepare_latents(
             1, channels, self.height, self.width, torch.float32, self.device, generator, None
         )
-        return latents
 
     def velocity(self, latents: Tensor, times: Tensor, which: Tensor) -> Tensor:
         # The model's time is 1 at the data, and so is the sign of what it predicts.

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel, ZImagePipeline, ZImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro_models import awake
+from micro_models import awake, micro_z_transformer
 
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
@@ -20,17 +20,7 @@ from fastgen.models.upcycle import backbone_names, upcycle
 
 def stock(seed: int = 0) -> ZImageTransformer2DModel:
     torch.manual_seed(seed)
-    model = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=24,
-        axes_dims=[4, 6, 6],
-        axes_lens=[128, 32, 32],
-    )
+    model = micro_z_transformer()
     torch.nn.init.normal_(model.cap_pad_token)
     return model.eval()
 

@@ -12,7 +12,8 @@ import torch
 from diffusers import FirstBlockCacheConfig, ZImagePipeline, ZImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro_models import awake
+from micro_models import awake, micro_z_transformer
+from tiny_pipelines import loaded
 
 from fastgen.models.chunking import select_chunks
 from fastgen.models.dc_z_image import DCZImageTransformer2DModel
@@ -28,17 +29,7 @@ from fastgen.pipelines.loading.checkpoint import embedded_folder
 
 def stock(seed: int = 0) -> ZImageTransformer2DModel:
     torch.manual_seed(seed)
-    model = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=3,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=24,
-        axes_dims=[4, 6, 6],
-        axes_lens=[128, 32, 32],
-    )
+    model = micro_z_transformer(n_layers=3)
     for parameter in model.parameters():  # near-closed gates would hide differences
         torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
@@ -86,8 +77,7 @@ def test_upcycled_it_computes_what_its_teacher_computes(
 
 
 def test_the_embedded_model_draws_the_same_picture_upcycled() -> None:
-    pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(ZImagePipeline, embedded_folder("tiny"))
 
     def draw() -> np.ndarray:
         generator = torch.Generator().manual_seed(3)

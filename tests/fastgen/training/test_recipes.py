@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_recipes import build_recipe, train_config
+from tiny_pipelines import loaded
 
 from fastgen.cli.main import run
 from fastgen.training.engine import Trainer
@@ -101,8 +102,7 @@ def test_z_image_trains_and_loads_with_stock_diffusers(vae: Path, tmp_path: Path
     from diffusers import ZImagePipeline
 
     model = _short("z-image", tmp_path / "first", vae, steps=8)
-    pipe = ZImagePipeline.from_pretrained(model, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(ZImagePipeline, model)
     image = pipe("a red circle", height=64, width=64, num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
     assert set(json.loads((model / "training.json").read_text())) == {"vae", "z-image"}

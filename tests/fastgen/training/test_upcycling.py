@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, ZImagePipeline
+from tiny_pipelines import loaded
 
 from fastgen.cli.main import run
 from fastgen.errors import FastgenError
@@ -25,9 +26,7 @@ SIZE = {"height": 16, "width": 16, "num_inference_steps": 2}
 
 @pytest.fixture(scope="module")
 def z(micro_z: Path) -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, micro_z)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,7 @@ import pytest
 from generate_command import call
 
 from fastgen.errors import FastgenError
-from fastgen.pipelines.loading.checkpoint import (
-    EMBEDDED_MODELS,
-    Checkpoint,
-    check_weights,
-    find_checkpoint,
-)
+from fastgen.pipelines.loading.checkpoint import EMBEDDED_MODELS, Checkpoint, find_checkpoint
 
 
 @pytest.fixture
@@ -47,13 +42,13 @@ def test_what_the_configuration_tells(z: Path, janus: Path) -> None:
     assert found.defaults["steps"] == 2
     found = find_checkpoint(janus)
     assert (found.kind, found.fixed_size) == ("janus", 16)
-    check_weights(found)
+    found.check_weights()
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_embedded_models_are_whole(name: str) -> None:
     found = find_checkpoint(name)
-    check_weights(found)
+    found.check_weights()
     found.check_size(64, 64)
     with pytest.raises(FastgenError, match="height: 62"):
         found.check_size(62, 64)
@@ -79,10 +74,10 @@ def test_a_model_takes_what_it_lacks_from_its_base(micro_z: Path, tmp_path: Path
     assert found.component("transformer").parent.name == "part" and found.component("vae").resolve() == base / "vae"
     assert [folder.resolve() for folder in found.folders] == [tmp_path / "part", base]
     assert found.defaults == whole.defaults and found.size_multiple == whole.size_multiple
-    check_weights(found)
+    found.check_weights()
     truncate(base / "vae")
     with pytest.raises(FastgenError, match="truncated"):
-        check_weights(found)
+        found.check_weights()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +184,7 @@ def test_broken_weights_are_named(damage: Callable[[Path], None], kind: str, req
     folder: Path = request.getfixturevalue(kind)
     damage(folder)
     with pytest.raises(FastgenError) as caught:
-        check_weights(find_checkpoint(folder))
+        find_checkpoint(folder).check_weights()
     message = str(caught.value)
     assert "weight file" in message and ".safetensors" in message and str(folder) in message and "\n" not in message
 
@@ -270,8 +265,8 @@ def test_hub_model_from_the_cache(z: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys; from fastgen.pipelines.loading.checkpoint import find_checkpoint, check_weights\n"
-        "check_weights(find_checkpoint('tiny')); print('torch' in sys.modules or 'diffusers' in sys.modules)"
+        "import sys; from fastgen.pipelines.loading.checkpoint import find_checkpoint\n"
+        "find_checkpoint('tiny').check_weights(); print('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     import importlib.util

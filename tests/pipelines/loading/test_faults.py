@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from fastgen.errors import FastgenError
 from fastgen.evaluation.verifiers.hub import snapshot
-from fastgen.pipelines.loading.checkpoint import download_janus, find_checkpoint
+from fastgen.pipelines.loading.checkpoint import download, find_checkpoint
 from fastgen.pipelines.loading.faults import explained
 from fastgen.pipelines.loading.load_options import LoadOptions, LoRA
 
@@ -47,7 +47,7 @@ def verifier(name: str) -> None:
     snapshot("clip-score", name, ["*.json"])
 
 
-@pytest.mark.parametrize("place", [find_checkpoint, download_janus, lora, verifier])
+@pytest.mark.parametrize("place", [find_checkpoint, download, lora, verifier])
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(("error", "line"), OF_HUB, ids=lambda value: type(value).__name__)
 def test_errors_of_the_hub(

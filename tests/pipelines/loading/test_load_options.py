@@ -42,7 +42,7 @@ def copies() -> tuple[Any, Any]:
 
 def options(pipe: Any, **asked: Any) -> LoadOptions:
     """Checked as before its weights load."""
-    made = LoadOptions.of(**asked)
+    made = LoadOptions(**asked)
     made.check(type(pipe), dict(pipe.config), CPU)
     return made
 
@@ -92,7 +92,7 @@ def test_other_schedulers_are_refused_with_those_that_fit() -> None:
     with pytest.raises(FastgenError, match="'FlowMatchEulerDiscreteScheduler' is not allowed, .*DDIMScheduler"):
         options(tiny_sd(ddim()), scheduler="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(FastgenError, match="scheduler: needs the name"):
-        LoadOptions.of(scheduler=5)  # type: ignore[arg-type]
+        LoadOptions(scheduler=5)  # type: ignore[arg-type]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -116,7 +116,7 @@ def test_the_weight_of_a_lora_comes_after_a_colon(weight: float) -> None:
 )
 def test_what_is_no_lora_is_refused(text: Any, message: str) -> None:
     with pytest.raises(FastgenError, match=f"lora: .*{message}"):
-        LoadOptions.of(loras=[text])
+        LoadOptions(loras=[text])
 
 
 def test_only_whole_safetensors_files_are_loaded(tmp_path: Path, lora: Path) -> None:
@@ -159,13 +159,13 @@ def test_a_lora_of_another_model_is_no_silence(lora: Path) -> None:
 def test_pipelines_without_lora_schedulers_or_a_vae_say_so(lora: Path) -> None:
     from diffusers import DiTPipeline
 
-    asked = LoadOptions.of(loras=lora)
+    asked = LoadOptions(loras=lora)
     with pytest.raises(FastgenError, match="lora: DiTPipeline does not take LoRA weights"):
         asked.check(DiTPipeline, {}, CPU)
     with pytest.raises(FastgenError, match="scheduler: DiTPipeline has none"):
-        LoadOptions.of(scheduler="DDIM").check(DiTPipeline, {}, CPU)
+        LoadOptions(scheduler="DDIM").check(DiTPipeline, {}, CPU)
     with pytest.raises(FastgenError, match="vae_tiling: DiTPipeline has no VAE"):
-        LoadOptions.of(vae_tiling=True).check(DiTPipeline, {}, CPU)
+        LoadOptions(vae_tiling=True).check(DiTPipeline, {}, CPU)
 
 
 def test_tiles_are_decoded_on_request() -> None:
@@ -173,7 +173,7 @@ def test_tiles_are_decoded_on_request() -> None:
     asked = options(pipe, vae_tiling=True)
     asked.apply(pipe)
     assert pipe.vae.use_tiling and asked.recorded == {"vae_tiling": True}
-    assert LoadOptions.of(offload="auto").recorded == {}
+    assert LoadOptions(offload="auto").recorded == {}
 
 
 def test_offloading_needs_a_gpu() -> None:
@@ -185,13 +185,13 @@ def test_offloading_needs_a_gpu() -> None:
     assert auto.resolve_offload({"unet": 10**15}, None) == "none"
     assert auto.resolve_offload({"unet": 100, "vae": 1}, 131) == "model"
     with pytest.raises(FastgenError, match="offload: 'disk' is not allowed"):
-        LoadOptions.of(offload="disk")
+        LoadOptions(offload="disk")
 
 
 @pytest.mark.parametrize(("way", "device"), [("group", "cpu"), ("sequential", "meta")])
 def test_offloaded_layers_have_hooks_that_fetch_them(way: str, device: str) -> None:
     pipe = tiny_sd(ddim())
-    LoadOptions.of(offload=way).place(pipe, torch.device(device), way)  # type: ignore[arg-type]
+    LoadOptions(offload=way).place(pipe, torch.device(device), way)  # type: ignore[arg-type]
     assert any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in pipe.unet.modules())
 
 

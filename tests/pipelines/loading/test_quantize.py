@@ -15,15 +15,10 @@ from fastgen.pipelines import quantization
 from fastgen.pipelines.generation import generate_images
 from fastgen.pipelines.loading import load_pipeline, loader
 from fastgen.pipelines.loading.checkpoint import embedded_folder, find_checkpoint
-from fastgen.pipelines.loading.load_options import QUANTIZED
 from fastgen.pipelines.loading.memory import check_memory, weight_sizes
 from fastgen.pipelines.loading.networks import empty_network
 
 CPU = torch.device("cpu")
-
-
-def test_the_kinds_are_those_of_torchao() -> None:
-    assert tuple(quantization.BITS) == QUANTIZED
 
 
 def test_without_the_library_the_line_names_it(

@@ -15,10 +15,10 @@ from tiny_tokens import CODES, WORDS, chameleon, emu3, llamagen
 
 import fastgen
 from fastgen.cli.main import run
+from fastgen.cli.options import model_options
 from fastgen.drafters.targets import registry
 from fastgen.errors import FastgenError
 from fastgen.pipelines.loading.checkpoint import TOKEN_MODELS, find_checkpoint
-from fastgen.pipelines.loading.load_options import target_options
 from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
 LINE_END = WORDS.index("<eol>")
@@ -63,7 +63,7 @@ def test_a_folder_draws_the_tokens_of_the_model_in_memory(name: str, folders: di
     target: Any = MODELS[name]()
     options = TYPED[name][1]
     expected = SpeculativeImagePipeline(target.model, target.tokenizer, options=options)
-    loaded = fastgen.load_pipeline(str(folders[name]), options=target_options(typed(name, folders)))
+    loaded = fastgen.load_pipeline(str(folders[name]), options=model_options(typed(name, folders)))
     assert isinstance(loaded, SpeculativeImagePipeline)
     settings = {"output_type": "tokens", "guidance_scale": 2.0}
     ours, theirs = (
@@ -115,7 +115,7 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
     "no decoder": ("anole", ["--model-option", "size=2x3"], "no decoder of its codes; give a VQModel"),
     "no folder": ("anole", ["--model-option", "decode=nowhere"], "decode='nowhere' is no folder"),
     "no number": ("emu3", ["--model-option", "size=3"], "size='3' is not allowed, needs HEIGHTxWIDTH"),
-    "no name": ("emu3", ["--model-option", "depth=3"], "'depth' is unknown, there are size"),
+    "no name": ("emu3", ["--model-option", "depth=3"], "depth is not allowed, the model has size, negative"),
     "other model": ("emu3", ["--model-option", "line_end=3"], "line_end is not allowed, the model has size, negative"),
     "no options": ("llamagen", ["--model-option", "size=3x3"], "size is not allowed, the model has no such options"),
     "too small": ("emu3", ["--model-option", "size=0x3"], "size: 0 is not allowed"),

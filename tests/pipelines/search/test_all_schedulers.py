@@ -49,6 +49,18 @@ LEAST = {"rbf": 130, "svdd": 130, "code": 130, "smc": 130, "search-over-paths": 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
+def with_named(name: str, flow: bool) -> Any:
+    """A pipeline with the scheduler of this class."""
+    kind: Any = getattr(diffusers, name)
+    try:
+        scheduler = kind.from_config(FLOW if flow else dict(ddim().config))
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        pytest.skip("it cannot be built here")
+    pipe = made_sd3() if flow else with_scheduler(tiny_sd, scheduler)
+    pipe.scheduler = scheduler
+    return pipe
+
+
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images.float().mean(dim=(1, 2, 3)) / 255
 
@@ -56,14 +68,7 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_is_followed_replaced_or_refused_by_name(name: str, flow: bool) -> None:
-    kind: Any = getattr(diffusers, name)
-    scheduler: Any
-    try:
-        scheduler = kind.from_config(FLOW if flow else dict(ddim().config))
-    except (ImportError, TypeError, ValueError, NotImplementedError):
-        pytest.skip("it cannot be built here")
-    pipe = made_sd3() if flow else with_scheduler(tiny_sd, scheduler)
-    pipe.scheduler = scheduler
+    pipe = with_named(name, flow)
     with account() as stats:
         try:
             found = denoiser_of(pipe)(pipe, ["a cat"], Settings(4))
@@ -84,13 +89,7 @@ def test_each_is_followed_replaced_or_refused_by_name(name: str, flow: bool) -> 
     ],
 )
 def test_each_policy_searches_with_it_or_says_why_not_and_which_can(name: str, policy: str, flow: bool) -> None:
-    kind: Any = getattr(diffusers, name)
-    try:
-        scheduler = kind.from_config(FLOW if flow else dict(ddim().config))
-    except (ImportError, TypeError, ValueError, NotImplementedError):
-        pytest.skip("it cannot be built here")
-    pipe = made_sd3() if flow else with_scheduler(tiny_sd, scheduler)
-    pipe.scheduler = scheduler
+    pipe = with_named(name, flow)
     size = {"height": 32, "width": 32} if flow else {}
     try:
         search = NoiseSearchPipeline(pipe, brightness, policy)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from tiny_pipelines import loaded
 
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.noise_search import NoiseSearchPipeline
@@ -42,9 +43,7 @@ class Brightness:
 
 @pytest.fixture(scope="module")
 def pipe(micro_z: Path) -> Any:
-    found = ZImagePipeline.from_pretrained(micro_z, torch_dtype=torch.float32)
-    found.set_progress_bar_config(disable=True)
-    return found
+    return loaded(ZImagePipeline, micro_z)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 from search_paths import deterministic
+from tiny_pipelines import loaded
 
 from fastgen.pipelines.loading.checkpoint import embedded_folder
 from fastgen.pipelines.search.denoisers.base import Settings, denoiser_of
@@ -16,9 +17,7 @@ from fastgen.pipelines.search.interpolants import Prediction
 
 @pytest.fixture(scope="session")
 def tiny() -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, embedded_folder("tiny"))
 
 
 @pytest.mark.parametrize(("guidance_scale", "negative"), [(3.0, None), (2.0, "blue"), (0.0, None)])

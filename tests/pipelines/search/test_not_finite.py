@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from micro_models import micro_dc_dit
+from tiny_pipelines import loaded
 from tiny_unets import ddim, tiny_sd
 from torch import Tensor
 from toy_search import TIMES, ToyDenoiser, run_policy, sum_of
@@ -235,8 +236,7 @@ def test_without_a_search_pixels_are_checked_before_they_are_clamped(sd: Any, va
 
 @pytest.mark.parametrize("value", BAD)
 def test_pipelines_with_dynamic_chunking_return_no_such_picture(micro_dc: Path, value: float) -> None:
-    z = DCZImagePipeline.from_pretrained(micro_dc, torch_dtype=torch.float32)
-    z.set_progress_bar_config(disable=True)
+    z = loaded(DCZImagePipeline, micro_dc)
     size: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2}
     for pipe, prompt, arguments in ((z, "a ring", size), (micro_dc_dit(), [1], {"num_inference_steps": 2})):
         for output_type in ("pil", "np"):

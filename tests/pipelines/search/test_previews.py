@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, ZImagePipeline
 from long_tail import long_tail
 from tiny_flows import tiny_flux, tiny_qwen_image, tiny_sana
+from tiny_pipelines import loaded
 from tiny_unets import ddim, tiny_sd, with_scheduler
 from torch import Tensor
 
@@ -37,9 +38,7 @@ CALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def tiny() -> ZImagePipeline:
-    pipe = ZImagePipeline.from_pretrained(embedded_folder("tiny"), torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return loaded(ZImagePipeline, embedded_folder("tiny"))
 
 
 def small_decoder(channels: int = 16, **config: Any) -> AutoencoderTiny:
