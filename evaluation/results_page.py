@@ -147,7 +147,7 @@ def results_page(folder: Path) -> str:
         ("bench-dc", "Dynamic chunking: quality against cost", dc_quality_markdown),
         ("bench-dc-latent", "Dynamic chunking of latent positions, trained from random weights", dc_quality_markdown),
         ("bench-speculative", "Speculative decoding of image tokens", speculative_markdown),
-        ("bench-speculative-trees", "Speculative decoding: trees of a drafter, and windows alone", speculative_markdown),
+        ("bench-speculative-trees", "Speculative decoding: trees and windows", speculative_markdown),
         ("bench-speculative-sources", "Speculative decoding: costs of sources, not compiled", speculative_markdown),
         ("bench-speculative-cost", "Speculative decoding: cost of a round at real sizes", speculative_cost_markdown),
         ("bench-search", "Noise search: score against compute and seconds", search_markdown),
