@@ -190,8 +190,6 @@ class Target(ABC):
     forced: Tensor
     max_positions: int | None = None
 
-    # ---- implemented by adapters ----
-
     @abstractmethod
     def prefix(self, prompts: Sequence[str], guided: bool) -> Prefix:
         """Prompts, and the rows without a prompt if `guided`."""
@@ -238,8 +236,6 @@ class Target(ABC):
     def default_law(self) -> TokenLaw:
         """The sampling settings of the model's authors."""
         return TokenLaw()
-
-    # ---- derived ----
 
     @property
     def dtype(self) -> torch.dtype:
