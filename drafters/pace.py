@@ -109,8 +109,14 @@ class Pace:
         return cls(tokens, {machine: times} if times else {})
 
     def updated(self, other: Pace) -> Pace:
-        """A copy with the newer measurements of `other`."""
-        return Pace(_merged(self.tokens, other.tokens), _merged(self.times, other.times))
+        """A copy with the newer measurements of `other`.
+
+        Times of a machine are replaced as a whole: they are multiples of the plain loop of one run, and those of two
+        runs do not compare.
+        """
+        rules = {*self.tokens, *other.tokens}
+        tokens = {rule: {**self.tokens.get(rule, {}), **other.tokens.get(rule, {})} for rule in rules}
+        return Pace(tokens, {**self.times, **other.times})
 
 
 def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
@@ -118,13 +124,6 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
     return {size: 60 / speed for size, speed in row.get("pictures_a_minute", {}).items()} | {
         "1": row["seconds"]["p50"]
     }
-
-
-def _merged(old: Any, new: Any) -> Any:
-    """Nested tables with the newer numbers."""
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return new
-    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def _depth(table: Any) -> set[int]:

@@ -87,15 +87,23 @@ def test_speculative_decoding_against_the_plain_loop() -> None:
 
 
 def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
-    """Alone, in batches of four and sixteen, and as a whole command; CASCADE takes the fewest passes."""
+    """Alone, in batches of four and sixteen, and as a whole command; CASCADE is the fastest rule at no loss that is
+    told from none."""
     data, rows = rows_of("bench-speculative")
     plain = [row for row in rows.values() if row["rule"] is None]
-    exact, cascade = rows["exact heads-16"], rows["cascade heads-16x2 quality=0.5"]
-    assert exact["speedup_vs_fastest_plain"] >= 2.6
-    assert cascade["target_pass_ratio"] <= 0.2 and cascade["target_pass_ratio"] < exact["target_pass_ratio"]
+    exact, cascade = rows["exact heads-20"], rows["cascade heads-20x2-2 quality=0.5"]
+    others = [row for row in rows.values() if row["rule"] in ("lantern++", "gsd")]
+    assert exact["speedup_vs_fastest_plain"] >= 2.1 and exact["speedup_vs_stock"] >= 4
+    assert cascade["speedup_vs_fastest_plain"] >= 2.6 and cascade["speedup_vs_stock"] >= 5
+    assert cascade["target_pass_ratio"] <= 0.16 and exact["target_pass_ratio"] <= 0.21
+    assert len(others) == 2
+    for row in others:
+        assert cascade["seconds"]["p50"] < 0.9 * row["seconds"]["p50"]
+    low, high = cascade["paired"]["ci"]
+    assert low < 0 < high and cascade["score"] >= exact["score"] - 0.015
     fast, slow = (row["seconds"] for row in data["commands"])
     assert "plain" in data["commands"][1]["what"] and fast["p80"] < slow["p20"]
-    for size, gain in (("1", 2.4), ("4", 1.5), ("16", 1.2)):
+    for size, gain in (("1", 2.0), ("4", 1.4), ("16", 1.2)):
         best = max(row["pictures_a_minute"][size] for row in plain if row.get("pictures_a_minute"))
         assert max(row["pictures_a_minute"][size] for row in rows.values() if row["rule"] == "exact") > gain * best
 
