@@ -36,7 +36,7 @@ _COMMANDS = {
     "bench-speculative": "bench speculative --images-per-prompt 1 --timed-prompts 12 --runs 4 --batch 4 --batch 16 "
     "--commands 5",
     "bench-speculative-trees": "bench speculative",
-    "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality",
+    "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality --batch 4 --batch 16",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
