@@ -60,7 +60,7 @@ pixels = model.decode_image_tokens(tokens)  # [1, 64, 64, 3] in [-1, 1]
 
 `drafter` contains its drafter for speculative decoding, a `fastgen.drafters.eagle.EagleDrafter` of width 128 with the
 CASCADE-R thresholds for both (`fastgen generate --model tiny-janus --method speculative`). `drafter/heads` contains
-`fastgen.drafters.heads.WindowHeads`, which correct Jacobi windows (`--tree heads-16`).
+`fastgen.drafters.heads.WindowHeads`, which correct Jacobi windows (`--tree heads-20`).
 
 Limits: the 56 words of the ShapesWorld grammar, one size. The image-understanding tower and the text head are
 untrained and as small as the class allows: this checkpoint only generates images.""",
