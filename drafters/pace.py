@@ -111,12 +111,10 @@ class Pace:
     def updated(self, other: Pace) -> Pace:
         """A copy with the newer measurements of `other`.
 
-        Times of a machine are replaced as a whole: they are multiples of the plain loop of one run, and those of two
-        runs do not compare.
+        The sources of a machine, batch and rule are replaced as a whole: their times are multiples of one run's plain
+        loop, and those of two runs do not compare.
         """
-        rules = {*self.tokens, *other.tokens}
-        tokens = {rule: {**self.tokens.get(rule, {}), **other.tokens.get(rule, {})} for rule in rules}
-        return Pace(tokens, {**self.times, **other.times})
+        return Pace(_merged(self.tokens, other.tokens, 2), _merged(self.times, other.times, 3))
 
 
 def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
@@ -124,6 +122,13 @@ def _seconds(row: Mapping[str, Any]) -> dict[str, float]:
     return {size: 60 / speed for size, speed in row.get("pictures_a_minute", {}).items()} | {
         "1": row["seconds"]["p50"]
     }
+
+
+def _merged(old: Any, new: Any, levels: int) -> Any:
+    """Nested tables with the newer entries; below `levels` of them a newer table replaces the older one."""
+    if not levels:
+        return new
+    return {**old, **{key: _merged(old.get(key, {}), value, levels - 1) for key, value in new.items()}}
 
 
 def _depth(table: Any) -> set[int]:

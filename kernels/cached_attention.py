@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.kernels.arguments import check_int, check_tensors, shown
-from fastgen.kernels.dispatch import Checked, check_range
+from fastgen.kernels.dispatch import Checked, check_range, needs_gradients, plain
 
 __all__ = ["cached_attention"]
 
@@ -29,8 +29,7 @@ def cached_attention(
         store: [layers, 2, R, capacity, heads, head_dim], index 0 of the second axis are keys; changed in place.
         layer: index of the layer.
         slots: [R, n] int64, slots to write.
-        mask: [R, 1, n, limit] bool over the first slots; every row of it sees at least one, and none sees a slot
-            behind the last of `slots`.
+        mask: [R, 1, n, limit] bool over the first slots; every row of it sees at least one.
 
     Returns:
         [R, n, query_heads, head_dim] in the dtype of `store`.
@@ -43,7 +42,7 @@ def cached_attention(
     tensors = (query, key, value, store, slots, mask)
     _checked(lambda: _check(*tensors, layer), tensors, layer)
     check_range("slots", slots, store.shape[3])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not needs_gradients(query, key, value, store):
         output: Tensor = torch.ops.fastgen.cached_attention(query, key, value, store, layer, slots, mask)
         return output
     return _cached_attention(query, key, value, store, layer, slots, mask)
@@ -55,15 +54,24 @@ def _cached_attention(
     rows = torch.arange(len(slots), device=slots.device)[:, None]
     store[layer, 0, rows, slots] = key.to(store.dtype)  # under autocast the dtypes differ
     store[layer, 1, rows, slots] = value.to(store.dtype)
-    if slots.device.type == "cpu":  # slots in use are known without synchronisation, even where shapes are static
-        mask = mask[..., : int(slots.max()) + 1]
+    on_cpu = mask.device.type == "cpu" and plain(mask) and not torch.compiler.is_compiling()
+    if on_cpu:
+        mask = _without_unseen(mask)
     keys, values = store[layer, :, :, : mask.shape[-1]].transpose(2, 3)
     grouped = keys.shape[1] != query.shape[2]
     query = query.to(store.dtype).transpose(1, 2)
-    if query.shape[2] == 1 and query.device.type == "cpu":  # PyTorch's kernel takes up to 8 times as long in bfloat16
+    if on_cpu and query.shape[2] == 1 and store.dtype.itemsize == 2:  # PyTorch takes up to 8 times as long in bfloat16
         query, keys, values = query.float(), keys.float(), values.float()
     mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
     return mixed.transpose(1, 2).to(store.dtype)
+
+
+def _without_unseen(mask: Tensor) -> Tensor:
+    """The mask without the slots behind the last one that is seen: with static shapes, many are not in use yet."""
+    if not mask.numel():
+        return mask
+    seen = mask.flatten(0, 2).view(torch.uint8).amax(dim=0).nonzero()
+    return mask[..., : int(seen[-1]) + 1] if len(seen) else mask
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, store: Tensor, slots: Tensor, mask: Tensor, layer: int) -> None:

@@ -71,5 +71,6 @@ def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
         "vocab_size": ("vq_config", "num_embeddings"),
         "num_tokens": ("vision_config", "num_image_tokens"),
     }
-    found = {name: (config.get(part) or {}).get(key) for name, (part, key) in spots.items()}
+    parts = {part: config[part] for part, _ in spots.values() if isinstance(config.get(part), dict)}
+    found = {name: parts.get(part, {}).get(key) for name, (part, key) in spots.items()}
     return {name: value for name, value in found.items() if isinstance(value, int)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastgen.checks import check_integer
 from fastgen.cli.options import option_name, with_options
 from fastgen.errors import FastgenError
 from fastgen.training.recipe_settings import DrawnSettings, RecipeSettings, TrainingSettings
@@ -192,7 +193,8 @@ def _record(settings: DrawnSettings, count: int) -> None:
     folder, data = janus_folder(settings.name, settings.needed("part")), settings.needed("data")
     init = settings.path("init")
     texts = _prompts(settings.prompts_file or "shapesworld", count)
-    window, seed = settings.choices.get("window"), settings.seed or 0
+    choices, seed = settings.choices, settings.seed or 0
+    window = check_integer("window", choices["window"], 1) if "window" in choices else None
     record(folder, data, texts, count, init=init, window=window, seed=seed, report=_progress_of("samples"))
 
 

@@ -81,7 +81,8 @@ def record(
         ValueError: heads of another model, or a window or taps that do not fit them.
     """
     heads = None if init is None else load_heads(init, window)
-    window = window or (16 if heads is None else heads.config.window)
+    if window is None:
+        window = 16 if heads is None else heads.config.window
     target = load_target(folder)
     if taps is None:
         taps = (len(target.layers) // 2,) if heads is None else tuple(heads.config.taps)

@@ -223,7 +223,7 @@ def _read_checkpoint(model: str, folder: Path, hub_id: str | None) -> Checkpoint
     drafter = _named(folder, "drafter", defaults)
     own = None if drafter is None else _drafter_folder(folder / drafter)
     if kind == "janus":
-        size, name = _janus_size(config), "JanusImagePipeline"
+        size, name = _janus_size(folder, config), "JanusImagePipeline"
         return Checkpoint(model, folder, "janus", hub_id, name, defaults, fixed_size=size, drafter=own)
     return Checkpoint(model, folder, "tokens", hub_id, TOKEN_MODELS[kind][0], defaults, drafter=own)
 
@@ -346,11 +346,11 @@ def _size_limits(component: Callable[[str], Path], index: dict[str, Any]) -> tup
     return multiple, largest
 
 
-def _janus_size(config: dict[str, Any]) -> int | None:
+def _janus_size(folder: Path, config: dict[str, Any]) -> int | None:
     """Side of the square picture; None where the configuration does not say."""
     vision, vq = config.get("vision_config"), config.get("vq_config")
     if not isinstance(vision, dict) or not isinstance(vq, dict):
-        return None
+        raise FastgenError(f"{folder / 'config.json'} has no vision_config or no vq_config")
     image, patch, levels = vision.get("image_size"), vision.get("patch_size"), vq.get("channel_multiplier")
     if not (isinstance(image, int) and isinstance(patch, int) and patch > 0 and isinstance(levels, list)):
         return None

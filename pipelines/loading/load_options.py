@@ -139,7 +139,7 @@ class LoadOptions:
     def check(self, kind: type, index: Mapping[str, Any], device: torch.device, takes: tuple[str, ...] = ()) -> None:
         """Refuse what the pipeline of class `kind` or the device cannot do, before weights load. `index`: content of
         its model_index.json; `takes`: names of the options of a token model's adapter."""
-        if unknown := sorted(set(self.target) - set(takes)):
+        if unknown := sorted(str(name) for name in set(self.target) - set(takes)):
             has = f"the model has {', '.join(takes)}" if takes else "the model has no such options"
             raise FastgenError(f"options: {unknown[0]} is not allowed, {has}")
         if self.scheduler is not None:

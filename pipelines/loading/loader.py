@@ -201,9 +201,11 @@ def _speculative_parts(checkpoint: Checkpoint, folder: Path | None, load: Callab
 
     beside = folder or (checkpoint.tokenizer if checkpoint.drafter is None else None)
     parts = {"calibration": None if beside is None else Calibration.for_drafter(beside)}
-    for place in () if folder is None else (folder, heads_folder(folder)):
-        if place is not None:
-            parts["heads" if drafter_class(place) is WindowHeads else "drafter"] = load(place)
+    if folder is not None:
+        alone = drafter_class(folder) is WindowHeads
+        parts["heads" if alone else "drafter"] = load(folder)
+        if not alone and (heads := heads_folder(folder)) is not None:
+            parts["heads"] = load(heads)
     return parts
 
 

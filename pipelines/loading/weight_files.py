@@ -65,7 +65,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
     refuses truncated files and other ones."""
     try:
         found = path.stat()
-        return _header(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        return _header(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
     except OSError as error:
         raise FastgenError(f"cannot read weight file {path}: {error.strerror or error}") from error
     except SafetensorError as error:

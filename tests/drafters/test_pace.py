@@ -129,10 +129,13 @@ def test_a_benchmark_reports_pace_and_drops() -> None:
     assert drop.score == pytest.approx(0.04) and drop.stderr == pytest.approx(0.03 * 2**0.5)
     eager = {**data, "settings": {"device": "cpu", "compile": False}}
     assert made.with_results(eager).pace.times.keys() == {"cpu compiled", "cpu eager"}  # type: ignore[union-attr]
-    # Times of two runs are multiples of two plain loops: a newer run of a machine replaces the older one whole.
+    # Times of two runs are multiples of two plain loops: a newer run
+    # replaces the sources of a machine, batch and rule as a whole, and nothing else.
     newer = {**data, "rows": [row("plain loop, float32", 1.0, 1.0), row("exact heads-9", 0.2, 0.8)]}
     pace = made.with_results(newer).pace
-    assert pace is not None and pace.times == {"cpu compiled": {"1": {"exact": {"heads-9": 0.8}}}}
+    assert pace is not None
+    kept = {"cascade": {"heads-4x2": 0.6}, "exact": {"heads-9": 0.8}}
+    assert pace.times == {"cpu compiled": {"1": kept, "4": {"exact": {"heads-4": pytest.approx(2 / 3)}}}}
     assert pace.tokens["exact"] == {"heads-4": 4.0, "heads-9": 5.0} and pace.tokens["cascade"] == {"heads-4x2": 5.0}
     assert Calibration.of_dict(json.loads(json.dumps(made.as_dict()))) == made
     for broken in ({}, {"rows": rows}, {**data, "rows": rows[:2]}, {**data, "rows": [{}]}):

@@ -14,15 +14,13 @@ from fastgen.kernels.cached_attention import cached_attention
 def case(
     rows: int, n: int, heads: int, groups: int, slots: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, store of 2 layers, slots (others in every row), and a mask: every token sees itself, and none
-    a slot behind the last that is written."""
+    """Query, key, value, store of 2 layers, slots (others in every row), and a mask: every token sees itself."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, n, heads * groups, 8, generator=generator, dtype=dtype)
     key, value = torch.randn(2, rows, n, heads, 8, generator=generator, dtype=dtype)
     store = torch.randn(2, 2, rows, slots, heads, 8, generator=generator, dtype=dtype)
     places = torch.stack([torch.randperm(slots, generator=generator)[:n] for _ in range(rows)])
     mask = torch.rand(rows, 1, n, slots, generator=generator) < 0.5
-    mask[..., int(places.max()) + 1 :] = False
     mask.scatter_(3, places[:, None, :, None], True)
     return query, key, value, store, places, mask
 
@@ -64,6 +62,43 @@ def test_fewer_slots_than_the_store_and_another_dtype() -> None:
     wanted, _ = oracle(query.bfloat16(), key.bfloat16(), value.bfloat16(), store, 0, places, mask)
     got = cached_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), store, 0, places, mask)
     assert got.dtype == torch.float32 and torch.allclose(got.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 3])
+def test_every_dtype_keeps_its_precision(dtype: torch.dtype, n: int) -> None:
+    """A single token in half precision attends in float32, one in float64 does not."""
+    query, key, value, store, places, mask = case(2, n, 2, 1, 9, 3, dtype)
+    wanted, _ = oracle(query, key, value, store, 1, places, mask)
+    got = cached_attention(query, key, value, store, 1, places, mask)
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
+
+
+def test_a_token_may_see_slots_behind_those_that_are_written() -> None:
+    query, key, value, store, _, _ = case(1, 1, 2, 1, 9, 4)
+    places, mask = torch.tensor([[2]]), torch.zeros(1, 1, 1, 9, dtype=torch.bool)
+    mask[..., 7] = True
+    wanted, _ = oracle(query, key, value, store, 1, places, mask)
+    assert torch.allclose(cached_attention(query, key, value, store, 1, places, mask).double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(0, 2), (2, 0)])
+def test_nothing_gives_nothing(rows: int, n: int) -> None:
+    query, key, value = (torch.zeros(rows, n, 2, 8) for _ in range(3))
+    store, places = torch.zeros(2, 2, rows, 5, 2, 8), torch.zeros(rows, n, dtype=torch.int64)
+    mask = torch.ones(rows, 1, n, 5, dtype=torch.bool)
+    assert cached_attention(query, key, value, store, 0, places, mask).shape == (rows, n, 2, 8)
+
+
+def test_compiled_it_has_gradients() -> None:
+    query, key, value, store, places, mask = case(2, 3, 2, 1, 7, 5)
+    gradients = []
+    for way in (cached_attention, torch.compile(cached_attention, backend="aot_eager")):
+        leaf = query.clone().requires_grad_()
+        way(leaf, key, value, store.clone(), 1, places, mask).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5) and gradients[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])

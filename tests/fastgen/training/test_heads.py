@@ -132,12 +132,15 @@ def test_bad_requests_are_one_line(
         (["--data", str(windows.folder), "--set", "window=2"], "the heads correct up to 2"),
         (["--data", str(windows.folder), "--set", "taps=[0]"], "taps"),
         (["--samples", "4"], "needs --data"),
+        (["--data", str(tmp_path / "new"), "--samples", "2", "--set", "window=0"], "window: 0 is not allowed"),
+        (["--data", str(tmp_path / "new"), "--samples", "2", "--set", "window=null"], "window"),
         (["--data", str(windows.folder), "--init", str(heads), "--set", "window=3"], "window"),
         (["--data", str(windows.folder), "--init", str(heads), "--set", "width=32"], "belong to new heads"),
     ):
         assert run([*part, *options]) == 2
         said = capsys.readouterr().err
         assert word in said and "Traceback" not in said
+    assert not (tmp_path / "new").exists()  # nothing was recorded first
     other = WindowHeads.for_target(target, width=16)
     other.register_to_config(vocab_size=7)
     with pytest.raises(ValueError, match="vocab_size 7"):

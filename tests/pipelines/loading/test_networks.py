@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_unets
 
+from fastgen.cli.main import run
 from fastgen.errors import FastgenError
 from fastgen.pipelines.loading import load_pipeline, loader
 from fastgen.pipelines.loading.checkpoint import embedded_folder, find_checkpoint
@@ -151,6 +152,26 @@ def test_a_drafter_of_another_model_is_refused(janus: Path, file: str, values: d
     edit(janus / file, **values)
     with pytest.raises(FastgenError, match=r"drafter|heads"):
         load_pipeline(str(janus), method="speculative")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_drafter_in_the_place_of_the_heads_is_refused(janus: Path) -> None:
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        shutil.copy(janus / "drafter" / file, janus / "drafter/heads" / file)
+    with pytest.raises(FastgenError, match="heads"):
+        load_pipeline(str(janus), method="speculative")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("part", ["vision_config", "vq_config", "text_config"])
+@pytest.mark.parametrize("value", [None, "x", [1]])
+def test_a_part_of_a_configuration_that_is_no_object_is_one_line(janus: Path, part: str, value: Any) -> None:
+    edit(janus / "config.json", **{part: value})
+    for method in (None, "speculative"):
+        with pytest.raises(FastgenError) as caught:
+            load_pipeline(str(janus), method=method)
+        assert "\n" not in str(caught.value)
+    assert run(["generate", "a red circle", "--model", str(janus), "--method", "speculative"]) == 2
 
 
 @pytest.mark.usefixtures("unread")
