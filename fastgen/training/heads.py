@@ -23,7 +23,7 @@ from fastgen.pretrained import load_pretrained
 from fastgen.training.cards import write_record
 from fastgen.training.windows import Windows, record_windows
 
-__all__ = ["HeadsRecipe", "load_heads", "load_target", "record"]
+__all__ = ["HeadsRecipe", "initial_heads", "load_target", "record"]
 
 _ROUNDS = 8  # per picture in a batch
 #: Loss weights of a window's places: few rounds reach the later ones.
@@ -38,8 +38,8 @@ def load_target(folder: Path) -> Target:
     return target_of(pipe.model.requires_grad_(False), pipe.tokenizer)
 
 
-def load_heads(folder: Path, window: int | None = None) -> WindowHeads:
-    """Load heads in float32.
+def initial_heads(folder: Path, window: int | None = None) -> WindowHeads:
+    """Load the heads that training or a recording starts from, in float32.
 
     Args:
         folder: of the heads.
@@ -77,10 +77,10 @@ def record(
         taps: layers whose inputs new heads will read; None takes those of `init`, or the middle one.
 
     Raises:
-        FastgenError: see `record_windows` and `load_heads`.
+        FastgenError: see `record_windows` and `initial_heads`.
         ValueError: heads of another model, or a window or taps that do not fit them.
     """
-    heads = None if init is None else load_heads(init, window)
+    heads = None if init is None else initial_heads(init, window)
     if window is None:
         window = 16 if heads is None else heads.config.window
     target = load_target(folder)

@@ -226,11 +226,11 @@ class Heads(
     set: Any = key_values("window (places, also of recorded windows), or the new heads' configuration")
 
     def _build(self, seed: int) -> Recipe:
-        from fastgen.training.heads import HeadsRecipe, load_heads, load_target
+        from fastgen.training.heads import HeadsRecipe, initial_heads, load_target
         from fastgen.training.windows import Windows
 
         init, new = self.path("init"), dict(self.choices)
-        heads = None if init is None else load_heads(init, new.pop("window", None))
+        heads = None if init is None else initial_heads(init, new.pop("window", None))
         if heads is not None and new:
             raise FastgenError(f"recipe heads: {', '.join(new)} belong to new heads, not to those of --init")
         folder = janus_folder(self.name, self.needed("part"))

@@ -17,7 +17,7 @@ from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import Target
 from fastgen.errors import FastgenError
 from fastgen.training.engine import Trainer
-from fastgen.training.heads import HeadsRecipe, load_heads, load_target
+from fastgen.training.heads import HeadsRecipe, initial_heads, load_target
 from fastgen.training.train_config import TrainConfig
 from fastgen.training.windows import WindowRecorder, Windows, record_windows
 
@@ -117,7 +117,7 @@ def test_the_command_line_records_trains_and_records_with_heads(
     assert run([*again, "--steps", "1", "--samples", "2", "--set", "window=9"]) == 0
     assert Windows(more).asked["source"] != "" == Windows(data).asked["source"]
     assert [Windows(folder).window for folder in (data, more)] == [6, 9]
-    assert load_heads(tmp_path / "second" / "model").config.window == 9
+    assert initial_heads(tmp_path / "second" / "model").config.window == 9
 
 
 def test_bad_requests_are_one_line(
