@@ -31,7 +31,7 @@ _COMMANDS = {
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
     "bench-dc": "bench dc --tail-drop 0 --images-per-prompt 1 --runs 3",
-    "bench-dc-speed": "bench dc-speed --size XL@512 --size z-image@1024 --no-compile --seconds 90",
+    "bench-dc-speed": "bench dc-speed --seconds 500",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
     "bench-speculative": "bench speculative --images-per-prompt 1 --timed-prompts 12 --runs 4 --batch 4 --batch 16 "
     "--commands 5",

@@ -39,7 +39,7 @@ def benchmark_dc_quality(
     peers: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 4,
     timed_prompts: int = 24,
     runs: int = 5,
     device: str = "cpu",

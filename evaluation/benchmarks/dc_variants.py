@@ -51,7 +51,7 @@ class Choice:
 
 
 FULL = Choice()
-QUICK = Choice((0.0, 0.5), (6,), (), (0.1,), (0.06,), (2,))
+QUICK = Choice((0.0,), (6,), (), (0.1,), (0.06,), (2,))
 
 
 @dataclass(frozen=True)
