@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgen.evaluation.report import figure_of, markdown_table, percent, plot_scores, provenance, table_page
+from fastgen.evaluation.report import (
+    figure_of,
+    markdown_table,
+    paired_cells,
+    percent,
+    plot_scores,
+    provenance,
+    table_page,
+)
 
 __all__ = ["dc_markdown", "dc_quality_markdown", "dc_quality_plot", "pareto_front"]
 
@@ -45,6 +53,7 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench dc`: scores against FLOPs and seconds."""
     base, other, rows = data["rows"][0], data["flops_beside"], []
     front = [row["variant"] for row in pareto_front(data["rows"])]
+    compares = any(row.get("paired") for row in data["rows"])
     for row in data["rows"]:
         kept = "" if row["kept"] is None else percent(row["kept"])
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
@@ -59,16 +68,18 @@ def dc_quality_markdown(data: dict[str, Any]) -> str:
                 ),
                 f"{(row['flops'] - other) / (base['flops'] - other):.3f}",
                 *(f"{seconds:.4f}", f"{seconds / base['seconds']['p50']:.3f}"),
-                *(percent(row["score"]), percent(row["stderr"]), distance),
+                *(percent(row["score"]), percent(row["stderr"]), *paired_cells(row, compares), distance),
             ]
         )
     note = (
         f"{other / 1e9:.2f} GFLOPs of every picture are the text encoder's and the decoder's, which no method here "
         "touches; the ratio of the denoiser leaves them out. * on the Pareto front: no other row has its score "
-        "in less time.\n\n"
+        "in less time."
+        + (" The score against the first row's with 95 % of it, paired by prompt." if compares else "")
+        + "\n\n"
     )
     header = ["variant", "kept %", "GFLOPs", "ratio", "denoiser's", "s/picture", "ratio", "score", "± s.e."]
-    table = markdown_table([*header, "FD-shapes"], rows)
+    table = markdown_table([*header, *["against the first"] * compares, "FD-shapes"], rows)
     return note + table + "\n" + _router_markdown(data) + "\n" + provenance(data) + "\n"
 
 
@@ -89,10 +100,13 @@ def _router_markdown(data: dict[str, Any]) -> str:
         for row in router["rows"]
     ]
     steps = next(row["kept_by_step"] for row in data["rows"] if row["kept_by_step"])
+    aim = ""
+    if n := router.get("compression"):
+        aim = f" Training aims at {percent(1 / n)} kept at every noise level, half to twice that is allowed."
     return (
         f"Router on {router['renders']} fresh renders: natural kept share, and mean boundary probability of positions "
         "on object boundaries, inside objects and in the background (all in percent); over all noise levels that of "
-        f"boundaries is {router['boundary_to_background']:.1f} times that of the background.\n\n"
+        f"boundaries is {router['boundary_to_background']:.1f} times that of the background.{aim}\n\n"
         + markdown_table(["sigma", "kept", "boundary", "inside", "background"], rows)
         + "\nKept while drawing without tail drop, first to last step: "
         + ", ".join(f"{share:.0%}" for share in steps)

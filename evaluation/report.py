@@ -11,6 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 from fastgen.errors import FastgenError
 
 
+def paired_cells(row: dict[str, Any], shown: bool) -> list[str]:
+    """The cell of a row's "paired" difference in points, with its interval; none where the table does not show it."""
+    if not (paired := row.get("paired")):
+        return [""] * shown
+    low, high = (100 * end for end in paired["ci"])
+    return [f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})"]
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """`value` in percent, or a dash."""
     return "–" if value is None else f"{100 * value:.{digits}f}"

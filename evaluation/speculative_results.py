@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
-from fastgen.evaluation.report import figure_of, percent, plot_scores, table_page
+from fastgen.evaluation.report import figure_of, paired_cells, percent, plot_scores, table_page
 
 __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
@@ -20,17 +20,19 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         distance = "" if row["fd"] is None else f"{row['fd']:.2f}"
         judged = "" if row["verifier"] is None else percent(row["verifier"])
         score = ["", ""] if row["score"] is None else [percent(row["score"]), percent(row["stderr"])]
-        paired = row.get("paired")
-        against = [""] * compares
-        if paired is not None:
-            low, high = (100 * end for end in paired["ci"])
-            against = [f"{100 * paired['difference']:+.1f} ({low:+.1f} to {high:+.1f})"]
         made = row.get("pictures_a_minute", {})
         rows.append(
             [
                 *(row["variant"], f"{row['target_pass_ratio']:.3f}", f"{row['accepted_length']:.2f}"),
                 *(f"{row['seconds']['p50']:.3f}", f"{row['speedup_vs_fastest_plain']:.2f}"),
-                *(f"{row['speedup_vs_stock']:.2f}", f"{row['stolen']:.1f}", *score, *against, distance, judged),
+                *(
+                    f"{row['speedup_vs_stock']:.2f}",
+                    f"{row['stolen']:.1f}",
+                    *score,
+                    *paired_cells(row, compares),
+                    distance,
+                    judged,
+                ),
                 *(f"{made[size]:.0f}" if size in made else "" for size in sizes),
             ]
         )

@@ -20,7 +20,7 @@ from fastgen.checks import check_integer
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.dc_variants import FULL, Choice, Variant, variants_of
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
-from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.benchmarks.quality import paired_difference, score_row
 from fastgen.evaluation.benchmarks.router_statistics import router_statistics
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.runner import RunSettings, spread
@@ -65,7 +65,8 @@ def benchmark_dc_quality(
         a JSON-ready dict: "environment", "settings", "router" (see `router_statistics`), "flops_beside" (of text
         encoder and decoder, a picture: no method here touches them) and "rows" with variant, steps and guidance_scale
         (None: the model's own), tail_drop (a list: one a step), uncond_tail_drop, flops and seconds a picture, kept
-        share of the tokens (of all, and of the first to the last step), score, stderr and fd.
+        share of the tokens (of all, and of the first to the last step), score, stderr, fd, and "paired": difference of
+        the score to the first row's with its 95 % interval, by prompts as pairs.
 
     Raises:
         FastgenError: a number out of range, or a model that does not fit.
@@ -83,6 +84,7 @@ def benchmark_dc_quality(
     prompts = shapes_prompts(limit)
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     for variant in variants:
         report(variant.name)
         run = RunSettings(
@@ -94,7 +96,8 @@ def benchmark_dc_quality(
             variant=model_variant,
         )
         scores = score_row(folder, prompts, run, partial(_pictures, variant, batch_size), detector)
-        judge, _ = scores.pop("detector"), scores.pop("prompts")
+        judge = scores.pop("detector")
+        scored.append({"prompts": scores.pop("prompts"), **scores})
         rows.append(
             {
                 "variant": variant.name,
@@ -103,6 +106,7 @@ def benchmark_dc_quality(
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
                 "guidance_scale": variant.settings.get("guidance_scale"),
                 **scores,
+                "paired": paired_difference(scored[0], scored[-1]),
             }
         )
     report("router")

@@ -42,8 +42,8 @@ class Choice:
         taylor: intervals of TaylorSeer.
     """
 
-    tail_drops: Sequence[float] = (0.0, 0.3, 0.6)
-    steps: Sequence[int] = (4, 6, 8, 12, 20)
+    tail_drops: Sequence[float] = (0.0, 0.3)
+    steps: Sequence[int] = (3, 4, 6, 8, 12, 20)
     guidance_scales: Sequence[float] = ()
     first_block: Sequence[float] = (0.1, 0.3)
     mag: Sequence[float] = (0.06, 0.24)
@@ -51,7 +51,7 @@ class Choice:
 
 
 FULL = Choice()
-QUICK = Choice((0.0,), (6,), (), (0.1,), (0.06,), (2,))
+QUICK = Choice((0.0,), (6,), (), (), (0.06,), ())
 
 
 @dataclass(frozen=True)

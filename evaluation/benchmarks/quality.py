@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.metadata import Metadata
 from fastgen.evaluation.geneval.shapes_checker import ShapesModel
+from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import EvaluationRun, RunSettings
 from fastgen.evaluation.shapesworld import score_folder
 from fastgen.evaluation.verifiers.base import Verifier, picture_scores
 
-__all__ = ["score_row"]
+__all__ = ["paired_difference", "score_row"]
 
 Draw = Callable[[list[str], list[int]], Iterator[Image.Image]]
 
@@ -59,3 +61,11 @@ def score_row(
         "prompts": scores["prompts"],
         **judged,
     }
+
+
+def paired_difference(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The difference of the scores of two results of `score_row` and its 95 % interval, by prompts as pairs; None
+    where a task has too few prompts."""
+    difference, errors = row["score"] - base["score"], paired_errors(dict(base), dict(row))
+    reach = 1.96 * errors[OVERALL] if errors else None
+    return None if reach is None else {"difference": difference, "ci": [difference - reach, difference + reach]}

@@ -52,8 +52,9 @@ def router_statistics(pipe: ZImagePipeline, renders: int = 256, seed: int = 0, s
         size: pixels a side of the renders, a multiple of 64.
 
     Returns:
-        a JSON-ready dict: "renders", "seed", "rows" from noisy to clean with sigma, kept, and the mean p of boundary,
-        inside and background cells; "boundary_to_background", the ratio of the means over all rows.
+        a JSON-ready dict: "renders", "seed", "compression" (training aims at one kept token in so many), "rows" from
+        noisy to clean with sigma, kept, and the mean p of boundary, inside and background cells;
+        "boundary_to_background", the ratio of the means over all rows.
 
     Raises:
         FastgenError: renders < 1, or a transformer without dynamic chunking.
@@ -90,6 +91,7 @@ def router_statistics(pipe: ZImagePipeline, renders: int = 256, seed: int = 0, s
     return {
         "renders": renders,
         "seed": seed,
+        "compression": pipe.transformer.config.compression,
         "rows": rows,
         "boundary_to_background": boundary / background,
     }

@@ -32,11 +32,9 @@ from fastgen.drafters.targets import Target, target_of
 from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of, take_turns
-from fastgen.evaluation.benchmarks.quality import score_row
+from fastgen.evaluation.benchmarks.quality import paired_difference, score_row
 from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, Variant, parse_variant
-from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
-from fastgen.evaluation.measures import OVERALL
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
@@ -152,7 +150,7 @@ def benchmark_speculative(
     for row, scores in zip(ours, scored, strict=True):
         row |= {name: value for name, value in scores.items() if name != "prompts"}
         if scores and row is not unspeculated:
-            row["paired"] = _paired(scored[0], scores)
+            row["paired"] = paired_difference(scored[0], scores)
     for batch in batches:
         report(f"batch {batch}")
         made = _throughputs(targets, law, rows_of, dtype, chosen, batch, compile)
@@ -267,13 +265,6 @@ def _scores(
             )
         )
     return scored
-
-
-def _paired(plain: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The difference of the scores, and 95 % of it."""
-    difference = row["score"] - plain["score"]
-    reach = 1.96 * paired_errors(dict(plain), dict(row)).get(OVERALL, float("nan"))
-    return {"difference": difference, "ci": [difference - reach, difference + reach]}
 
 
 def _throughputs(

@@ -19,6 +19,7 @@ from tiny_pipelines import loaded
 from fastgen.cli.main import run
 from fastgen.evaluation.benchmarks.dc_variants import Choice, variants_of
 from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer
+from fastgen.evaluation.benchmarks.quality import paired_difference
 from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
 from fastgen.evaluation.dc_results import pareto_front
 from fastgen.pipelines.flow_solver import unipc_of_flow
@@ -98,6 +99,29 @@ def test_the_front_is_pareto_optimal(points: list[tuple[int, int]]) -> None:
     assert front == unbeaten
 
 
+def test_scores_are_compared_by_prompts_as_pairs() -> None:
+    """Two tasks, by hand: prompts that both models draw alike add nothing to the interval."""
+
+    def result(hits: dict[str, list[int]]) -> dict[str, Any]:
+        prompts = [
+            {"tag": tag, "prompt": f"{tag} {i}", "images": 2, "correct": correct}
+            for tag, of in hits.items()
+            for i, correct in enumerate(of)
+        ]
+        scores = [sum(of) / (2 * len(of)) for of in hits.values()]
+        return {"score": sum(scores) / 2, "tasks": dict(zip(hits, scores, strict=True)), "prompts": prompts}
+
+    base = result({"counting": [0, 1, 2, 2], "colors": [2, 2, 1]})
+    row = result({"counting": [0, 1, 2, 0], "colors": [2, 2, 1]})
+    found = paired_difference(base, row)
+    assert found is not None and found["difference"] == pytest.approx(-0.125)
+    # One of four prompts loses both pictures: moves -3/16, 1/16, 1/16, 1/16; half of it is the mean of the two tasks'.
+    error = (4 / 3 * (9 + 3) / 256) ** 0.5 / 2
+    assert found["ci"] == pytest.approx([-0.125 - 1.96 * error, -0.125 + 1.96 * error])
+    assert paired_difference(base, base) == {"difference": 0.0, "ci": [0.0, 0.0]}
+    assert paired_difference(result({"a": [1], "b": [2]}), result({"a": [1], "b": [2]})) is None
+
+
 def test_a_chunked_model_with_a_solver_of_its_own_lends_it_to_the_dense_one(
     micro_z: Path, micro_dc: Path, tmp_path: Path
 ) -> None:
@@ -131,10 +155,9 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     assert printed == json.loads((tmp_path / "dc.json").read_text())
     rows = {row["variant"]: row for row in printed["rows"]}
     assert list(rows) == [
-        "dense", "dense 3 steps", "dense first-block-cache 0.1", "dense taylorseer 2", "dense magcache 0.06",
+        "dense", "dense 3 steps", "dense magcache 0.06",
         "dc 0", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9", "dc late lite-cfg 0.98",
         "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 3 steps",
-        "dc 0 lite-cfg 0.9 first-block-cache 0.1",
         "dense guidance 3", "dc 0 guidance 3", "dc late lite-cfg 0.98 guidance 3",
     ]  # fmt: skip
     assert rows["dc late lite-cfg 0.98"]["tail_drop"] == [0.95, 0.99]  # of two steps
@@ -149,6 +172,7 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     assert rows["dense"]["kept_by_step"] is None and len(rows["dc 0"]["kept_by_step"]) == 2
     assert [row["sigma"] for row in printed["router"]["rows"]] == sorted(SIGMAS, reverse=True)
     assert all(0 < row["boundary"] < 1 for row in printed["router"]["rows"])
+    assert printed["router"]["compression"] == 4 and all(row["paired"] is None for row in rows.values())
     assert 0 < printed["flops_beside"] < min(row["flops"] for row in rows.values())
     # The pictures are there: a second run draws none, and its table and plot can be made.
     pytest.importorskip("matplotlib")

@@ -323,11 +323,14 @@ def test_the_command_under_its_launchers(tmp_path: Path, launcher: str) -> None:
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--model", "renders", "--limit", "1", "--images-per-prompt", "2", "--json", "--allow-small"]
+    options += ["--batch-size", "4"]
     command = ["-m", "fastgen", "eval", "shapes", *options, "--out"]
     plain = subprocess.run(
         [sys.executable, *command, str(tmp_path / "one")], capture_output=True, text=True, check=True, env=environment
     )
-    two = ["--nproc-per-node", "2", "--standalone"] if "torch." in launcher else ["--cpu", "--num_processes", "2"]
+    two = (
+        ["--nproc-per-node", "2", "--standalone"] if "torch." in launcher else ["--multi_gpu", "--num_processes", "2"]
+    )
     shared = subprocess.run(
         [sys.executable, "-m", launcher, *two, *command, str(tmp_path / "two")],
         capture_output=True,
@@ -337,6 +340,7 @@ def test_the_command_under_its_launchers(tmp_path: Path, launcher: str) -> None:
     )
     assert shared.returncode == 0, shared.stderr
     first, second = json.loads(plain.stdout), json.loads(shared.stdout)
+    assert (tmp_path / "two" / "timing-1.json").is_file()  # of a second process
     assert first["tasks"] == second["tasks"]
     assert second["fd_shapes"]["value"] == pytest.approx(first["fd_shapes"]["value"], rel=1e-9)
 

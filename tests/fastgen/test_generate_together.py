@@ -81,7 +81,14 @@ def test_an_error_of_one_process_ends_both(micro_z: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_accelerate_launch_shares_them(micro_z: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]  # without a GPU: on the CPU
     shared = subprocess.run(
         [*launcher, "-m", "fastgen", *_words(micro_z, tmp_path, "two")],
         capture_output=True,

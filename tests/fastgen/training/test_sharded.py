@@ -23,6 +23,13 @@ from fastgen.errors import FastgenError
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "helpers" / "train_sharded.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+]  # without a GPU: two on the CPU
 RECIPES = ["dc-graft", "dc-finetune", "dc-patch"]
 
 
@@ -37,8 +44,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(output: Path, model: Path, pictures: Path, **options: Any) -> Any:
-    command = [sys.executable, *TORCHRUN, str(SCRIPT), str(output), str(model), str(pictures), json.dumps(options)]
+def launch(output: Path, model: Path, pictures: Path, launcher: list[str] = TORCHRUN, **options: Any) -> Any:
+    command = [sys.executable, *launcher, str(SCRIPT), str(output), str(model), str(pictures), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
@@ -81,12 +88,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(
 def test_killed_and_resumed_training_ends_with_the_same_bits(
     together: Path, micro_z: Path, pictures: Path, tmp_path: Path
 ) -> None:
+    """Killed under torchrun, resumed under `accelerate launch`."""
     options = {"recipes": ["dc-patch"], "batch_size": 16}
     assert launch(tmp_path, micro_z, pictures, kill_at=2, **options).returncode != 0
     assert (tmp_path / "dc-patch" / "checkpoint-2").is_dir()
     with pytest.raises(FastgenError, match="processes is 2 there and 1 now"):
         train("dc-patch", tmp_path, micro_z, pictures, batch_size=16)
-    done = launch(tmp_path, micro_z, pictures, **options)
+    done = launch(tmp_path, micro_z, pictures, ACCELERATE, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = (state(folder / "dc-patch") for folder in (together, tmp_path))
 
