@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgen.evaluation.dc_results import pareto_front
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -55,6 +57,24 @@ def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> No
     for row in same:
         assert row["kept_by_step"][-1] > 4 * row["kept_by_step"][1], row["variant"]
     assert data["router"]["boundary_to_background"] >= 2
+
+
+def test_dynamic_chunking_against_its_rivals() -> None:
+    """Within 1.5 points of the dense model in half of its seconds, and above all that takes no more time up to there;
+    the router keeps half to twice of what it aims at."""
+    data, rows = rows_of("bench-dc")
+    dense, chunked = rows["dense"], rows["dc 0 lite-cfg 0.9"]
+    assert chunked["score"] >= dense["score"] - 0.015
+    assert chunked["seconds"]["p50"] <= 0.5 * dense["seconds"]["p50"]
+    front = pareto_front(data["rows"])
+    fast = [row for row in front if row["seconds"]["p50"] <= chunked["seconds"]["p50"]]
+    assert fast[-1] is chunked and all(row["variant"].startswith("dc ") for row in fast)
+    rivals = [row for name, row in rows.items() if name.startswith("dense")]
+    for row in fast:
+        as_fast = [rival["score"] for rival in rivals if rival["seconds"]["p50"] <= row["seconds"]["p50"]]
+        assert row["score"] >= max(as_fast, default=0) + 0.03, row["variant"]
+    assert {"dense 4 steps", "dense 20 steps", "dense UniPC 6 steps", "dense magcache 0.06"} <= rows.keys()
+    assert all(0.25 <= row["kept"] <= 1 for row in data["router"]["rows"])
 
 
 def test_speculative_decoding_against_the_plain_loop() -> None:
