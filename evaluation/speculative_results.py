@@ -36,6 +36,7 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         )
     header = ["variant", "passes", "accepted", "s/picture", "x plain", "x stock", "stolen", "score", "± s.e."]
     header += ["against plain"] * compares + ["FD-shapes", "verifier", *(f"batch {size}" for size in sizes)]
+    default = data["settings"].get("default")
     note = (
         "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
         "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; "
@@ -43,7 +44,9 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         + "mean score by the embedded verifier"
         + ("; pictures a minute by batch size" if sizes else "")
         + "".join(f"; `{row['what']}` takes {row['seconds']['p50']:.2f} s" for row in data.get("commands", []))
-        + ".\n\n"
+        + "."
+        + (f" Without `--tree`, one picture by `exact` drafts with `{default}` here." if default else "")
+        + "\n\n"
     )
     return table_page(note, header, rows, data)
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from fastgen.checks import check_integer
-from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.acceptance import AcceptanceRule, Exact
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
@@ -33,7 +33,7 @@ from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.quality import score_row
-from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, Variant, parse_variant
+from fastgen.evaluation.benchmarks.speculative_variants import Variant, default_variants, parse_variant
 from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.measures import OVERALL
@@ -42,6 +42,7 @@ from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.loading.checkpoint import find_checkpoint
+from fastgen.pipelines.speculative import SpeculativeImagePipeline
 from fastgen.pipelines.token_images import as_output
 
 __all__ = ["benchmark_speculative"]
@@ -53,7 +54,7 @@ def benchmark_speculative(
     *,
     model_variant: str | None = None,
     drafters: Mapping[str, Path] | None = None,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] | None = None,
     quality: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
@@ -75,7 +76,7 @@ def benchmark_speculative(
         folder: of the pictures; a killed run continues there.
         model_variant: of the weight files, as in diffusers.
         drafters: folders of drafters by name, for variants with trees; None takes the model's own.
-        variants: see `parse_variant`.
+        variants: see `parse_variant`; None takes the `default_variants`.
         quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures of the evaluation set in one batch.
@@ -126,6 +127,9 @@ def benchmark_speculative(
         own_heads = None if checkpoint.drafter is None else load_heads(checkpoint.drafter, target.dtype)
         heads[kind] = None if own_heads is None else own_heads.to(target.device)
         pipes[kind], targets[kind] = pipe, target
+    drafter, calibration = next(iter(known[dtype].values()), (None, None))
+    if variants is None:
+        variants = default_variants(heads[dtype], calibration is not None)
     # What "auto" takes is one of the kinds that the others are.
     fixed = [text for text in variants if text.split()[1:2] != ["auto"]]
     gated = [parse_variant(text, targets["float32"], known["float32"], heads=heads["float32"]) for text in fixed]
@@ -174,12 +178,20 @@ def benchmark_speculative(
         "compile": compile,
         "threads": torch.get_num_threads(),
         "target": describe(target),
+        "default": _default_source(pipes[dtype], drafter, calibration, heads[dtype], compile),
     }
     whole = []
     if commands:
         report("commands")
         whole = _commands(["--model", model, "--device", device], model_variant, chosen[0], commands)
     return result_of("speculative", settings, rows=rows, commands=whole)
+
+
+def _default_source(pipe: Any, drafter: Any, calibration: Any, heads: WindowHeads | None, compile: bool) -> str:
+    """What the pipeline drafts with for the rule "exact" and one picture, where no tree is given."""
+    whole = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, drafter, calibration, heads)
+    whole.compile(compile)
+    return whole.fastest(whole.target, Exact(), 1)[0]
 
 
 def _commands(options: list[str], variant: str | None, prompt: str, runs: int) -> list[dict[str, Any]]:
