@@ -226,8 +226,8 @@ def test_every_decision_is_that_of_the_exact_rule_and_one_percent_is_seen(
 ) -> None:
     """Coins and probabilities are known, so each decision of 300 pictures is checked exactly.
     A change of 1 % in the acceptances flips a decision where the coin lies between the two thresholds. How many that
-    are is Poisson with a mean of `seen`: above 8, none are found once in 3,000 changes. For the tree of a drafter, whose
-    children are drawn without replacement, the mean is 14: none are found once in a million changes.
+    are is Poisson with a mean of `seen`: above 8, none are found once in 3,000 changes. For a drafter's
+    tree, whose children are drawn without replacement, the mean is 14: none are found once in a million changes.
 
     The probabilities are those of the finished picture."""
     target = FewTokens(janus, 16)
