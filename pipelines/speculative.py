@@ -391,6 +391,7 @@ def _check_parts(
         if not isinstance(calibration, Calibration):
             raise FastgenError(f"calibration: {type(calibration).__name__} is not a Calibration")
         calibration.check(describe(target))
+        calibration.check_weights(model=model, drafter=drafter)
     return target
 
 

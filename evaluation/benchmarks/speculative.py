@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from fastgen.checks import check_integer
-from fastgen.drafters.acceptance import AcceptanceRule, Exact
+from fastgen.drafters.acceptance import AcceptanceRule
 from fastgen.drafters.auto import choose_source
 from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.decode import Decoded, decode_plain, decode_speculative
@@ -33,7 +33,12 @@ from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.quality import score_row
-from fastgen.evaluation.benchmarks.speculative_variants import Variant, default_variants, parse_variant
+from fastgen.evaluation.benchmarks.speculative_variants import (
+    Variant,
+    default_source,
+    default_variants,
+    parse_variant,
+)
 from fastgen.evaluation.compare import paired_errors
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.measures import OVERALL
@@ -42,7 +47,6 @@ from fastgen.evaluation.shapesworld import shapes_prompts
 from fastgen.evaluation.verifiers.shapes_verifier import ShapesVerifier
 from fastgen.pipelines.loading import load_checkpoint
 from fastgen.pipelines.loading.checkpoint import find_checkpoint
-from fastgen.pipelines.speculative import SpeculativeImagePipeline
 from fastgen.pipelines.token_images import as_output
 
 __all__ = ["benchmark_speculative"]
@@ -128,6 +132,7 @@ def benchmark_speculative(
         heads[kind] = None if own_heads is None else own_heads.to(target.device)
         pipes[kind], targets[kind] = pipe, target
     drafter, calibration = next(iter(known[dtype].values()), (None, None))
+    default = default_source(pipes[dtype], drafter, calibration, heads[dtype], compile)
     if variants is None:
         variants = default_variants(heads[dtype], calibration is not None)
     # What "auto" takes is one of the kinds that the others are.
@@ -178,20 +183,13 @@ def benchmark_speculative(
         "compile": compile,
         "threads": torch.get_num_threads(),
         "target": describe(target),
-        "default": _default_source(pipes[dtype], drafter, calibration, heads[dtype], compile),
+        "default": default,
     }
     whole = []
     if commands:
         report("commands")
         whole = _commands(["--model", model, "--device", device], model_variant, chosen[0], commands)
     return result_of("speculative", settings, rows=rows, commands=whole)
-
-
-def _default_source(pipe: Any, drafter: Any, calibration: Any, heads: WindowHeads | None, compile: bool) -> str:
-    """What the pipeline drafts with for the rule "exact" and one picture, where no tree is given."""
-    whole = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, drafter, calibration, heads)
-    whole.compile(compile)
-    return whole.fastest(whole.target, Exact(), 1)[0]
 
 
 def _commands(options: list[str], variant: str | None, prompt: str, runs: int) -> list[dict[str, Any]]:
@@ -390,9 +388,7 @@ def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
 
     return {
         "variant": name,
-        "rule": None,
-        "drafter": None,
-        "tree": None,
+        **dict.fromkeys(("rule", "drafter", "tree", "score", "stderr", "fd", "verifier")),
         "target_pass_ratio": 1.0,
         "seconds": times[name],
         "speedup_vs_fastest_plain": fastest("plain loop") / times[name]["p50"],
@@ -400,8 +396,4 @@ def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
         "accepted_length": 1.0,
         "accepted_without_bonus": 0.0,
         "stolen": 0.0,
-        "score": None,
-        "stderr": None,
-        "fd": None,
-        "verifier": None,
     }
