@@ -11,6 +11,9 @@ from fastgen.evaluation.report import figure_of, percent, plot_scores, table_pag
 __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
 
+_NAMED = 10  # more names at points of a plot would hide each other
+
+
 def speculative_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench speculative`: passes, seconds and quality."""
     rows = []
@@ -67,7 +70,8 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
 
 
 def speculative_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against the speed-up, one series a rule.
+    """Score with its standard error against the speed-up; a colour a rule, and the names of up to ten rows at their
+    points.
 
     Raises:
         FastgenError: matplotlib is not installed, or the result has no scores.
@@ -76,13 +80,21 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     if not rows:
         raise FastgenError("--plot: the result has no scores")
     figure, (panel,) = figure_of(1)
+    figure.set_size_inches(7, 4.2)
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["rule"] or "plain loop", []).append(row)
-    # The plain loops draw the same distribution, so the score of one stands for the fastest.
-    plot_scores(
-        panel, series, lambda row: 1.0 if row["rule"] is None else row["speedup_vs_fastest_plain"], linestyle="none"
-    )
+
+    def gain(row: dict[str, Any]) -> float:
+        # The plain loops draw the same distribution, so the score of one stands for the fastest.
+        return 1.0 if row["rule"] is None else float(row["speedup_vs_fastest_plain"])
+
+    plot_scores(panel, series, gain, linestyle="none")
+    if len(rows) > _NAMED:
+        panel.legend(fontsize=8)
+    for row in rows if len(rows) <= _NAMED else ():
+        name, place = row["variant"] if row["rule"] else "plain loop", (gain(row), 100 * row["score"])
+        beside = {"xytext": (-9, 0), "textcoords": "offset points", "rotation": 90, "ha": "center", "va": "center"}
+        panel.annotate(name, place, fontsize=8, **beside)
     panel.set_xlabel("speed-up against the fastest plain loop")
-    panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -22,7 +22,7 @@ from fastgen.evaluation.benchmarks import speculative
 from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
 from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, default_variants, parse_variant
-from fastgen.evaluation.speculative_results import speculative_markdown
+from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 from fastgen.pipelines.janus import JanusImagePipeline
 
 NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto", "exact plain"]
@@ -151,6 +151,17 @@ def test_default_rows_of_a_model_without_heads(micro_janus: Path, tmp_path: Path
     assert result["settings"]["default"] == "plain"
     text = speculative_markdown(result)
     assert "Without `--tree`, one picture by `exact` drafts with `plain` here." in text
+
+
+@pytest.mark.parametrize("name", ["bench-speculative", "bench-speculative-trees"])
+def test_the_plot_of_committed_results(repository: Path, tmp_path: Path, name: str) -> None:
+    """With few rows and with many, and not without scores."""
+    pytest.importorskip("matplotlib")
+    data = json.loads((repository / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    speculative_plot(data, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(FastgenError, match="no scores"):
+        speculative_plot({"rows": [{**row, "score": None} for row in data["rows"]]}, tmp_path / "q.png")
 
 
 def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:
