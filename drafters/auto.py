@@ -30,7 +30,7 @@ from fastgen.drafters.verify import Decisions, Drafted, Noise, Rejection, reach_
 
 __all__ = ["Costs", "Planner", "best_tree", "choose_source"]
 
-WINDOWS = (4, 6, 8, 12, 16, 24, 32)
+WINDOWS = (4, 6, 8, 12, 16, 20, 32)
 WIDE_WINDOWS = ("jacobi-8x4", "jacobi-12x2", "jacobi-12x4")
 _PROBE_WIDTHS = (4, 4, 4, 3, 2, 2)  # the tree whose acceptance is measured
 _PROBE_CHAINS = (1, 3, 7, 15)

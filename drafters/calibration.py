@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.checks import check_number
 from fastgen.drafters.acceptance import AcceptanceRule
@@ -33,13 +33,14 @@ from fastgen.drafters.verify import Decisions, Drafted, Noise, strict
 from fastgen.errors import FastgenError
 from fastgen.io import read_object
 
-__all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels"]
+__all__ = ["Calibration", "Level", "PairRecorder", "calibrate_levels", "sampled_weights"]
 
 FILE = "calibration.json"
 #: Quality and the total variation that it allows.
 LIMITS = ((0.25, 0.05), (0.5, 0.10), (0.75, 0.15), (1.0, 0.25))
 _SHARE = 0.9
 _FEWEST_PAIRS = 50
+_SAMPLES, _ROUNDING = 8, 0.01  # weights that identify a network, and how far another dtype may move them
 
 
 class Drop(NamedTuple):
@@ -107,6 +108,25 @@ class Calibration:
         for name, value in sizes.items():
             if isinstance(made, Mapping) and made.get(name, value) != value:
                 raise FastgenError(f"{label}: made for a model of {name} {made[name]}, this one has {value}")
+
+    def check_weights(self, **networks: Any) -> None:
+        """Check that it was made for these weights, as far as it records them and they can be read.
+
+        Args:
+            networks: "model" and "drafter", if there is one.
+
+        Raises:
+            FastgenError: names the part that has other weights.
+        """
+        made = self.about.get("weights")
+        for part, network in networks.items():
+            known = made.get(part) if isinstance(made, Mapping) else None
+            known = known if isinstance(known, Mapping) else {}
+            now = sampled_weights(network, [name for name, value in known.items() if isinstance(value, float)])
+            if any(abs(value - known[name]) > 1e-6 + _ROUNDING * abs(value) for name, value in now.items()):
+                raise FastgenError(
+                    f"calibration: made for a {part} of other weights; make one with `fastgen train cascade-calibrate`"
+                )
 
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
         """Thresholds of the highest level up to `quality`; below the first level nothing is relaxed.
@@ -202,6 +222,25 @@ class Calibration:
         if not path.exists():
             raise FastgenError(f"quality: {path} is missing; make it with `fastgen train cascade-calibrate`")
         return cls.of_dict(read_object(path), path)
+
+
+def sampled_weights(network: Any, names: Sequence[str] | None = None) -> dict[str, float]:
+    """One value of a few weights by name; weights that are missing, quantized or not in memory are left out.
+
+    Args:
+        network: a module; anything else has no weights.
+        names: of the weights; None takes some of those with two or more dimensions.
+    """
+    known = dict(network.named_parameters(remove_duplicate=False)) if isinstance(network, nn.Module) else {}
+    if names is None:
+        large = [name for name, weight in known.items() if weight.ndim > 1]
+        names = large[:: max(1, len(large) // _SAMPLES)][:_SAMPLES]
+    plain = {name: known[name].data for name in names if name in known}
+    return {
+        name: float(weight.flatten()[weight.numel() // 2])
+        for name, weight in plain.items()
+        if type(weight) is Tensor and weight.is_floating_point() and not weight.is_meta and weight.numel()
+    }
 
 
 def _level(pairs: Sequence[int], drops: Mapping[str, Sequence[float]] | None = None, **numbers: float) -> Level:

@@ -33,13 +33,15 @@ _COMMANDS = {
     "bench-dc": "bench dc --tail-drop 0 --images-per-prompt 1 --runs 3",
     "bench-dc-speed": "bench dc-speed --seconds 500",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
-    "bench-speculative": "bench speculative --images-per-prompt 1 --timed-prompts 12 --runs 4 --batch 4 --batch 16 "
-    "--commands 5",
-    "bench-speculative-trees": "bench speculative",
+    "bench-speculative": "bench speculative --dtype bfloat16 --images-per-prompt 1 --timed-prompts 12 --runs 4 "
+    "--batch 1 --batch 4 --batch 16 --commands 5",
+    "bench-speculative-trees": "bench speculative --dtype bfloat16 --images-per-prompt 2 --runs 2",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality --batch 4 --batch 16",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
+# Whose rows are not the default ones.
+_OTHER_ROWS = ("bench-speculative-trees", "bench-speculative-sources")
 _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),
@@ -164,6 +166,8 @@ def results_page(folder: Path) -> str:
     ):
         if (data := read(name)) is not None:
             command = _COMMANDS.get(name, name.replace("-", " ", 1))
+            if name in _OTHER_ROWS:
+                command += "".join(f' --variant "{row["variant"]}"' for row in data["rows"] if row["rule"])
             parts.append(
                 f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
                 f"warm-up, percentiles over the runs.\n\n{text(data)}"

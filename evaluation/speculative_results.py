@@ -11,6 +11,9 @@ from fastgen.evaluation.report import figure_of, paired_cells, percent, plot_sco
 __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
 
+_NAMED = 10  # more names at points of a plot would hide each other
+
+
 def speculative_markdown(data: dict[str, Any]) -> str:
     """A result of `fastgen bench speculative`: passes, seconds and quality."""
     rows = []
@@ -38,6 +41,7 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         )
     header = ["variant", "passes", "accepted", "s/picture", "x plain", "x stock", "stolen", "score", "± s.e."]
     header += ["against plain"] * compares + ["FD-shapes", "verifier", *(f"batch {size}" for size in sizes)]
+    default = data["settings"].get("default")
     note = (
         "Passes of the target as a share of the plain loop's; accepted length with the bonus token; speed-up against "
         "our plain loop and against stock `generate`, one picture at a time; stolen mass a picture; "
@@ -45,7 +49,9 @@ def speculative_markdown(data: dict[str, Any]) -> str:
         + "mean score by the embedded verifier"
         + ("; pictures a minute by batch size" if sizes else "")
         + "".join(f"; `{row['what']}` takes {row['seconds']['p50']:.2f} s" for row in data.get("commands", []))
-        + ".\n\n"
+        + "."
+        + (f" Without `--tree`, one picture by `exact` drafts with `{default}` here." if default else "")
+        + "\n\n"
     )
     return table_page(note, header, rows, data)
 
@@ -66,7 +72,8 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
 
 
 def speculative_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against the speed-up, one series a rule.
+    """Score with its standard error against the speed-up; a colour a rule, and the names of up to ten rows at their
+    points.
 
     Raises:
         FastgenError: matplotlib is not installed, or the result has no scores.
@@ -75,13 +82,21 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     if not rows:
         raise FastgenError("--plot: the result has no scores")
     figure, (panel,) = figure_of(1)
+    figure.set_size_inches(7, 4.2)
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["rule"] or "plain loop", []).append(row)
-    # The plain loops draw the same distribution, so the score of one stands for the fastest.
-    plot_scores(
-        panel, series, lambda row: 1.0 if row["rule"] is None else row["speedup_vs_fastest_plain"], linestyle="none"
-    )
+
+    def gain(row: dict[str, Any]) -> float:
+        # The plain loops draw the same distribution, so the score of one stands for the fastest.
+        return 1.0 if row["rule"] is None else float(row["speedup_vs_fastest_plain"])
+
+    plot_scores(panel, series, gain, linestyle="none")
+    if len(rows) > _NAMED:
+        panel.legend(fontsize=8)
+    for row in rows if len(rows) <= _NAMED else ():
+        name, place = row["variant"] if row["rule"] else "plain loop", (gain(row), 100 * row["score"])
+        beside = {"xytext": (-9, 0), "textcoords": "offset points", "rotation": 90, "ha": "center", "va": "center"}
+        panel.annotate(name, place, fontsize=8, **beside)
     panel.set_xlabel("speed-up against the fastest plain loop")
-    panel.legend(fontsize=8)
     figure.savefig(path, dpi=120)

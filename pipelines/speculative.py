@@ -238,7 +238,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             if shape == PLAIN and rule.name not in LOSSLESS:
                 raise FastgenError(f"acceptance: {rule.name!r} judges what is drafted, tree 'plain' drafts nothing")
             if shape is None:
-                shape, reason = self._fastest(target, rule, len(groups[0]))
+                shape, reason = self.fastest(target, rule, len(groups[0]))
             source = None if shape in ("auto", PLAIN) else self._source(shape, sampled, law, rule)
             if source is not None:
                 source.check(target, law, rule)
@@ -289,7 +289,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             raise FastgenError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
         return build_rule("cascade", target, **asdict(self.calibration.config(quality)))
 
-    def _fastest(self, target: Target, rule: AcceptanceRule, batch: int) -> tuple[str, str]:
+    def fastest(self, target: Target, rule: AcceptanceRule, batch: int) -> tuple[str, str]:
         """The source of the least expected time, without measuring, and why. What was not measured is not taken: the
         plain loop draws, whatever the rule."""
 
@@ -391,6 +391,7 @@ def _check_parts(
         if not isinstance(calibration, Calibration):
             raise FastgenError(f"calibration: {type(calibration).__name__} is not a Calibration")
         calibration.check(describe(target))
+        calibration.check_weights(model=model, drafter=drafter)
     return target
 
 

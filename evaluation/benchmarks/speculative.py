@@ -33,7 +33,12 @@ from fastgen.environment import native_bfloat16
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks.measure import measure_process, percentiles, result_of, take_turns
 from fastgen.evaluation.benchmarks.quality import paired_difference, score_row
-from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, Variant, parse_variant
+from fastgen.evaluation.benchmarks.speculative_variants import (
+    Variant,
+    default_source,
+    default_variants,
+    parse_variant,
+)
 from fastgen.evaluation.geneval.shapes_checker import load_detector
 from fastgen.evaluation.runner import RunSettings, model_fingerprint, spread
 from fastgen.evaluation.shapesworld import shapes_prompts
@@ -51,7 +56,7 @@ def benchmark_speculative(
     *,
     model_variant: str | None = None,
     drafters: Mapping[str, Path] | None = None,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] | None = None,
     quality: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
@@ -73,7 +78,7 @@ def benchmark_speculative(
         folder: of the pictures; a killed run continues there.
         model_variant: of the weight files, as in diffusers.
         drafters: folders of drafters by name, for variants with trees; None takes the model's own.
-        variants: see `parse_variant`.
+        variants: see `parse_variant`; None takes the `default_variants`.
         quality: draw the evaluation set with every variant and score it (the model has to be one of ShapesWorld).
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
         batch_size: pictures of the evaluation set in one batch.
@@ -124,6 +129,10 @@ def benchmark_speculative(
         own_heads = None if checkpoint.drafter is None else load_heads(checkpoint.drafter, target.dtype)
         heads[kind] = None if own_heads is None else own_heads.to(target.device)
         pipes[kind], targets[kind] = pipe, target
+    drafter, calibration = next(iter(known[dtype].values()), (None, None))
+    default = default_source(pipes[dtype], drafter, calibration, heads[dtype], compile)
+    if variants is None:
+        variants = default_variants(heads[dtype], calibration is not None)
     # What "auto" takes is one of the kinds that the others are.
     fixed = [text for text in variants if text.split()[1:2] != ["auto"]]
     gated = [parse_variant(text, targets["float32"], known["float32"], heads=heads["float32"]) for text in fixed]
@@ -172,6 +181,7 @@ def benchmark_speculative(
         "compile": compile,
         "threads": torch.get_num_threads(),
         "target": describe(target),
+        "default": default,
     }
     whole = []
     if commands:
@@ -369,9 +379,7 @@ def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
 
     return {
         "variant": name,
-        "rule": None,
-        "drafter": None,
-        "tree": None,
+        **dict.fromkeys(("rule", "drafter", "tree", "score", "stderr", "fd", "verifier")),
         "target_pass_ratio": 1.0,
         "seconds": times[name],
         "speedup_vs_fastest_plain": fastest("plain loop") / times[name]["p50"],
@@ -379,8 +387,4 @@ def _row(name: str, times: dict[str, dict[str, float]]) -> dict[str, Any]:
         "accepted_length": 1.0,
         "accepted_without_bonus": 0.0,
         "stolen": 0.0,
-        "score": None,
-        "stderr": None,
-        "fd": None,
-        "verifier": None,
     }

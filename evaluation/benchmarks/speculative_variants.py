@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from fastgen.drafters.acceptance import AcceptanceRule
+from fastgen.drafters.acceptance import AcceptanceRule, Exact
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.loading import build_rule
@@ -16,24 +16,38 @@ from fastgen.drafters.names import PLAIN
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
+from fastgen.pipelines.speculative import SpeculativeImagePipeline
 
-__all__ = ["VARIANTS", "Variant", "parse_variant"]
+__all__ = ["VARIANTS", "Variant", "default_source", "default_variants", "parse_variant"]
 
 #: "RULE DRAFT", the draft a window, a tree ("TREE@DRAFTER" with several drafters) or "auto"; settings behind it.
 VARIANTS = (
-    "exact jacobi-6",
-    "exact jacobi-12",
-    "exact jacobi-24",
-    "block jacobi-12",
-    "lantern jacobi-12 delta=0.05",
-    "lantern jacobi-12 delta=0.2",
-    "lantern++ jacobi-12 factor=2",
-    "gsd jacobi-12",
-    "cool-sd jacobi-12 delta=1.1",
+    "exact heads-20",
+    "exact heads-6",
+    "exact jacobi-16",
+    "cascade heads-20x2-2 quality=0.5",
+    "lantern++ heads-20",
+    "lantern++ heads-20 factor=2",
+    "gsd heads-20",
 )
 
-
 _NONE, _HEADS = "none (Jacobi)", "heads"
+
+
+def default_variants(heads: WindowHeads | None, calibrated: bool) -> tuple[str, ...]:
+    """`VARIANTS` for a model: with the longest window of its heads, "jacobi-16" without heads; no quality without a
+    calibration."""
+    longest = 0 if heads is None else heads.config.window
+    window = f"heads-{min(20, longest)}" if longest else "jacobi-16"
+    texts = [text.replace("heads-20", window) for text in VARIANTS if calibrated or "quality=" not in text]
+    return tuple(text for text in dict.fromkeys(texts) if longest >= 6 or "heads-6" not in text)
+
+
+def default_source(pipe: Any, drafter: Any, calibration: Any, heads: WindowHeads | None, compile: bool) -> str:
+    """What the pipeline drafts with for the rule "exact" and one picture, where no tree is given."""
+    whole = SpeculativeImagePipeline(pipe.model, pipe.tokenizer, drafter, calibration, heads)
+    whole.compile(compile)
+    return whole.fastest(whole.target, Exact(), 1)[0]
 
 
 @dataclass(frozen=True)

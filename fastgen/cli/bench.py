@@ -151,7 +151,8 @@ def speculative(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help='"RULE DRAFT [SETTING=VALUE …]", e.g. "lantern jacobi-12 delta=0.2" or "exact 4-2-1@FOLDER"; repeat.'
+            help='"RULE DRAFT [SETTING=VALUE …]", e.g. "gsd jacobi-12 group=3" or "exact 4-2-1@FOLDER"; repeat. '
+            "Default: the published rows, as far as the model has heads and a calibration."
         ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
@@ -200,7 +201,6 @@ def speculative(
     check_files(out, folder=folder, plot=plot)
     with measuring() as notes:
         from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
-        from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS
         from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 
         result = benchmark_speculative(
@@ -208,7 +208,7 @@ def speculative(
             folder,
             model_variant=model_variant,
             drafters=None if drafter is None else {path.name: path for path in drafter},
-            variants=variant or VARIANTS,
+            variants=variant or None,
             quality=quality,
             images_per_prompt=images_per_prompt,
             limit=limit,

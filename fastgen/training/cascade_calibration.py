@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastgen.data.shapes import ShapesWorld
-from fastgen.drafters.calibration import Calibration, PairRecorder, calibrate_levels
+from fastgen.drafters.calibration import Calibration, PairRecorder, calibrate_levels, sampled_weights
 from fastgen.drafters.cascade import CascadeConfig
 from fastgen.drafters.decode import decode_speculative
 from fastgen.drafters.drafter import describe
@@ -82,6 +82,7 @@ def calibrate_cascade(
     about = {"model": model, "drafter": Path(drafter).name, "tree": tree, "pictures": pictures, "seed": seed}
     about |= {"guidance_scale": scale, "pairs": len(recorder.pairs), "commit": commit(), "environment": environment()}
     about["target"] = describe(target)
+    about["weights"] = {"model": sampled_weights(pipe.model), "drafter": sampled_weights(made)}
     calibration = Calibration(levels, about)
     calibration.save(output)
     return calibration

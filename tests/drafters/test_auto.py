@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +19,11 @@ from toy_speculation import Toy
 from fastgen.drafters import auto
 from fastgen.drafters.acceptance import Block, Exact
 from fastgen.drafters.auto import Costs, Planner, _Recorder, best_tree, choose_source
+from fastgen.drafters.calibration import Calibration
 from fastgen.drafters.cascade import Cascade, CascadeConfig
 from fastgen.drafters.decode import decode_plain, decode_speculative
 from fastgen.drafters.law import TokenLaw
-from fastgen.drafters.names import check_tree_name, is_tree_name
+from fastgen.drafters.names import check_tree_name, is_tree_name, window_of
 from fastgen.drafters.sources import JacobiSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
@@ -168,6 +170,16 @@ def test_wide_windows_for_a_rule_that_compares_candidates(target: Target, monkey
     assert isinstance(source, JacobiSource) and name == "jacobi-2x3" and source.width == 3 and source.coupled
     _, name = choose_source(target, None, Exact(), prefix, TokenLaw(3.0), repeats=1)
     assert name in ("jacobi-2", "jacobi-4")
+
+
+def test_what_the_default_may_take_is_tried(repository: Path) -> None:
+    """Else a measured choice could be slower than the one by the embedded times."""
+    pace = Calibration.load(repository / "fastgen" / "assets" / "tiny-janus" / "drafter").pace
+    assert pace is not None
+    names = {
+        name for sizes in pace.times.values() for rules in sizes.values() for row in rules.values() for name in row
+    }
+    assert len(names) >= 4 and {window_of(name)[0] for name in names} <= set(auto.WINDOWS)
 
 
 def test_names_of_windows() -> None:

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from fastgen.cli.main import run
-from fastgen.drafters.acceptance import Exact
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.verify import AcceptedPath
 from fastgen.errors import FastgenError
 from fastgen.evaluation.benchmarks import speculative
 from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
 from fastgen.evaluation.benchmarks.speculative_cost import measure_target
-from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, parse_variant
+from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, default_variants, parse_variant
+from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 from fastgen.pipelines.janus import JanusImagePipeline
 
 NAMES = ["exact jacobi-4", "lantern jacobi-4 delta=0.5", "exact 2-2", "exact auto", "exact plain"]
@@ -120,11 +122,46 @@ def test_bad_variants(micro_janus: Path, text: str, word: str) -> None:
         parse_variant(text, target_of(pipe.model, pipe.tokenizer))
 
 
-def test_default_variants_are_understood(micro_janus: Path) -> None:
+def test_default_variants_are_those_that_the_model_can_draw(micro_janus: Path) -> None:
+    """Of tiny-janus they are all; without heads windows take their place, without a calibration CASCADE has no row."""
     pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
     target = target_of(pipe.model, pipe.tokenizer)
-    rules = [parse_variant(text, target).rule for text in VARIANTS]
-    assert any(isinstance(rule, Exact) for rule in rules) and len({rule.name for rule in rules}) >= 5
+    levels = Calibration((Level(0.5, 0.1, 0.7, 2.0, 0.0, (9, 0, 0)),))
+    drafters = {"own": (EagleDrafter.for_target(target, heads=2), levels)}
+    for places, windows in ((24, {"heads-20", "heads-20x2-2", "heads-6", "jacobi-16"}), (5, {"heads-5", "jacobi-16"})):
+        heads = WindowHeads.for_target(target, window=places, width=16, heads=2)
+        for calibrated in (True, False):
+            given = [
+                parse_variant(text, target, drafters if calibrated else None, heads=heads)
+                for text in default_variants(heads, calibrated)
+            ]
+            assert {each.rule.name for each in given} == {"exact", "lantern++", "gsd", *["cascade"] * calibrated}
+            assert windows - {"heads-20x2-2"} <= {each.tree for each in given}
+        assert (default_variants(heads, True) == VARIANTS) == (places == 24)
+    found = default_variants(None, False)
+    assert found == ("exact jacobi-16", "lantern++ jacobi-16", "lantern++ jacobi-16 factor=2", "gsd jacobi-16")
+    assert all(isinstance(parse_variant(text, target).source(), JacobiSource) for text in found)
+
+
+def test_default_rows_of_a_model_without_heads(micro_janus: Path, tmp_path: Path) -> None:
+    """And the result says which source draws where no tree is given."""
+    settings: dict[str, Any] = {"quality": False, "timed_prompts": 1, "runs": 1, "dtype": "float32", "compile": False}
+    result = benchmark_speculative(str(micro_janus), tmp_path, **settings)
+    assert [row["variant"] for row in result["rows"][2:]] == list(default_variants(None, False))
+    assert result["settings"]["default"] == "plain"
+    text = speculative_markdown(result)
+    assert "Without `--tree`, one picture by `exact` drafts with `plain` here." in text
+
+
+@pytest.mark.parametrize("name", ["bench-speculative", "bench-speculative-trees"])
+def test_the_plot_of_committed_results(repository: Path, tmp_path: Path, name: str) -> None:
+    """With few rows and with many, and not without scores."""
+    pytest.importorskip("matplotlib")
+    data = json.loads((repository / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    speculative_plot(data, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(FastgenError, match="no scores"):
+        speculative_plot({"rows": [{**row, "score": None} for row in data["rows"]]}, tmp_path / "q.png")
 
 
 def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:

@@ -117,6 +117,14 @@ def test_the_gain_of_chunking_is_its_fastest_row_near_the_dense_model_against_th
     assert "`dc 0`" in line and "0.80 x the dense model" in line and "in no more time, dense: 80.0" in line
 
 
+def test_gains_of_speculative_decoding_are_one_row_a_law(repository: Path) -> None:
+    """What is lossy says by how much, with its interval."""
+    lines = gains_table(repository / "docs" / "results").splitlines()
+    exact, cascade = (next(line for line in lines if f"decoding, `{rule}`" in line) for rule in ("exact", "cascade"))
+    assert "same distribution" in exact and "lossy" not in exact
+    assert "lossy" in cascade and "points against the plain loop (" in cascade and "95 %, paired by prompt" in cascade
+
+
 def test_gains_that_were_not_measured_have_no_row(tmp_path: Path) -> None:
     assert "dynamic chunking" not in gains_table(tmp_path)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro_models import JANUS_TOKENS, PROMPTS
+from micro_models import JANUS_TOKENS, PROMPTS, save_micro_janus
 from short_recipes import build_recipe
 
 from fastgen.cli.main import run
@@ -23,7 +23,10 @@ from fastgen.drafters.loading import load_drafter
 from fastgen.drafters.medusa import MedusaDrafter
 from fastgen.drafters.targets import Target, target_of
 from fastgen.drafters.tree import chain
+from fastgen.errors import FastgenError
 from fastgen.pipelines.janus import JanusImagePipeline
+from fastgen.pipelines.speculative import SpeculativeImagePipeline
+from fastgen.training.cascade_calibration import calibrate_cascade
 from fastgen.training.drafter import DrafterModule
 from fastgen.training.eagle_unroll import unroll
 from fastgen.training.redundancy_terms import (
@@ -156,6 +159,29 @@ def test_convergence_is_high_in_flat_regions() -> None:
     busy = torch.eye(3)[[0, 1, 2, 0, 1]] * 3
     along = convergence_along(torch.cat([flat, busy])[None])[0]
     assert float(along[0]) == 0 and float(along[1:5].min()) > 0.99 and float(along[6:].max()) < 0.7
+
+
+def test_a_calibration_knows_the_weights_that_it_was_made_for(micro_janus: Path, tmp_path: Path) -> None:
+    """In every dtype; a model or drafter of the same sizes is refused in one line, but not weights on no device."""
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    first, second = (EagleDrafter.for_target(target_of(pipe.model, pipe.tokenizer), heads=2) for _ in range(2))
+    first.save_pretrained(tmp_path / "drafter")
+    calibrate_cascade(str(micro_janus), tmp_path / "drafter", tmp_path / "out", pictures=2)
+    made = Calibration.load(tmp_path / "out")
+    assert all(len(made.about["weights"][part]) >= 4 for part in ("model", "drafter"))
+
+    def draws_with(model: Any, drafter: Any) -> Any:
+        return SpeculativeImagePipeline(model, pipe.tokenizer, drafter, made)
+
+    other = JanusImagePipeline.from_pretrained(save_micro_janus(tmp_path / "other", seed=1), torch_dtype=torch.float32)
+    for model, drafter, part in ((other.model, first, "model"), (pipe.model, second, "drafter")):
+        with pytest.raises(FastgenError, match=f"calibration: made for a {part} of other weights") as caught:
+            draws_with(model, drafter)
+        assert "\n" not in str(caught.value)
+    draws_with(pipe.model, None)
+    draws_with(other.model.to("meta"), second.to("meta"))
+    for dtype in (torch.float16, torch.bfloat16):
+        draws_with(pipe.model.to(dtype), first.to(dtype))
 
 
 def test_calibration_by_command(micro_janus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
