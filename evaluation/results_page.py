@@ -30,7 +30,8 @@ _COMMANDS = {
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
-    "bench-dc": "bench dc --tail-drop 0 --images-per-prompt 1 --runs 3",
+    "bench-dc": "bench dc --tail-drop 0 --steps 4 --steps 6 --steps 8 --steps 12 --steps 20 --images-per-prompt 1 --batch-size 32 "
+    "--runs 3",
     "bench-dc-speed": "bench dc-speed --seconds 500",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
     "bench-speculative": "bench speculative --dtype bfloat16 --images-per-prompt 1 --timed-prompts 12 --runs 4 "
@@ -168,9 +169,10 @@ def results_page(folder: Path) -> str:
             command = _COMMANDS.get(name, name.replace("-", " ", 1))
             if name in _OTHER_ROWS:
                 command += "".join(f' --variant "{row["variant"]}"' for row in data["rows"] if row["rule"])
+            notes = "".join(f" {note}" for note in data.get("notes", ()))
             parts.append(
                 f"## {title}\n\n`fastgen {command}`; seconds are wall-clock, n runs after "
-                f"warm-up, percentiles over the runs.\n\n{text(data)}"
+                f"warm-up, percentiles over the runs.{notes}\n\n{text(data)}"
             )
     for name, title in (
         ("bench-search-overhead", "Noise search: what wrapping costs"),
