@@ -15,7 +15,7 @@ from long_tail import long_tail
 from micro_models import PROMPTS
 from transformers import JanusForConditionalGeneration
 
-from fastgen.drafters.decode import _Rounds
+from fastgen.drafters.decode import Rounds
 from fastgen.drafters.drafter import Drafter
 from fastgen.drafters.eagle import EagleDrafter
 from fastgen.drafters.law import TokenLaw
@@ -46,7 +46,7 @@ def make_source(target: Target, name: str) -> DraftSource:
     return TreeSource(make_drafter(target, name), named_tree("3-2-1"), sampled=True)
 
 
-def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> _Rounds:
+def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> Rounds:
     source = copy.copy(make_source(target, name))
     settings: dict[str, Any] = {"radius": 0.5} if rule == "cascade" else {}
     with torch.no_grad():
@@ -58,7 +58,7 @@ def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, 
                 source.drafter = make_drafter(fake, name)
         prefix = fake.prefix(PROMPTS[:2], law.guided).watched()
         made = build_rule(rule, fake, **settings)
-        rounds = _Rounds(fake, source, made, prefix, law, [torch.Generator(), torch.Generator()])
+        rounds = Rounds(fake, source, made, prefix, law, [torch.Generator(), torch.Generator()])
         for _ in range(2):
             rounds.round()
         return rounds
