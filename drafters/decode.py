@@ -20,7 +20,7 @@ from fastgen.drafters.sources import DraftSource, Proposal
 from fastgen.drafters.targets import Prefix, Target, TargetPass
 from fastgen.drafters.verify import AcceptedPath, Drafted, Noise, verify_and_walk
 
-__all__ = ["Decoded", "decode_plain", "decode_speculative"]
+__all__ = ["Decoded", "PlainLoop", "Rounds", "decode_plain", "decode_speculative"]
 
 OnToken = Callable[[int], None]
 #: Compiled steps pad prompts to a multiple of this many tokens; otherwise every length would be compiled separately.
@@ -76,17 +76,17 @@ def decode_plain(
     if compile:
         prefix = prefix.padded(PROMPT_MULTIPLE)
     with many_graphs(compile):
-        return _Plain(target, prefix, law, list(generators), compile).decode(on_token)
+        return PlainLoop(target, prefix, law, list(generators), compile).decode(on_token)
 
 
-class _Plain:
+class PlainLoop:
     """State of one batch."""
 
     def __init__(
         self, target: Target, prefix: Prefix, law: TokenLaw, generators: list[torch.Generator], compile: bool
     ) -> None:
         self.target, self.prefix, self.law, self.generators = target, prefix, law, generators
-        self.advance = compiled(_Plain.step) if compile else _Plain.step
+        self.advance = compiled(PlainLoop.step) if compile else PlainLoop.step
         device = prefix.mask.device
         self.cache = target.new_cache(prefix, 1)
         self.depth = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -162,7 +162,7 @@ def decode_speculative(
     if compile:
         prefix = prefix.padded(PROMPT_MULTIPLE)
     with many_graphs(compile):
-        return _Rounds(target, source, rule, prefix, law, list(generators), compile).decode(on_token)
+        return Rounds(target, source, rule, prefix, law, list(generators), compile).decode(on_token)
 
 
 def _sizes(batch: int) -> list[int]:
@@ -171,7 +171,7 @@ def _sizes(batch: int) -> list[int]:
     return [batch, *(batch >> half for half in (1, 2) if batch >> half >= 4)]
 
 
-class _Rounds:
+class Rounds:
     """State of one batch."""
 
     def __init__(
@@ -186,7 +186,7 @@ class _Rounds:
     ) -> None:
         self.target, self.source, self.rule, self.prefix, self.law = target, source, rule, prefix, law
         self.generators = generators
-        self.advance = compiled(_Rounds.step) if compile else _Rounds.step
+        self.advance = compiled(Rounds.step) if compile else Rounds.step
         device, batch = prefix.embeds.device, prefix.images
         # Indices of the images still being drawn, and the tokens of those that left the batch.
         self.images = torch.arange(batch, device=device)
@@ -236,7 +236,7 @@ class _Rounds:
 
     def round(self) -> None:
         """Draft, verify, commit, and record the result."""
-        self.rounds.append((self.images, *self.advance(self, *self._noise())))
+        self.rounds.append((self.images, *self.advance(self, *self.noise())))
 
     def _collected(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Accepted lengths [rounds, B], -1 where an image was finished, and counts [B] by name."""
@@ -311,7 +311,7 @@ class _Rounds:
         p = target.token_law(logits, self.prefix, self.law, following)
         return Drafted(tree, proposal.tokens, p, proposal.draft, hidden), output
 
-    def _noise(self) -> tuple[Noise, Tensor | None]:
+    def noise(self) -> tuple[Noise, Tensor | None]:
         """Random numbers of a round: coins, noise for drawn tokens, noise for the draft."""
         device, draws = self.count.device, self.source.draws
         if self.law.temperature == 0:

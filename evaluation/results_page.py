@@ -38,6 +38,8 @@ _COMMANDS = {
     "--batch 1 --batch 4 --batch 16 --commands 5",
     "bench-speculative-trees": "bench speculative --dtype bfloat16 --images-per-prompt 2 --runs 2",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality --batch 4 --batch 16",
+    "bench-speculative-cost": "bench speculative-cost --size janus-pro-1b --size llamagen-xl "
+    "--nodes 1 --nodes 2 --nodes 4 --nodes 8 --nodes 16 --nodes 32 --runs 7",
     "bench-serve-load": "bench serve --minutes 30 --replicas 2 --rounds 2 --pictures 8",
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }

@@ -235,7 +235,7 @@ def _janus_round(device: torch.device, repetitions: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model": _ROUND, "compiled": None, "compiled_kernels": None, "rms": None}
     for mode, way in (("reference", "eager"), ("auto", "eager_kernels")):
         with use_kernels(mode):
-            costs = measure_target(target, (1, _NODES), repetitions)[-1]
+            costs = measure_target(target, (1, _NODES), repetitions)[0][-1]
         row[way] = {name: costs["verify"][name] + costs["left"][name] for name in ("p20", "p50", "p80")}
         row[f"{way}_left"] = costs["left"]
     row["speedup_eager"] = row["eager"]["p50"] / row["eager_kernels"]["p50"]

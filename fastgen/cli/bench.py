@@ -236,10 +236,18 @@ def speculative_cost(
     runs: Annotated[int, typer.Option(help="Measured rounds.")] = 20,
     device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "bfloat16",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile passes and rounds; on a GPU, replay them as CUDA graphs. Default: on a GPU only.",
+        ),
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a round of speculative decoding costs at real sizes with random weights, and when it pays."""
+    """What rounds of speculative decoding cost at real sizes with random weights, and what they give by source, with
+    the tokens per pass that tiny-janus accepts."""
 
     check_device(device, dtype)
     check_files(out)
@@ -252,6 +260,7 @@ def speculative_cost(
         runs=runs,
         device=device,
         dtype=dtype,
+        compile=compile,
         report=report,
     )
     publish(result, out, as_json, speculative_cost_markdown(result))

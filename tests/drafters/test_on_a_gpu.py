@@ -15,9 +15,11 @@ from long_tail import long_tail
 from micro_models import PROMPTS
 from transformers import JanusForConditionalGeneration
 
-from fastgen.drafters.decode import _Rounds
-from fastgen.drafters.drafter import Drafter
+from fastgen.drafters.decode import Rounds
+from fastgen.drafters.drafter import Drafter, describe
 from fastgen.drafters.eagle import EagleDrafter
+from fastgen.drafters.heads import WindowHeads
+from fastgen.drafters.heads_source import HeadsSource
 from fastgen.drafters.law import TokenLaw
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.medusa import MedusaDrafter
@@ -28,7 +30,7 @@ from fastgen.drafters.tree import DynamicShape, named_tree
 from fastgen.kernels.tree_verify import reference
 from fastgen.pipelines.janus import JanusImagePipeline
 
-SOURCES = ["jacobi", "jacobi coupled", "jacobi wide", "eagle-1", "eagle-3", "medusa", "dynamic"]
+SOURCES = ["jacobi", "jacobi coupled", "jacobi wide", "heads", "heads wide", "eagle-1", "eagle-3", "medusa", "dynamic"]
 
 
 def make_drafter(target: Target, name: str) -> Drafter:
@@ -37,16 +39,22 @@ def make_drafter(target: Target, name: str) -> Drafter:
     return EagleDrafter.for_target(target, heads=2, variant=3 if name == "eagle-3" else 1)
 
 
+def make_heads(target: Target) -> WindowHeads:
+    return WindowHeads(**describe(target), window=4, row_length=4, width=8, heads=2, taps=(1,))
+
+
 def make_source(target: Target, name: str) -> DraftSource:
     """Trees are planned on the host, before."""
     if name.startswith("jacobi"):
         return JacobiSource(4, width=2 if "wide" in name else 1, coupled="coupled" in name)
+    if name.startswith("heads"):
+        return HeadsSource(make_heads(target), 4, width=2 if "wide" in name else 1, wide_places=2)
     if name == "dynamic":
         return TreeSource(make_drafter(target, name), DynamicShape(6, 3, 2), sampled=False)
     return TreeSource(make_drafter(target, name), named_tree("3-2-1"), sampled=True)
 
 
-def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> _Rounds:
+def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> Rounds:
     source = copy.copy(make_source(target, name))
     settings: dict[str, Any] = {"radius": 0.5} if rule == "cascade" else {}
     with torch.no_grad():
@@ -56,9 +64,11 @@ def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, 
             fake = target_of(model, janus.tokenizer)
             if isinstance(source, TreeSource):
                 source.drafter = make_drafter(fake, name)
+            if isinstance(source, HeadsSource):
+                source.heads = make_heads(fake)
         prefix = fake.prefix(PROMPTS[:2], law.guided).watched()
         made = build_rule(rule, fake, **settings)
-        rounds = _Rounds(fake, source, made, prefix, law, [torch.Generator(), torch.Generator()])
+        rounds = Rounds(fake, source, made, prefix, law, [torch.Generator(), torch.Generator()])
         for _ in range(2):
             rounds.round()
         return rounds
@@ -75,11 +85,11 @@ def test_no_source_stops_the_gpu(janus: JanusImagePipeline, target: Target, name
 
 @pytest.mark.parametrize("rule", long_tail(RULES, fast=("exact", "cascade")))
 def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: str) -> None:
-    name = "jacobi" if rule == "block" else "eagle-1"
-    rounds = two_rounds(janus, target, name, rule, TokenLaw(3.0, 0.9, top_p=0.9))
-    assert rounds.count.device.type == "meta"
-    for images, lengths, counts in rounds.rounds:
-        assert {value.device.type for value in (images, lengths, *counts.values())} == {"meta"}
+    for name in {"block": ["jacobi"], "cascade": ["eagle-1", "heads wide"]}.get(rule, ["eagle-1"]):
+        rounds = two_rounds(janus, target, name, rule, TokenLaw(3.0, 0.9, top_p=0.9))
+        assert rounds.count.device.type == "meta"
+        for images, lengths, counts in rounds.rounds:
+            assert {value.device.type for value in (images, lengths, *counts.values())} == {"meta"}
 
 
 def test_a_host_synchronisation_would_be_detected(

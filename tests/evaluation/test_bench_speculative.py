@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen._assets import ROOT
 from fastgen.cli.main import run
 from fastgen.drafters.calibration import Calibration, Level
 from fastgen.drafters.eagle import EagleDrafter
@@ -18,9 +19,9 @@ from fastgen.drafters.sources import JacobiSource
 from fastgen.drafters.targets import target_of
 from fastgen.drafters.verify import AcceptedPath
 from fastgen.errors import FastgenError
-from fastgen.evaluation.benchmarks import speculative
+from fastgen.evaluation.benchmarks import speculative, speculative_cost
 from fastgen.evaluation.benchmarks.speculative import benchmark_speculative
-from fastgen.evaluation.benchmarks.speculative_cost import measure_target
+from fastgen.evaluation.benchmarks.speculative_cost import SOURCES, measure_target
 from fastgen.evaluation.benchmarks.speculative_variants import VARIANTS, default_variants, parse_variant
 from fastgen.evaluation.speculative_results import speculative_markdown, speculative_plot
 from fastgen.pipelines.janus import JanusImagePipeline
@@ -171,17 +172,44 @@ def test_bad_numbers(micro_janus: Path, micro_z: Path, tmp_path: Path) -> None:
         benchmark_speculative(str(micro_z), tmp_path)
 
 
-def test_costs_of_a_micro_model(micro_janus: Path) -> None:
-    """Real passes: rows for every size, measured against the fastest pass, padded or not."""
-    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
-    rows = measure_target(target_of(pipe.model.requires_grad_(False), pipe.tokenizer), (1, 2, 5), runs=2)
+def test_costs_and_gains_of_a_small_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real passes and rounds: against the fastest plain loop, padded or not, with the acceptance of tiny-janus."""
+    monkeypatch.setattr(speculative_cost, "_JANUS", {"janus-pro-1b": (64, 2, 2, 96)})
+    out = tmp_path / "r.json"
+    words = ["--size", "janus-pro-1b", "--nodes", "2", "--nodes", "5", "--runs", "2", "--dtype", "float32"]
+    assert run(["bench", "speculative-cost", *words, "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    assert data["settings"]["acceptance_of"] == "tiny-janus" and data["settings"]["compile"] is False
+    rows, (plain, *sources) = data["rows"], data["sources"]
     assert [row["nodes"] for row in rows] == [1, 2, 5]
-    plain = min(row["verify"]["p50"] for row in rows) + rows[0]["left"]["p50"]
-    assert rows[0]["break_even"] >= 1.0
+    padded = min(row["verify"]["p50"] for row in rows) + rows[0]["left"]["p50"]
+    fastest = min(plain["round"]["p50"], padded)
     for row in rows:
         assert min(row[name]["p50"] for name in ("verify", "draft", "left")) > 0
         whole = row["verify"]["p50"] + row["left"]["p50"] + (row["nodes"] - 1) * row["draft"]["p50"]
-        assert row["break_even"] == pytest.approx(whole / plain)
+        assert row["break_even"] == pytest.approx(whole / fastest) and row["break_even"] >= 1.0
+    assert (plain["rule"], plain["source"], plain["nodes"], plain["tokens"]) == (None, "plain", 1, 1)
+    assert plain["speedup_vs_plain"] == 1 and plain["speedup_vs_fastest_plain"] <= 1
+    pace = json.loads((ROOT / "tiny-janus" / "drafter" / "calibration.json").read_text())["pace"]
+    assert [(row["rule"], row["source"]) for row in sources] == list(SOURCES)
+    for row, nodes in zip(sources, (17, 21, 23), strict=True):
+        assert row["nodes"] == nodes and row["tokens"] == pace["tokens"][row["rule"]][row["source"]]
+        passes = 24**2 / row["tokens"]
+        assert row["seconds_per_picture"] == pytest.approx(passes * row["round"]["p50"])
+        assert row["speedup_vs_plain"] == pytest.approx(plain["seconds_per_picture"] / row["seconds_per_picture"])
+        assert row["break_even"] * row["speedup_vs_fastest_plain"] == pytest.approx(row["tokens"])
+    page = capsys.readouterr().out
+    assert "cascade heads-20x2-2" in page and "`tiny-janus` accepts, not this model" in page
+
+
+@pytest.mark.slow
+def test_compiled_costs(micro_janus: Path) -> None:
+    pipe = JanusImagePipeline.from_pretrained(micro_janus, torch_dtype=torch.float32)
+    target = target_of(pipe.model.requires_grad_(False), pipe.tokenizer)
+    rows, sources = measure_target(target, (1, 4), runs=1, sources=[("exact", "heads-8")], compile=True)
+    assert [row["nodes"] for row in rows] == [1, 4] and [row["source"] for row in sources] == ["plain", "heads-8"]
 
 
 @pytest.mark.parametrize(("options", "word"), [(["--size", "huge"], "size"), (["--runs", "0"], "runs")])

@@ -128,6 +128,22 @@ def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
         assert max(row["pictures_a_minute"][size] for row in rows.values() if row["rule"] == "exact") > gain * best
 
 
+def test_rounds_at_real_sizes_by_source() -> None:
+    """The table of docs/speculative-decoding.md, with the acceptance of tiny-janus."""
+    data = json.loads((RESULTS / "bench-speculative-cost.json").read_text(encoding="utf-8"))
+    page = (RESULTS.parent / "speculative-decoding.md").read_text(encoding="utf-8")
+    assert data["settings"]["acceptance_of"] == "tiny-janus"
+    by_source: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in data["sources"]:
+        by_source.setdefault((row["rule"], row["source"]), []).append(row)
+    for (rule, source), rows in by_source.items():
+        if rule is not None:
+            cells = [f"`{rule}`, `{source}`", str(rows[0]["nodes"]), f"{rows[0]['tokens']:.2f}"]
+            for row in rows:
+                cells += [f"{row['break_even']:.1f}", f"{row['speedup_vs_fastest_plain']:.1f}"]
+            assert f"| {' | '.join(cells)} |" in page
+
+
 def test_fused_kernels_against_compiled_references() -> None:
     """The tables of docs/kernels.md are the committed ones; kernels that are taken by default are the faster ones."""
     data = json.loads((RESULTS / "bench-kernels.json").read_text(encoding="utf-8"))
