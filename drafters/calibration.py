@@ -125,7 +125,8 @@ class Calibration:
             now = sampled_weights(network, [name for name, value in known.items() if isinstance(value, float)])
             if any(abs(value - known[name]) > 1e-6 + _ROUNDING * abs(value) for name, value in now.items()):
                 raise FastgenError(
-                    f"calibration: made for a {part} of other weights; make one with `fastgen train cascade-calibrate`"
+                    f"calibration: made for a {part} of other weights; give none, or make one with `fastgen train "
+                    "cascade-calibrate`"
                 )
 
     def config(self, quality: float, **settings: Any) -> CascadeConfig:
@@ -225,7 +226,7 @@ class Calibration:
 
 
 def sampled_weights(network: Any, names: Sequence[str] | None = None) -> dict[str, float]:
-    """One value of a few weights by name; weights that are missing, quantized or not in memory are left out.
+    """One value of a few weights by name; weights that are missing, of 8 bits or less or not in memory are left out.
 
     Args:
         network: a module; anything else has no weights.
@@ -239,7 +240,11 @@ def sampled_weights(network: Any, names: Sequence[str] | None = None) -> dict[st
     return {
         name: float(weight.flatten()[weight.numel() // 2])
         for name, weight in plain.items()
-        if type(weight) is Tensor and weight.is_floating_point() and not weight.is_meta and weight.numel()
+        if type(weight) is Tensor
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+        and not weight.is_meta
+        and weight.numel()
     }
 
 

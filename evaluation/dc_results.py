@@ -102,7 +102,7 @@ def _router_markdown(data: dict[str, Any]) -> str:
     steps = next(row["kept_by_step"] for row in data["rows"] if row["kept_by_step"])
     aim = ""
     if n := router.get("compression"):
-        aim = f" Training aims at {percent(1 / n)} kept at every noise level, half to twice that is allowed."
+        aim = f" Training aims at {percent(1 / n)} kept at every noise level; half to twice that is what we accept."
     return (
         f"Router on {router['renders']} fresh renders: natural kept share, and mean boundary probability of positions "
         "on object boundaries, inside objects and in the background (all in percent); over all noise levels that of "

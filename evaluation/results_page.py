@@ -44,7 +44,7 @@ _COMMANDS = {
     "bench-kernels-end-to-end": "bench kernels --end-to-end",
 }
 # Whose rows are not the default ones.
-_OTHER_ROWS = ("bench-speculative-trees", "bench-speculative-sources")
+_OTHER_ROWS = ("bench-speculative", "bench-speculative-trees", "bench-speculative-sources")
 _MODELS = (
     ("tiny", "diffusion"),
     ("tiny-janus", "autoregressive"),

@@ -67,8 +67,11 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
         numbers = (1e3 * row["round"]["p50"], row["tokens"], row["break_even"], row["seconds_per_picture"])
         shown = (*numbers, row["speedup_vs_plain"], row["speedup_vs_fastest_plain"])
         sources.append([row["size"], name, str(row["nodes"]), *(f"{value:.2f}" for value in shown)])
+    how = "compiled" if settings["compile"] else "not compiled"
+    if settings["compile"] and settings["device"] != "cpu":
+        how += ", as CUDA graphs, which the pipeline does not use"
     costs = (
-        f"One picture with guidance, {'compiled' if settings['compile'] else 'not compiled'}. Medians in milliseconds "
+        f"One picture with guidance, {how}. Medians in milliseconds "
         "of a pass over that many tokens, of a drafter's level, and of the rest of a round; a chain of that many "
         "tokens pays from this accepted length on (the bonus counted).\n\n"
     )

@@ -72,7 +72,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
     Every call uses the parts that the pipeline has then: a part may be replaced, moved, or changed in place.
 
     Raises:
-        FastgenError: a model that we do not know, a part of another kind, or a drafter of another model or dtype.
+        FastgenError: a model that we do not know, a part of another kind, a drafter of another model or dtype, or a
+            calibration for other weights.
     """
 
     loss: Loss = "distribution"
@@ -93,6 +94,8 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
         if isinstance(calibration, Mapping):
             calibration = Calibration.of_dict(calibration)
         _check_parts(model, tokenizer, drafter, calibration, heads, self.options)
+        if calibration is not None:
+            calibration.check_weights(model=model, drafter=drafter)
         self.calibration = calibration
         self._compile = False
         self._chosen: dict[Any, tuple[str | Tree, str]] = {}
@@ -287,6 +290,7 @@ class SpeculativeImagePipeline(NetworksMixin, PickledMixin, DiffusionPipeline):
             raise FastgenError('quality: is a knob of acceptance "cascade"')
         if self.calibration is None:
             raise FastgenError("quality: needs a calibration; make it with `fastgen train cascade-calibrate`")
+        self.calibration.check_weights(model=self.model, drafter=self.drafter)
         return build_rule("cascade", target, **asdict(self.calibration.config(quality)))
 
     def fastest(self, target: Target, rule: AcceptanceRule, batch: int) -> tuple[str, str]:
@@ -391,7 +395,6 @@ def _check_parts(
         if not isinstance(calibration, Calibration):
             raise FastgenError(f"calibration: {type(calibration).__name__} is not a Calibration")
         calibration.check(describe(target))
-        calibration.check_weights(model=model, drafter=drafter)
     return target
 
 

@@ -39,7 +39,7 @@ def benchmark_dc_quality(
     peers: bool = True,
     images_per_prompt: int = 4,
     limit: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     timed_prompts: int = 24,
     runs: int = 5,
     device: str = "cpu",
@@ -55,7 +55,7 @@ def benchmark_dc_quality(
         choice: which rows.
         peers: measure step caches on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
-        batch_size: pictures drawn together.
+        batch_size: pictures of the evaluation set drawn together; None: 4 on a CPU, 32 elsewhere.
         timed_prompts: pictures of a timed call.
         runs: timed rounds after one of warm-up.
         device: where.
@@ -79,6 +79,8 @@ def benchmark_dc_quality(
         raise FastgenError(f"guidance_scales: {list(choice.guidance_scales)} is not allowed, needs numbers >= 0")
     for steps in choice.steps:
         check_integer("steps", steps, 1)
+    if batch_size is None:
+        batch_size = 4 if device.startswith("cpu") else 32
     checkpoints = [find_checkpoint(name, model_variant) for name in (model, dense)]
     variants = list(variants_of(checkpoints, choice, peers, device))
     prompts = shapes_prompts(limit)
@@ -106,7 +108,7 @@ def benchmark_dc_quality(
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
                 "guidance_scale": variant.settings.get("guidance_scale"),
                 **scores,
-                "paired": paired_difference(scored[0], scored[-1]),
+                "paired": paired_difference(scored[0], scored[-1]) if rows else None,
             }
         )
     report("router")

@@ -6,8 +6,9 @@ more tokens a round (bonus included) than
 
     (t_verify(n) + D * t_draft + t_left) / t_plain
 
-By source: whole rounds, as the pipeline runs them, and what they give with the tokens per pass that `tiny-janus` was
-measured to accept. Random weights say nothing about acceptance, and the model in question may accept more or less.
+By source: whole rounds of the pipeline (on a GPU as CUDA graphs, which the pipeline does not use), and what they give
+with the tokens per pass that `tiny-janus` was measured to accept. Random weights say nothing about acceptance, and the
+model in question may accept more or less.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from fastgen.drafters.heads_source import window_source
 from fastgen.drafters.law import TokenLaw, gumbel_noise
 from fastgen.drafters.loading import build_rule
 from fastgen.drafters.names import PLAIN, window_of
-from fastgen.drafters.pace import Pace
 from fastgen.drafters.targets import Prefix, Target
 from fastgen.drafters.targets.janus import JanusTarget
 from fastgen.drafters.targets.llamagen import LlamaGenTarget
 from fastgen.drafters.tree import Tree, chain
 from fastgen.drafters.verify import AcceptedPath, Drafted, Noise
 from fastgen.evaluation.benchmarks.measure import percentiles, result_of, take_turns
+from fastgen.pretrained import load_pretrained
 
 __all__ = ["NODES", "SIZES", "SOURCES", "benchmark_speculative_cost", "build_target", "measure_target"]
 
@@ -124,7 +125,7 @@ def build_target(size: str, device: torch.device, dtype: torch.dtype) -> Target:
 
     vq: dict[str, Any] = {"embed_dim": 8, "num_embeddings": _CODES, "base_channels": 32, "latent_channels": 32}
     vq |= {"channel_multiplier": [1], "num_res_blocks": 0, "num_patches": _GRID}
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / _RECORDED)  # reads nothing here
+    tokenizer = load_pretrained(AutoTokenizer, ROOT / _RECORDED)  # reads nothing here
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -191,7 +192,9 @@ def measure_target(
         whole = median["verify", count] + median["left", count] + (count - 1) * median["draft", 0]
         row = {"verify": times["verify", count], "draft": times["draft", 0], "left": times["left", count]}
         rows.append({"nodes": count, **row, "break_even": whole / fastest})
-    accepted = {"": {PLAIN: 1.0}, **(_recorded().pace or Pace({}, {})).tokens}
+    pace = _recorded().pace
+    assert pace is not None  # the embedded one has it
+    accepted = {"": {PLAIN: 1.0}, **pace.tokens}
     for rule, name in (("", PLAIN), *sources):
         tokens = accepted[rule][name]
         seconds = median[rule, name] / tokens
@@ -296,7 +299,9 @@ def _loops(
 
     step = partial(loop.advance, loop, token)
     works: dict[tuple[str, Any], _Work] = {("", PLAIN): _Work(step, noise, states=(loop, loop.cache))}
-    longest = max((window_of(name)[0] for _, name in sources), default=1)
+    if not sources:
+        return works
+    longest = max(window_of(name)[0] for _, name in sources)
     heads = WindowHeads.for_target(target, window=longest, taps=(len(target.layers) // 2,))
     heads = heads.to(target.device, target.dtype).eval().requires_grad_(False)
     for rule, name in sources:

@@ -93,11 +93,16 @@ def dc(
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Step caches of the dense model.")] = True,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A few minutes: the main rows, 10 prompts of each task, one image a prompt."),
+        typer.Option(
+            "--quick",
+            help="About ten minutes on one core: the main rows, 10 prompts of each task, one image a prompt.",
+        ),
     ] = False,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images a prompt. Default: 4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Batch size; small ones are the fastest on a CPU.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Batch size of the evaluation set. Default: 4 on a CPU, 32 elsewhere.")
+    ] = None,
     runs: Annotated[int | None, typer.Option(help="Timed rounds. Default: 5, or 3 with --quick.")] = None,
     device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="PNG of score against FLOPs and seconds (extra: report).")] = None,

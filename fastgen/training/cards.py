@@ -66,8 +66,8 @@ Limits: the 56 words of the ShapesWorld grammar, one size. The image-understandi
 untrained and as small as the class allows: this checkpoint only generates images.""",
     "small": """A `diffusers.ZImagePipeline` of stock classes for 128x128 pictures of ShapesWorld captions:
 `ZImageTransformer2DModel` (width 192, 8 layers, patch 2, 256 image tokens), grown from that of `tiny`. VAE, text
-encoder and tokenizer are those of `tiny`; the scheduler has a `shift` of 4. The VAE restores renders of this size with
-37.5 dB (256 fresh ones; 34.9 dB at 64x64).
+encoder and tokenizer are those of `tiny`; the scheduler has a `shift` of 4. The VAE restores 256
+fresh renders of this size with a PSNR of 37.5 dB, of 64x64 with 34.9 dB (AMD EPYC, torch 2.13).
 
 ```python
 import fastgen
@@ -76,7 +76,7 @@ pipe = fastgen.load_pipeline("small")
 image = pipe("a red circle", height=128, width=128, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`; counts are right in 57 % of its pictures (12 steps).""",
+Limits: those of `tiny`; with 12 steps the count is right in 57 % of the pictures of 60 counting prompts.""",
     "small-dc": """A `fastgen.DCZImageTransformer2DModel` (width 192, 8 layers) upcycled from the transformer of
 `small` on its own patches (`grid="patch"`): it started as `small` and learned to compute only the patches that its
 router keeps. VAE, text encoder and tokenizer are those of `tiny`; the scheduler is UniPC with twice the shift of

@@ -137,9 +137,12 @@ def test_default_variants_are_those_that_the_model_can_draw(micro_janus: Path) -
                 for text in default_variants(heads, calibrated)
             ]
             assert {each.rule.name for each in given} == {"exact", "lantern++", "gsd", *["cascade"] * calibrated}
-            assert windows - {"heads-20x2-2"} <= {each.tree for each in given}
+            wide = {f"heads-{min(20, places)}x2-2"} if calibrated else set()
+            assert windows - {"heads-20x2-2"} | wide <= {each.tree for each in given}
         assert (default_variants(heads, True) == VARIANTS) == (places == 24)
     found = default_variants(None, False)
+    assert {text.split()[1] for text in default_variants(None, True)} == {"jacobi-16", "jacobi-16x2-2"}
+    assert not any("x2" in text for text in default_variants(WindowHeads.for_target(target, window=1), True))
     assert found == ("exact jacobi-16", "lantern++ jacobi-16", "lantern++ jacobi-16 factor=2", "gsd jacobi-16")
     assert all(isinstance(parse_variant(text, target).source(), JacobiSource) for text in found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,14 @@ def test_a_calibration_knows_the_weights_that_it_was_made_for(micro_janus: Path,
             draws_with(model, drafter)
         assert "\n" not in str(caught.value)
     draws_with(pipe.model, None)
+    # Weights that change later, as fused LoRA weights do: only what takes thresholds of the calibration is refused.
+    changed = SpeculativeImagePipeline(copy.deepcopy(pipe.model), pipe.tokenizer, first, made)
+    with torch.no_grad():
+        for weight in changed.model.parameters():
+            weight.mul_(1.05)
+    changed("a red circle", tree="jacobi-2")
+    with pytest.raises(FastgenError, match="made for a model of other weights"):
+        changed("a red circle", acceptance="cascade", tree="jacobi-2x2")
     draws_with(other.model.to("meta"), second.to("meta"))
     for dtype in (torch.float16, torch.bfloat16):
         draws_with(pipe.model.to(dtype), first.to(dtype))
