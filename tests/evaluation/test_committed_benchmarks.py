@@ -60,11 +60,11 @@ def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> No
 
 
 def test_dynamic_chunking_against_its_rivals() -> None:
-    """Within 2.5 points of the dense model in half of its seconds, and above all that takes no more time up to there;
+    """Within 1.5 points of the dense model in half of its seconds, and above all that takes no more time up to there;
     the router keeps at least half of what it aims at."""
     data, rows = rows_of("bench-dc")
     dense, chunked = rows["dense"], rows["dc 0 lite-cfg 0.9"]
-    assert chunked["score"] >= dense["score"] - 0.025
+    assert chunked["score"] >= dense["score"] - 0.015
     assert chunked["seconds"]["p50"] <= 0.5 * dense["seconds"]["p50"]
     front = pareto_front(data["rows"])
     fast = [row for row in front if row["seconds"]["p50"] <= chunked["seconds"]["p50"]]
