@@ -76,7 +76,7 @@ pipe = fastgen.load_pipeline("small")
 image = pipe("a red circle", height=128, width=128, num_inference_steps=12, guidance_scale=2.0).images[0]
 ```
 
-Limits: those of `tiny`; with 12 steps the count is right in 57 % of the pictures of 60 counting prompts.""",
+Limits: those of `tiny`; with 12 steps the count is right in 60 % of the pictures of 60 counting prompts.""",
     "small-dc": """A `fastgen.DCZImageTransformer2DModel` (width 192, 8 layers) upcycled from the transformer of
 `small` on its own patches (`grid="patch"`): it started as `small` and learned to compute only the patches that its
 router keeps. VAE, text encoder and tokenizer are those of `tiny`; the scheduler is UniPC with twice the shift of
