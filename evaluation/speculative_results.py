@@ -118,9 +118,10 @@ def speculative_plot(data: dict[str, Any], path: Path) -> None:
     plot_scores(panel, series, gain, linestyle="none")
     if len(rows) > _NAMED:
         panel.legend(fontsize=8)
-    for row in rows if len(rows) <= _NAMED else ():
-        name, place = row["variant"] if row["rule"] else "plain loop", (gain(row), 100 * row["score"])
+    else:
         beside = {"xytext": (-9, 0), "textcoords": "offset points", "rotation": 90, "ha": "center", "va": "center"}
-        panel.annotate(name, place, fontsize=8, **beside)
+        for row in rows:
+            name, place = row["variant"] if row["rule"] else "plain loop", (gain(row), 100 * row["score"])
+            panel.annotate(name, place, fontsize=8, **beside)
     panel.set_xlabel("speed-up against the fastest plain loop")
     figure.savefig(path, dpi=120)

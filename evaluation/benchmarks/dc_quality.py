@@ -86,7 +86,7 @@ def benchmark_dc_quality(
     prompts = shapes_prompts(limit)
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
-    scored: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
     for variant in variants:
         report(variant.name)
         run = RunSettings(
@@ -98,8 +98,9 @@ def benchmark_dc_quality(
             variant=model_variant,
         )
         scores = score_row(folder, prompts, run, partial(_pictures, variant, batch_size), detector)
-        judge = scores.pop("detector")
-        scored.append({"prompts": scores.pop("prompts"), **scores})
+        first = first or dict(scores)
+        paired = paired_difference(first, scores) if rows else None
+        judge, _ = scores.pop("detector"), scores.pop("prompts")
         rows.append(
             {
                 "variant": variant.name,
@@ -108,7 +109,7 @@ def benchmark_dc_quality(
                 "uncond_tail_drop": variant.settings.get("uncond_tail_drop"),
                 "guidance_scale": variant.settings.get("guidance_scale"),
                 **scores,
-                "paired": paired_difference(scored[0], scored[-1]) if rows else None,
+                "paired": paired,
             }
         )
     report("router")

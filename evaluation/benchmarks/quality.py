@@ -66,6 +66,8 @@ def score_row(
 def paired_difference(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The difference of the scores of two results of `score_row` and its 95 % interval, by prompts as pairs; None
     where a task has too few prompts."""
-    difference, errors = row["score"] - base["score"], paired_errors(dict(base), dict(row))
-    reach = 1.96 * errors[OVERALL] if errors else None
-    return None if reach is None else {"difference": difference, "ci": [difference - reach, difference + reach]}
+    errors = paired_errors(dict(base), dict(row))
+    if not errors:
+        return None
+    difference, reach = row["score"] - base["score"], 1.96 * errors[OVERALL]
+    return {"difference": difference, "ci": [difference - reach, difference + reach]}

@@ -177,8 +177,11 @@ def measure_target(
     prefix = Prefix(vectors, torch.ones(2, _PROMPT, dtype=torch.bool, device=device), guided=True).watched()
     if compile:
         prefix = prefix.padded(PROMPT_MULTIPLE)  # static shapes
+    recorded = Calibration.load(ROOT / _RECORDED / "drafter")
+    assert recorded.pace is not None  # the embedded one has it
     with many_graphs(compile):
-        works = _passes(target, prefix, law, nodes, compile) | _loops(target, prefix, law, sources, compile)
+        works = _passes(target, prefix, law, nodes, compile)
+        works |= _loops(target, prefix, law, sources, recorded, compile)
         graphs = compile and device.type == "cuda"
         calls = {name: work.graphed() if graphs else work.run for name, work in works.items()}
         turns = take_turns(calls, runs, warm_up=3, device=device)
@@ -192,9 +195,7 @@ def measure_target(
         whole = median["verify", count] + median["left", count] + (count - 1) * median["draft", 0]
         row = {"verify": times["verify", count], "draft": times["draft", 0], "left": times["left", count]}
         rows.append({"nodes": count, **row, "break_even": whole / fastest})
-    pace = _recorded().pace
-    assert pace is not None  # the embedded one has it
-    accepted = {"": {PLAIN: 1.0}, **pace.tokens}
+    accepted = {"": {PLAIN: 1.0}, **recorded.pace.tokens}
     for rule, name in (("", PLAIN), *sources):
         tokens = accepted[rule][name]
         seconds = median[rule, name] / tokens
@@ -285,7 +286,12 @@ def _left(
 
 
 def _loops(
-    target: Target, prefix: Prefix, law: TokenLaw, sources: Sequence[tuple[str, str]], compile: bool
+    target: Target,
+    prefix: Prefix,
+    law: TokenLaw,
+    sources: Sequence[tuple[str, str]],
+    recorded: Calibration,
+    compile: bool,
 ) -> dict[tuple[str, Any], _Work]:
     """A token of the plain loop, and a round of each source with heads as `fastgen train heads` makes them."""
     half, loop = target.num_tokens // 2, PlainLoop(target, prefix, law, [torch.Generator()], compile)
@@ -305,7 +311,7 @@ def _loops(
     heads = WindowHeads.for_target(target, window=longest, taps=(len(target.layers) // 2,))
     heads = heads.to(target.device, target.dtype).eval().requires_grad_(False)
     for rule, name in sources:
-        settings = asdict(_recorded().config(_QUALITY)) if rule == "cascade" else {}
+        settings = asdict(recorded.config(_QUALITY)) if rule == "cascade" else {}
         judge = build_rule(rule, target, **settings).to(target.device)
         source = window_source(name, judge, heads)
         rounds = Rounds(target, source, judge, prefix, law, [torch.Generator()], compile)
@@ -325,12 +331,7 @@ def _noise(rounds: Rounds) -> tuple[Tensor, Tensor]:
     return noise.coins, noise.gumbel
 
 
-def _recorded() -> Calibration:
-    """Of the embedded model."""
-    return Calibration.load(ROOT / _RECORDED / "drafter")
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Work:
     """Something to measure.
 
@@ -348,7 +349,7 @@ class _Work:
     before: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "before", [dict(vars(state)) for state in self.states])
+        self.before = [dict(vars(state)) for state in self.states]
 
     def run(self, given: tuple[Tensor, ...] | None = None) -> None:
         """One step with this noise, or with new noise."""

@@ -157,7 +157,7 @@ def speculative(
         list[str] | None,
         typer.Option(
             help='"RULE DRAFT [SETTING=VALUE …]", e.g. "gsd jacobi-12 group=3" or "exact 4-2-1@FOLDER"; repeat. '
-            "Default: the published rows, as far as the model has heads and a calibration."
+            "Default: exact windows, CASCADE, LANTERN++ and GSD, as far as the model has heads and a calibration."
         ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the pictures; a killed run continues there.")] = Path(
