@@ -86,6 +86,7 @@ class Calibration:
 
     Attributes:
         levels: sorted by quality.
+        sensitivity: median over sibling pairs, for drafts without siblings (see `CascadeConfig`); None: not measured.
         about: the model and the settings of the calibration.
         pace: which sources are fastest, if measured.
     """
@@ -93,6 +94,11 @@ class Calibration:
     levels: tuple[Level, ...]
     about: Mapping[str, Any] = field(default_factory=dict, compare=False)
     pace: Pace | None = None
+    sensitivity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity is not None:
+            check_number("sensitivity", self.sensitivity, above=0)
 
     def check(self, sizes: Mapping[str, Any], label: str = "calibration") -> None:
         """Check that it was made for this model, as far as it records that.
@@ -140,6 +146,8 @@ class Calibration:
         if not fitting:
             return CascadeConfig.off()
         level = fitting[-1]
+        if self.sensitivity is not None:
+            settings = {"sensitivity": self.sensitivity, **settings}
         return CascadeConfig(breadth=level.breadth, depth=level.depth, radius=level.radius, **settings)
 
     def with_results(self, data: Mapping[str, Any]) -> Calibration:
@@ -182,7 +190,11 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """The calibration as a JSON object."""
-        made = {"about": dict(self.about), "levels": [asdict(level) for level in self.levels]}
+        made = {
+            "about": dict(self.about),
+            "levels": [asdict(level) for level in self.levels],
+            "sensitivity": self.sensitivity,
+        }
         return made if self.pace is None else {**made, "pace": asdict(self.pace)}
 
     @classmethod
@@ -199,7 +211,8 @@ class Calibration:
         try:
             made = [_level(**level) for level in data["levels"]]
             pace = None if data.get("pace") is None else Pace.of_dict(data["pace"])
-            return cls(tuple(sorted(made, key=lambda level: level.quality)), dict(data.get("about", {})), pace)
+            levels = tuple(sorted(made, key=lambda level: level.quality))
+            return cls(levels, dict(data.get("about", {})), pace, data.get("sensitivity"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FastgenError(f"quality: {source} cannot be read: {error}") from error
 
@@ -272,13 +285,14 @@ class PairRecorder(AcceptanceRule):
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
         children, alike = drafted.inner_children(), node_similarity(drafted)
         codes = self.codebook[drafted.child_tokens()]
-        moved = sensitivity(drafted, sibling_states(drafted), codes)
-        apart = torch.cdist(codes, codes) * moved[..., None, None]
+        moved = sensitivity(drafted, sibling_states(drafted), codes)[..., None, None]
+        apart = torch.cdist(codes, codes) * moved
         values = (
             sibling_pairs(alike, children),
             sibling_pairs(convergence(alike, drafted.tree, self.horizon), children),
             apart,
             sibling_pairs(total_variation(drafted.target), children),
+            moved.expand_as(apart),
         )
         pairs = drafted.tree.pairs.expand_as(apart)
         self._seen.append(torch.stack([value[pairs] for value in values], dim=1).cpu())
@@ -286,8 +300,9 @@ class PairRecorder(AcceptanceRule):
 
     @property
     def pairs(self) -> Tensor:
-        """[n, 4]: similarity, convergence, predicted distance and total variation of each sibling pair."""
-        return torch.cat(self._seen) if self._seen else torch.empty(0, 4)
+        """[n, 5]: similarity, convergence, predicted distance, total variation and the node's sensitivity for each
+        sibling pair."""
+        return torch.cat(self._seen) if self._seen else torch.empty(0, 5)
 
 
 def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMITS) -> Calibration:
@@ -302,7 +317,7 @@ def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMI
     """
     if len(pairs) < _FEWEST_PAIRS:
         raise ValueError(f"pairs: {len(pairs)} sibling pairs are too few, needs {_FEWEST_PAIRS}; draw more pictures")
-    alike, met, apart, variation = pairs.unbind(dim=1)
+    alike, met, apart, variation, moved = pairs.unbind(dim=1)
     levels = []
     for quality, limit in limits:
         breadth, wide = _smallest(alike, variation, limit)
@@ -310,7 +325,8 @@ def calibrate_levels(pairs: Tensor, limits: Sequence[tuple[float, float]] = LIMI
         negative, near = _smallest(-apart, variation, limit)
         radius = 0.0 if near == 0 else max(0.0, -negative)
         levels.append(Level(quality, limit, breadth, depth, radius, (wide, deep, near if radius > 0 else 0)))
-    return Calibration(tuple(levels))
+    finite = moved[moved.isfinite() & (moved > 0)]
+    return Calibration(tuple(levels), sensitivity=float(finite.median()) if len(finite) else None)
 
 
 def _smallest(value: Tensor, variation: Tensor, limit: float) -> tuple[float, int]:

@@ -9,6 +9,9 @@ classes is the target's.
 
 As in LANTERN, a drafted token has the mass of its class, up to a cap; the other tokens of the class have none. The
 distribution is no longer the target's; the calibration measures by how much, and the effect on pictures.
+
+A chain has no siblings, so nothing in the pass tells how sensitive the target is there. It takes the calibration's
+median; with it, CASCADE-R is a LANTERN with a calibrated radius and cap, and reads no hidden states.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class CascadeConfig:
         image_budget: mass that may be stolen per image; after that the exact rule applies.
         radius: undrafted codes join a class where the target's hidden state is predicted to move by at most this, in
             units of the mean norm of the hidden states in the tree; 0 for none.
+        sensitivity: how far the hidden state moves with the code (that unit over the codebook's), for a draft without
+            siblings to measure it from; infinity: such a draft is verified exactly.
         near: nearest codes considered for each child.
 
     Raises:
@@ -62,9 +67,10 @@ class CascadeConfig:
     breadth: float = 0.9
     depth: float = 0.95
     horizon: int = 2
-    delta: float = 0.02
+    delta: float = 0.05
     image_budget: float = math.inf
     radius: float = 0.0
+    sensitivity: float = math.inf
     near: int = 64
 
     def __post_init__(self) -> None:
@@ -74,6 +80,8 @@ class CascadeConfig:
             check_number(name, getattr(self, name), least)
         if self.image_budget != math.inf:
             check_number("image_budget", self.image_budget, 0)
+        if self.sensitivity != math.inf:
+            check_number("sensitivity", self.sensitivity, above=0)
 
     @classmethod
     def off(cls) -> CascadeConfig:
@@ -154,16 +162,21 @@ class Cascade(AcceptanceRule):
         self.needs_hidden = config.relaxes
 
     def reads_hidden(self, tree: Tree) -> bool:
-        # Without siblings there is no pair to compare and no estimate of the target's sensitivity.
+        # Without siblings there is no pair to compare.
         return self.needs_hidden and tree.max_children > 1
 
+    def _relaxes(self, tree: Tree) -> bool:
+        """Whether two tokens can share a class in a draft of this shape."""
+        alone = self.config.delta * self.config.radius > 0 and self.config.sensitivity < math.inf
+        return self.config.relaxes if tree.max_children > 1 else alone
+
     def verify(self, drafted: Drafted, noise: Noise, spent: Tensor) -> Decisions:
-        if not self.reads_hidden(drafted.tree):
+        if not self._relaxes(drafted.tree):
             return strict(drafted, noise)
         return decide(drafted, noise, Lent(self.classes(drafted, spent).of_token))
 
     def walk(self, drafted: Drafted, noise: Noise, spent: Tensor, remaining: Tensor) -> AcceptedPath:
-        if not self.reads_hidden(drafted.tree):
+        if not self._relaxes(drafted.tree):
             return verify_and_walk(drafted, noise, remaining)
         return verify_and_walk(drafted, noise, remaining, classes=self.classes(drafted, spent).of_token)
 
@@ -171,11 +184,12 @@ class Cascade(AcceptanceRule):
         """Classes of siblings and of the codes that join them, for all nodes at once."""
         config, p, tokens = self.config, drafted.inner_target(), drafted.child_tokens()
         count, vocabulary = tokens.shape[-1], p.shape[-1]
-        first, states = torch.arange(count, device=p.device).expand(tokens.shape), sibling_states(drafted)
+        first = torch.arange(count, device=p.device).expand(tokens.shape)
+        states = sibling_states(drafted) if count > 1 else None
         room = p.new_full(tokens.shape, config.delta)
         if config.image_budget < math.inf:
             room = room.where((spent <= config.image_budget)[:, None, None], -1.0)
-        if config.breadth <= 1 or config.converges:
+        if states is not None and (config.breadth <= 1 or config.converges):
             first, lent = form_classes(self._links(drafted, states), p.gather(-1, tokens), room)
             room = room - lent
         # The last column collects what is written for no token.
@@ -200,13 +214,16 @@ class Cascade(AcceptanceRule):
             linked.append(sibling_pairs(met, drafted.inner_children()) >= config.depth)
         return reduce(torch.logical_or, linked) & drafted.tree.pairs
 
-    def _near(self, drafted: Drafted, states: Tensor, near: Tensor, neighbours: Neighbours) -> Tensor:
+    def _near(self, drafted: Drafted, states: Tensor | None, near: Tensor, neighbours: Neighbours) -> Tensor:
         """Section 6.6: which of the codes [B, A, C, k] near existing children are predicted to move the target little
         enough."""
         tokens, children = drafted.child_tokens(), drafted.inner_children()
+        distances = embedding(tokens, neighbours.distances[:, : near.shape[-1]])
+        if states is None:
+            return distances <= self.config.radius / self.config.sensitivity
         spots, slots = embedding(tokens, neighbours.codebook), torch.arange(near.shape[2], device=near.device)
         reach = self.config.radius / sensitivity(drafted, states, spots)
-        inside = embedding(tokens, neighbours.distances[:, : near.shape[-1]]) <= reach[..., None, None]
+        inside = distances <= reach[..., None, None]
         # A code belongs to the nearest child only, the first of equally near ones. Distances are squared, without the
         # square of the code itself, which is the same for all children.
         own = spots.square().sum(dim=-1, keepdim=True).where(children[..., None] >= 0, torch.inf)

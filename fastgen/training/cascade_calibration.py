@@ -7,6 +7,7 @@ distance of the distributions after them are recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ def calibrate_cascade(
         generator = torch.Generator().manual_seed(seed + number)
         decode_speculative(target, source, recorder, prefix, law, [generator])
         report(number + 1, pictures)
-    levels = calibrate_levels(recorder.pairs).levels
+    found = calibrate_levels(recorder.pairs)
     about = {"model": model, "drafter": Path(drafter).name, "tree": tree, "pictures": pictures, "seed": seed}
     about |= {"guidance_scale": scale, "pairs": len(recorder.pairs), "commit": commit(), "environment": environment()}
     about["target"] = describe(target)
     about["weights"] = {"model": sampled_weights(pipe.model), "drafter": sampled_weights(made)}
-    calibration = Calibration(levels, about)
+    calibration = replace(found, about=about)
     calibration.save(output)
     return calibration

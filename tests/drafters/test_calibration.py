@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastgen.errors import FastgenError
 
 def kept(pairs: torch.Tensor, level: Level) -> list[torch.Tensor]:
     """Variation of the pairs that each threshold relates."""
-    alike, met, apart, variation = pairs.unbind(dim=1)
+    alike, met, apart, variation, _ = pairs.unbind(dim=1)
     near = (apart <= level.radius) & (level.radius > 0)  # a radius of 0 relates nothing
     return [variation[alike >= level.breadth], variation[met >= level.depth], variation[near]]
 
@@ -34,7 +35,11 @@ def test_nine_of_ten_related_pairs_keep_the_limit(seed: int, slope: float, coars
     if coarse:
         alike = (alike * 5).round() / 5
     variation = ((1 - alike) / 2 * slope + 0.05 * torch.rand(400, generator=generator)).clamp(0, 1)
-    pairs = torch.stack([alike, alike, 1 - alike, variation], dim=1)
+    moved = torch.rand(400, generator=generator)
+    moved[::7], moved[::11] = torch.inf, 0.0  # nodes without a pair, and pairs of one state
+    pairs = torch.stack([alike, alike, 1 - alike, variation, moved], dim=1)
+    known = sorted(value for value in moved.tolist() if 0 < value < 2)
+    assert calibrate_levels(pairs).sensitivity == pytest.approx(known[(len(known) - 1) // 2])
     for level in calibrate_levels(pairs).levels:
         for related, count in zip(kept(pairs, level), level.pairs, strict=True):
             assert len(related) == count
@@ -48,8 +53,10 @@ def test_nine_of_ten_related_pairs_keep_the_limit(seed: int, slope: float, coars
 
 
 def test_no_similar_pairs_means_off() -> None:
-    pairs = torch.stack([torch.rand(100), torch.rand(100), torch.rand(100), torch.ones(100)], dim=1)
-    level = calibrate_levels(pairs).levels[-1]
+    pairs = torch.cat([torch.rand(100, 3), torch.ones(100, 1), torch.full((100, 1), torch.inf)], dim=1)
+    made = calibrate_levels(pairs)
+    level = made.levels[-1]
+    assert made.sensitivity is None and made.config(1.0).sensitivity == float("inf")
     assert (level.breadth, level.depth, level.radius, level.pairs) == (2.0, 2.0, 0.0, (0, 0, 0))
     with pytest.raises(ValueError, match="too few"):
         calibrate_levels(pairs[:10])
@@ -61,6 +68,7 @@ def test_quality_picks_a_level() -> None:
     assert calibration.config(0.0) == CascadeConfig.off() == calibration.config(0.2)
     assert calibration.config(0.6).breadth == 0.75 and calibration.config(1.0).radius == 1.0
     assert calibration.config(0.5, delta=0.1).delta == 0.1
+    assert replace(calibration, sensitivity=2.0).config(0.5).sensitivity == 2.0
     for bad in (-0.1, 1.1, float("nan"), True):
         with pytest.raises(ValueError, match="quality"):
             calibration.config(bad)
@@ -68,9 +76,14 @@ def test_quality_picks_a_level() -> None:
 
 def test_a_saved_calibration_is_the_same(tmp_path: Path) -> None:
     calibration = Calibration((Level(0.5, 0.1, 0.9, 0.95, 0.2, (3, 2, 1)), Level(1.0, 0.3, 0.5, 0.6, 0.4, (6, 5, 4))))
-    Calibration(calibration.levels, {"target": "toy"}).save(tmp_path / "x")
-    again = Calibration.load(tmp_path / "x")
-    assert again == calibration and again.about == {"target": "toy"}
+    for sensitivity in (None, 1.5):
+        made = Calibration(calibration.levels, {"target": "toy"}, sensitivity=sensitivity)
+        made.save(tmp_path / "x")
+        again = Calibration.load(tmp_path / "x")
+        assert again == made and again.about == {"target": "toy"}
+    assert Calibration.of_dict({"levels": calibration.as_dict()["levels"]}) == calibration, "of an earlier version"
+    with pytest.raises(ValueError, match="sensitivity"):
+        Calibration.of_dict({**calibration.as_dict(), "sensitivity": -1.0})
     with pytest.raises(ValueError, match="cascade-calibrate"):
         Calibration.load(tmp_path)
     (tmp_path / "calibration.json").write_text('{"levels": [{"quality": 1}]}')
@@ -90,11 +103,12 @@ def test_the_recorder_decides_exactly_and_sees_every_pair() -> None:
     assert torch.equal(recorder.verify(drafted, noise, torch.zeros(200)).child, strict(drafted, noise).child)
     pairs = recorder.pairs
     count = sum(k * (k - 1) // 2 for k in (drafted.inner_children() >= 0)[0].sum(dim=1).tolist())
-    assert pairs.shape == (200 * count, 4)
+    assert pairs.shape == (200 * count, 5)
     twins = pairs[:, 0] > 0.999
     assert twins.any() and not twins.all()
     assert float(pairs[twins, 3].max()) < 1e-6 < float(pairs[~twins, 3].min())
     finite = torch.isfinite(pairs[:, 2])
+    assert torch.equal(finite, torch.isfinite(pairs[:, 4]))
     assert float(pairs[twins & finite, 2].max()) < float(pairs[~twins & finite, 2].min())
 
 

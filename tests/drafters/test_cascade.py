@@ -65,7 +65,7 @@ def test_off_is_the_exact_rule_bit_for_bit(sampled: bool) -> None:
 
 def test_nothing_is_computed_where_nothing_can_be_relaxed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descendants are compared only below a threshold that they can reach, hidden states only where one is asked; and
-    nothing at all in a chain, which has no siblings, or where a class may lend nothing."""
+    nothing at all in a chain of unknown sensitivity, or where a class may lend nothing."""
     called: list[str] = []
     for name in ("similarity", "node_similarity", "convergence", "sensitivity"):
         real = getattr(cascade, name)
@@ -263,11 +263,46 @@ def test_convergence_looks_at_equal_depth_below() -> None:
     assert convergence(alike, tree, 2)[0, 3, 4] == 0.0
 
 
-def test_a_chain_has_no_siblings_and_nothing_breaks() -> None:
+def test_a_chain_of_unknown_sensitivity_is_exact() -> None:
     toy = Toy.twins(3, seed=1)
     drafted, noise = draft_of(toy, chain(3), 50, True)
-    rule = Cascade(replace(LOOSE, radius=0.5), Neighbours.of(codebook(3), 3))
-    assert torch.equal(rule.verify(drafted, noise, torch.zeros(50)).child, strict(drafted, noise).child)
+    near = Neighbours.of(codebook(3), 3)
+    for config in (replace(LOOSE, radius=0.5), replace(LOOSE, sensitivity=1.0)):
+        rule = Cascade(config, near)
+        assert torch.equal(rule.verify(drafted, noise, torch.zeros(50)).child, strict(drafted, noise).child)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    delta=st.floats(0.01, 0.5),
+    radius=st.floats(0.05, 3.0),
+    sensitivity=st.floats(0.2, 5.0),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_chain_takes_the_sensitivity_of_the_calibration(
+    seed: int, delta: float, radius: float, sensitivity: float
+) -> None:
+    """Without hidden states: nearer codes first, while the class has room; against a loop over nodes and codes."""
+    toy = Toy.twins(4, seed=seed % 50)
+    near = Neighbours.of(torch.randn(8, 2, generator=torch.Generator().manual_seed(seed)), 7)
+    drafted, noise = draft_of(toy, chain(4), 5, True, seed)
+    bare, spent = replace(drafted, hidden=None), torch.zeros(5)
+    rule = Cascade(CascadeConfig(delta=delta, radius=radius, sensitivity=sensitivity), near)
+    assert not rule.reads_hidden(drafted.tree)
+    made, p = rule.classes(bare, spent).of_token, drafted.inner_target().double()
+    for image, node in itertools.product(range(5), range(made.shape[1])):
+        child = int(drafted.child_tokens()[image, node, 0])
+        wanted, lent = [1] * 8, 0.0
+        wanted[child] = 0
+        for code, apart in zip(near.codes[child].tolist(), near.distances[child].tolist(), strict=True):
+            lent += float(p[image, node, code])
+            if apart * sensitivity <= radius and lent <= delta:
+                wanted[code] = 0
+        assert made[image, node].tolist() == wanted
+    relaxed = rule.walk(bare, noise, spent, torch.full((5,), 9))
+    assert (relaxed.length >= walk(bare, strict(bare, noise), noise, torch.full((5,), 9)).length).all()
+    exhausted = Cascade(replace(rule.config, image_budget=1.0), near)
+    assert torch.equal(exhausted.verify(bare, noise, spent + 1.5).child, strict(bare, noise).child)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +312,8 @@ def test_a_chain_has_no_siblings_and_nothing_breaks() -> None:
         ({"horizon": -1}, "horizon"),
         ({"delta": -1}, "delta"),
         ({"near": 0}, "near"),
+        ({"sensitivity": 0}, "sensitivity"),
+        ({"sensitivity": float("nan")}, "sensitivity"),
     ],
 )
 def test_bad_thresholds(change: dict[str, Any], word: str) -> None:
