@@ -48,7 +48,7 @@ __all__ = ["NODES", "SIZES", "SOURCES", "benchmark_speculative_cost", "build_tar
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 #: Acceptance rules and windows.
-SOURCES = (("exact", "jacobi-16"), ("exact", "heads-20"), ("cascade", "heads-20x2-2"))
+SOURCES = (("exact", "jacobi-16"), ("exact", "heads-20"), ("cascade", "heads-20"))
 #: Width, layers, heads and inner width of the language models.
 _JANUS = {"janus-pro-1b": (2048, 24, 16, 5632), "janus-pro-7b": (4096, 30, 32, 11008)}
 SIZES = (*_JANUS, "llamagen-xl")

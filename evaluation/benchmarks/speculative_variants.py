@@ -42,8 +42,8 @@ def default_variants(heads: WindowHeads | None, calibrated: bool) -> tuple[str, 
     longest = 0 if heads is None else heads.config.window
     window = f"heads-{min(20, longest)}" if longest else "jacobi-16"
     texts = [text.replace("heads-20", window) for text in VARIANTS if calibrated or "quality=" not in text]
-    texts = [text for text in texts if longest != 1 or "x2-2" not in text]
-    return tuple(text for text in dict.fromkeys(texts) if longest >= 6 or "heads-6" not in text)
+    shorter = {f"heads-{places}" for places in (6, 8) if places > longest}
+    return tuple(text for text in dict.fromkeys(texts) if text.split()[1] not in shorter)
 
 
 def default_source(pipe: Any, drafter: Any, calibration: Any, heads: WindowHeads | None, compile: bool) -> str:
