@@ -194,7 +194,7 @@ def choose_source(
             speeds.append((elapsed / target.num_tokens, elapsed / decoded.target_passes))
         return min(speeds[1:])
 
-    # A rule that compares hidden states needs several candidates per place.
+    # A rule that compares siblings also tries several candidates per place.
     places = [window for window in WINDOWS if window <= target.num_tokens]
     wide = [name for name in WIDE_WINDOWS if rule.needs_hidden and window_of(name)[0] <= target.num_tokens]
     names = [*(f"jacobi-{window}" for window in places), *wide]

@@ -2,7 +2,7 @@
 
 `fastgen train cascade-calibrate` makes a calibration for a target with its drafter. Each level limits the total
 variation between the distributions that follow two tokens of one class: at its thresholds, 90 % of the observed pairs
-are below that limit.
+are below that limit. Without siblings the median sensitivity counts, and more pairs are above it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Calibration:
 
     Attributes:
         levels: sorted by quality.
-        sensitivity: median over sibling pairs, for drafts without siblings (see `CascadeConfig`); None: not measured.
+        sensitivity: median over sibling pairs of their node's, for drafts without siblings (see `CascadeConfig`);
+            None: not measured.
         about: the model and the settings of the calibration.
         pace: which sources are fastest, if measured.
     """

@@ -10,8 +10,8 @@ classes is the target's.
 As in LANTERN, a drafted token has the mass of its class, up to a cap; the other tokens of the class have none. The
 distribution is no longer the target's; the calibration measures by how much, and the effect on pictures.
 
-A chain has no siblings, so nothing in the pass tells how sensitive the target is there. It takes the calibration's
-median; with it, CASCADE-R is a LANTERN with a calibrated radius and cap, and reads no hidden states.
+A chain has no siblings, so nothing in the pass tells how sensitive the target is. There the median of the calibration
+counts: CASCADE-R becomes a LANTERN with a calibrated radius and a cap, and reads no hidden states.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CascadeConfig:
         radius: undrafted codes join a class where the target's hidden state is predicted to move by at most this, in
             units of the mean norm of the hidden states in the tree; 0 for none.
         sensitivity: how far the hidden state moves with the code (that unit over the codebook's), for a draft without
-            siblings to measure it from; infinity: such a draft is verified exactly.
+            pairs of siblings to measure it from; infinity: no undrafted code joins a class there.
         near: nearest codes considered for each child.
 
     Raises:
@@ -222,7 +222,8 @@ class Cascade(AcceptanceRule):
         if states is None:
             return distances <= self.config.radius / self.config.sensitivity
         spots, slots = embedding(tokens, neighbours.codebook), torch.arange(near.shape[2], device=near.device)
-        reach = self.config.radius / sensitivity(drafted, states, spots)
+        moved = sensitivity(drafted, states, spots)
+        reach = self.config.radius / moved.where(moved.isfinite(), self.config.sensitivity)
         inside = distances <= reach[..., None, None]
         # A code belongs to the nearest child only, the first of equally near ones. Distances are squared, without the
         # square of the code itself, which is the same for all children.

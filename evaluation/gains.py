@@ -49,7 +49,8 @@ def _speculative(rule: str, data: dict[str, Any]) -> list[str]:
             f"({low:+.1f} to {high:+.1f}, 95 %, paired by prompt)"
         )
     on = f"`{data['settings']['model']}`, {_device(data)}"
-    return [f"speculative decoding, `{rule}`", on, speed, quality, "`fastgen bench speculative`"]
+    name = drawn["variant"].replace(" ", "`, `", 1)
+    return [f"speculative decoding, `{name}`", on, speed, quality, "`fastgen bench speculative`"]
 
 
 def _search(data: dict[str, Any]) -> list[str]:

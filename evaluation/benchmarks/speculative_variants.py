@@ -28,6 +28,7 @@ VARIANTS = (
     "cascade heads-20 quality=0.5",
     "cascade heads-20 quality=0.75",
     "cascade heads-8 quality=0.5",
+    "cascade heads-8 quality=0.75",
     "lantern++ heads-20",
     "lantern++ heads-20 factor=2",
     "gsd heads-20",

@@ -135,6 +135,18 @@ def test_classes_are_those_of_greedy_complete_linkage(seed: int, count: int, cap
         assert lent[image, node].tolist() == pytest.approx(wanted)
 
 
+def test_siblings_of_one_code_take_the_sensitivity_of_the_calibration() -> None:
+    """As in a chain, no pair tells how far the hidden state moves with the code."""
+    toy = Toy.twins(4, seed=2)
+    drafted, _ = draft_of(toy, named_tree("3-4-2"), 20, True)
+    alone = replace(drafted, tokens=torch.zeros_like(drafted.tokens))
+    near, config = Neighbours.of(codebook(4), 3), CascadeConfig(breadth=2.0, depth=2.0, delta=1.0, radius=0.05)
+    children = drafted.inner_children().shape[-1]
+    for moved, joined in ((float("inf"), children), (1.0, 0), (9.0, children)):  # code 1 is 0.01 away
+        rule = Cascade(replace(config, sensitivity=moved), near)
+        assert (rule.classes(alone, torch.zeros(20)).of_token[..., 1] == joined).all()
+
+
 @given(seed=st.integers(0, 10_000), delta=st.floats(0.01, 0.5), radius=st.floats(0.05, 3.0))
 @settings(max_examples=25, deadline=None)
 def test_codes_join_the_nearest_child_while_its_class_has_room(seed: int, delta: float, radius: float) -> None:
@@ -299,8 +311,10 @@ def test_a_chain_takes_the_sensitivity_of_the_calibration(
             if apart * sensitivity <= radius and lent <= delta:
                 wanted[code] = 0
         assert made[image, node].tolist() == wanted
-    relaxed = rule.walk(bare, noise, spent, torch.full((5,), 9))
-    assert (relaxed.length >= walk(bare, strict(bare, noise), noise, torch.full((5,), 9)).length).all()
+    left = torch.full((5,), 9)
+    relaxed, stepwise = rule.walk(bare, noise, spent, left), walk(bare, rule.verify(bare, noise, spent), noise, left)
+    assert torch.equal(relaxed.nodes, stepwise.nodes) and torch.equal(relaxed.bonus, stepwise.bonus)
+    assert (relaxed.length >= walk(bare, strict(bare, noise), noise, left).length).all()
     exhausted = Cascade(replace(rule.config, image_budget=1.0), near)
     assert torch.equal(exhausted.verify(bare, noise, spent + 1.5).child, strict(bare, noise).child)
 

@@ -56,7 +56,7 @@ def make_source(target: Target, name: str) -> DraftSource:
 
 def two_rounds(janus: JanusImagePipeline, target: Target, name: str, rule: str, law: TokenLaw) -> Rounds:
     source = copy.copy(make_source(target, name))
-    settings: dict[str, Any] = {"radius": 0.5} if rule == "cascade" else {}
+    settings: dict[str, Any] = {"radius": 0.5, "sensitivity": 1.0} if rule == "cascade" else {}
     with torch.no_grad():
         with torch.device("meta"):
             model = JanusForConditionalGeneration(janus.model.config).requires_grad_(False)
@@ -85,7 +85,7 @@ def test_no_source_stops_the_gpu(janus: JanusImagePipeline, target: Target, name
 
 @pytest.mark.parametrize("rule", long_tail(RULES, fast=("exact", "cascade")))
 def test_no_rule_stops_the_gpu(janus: JanusImagePipeline, target: Target, rule: str) -> None:
-    for name in {"block": ["jacobi"], "cascade": ["eagle-1", "heads wide"]}.get(rule, ["eagle-1"]):
+    for name in {"block": ["jacobi"], "cascade": ["eagle-1", "heads wide", "heads"]}.get(rule, ["eagle-1"]):
         rounds = two_rounds(janus, target, name, rule, TokenLaw(3.0, 0.9, top_p=0.9))
         assert rounds.count.device.type == "meta"
         for images, lengths, counts in rounds.rounds:
