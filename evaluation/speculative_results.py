@@ -11,7 +11,7 @@ from fastgen.evaluation.report import figure_of, markdown_table, paired_cells, p
 __all__ = ["speculative_cost_markdown", "speculative_markdown", "speculative_plot"]
 
 
-_NAMED = 10  # more names at points of a plot would hide each other
+_NAMED = 12  # more names at points of a plot would hide each other
 
 
 def speculative_markdown(data: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def speculative_cost_markdown(data: dict[str, Any]) -> str:
 
 
 def speculative_plot(data: dict[str, Any], path: Path) -> None:
-    """Score with its standard error against the speed-up; a colour a rule, and the names of up to ten rows at their
+    """Score with its standard error against the speed-up; a colour a rule, and the names of up to twelve rows at their
     points.
 
     Raises:

@@ -107,25 +107,35 @@ def test_speculative_decoding_against_the_plain_loop() -> None:
 
 
 def test_windows_with_heads_against_the_fastest_plain_loop() -> None:
-    """Alone, in batches of four and sixteen, and as a whole command; CASCADE is the fastest rule at no loss that is
-    told from none."""
+    """Alone, in batches of four and sixteen, and as a whole command; CASCADE at quality 0.75 is the fastest row, at no
+    loss that is told from none, and by far the fastest of equal score."""
     data, rows = rows_of("bench-speculative")
+    page = (RESULTS.parent / "speculative-decoding.md").read_text(encoding="utf-8")
     plain = [row for row in rows.values() if row["rule"] is None]
-    exact, cascade = rows["exact heads-20"], rows["cascade heads-20x2-2 quality=0.5"]
-    others = [row for row in rows.values() if row["rule"] in ("lantern++", "gsd")]
-    assert exact["speedup_vs_fastest_plain"] >= 2.1 and exact["speedup_vs_stock"] >= 4
-    assert cascade["speedup_vs_fastest_plain"] >= 2.6 and cascade["speedup_vs_stock"] >= 5
-    assert cascade["target_pass_ratio"] <= 0.16 and exact["target_pass_ratio"] <= 0.21
-    assert len(others) == 2
-    for row in others:
-        assert cascade["seconds"]["p50"] < 0.9 * row["seconds"]["p50"]
+    exact, cascade = rows["exact heads-20"], rows["cascade heads-20 quality=0.75"]
+    assert data["settings"]["images_per_prompt"] == 4
+    assert exact["speedup_vs_fastest_plain"] >= 2.1 and exact["speedup_vs_stock"] >= 3.7
+    assert cascade["speedup_vs_fastest_plain"] >= 3.15 and cascade["speedup_vs_stock"] >= 5.5
+    assert cascade["target_pass_ratio"] <= 0.14 and exact["target_pass_ratio"] <= 0.21
+    assert cascade["seconds"]["p50"] == min(row["seconds"]["p50"] for row in rows.values())
+    rivals = [row for row in rows.values() if row["rule"] in ("lantern++", "gsd")]
+    near = [row for row in rivals if row["score"] >= cascade["score"] - 0.015]
+    assert len(rivals) == 3 and len(near) == 2
+    assert all(cascade["seconds"]["p80"] < row["seconds"]["p20"] for row in near)
     low, high = cascade["paired"]["ci"]
-    assert low < 0 < high and cascade["score"] >= exact["score"] - 0.015
+    assert low < 0 < high and cascade["paired"]["difference"] >= -0.015
+    for row in (exact, cascade, *rivals):
+        change, low, high = (100 * value for value in (row["paired"]["difference"], *row["paired"]["ci"]))
+        gains = f"{row['speedup_vs_fastest_plain']:.2f} | {row['speedup_vs_stock']:.1f}"
+        shown = f"| {row['target_pass_ratio']:.3f} | {row['seconds']['p50']:.3f} | {gains} |"
+        assert f"{shown} {change:+.1f} ({low:+.1f} to {high:+.1f}) |" in page
     fast, slow = (row["seconds"] for row in data["commands"])
     assert "plain" in data["commands"][1]["what"] and fast["p80"] < slow["p20"]
-    for size, gain in (("1", 2.0), ("4", 1.4), ("16", 1.2)):
-        best = max(row["pictures_a_minute"][size] for row in plain if row.get("pictures_a_minute"))
-        assert max(row["pictures_a_minute"][size] for row in rows.values() if row["rule"] == "exact") > gain * best
+    best = {size: max(row.get("pictures_a_minute", {}).get(size, 0) for row in plain) for size in ("1", "4", "16")}
+    for rule, wanted in {"exact": (2.0, 1.3, 1.25), "cascade": (2.9, 1.9, 1.5)}.items():
+        ours = [row for row in rows.values() if row["rule"] == rule]
+        for size, gain in zip(best, wanted, strict=True):
+            assert max(row["pictures_a_minute"][size] for row in ours) > gain * best[size]
 
 
 def test_rounds_at_real_sizes_by_source() -> None:
