@@ -34,7 +34,7 @@ _COMMANDS = {
     "--batch-size 32 --runs 3",
     "bench-dc-speed": "bench dc-speed --seconds 500",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
-    "bench-speculative": "bench speculative --dtype bfloat16 --images-per-prompt 1 --timed-prompts 12 --runs 4 "
+    "bench-speculative": "bench speculative --dtype bfloat16 --timed-prompts 12 --runs 4 "
     "--batch 1 --batch 4 --batch 16 --commands 5",
     "bench-speculative-trees": "bench speculative --dtype bfloat16 --images-per-prompt 2 --runs 2",
     "bench-speculative-sources": "bench speculative --dtype float32 --no-compile --no-quality --batch 4 --batch 16",
