@@ -1,4 +1,4 @@
-"""One run at a time in a folder. A leaf: imports only the standard library.
+"""One run at a time in a folder.
 
 A lock is a range of bytes of a hidden file, held by the process through the operating system: it ends with the
 process, however that ends, so no stale lock is left after a kill. It also works between machines on network file
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import FastgenError
+from fastgen.io import remove_leftovers
 
 fcntl: Any
 try:
@@ -68,19 +69,26 @@ def locked_folder(folder: str | os.PathLike[str], rank: int = 0) -> Iterator[Non
 
 @contextlib.contextmanager
 def locked_files(files: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
-    """Hold single files, which need not exist, against other runs that write them or use their folder.
+    """Hold single files, which need not exist, against other runs that write them or use their folder. What killed
+    runs left of them is removed.
 
     Raises:
         FastgenError: another run holds one of them, or its folder.
     """
-    folders: dict[Path, list[int]] = {}
+    folders: dict[Path, set[str]] = {}
     for path in map(Path, files):
-        digest = hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).digest()
-        folders.setdefault(path.parent, []).append(_NAMES + int.from_bytes(digest[:5], "big"))
+        folders.setdefault(path.parent, set()).add(path.name)
     with contextlib.ExitStack() as stack:
-        for folder, places in sorted(folders.items()):
-            stack.enter_context(_locked(folder, sorted(set(places))))
+        for folder, names in sorted(folders.items()):
+            stack.enter_context(_locked(folder, sorted({_place(name) for name in names})))
+            remove_leftovers(folder, names)
         yield
+
+
+def _place(name: str) -> int:
+    """The byte that stands for a file."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return _NAMES + int.from_bytes(digest[:5], "big")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import pytest
 from other_process import other
 
 from fastgen.errors import FastgenError
+from fastgen.io import atomic_write_bytes
 from fastgen.locks import locked_files, locked_folder
 
 Lock = Callable[[Path], Any]
@@ -47,6 +49,22 @@ def test_who_keeps_whom_out(tmp_path: Path, kind: str, name: str | None, lock: L
         with lock(tmp_path):  # no stale lock
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_of_a_file_goes_with_the_next_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that file only, and not while another run may be writing it."""
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        killed.setattr(os, "replace", lambda *args, **kwargs: None)
+        for name in ("a.png", "c.png"):
+            atomic_write_bytes(tmp_path / name, b"picture")
+    with other("files", [tmp_path / "b.png"]), pytest.raises(FastgenError, match="in use"), FILE(tmp_path):
+        pass
+    assert len([*tmp_path.glob(".*.tmp")]) == 2
+    with FILE(tmp_path):
+        assert [path.name[:7] for path in tmp_path.glob(".*.tmp")] == [".c.png."]
 
 
 def test_further_processes_of_a_run_share_its_folder_and_outlive_it(tmp_path: Path) -> None:
