@@ -12,7 +12,7 @@ from fastgen.drafters.acceptance import AcceptanceRule, Exact
 from fastgen.drafters.heads import WindowHeads
 from fastgen.drafters.heads_source import HeadsSource, window_source
 from fastgen.drafters.loading import build_rule
-from fastgen.drafters.names import PLAIN
+from fastgen.drafters.names import PLAIN, window_of
 from fastgen.drafters.sources import DraftSource, TreeSource
 from fastgen.drafters.targets import Target
 from fastgen.drafters.tree import named_tree
@@ -43,8 +43,10 @@ def default_variants(heads: WindowHeads | None, calibrated: bool) -> tuple[str, 
     longest = 0 if heads is None else heads.config.window
     window = f"heads-{min(20, longest)}" if longest else "jacobi-16"
     texts = [text.replace("heads-20", window) for text in VARIANTS if calibrated or "quality=" not in text]
-    shorter = {f"heads-{places}" for places in (6, 8) if places > longest}
-    return tuple(text for text in dict.fromkeys(texts) if text.split()[1] not in shorter)
+    sources = {text: text.split()[1] for text in texts}
+    return tuple(
+        text for text, name in sources.items() if not name.startswith("heads-") or window_of(name)[0] <= longest
+    )
 
 
 def default_source(pipe: Any, drafter: Any, calibration: Any, heads: WindowHeads | None, compile: bool) -> str:
