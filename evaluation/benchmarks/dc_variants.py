@@ -25,6 +25,7 @@ LITE_CFG = 0.9
 # Steps near the data keep most tokens and decide least: nothing is dropped before the last three steps.
 LATE = (0.7, 0.95, 0.99)
 LATE_LITE_CFG = 0.98
+_ALL = {"tail_drop": 0.0, "uncond_tail_drop": 0.0}
 _CALIBRATION = 8
 """Prompts of the training distribution that MagCache is calibrated with."""
 
@@ -34,7 +35,8 @@ class Choice:
     """Which rows.
 
     Args:
-        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps.
+        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps, as are all tokens
+            without it and late drops.
         steps: denoising steps, besides the models' own.
         guidance_scales: besides the models' own, for the dense model, all tokens, and late drops.
         first_block, mag: thresholds of the step caches of the dense model; the first of `first_block` is that of the
@@ -42,8 +44,8 @@ class Choice:
         taylor: intervals of TaylorSeer.
     """
 
-    tail_drops: Sequence[float] = (0.0, 0.3)
-    steps: Sequence[int] = (3, 4, 6, 8, 12, 20)
+    tail_drops: Sequence[float] = (0.0,)
+    steps: Sequence[int] = (4, 6, 8, 12, 20)
     guidance_scales: Sequence[float] = ()
     first_block: Sequence[float] = (0.1, 0.3)
     mag: Sequence[float] = (0.06, 0.24)
@@ -60,7 +62,7 @@ class Variant:
 
     Attributes:
         name: "dense", "dense 6 steps", "dense UniPC 6 steps", "dense first-block-cache 0.1",
-            "dc 0.3 lite-cfg 0.9 6 steps" …
+            "dc 0 8 steps", "dc 0.3 lite-cfg 0.9 6 steps" …
         pipe: the pipeline it belongs to.
         fingerprint: of that pipeline's files.
         settings: of `generate_images`.
@@ -103,32 +105,30 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
         for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
             yield Variant(f"dense {name}", dense, theirs, defaults, adapt)
-    yield Variant("dc 0", chunked, ours, {"tail_drop": 0.0, "uncond_tail_drop": 0.0})
-    for steps in dict.fromkeys((own[0], *choice.steps)):
-        suffix, asked = ("", {}) if steps == own[0] else (f" {steps} steps", {"steps": steps})
+    for steps in sorted({own[0], *choice.steps}):
         for name, budget in _budgets(checkpoints[0].defaults, choice, steps):
-            yield Variant(f"dc {name}{suffix}", chunked, ours, {**budget, **asked})
+            yield Variant(f"dc {name} {steps} steps", chunked, ours, {**budget, "steps": steps})
     if peers and choice.first_block:
-        # Its transformer takes diffusers' caches itself.
-        threshold, (name, budget) = choice.first_block[0], next(_budgets({}, choice, own[0]))
-        config = FirstBlockCacheConfig(threshold=threshold)
-        name = f"dc {name} first-block-cache {threshold:g}"
-        yield Variant(name, chunked, ours, {**checkpoints[0].defaults, **budget}, partial(_cached, config=config))
+        # Its transformer takes diffusers' caches itself; as many steps as the dense rows with a cache.
+        threshold, cached = choice.first_block[0], {**checkpoints[0].defaults, **_ALL, "steps": own[1]}
+        adapt = partial(_cached, config=FirstBlockCacheConfig(threshold=threshold))
+        yield Variant(f"dc 0 {own[1]} steps first-block-cache {threshold:g}", chunked, ours, cached, adapt)
     for scale in choice.guidance_scales:
         guided = {"guidance_scale": scale}
         yield Variant(f"dense guidance {scale:g}", dense, theirs, guided)
-        yield Variant(f"dc 0 guidance {scale:g}", chunked, ours, {"tail_drop": 0.0, "uncond_tail_drop": 0.0, **guided})
+        yield Variant(f"dc 0 {own[0]} steps guidance {scale:g}", chunked, ours, {**_ALL, "steps": own[0], **guided})
         name, late = _late(own[0])
-        yield Variant(f"dc {name} guidance {scale:g}", chunked, ours, {**late, **guided})
+        late |= {"steps": own[0], **guided}
+        yield Variant(f"dc {name} {own[0]} steps guidance {scale:g}", chunked, ours, late)
 
 
 def _budgets(defaults: dict[str, Any], choice: Choice, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and settings of the budgets of a generation with `steps` steps; that of the checkpoint once."""
-    budgets = {
-        f"{rho:g} lite-cfg {LITE_CFG:g}": {"tail_drop": rho, "uncond_tail_drop": LITE_CFG} for rho in choice.tail_drops
-    }
+    budgets: dict[str, dict[str, Any]] = {"0": _ALL}
+    for rho in choice.tail_drops:
+        budgets[f"{rho:g} lite-cfg {LITE_CFG:g}"] = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
     name, late = _late(steps)
-    own = {name: value for name, value in defaults.items() if name in ("tail_drop", "uncond_tail_drop")}
+    own = {name: value for name, value in defaults.items() if name in _ALL}
     yield from budgets.items()
     yield name, late
     if own and own not in budgets.values():

@@ -81,11 +81,11 @@ def dc(
         "fastgen-bench-dc"
     ),
     tail_drop: Annotated[
-        list[float] | None, typer.Option(help="With Lite-CFG; repeat for several. Default: 0 and 0.3.")
+        list[float] | None, typer.Option(help="With Lite-CFG; repeat for several. Default: 0.")
     ] = None,
     steps: Annotated[
         list[int] | None,
-        typer.Option(help="Denoising steps in addition to the models' own; repeat. Default: 3, 4, 6, 8, 12 and 20."),
+        typer.Option(help="Denoising steps in addition to the models' own; repeat. Default: 4, 6, 8, 12 and 20."),
     ] = None,
     guidance_scale: Annotated[
         list[float] | None, typer.Option(help="Guidance in addition to the models' own; repeat.")

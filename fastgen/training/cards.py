@@ -86,8 +86,8 @@ router keeps. VAE, text encoder and tokenizer are those of `tiny`; the scheduler
 import fastgen
 
 pipe = fastgen.load_pipeline("small-dc")
-settings = {"height": 128, "width": 128, "num_inference_steps": 12, "guidance_scale": 2.0}
-image = pipe("a red circle", uncond_tail_drop=0.9, **settings).images[0]
+settings = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 2.0}
+image = pipe("a red circle", **settings).images[0]
 ```
 
 Limits: those of `small`. Loss contract: lossy.""",

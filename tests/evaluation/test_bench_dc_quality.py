@@ -156,20 +156,21 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     rows = {row["variant"]: row for row in printed["rows"]}
     assert list(rows) == [
         "dense", "dense 3 steps", "dense magcache 0.06",
-        "dc 0", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9", "dc late lite-cfg 0.98",
-        "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 3 steps",
-        "dense guidance 3", "dc 0 guidance 3", "dc late lite-cfg 0.98 guidance 3",
+        "dc 0 2 steps", "dc 0 lite-cfg 0.9 2 steps", "dc 0.5 lite-cfg 0.9 2 steps", "dc late lite-cfg 0.98 2 steps",
+        "dc 0 3 steps", "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 3 steps",
+        "dense guidance 3", "dc 0 2 steps guidance 3", "dc late lite-cfg 0.98 2 steps guidance 3",
     ]  # fmt: skip
-    assert rows["dc late lite-cfg 0.98"]["tail_drop"] == [0.95, 0.99]  # of two steps
+    assert rows["dc late lite-cfg 0.98 2 steps"]["tail_drop"] == [0.95, 0.99]
     assert rows["dc late lite-cfg 0.98 3 steps"]["tail_drop"] == [0.7, 0.95, 0.99]
     assert rows["dense 3 steps"]["steps"] == 3 and rows["dense 3 steps"]["flops"] > rows["dense"]["flops"]
-    assert rows["dc 0 guidance 3"]["guidance_scale"] == 3 and rows["dc 0"]["guidance_scale"] is None
+    full, lite = rows["dc 0 2 steps"], rows["dc 0 lite-cfg 0.9 2 steps"]
+    half = rows["dc 0.5 lite-cfg 0.9 2 steps"]
+    assert rows["dc 0 2 steps guidance 3"]["guidance_scale"] == 3 and full["guidance_scale"] is None
     for row in rows.values():
         assert 0 <= row["score"] <= 1 and row["flops"] > 0 and 0 < row["seconds"]["p20"] <= row["seconds"]["p80"]
-    assert rows["dense"]["kept"] is None and rows["dc 0"]["kept"] > rows["dc 0.5 lite-cfg 0.9"]["kept"] > 0
-    flops = [rows[name]["flops"] for name in ("dc 0", "dc 0 lite-cfg 0.9", "dc 0.5 lite-cfg 0.9")]
-    assert flops == sorted(flops, reverse=True)
-    assert rows["dense"]["kept_by_step"] is None and len(rows["dc 0"]["kept_by_step"]) == 2
+    assert rows["dense"]["kept"] is None and full["kept"] > half["kept"] > 0
+    assert full["flops"] > lite["flops"] > half["flops"]
+    assert rows["dense"]["kept_by_step"] is None and len(full["kept_by_step"]) == 2
     assert [row["sigma"] for row in printed["router"]["rows"]] == sorted(SIGMAS, reverse=True)
     assert all(0 < row["boundary"] < 1 for row in printed["router"]["rows"])
     assert printed["router"]["compression"] == 4 and all(row["paired"] is None for row in rows.values())
