@@ -35,8 +35,7 @@ class Choice:
     """Which rows.
 
     Args:
-        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps, as are all tokens
-            without it and late drops.
+        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps.
         steps: denoising steps, besides the models' own.
         guidance_scales: besides the models' own, for the dense model, all tokens, and late drops.
         first_block, mag: thresholds of the step caches of the dense model; the first of `first_block` is that of the
@@ -105,9 +104,17 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
         for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
             yield Variant(f"dense {name}", dense, theirs, defaults, adapt)
+    budgets = {"0": _ALL} | {
+        f"{rho:g} lite-cfg {LITE_CFG:g}": {"tail_drop": rho, "uncond_tail_drop": LITE_CFG} for rho in choice.tail_drops
+    }
     for steps in sorted({own[0], *choice.steps}):
-        for name, budget in _budgets(checkpoints[0].defaults, choice, steps):
+        for name, budget in budgets.items():
             yield Variant(f"dc {name} {steps} steps", chunked, ours, {**budget, "steps": steps})
+    late, drops = _late(own[0])
+    yield Variant(f"dc {late} {own[0]} steps", chunked, ours, {**drops, "steps": own[0]})
+    schedule = {name: value for name, value in checkpoints[0].defaults.items() if name in _ALL}
+    if schedule and schedule not in budgets.values():
+        yield Variant(f"dc own schedule {own[0]} steps", chunked, ours)
     if peers and choice.first_block:
         # Its transformer takes diffusers' caches itself; as many steps as the dense rows with a cache.
         threshold, cached = choice.first_block[0], {**checkpoints[0].defaults, **_ALL, "steps": own[1]}
@@ -116,23 +123,9 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     for scale in choice.guidance_scales:
         guided = {"guidance_scale": scale}
         yield Variant(f"dense guidance {scale:g}", dense, theirs, guided)
-        yield Variant(f"dc 0 {own[0]} steps guidance {scale:g}", chunked, ours, {**_ALL, "steps": own[0], **guided})
-        name, late = _late(own[0])
-        late |= {"steps": own[0], **guided}
-        yield Variant(f"dc {name} {own[0]} steps guidance {scale:g}", chunked, ours, late)
-
-
-def _budgets(defaults: dict[str, Any], choice: Choice, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings of the budgets of a generation with `steps` steps; that of the checkpoint once."""
-    budgets: dict[str, dict[str, Any]] = {"0": _ALL}
-    for rho in choice.tail_drops:
-        budgets[f"{rho:g} lite-cfg {LITE_CFG:g}"] = {"tail_drop": rho, "uncond_tail_drop": LITE_CFG}
-    name, late = _late(steps)
-    own = {name: value for name, value in defaults.items() if name in _ALL}
-    yield from budgets.items()
-    yield name, late
-    if own and own not in budgets.values():
-        yield "own schedule", own
+        guided = {**guided, "steps": own[0]}
+        yield Variant(f"dc 0 {own[0]} steps guidance {scale:g}", chunked, ours, {**_ALL, **guided})
+        yield Variant(f"dc {late} {own[0]} steps guidance {scale:g}", chunked, ours, {**drops, **guided})
 
 
 def _late(steps: int) -> tuple[str, dict[str, Any]]:

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pipelines import loaded
 
+from fastgen.accounting import account
 from fastgen.cli.main import run
-from fastgen.evaluation.benchmarks.dc_variants import Choice, variants_of
+from fastgen.evaluation.benchmarks.dc_quality import _pictures
+from fastgen.evaluation.benchmarks.dc_variants import Choice, Variant, variants_of
 from fastgen.evaluation.benchmarks.peers import mag_ratios, step_cache, taylor_seer
 from fastgen.evaluation.benchmarks.quality import paired_difference
 from fastgen.evaluation.benchmarks.router_statistics import SIGMAS
@@ -145,6 +147,27 @@ def test_a_chunked_model_with_a_solver_of_its_own_lends_it_to_the_dense_one(
     assert not any("UniPC" in row.name for row in same)
 
 
+def test_a_schedule_that_a_model_brings_is_a_row_of_its_own(micro_z: Path, micro_dc: Path, tmp_path: Path) -> None:
+    chunked = Path(shutil.copytree(micro_dc, tmp_path / "dc"))
+    choice = Choice((0.0,), (3,), (), (), (), ())
+
+    def names(budget: dict[str, Any]) -> dict[str, Variant]:
+        (chunked / "fastgen.json").write_text(json.dumps({**defaults, **budget}))
+        found = [find_checkpoint(chunked), find_checkpoint(micro_z)]
+        return {row.name: row for row in variants_of(found, choice, False, "cpu")}
+
+    defaults = json.loads((chunked / "fastgen.json").read_text())
+    rows = names({"uncond_tail_drop": [0.9, 0.0]})
+    kept = []
+    for name in ("dc 0 2 steps", "dc own schedule 2 steps"):
+        with account() as stats:
+            list(_pictures(rows[name], 1, ["a red circle"], [0]))
+        kept.append(stats.kept_tokens)
+    assert len(kept[0]) == len(kept[1]) == 2 and kept[1][0] < kept[0][0]
+    assert not any("own schedule" in name for name in names({"tail_drop": 0.0, "uncond_tail_drop": 0.0}))
+    assert not any("own schedule" in name for name in names({}))
+
+
 @pytest.mark.slow
 def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "dc", "--model", str(micro_dc), "--dense", str(micro_z), "--folder", str(tmp_path / "f")]
@@ -156,12 +179,11 @@ def test_rows_of_every_variant(micro_z: Path, micro_dc: Path, tmp_path: Path, ca
     rows = {row["variant"]: row for row in printed["rows"]}
     assert list(rows) == [
         "dense", "dense 3 steps", "dense magcache 0.06",
-        "dc 0 2 steps", "dc 0 lite-cfg 0.9 2 steps", "dc 0.5 lite-cfg 0.9 2 steps", "dc late lite-cfg 0.98 2 steps",
-        "dc 0 3 steps", "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 3 steps",
+        "dc 0 2 steps", "dc 0 lite-cfg 0.9 2 steps", "dc 0.5 lite-cfg 0.9 2 steps",
+        "dc 0 3 steps", "dc 0 lite-cfg 0.9 3 steps", "dc 0.5 lite-cfg 0.9 3 steps", "dc late lite-cfg 0.98 2 steps",
         "dense guidance 3", "dc 0 2 steps guidance 3", "dc late lite-cfg 0.98 2 steps guidance 3",
     ]  # fmt: skip
     assert rows["dc late lite-cfg 0.98 2 steps"]["tail_drop"] == [0.95, 0.99]
-    assert rows["dc late lite-cfg 0.98 3 steps"]["tail_drop"] == [0.7, 0.95, 0.99]
     assert rows["dense 3 steps"]["steps"] == 3 and rows["dense 3 steps"]["flops"] > rows["dense"]["flops"]
     full, lite = rows["dc 0 2 steps"], rows["dc 0 lite-cfg 0.9 2 steps"]
     half = rows["dc 0.5 lite-cfg 0.9 2 steps"]
