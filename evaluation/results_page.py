@@ -30,8 +30,7 @@ _COMMANDS = {
     "bench-search-equal": "bench search",
     "bench-search-rbf": "bench search",
     "bench-search-own-call": "bench search --policy threshold --budget 100 --seeds 1 --limit 10",
-    "bench-dc": "bench dc --tail-drop 0 --steps 4 --steps 6 --steps 8 --steps 12 --steps 20 --images-per-prompt 1 "
-    "--batch-size 32 --runs 3",
+    "bench-dc": "bench dc --runs 3",
     "bench-dc-speed": "bench dc-speed --seconds 500",
     "bench-dc-latent": "bench dc --model tiny-dc --dense tiny-dc-dense",
     "bench-speculative": "bench speculative --dtype bfloat16 --timed-prompts 12 --runs 4 "
