@@ -108,7 +108,7 @@ def _router_markdown(data: dict[str, Any]) -> str:
         "on object boundaries, inside objects and in the background (all in percent); over all noise levels that of "
         f"boundaries is {router['boundary_to_background']:.1f} times that of the background.{aim}\n\n"
         + markdown_table(["sigma", "kept", "boundary", "inside", "background"], rows)
-        + "\nKept while drawing without tail drop, first to last step: "
+        + f"\nKept while drawing without tail drop in {len(steps)} steps, first to last: "
         + ", ".join(f"{share:.0%}" for share in steps)
         + ".\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,23 @@ def test_a_schedule_that_a_model_brings_is_a_row_of_its_own(micro_z: Path, micro
     assert len(kept[0]) == len(kept[1]) == 2 and kept[1][0] < kept[0][0]
     assert not any("own schedule" in name for name in names({"tail_drop": 0.0, "uncond_tail_drop": 0.0}))
     assert not any("own schedule" in name for name in names({}))
+    late = names({"steps": 5})["dc late lite-cfg 0.98 5 steps"]
+    assert late.settings["tail_drop"] == [0.0, 0.0, 0.7, 0.95, 0.99] and late.settings["uncond_tail_drop"] == 0.98
+
+
+def test_the_chunked_model_takes_a_step_cache_for_its_row_only(micro_z: Path, micro_dc: Path) -> None:
+    choice = Choice((0.0,), (3,), (), (1e9,), (), ())
+    found = [find_checkpoint(micro_dc), find_checkpoint(micro_z)]
+    rows = {row.name: row for row in variants_of(found, choice, True, "cpu")}
+    cached, pipe = rows["dc 0 2 steps first-block-cache 1e+09"], rows["dc 0 3 steps"].pipe
+    calls: list[int] = []
+    pipe.transformer.layers[-1].feed_forward.register_forward_hook(lambda *a: calls.append(1))
+    counts = []
+    for row in (replace(rows["dc 0 2 steps"], settings=cached.settings), cached, rows["dc 0 2 steps"]):
+        calls.clear()
+        list(_pictures(row, 1, ["a red circle"], [0]))
+        counts.append(len(calls))
+    assert cached.settings["steps"] == 2 and counts[0] == counts[2] == 2 * counts[1]
 
 
 @pytest.mark.slow
