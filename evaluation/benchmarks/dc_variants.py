@@ -110,8 +110,8 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     for steps in sorted({own[0], *choice.steps}):
         for name, budget in budgets.items():
             yield Variant(f"dc {name} {steps} steps", chunked, ours, {**budget, "steps": steps})
-    late, drops = _late(own[0])
-    yield Variant(f"dc {late} {own[0]} steps", chunked, ours, {**drops, "steps": own[0]})
+    late_name, late = f"dc late lite-cfg {LATE_LITE_CFG:g} {own[0]} steps", _late(own[0])
+    yield Variant(late_name, chunked, ours, late)
     schedule = {name: value for name, value in checkpoints[0].defaults.items() if name in _ALL}
     if schedule and schedule not in budgets.values():
         yield Variant(f"dc own schedule {own[0]} steps", chunked, ours)
@@ -123,14 +123,15 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
     for scale in choice.guidance_scales:
         guided = {"guidance_scale": scale}
         yield Variant(f"dense guidance {scale:g}", dense, theirs, guided)
-        guided = {**guided, "steps": own[0]}
-        yield Variant(f"dc 0 {own[0]} steps guidance {scale:g}", chunked, ours, {**_ALL, **guided})
-        yield Variant(f"dc {late} {own[0]} steps guidance {scale:g}", chunked, ours, {**drops, **guided})
+        full = {**_ALL, "steps": own[0]}
+        yield Variant(f"dc 0 {own[0]} steps guidance {scale:g}", chunked, ours, {**full, **guided})
+        yield Variant(f"{late_name} guidance {scale:g}", chunked, ours, {**late, **guided})
 
 
-def _late(steps: int) -> tuple[str, dict[str, Any]]:
+def _late(steps: int) -> dict[str, Any]:
+    """Drops in the last steps, of a generation with `steps` steps."""
     drops = [0.0] * (steps - len(LATE)) + list(LATE)[-steps:]
-    return f"late lite-cfg {LATE_LITE_CFG:g}", {"tail_drop": drops, "uncond_tail_drop": LATE_LITE_CFG}
+    return {"tail_drop": drops, "uncond_tail_drop": LATE_LITE_CFG, "steps": steps}
 
 
 def _peers(

@@ -152,22 +152,22 @@ def test_a_schedule_that_a_model_brings_is_a_row_of_its_own(micro_z: Path, micro
     chunked = Path(shutil.copytree(micro_dc, tmp_path / "dc"))
     choice = Choice((0.0,), (3,), (), (), (), ())
 
-    def names(budget: dict[str, Any]) -> dict[str, Variant]:
-        (chunked / "fastgen.json").write_text(json.dumps({**defaults, **budget}))
+    def rows_with(settings: dict[str, Any]) -> dict[str, Variant]:
+        (chunked / "fastgen.json").write_text(json.dumps({**defaults, **settings}))
         found = [find_checkpoint(chunked), find_checkpoint(micro_z)]
         return {row.name: row for row in variants_of(found, choice, False, "cpu")}
 
     defaults = json.loads((chunked / "fastgen.json").read_text())
-    rows = names({"uncond_tail_drop": [0.9, 0.0]})
+    rows = rows_with({"uncond_tail_drop": [0.9, 0.0]})
     kept = []
     for name in ("dc 0 2 steps", "dc own schedule 2 steps"):
         with account() as stats:
             list(_pictures(rows[name], 1, ["a red circle"], [0]))
         kept.append(stats.kept_tokens)
     assert len(kept[0]) == len(kept[1]) == 2 and kept[1][0] < kept[0][0]
-    assert not any("own schedule" in name for name in names({"tail_drop": 0.0, "uncond_tail_drop": 0.0}))
-    assert not any("own schedule" in name for name in names({}))
-    late = names({"steps": 5})["dc late lite-cfg 0.98 5 steps"]
+    assert not any("own schedule" in name for name in rows_with({"tail_drop": 0.0, "uncond_tail_drop": 0.0}))
+    assert not any("own schedule" in name for name in rows_with({}))
+    late = rows_with({"steps": 5})["dc late lite-cfg 0.98 5 steps"]
     assert late.settings["tail_drop"] == [0.0, 0.0, 0.7, 0.95, 0.99] and late.settings["uncond_tail_drop"] == 0.98
 
 
