@@ -128,6 +128,7 @@ def dc_quality_plot(data: dict[str, Any], path: Path) -> None:
         plain = len(words) > 1 and (words[1] == "guidance" or words[1].isdecimal())
         name = "dynamic chunking" if words[0] == "dc" else " ".join(words[: 1 if plain else 2])
         name += ", first-block cache" if words[0] == "dc" and "first-block-cache" in words else ""
+        name += ", tail drop" if words[0] == "dc" and words[1] not in ("0", "late", "own") else ""
         name += ", late drops" if "late" in words else ", more guidance" if "guidance" in words else ""
         series.setdefault(name + (" + Lite-CFG" if "lite-cfg" in words else ""), []).append(row)
     for panel, label, value in zip(

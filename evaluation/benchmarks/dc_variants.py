@@ -35,7 +35,7 @@ class Choice:
     """Which rows.
 
     Args:
-        tail_drops: rho of the conditional branch; each with Lite-CFG at every number of steps.
+        tail_drops: rho of both branches, besides none and Lite-CFG; each at every number of steps.
         steps: denoising steps, besides the models' own.
         guidance_scales: besides the models' own, for the dense model, all tokens, and late drops.
         first_block, mag: thresholds of the step caches of the dense model; the first of `first_block` is that of the
@@ -43,7 +43,7 @@ class Choice:
         taylor: intervals of TaylorSeer.
     """
 
-    tail_drops: Sequence[float] = (0.0,)
+    tail_drops: Sequence[float] = (0.1,)
     steps: Sequence[int] = (4, 6, 8, 12, 20)
     guidance_scales: Sequence[float] = ()
     first_block: Sequence[float] = (0.1, 0.3)
@@ -52,7 +52,7 @@ class Choice:
 
 
 FULL = Choice()
-QUICK = Choice((0.0,), (6,), (), (), (0.06,), ())
+QUICK = Choice((0.1,), (6,), (), (), (0.06,), ())
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Variant:
 
     Attributes:
         name: "dense", "dense 6 steps", "dense UniPC 6 steps", "dense first-block-cache 0.1",
-            "dc 0 8 steps", "dc 0.3 lite-cfg 0.9 6 steps" …
+            "dc 0 8 steps", "dc 0 lite-cfg 0.9 6 steps", "dc 0.1 8 steps" …
         pipe: the pipeline it belongs to.
         fingerprint: of that pipeline's files.
         settings: of `generate_images`.
@@ -104,9 +104,8 @@ def variants_of(checkpoints: Sequence[Checkpoint], choice: Choice, peers: bool, 
         for name, adapt in _peers(dense, defaults, choice):
             # An adapted pipeline does not know which model it was made of.
             yield Variant(f"dense {name}", dense, theirs, defaults, adapt)
-    budgets = {"0": _ALL} | {
-        f"{rho:g} lite-cfg {LITE_CFG:g}": {"tail_drop": rho, "uncond_tail_drop": LITE_CFG} for rho in choice.tail_drops
-    }
+    budgets = {"0": _ALL, f"0 lite-cfg {LITE_CFG:g}": {"tail_drop": 0.0, "uncond_tail_drop": LITE_CFG}}
+    budgets |= {f"{rho:g}": {"tail_drop": rho, "uncond_tail_drop": rho} for rho in choice.tail_drops}
     for steps in sorted({own[0], *choice.steps}):
         for name, budget in budgets.items():
             yield Variant(f"dc {name} {steps} steps", chunked, ours, {**budget, "steps": steps})

@@ -81,7 +81,7 @@ def dc(
         "fastgen-bench-dc"
     ),
     tail_drop: Annotated[
-        list[float] | None, typer.Option(help="With Lite-CFG; repeat for several. Default: 0.")
+        list[float] | None, typer.Option(help="Of both branches; repeat for several. Default: 0.1.")
     ] = None,
     steps: Annotated[
         list[int] | None,
