@@ -95,7 +95,7 @@ def dc(
         bool,
         typer.Option(
             "--quick",
-            help="About nine minutes on one core: the main rows, 10 prompts of each task, one image a prompt.",
+            help="About ten minutes on one core: the main rows, 10 prompts of each task, one image a prompt.",
         ),
     ] = False,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images a prompt. Default: 4.")] = None,

@@ -87,7 +87,7 @@ import fastgen
 
 pipe = fastgen.load_pipeline("small-dc")
 settings = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 2.0}
-image = pipe("a red circle", **settings).images[0]
+image = pipe("a red circle", tail_drop=0.1, uncond_tail_drop=0.1, **settings).images[0]
 ```
 
 Limits: those of `small`. Loss contract: lossy.""",
