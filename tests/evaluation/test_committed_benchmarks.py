@@ -60,8 +60,8 @@ def test_dynamic_chunking_of_latent_positions_against_its_dense_baseline() -> No
 
 
 def test_dynamic_chunking_against_its_rivals() -> None:
-    """Within 1.5 points of the dense model in half of its seconds; above every rival but one by 3 points in no more time,
-    or with its score in three quarters of it; the router keeps at least half of what it aims at."""
+    """Within 1.5 points of the dense model in half of its seconds; above every rival but one by 3 points in no more
+    time, or with its score in three quarters of it; the router keeps at least half of what it aims at."""
     data, rows = rows_of("bench-dc")
     dense, chunked = rows["dense"], rows["dc 0.1 8 steps"]
     assert chunked["score"] >= dense["score"] - 0.015
