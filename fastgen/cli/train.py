@@ -68,8 +68,8 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
         record = _with_progress(lambda report: Trainer(built, config, report, data), config.steps)
     finally:
         torch.set_flush_denormal(False)
-    leave_group()
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
+    leave_group()
 
 
 def _check_checkpoint(settings: TrainingSettings, config: TrainConfig) -> None:
