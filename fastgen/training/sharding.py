@@ -43,8 +43,8 @@ def sharding_asked() -> bool:
 def leave_group() -> None:
     """Destroy the process group, if there is one, and end the process with status 0.
 
-    Caches of DTensor keep the group's threads alive. If they still run while Python shuts down, the process aborts in
-    about one of twenty runs, and torchrun reports a finished run as failed. So Python does not shut down.
+    After `fully_shard` the group's threads outlive the group. If they still run while Python shuts down, the process
+    aborts in about one of twenty runs, and torchrun reports a finished run as failed. So Python does not shut down.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -69,15 +69,17 @@ def test_dynamic_chunking_against_its_rivals() -> None:
     front = pareto_front(data["rows"])
     fast = [row for row in front if row["seconds"]["p50"] <= chunked["seconds"]["p50"]]
     assert fast[-1] is chunked and all(row["variant"].startswith("dc ") for row in fast)
+    rivals = [row for name, row in rows.items() if name.startswith("dense")]
+    for row in fast:
+        as_fast = [rival["score"] for rival in rivals if rival["seconds"]["p50"] <= row["seconds"]["p50"]]
+        assert row["score"] >= max(as_fast, default=0) + 0.03, row["variant"]
     missed = []
-    for name, rival in rows.items():
+    for rival in rivals:
         score, seconds = rival["score"], rival["seconds"]["p50"]
-        if name.startswith("dense") and not any(
-            row["score"] >= score + 0.03 and row["seconds"]["p50"] <= seconds
-            or row["score"] >= score and row["seconds"]["p50"] <= 0.75 * seconds
-            for row in rows.values() if row["variant"].startswith("dc ")
-        ):  # fmt: skip
-            missed.append(name)
+        ours = [(row["score"], row["seconds"]["p50"]) for name, row in rows.items() if name.startswith("dc ")]
+        higher = any(own >= score + 0.03 and time <= seconds for own, time in ours)
+        if not higher and not any(own >= score and time <= 0.75 * seconds for own, time in ours):
+            missed.append(rival["variant"])
     assert missed == ["dense UniPC 12 steps"]
     assert {"dense 4 steps", "dense 20 steps", "dense magcache 0.06"} <= rows.keys()
     assert all(row["kept"] >= 0.5 / 2 for row in data["router"]["rows"])
