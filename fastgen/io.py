@@ -15,8 +15,10 @@ import json
 import os
 import re
 import secrets
+import signal
 import stat
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +80,8 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
     """Write several files that belong together, e.g. a picture and its sidecar.
 
     All of them are on the disk under temporary names before the first one is renamed, so a full disk changes no
-    target. The renames follow in the given order: put the file whose presence means "finished" last.
+    target. The renames follow in the given order: put the file whose presence means "finished" last. Ctrl-C comes
+    before all of them or after; only a process that is killed can end between two.
 
     Raises:
         FastgenError: as `atomic_write_bytes`.
@@ -92,8 +95,9 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
             # Listed before it exists, so that an interrupt at any point finds it and removes it.
             staged.append((temporary, target))
             _write_synced(temporary, data)
-        for temporary, target in staged:
-            os.replace(temporary, target)
+        with _signals_wait():
+            for temporary, target in staged:
+                os.replace(temporary, target)
         for folder in {target.parent for _, target in staged}:
             _sync_folder(folder)
     except OSError as error:
@@ -102,6 +106,27 @@ def atomic_write_many(files: Iterable[tuple[_PathLike, bytes]]) -> None:
         for temporary, _ in staged:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C, and SIGTERM where Python handles it, are handled at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    # A mask of the main thread would not do: another thread, of torch for example, would take the signal.
+    came: list[int] = []
+    found = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _temporary_name(name: str) -> str:

@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,45 @@ def test_many_files_are_all_staged_before_the_first_is_renamed(
         fio.atomic_write_many([(tmp_path / "a", b"new"), (tmp_path / "b", b"new")])
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", range(4))
+def test_an_interrupt_leaves_all_files_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int, number: signal.Signals
+) -> None:
+    """A real signal after one of the steps: a file is on the disk (0, 1), a file is renamed (2, 3)."""
+    steps = iter(range(4))
+
+    def then_signal(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            real(*arguments)
+            if next(steps, None) == when:
+                signal.raise_signal(number)
+
+        return call
+
+    names = ["00000.json", "00000.png"]
+    before = signal.signal(number, signal.default_int_handler)  # scripts ignore SIGINT in what runs in the background
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(fio, "_write_synced", then_signal(fio._write_synced))
+            patch.setattr(fio.os, "replace", then_signal(os.replace))
+            with pytest.raises(KeyboardInterrupt):
+                fio.atomic_write_many([(tmp_path / name, b"new") for name in names])
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ([] if when < 2 else names)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        fio.atomic_write_bytes(tmp_path / "a", b"new")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
