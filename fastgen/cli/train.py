@@ -56,7 +56,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
     import torch
 
     from fastgen.training.engine import Trainer
-    from fastgen.training.sharding import leave_group
+    from fastgen.training.sharding import end_process
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -69,7 +69,7 @@ def _train(settings: TrainingSettings, output: Path, as_json: bool) -> None:
     finally:
         torch.set_flush_denormal(False)
     typer.echo(json.dumps(record) if as_json else f"{output / 'model'}: {json.dumps(record['last'])}")
-    leave_group()
+    end_process()
 
 
 def _check_checkpoint(settings: TrainingSettings, config: TrainConfig) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 __all__ = [
     "clip_gradients",
     "gather_weights",
-    "leave_group",
+    "end_process",
     "load_parts",
     "remove_parts",
     "save_parts",
@@ -40,8 +40,8 @@ def sharding_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def leave_group() -> None:
-    """Destroy the process group, if there is one, and end the process with status 0.
+def end_process() -> None:
+    """Destroy the process group and end the process with status 0; without a group, do nothing.
 
     After `fully_shard` the group's threads outlive the group. If they still run while Python shuts down, the process
     aborts in about one of twenty runs, and torchrun reports a finished run as failed. So Python does not shut down.

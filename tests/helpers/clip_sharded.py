@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastgen.training.sharding import clip_gradients, gather_weights, leave_group, shard
+from fastgen.training.sharding import clip_gradients, end_process, gather_weights, shard
 
 ITEMS, LIMIT = 6, 0.5
 
@@ -42,4 +42,4 @@ if __name__ == "__main__":
     dist.all_gather_object(norms, result["norm"])
     if rank == 0:
         torch.save({**result, "norms": norms}, Path(sys.argv[1]))
-    leave_group()
+    end_process()

@@ -19,7 +19,7 @@ import torch
 from fastgen.training.engine import Trainer
 from fastgen.training.recipe_settings import UpcyclingSettings
 from fastgen.training.recipes import RECIPES
-from fastgen.training.sharding import leave_group
+from fastgen.training.sharding import end_process
 
 SIZE = 32
 
@@ -55,4 +55,4 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[4])
     for recipe in options.pop("recipes"):
         train(recipe, *map(Path, sys.argv[1:4]), **options)
-    leave_group()
+    end_process()
