@@ -55,7 +55,7 @@ def benchmark_dc_quality(
         choice: which rows.
         peers: measure step caches on the baseline as well.
         images_per_prompt, limit: of the evaluation set, see `fastgen eval shapes`.
-        batch_size: pictures of the evaluation set drawn together; None: 4 on a CPU, 32 elsewhere.
+        batch_size: pictures drawn together, in timed calls too; None: 4 on a CPU, 32 elsewhere.
         timed_prompts: pictures of a timed call.
         runs: timed rounds after one of warm-up.
         device: where.
@@ -117,7 +117,7 @@ def benchmark_dc_quality(
     router = router_statistics(chunked, size=-(-int(checkpoints[0].defaults["height"]) // 64) * 64)
     report("time")
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
-    for row, cost in zip(rows, _costs(variants, chosen, runs), strict=True):
+    for row, cost in zip(rows, _costs(variants, chosen, batch_size, runs), strict=True):
         row |= cost
     settings = {
         "model": model,
@@ -142,17 +142,16 @@ def _pictures(variant: Variant, batch_size: int, prompts: list[str], seeds: list
         yield from (picture.image for picture in drawn)
 
 
-def _costs(variants: Sequence[Variant], prompts: list[str], runs: int) -> list[dict[str, Any]]:
+def _costs(variants: Sequence[Variant], prompts: list[str], batch_size: int, runs: int) -> list[dict[str, Any]]:
     """FLOPs, kept share and seconds a picture; the variants take turns."""
-    seeds = list(range(len(prompts)))
     counts: list[dict[str, Any]] = []
     for variant in variants:  # a warm-up as well
         with account() as stats, count_flops():
-            _draw(variant, prompts, seeds)
+            _draw(variant, prompts, batch_size)
         steps = [kept / total for kept, total in zip(stats.kept_tokens, stats.total_tokens, strict=True)]
         kept = sum(steps) / len(steps) if steps else None
         counts.append({"flops": stats.flops / len(prompts), "kept": kept, "kept_by_step": steps or None})
-    draws = {place: partial(_draw, variant, prompts, seeds) for place, variant in enumerate(variants)}
+    draws = {place: partial(_draw, variant, prompts, batch_size) for place, variant in enumerate(variants)}
     turns = take_turns(draws, runs, warm_up=0).values()
     times = [percentiles([seconds / len(prompts) for seconds in found]) for found in turns]
     return [{**count, "n": runs, "seconds": found} for count, found in zip(counts, times, strict=True)]
@@ -168,6 +167,6 @@ def _other_flops(pipe: Any, defaults: dict[str, Any], prompts: list[str]) -> int
     return stats.flops
 
 
-def _draw(variant: Variant, prompts: list[str], seeds: list[int]) -> None:
-    for _ in _pictures(variant, len(prompts), prompts, seeds):
+def _draw(variant: Variant, prompts: list[str], batch_size: int) -> None:
+    for _ in _pictures(variant, batch_size, prompts, list(range(len(prompts)))):
         pass

@@ -95,13 +95,13 @@ def dc(
         bool,
         typer.Option(
             "--quick",
-            help="About ten minutes on one core: the main rows, 10 prompts of each task, one image a prompt.",
+            help="About six minutes on two idle cores: the main rows, 10 prompts of each task, one image a prompt.",
         ),
     ] = False,
     images_per_prompt: Annotated[int | None, typer.Option(help="Images a prompt. Default: 4.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each task.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Batch size of the evaluation set. Default: 4 on a CPU, 32 elsewhere.")
+        int | None, typer.Option(help="Pictures drawn together, in timed calls too. Default: 4 on a CPU, else 32.")
     ] = None,
     runs: Annotated[int | None, typer.Option(help="Timed rounds. Default: 5, or 3 with --quick.")] = None,
     device: DeviceOption = "cpu",
