@@ -80,6 +80,7 @@ WORDS = {
     "run": ["/dev/null/x"],
     "folder": ["/dev/null/x"],
     "share": ["1.5", "0/0", "9/8", "a/b"],
+    **dict.fromkeys(("batch", "batch_size", "images_per_prompt", "limit", "num_images", "runs", "steps"), ["0"]),
 }
 #: Whole lines: options that contradict each other, or that the model does not take.
 CONTRADICTIONS = {

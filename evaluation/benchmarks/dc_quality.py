@@ -71,7 +71,10 @@ def benchmark_dc_quality(
     Raises:
         FastgenError: a number out of range, or a model that does not fit.
     """
-    for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
+    if batch_size is None:
+        batch_size = 4 if device.startswith("cpu") else 32
+    numbers = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "timed_prompts": timed_prompts}
+    for name, number in (numbers | {"runs": runs}).items():
         check_integer(name, number, 1)
     if not choice.tail_drops or not all(0 <= rho < 1 for rho in choice.tail_drops):
         raise FastgenError(f"tail_drops: {list(choice.tail_drops)} is not allowed, needs numbers in [0, 1)")
@@ -79,11 +82,9 @@ def benchmark_dc_quality(
         raise FastgenError(f"guidance_scales: {list(choice.guidance_scales)} is not allowed, needs numbers >= 0")
     for steps in choice.steps:
         check_integer("steps", steps, 1)
-    if batch_size is None:
-        batch_size = 4 if device.startswith("cpu") else 32
     checkpoints = [find_checkpoint(name, model_variant) for name in (model, dense)]
-    variants = list(variants_of(checkpoints, choice, peers, device))
     prompts = shapes_prompts(limit)
+    variants = list(variants_of(checkpoints, choice, peers, device))
     detector = load_detector(device=device)
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] = {}

@@ -106,8 +106,10 @@ def benchmark_speculative(
         FastgenError: a number out of range, or a lossless variant that draws other tokens at temperature 0.
         ValueError: a variant that cannot be read.
     """
-    for name, number in (("images_per_prompt", images_per_prompt), ("runs", runs), ("timed_prompts", timed_prompts)):
+    numbers = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "timed_prompts": timed_prompts}
+    for name, number in (numbers | {"runs": runs}).items():
         check_integer(name, number, 1)
+    prompts = shapes_prompts(limit)
     checkpoint = find_checkpoint(model, model_variant)
     if checkpoint.kind != "janus":
         raise FastgenError(f"model: {model} does not draw tokens")
@@ -139,7 +141,6 @@ def benchmark_speculative(
     target = targets[dtype]
     scale = guidance_scale or float(checkpoint.defaults.get("guidance_scale") or target.default_law.guidance_scale)
     law = TokenLaw(scale)
-    prompts = shapes_prompts(limit)
     chosen = [prompts[index].prompt for index in spread(len(prompts), timed_prompts)]
     report("gate")
     _gate(targets["float32"], law, chosen[:2], gated)
