@@ -116,8 +116,8 @@ def _signals_wait() -> Iterator[None]:
         return
     # A mask of the main thread would not do: another thread, of torch for example, would take the signal.
     came: list[int] = []
-    found = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     try:
         for number in handlers:
             signal.signal(number, lambda number, frame: came.append(number))

@@ -73,9 +73,10 @@ def benchmark_dc_quality(
     """
     if batch_size is None:
         batch_size = 4 if device.startswith("cpu") else 32
-    numbers = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "timed_prompts": timed_prompts}
-    for name, number in (numbers | {"runs": runs}).items():
-        check_integer(name, number, 1)
+    check_integer("images_per_prompt", images_per_prompt, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("timed_prompts", timed_prompts, 1)
+    check_integer("runs", runs, 1)
     if not choice.tail_drops or not all(0 <= rho < 1 for rho in choice.tail_drops):
         raise FastgenError(f"tail_drops: {list(choice.tail_drops)} is not allowed, needs numbers in [0, 1)")
     if not all(0 <= scale < float("inf") for scale in choice.guidance_scales):

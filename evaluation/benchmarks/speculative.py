@@ -106,9 +106,10 @@ def benchmark_speculative(
         FastgenError: a number out of range, or a lossless variant that draws other tokens at temperature 0.
         ValueError: a variant that cannot be read.
     """
-    numbers = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "timed_prompts": timed_prompts}
-    for name, number in (numbers | {"runs": runs}).items():
-        check_integer(name, number, 1)
+    check_integer("images_per_prompt", images_per_prompt, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("timed_prompts", timed_prompts, 1)
+    check_integer("runs", runs, 1)
     prompts = shapes_prompts(limit)
     checkpoint = find_checkpoint(model, model_variant)
     if checkpoint.kind != "janus":

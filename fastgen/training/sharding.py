@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 __all__ = [
     "clip_gradients",
-    "gather_weights",
     "end_process",
+    "gather_weights",
     "load_parts",
     "remove_parts",
     "save_parts",
